@@ -1,0 +1,118 @@
+"""What a run is asked to do: frozen, checked once, in messages that name the flag."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from quasar_core.errors import UsageError
+
+VerifyMode = Literal["full", "quantized", "exact"]
+VERIFY_MODES: tuple[VerifyMode, ...] = ("full", "quantized", "exact")
+DraftKind = Literal["none", "ngram"]
+DRAFT_KINDS: tuple[DraftKind, ...] = ("none", "ngram")
+Auto = Literal["auto"]
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (32, 64, 128, -1)
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UsageError(sentence)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a token is drawn from logits; a temperature of 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, f"--temperature must not be negative, not {self.temperature}.")
+        _require(self.top_k >= 0, f"--top-k must not be negative, not {self.top_k}.")
+        _require(0 < self.top_p <= 1, f"--top-p must be above 0 and at most 1, not {self.top_p}.")
+        _require(0 <= self.min_p < 1, f"--min-p must be at least 0 and below 1, not {self.min_p}.")
+        _require(self.repetition_penalty > 0, f"--repetition-penalty must be above 0, not {self.repetition_penalty}.")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is taken rather than drawn."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """One generation: its length, how it is verified, how it is drafted, how tokens are drawn."""
+
+    max_new_tokens: int = 256
+    verify: VerifyMode = "exact"
+    draft: DraftKind = "ngram"
+    num_draft_tokens: int | Auto = "auto"
+    ngram_max: int = 3
+    ngram_min: int = 1
+    window: int | Auto = "auto"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
+        _require(self.verify in VERIFY_MODES, f"--verify must be one of {', '.join(VERIFY_MODES)}, not {self.verify}.")
+        _require(self.draft in DRAFT_KINDS, f"--draft must be one of {', '.join(DRAFT_KINDS)}, not {self.draft}.")
+        if self.num_draft_tokens != "auto":
+            _require(
+                1 <= self.num_draft_tokens <= 64,
+                f"--num-draft-tokens must be auto or from 1 to 64, not {self.num_draft_tokens}.",
+            )
+        if self.window != "auto":
+            _require(1 <= self.window <= 256, f"--window must be auto or from 1 to 256, not {self.window}.")
+        _require(
+            1 <= self.ngram_min <= self.ngram_max,
+            f"--ngram-min ({self.ngram_min}) must be at least 1 and at most --ngram-max ({self.ngram_max}).",
+        )
+        _require(all(self.stop), "--stop must not be empty.")
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """One quantization: the codes, the solver's options, the calibration text."""
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    act_order: bool = True
+    method: Literal["gptq"] = "gptq"
+    lm_head_bits: int = 16
+    calibration: str = "self"
+    samples: int = 128
+    seq_len: int | None = None
+    damp: float = 0.05
+    seed: int = 0
+    backend: Literal["native", "optimum"] = "native"
+
+    def __post_init__(self) -> None:
+        _require(self.bits in BITS, f"--bits must be one of {_listed(BITS)}, not {self.bits}.")
+        _require(
+            self.group_size in GROUP_SIZES, f"--group-size must be one of {_listed(GROUP_SIZES)}, not {self.group_size}."
+        )
+        _require(self.method == "gptq", f"--method must be gptq, not {self.method}.")
+        _require(
+            self.lm_head_bits in (*BITS, 16), f"--lm-head-bits must be one of {_listed((*BITS, 16))}, not {self.lm_head_bits}."
+        )
+        _require(self.samples >= 1, f"--samples must be at least 1, not {self.samples}.")
+        _require(self.seq_len is None or self.seq_len >= 16, f"--seq-len must be at least 16, not {self.seq_len}.")
+        _require(0 < self.damp < 1, f"--damp must be above 0 and below 1, not {self.damp}.")
+        _require(self.backend in ("native", "optimum"), f"--backend must be native or optimum, not {self.backend}.")
+
+    @property
+    def calibration_length(self) -> int:
+        """Tokens of a calibration sample: 512 of the model's own text, else 2048."""
+        return self.seq_len or (512 if self.calibration == "self" else 2048)
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values))

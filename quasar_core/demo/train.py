@@ -1,0 +1,276 @@
+"""Train the demo model: `python -m quasar_core.demo.train OUTPUT`.
+
+A Qwen3 of 3.5 million parameters learns the running interpreter's standard library. Resumes from the folder's
+`state.pt`-free checkpoint: every tensor, the optimizer's included, lies in safetensors.
+"""
+
+import argparse
+import json
+import logging
+import math
+import platform
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from quasar_core.demo.corpus import Corpus, make_chats, read_corpus
+from quasar_core.demo.ngram_lm import NgramModel
+from quasar_core.demo.tokenizer import END_OF_TEXT, train_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the run depends on, beside the interpreter's standard library."""
+
+    steps: int = 2400
+    tokens_per_step: int = 16_384
+    short_context: int = 512
+    long_context: int = 1024
+    long_context_share: float = 0.3
+    decay_share: float = 0.5
+    warmup_steps: int = 60
+    chat_share: float = 0.25
+    muon_lr: float = 4e-3
+    adam_lr: float = 3e-3
+    weight_decay: float = 0.05
+    seed: int = 0
+    vocab_size: int = 2048
+
+
+def demo_config(vocab_size: int) -> Qwen3Config:
+    """The demo model's shape: q/k norm, grouped-query attention, tied head; every width a multiple of 128."""
+    return Qwen3Config(
+        vocab_size=vocab_size,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+@dataclass(frozen=True)
+class TokenStreams:
+    """The corpus as token ids: source, chats, held-out source."""
+
+    source: np.ndarray
+    chats: np.ndarray
+    held_out: np.ndarray
+    held_out_bytes: int
+
+
+def tokenize_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> TokenStreams:
+    """Every document followed by the end-of-text token; library files stand twice, their tests once."""
+    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+
+    def join(texts: list[str]) -> np.ndarray:
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return np.array([token for document in ids for token in (*document, end)], dtype=np.int64)
+
+    library = [text for text in corpus.train if "unittest" not in text]
+    chats = [
+        tokenizer.apply_chat_template(chat, tokenize=False) for chat in make_chats(corpus.functions, config.seed)
+    ]
+    held_out_bytes = sum(len(text.encode()) for text in corpus.held_out)
+    return TokenStreams(join(corpus.train + library), join(chats), join(corpus.held_out), held_out_bytes)
+
+
+def sample_batch(streams: TokenStreams, config: TrainConfig, step: int) -> torch.Tensor:
+    """Rows of random crops, [B, T + 1]; a function of the seed and the step alone."""
+    rng = np.random.default_rng((config.seed, step))
+    long = step >= config.steps * (1 - config.long_context_share)
+    context = config.long_context if long else config.short_context
+    rows = []
+    for _ in range(config.tokens_per_step // context):
+        stream = streams.chats if rng.random() < config.chat_share else streams.source
+        start = int(rng.integers(len(stream) - context - 1))
+        rows.append(stream[start : start + context + 1])
+    return torch.from_numpy(np.stack(rows))
+
+
+def make_optimizers(model: Qwen3ForCausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    muon = torch.optim.Muon(
+        matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    adam = torch.optim.AdamW(others, lr=config.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return [muon, adam]
+
+
+def learning_rate_scale(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, constant, linear decay to zero."""
+    remaining = (config.steps - step) / (config.steps * config.decay_share)
+    return min(1.0, (step + 1) / config.warmup_steps, remaining)
+
+
+def train(model: Qwen3ForCausalLM, streams: TokenStreams, config: TrainConfig, state: Path) -> None:
+    """Train in place, saving every 200 steps to `state`, from where a second call goes on."""
+    optimizers = make_optimizers(model, config)
+    first = load_state(model, optimizers, state)
+    compiled = torch.compile(model)
+    progress = tqdm(range(first, config.steps), initial=first, total=config.steps, unit="step", mininterval=10)
+    for step in progress:
+        batch = sample_batch(streams, config, step)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = compiled(input_ids=batch[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * learning_rate_scale(step, config)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not math.isfinite(loss.item()):
+            raise RuntimeError(f"the loss is {loss.item()} at step {step}: lower the learning rates")
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if (step + 1) % 200 == 0:
+            save_state(model, optimizers, state, step + 1)
+            log.info("step %d: loss %.3f", step + 1, loss.item())
+
+
+def save_state(model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer], path: Path, step: int) -> None:
+    """Write parameters and optimizer moments, whole or not at all."""
+    tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+    for i, optimizer in enumerate(optimizers):
+        for j, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{j}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"step": str(step)})
+    partial.rename(path)
+
+
+def load_state(model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer], path: Path) -> int:
+    """Read what `save_state` wrote; the step to go on from, 0 where there is nothing."""
+    if not path.exists():
+        return 0
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+    for i, optimizer in enumerate(optimizers):
+        content = optimizer.state_dict()
+        for key, value in tensors.items():
+            if key.startswith(f"optimizer.{i}."):
+                _, _, j, name = key.split(".")
+                content["state"].setdefault(int(j), {})[name] = value
+        optimizer.load_state_dict(content)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return int(file.metadata()["step"])
+
+
+@torch.inference_mode()
+def held_out_bits(model: Qwen3ForCausalLM, tokens: np.ndarray, context: int) -> float:
+    """Total bits for `tokens`, in windows that overlap by half, so that most tokens see context ÷ 2 before them."""
+    bits, scored, stride = 0.0, 1, context // 2
+    for start in range(0, len(tokens) - 1, stride):
+        window = torch.from_numpy(tokens[start : start + context])[None]
+        logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none")
+        new = start + len(window[0]) - scored
+        if new > 0:
+            bits += losses[-new:].sum().item() / math.log(2)
+            scored += new
+    return bits
+
+
+def write_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, report: dict) -> None:
+    """The Hugging Face folder, whole or not at all, with its card."""
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "training.json").write_text(json.dumps(report, indent=2) + "\n")
+    (partial / "README.md").write_text(model_card(report))
+    shutil.rmtree(output, ignore_errors=True)
+    partial.rename(output)
+
+
+def model_card(report: dict) -> str:
+    """The card: what the model is, what it read, and how well it predicts text that it did not read."""
+    return f"""---
+license: apache-2.0
+library_name: transformers
+---
+# quasar demo model
+
+A Qwen3 of {report["parameters"]:,} parameters and {report["config"]["vocab_size"]:,} tokens that writes Python. It exists so
+that `quasar` can be run, tested and timed without a download. It is a language model, not an assistant.
+
+Trained by `python -m quasar_core.demo.train` with seed {report["config"]["seed"]} on the standard library of Python
+{report["python"]} ({report["train_tokens"]:,} tokens of source, {report["chat_tokens"]:,} of chats made from it),
+{report["config"]["steps"]:,} steps of {report["config"]["tokens_per_step"]:,} tokens.
+
+| on {report["held_out_bytes"]:,} bytes of held-out files | bits per byte |
+|---|---|
+| this model, its stored bf16 weights | {report["held_out_bits_per_byte"]:.3f} |
+| n-gram model of order 5 over the same tokens (Witten-Bell) | {report["ngram_bits_per_byte"]:.3f} |
+"""
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--steps", type=int, default=TrainConfig.steps)
+    parser.add_argument("--seed", type=int, default=TrainConfig.seed)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    config = TrainConfig(steps=options.steps, seed=options.seed)
+    torch.manual_seed(config.seed)
+
+    corpus = read_corpus()
+    tokenizer = train_tokenizer(corpus.train, config.vocab_size)
+    streams = tokenize_corpus(corpus, tokenizer, config)
+    model = Qwen3ForCausalLM(demo_config(config.vocab_size))
+    log.info("%d tokens of source, %d of chats", len(streams.source), len(streams.chats))
+
+    begin = time.monotonic()
+    state = options.output.with_name(options.output.name + ".state.safetensors")
+    train(model, streams, config, state)
+    model = model.to(torch.bfloat16).float()  # score what is stored
+    bits = held_out_bits(model, streams.held_out, config.long_context)
+    ngram = NgramModel(streams.source, config.vocab_size)
+    report = {
+        "config": asdict(config),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "train_tokens": len(streams.source),
+        "chat_tokens": len(streams.chats),
+        "held_out_bytes": streams.held_out_bytes,
+        "held_out_bits_per_byte": round(bits / streams.held_out_bytes, 4),
+        "ngram_bits_per_byte": round(ngram.bits(streams.held_out) / streams.held_out_bytes, 4),
+        "seconds": round(time.monotonic() - begin),
+    }
+    write_model(model.to(torch.bfloat16), tokenizer, options.output, report)
+    state.unlink(missing_ok=True)
+    log.info("held-out bits per byte: %.4f", report["held_out_bits_per_byte"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""What happened: counts and seconds, and the ratios derived from them, each defined once, here."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One verify pass (in `full`: one target pass): draft tokens offered and accepted, match length of the draft."""
+
+    drafted: int
+    accepted: int
+    match_length: int = 0
+
+
+@dataclass(frozen=True)
+class Confirm:
+    """One confirm pass: tokens that waited in the window, and how many of them the target accepted."""
+
+    window: int
+    accepted: int
+
+
+@dataclass
+class Stats:
+    """Counts and seconds of one generation.
+
+    `prefill_tokens` of the new tokens (the first one) came out of the prompt's pass and took no step. `draft_s`,
+    `verify_s` and `confirm_s` are parts of `decode_s`; what is left of it is the engine's own.
+    """
+
+    new_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    prefill_tokens: int = 0
+    step_log: list[Step] = field(default_factory=list)
+    confirm_log: list[Confirm] = field(default_factory=list)
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    confirm_s: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Verify passes; in a mode without a verifier, target passes after the prompt's."""
+        return len(self.step_log)
+
+    @property
+    def drafted(self) -> int:
+        """Draft tokens offered to the verify passes."""
+        return sum(step.drafted for step in self.step_log)
+
+    @property
+    def drafted_steps(self) -> int:
+        """Steps that had a draft."""
+        return sum(step.drafted > 0 for step in self.step_log)
+
+    @property
+    def accepted(self) -> int:
+        """Draft tokens accepted by the verify passes."""
+        return sum(step.accepted for step in self.step_log)
+
+    @property
+    def confirms(self) -> int:
+        """Target passes over a window."""
+        return len(self.confirm_log)
+
+    @property
+    def confirm_window(self) -> int:
+        """Window tokens shown to the target."""
+        return sum(confirm.window for confirm in self.confirm_log)
+
+    @property
+    def confirm_accepted(self) -> int:
+        """Window tokens that the target accepted."""
+        return sum(confirm.accepted for confirm in self.confirm_log)
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """New tokens ÷ steps, bonus tokens and steps without a draft included; plain decoding is 1.00.
+
+        The definition of the Quasar paper and of Spec-Bench. None without a step.
+        """
+        return (self.new_tokens - self.prefill_tokens) / self.steps if self.steps else None
+
+    @property
+    def acceptance_length_vllm(self) -> float | None:
+        """vLLM's mean acceptance length: 1 + accepted ÷ drafts, over the steps that had a draft."""
+        return 1 + self.accepted / self.drafted_steps if self.drafted_steps else None
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted draft tokens ÷ drafted tokens; None where nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def confirm_rate(self) -> float | None:
+        """Window tokens that the target accepted ÷ window tokens; None without a confirm."""
+        return self.confirm_accepted / self.confirm_window if self.confirm_window else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens that the steps yielded ÷ seconds of decoding, the prompt's pass left out."""
+        return (self.new_tokens - self.prefill_tokens) / self.decode_s if self.decode_s else None
+
+    def to_dict(self, logs: bool = False) -> dict[str, Any]:
+        """The JSON form; with `logs`, every step and confirm too."""
+        content = asdict(self)
+        step_log, confirm_log = content.pop("step_log"), content.pop("confirm_log")
+        for name in _DERIVED:
+            content[name] = getattr(self, name)
+        if logs:
+            content |= {"step_log": step_log, "confirm_log": confirm_log}
+        return content
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Stats":
+        """Rebuild from `to_dict(logs=True)`; derived values are computed anew."""
+        kept = {k: v for k, v in content.items() if k not in _DERIVED}
+        kept["step_log"] = [Step(**step) for step in content["step_log"]]
+        kept["confirm_log"] = [Confirm(**confirm) for confirm in content["confirm_log"]]
+        return cls(**kept)
+
+
+_DERIVED = (
+    "steps drafted drafted_steps accepted confirms confirm_window confirm_accepted acceptance_length "
+    "acceptance_length_vllm acceptance_rate confirm_rate tokens_per_s"
+).split()
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """One generation: the new token ids (an end-of-text token included), their text, why it ended."""
+
+    prompt_token_ids: Sequence[int]
+    token_ids: Sequence[int]
+    text: str
+    finish_reason: FinishReason
+    stats: Stats
+
+
+class Progress(Protocol):
+    """Told how far long work has come: `stage` is a few words, `done` of `total` its units."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Called at the start of a stage with `done` 0 and after each unit."""
+        ...
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """The progress of work that nobody watches."""
+
+
+@dataclass(frozen=True)
+class MarginTable:
+    """P(agree | margin): how often the verifier's choice is the target's, by the verifier's margin.
+
+    The margin is the difference of the two best logits, in nats. Bin i holds margins from edges[i − 1] to edges[i];
+    there is one more bin than edges.
+    """
+
+    edges: list[float]
+    counts: list[int]
+    agreed: list[int]
+
+
+@dataclass(frozen=True)
+class FidelityReport:
+    """How faithful a verifier is to its target, on text that the calibration did not see (DESIGN §5)."""
+
+    text: str
+    tokens: int
+    agreement: float
+    agreement_sampled: float
+    overlap: float
+    kl_mean: float
+    kl_p99: float
+    perplexity_target: float
+    perplexity_verifier: float
+    margins: MarginTable
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "FidelityReport":
+        """Rebuild from `asdict`."""
+        return cls(**{**content, "margins": MarginTable(**content["margins"])})
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize` made: where, how large, how faithful, how long each stage took."""
+
+    checkpoint: str
+    target: str
+    config: dict[str, Any]
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    layer_errors: dict[str, float]
+    seconds: dict[str, float]
+    fidelity: FidelityReport
