@@ -1,7 +1,7 @@
 """Train the demo model: `python -m quasar_core.demo.train OUTPUT`.
 
-A Qwen3 of 3.5 million parameters learns the running interpreter's standard library. Resumes from the folder's
-`state.pt`-free checkpoint: every tensor, the optimizer's included, lies in safetensors.
+A Qwen3 of 3.5 million parameters learns the running interpreter's standard library. An interrupted run goes on from
+OUTPUT.state.safetensors, which holds every tensor, the optimizers' included.
 """
 
 import argparse
@@ -31,14 +31,16 @@ log = logging.getLogger(__name__)
 class TrainConfig:
     """What the run depends on, beside the interpreter's standard library."""
 
-    steps: int = 2400
+    steps: int = 1900
     tokens_per_step: int = 16_384
     short_context: int = 512
     long_context: int = 1024
-    long_context_share: float = 0.3
+    long_context_share: float = 0.15
     decay_share: float = 0.5
     warmup_steps: int = 60
-    chat_share: float = 0.25
+    early_steps: int = 600
+    early_chat_share: float = 0.25
+    chat_share: float = 0.12
     muon_lr: float = 4e-3
     adam_lr: float = 3e-3
     weight_decay: float = 0.05
@@ -67,16 +69,17 @@ def demo_config(vocab_size: int) -> Qwen3Config:
 
 @dataclass(frozen=True)
 class TokenStreams:
-    """The corpus as token ids: source, chats, held-out source."""
+    """The corpus as token ids: source, source with library files twice, chats, held-out source."""
 
     source: np.ndarray
+    early_source: np.ndarray
     chats: np.ndarray
     held_out: np.ndarray
     held_out_bytes: int
 
 
 def tokenize_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> TokenStreams:
-    """Every document followed by the end-of-text token; library files stand twice, their tests once."""
+    """Every document followed by the end-of-text token."""
     end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
 
     def join(texts: list[str]) -> np.ndarray:
@@ -88,17 +91,23 @@ def tokenize_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, config: 
         tokenizer.apply_chat_template(chat, tokenize=False) for chat in make_chats(corpus.functions, config.seed)
     ]
     held_out_bytes = sum(len(text.encode()) for text in corpus.held_out)
-    return TokenStreams(join(corpus.train + library), join(chats), join(corpus.held_out), held_out_bytes)
+    return TokenStreams(join(corpus.train), join(corpus.train + library), join(chats), join(corpus.held_out), held_out_bytes)
 
 
 def sample_batch(streams: TokenStreams, config: TrainConfig, step: int) -> torch.Tensor:
-    """Rows of random crops, [B, T + 1]; a function of the seed and the step alone."""
+    """Rows of random crops, [B, T + 1]; a function of the seed and the step alone.
+
+    The early steps read more chats, and more of the library than of its tests.
+    """
+    early = step < config.early_steps
+    chat_share = config.early_chat_share if early else config.chat_share
+    source = streams.early_source if early else streams.source
     rng = np.random.default_rng((config.seed, step))
     long = step >= config.steps * (1 - config.long_context_share)
     context = config.long_context if long else config.short_context
     rows = []
     for _ in range(config.tokens_per_step // context):
-        stream = streams.chats if rng.random() < config.chat_share else streams.source
+        stream = streams.chats if rng.random() < chat_share else source
         start = int(rng.integers(len(stream) - context - 1))
         rows.append(stream[start : start + context + 1])
     return torch.from_numpy(np.stack(rows))

@@ -4,7 +4,7 @@ Shapes: T tokens of a pass, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -40,7 +40,11 @@ class CausalLM(Protocol):
         """Where the logits live."""
         ...
 
-    def forward(self, tokens: Sequence[int], cache: KVCache, last_only: bool = False) -> torch.Tensor:
+    def new_cache(self, capacity: int) -> Any:
+        """An empty cache with room for `capacity` positions."""
+        ...
+
+    def forward(self, tokens: Sequence[int], cache: Any, last_only: bool = False) -> torch.Tensor:
         """One pass over `tokens` at position `cache.length`, which moves on by T.
 
         Returns float32 logits [T, V], or [1, V] of the last token with `last_only`.

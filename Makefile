@@ -1,0 +1,49 @@
+# `make demo` and `make test` set up .venv themselves; they need Python 3.11 with venv and pip, and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.setup-stamp
+INTEROP_BIN := .venv-interop/bin
+INTEROP_STAMP := .venv-interop/.setup-stamp
+PROMPT ?= Write a function `count_lines` that counts the lines of a file.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fmt interop clean
+
+help:  ## what each target does
+	@sed -n 's/^\([a-z]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do printf '%-8s %s\n' "$$name" "$$what"; done
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(INTEROP_STAMP): pyproject.toml constraints-interop.txt
+	$(PYTHON) -m venv .venv-interop
+	$(INTEROP_BIN)/python -m pip install --quiet -c constraints-interop.txt setuptools wheel
+	$(INTEROP_BIN)/python -m pip install --quiet -c constraints-interop.txt -e ".[gptqmodel]" pytest
+	touch $@
+
+demo: export QUASAR_HOME := $(CURDIR)/demo-out
+demo: $(STAMP)  ## quantize the demo model, generate with it, bench it; results in demo-out/
+	$(BIN)/quasar quantize demo --bits 4 --force
+	$(BIN)/quasar generate --prompt '$(PROMPT)' --max-new-tokens 128
+	$(BIN)/quasar bench --dataset demo --arms vanilla,ngram,quasar,exact --no-resume --output demo-out/results.json
+
+test: $(STAMP)  ## the tests
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(STAMP)  ## format, and fix what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+interop: $(INTEROP_STAMP)  ## our checkpoints in optimum and GPTQModel, and theirs here (downloads much)
+	$(INTEROP_BIN)/python -m pytest tests/interop
+
+clean:  ## remove what the targets made
+	rm -rf .venv .venv-interop demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,109 @@
+"""`quasar doctor`: what this machine can do, and why."""
+
+import os
+import platform
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quasar_cli import console
+from quasar_cli.options import Json, Verbose
+from quasar_core import store
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors", "huggingface_hub", "numpy")
+_OPTIONAL = ("optimum", "gptqmodel", "triton", "matplotlib", "vllm")
+# The instruction sets that packed products gain from.
+_CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+_PROBE_BYTES = 256_000_000
+_PROBE_REPEATS = 5
+
+
+def doctor(verbose: Verbose = False, as_json: Json = False) -> None:
+    """Check this machine: versions, processor, memory and its bandwidth, GPU, kernels, the current pair."""
+    findings = examine()
+    if as_json:
+        console.print_json(findings)
+        return
+
+    from quasar_cli.render.doctor import findings_tables
+
+    console.show(*findings_tables(findings))
+
+
+def examine() -> dict[str, Any]:
+    """The JSON form of everything that `doctor` knows."""
+    import torch
+
+    from quasar_core.bench.environment import device_name
+    from quasar_core.kernels.select import describe_kernels
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16
+    pair = store.current_pair()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "optional_packages": {name: _optional_version(name) for name in _OPTIONAL},
+        "cpu": {"name": device_name(torch.device("cpu")), "features": _cpu_features()},
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": _gpu(),
+        "device": str(device),
+        "read_bandwidth_bytes_per_s": read_bandwidth(device),
+        "kernels": [asdict(report) for report in describe_kernels(device, dtype)],
+        "home": str(store.home()),
+        "current_pair": asdict(pair) if pair else None,
+    }
+
+
+def read_bandwidth(device: "torch.device") -> float:
+    """Bytes per second, the best of a few sums over 256 MB in all threads: no pass over the weights can be faster."""
+    import torch
+
+    data = torch.ones(_PROBE_BYTES // 4, dtype=torch.float32, device=device)
+    best = float("inf")
+    for _ in range(_PROBE_REPEATS):
+        start = time.perf_counter()
+        data.sum().item()
+        best = min(best, time.perf_counter() - start)
+    return _PROBE_BYTES / best
+
+
+def _cpu_features() -> list[str]:
+    """The instruction sets of interest that this processor has; empty where the system does not tell."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return []
+    lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))]
+    flags = set(lines[0].split()) if lines else set()
+    return [feature for feature in _CPU_FEATURES if feature in flags]
+
+
+def _gpu() -> dict[str, Any] | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def _optional_version(name: str) -> str | None:
+    """The version of an optional package, None where it is absent; it is not imported."""
+    if find_spec(name) is None:
+        return None
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown version"

@@ -1,0 +1,142 @@
+"""`quasar generate`: one prompt, one answer."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quasar_cli import console
+from quasar_cli.commands.models import announce
+from quasar_cli.options import (
+    DecodeOptions,
+    Json,
+    ModelOptions,
+    ShowStats,
+    Stream,
+    System,
+    Think,
+    Verbose,
+    takes_groups,
+)
+from quasar_core.config import GenerationConfig
+from quasar_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from quasar_core.models.pair import Pair
+    from quasar_core.records import GenerationResult
+
+
+@takes_groups
+def generate(
+    *,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt, or - for standard input.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="A file that holds the prompt.")] = None,
+    chat: Annotated[bool, typer.Option("--chat/--raw", help="Through the chat template, or the text as it is.")] = True,
+    system: System = None,
+    think: Think = None,
+    decoding: DecodeOptions,
+    models: ModelOptions,
+    stream: Stream = True,
+    stats: ShowStats = True,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Generate text with a pair: quantize once, then generate fast.
+
+    The answer goes to stdout as it comes; what it gained goes to stderr after it.
+    """
+    config = decoding.config()
+    text = read_prompt(prompt, prompt_file)
+    if system is not None and not chat:
+        raise UsageError("--system is part of the chat template; leave --raw out, or put the text into the prompt.")
+    pair = load_pair(models, config)
+
+    from quasar_core.decode.generator import Generator
+    from quasar_core.decode.prompt import encode_prompt
+
+    messages = text if system is None else conversation(system, text)
+    prompt_ids = encode_prompt(pair.tokenizer, messages, raw=not chat, think=think)
+    generator = Generator(pair, config)
+    streamed = stream and not as_json
+    result = generator.generate(prompt_ids, console.stream_text if streamed else None)
+    if as_json:
+        console.print_json(as_document(pair, config, result))
+    else:
+        console.stream_text("\n" if streamed else result.text + "\n")
+    if verbose:
+        show_notes(pair)
+    if stats:
+        show_stats(pair, config, result)
+
+
+def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt's text from the one place that was named; UsageError for none, two, or an empty one."""
+    if (prompt is None) == (prompt_file is None):
+        raise UsageError("Give the prompt with exactly one of --prompt and --prompt-file.")
+    if prompt_file is not None:
+        try:
+            text = prompt_file.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--prompt-file {prompt_file} cannot be read as text: {error}.") from error
+    else:
+        text = sys.stdin.read() if prompt == "-" else str(prompt)
+    if not text.strip():
+        raise UsageError("The prompt is empty.")
+    return text
+
+
+def conversation(system: str | None, text: str) -> list[dict[str, str]]:
+    """The messages of a first turn."""
+    first = [{"role": "system", "content": system}] if system is not None else []
+    return [*first, {"role": "user", "content": text}]
+
+
+def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
+    """Load what the options name, with a progress bar."""
+    announce(models.model)
+    from quasar_core import api
+
+    with console.progress_bar() as progress:
+        return api.load_pair(
+            models.model,
+            models.verifier,
+            verify=config.verify,
+            use_target=models.use_target,
+            device=models.device,
+            dtype=models.dtype,
+            kernel=models.kernel,
+            trust_remote_code=models.trust_remote_code,
+            progress=progress,
+        )
+
+
+def as_document(pair: "Pair", config: GenerationConfig, result: "GenerationResult") -> dict[str, Any]:
+    """The JSON form of one answer; in `quantized` mode, which is not lossless, with the measured agreement."""
+    document: dict[str, Any] = {
+        "model": pair.target_name,
+        "verifier": pair.verifier_name,
+        "verify": config.verify,
+        "draft": config.draft,
+        "prompt_token_ids": list(result.prompt_token_ids),
+        "token_ids": list(result.token_ids),
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "stats": result.stats.to_dict(),
+    }
+    if config.verify == "quantized":
+        document["agreement"] = pair.fidelity.agreement if pair.fidelity else None
+    return document
+
+
+def show_notes(pair: "Pair") -> None:
+    """Print on stderr what was chosen while loading, and why."""
+    for line in pair.notes:
+        console.note_plain(f"- {line}")
+
+
+def show_stats(pair: "Pair", config: GenerationConfig, result: "GenerationResult") -> None:
+    """Print on stderr what an answer gained, and what it may have lost."""
+    from quasar_cli.render.generation import promise, stats_table
+
+    console.note(stats_table(result, config), promise(pair.fidelity, config))

@@ -1,0 +1,116 @@
+"""What the terminal sees: results on stdout, everything else (progress, statistics, errors) on stderr.
+
+Colours and bars appear only in a terminal, and colours not where NO_COLOR is set (rich sees to both).
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from quasar_core.records import Progress
+
+# In a file or a pipe nothing is to be folded for want of columns.
+_WIDTH_WITHOUT_TERMINAL = 200
+
+
+def _console(stderr: bool) -> Console:
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH_WITHOUT_TERMINAL
+    return console
+
+
+def show(*renderables: RenderableType) -> None:
+    """Print results on stdout: text with rich's markup, tables."""
+    console = _console(stderr=False)
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def note(*renderables: RenderableType) -> None:
+    """Print what accompanies a result on stderr."""
+    console = _console(stderr=True)
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def note_plain(text: str) -> None:
+    """Print text on stderr as it is: no markup is read in it, nothing is folded."""
+    _console(stderr=True).print(text, markup=False, soft_wrap=True)
+
+
+def stream_text(text: str) -> None:
+    """Write generated text to stdout at once, exactly as it is."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def print_json(document: Any) -> None:
+    """Print the one JSON document of `--json` on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_error(sentence: str) -> None:
+    """Print one sentence on stderr."""
+    console = _console(stderr=True)
+    console.print("[bold red]Error:[/] ", end="")
+    console.print(sentence, markup=False, soft_wrap=True)
+
+
+def print_traceback(error: BaseException) -> None:
+    """Print where an error came from on stderr."""
+    traceback.print_exception(error, file=sys.stderr)
+
+
+def confirm(question: str) -> bool:
+    """Ask for a yes on stderr; no answer is a no."""
+    _console(stderr=True).print(f"{question} [y/N] ", end="", markup=False, soft_wrap=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A Progress that draws a bar with an ETA for each stage on stderr; without a terminal, a line for each stage."""
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        yield _stage_lines(console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console, transient=True) as bars:
+        yield _stage_bars(bars)
+
+
+def _stage_lines(console: Console) -> Progress:
+    announced: set[str] = set()
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in announced:
+            announced.add(stage)
+            console.print(f"{stage} ...", markup=False, soft_wrap=True)
+
+    return report
+
+
+def _stage_bars(bars: Bars) -> Progress:
+    stages: dict[str, Any] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in stages:
+            stages[stage] = bars.add_task(stage, total=total)
+        bars.update(stages[stage], completed=done, total=total)
+
+    return report

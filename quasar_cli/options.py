@@ -1,0 +1,232 @@
+"""The options that several commands share, each described once, and the groups that commands take them in.
+
+Values with a few choices are plain text here: the configs check them, in one sentence that names the flag.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from quasar_core.config import Auto, DraftKind, GenerationConfig, SamplingConfig, VerifyMode
+from quasar_core.errors import UsageError
+
+_MODEL, _DECODING, _SAMPLING = "Model", "Speculation", "Sampling"
+
+
+class Reporting:
+    """Whether an error is to be shown with its traceback; set by `-v` of the command that runs."""
+
+    tracebacks = False
+
+
+def _remember_verbose(verbose: bool) -> bool:
+    Reporting.tracebacks = verbose
+    return verbose
+
+
+def parse_auto(flag: str, value: str) -> int | Auto:
+    """`auto` or a whole number; UsageError that names the flag."""
+    if value == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError:
+        raise UsageError(f"{flag} must be auto or a whole number, not {value}.") from None
+
+
+# Every command.
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", callback=_remember_verbose, help="Say what was chosen and why; show tracebacks of errors."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+
+# Which models, where they run.
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="A folder, hub id, bare name or demo; default: the current pair.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Verifier = Annotated[
+    str | None,
+    typer.Option(
+        "--verifier",
+        metavar="FOLDER",
+        help="The low-bit copy; default: the one quantize wrote for MODEL.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_MODEL)]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL)]
+Kernel = Annotated[
+    str,
+    typer.Option("--kernel", help="What runs the packed layers; `quasar doctor` lists them.", rich_help_panel=_MODEL),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code that the model's folder carries.", rich_help_panel=_MODEL
+    ),
+]
+UseTarget = Annotated[
+    bool,
+    typer.Option(
+        "--target/--no-target",
+        help="With --verify quantized: leave the full-precision model out of memory.",
+        rich_help_panel=_MODEL,
+    ),
+]
+
+# How tokens are decided, drafted and drawn.
+Verify = Annotated[
+    str,
+    typer.Option(
+        "--verify", help="Who decides each token: full, quantized or exact (nothing lost).", rich_help_panel=_DECODING
+    ),
+]
+Draft = Annotated[
+    str, typer.Option("--draft", help="Who guesses the next tokens: ngram or none.", rich_help_panel=_DECODING)
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to generate.")]
+NumDraftTokens = Annotated[
+    str, typer.Option("--num-draft-tokens", help="Tokens of a draft: auto or a number.", rich_help_panel=_DECODING)
+]
+NgramMax = Annotated[
+    int,
+    typer.Option("--ngram-max", help="The longest context that a draft is looked up by.", rich_help_panel=_DECODING),
+]
+NgramMin = Annotated[
+    int,
+    typer.Option("--ngram-min", help="The shortest context that a draft is looked up by.", rich_help_panel=_DECODING),
+]
+Window = Annotated[
+    str, typer.Option("--window", help="Tokens that wait for a confirm: auto or a number.", rich_help_panel=_DECODING)
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", "-t", help="0 takes the best token; above 0 draws.", rich_help_panel=_SAMPLING)
+]
+TopK = Annotated[
+    int, typer.Option("--top-k", help="Draw from the K best tokens; 0 for all.", rich_help_panel=_SAMPLING)
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", help="Draw from the best tokens that hold this share.", rich_help_panel=_SAMPLING)
+]
+MinP = Annotated[
+    float, typer.Option("--min-p", help="Leave out tokens below this share of the best one.", rich_help_panel=_SAMPLING)
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.", rich_help_panel=_SAMPLING)
+]
+Seed = Annotated[int, typer.Option("--seed", help="Fixes every random choice.", rich_help_panel=_SAMPLING)]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option("--stop", help="Text that ends the answer; may be given again."),
+]
+
+# The prompt and the answer.
+System = Annotated[
+    str | None,
+    typer.Option("--system", help="The system message of the chat template."),
+]
+Think = Annotated[
+    bool | None,
+    typer.Option("--think/--no-think", help="For models that can: think first, or not; default: the template's own."),
+]
+Stream = Annotated[bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or at the end.")]
+ShowStats = Annotated[bool, typer.Option("--stats/--no-stats", help="Print what the generation gained.")]
+Folder = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FOLDER", help="Where the verifier goes; default: beside the target."),
+]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which pair to load, and where."""
+
+    model: Model = None
+    verifier: Verifier = None
+    use_target: UseTarget = True
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    kernel: Kernel = "auto"
+    trust_remote_code: TrustRemoteCode = False
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How to generate: the options that make a GenerationConfig."""
+
+    max_new_tokens: MaxNewTokens = 256
+    stop: Stop = None
+    verify: Verify = "exact"
+    draft: Draft = "ngram"
+    num_draft_tokens: NumDraftTokens = "auto"
+    ngram_max: NgramMax = 3
+    ngram_min: NgramMin = 1
+    window: Window = "auto"
+    temperature: Temperature = 0.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    seed: Seed = 0
+
+    def config(self) -> GenerationConfig:
+        """The checked config; UsageError for a value that cannot be."""
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            verify=cast(VerifyMode, self.verify),
+            draft=cast(DraftKind, self.draft),
+            num_draft_tokens=parse_auto("--num-draft-tokens", self.num_draft_tokens),
+            ngram_max=self.ngram_max,
+            ngram_min=self.ngram_min,
+            window=parse_auto("--window", self.window),
+            sampling=SamplingConfig(
+                self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
+            ),
+            stop=tuple(self.stop or ()),
+        )
+
+
+def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take its options in groups: a parameter typed as a dataclass becomes one option per field."""
+    groups: dict[str, Any] = {}
+    flat: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+            flat += _field_parameters(parameter.annotation)
+        else:
+            flat.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def with_flat_options(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    flattened: Any = with_flat_options
+    flattened.__signature__ = inspect.Signature(flat)
+    flattened.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    return with_flat_options
+
+
+def _field_parameters(group: Any) -> list[inspect.Parameter]:
+    """One keyword parameter for each field of an option group; every field has a default."""
+    return [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(group)
+    ]

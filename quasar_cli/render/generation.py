@@ -1,0 +1,54 @@
+"""What a generation gained, and what its mode promises."""
+
+from rich.table import Table
+
+from quasar_cli.render import as_bytes, as_ratio, facts_table
+from quasar_core.config import GenerationConfig
+from quasar_core.records import FidelityReport, GenerationResult, Stats
+
+
+def stats_table(result: GenerationResult, config: GenerationConfig) -> Table:
+    """Speed and acceptance of one generation."""
+    stats = result.stats
+    ended = {"eos": "end of text", "stop": "stop string", "length": "length"}[result.finish_reason]
+    facts = [
+        ("new tokens", f"{stats.new_tokens} ({ended})"),
+        ("speed", as_ratio(stats.tokens_per_s, 1, " tokens/s")),
+        ("prompt", _prompt(stats)),
+        ("acceptance length", f"{as_ratio(stats.acceptance_length)} ({stats.steps} steps)"),
+    ]
+    if config.draft != "none":
+        accepted = f"{stats.accepted} of {stats.drafted} draft tokens"
+        facts.append(("acceptance rate", f"{as_ratio(stats.acceptance_rate)} ({accepted})"))
+    if stats.confirms:
+        confirmed = f"{stats.confirm_accepted} of {stats.confirm_window} tokens kept in {stats.confirms} confirms"
+        facts.append(("confirm rate", f"{as_ratio(stats.confirm_rate)} ({confirmed})"))
+    facts.append(("seconds", _seconds(stats)))
+    facts.append(("peak memory", as_bytes(stats.peak_memory_bytes)))
+    return facts_table(facts)
+
+
+def promise(fidelity: FidelityReport | None, config: GenerationConfig) -> str:
+    """What the verification mode guarantees; in `quantized` mode, the measured agreement."""
+    greedy = config.sampling.greedy
+    if config.verify == "exact":
+        return "exact: " + ("the full-precision model's own output" if greedy else "the full-precision distribution")
+    if config.verify == "full":
+        return "full: decided by the full-precision model"
+    if fidelity is None:
+        return "quantized: the verifier's output, not lossless; its agreement with the target was not measured"
+    return (
+        f"quantized: the verifier's output, not lossless; measured agreement with the target {fidelity.agreement:.3f}"
+    )
+
+
+def _prompt(stats: Stats) -> str:
+    cached = f", {stats.cached_tokens} of them cached" if stats.cached_tokens else ""
+    return f"{stats.prompt_tokens} tokens{cached}, first token after {stats.ttft_s:.3f} s"
+
+
+def _seconds(stats: Stats) -> str:
+    parts = [f"prompt {stats.prefill_s:.2f}", f"decoding {stats.decode_s:.2f}"]
+    named = {"drafts": stats.draft_s, "verify": stats.verify_s, "confirm": stats.confirm_s}
+    inside = ", ".join(f"{name} {seconds:.2f}" for name, seconds in named.items() if seconds)
+    return ", ".join(parts) + (f" ({inside})" if inside else "")

@@ -1,0 +1,185 @@
+"""From a result file to the numbers of a table: acceptance, speed, speedup, equality with vanilla.
+
+Pure: knows nothing of models. A question's turns and repeats are pooled, and the ratios of the pooled counts are
+those of `records.Stats`, each defined there. A question of which an arm failed any turn counts as failed for that
+arm, and is left out of its other numbers.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from statistics import fmean
+
+import numpy as np
+
+from quasar_core.bench.arms import BASELINE
+from quasar_core.bench.results import Results, Row
+from quasar_core.bench.speedup import Estimate, estimate, mean_of_ratios, ratio_of_totals
+from quasar_core.records import Stats
+
+
+@dataclass(frozen=True)
+class ArmMetrics:
+    """One arm on one dataset, or on one category of it; None where a number does not exist.
+
+    `acceptance_length` is total new tokens ÷ total steps, the prompt's token left out; `acceptance_length_mean` is the
+    mean of the questions' own. `speedup_mean` is Spec-Bench's, the mean over questions of the ratio of tokens per
+    second; `speedup_total` is the ratio of total tokens ÷ total seconds. `identical` counts the questions whose every
+    answer is vanilla's, token for token; sampled text differs by design, so there it does not exist.
+    """
+
+    dataset: str
+    category: str | None
+    arm: str
+    questions: int
+    failed: int
+    new_tokens: int
+    steps: int
+    prefill_s: float
+    decode_s: float
+    tokens_per_s: float | None
+    acceptance_length: float | None
+    acceptance_length_mean: float | None
+    acceptance_length_vllm: float | None
+    acceptance_rate: float | None
+    confirm_rate: float | None
+    speedup_mean: Estimate | None
+    speedup_total: Estimate | None
+    identical: int | None
+
+
+@dataclass(frozen=True)
+class ArmMean:
+    """One arm over all datasets, each counting the same; None where a dataset lacks the number."""
+
+    arm: str
+    speedup: float | None
+    acceptance_length: float | None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One arm's token ids for one question, turn by turn; `stats` is None where a turn failed."""
+
+    token_ids: list[list[int]]
+    stats: Stats | None
+
+
+_Answers = dict[int | str, _Answer]  # by question
+
+
+def measure(results: Results, by_category: bool = False) -> list[ArmMetrics]:
+    """The metrics of each dataset (with `by_category`: of each of its categories) and arm, in the order of the run."""
+    groups: dict[tuple[str, str | None], list[Row]] = {}
+    for row in results.rows:
+        groups.setdefault((row.dataset, row.category if by_category else None), []).append(row)
+    return [metric for group, rows in groups.items() for metric in _measure_group(*group, rows, results)]
+
+
+def _measure_group(dataset: str, category: str | None, rows: Sequence[Row], results: Results) -> list[ArmMetrics]:
+    arms = [arm for arm in results.run.config.arms if any(row.arm == arm for row in rows)]
+    answers = {arm: _by_question([row for row in rows if row.arm == arm]) for arm in arms}
+    greedy = results.run.config.temperature == 0
+    return [_measure_arm(dataset, category, arm, answers[arm], answers.get(BASELINE), greedy) for arm in arms]
+
+
+def _measure_arm(
+    dataset: str, category: str | None, arm: str, answers: _Answers, vanilla: _Answers | None, greedy: bool
+) -> ArmMetrics:
+    whole = [answer.stats for answer in answers.values() if answer.stats is not None]
+    total = pool(whole)
+    lengths = [length for stats in whole if (length := stats.acceptance_length) is not None]
+    speedup_mean, speedup_total = _speedups(answers, vanilla) if vanilla else (None, None)
+    return ArmMetrics(
+        dataset=dataset,
+        category=category,
+        arm=arm,
+        questions=len(answers),
+        failed=len(answers) - len(whole),
+        new_tokens=total.new_tokens,
+        steps=total.steps,
+        prefill_s=total.prefill_s,
+        decode_s=total.decode_s,
+        tokens_per_s=total.tokens_per_s,
+        acceptance_length=total.acceptance_length,
+        acceptance_length_mean=fmean(lengths) if lengths else None,
+        acceptance_length_vllm=total.acceptance_length_vllm,
+        acceptance_rate=total.acceptance_rate,
+        confirm_rate=total.confirm_rate,
+        speedup_mean=speedup_mean,
+        speedup_total=speedup_total,
+        identical=_count_identical(answers, vanilla) if vanilla and greedy else None,
+    )
+
+
+def pool(stats: Iterable[Stats]) -> Stats:
+    """One Stats over several generations: counts and seconds added, logs joined, peak memory the largest."""
+    total = Stats()
+    for one in stats:
+        for name in _ADDED:
+            setattr(total, name, getattr(total, name) + getattr(one, name))
+        total.step_log.extend(one.step_log)
+        total.confirm_log.extend(one.confirm_log)
+        total.peak_memory_bytes = max(total.peak_memory_bytes, one.peak_memory_bytes)
+    return total
+
+
+_JOINED = {"step_log", "confirm_log", "peak_memory_bytes"}
+_ADDED = [field.name for field in fields(Stats) if field.name not in _JOINED]
+
+
+def mean_over_datasets(metrics: Sequence[ArmMetrics]) -> list[ArmMean]:
+    """The last column pair of the paper's table, for each arm."""
+    by_arm: dict[str, list[ArmMetrics]] = {}
+    for metric in metrics:
+        by_arm.setdefault(metric.arm, []).append(metric)
+    return [
+        ArmMean(
+            arm,
+            _mean([metric.speedup_mean.value if metric.speedup_mean else None for metric in of_arm]),
+            _mean([metric.acceptance_length for metric in of_arm]),
+        )
+        for arm, of_arm in by_arm.items()
+    ]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
+
+
+def _by_question(rows: Sequence[Row]) -> _Answers:
+    grouped: dict[int | str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row.repeat, row.turn)):
+        grouped.setdefault(row.question_id, []).append(row)
+    return {question_id: _answer(of_one) for question_id, of_one in grouped.items()}
+
+
+def _answer(rows: Sequence[Row]) -> _Answer:
+    stats = [row.stats for row in rows if row.stats is not None]
+    return _Answer([row.token_ids for row in rows], pool(stats) if len(stats) == len(rows) else None)
+
+
+def _pairs(answers: _Answers, vanilla: _Answers) -> list[tuple[_Answer, _Answer]]:
+    """An arm's answers beside vanilla's, where neither failed."""
+    pairs = [(answer, vanilla[question_id]) for question_id, answer in answers.items() if question_id in vanilla]
+    return [(ours, theirs) for ours, theirs in pairs if ours.stats is not None and theirs.stats is not None]
+
+
+def _count_identical(answers: _Answers, vanilla: _Answers) -> int:
+    return sum(ours.token_ids == theirs.token_ids for ours, theirs in _pairs(answers, vanilla))
+
+
+def _speedups(answers: _Answers, vanilla: _Answers) -> tuple[Estimate, Estimate] | tuple[None, None]:
+    """Both speedups, over the questions on which both arms took at least one step."""
+    pairs = [(_yield(ours), _yield(theirs)) for ours, theirs in _pairs(answers, vanilla)]
+    timed = np.array([pair for pair in pairs if np.all(pair)], dtype=np.float64).reshape(-1, 2, 2)
+    if not len(timed):
+        return None, None
+    arm, baseline = timed[:, 0], timed[:, 1]
+    return estimate(mean_of_ratios, arm, baseline), estimate(ratio_of_totals, arm, baseline)
+
+
+def _yield(answer: _Answer) -> tuple[float, float]:
+    """Tokens that the steps yielded, and their seconds."""
+    stats = answer.stats or Stats()
+    return stats.new_tokens - stats.prefill_tokens, stats.decode_s

@@ -1,0 +1,131 @@
+"""The result file: what ran, where, on which questions, and one row for each answer, step logs included.
+
+Every table is computed from this file alone. It appears whole: written beside its place, then renamed.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quasar_core.bench.config import BenchConfig
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.records import FinishReason, Stats
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer of one arm, or the error that stands in its place; `turn` and `repeat` count from 0."""
+
+    dataset: str
+    question_id: int | str
+    category: str
+    turn: int
+    repeat: int
+    arm: str
+    seed: int
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason | None
+    stats: Stats | None
+    error: str | None = None
+
+    @property
+    def conversation(self) -> tuple[str, int | str, int, str]:
+        """The turns that belong together: dataset, question, repeat, arm."""
+        return self.dataset, self.question_id, self.repeat, self.arm
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, every step and confirm included."""
+        return {**vars(self), "stats": self.stats.to_dict(logs=True) if self.stats else None}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Row":
+        """Rebuild from `to_dict`."""
+        return cls(**{**content, "stats": Stats.from_dict(content["stats"]) if content["stats"] else None})
+
+
+@dataclass(frozen=True)
+class Run:
+    """What ran and where. `datasets` gives the number and the digest of the questions asked, by dataset."""
+
+    config: BenchConfig
+    model: str
+    verifier: str | None
+    device: str
+    dtype: str
+    datasets: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    notes: list[str]
+    git: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Run":
+        """Rebuild from `to_dict`; ValueError for another format version."""
+        if content["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {content['format_version']}, where {FORMAT_VERSION} is read")
+        fields = {name: content[name] for name in cls.__dataclass_fields__}
+        return cls(**{**fields, "config": BenchConfig.from_dict(content["config"])})
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that may change a number, flat: setting → value."""
+        datasets = {f"dataset {name}": content["sha256"][:12] for name, content in self.datasets.items()}
+        versions = {f"{package} version": version for package, version in self.versions.items()}
+        machine = {"model": self.model, "verifier": self.verifier, "device": self.device, "dtype": self.dtype}
+        return {**machine, **datasets, **versions, **json.loads(json.dumps(asdict(self.config)))}
+
+
+def differing_settings(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
+    """Settings that two runs do not share: name, value in `a`, value in `b`; None where a run lacks it."""
+    of_a, of_b = a.settings(), b.settings()
+    return [(name, of_a.get(name), of_b.get(name)) for name in {**of_a, **of_b} if of_a.get(name) != of_b.get(name)]
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished run."""
+
+    run: Run
+    rows: list[Row]
+
+    @property
+    def errors(self) -> list[Row]:
+        """Rows that hold an error."""
+        return [row for row in self.rows if row.error is not None]
+
+
+def write_results(results: Results, path: Path) -> None:
+    """Write the result file, whole or not at all."""
+    content = {**results.run.to_dict(), "rows": [row.to_dict() for row in results.rows]}
+    write_whole(path, [json.dumps(content, ensure_ascii=False)])
+
+
+def write_whole(path: Path, lines: Iterable[str]) -> None:
+    """Write lines under another name, then rename."""
+    beside = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise QuasarError(f"{path} could not be written: {error.strerror}.") from error
+
+
+def read_results(path: Path) -> Results:
+    """Read a result file; UsageError, in one sentence, where it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Results(Run.from_dict(content), [Row.from_dict(row) for row in content["rows"]])
+    except OSError as error:
+        raise UsageError(f"{path} could not be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise UsageError(f"{path} is not a result file of quasar bench: {reason}.") from error

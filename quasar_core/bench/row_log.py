@@ -1,0 +1,59 @@
+"""Rows of a run that is not finished: appended as they come, so that an interrupted run can go on.
+
+The file stands beside the output as `NAME.partial.jsonl`: the run first, then a line for each conversation, which is
+a list of rows, so a line that was cut off takes its whole conversation with it.
+"""
+
+import json
+from pathlib import Path
+
+from quasar_core.bench.results import Results, Row, Run, differing_settings, write_results, write_whole
+from quasar_core.errors import QuasarError, UsageError
+
+
+class RowLog:
+    """The rows so far, in memory and on disk.
+
+    Opening an earlier log keeps its conversations, apart from failed ones (they are tried again). UsageError when the
+    log belongs to a run with other settings.
+    """
+
+    def __init__(self, output: Path, run: Run, resume: bool = True) -> None:
+        self.output = output
+        self.path = output.with_name(output.name + ".partial.jsonl")
+        self.run = run
+        kept = self._kept() if resume and self.path.is_file() else []
+        self.rows = [row for conversation in kept for row in conversation]
+        write_whole(self.path, [json.dumps(run.to_dict()), *map(_line, kept)])
+
+    def append(self, conversation: list[Row]) -> None:
+        """Add the rows of one conversation, at once."""
+        self.rows.extend(conversation)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(conversation) + "\n")
+
+    def finish(self) -> Results:
+        """Write the result file, and drop the log."""
+        results = Results(self.run, self.rows)
+        write_results(results, self.output)
+        self.path.unlink()
+        return results
+
+    def _kept(self) -> list[list[Row]]:
+        header, *lines = self.path.read_text(encoding="utf-8").split("\n")
+        try:
+            earlier = Run.from_dict(json.loads(header))
+            conversations = [[Row.from_dict(row) for row in json.loads(line)] for line in lines[:-1]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise QuasarError(f"{self.path} is damaged; pass --no-resume to start anew.") from error
+        if differences := differing_settings(earlier, self.run):
+            changed = ", ".join(f"{name} {before}, now {now}" for name, before, now in differences)
+            raise UsageError(
+                f"{self.path} belongs to a run with other settings ({changed}); "
+                "repeat them to finish it, or pass --no-resume to start anew."
+            )
+        return [conversation for conversation in conversations if not any(row.error for row in conversation)]
+
+
+def _line(conversation: list[Row]) -> str:
+    return json.dumps([row.to_dict() for row in conversation], ensure_ascii=False)

@@ -1,0 +1,151 @@
+"""Packed codes: the AutoGPTQ layout of a linear layer, version 1 (and the zeros of version 2).
+
+Codes of `bits` bits run as one little-endian stream through 32-bit words, for every width alike: 2, 4 and 8 bits fill
+a word exactly, 3 bits fill three words with 32 codes. Letters: in and out are the layer's sizes, g the group size,
+G = ⌈in / g⌉ the number of groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from quasar_core.errors import QuasarError
+
+_WORD = 0xFFFFFFFF
+
+
+def codes_per_period(bits: int) -> int:
+    """The smallest number of codes that fills whole words: a packed size must be a multiple of it."""
+    return 32 // bits if 32 % bits == 0 else 32
+
+
+def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes [n, m] (any integer dtype, 0 ≤ code < 2^bits) along n into int32 [n·bits/32, m]."""
+    n, m = codes.shape
+    period = codes_per_period(bits)
+    if n % period:
+        raise ValueError(f"{n} rows of {bits}-bit codes do not fill whole words: use a multiple of {period}")
+    blocks = codes.to(torch.int64).view(n // period, period, m)
+    words = torch.zeros(n // period, period * bits // 32, m, dtype=torch.int64, device=codes.device)
+    for i in range(period):
+        word, shift = divmod(i * bits, 32)
+        shifted = blocks[:, i] << shift
+        words[:, word] |= shifted & _WORD
+        if shift + bits > 32:
+            words[:, word + 1] |= shifted >> 32
+    signed = (words ^ 0x80000000) - 0x80000000
+    return signed.to(torch.int32).view(-1, m)
+
+
+def unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `pack_rows`: int32 [n·bits/32, m] → uint8 [n, m]."""
+    period = codes_per_period(bits)
+    blocks = (words.to(torch.int64) & _WORD).view(-1, period * bits // 32, words.shape[1])
+    codes = []
+    for i in range(period):
+        word, shift = divmod(i * bits, 32)
+        value = blocks[:, word] >> shift
+        if shift + bits > 32:
+            value = value | (blocks[:, word + 1] << (32 - shift))
+        codes.append(value & (2**bits - 1))
+    return torch.stack(codes, dim=1).to(torch.uint8).view(-1, words.shape[1])
+
+
+def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack codes [n, m] along m into int32 [n, m·bits/32]."""
+    return pack_rows(codes.t().contiguous(), bits).t().contiguous()
+
+
+def unpack_columns(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `pack_columns`: int32 [n, m·bits/32] → uint8 [n, m]."""
+    return unpack_rows(words.t().contiguous(), bits).t().contiguous()
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The codes of a linear layer: W[i, o] = scales[g_idx[i], o] · (codes[i, o] − zeros[g_idx[i], o])."""
+
+    bits: int
+    group_size: int
+    codes: torch.Tensor  # [in, out] uint8
+    scales: torch.Tensor  # [G, out] float16
+    zeros: torch.Tensor  # [G, out] int32, 1 to 2^bits − 1 where written here
+    g_idx: torch.Tensor  # [in] int32
+
+    @property
+    def in_features(self) -> int:
+        """Rows of the stored layout."""
+        return self.codes.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """Columns of the stored layout."""
+        return self.codes.shape[1]
+
+    @property
+    def has_trivial_groups(self) -> bool:
+        """Whether rows belong to groups in order, as kernels want it."""
+        return torch.equal(self.g_idx.cpu(), trivial_groups(self.in_features, self.group_size))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight as `torch.nn.Linear` holds it, [out, in]; computed in float32, then rounded."""
+        index = self.g_idx.long()
+        weight = self.scales.float()[index] * (self.codes.float() - self.zeros.float()[index])
+        return weight.t().to(dtype).contiguous()
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """The tensors of the checkpoint, version 1: zeros are stored minus one."""
+        return {
+            "qweight": pack_rows(self.codes, self.bits),
+            "qzeros": pack_columns(self.zeros - 1, self.bits),
+            "scales": self.scales.contiguous(),
+            "g_idx": self.g_idx.contiguous(),
+        }
+
+
+def trivial_groups(in_features: int, group_size: int) -> torch.Tensor:
+    """g_idx of rows grouped in order; a group size of −1 is one group."""
+    size = in_features if group_size == -1 else group_size
+    return (torch.arange(in_features) // size).to(torch.int32)
+
+
+def count_groups(in_features: int, group_size: int) -> int:
+    """G, the last group possibly shorter."""
+    return 1 if group_size == -1 else -(-in_features // group_size)
+
+
+def why_not_packable(in_features: int, out_features: int, bits: int) -> str | None:
+    """Why the layout cannot hold a layer of this size, or None where it can."""
+    period = codes_per_period(bits)
+    for size, what in ((in_features, "inputs"), (out_features, "outputs")):
+        if size % period:
+            return f"{size} {what} are not a multiple of {period}, as {bits}-bit words need"
+    return None
+
+
+def unpack_weight(
+    name: str, tensors: dict[str, torch.Tensor], bits: int, group_size: int, zeros_offset: int
+) -> QuantizedWeight:
+    """Read a layer's tensors strictly; `zeros_offset` is 1 for format version 1 and 0 for version 2."""
+    missing = {"qweight", "qzeros", "scales"} - tensors.keys()
+    if missing:
+        raise QuasarError(f"The checkpoint's layer {name} has no {', '.join(sorted(missing))}.")
+    codes = unpack_rows(tensors["qweight"], bits)
+    in_features, out_features = codes.shape
+    scales = tensors["scales"]
+    groups = count_groups(in_features, group_size)
+    _check_shape(name, "scales", scales, (groups, out_features))
+    _check_shape(name, "qzeros", tensors["qzeros"], (groups, out_features * bits // 32))
+    zeros = unpack_columns(tensors["qzeros"], bits).to(torch.int32) + zeros_offset
+    g_idx = tensors.get("g_idx", trivial_groups(in_features, group_size)).to(torch.int32)
+    _check_shape(name, "g_idx", g_idx, (in_features,))
+    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        raise QuasarError(f"The checkpoint's layer {name} has a g_idx outside its {groups} groups.")
+    if not bool(torch.isfinite(scales).all()):
+        raise QuasarError(f"The checkpoint's layer {name} has scales that are not finite.")
+    return QuantizedWeight(bits, group_size, codes, scales.to(torch.float16), zeros, g_idx)
+
+
+def _check_shape(name: str, what: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise QuasarError(f"The checkpoint's layer {name} has {what} of shape {tuple(tensor.shape)}, not {shape}.")

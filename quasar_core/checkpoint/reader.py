@@ -1,0 +1,159 @@
+"""Read a verifier checkpoint, strictly: what does not fit the format is refused in one sentence."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quasar_core.checkpoint.packing import QuantizedWeight, unpack_weight
+from quasar_core.config import BITS
+from quasar_core.errors import QuasarError
+from quasar_core.records import FidelityReport
+
+PACKED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+
+
+class TensorFiles:
+    """The safetensors files of a folder as one mapping from name to tensor, read on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._where: dict[str, Path] = {}
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise QuasarError(f"{folder} holds no safetensors files.")
+        for path in files:
+            with _open(path) as file:
+                self._where.update(dict.fromkeys(file.keys(), path))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._where)
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+        if name not in self._where:
+            raise QuasarError(f"{self.folder} holds no tensor {name}.")
+        with _open(self._where[name]) as file:
+            return file.get_tensor(name)
+
+    def load_many(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors file by file, each file opened once."""
+        for path in sorted({self._where[name] for name in names}):
+            with _open(path) as file:
+                for name in names:
+                    if self._where[name] == path:
+                        yield name, file.get_tensor(name)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise QuasarError(f"{path} is not a readable safetensors file ({error}).") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or one sentence that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise QuasarError(f"{path} does not exist.") from error
+    except (OSError, ValueError) as error:
+        raise QuasarError(f"{path} is not readable JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise QuasarError(f"{path} does not hold a JSON object.")
+    return content
+
+
+@dataclass(frozen=True)
+class QuantizationFormat:
+    """The part of `quantization_config` that reading depends on."""
+
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    zeros_offset: int
+
+    @classmethod
+    def parse(cls, folder: Path, config: dict[str, Any]) -> "QuantizationFormat":
+        """From config.json's `quantization_config`, or from quantize_config.json beside it."""
+        section = config.get("quantization_config")
+        if section is None and (folder / "quantize_config.json").exists():
+            section = read_json(folder / "quantize_config.json")
+        if section is None:
+            raise QuasarError(f"{folder} is not a quantized checkpoint: its config has no quantization_config.")
+        method = section.get("quant_method", "gptq")
+        if method != "gptq":
+            raise QuasarError(f"{folder} is quantized by {method}, which this version does not read; it reads gptq.")
+        bits, group_size = section.get("bits"), section.get("group_size", -1)
+        if bits not in BITS:
+            raise QuasarError(f"{folder} has {bits}-bit codes, which this version does not read.")
+        if section.get("pack_dtype", "int32") != "int32":
+            raise QuasarError(f"{folder} packs codes into {section['pack_dtype']}, which this version does not read.")
+        version = section.get("checkpoint_format", "gptq")
+        if version not in ("gptq", "gptq_v2"):
+            raise QuasarError(f"{folder} has the checkpoint format {version}, which this version does not read.")
+        offset = 1 if version == "gptq" else 0
+        return cls(bits, group_size, section.get("sym", True), section.get("desc_act", False), offset)
+
+
+class VerifierCheckpoint:
+    """A quantized checkpoint's folder: config, format, packed layers, the tensors that stayed as they were."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise QuasarError(f"The verifier's folder {folder} does not exist.")
+        self.folder = folder
+        self.config = read_json(folder / "config.json")
+        self.format = QuantizationFormat.parse(folder, self.config)
+        self.tensors = TensorFiles(folder)
+        card = folder / "quasar.json"
+        self.card: dict[str, Any] = read_json(card) if card.exists() else {}
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Modules whose weight is packed, such as `model.layers.0.mlp.up_proj`."""
+        return [name.removesuffix(".qweight") for name in self.tensors.names() if name.endswith(".qweight")]
+
+    @property
+    def plain_names(self) -> list[str]:
+        """Tensors that are not part of a packed weight: norms, biases, the embedding."""
+        packed = {f"{layer}.{suffix}" for layer in self.layer_names for suffix in PACKED_SUFFIXES}
+        return [name for name in self.tensors.names() if name not in packed]
+
+    @property
+    def fidelity(self) -> FidelityReport | None:
+        """The report that quantizing wrote; None in a checkpoint of another tool."""
+        report = self.card.get("report")
+        return FidelityReport.from_dict(report["fidelity"]) if report else None
+
+    @property
+    def target_fingerprint(self) -> str | None:
+        """The fingerprint of the target it was made from; None in a checkpoint of another tool."""
+        target = self.card.get("target")
+        return target["fingerprint"] if target else None
+
+    def layer(self, name: str) -> QuantizedWeight:
+        """One layer's codes, unpacked and checked."""
+        parts = {s: f"{name}.{s}" for s in PACKED_SUFFIXES if f"{name}.{s}" in self.tensors}
+        tensors = {suffix: self.tensors.load(full) for suffix, full in parts.items()}
+        bits = self._bits_of(name, tensors)
+        return unpack_weight(name, tensors, bits, self.format.group_size, self.format.zeros_offset)
+
+    def _bits_of(self, name: str, tensors: dict[str, torch.Tensor]) -> int:
+        """Bits follow from the shapes, so that a head of another width needs no table."""
+        if "g_idx" not in tensors:
+            return self.format.bits
+        bits = tensors["qweight"].shape[0] * 32 // tensors["g_idx"].shape[0]
+        if bits not in BITS:
+            raise QuasarError(f"The checkpoint's layer {name} has {bits}-bit codes, which this version does not read.")
+        return bits

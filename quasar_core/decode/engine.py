@@ -1,0 +1,162 @@
+"""The self-speculative loop: draft, verify, confirm.
+
+It knows models, a cache and token ids; nothing of text. In `full` the target verifies the drafts itself; in
+`quantized` the verifier does, and its word is final; in `exact` verified tokens wait in the window until the target
+has confirmed them. Letters: k draft tokens, W window tokens, V vocabulary.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from quasar_core.config import GenerationConfig
+from quasar_core.decode.acceptance import accept_matching, confirm_sampled
+from quasar_core.decode.draft_length import DraftLength
+from quasar_core.decode.sampling import distribution, draw, penalize_repetition
+from quasar_core.decode.window import WindowPolicy
+from quasar_core.draft.base import Draft, Drafter
+from quasar_core.models.base import KVCache
+from quasar_core.models.pair import Pair
+from quasar_core.records import Confirm, Stats, Step
+
+PREFILL_CHUNK = 512
+
+
+class Engine:
+    """One generation. `tokens` holds prompt, committed tokens and window; only the last has no place in the cache."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        cache: KVCache,
+        config: GenerationConfig,
+        drafter: Drafter,
+        draft_length: DraftLength,
+        window: WindowPolicy,
+        generator: torch.Generator,
+        max_tokens: int,
+    ) -> None:
+        self.pair, self.cache, self.config = pair, cache, config
+        self.drafter, self.draft_length, self.window_policy = drafter, draft_length, window
+        self.generator = generator
+        self.max_tokens = max_tokens  # prompt included
+        self.confirms = config.verify == "exact"
+        self.verifying = pair.primary if config.verify == "full" else pair.verifier
+        self.eos_ids = frozenset() if config.ignore_eos else pair.eos_ids
+        self.stats = Stats()
+        self.tokens: list[int] = []
+        self.committed = 0
+        self._survival = 1.0
+        self._window_q: list[torch.Tensor] = []  # the verifier's distribution [V] of each window token, when sampling
+
+    @property
+    def window(self) -> list[int]:
+        """Tokens that wait for a confirm."""
+        return self.tokens[self.committed :]
+
+    def prefill(self, prompt: Sequence[int], cached: int = 0) -> None:
+        """Run the prompt beyond the `cached` tokens through the target, in chunks; commit the token that follows."""
+        start = time.perf_counter()
+        for begin in range(cached, len(prompt), PREFILL_CHUNK):
+            logits = self.pair.primary.forward(prompt[begin : begin + PREFILL_CHUNK], self.cache, last_only=True)
+        self.tokens = list(prompt)
+        choices, _ = self._choose(logits, [])
+        self.tokens.append(choices[0])
+        self.drafter.observe(self.tokens)
+        self.committed = len(self.tokens)
+        self.stats.prompt_tokens, self.stats.cached_tokens = len(prompt), cached
+        self.stats.prefill_tokens = 1
+        self.stats.prefill_s = time.perf_counter() - start
+
+    def step(self) -> None:
+        """Draft, verify, and confirm when it is due."""
+        start = time.perf_counter()
+        draft = self._draft()
+        drafted = time.perf_counter()
+        self._verify(draft)
+        verified = time.perf_counter()
+        self.stats.draft_s += drafted - start
+        self.stats.verify_s += verified - drafted
+        if self.confirms and self._confirm_is_due():
+            self._confirm()
+            self.stats.confirm_s += time.perf_counter() - verified
+        self.stats.decode_s += time.perf_counter() - start
+
+    def _draft(self) -> Draft:
+        room = self.max_tokens - len(self.tokens) - 1  # the bonus token needs a place
+        return self.draft_length.cut(self.drafter.propose(min(self.draft_length.limit, room)))
+
+    def _verify(self, draft: Draft) -> None:
+        """One pass over the last token and the draft; accepted tokens and the bonus join the text."""
+        logits = self.verifying.forward([self.tokens[-1], *draft.tokens], self.cache)
+        choices, q = self._choose(logits, draft.tokens)
+        accepted, bonus = accept_matching(choices, draft.tokens)
+        new = self._cut_at_eos([*draft.tokens[:accepted], bonus])
+        accepted = min(accepted, len(new))
+        if self.confirms:
+            self._remember(logits, q, len(new))
+        self.stats.step_log.append(Step(len(draft.tokens), accepted, draft.match_length))
+        self.draft_length.learn(draft, accepted)
+        self._extend(new)
+        if not self.confirms:
+            self.committed = len(self.tokens)
+
+    def _confirm_is_due(self) -> bool:
+        return (
+            self.window_policy.is_due(len(self.window), self._survival)
+            or self.tokens[-1] in self.eos_ids
+            or len(self.tokens) >= self.max_tokens
+        )
+
+    def _confirm(self) -> None:
+        """One target pass over the window; what it accepts is committed with its bonus token, the rest taken back."""
+        window = self.window
+        self.cache.rollback(self.committed - 1)
+        logits = self.pair.primary.forward(self.tokens[self.committed - 1 :], self.cache)
+        accepted, bonus = self._accept_window(logits, window)
+        self.stats.confirm_log.append(Confirm(len(window), accepted))
+        self.drafter.forget(len(window) - accepted)
+        self.tokens = self.tokens[: self.committed + accepted]
+        ended = self.tokens[-1] in self.eos_ids and accepted > 0
+        self._extend([] if ended or len(self.tokens) >= self.max_tokens else [bonus])
+        self.committed = len(self.tokens)
+        self._survival = 1.0
+        self._window_q.clear()
+
+    def _accept_window(self, logits: torch.Tensor, window: Sequence[int]) -> tuple[int, int]:
+        prefix = self.tokens[: self.committed]
+        logits = penalize_repetition(logits, prefix, window, self.config.sampling.repetition_penalty)
+        if self.config.sampling.greedy:
+            return accept_matching(logits.argmax(dim=-1).tolist(), window)
+        p = distribution(logits, self.config.sampling)
+        return confirm_sampled(p, torch.stack(self._window_q), window, self.generator)
+
+    def _choose(self, logits: torch.Tensor, draft: Sequence[int]) -> tuple[list[int], torch.Tensor | None]:
+        """The pass's own token at each row, and when sampling the distributions it was drawn from."""
+        logits = penalize_repetition(logits, self.tokens, draft, self.config.sampling.repetition_penalty)
+        if self.config.sampling.greedy:
+            return logits.argmax(dim=-1).tolist(), None
+        probabilities = distribution(logits, self.config.sampling)
+        return draw(probabilities, self.generator).tolist(), probabilities
+
+    def _remember(self, logits: torch.Tensor, q: torch.Tensor | None, count: int) -> None:
+        """Keep what a later confirm needs of the `count` new tokens: how sure the verifier was, and its q."""
+        if self.window_policy.agreement:
+            best = logits[:count].topk(2, dim=-1).values
+            for margin in (best[:, 0] - best[:, 1]).tolist():
+                self._survival *= self.window_policy.survival(margin)
+        if q is not None:
+            self._window_q.extend(q[:count])
+
+    def _cut_at_eos(self, tokens: list[int]) -> list[int]:
+        for i, token in enumerate(tokens):
+            if token in self.eos_ids:
+                return tokens[: i + 1]
+        return tokens
+
+    def _extend(self, new: list[int]) -> None:
+        """Append tokens, and move the cache to just before the last one."""
+        self.tokens += new
+        self.drafter.observe(new)
+        self.cache.rollback(len(self.tokens) - 1)

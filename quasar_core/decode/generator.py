@@ -1,0 +1,162 @@
+"""Generate answers with a pair: prompt in, text out, the cache kept between calls."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from quasar_core.config import GenerationConfig
+from quasar_core.decode.costs import PairCosts, measure_costs
+from quasar_core.decode.draft_length import AdaptiveLength, DraftLength, FixedLength
+from quasar_core.decode.engine import Engine
+from quasar_core.decode.text import TextStream
+from quasar_core.decode.window import DEFAULT_WINDOW, AgreementCurve, WindowPolicy, choose_policy
+from quasar_core.draft.base import Drafter
+from quasar_core.draft.select import make_drafter
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.models.base import KVCache
+from quasar_core.models.pair import Pair
+from quasar_core.records import FinishReason, GenerationResult
+
+
+class Generator:
+    """Generates with one pair and one config. A prompt that begins as the last conversation did reuses its cache."""
+
+    def __init__(
+        self, pair: Pair, config: GenerationConfig, make_draft: Callable[[], Drafter] | None = None
+    ) -> None:
+        _check_models(pair, config)
+        self.pair, self.config = pair, config
+        self._make_drafter = make_draft or (lambda: make_drafter(config))
+        self._costs: PairCosts | None = None
+        self._window = self._choose_window()
+        self._cache: KVCache | None = None
+        self._cached: list[int] = []
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self._cached = []
+
+    def generate(
+        self, prompt_ids: Sequence[int], on_text: Callable[[str], None] | None = None
+    ) -> GenerationResult:
+        """Generate after the prompt; `on_text` receives finished text as it comes.
+
+        Raises UsageError for an empty prompt and for one that leaves no room in the model's context.
+        """
+        max_tokens = self._check_prompt(prompt_ids)
+        start = time.perf_counter()
+        cached = self._reuse_cache(prompt_ids, max_tokens)
+        engine = self._make_engine(max_tokens)
+        text = TextStream(self.pair.tokenizer, self.config.stop, on_text)
+        _reset_peak_memory(self.pair.device)
+        engine.prefill(prompt_ids, cached)
+        engine.stats.ttft_s = time.perf_counter() - start
+        try:
+            count, reason = self._run(engine, text, len(prompt_ids))
+        finally:
+            self._cached = engine.tokens[: min(engine.committed - 1, engine.cache.length)]
+            engine.cache.rollback(len(self._cached))
+        engine.stats.new_tokens = count
+        engine.stats.peak_memory_bytes = _peak_memory(self.pair.device)
+        new = engine.tokens[len(prompt_ids) : len(prompt_ids) + count]
+        return GenerationResult(list(prompt_ids), new, text.finish(), reason, engine.stats)
+
+    def _run(self, engine: Engine, text: TextStream, prompt_length: int) -> tuple[int, FinishReason]:
+        """Step until something ends the answer; the number of its tokens, and what ended it."""
+        read = prompt_length
+        while True:
+            while read < engine.committed:
+                token = engine.tokens[read]
+                read += 1
+                if token in engine.eos_ids:
+                    return read - prompt_length, "eos"
+                if text.add(token):
+                    return read - prompt_length, "stop"
+                if read >= engine.max_tokens:
+                    return read - prompt_length, "length"
+            engine.step()
+
+    def _check_prompt(self, prompt_ids: Sequence[int]) -> int:
+        """The number of tokens, prompt included, at which to end."""
+        if not prompt_ids:
+            raise UsageError("The prompt is empty.")
+        limit = self.pair.max_context
+        if len(prompt_ids) >= limit:
+            raise UsageError(f"The prompt has {len(prompt_ids)} tokens, and the model's context holds {limit}.")
+        return min(len(prompt_ids) + self.config.max_new_tokens, limit)
+
+    def _reuse_cache(self, prompt_ids: Sequence[int], max_tokens: int) -> int:
+        """Keep the cached tokens that begin the prompt too, but one at least is passed anew; their number."""
+        if self._cache is None or self._cache.capacity < max_tokens:
+            capacity = min(self.pair.max_context, -(-max_tokens // 1024) * 1024)
+            self._cache, self._cached = self.pair.new_cache(capacity), []
+        common = 0
+        for old, new in zip(self._cached, prompt_ids[:-1], strict=False):
+            if old != new:
+                break
+            common += 1
+        self._cache.rollback(common)
+        self._cached = self._cached[:common]
+        return common
+
+    def _make_engine(self, max_tokens: int) -> Engine:
+        assert self._cache is not None
+        generator = torch.Generator(self.pair.device).manual_seed(self.config.sampling.seed)
+        return Engine(
+            self.pair,
+            self._cache,
+            self.config,
+            self._make_drafter(),
+            self._choose_draft_length(),
+            self._window,
+            generator,
+            max_tokens,
+        )
+
+    def _choose_draft_length(self) -> DraftLength:
+        if self.config.draft == "none":
+            return FixedLength(0)
+        if self.config.num_draft_tokens == "auto":
+            return AdaptiveLength(self._measured_costs().verify)
+        return FixedLength(self.config.num_draft_tokens)
+
+    def _choose_window(self) -> WindowPolicy:
+        if self.config.verify != "exact" or self.config.window != "auto":
+            return WindowPolicy(DEFAULT_WINDOW if self.config.window == "auto" else self.config.window)
+        if self.pair.fidelity is None:
+            self.pair.notes.append(f"window: {DEFAULT_WINDOW} tokens, as the verifier has no margin table")
+            return WindowPolicy(DEFAULT_WINDOW)
+        policy = choose_policy(AgreementCurve(self.pair.fidelity.margins), self._measured_costs())
+        self.pair.notes.append(
+            f"window: at most {policy.limit} tokens, confirmed below a survival of {policy.threshold:.2f}, "
+            "as the measured costs and the verifier's margins advise"
+        )
+        return policy
+
+    def _measured_costs(self) -> PairCosts:
+        if self._costs is None:
+            self._costs = measure_costs(self.pair, with_verifier=self.config.verify != "full")
+        return self._costs
+
+
+def _check_models(pair: Pair, config: GenerationConfig) -> None:
+    if config.verify in ("full", "exact") and pair.target is None:
+        raise UsageError(f"--verify {config.verify} needs the target, and --no-target left it out.")
+    if config.verify in ("quantized", "exact") and pair.verifier is None:
+        raise QuasarError(f"--verify {config.verify} needs a verifier; make one with `quasar quantize`.")
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the device on CUDA, of the process on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

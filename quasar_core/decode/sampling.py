@@ -1,0 +1,56 @@
+"""From logits to a distribution to a token; pure. Letters: T rows, V vocabulary.
+
+The order is the field's: repetition penalty, temperature, top-k, top-p, min-p (as transformers' generate applies
+them). Target and verifier go through the same function, so p and q are compared after it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from quasar_core.config import SamplingConfig
+
+
+def penalize_repetition(
+    logits: torch.Tensor, prefix: Sequence[int], continuation: Sequence[int], penalty: float
+) -> torch.Tensor:
+    """Divide positive and multiply negative logits of tokens seen before (Keskar et al., 2019, CTRL).
+
+    Row i of logits [T, V] follows `prefix` and the first i tokens of `continuation`.
+    """
+    if penalty == 1.0:
+        return logits
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    seen[:, torch.tensor(prefix, dtype=torch.long, device=logits.device)] = True
+    for i, token in enumerate(continuation[: logits.shape[0] - 1]):
+        seen[i + 1 :, token] = True
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def distribution(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
+    """Probabilities [T, V] of logits [T, V] after temperature, top-k, top-p and min-p (temperature above 0)."""
+    logits = logits / config.temperature
+    if 0 < config.top_k < logits.shape[-1]:
+        smallest = logits.topk(config.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    if config.top_p < 1:
+        logits = _keep_nucleus(logits, config.top_p)
+    probabilities = logits.softmax(dim=-1)
+    if config.min_p > 0:
+        best = probabilities.max(dim=-1, keepdim=True).values
+        probabilities = probabilities.masked_fill(probabilities < config.min_p * best, 0)
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    return probabilities
+
+
+def _keep_nucleus(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The smallest set of best tokens whose probability reaches top_p; the best token always stays."""
+    ordered, order = logits.sort(dim=-1, descending=True)
+    before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
+    dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    return logits.masked_fill(dropped, -torch.inf)
+
+
+def draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One token from each row of [T, V] → [T]."""
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

@@ -1,0 +1,53 @@
+"""Prompt lookup: what followed the last words the last time they stood in the text (Saxena, 2023; the paper, §3)."""
+
+from collections.abc import Sequence
+
+from quasar_core.draft.base import Draft
+
+_Gram = tuple[int, ...]
+
+
+class NgramDrafter:
+    """Matches the longest suffix of `min_size` to `max_size` tokens; of several matches, the most recent.
+
+    An n-gram enters the index when the token after it is known, so a suffix never matches itself. Every entry keeps
+    what it replaced, so tokens can be taken back. All operations take constant time a token.
+    """
+
+    def __init__(self, min_size: int = 1, max_size: int = 3) -> None:
+        self.sizes = range(max_size, min_size - 1, -1)
+        self.context: list[int] = []
+        self._next_position: dict[_Gram, int] = {}
+        self._replaced: list[list[tuple[_Gram, int | None]]] = []
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        """Index the n-grams that end before each new token."""
+        for token in tokens:
+            position = len(self.context)
+            entries = []
+            for size in self.sizes:
+                if size <= position:
+                    gram = tuple(self.context[-size:])
+                    entries.append((gram, self._next_position.get(gram)))
+                    self._next_position[gram] = position
+            self._replaced.append(entries)
+            self.context.append(token)
+
+    def forget(self, count: int) -> None:
+        """Undo the last `count` observations."""
+        for _ in range(count):
+            self.context.pop()
+            for gram, previous in self._replaced.pop():
+                if previous is None:
+                    del self._next_position[gram]
+                else:
+                    self._next_position[gram] = previous
+
+    def propose(self, limit: int) -> Draft:
+        """Copy from behind the match; a copy that reaches the end of the text goes on with itself (as in LZ77)."""
+        for size in self.sizes:
+            start = self._next_position.get(tuple(self.context[-size:])) if size <= len(self.context) else None
+            if start is not None and limit > 0:
+                period = len(self.context) - start
+                return Draft(tuple(self.context[start + i % period] for i in range(limit)), size)
+        return Draft()

@@ -1,0 +1,68 @@
+"""Which kernel runs a layer, and why: explicit, never silent."""
+
+from dataclasses import dataclass
+
+import torch
+
+from quasar_core.errors import UsageError
+from quasar_core.kernels.base import Kernel, LayerShape
+from quasar_core.kernels.int4 import CpuInt4Kernel, CudaInt4Kernel
+from quasar_core.kernels.reference import ReferenceKernel
+
+# Fastest first; the reference path supports everything.
+KERNELS: tuple[Kernel, ...] = (CudaInt4Kernel(), CpuInt4Kernel(), ReferenceKernel())
+KERNEL_NAMES = tuple(kernel.name for kernel in KERNELS)
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """A kernel, and the sentence that says why it."""
+
+    kernel: Kernel
+    reason: str
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """For `quasar doctor`: whether a kernel runs a common 4-bit layer here."""
+
+    name: str
+    usable: bool
+    reason: str
+
+
+def select_kernel(
+    shape: LayerShape, device: torch.device, dtype: torch.dtype, requested: str = "auto"
+) -> KernelChoice:
+    """The first kernel that supports the layer, or the requested one; UsageError where that one does not."""
+    if requested != "auto":
+        kernel = _kernel_named(requested)
+        obstacle = kernel.why_not(shape, device, dtype)
+        if obstacle:
+            raise UsageError(f"--kernel {requested} cannot run this verifier: {obstacle}.")
+        return KernelChoice(kernel, "asked for by --kernel")
+    refused = []
+    for kernel in KERNELS:
+        obstacle = kernel.why_not(shape, device, dtype)
+        if obstacle is None:
+            return KernelChoice(kernel, "; ".join(refused) or "the fastest here")
+        if not obstacle.startswith("it runs on"):
+            refused.append(f"not {kernel.name}: {obstacle}")
+    raise AssertionError("the reference kernel supports every layer")
+
+
+def _kernel_named(name: str) -> Kernel:
+    for kernel in KERNELS:
+        if kernel.name == name:
+            return kernel
+    raise UsageError(f"--kernel must be one of auto, {', '.join(KERNEL_NAMES)}, not {name}.")
+
+
+def describe_kernels(device: torch.device, dtype: torch.dtype) -> list[KernelReport]:
+    """What each kernel says of a 4096 × 4096 layer of 4 bits in groups of 128."""
+    shape = LayerShape(4096, 4096, bits=4, group_size=128, trivial_groups=True)
+    reports = []
+    for kernel in KERNELS:
+        obstacle = kernel.why_not(shape, device, dtype)
+        reports.append(KernelReport(kernel.name, obstacle is None, obstacle or "runs 4-bit layers in groups of 128"))
+    return reports

@@ -1,0 +1,39 @@
+"""Where a model runs and in which precision: chosen once, with the reason."""
+
+import torch
+
+from quasar_core.errors import UsageError
+
+# Below this size float32 is as fast as bf16 on a CPU, and passes of any length agree bit for bit more often.
+SMALL_MODEL_BYTES = 200_000_000
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(requested: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(requested)
+    except RuntimeError as error:
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {requested}.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {requested}.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {requested} was asked for, and PyTorch {torch.__version__} finds no CUDA device.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {requested} was asked for, and there are {torch.cuda.device_count()} CUDA devices.")
+    return device
+
+
+def choose_dtype(requested: str, stored: str | None, weight_bytes: int, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of the passes, and why; `stored` is the dtype that the model's config names."""
+    if requested != "auto":
+        if requested not in DTYPES:
+            raise UsageError(f"--dtype must be auto, {', '.join(DTYPES)}, not {requested}.")
+        return DTYPES[requested], "asked for by --dtype"
+    if device.type == "cpu" and weight_bytes < SMALL_MODEL_BYTES:
+        return torch.float32, "a small model on the CPU is as fast in float32, and reproducible"
+    if device.type == "cpu" and stored == "float16":
+        return torch.bfloat16, "float16 is slow on the CPU"
+    return DTYPES.get(stored or "", torch.bfloat16), "as the model is stored"

@@ -1,0 +1,86 @@
+"""A preallocated cache for models that run through transformers. Letters: B batch (1 when
+generating), H key-value heads, D head size.
+
+Rolling back moves a length. A layer that two models write is a layer of one buffer: whoever passed last wrote it.
+"""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from quasar_core.errors import QuasarError
+
+
+class PreallocatedLayer(CacheLayerMixin):
+    """Keys and values of one layer, [B, H, capacity, D]; allocated at the first write, when shapes are known."""
+
+    is_sliding = False
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.length = capacity, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the buffers like the first keys and values."""
+        for name, states in (("keys", key_states), ("values", value_states)):
+            batch, heads, _, width = states.shape
+            setattr(self, name, states.new_zeros(batch, heads, self.capacity, width))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write T positions after the present length; views of all positions written so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[2]
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query: Any) -> tuple[int, int]:
+        """Key length and offset for a pass of T queries; older transformers give their positions instead of T."""
+        count = query if isinstance(query, int) else query.shape[0]
+        return self.length + count, 0
+
+    def get_seq_length(self) -> int:
+        """Positions written."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """The capacity."""
+        return self.capacity
+
+    get_max_cache_shape = get_max_length
+
+
+class PreallocatedCache(Cache):
+    """One layer each for a model's decoder layers; implements `models.base.KVCache`."""
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        super().__init__(layers=[PreallocatedLayer(capacity) for _ in range(num_layers)])
+        self._capacity = capacity
+
+    @property
+    def length(self) -> int:
+        """Positions written."""
+        return self.layers[0].length
+
+    @property
+    def capacity(self) -> int:
+        """Positions there is room for."""
+        return self._capacity
+
+    def rollback(self, length: int) -> None:
+        """Move the length back; a length ahead of what is written is a defect of the caller."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot move a cache of {self.length} positions to {length}")
+        for layer in self.layers:
+            layer.length = length
+
+    def make_room(self, count: int) -> None:
+        """Refuse a pass that would not fit."""
+        if self.length + count > self.capacity:
+            raise QuasarError(f"The cache holds {self.capacity} tokens, and {self.length + count} are needed.")

@@ -1,0 +1,65 @@
+"""A target and its verifier on one device, over one cache."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from quasar_core.errors import QuasarError
+from quasar_core.models.base import CausalLM, KVCache
+from quasar_core.models.transformers_lm import TransformersLM
+from quasar_core.records import FidelityReport
+
+
+@dataclass
+class Pair:
+    """What generating needs: models, tokenizer, limits, and the choices made while loading, each with its reason."""
+
+    tokenizer: PreTrainedTokenizerBase
+    target: CausalLM | None
+    verifier: CausalLM | None
+    target_name: str
+    verifier_name: str | None
+    max_context: int
+    eos_ids: frozenset[int]
+    device: torch.device
+    dtype: torch.dtype
+    fidelity: FidelityReport | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def primary(self) -> CausalLM:
+        """The model that runs the prompt: the target where there is one."""
+        model = self.target or self.verifier
+        if model is None:
+            raise QuasarError("Neither a target nor a verifier is loaded.")
+        return model
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """A cache that target and verifier share."""
+        return self.primary.new_cache(capacity)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise QuasarError(f"The tokenizer in {folder} could not be loaded: {first}") from error
+
+
+def context_limit(config: Any) -> int:
+    """Positions that the model was made for."""
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def end_of_text_ids(model: TransformersLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends an answer: of the generation config, else of the model's config, else the tokenizer's."""
+    for source in (model.model.generation_config, model.model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset(ids if isinstance(ids, (list, tuple)) else [ids])
+    return frozenset()

@@ -1,0 +1,171 @@
+"""The text that a quantization reads: where it comes from, what of it is held out, and its identity.
+
+Letters: N samples of L tokens.
+"""
+
+import gzip
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quasar_core.config import QuantizeConfig
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.quantize.self_text import write_self_text
+from quasar_core.records import Progress, no_progress
+
+HELD_OUT_ROWS = 32
+# Of a held-out row of greedy text, the first tokens are sampled, so that rows differ.
+GREEDY_FROM = 32
+GREEDY_LENGTH = 256
+# Names that the hub serves: repository, file, and for a zip its member.
+HUB_TEXTS = {
+    "wikitext2": ("ggml-org/ci", "wikitext-2-raw-v1.zip", "wikitext-2-raw/wiki.train.raw"),
+    "c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", None),
+}
+_MAX_DOCUMENTS = 20_000
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Samples [N, L] to calibrate on, held-out rows [n, L] of the same kind, and greedy self-written rows."""
+
+    name: str
+    samples: torch.Tensor
+    held_out: torch.Tensor
+    greedy: torch.Tensor
+    seed: int
+
+    def identity(self) -> dict[str, Any]:
+        """What the checkpoint records: name, hash of the token ids, seed, number of tokens."""
+        digest = hashlib.sha256(self.samples.to(torch.int64).numpy().tobytes()).hexdigest()
+        return {"name": self.name, "sha256": digest, "seed": self.seed, "tokens": self.samples.numel()}
+
+
+def load_calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: QuantizeConfig,
+    max_context: int,
+    progress: Progress = no_progress,
+) -> Calibration:
+    """The calibration that `--calibration` names."""
+    length = min(config.calibration_length, max_context)
+    greedy = write_self_text(
+        model,
+        tokenizer,
+        HELD_OUT_ROWS,
+        min(GREEDY_LENGTH, max_context),
+        config.seed + 1,
+        greedy_from=GREEDY_FROM,
+        progress=progress,
+        stage="writing held-out text",
+    )
+    if config.calibration == "self":
+        rows = config.samples + HELD_OUT_ROWS
+        ids = write_self_text(model, tokenizer, rows, length, config.seed, progress=progress)
+        samples, held_out = ids[: config.samples], ids[config.samples :]
+    else:
+        samples, held_out = _cut_samples(_read_documents(config.calibration), tokenizer, config, length)
+    return Calibration(config.calibration, samples, held_out, greedy, config.seed)
+
+
+def _cut_samples(
+    documents: Iterator[str | list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: QuantizeConfig,
+    length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows of `length` tokens of the joined documents, drawn without overlap: samples, held-out rows."""
+    tokens: list[int] = []
+    wanted = (config.samples + HELD_OUT_ROWS) * length
+    for document in documents:
+        tokens += _encode(document, tokenizer)
+        if len(tokens) > 8 * wanted:
+            break
+    windows = len(tokens) // length
+    if windows < 2:
+        raise UsageError(
+            f"--calibration {config.calibration} holds {len(tokens)} tokens; at least {2 * length} are needed "
+            f"for samples of {length} tokens (--seq-len)."
+        )
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(config.seed))
+    held_out = min(HELD_OUT_ROWS, max(1, windows // 5))
+    rows = torch.tensor(tokens[: windows * length]).view(windows, length)
+    return rows[order[held_out:][: config.samples]], rows[order[:held_out]]
+
+
+def _encode(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if isinstance(document, list):
+        if not tokenizer.chat_template:
+            document = "\n".join(message["content"] for message in document)
+        else:
+            document = tokenizer.apply_chat_template(document, tokenize=False)
+    return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _read_documents(name: str) -> Iterator[str | list[dict[str, str]]]:
+    """Documents of a hub text or of a file: plain texts, or conversations."""
+    if name in HUB_TEXTS:
+        yield from _read_hub_text(name)
+        return
+    path = Path(name)
+    if not path.is_file():
+        known = ", ".join(["self", *HUB_TEXTS])
+        raise UsageError(f"--calibration must be a file or one of {known}; {name} is neither.")
+    try:
+        if path.suffix in (".jsonl", ".json"):
+            with path.open(encoding="utf-8") as file:
+                yield from _read_json_lines(file, path.name)
+        else:
+            yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--calibration {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def _read_hub_text(name: str) -> Iterator[str | list[dict[str, str]]]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, file_name, member = HUB_TEXTS[name]
+    try:
+        path = Path(hf_hub_download(repository, file_name, repo_type="dataset"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise QuasarError(f"The text {name} could not be fetched from {repository} on the hub: {first}") from error
+    if member:
+        with zipfile.ZipFile(path) as archive:
+            yield archive.read(member).decode("utf-8")
+    else:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            yield from _read_json_lines(lines, name)
+
+
+def _read_json_lines(lines: Any, where: str) -> Iterator[str | list[dict[str, str]]]:
+    for number, line in enumerate(lines, start=1):
+        if number > _MAX_DOCUMENTS:
+            return
+        if line.strip():
+            yield _parse_document(line, f"{where}, line {number}")
+
+
+def _parse_document(line: str, where: str) -> str | list[dict[str, str]]:
+    """{"text"}, chat {"messages"} or {"conversations"}, or FastChat {"turns"}."""
+    try:
+        record = json.loads(line)
+        if isinstance(record.get("text"), str):
+            return str(record["text"])
+        if "messages" in record:
+            return [{"role": m["role"], "content": m["content"]} for m in record["messages"]]
+        if "conversations" in record:
+            roles = {"human": "user", "gpt": "assistant", "system": "system"}
+            return [{"role": roles[m["from"]], "content": m["value"]} for m in record["conversations"]]
+        return [{"role": "user", "content": turn} for turn in record["turns"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{where}: neither text, messages, conversations nor turns.") from error

@@ -1,0 +1,136 @@
+"""GPTQ (Frantar et al., 2023, arXiv 2210.17323): codes that keep a layer's outputs, not its weights. Pure.
+
+Columns are rounded one by one; each rounding error is spread over the columns not yet rounded, along the inverse
+Hessian. Letters: out and in the layer's sizes, G groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from quasar_core.checkpoint.packing import QuantizedWeight, trivial_groups
+from quasar_core.errors import QuasarError
+from quasar_core.quantize.grid import Grid, fit_grid
+
+BLOCK_COLUMNS = 128
+DAMP_RETRIES = 5
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """What the solver depends on."""
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    act_order: bool = True
+    damp: float = 0.05
+    scale_search: bool = True
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A layer's codes, and its loss: the mean squared output error, summed over outputs; `relative` to the output."""
+
+    weight: QuantizedWeight
+    loss: float
+    relative_loss: float
+
+
+def solve(weight: torch.Tensor, hessian: torch.Tensor, config: SolverConfig, name: str = "the layer") -> Solution:
+    """Quantize weight [out, in] under H [in, in]; never worse than rounding to nearest on the same grid.
+
+    A row (an output) is independent of the others; where rounding to nearest has the lower loss, it is taken.
+    """
+    weight, hessian = weight.float().clone(), hessian.float().clone()
+    dead = hessian.diagonal() == 0
+    weight[:, dead] = 0  # an input that is always 0 may have any weight
+    grid = fit_grid(weight, config.bits, config.group_size, config.sym, config.scale_search)
+    groups = trivial_groups(weight.shape[1], config.group_size).to(weight.device).long()
+    nearest = round_to_nearest(weight, grid, groups)
+    order = torch.argsort(hessian.diagonal(), descending=True) if config.act_order else None
+    solved = solve_codes(weight, hessian, grid, groups, order, config.damp, name)
+    losses = row_losses(weight, solved, grid, groups, hessian)
+    nearest_losses = row_losses(weight, nearest, grid, groups, hessian)
+    better = losses <= nearest_losses
+    codes = torch.where(better[:, None], solved, nearest)
+    loss = torch.where(better, losses, nearest_losses).sum().item()
+    output = ((weight @ hessian) * weight).sum().item()
+    return Solution(_store(codes, grid, config), loss, loss / output if output > 0 else 0.0)
+
+
+def round_to_nearest(weight: torch.Tensor, grid: Grid, groups: torch.Tensor) -> torch.Tensor:
+    """Codes [out, in] of the nearest grid points."""
+    scales, zeros = grid.scales[:, groups], grid.zeros[:, groups]
+    return (torch.round(weight / scales) + zeros).clamp(0, 2**grid.bits - 1)
+
+
+def row_losses(
+    weight: torch.Tensor, codes: torch.Tensor, grid: Grid, groups: torch.Tensor, hessian: torch.Tensor
+) -> torch.Tensor:
+    """½ · e H eᵀ for each row's error e [in]: the mean squared error of each output, [out]."""
+    error = weight - grid.scales[:, groups] * (codes - grid.zeros[:, groups])
+    return 0.5 * ((error @ hessian) * error).sum(dim=1)
+
+
+def solve_codes(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    grid: Grid,
+    groups: torch.Tensor,
+    order: torch.Tensor | None,
+    damp: float,
+    name: str,
+) -> torch.Tensor:
+    """Codes [out, in] by GPTQ, columns in the given order (none: as they stand), blocks of columns at a time."""
+    if order is None:
+        order = torch.arange(weight.shape[1], device=weight.device)
+    work = weight[:, order].clone()
+    column_groups = groups[order].tolist()
+    factor = inverse_factor(hessian[order][:, order], damp, name)
+    codes = torch.empty_like(work)
+    for begin in range(0, work.shape[1], BLOCK_COLUMNS):
+        end = min(begin + BLOCK_COLUMNS, work.shape[1])
+        block, block_factor = work[:, begin:end], factor[begin:end, begin:end]
+        errors = torch.empty_like(block)
+        for i in range(end - begin):
+            column, group = block[:, i], column_groups[begin + i]
+            codes[:, begin + i] = grid.nearest_codes(column, group)
+            error = (column - grid.values(codes[:, begin + i], group)) / block_factor[i, i]
+            block[:, i:] -= error[:, None] * block_factor[i, i:]
+            errors[:, i] = error
+        work[:, end:] -= errors @ factor[begin:end, end:]
+    return codes[:, torch.argsort(order)]
+
+
+def inverse_factor(hessian: torch.Tensor, damp: float, name: str) -> torch.Tensor:
+    """The upper Cholesky factor U of the inverse of the damped Hessian: (H + λI)⁻¹ = Uᵀ U, λ = damp · mean(diag).
+
+    Where the factor does not exist the damping grows tenfold, at most five times.
+    """
+    dead = hessian.diagonal() == 0
+    mean = hessian.diagonal().mean()
+    for attempt in range(DAMP_RETRIES):
+        damped = hessian.clone()
+        damped.diagonal()[dead] = mean if mean > 0 else 1.0
+        damped.diagonal().add_(damp * 10**attempt * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if info.item() == 0:
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if info.item() == 0 and bool(torch.isfinite(upper).all()):
+                return upper
+    raise QuasarError(
+        f"The Hessian of {name} has no Cholesky factor even with damping {damp * 10 ** (DAMP_RETRIES - 1):g}: "
+        "use more calibration text, or a larger --damp."
+    )
+
+
+def _store(codes: torch.Tensor, grid: Grid, config: SolverConfig) -> QuantizedWeight:
+    return QuantizedWeight(
+        config.bits,
+        config.group_size,
+        codes.t().to("cpu", torch.uint8).contiguous(),
+        grid.scales.t().to("cpu", torch.float16).contiguous(),
+        grid.zeros.t().to("cpu", torch.int32).contiguous(),
+        trivial_groups(codes.shape[1], config.group_size),
+    )

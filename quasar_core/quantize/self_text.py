@@ -1,0 +1,133 @@
+"""Calibration text that the target writes itself: sampled conversations, batched, seeded.
+
+A chat model writes both sides: it starts where its template opens a user's turn, and where a turn ends the template's
+own tokens open the next one (Magpie, Xu et al., 2024). A base model starts from a token drawn at random.
+Letters: B rows, L length.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quasar_core.models.kv_cache import PreallocatedCache
+from quasar_core.records import Progress, no_progress
+
+MAX_BATCH = 64
+_MARK = "QUASAR-MARK"
+
+
+@dataclass(frozen=True)
+class TurnTokens:
+    """Token ids that open a conversation, and those that follow a user's and an assistant's turn."""
+
+    opening: list[int]
+    after_user: list[int]
+    after_assistant: list[int]
+    ends: frozenset[int]
+
+
+def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> TurnTokens | None:
+    """Read off the chat template, by rendering marked messages; None without a template or a marked rendering."""
+    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+        return None
+    user, assistant = f"{_MARK}-1", f"{_MARK}-2"
+    messages = [
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": assistant},
+        {"role": "user", "content": f"{_MARK}-3"},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    if not (user in asked and user in text and assistant in text and messages[2]["content"] in text):
+        return None
+    opening = text.split(user)[0]
+    after_user = asked.split(user)[1]
+    after_assistant = text.split(assistant)[1].split(messages[2]["content"])[0]
+    end = tokenizer.eos_token_id
+
+    def without_end(piece: str) -> list[int]:
+        ids = list(tokenizer(piece, add_special_tokens=False)["input_ids"])
+        return ids[1:] if ids[:1] == [end] else ids
+
+    return TurnTokens(without_end(opening), without_end(after_user), without_end(after_assistant), frozenset([end]))
+
+
+@torch.inference_mode()
+def write_self_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    length: int,
+    seed: int,
+    greedy_from: int | None = None,
+    progress: Progress = no_progress,
+    stage: str = "writing calibration text",
+) -> torch.Tensor:
+    """Token ids [rows, length] at temperature 1; with `greedy_from`, greedy from that position on."""
+    turns = turn_tokens(tokenizer)
+    batches = []
+    for begin in range(0, rows, MAX_BATCH):
+        count = min(MAX_BATCH, rows - begin)
+        generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + begin)
+        batches.append(_write_batch(model, turns, count, length, generator, greedy_from, begin, rows, progress, stage))
+    return torch.cat(batches)
+
+
+def _write_batch(
+    model: PreTrainedModel,
+    turns: TurnTokens | None,
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    greedy_from: int | None,
+    done: int,
+    total: int,
+    progress: Progress,
+    stage: str,
+) -> torch.Tensor:
+    """One batch [count, length]: every row gets a token a step, sampled or forced by the template."""
+    vocab = model.config.get_text_config().vocab_size
+    conversation = _Conversations(turns, count)
+    if turns:
+        ids = torch.tensor([turns.opening] * count, device=model.device)
+    else:
+        ids = torch.randint(vocab, (count, 1), generator=generator, device=model.device)
+    cache = PreallocatedCache(model.config.get_text_config().num_hidden_layers, length)
+    inputs = ids[:, :length]
+    written = [inputs]
+    position = inputs.shape[1]
+    while position < length:
+        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        if greedy_from is not None and position >= greedy_from:
+            chosen = logits.argmax(dim=-1)
+        else:
+            chosen = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+        inputs = conversation.direct(chosen)[:, None]
+        written.append(inputs)
+        position += 1
+        progress(stage, done * length + count * position, total * length)
+    return torch.cat(written, dim=1).cpu()
+
+
+class _Conversations:
+    """Whose turn it is in each row, and the template's tokens that must come next."""
+
+    def __init__(self, turns: TurnTokens | None, rows: int) -> None:
+        self.turns = turns
+        self.user_speaks = [True] * rows
+        self.forced: list[list[int]] = [[] for _ in range(rows)]
+
+    def direct(self, chosen: torch.Tensor) -> torch.Tensor:
+        """Replace sampled tokens by forced ones where a turn has just ended."""
+        if self.turns is None:
+            return chosen
+        tokens = chosen.tolist()
+        for row, token in enumerate(tokens):
+            if self.forced[row]:
+                tokens[row] = self.forced[row].pop(0)
+            elif token in self.turns.ends:
+                after = self.turns.after_user if self.user_speaks[row] else self.turns.after_assistant
+                self.forced[row] = list(after)
+                self.user_speaks[row] = not self.user_speaks[row]
+        return torch.tensor(tokens, device=chosen.device)

@@ -1,0 +1,28 @@
+"""Where things are: model names, the hub, the verifiers' folders, and the pairs that `quantize` recorded.
+
+Knows files and names only; it imports no torch, so that every command may ask it.
+"""
+
+from quasar_core.store.fingerprint import fingerprint
+from quasar_core.store.home import home
+from quasar_core.store.names import ModelSource, default_output, full_name, resolve_model
+from quasar_core.store.pairs import PairRecord, current_pair, find_pair, list_pairs, record_pair, remove_pair, use_pair
+from quasar_core.store.safetensors_header import TensorEntry, read_headers
+
+__all__ = [
+    "ModelSource",
+    "PairRecord",
+    "TensorEntry",
+    "current_pair",
+    "default_output",
+    "find_pair",
+    "fingerprint",
+    "full_name",
+    "home",
+    "list_pairs",
+    "read_headers",
+    "record_pair",
+    "remove_pair",
+    "resolve_model",
+    "use_pair",
+]

@@ -1,0 +1,126 @@
+"""From the name that a user gives to a folder on this machine, and to the folder of its verifier."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from quasar_core.config import QuantizeConfig
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.store.home import home
+from quasar_core.store.hub import download_model
+from quasar_core.store.safetensors_header import weight_files
+
+DEMO = "demo"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BARE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+# How a bare name begins, and the organisation that publishes such models; the first that fits is taken.
+_ORGANISATIONS = (
+    ("QwQ", "Qwen"),
+    ("Qwen", "Qwen"),
+    ("Llama-2", "meta-llama"),
+    ("Llama-3", "meta-llama"),
+    ("Meta-Llama", "meta-llama"),
+    ("Mistral", "mistralai"),
+    ("Ministral", "mistralai"),
+    ("SmolLM", "HuggingFaceTB"),
+    ("openPangu-Embedded", "FreedomIntelligence"),
+    ("vicuna", "lmsys"),
+    ("TinyLlama", "TinyLlama"),
+    ("DeepSeek", "deepseek-ai"),
+    ("Phi", "microsoft"),
+    ("gemma", "google"),
+    ("OLMo", "allenai"),
+    ("Falcon", "tiiuae"),
+    ("Yi", "01-ai"),
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model found: `name` finds it again from anywhere ("demo", "org/name", or an absolute folder)."""
+
+    name: str
+    folder: Path
+    kind: Literal["demo", "folder", "hub"]
+
+    @property
+    def label(self) -> str:
+        """The short name to show and to write into a checkpoint: no part of this machine's paths."""
+        return self.folder.name if self.kind == "folder" else self.name
+
+
+def resolve_model(name: str) -> ModelSource:
+    """The model that `name` means: `demo`, a folder, a hub id, or a bare name (a folder here, else a hub id).
+
+    A hub model is downloaded once. UsageError for a name that cannot be one, QuasarError for a folder that holds no
+    model and for a download that fails.
+    """
+    full = full_name(name)
+    if full == DEMO:
+        return ModelSource(DEMO, check_model_folder(demo_folder()), "demo")
+    if Path(full).is_absolute():
+        return ModelSource(full, check_model_folder(Path(full)), "folder")
+    return ModelSource(full, download_model(full), "hub")
+
+
+def full_name(name: str) -> str:
+    """What `name` stands for: `demo`, an absolute folder, or a hub id; UsageError where it is none of them."""
+    if name == DEMO:
+        return DEMO
+    if not name.strip():
+        raise UsageError("The model's name is empty: give a folder, a hub id such as Qwen/Qwen3-8B, or demo.")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if folder.is_file():
+        raise UsageError(f"{name} is a file; give the folder that holds the model.")
+    return _hub_id(name)
+
+
+def demo_folder() -> Path:
+    """The folder of the model that the package carries."""
+    return Path(__file__).parents[1] / "demo" / "model"
+
+
+def _hub_id(name: str) -> str:
+    """The hub id that `name` is or stands for; UsageError where it can be neither."""
+    if _HUB_ID.fullmatch(name):
+        return name
+    if not _BARE_NAME.fullmatch(name):
+        raise UsageError(f"There is no folder {name}.")
+    for prefix, organisation in _ORGANISATIONS:
+        if name.lower().startswith(prefix.lower()):
+            return f"{organisation}/{name}"
+    raise UsageError(
+        f"{name} is neither a folder here nor a model whose organisation is known: "
+        "give a folder, a hub id such as Qwen/Qwen3-8B, or demo."
+    )
+
+
+def check_model_folder(folder: Path) -> Path:
+    """`folder`, if it holds a config and safetensors weights; else a QuasarError that says what is missing."""
+    if not (folder / "config.json").is_file():
+        raise QuasarError(f"{folder} holds no model: it has no config.json.")
+    if not weight_files(folder):
+        if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
+            raise QuasarError(
+                f"{folder} holds only pickled weights, which are never loaded; convert them to safetensors."
+            )
+        raise QuasarError(f"{folder} holds no weights: it has no *.safetensors file.")
+    return folder
+
+
+def default_output(source: ModelSource, config: QuantizeConfig) -> Path:
+    """Where the verifier of `source` goes: beside a folder, else in home()/verifiers.
+
+    The name tells method, bits and group size, such as Qwen3-8B-gptq-4bit-g128; `gchannel` stands for one group per
+    output channel (a group size of −1).
+    """
+    group = "gchannel" if config.group_size == -1 else f"g{config.group_size}"
+    suffix = f"-{config.method}-{config.bits}bit-{group}"
+    if source.kind == "folder":
+        return source.folder.parent / (source.folder.name + suffix)
+    return home() / "verifiers" / (source.name.replace("/", "--") + suffix)
