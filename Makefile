@@ -10,7 +10,8 @@ PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 .PHONY: help demo test check fmt interop clean
 
 help:  ## what each target does
-	@sed -n 's/^\([a-z]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do printf '%-8s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do \
+		printf '%-8s %s\n' "$$name" "$$what"; done
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -46,4 +47,5 @@ interop: $(INTEROP_STAMP)  ## our checkpoints in optimum and GPTQModel, and thei
 	$(INTEROP_BIN)/python -m pytest tests/interop
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-interop demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-interop demo-out build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

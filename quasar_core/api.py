@@ -12,10 +12,10 @@ from quasar_core.checkpoint.writer import refuse_existing
 from quasar_core.config import QuantizeConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.device import choose_device, choose_dtype
+from quasar_core.models.load import load_models
 from quasar_core.models.pair import Pair, context_limit, end_of_text_ids, load_tokenizer
-from quasar_core.models.transformers_lm import TransformersLM, attach_verifier, load_target, load_verifier_alone
+from quasar_core.models.transformers_lm import load_target
 from quasar_core.quantize.run import Job, quantize_checkpoint
 from quasar_core.records import Progress, QuantizeReport, no_progress
 from quasar_core.store import (
@@ -27,6 +27,7 @@ from quasar_core.store import (
     record_pair,
     resolve_model,
 )
+from quasar_core.store.safetensors_header import weight_files
 
 __all__ = ["Generator", "load_pair", "quantize", "run_bench"]
 
@@ -89,37 +90,33 @@ def load_pair(
     source, checkpoint = _find_pair(model, verifier, needs_verifier=verify != "full")
     place = choose_device(device)
     precision, reason = _choose_dtype(source.folder, dtype, place)
-    notes = [f"dtype: {str(precision).removeprefix('torch.')}, {reason}", f"device: {_describe_device(place)}"]
-    stages = int(use_target) + int(checkpoint is not None)
-    target_model = verifier_model = None
-    if use_target:
-        progress("loading", 0, stages)
-        target_model = load_target(source.folder, place, precision, trust_remote_code)
-        notes.append("target: runs through transformers")
-    if checkpoint is not None:
-        progress("loading", stages - 1, stages)
-        verifier_model = (
-            attach_verifier(target_model, checkpoint, kernel)
-            if target_model
-            else load_verifier_alone(checkpoint, place, precision, kernel)
-        )
-        notes += describe_layers(verifier_model)
-    progress("loading", stages, stages)
-    primary = target_model or verifier_model
-    assert primary is not None
+    models = load_models(
+        source.folder,
+        checkpoint,
+        place,
+        precision,
+        kernel=kernel,
+        use_target=use_target,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
     tokenizer = load_tokenizer(source.folder)
     return Pair(
         tokenizer=tokenizer,
-        target=target_model,
-        verifier=verifier_model,
+        target=models.target,
+        verifier=models.verifier,
         target_name=source.label,
         verifier_name=checkpoint.folder.name if checkpoint else None,
-        max_context=context_limit(primary.model.config),
-        eos_ids=end_of_text_ids(primary, tokenizer),
+        max_context=context_limit(source.folder),
+        eos_ids=end_of_text_ids(source.folder, tokenizer),
         device=place,
         dtype=precision,
         fidelity=checkpoint.fidelity if checkpoint else None,
-        notes=notes,
+        notes=[
+            f"dtype: {str(precision).removeprefix('torch.')}, {reason}",
+            f"device: {_describe_device(place)}",
+            *models.notes,
+        ],
     )
 
 
@@ -158,18 +155,8 @@ def _choose_dtype(folder: Path, requested: str, device: torch.device) -> tuple[t
     config = read_json(folder / "config.json")
     text_config = config.get("text_config", {})
     stored = config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype")
-    weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    weight_bytes = sum(path.stat().st_size for path in weight_files(folder))
     return choose_dtype(requested, stored, weight_bytes, device)
-
-
-def describe_layers(verifier: TransformersLM) -> list[str]:
-    """One note for each kernel in use: how many layers, and why."""
-    choices: dict[tuple[str, str], int] = {}
-    for module in verifier.model.modules():
-        if isinstance(module, PackedLinear):
-            key = (module.choice.kernel.name, module.choice.reason)
-            choices[key] = choices.get(key, 0) + 1
-    return [f"kernel: {name} for {count} layers, {reason}" for (name, reason), count in choices.items()]
 
 
 def _describe_device(device: torch.device) -> str:

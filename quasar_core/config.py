@@ -97,11 +97,13 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         _require(self.bits in BITS, f"--bits must be one of {_listed(BITS)}, not {self.bits}.")
         _require(
-            self.group_size in GROUP_SIZES, f"--group-size must be one of {_listed(GROUP_SIZES)}, not {self.group_size}."
+            self.group_size in GROUP_SIZES,
+            f"--group-size must be one of {_listed(GROUP_SIZES)}, not {self.group_size}.",
         )
         _require(self.method == "gptq", f"--method must be gptq, not {self.method}.")
         _require(
-            self.lm_head_bits in (*BITS, 16), f"--lm-head-bits must be one of {_listed((*BITS, 16))}, not {self.lm_head_bits}."
+            self.lm_head_bits in (*BITS, 16),
+            f"--lm-head-bits must be one of {_listed((*BITS, 16))}, not {self.lm_head_bits}.",
         )
         _require(self.samples >= 1, f"--samples must be at least 1, not {self.samples}.")
         _require(self.seq_len is None or self.seq_len >= 16, f"--seq-len must be at least 16, not {self.seq_len}.")

@@ -129,9 +129,19 @@ class Stats:
 
 
 _DERIVED = (
-    "steps drafted drafted_steps accepted confirms confirm_window confirm_accepted acceptance_length "
-    "acceptance_length_vllm acceptance_rate confirm_rate tokens_per_s"
-).split()
+    "steps",
+    "drafted",
+    "drafted_steps",
+    "accepted",
+    "confirms",
+    "confirm_window",
+    "confirm_accepted",
+    "acceptance_length",
+    "acceptance_length_vllm",
+    "acceptance_rate",
+    "confirm_rate",
+    "tokens_per_s",
+)
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ def pack_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
     period = codes_per_period(bits)
     if n % period:
         raise ValueError(f"{n} rows of {bits}-bit codes do not fill whole words: use a multiple of {period}")
-    blocks = codes.to(torch.int64).view(n // period, period, m)
+    blocks = codes.reshape(n // period, period, m)
     words = torch.zeros(n // period, period * bits // 32, m, dtype=torch.int64, device=codes.device)
     for i in range(period):
         word, shift = divmod(i * bits, 32)
-        shifted = blocks[:, i] << shift
+        shifted = blocks[:, i].to(torch.int64) << shift
         words[:, word] |= shifted & _WORD
         if shift + bits > 32:
             words[:, word + 1] |= shifted >> 32
@@ -47,8 +47,8 @@ def unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
         value = blocks[:, word] >> shift
         if shift + bits > 32:
             value = value | (blocks[:, word + 1] << (32 - shift))
-        codes.append(value & (2**bits - 1))
-    return torch.stack(codes, dim=1).to(torch.uint8).view(-1, words.shape[1])
+        codes.append((value & (2**bits - 1)).to(torch.uint8))
+    return torch.stack(codes, dim=1).view(-1, words.shape[1])
 
 
 def pack_columns(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -94,7 +94,9 @@ class QuantizedWeight:
         return weight.t().to(dtype).contiguous()
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """The tensors of the checkpoint, version 1: zeros are stored minus one."""
+        """The tensors of the checkpoint, version 1: zeros are stored minus one, so that 0 has no place."""
+        if int(self.zeros.min()) < 1:
+            raise ValueError("version 1 of the format cannot store a zero of 0")
         return {
             "qweight": pack_rows(self.codes, self.bits),
             "qzeros": pack_columns(self.zeros - 1, self.bits),
@@ -130,9 +132,15 @@ def unpack_weight(
     missing = {"qweight", "qzeros", "scales"} - tensors.keys()
     if missing:
         raise QuasarError(f"The checkpoint's layer {name} has no {', '.join(sorted(missing))}.")
-    codes = unpack_rows(tensors["qweight"], bits)
+    qweight, scales = tensors["qweight"], tensors["scales"]
+    period = codes_per_period(bits)
+    if qweight.dim() != 2 or qweight.shape[0] % (period * bits // 32) or qweight.shape[1] % period:
+        shape = tuple(qweight.shape)
+        raise QuasarError(
+            f"The checkpoint's layer {name} has qweight of shape {shape}, which {bits}-bit codes cannot fill."
+        )
+    codes = unpack_rows(qweight, bits)
     in_features, out_features = codes.shape
-    scales = tensors["scales"]
     groups = count_groups(in_features, group_size)
     _check_shape(name, "scales", scales, (groups, out_features))
     _check_shape(name, "qzeros", tensors["qzeros"], (groups, out_features * bits // 32))

@@ -13,7 +13,9 @@ from quasar_core.checkpoint.packing import QuantizedWeight, unpack_weight
 from quasar_core.config import BITS
 from quasar_core.errors import QuasarError
 from quasar_core.records import FidelityReport
+from quasar_core.store.safetensors_header import weight_files
 
+CARD_VERSION = 1  # of quasar.json
 PACKED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -23,7 +25,7 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._where: dict[str, Path] = {}
-        files = sorted(folder.glob("*.safetensors"))
+        files = weight_files(folder)
         if not files:
             raise QuasarError(f"{folder} holds no safetensors files.")
         for path in files:
@@ -42,7 +44,8 @@ class TensorFiles:
         if name not in self._where:
             raise QuasarError(f"{self.folder} holds no tensor {name}.")
         with _open(self._where[name]) as file:
-            return file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
 
     def load_many(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors file by file, each file opened once."""
@@ -97,6 +100,8 @@ class QuantizationFormat:
         bits, group_size = section.get("bits"), section.get("group_size", -1)
         if bits not in BITS:
             raise QuasarError(f"{folder} has {bits}-bit codes, which this version does not read.")
+        if not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
+            raise QuasarError(f"{folder} has groups of {group_size}, which this version does not read.")
         if section.get("pack_dtype", "int32") != "int32":
             raise QuasarError(f"{folder} packs codes into {section['pack_dtype']}, which this version does not read.")
         version = section.get("checkpoint_format", "gptq")
@@ -118,6 +123,9 @@ class VerifierCheckpoint:
         self.tensors = TensorFiles(folder)
         card = folder / "quasar.json"
         self.card: dict[str, Any] = read_json(card) if card.exists() else {}
+        version = self.card.get("format_version", CARD_VERSION)
+        if version != CARD_VERSION:
+            raise QuasarError(f"{card} has format version {version}, which this version of quasar does not read.")
 
     @property
     def layer_names(self) -> list[str]:
@@ -134,7 +142,12 @@ class VerifierCheckpoint:
     def fidelity(self) -> FidelityReport | None:
         """The report that quantizing wrote; None in a checkpoint of another tool."""
         report = self.card.get("report")
-        return FidelityReport.from_dict(report["fidelity"]) if report else None
+        if not report:
+            return None
+        try:
+            return FidelityReport.from_dict(report["fidelity"])
+        except (KeyError, TypeError) as error:
+            raise QuasarError(f"{self.folder / 'quasar.json'} holds no fidelity report ({error}).") from error
 
     @property
     def target_fingerprint(self) -> str | None:
@@ -151,7 +164,7 @@ class VerifierCheckpoint:
 
     def _bits_of(self, name: str, tensors: dict[str, torch.Tensor]) -> int:
         """Bits follow from the shapes, so that a head of another width needs no table."""
-        if "g_idx" not in tensors:
+        if "g_idx" not in tensors or not tensors["g_idx"].numel():
             return self.format.bits
         bits = tensors["qweight"].shape[0] * 32 // tensors["g_idx"].shape[0]
         if bits not in BITS:

@@ -9,8 +9,12 @@ from quasar_core.draft.base import Draft
 MAX_DRAFT = 15
 PRIOR_TRIALS = 4.0
 PRIOR_ACCEPTANCE = {1: 0.4, 2: 0.6, 3: 0.75}
-# Old trials fade, so that a drafter that did not pay is tried again when the text changes.
-FADING = 0.97
+# Costs are measured to a few percent: plain decoding must look faster by more than that to be preferred.
+COST_ERROR = 0.03
+# Old trials fade, as texts change. While a drafter does not pay they fade slowly: it is tried again, but so seldom
+# that one which is never right costs a few percent at most.
+FADING = 0.99
+FADING_UNTRIED = 0.995
 
 
 class DraftLength(Protocol):
@@ -68,25 +72,25 @@ class AdaptiveLength:
             return draft
         best = best_length(self.acceptance(draft.match_length), self.cost, len(draft.tokens))
         if best == 0:
-            self._fade(draft.match_length)
+            self._fade(draft.match_length, FADING_UNTRIED)
         return Draft(draft.tokens[:best], draft.match_length)
 
     def learn(self, draft: Draft, accepted: int) -> None:
         """A refused token is one trial more; tokens behind it were never tried."""
         if not draft.tokens:
             return
-        self._fade(draft.match_length)
+        self._fade(draft.match_length, FADING)
         self._right[draft.match_length] += accepted
         self._tried[draft.match_length] += accepted + (accepted < len(draft.tokens))
 
-    def _fade(self, match_length: int) -> None:
+    def _fade(self, match_length: int, factor: float) -> None:
         for counts in (self._right, self._tried):
-            counts[match_length] = counts.get(match_length, 0.0) * FADING
+            counts[match_length] = counts.get(match_length, 0.0) * factor
 
 
 def best_length(acceptance: float, cost: PassCost, longest: int) -> int:
-    """The k from 0 to `longest` that maximises (1 + a + … + a^k) ÷ cost(k + 1)."""
-    best, best_rate, expected, power = 0, 1.0 / cost(1), 1.0, 1.0
+    """The k from 0 to `longest` that maximises (1 + a + … + a^k) ÷ cost(k + 1); 0 must win by more than COST_ERROR."""
+    best, best_rate, expected, power = 0, (1.0 - COST_ERROR) / cost(1), 1.0, 1.0
     for k in range(1, longest + 1):
         power *= acceptance
         expected += power

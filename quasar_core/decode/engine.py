@@ -10,13 +10,14 @@ from collections.abc import Sequence
 
 import torch
 
-from quasar_core.config import GenerationConfig
+from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.acceptance import accept_matching, confirm_sampled
 from quasar_core.decode.draft_length import DraftLength
 from quasar_core.decode.sampling import distribution, draw, penalize_repetition
 from quasar_core.decode.window import WindowPolicy
 from quasar_core.draft.base import Draft, Drafter
-from quasar_core.models.base import KVCache
+from quasar_core.errors import QuasarError
+from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.models.pair import Pair
 from quasar_core.records import Confirm, Stats, Step
 
@@ -42,7 +43,7 @@ class Engine:
         self.generator = generator
         self.max_tokens = max_tokens  # prompt included
         self.confirms = config.verify == "exact"
-        self.verifying = pair.primary if config.verify == "full" else pair.verifier
+        self.verifying = _verifying_model(pair, config.verify)
         self.eos_ids = frozenset() if config.ignore_eos else pair.eos_ids
         self.stats = Stats()
         self.tokens: list[int] = []
@@ -160,3 +161,12 @@ class Engine:
         self.tokens += new
         self.drafter.observe(new)
         self.cache.rollback(len(self.tokens) - 1)
+
+
+def _verifying_model(pair: Pair, mode: VerifyMode) -> CausalLM:
+    """The model that checks drafts: in `full` the target itself."""
+    if mode == "full":
+        return pair.primary
+    if pair.verifier is None:
+        raise QuasarError(f"--verify {mode} needs a verifier; make one with `quasar quantize`.")
+    return pair.verifier

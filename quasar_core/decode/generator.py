@@ -24,14 +24,13 @@ from quasar_core.records import FinishReason, GenerationResult
 class Generator:
     """Generates with one pair and one config. A prompt that begins as the last conversation did reuses its cache."""
 
-    def __init__(
-        self, pair: Pair, config: GenerationConfig, make_draft: Callable[[], Drafter] | None = None
-    ) -> None:
+    def __init__(self, pair: Pair, config: GenerationConfig, make_draft: Callable[[], Drafter] | None = None) -> None:
         _check_models(pair, config)
         self.pair, self.config = pair, config
         self._make_drafter = make_draft or (lambda: make_drafter(config))
         self._costs: PairCosts | None = None
         self._window = self._choose_window()
+        self._choose_draft_length()  # what it measures is no part of the first answer's time
         self._cache: KVCache | None = None
         self._cached: list[int] = []
 
@@ -39,9 +38,7 @@ class Generator:
         """Forget the conversation."""
         self._cached = []
 
-    def generate(
-        self, prompt_ids: Sequence[int], on_text: Callable[[str], None] | None = None
-    ) -> GenerationResult:
+    def generate(self, prompt_ids: Sequence[int], on_text: Callable[[str], None] | None = None) -> GenerationResult:
         """Generate after the prompt; `on_text` receives finished text as it comes.
 
         Raises UsageError for an empty prompt and for one that leaves no room in the model's context.

@@ -29,7 +29,7 @@ def penalize_repetition(
 
 def distribution(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
     """Probabilities [T, V] of logits [T, V] after temperature, top-k, top-p and min-p (temperature above 0)."""
-    logits = logits / config.temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / config.temperature  # the best is 0: no overflow
     if 0 < config.top_k < logits.shape[-1]:
         smallest = logits.topk(config.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)

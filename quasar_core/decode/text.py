@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
+
+BROKEN = "\ufffd"  # what bytes decode to that are no character, or not yet
 
 
 class TextStream:
@@ -15,8 +16,7 @@ class TextStream:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], on_text: Callable[[str], None] | None
     ) -> None:
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._decoder = _Decoder(tokenizer)
         self._stop, self._on_text = stop, on_text
         self._pieces: list[str] = []
         self._waiting = ""
@@ -24,7 +24,7 @@ class TextStream:
 
     def add(self, token: int) -> bool:
         """Take one token; True when a stop string is complete."""
-        self._waiting += self._decoder.step(self._tokenizer, token) or ""
+        self._waiting += self._decoder.add(token)
         found = [at for s in self._stop if (at := self._waiting.find(s)) >= 0]
         if found:
             self._emit(min(found))
@@ -52,3 +52,30 @@ class TextStream:
         """Hand on what waited; the whole text. Bytes that never became a character are left out."""
         self._emit(len(self._waiting))
         return "".join(self._pieces)
+
+
+class _Decoder:
+    """Decodes the last finished piece together with the tokens since: many a tokenizer strips the space of the first
+    word it decodes, so a token is never decoded alone. Tokens that end within a character wait for the next one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._before: list[int] = []  # tokens of the last finished piece
+        self._known = ""  # their text
+        self._since: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that `token` finishes; empty where a character is not whole."""
+        self._since.append(token)
+        text = self._decode(self._before + self._since)
+        if len(text) <= len(self._known) or text.endswith(BROKEN):
+            return ""
+        piece = text[len(self._known) :]
+        self._before, self._since = self._since, []
+        self._known = self._decode(self._before)
+        return piece
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text

@@ -7,6 +7,7 @@ their path, so the split does not depend on the order of a directory listing.
 import ast
 import hashlib
 import io
+import keyword
 import random
 import re
 import sysconfig
@@ -83,7 +84,7 @@ def find_functions(text: str) -> list[Function]:
 
 def _cut_function(node: ast.FunctionDef, lines: list[str]) -> Function | None:
     docstring = ast.get_docstring(node) or ""
-    drop = range(0, 0)
+    drop = range(0)
     if docstring:
         first = node.body[0]
         drop = range(first.lineno - 1, first.end_lineno or first.lineno)
@@ -123,10 +124,37 @@ def _tokens(source: str) -> list[tokenize.TokenInfo]:
         return []
 
 
-_KEYWORDS = set("and as assert async await break class continue def del elif else except finally for from global if "
-                "import in is lambda None nonlocal not or pass raise return self True try while with yield False cls".split())
-_NEW_NAMES = ("result value item node data entry buffer count total index path name text record config handler state "
-              "offset limit width token parent child target source stream window cursor").split()
+_KEYWORDS = frozenset([*keyword.kwlist, "self", "cls"])
+_NEW_NAMES = (
+    "result",
+    "value",
+    "item",
+    "node",
+    "data",
+    "entry",
+    "buffer",
+    "count",
+    "total",
+    "index",
+    "path",
+    "name",
+    "text",
+    "record",
+    "config",
+    "handler",
+    "state",
+    "offset",
+    "limit",
+    "width",
+    "token",
+    "parent",
+    "child",
+    "target",
+    "source",
+    "stream",
+    "window",
+    "cursor",
+)
 
 
 def _rename(function: Function, rng: random.Random) -> list[str] | None:
@@ -134,7 +162,9 @@ def _rename(function: Function, rng: random.Random) -> list[str] | None:
     if not old:
         return None
     new = rng.choice(_NEW_NAMES)
-    ask = rng.choice(["Rename `{}` to `{}`:", "Replace `{}` by `{}` in this function:", "Change the name `{}` to `{}`."])
+    ask = rng.choice(
+        ["Rename `{}` to `{}`:", "Replace `{}` by `{}` in this function:", "Change the name `{}` to `{}`."]
+    )
     return [f"{ask.format(old, new)}\n{_code(function.source)}", _code(_replace_name(function.source, old, new))]
 
 
@@ -188,4 +218,4 @@ def _add_docstring(function: Function, rng: random.Random) -> list[str] | None:
     body = next((line for line in lines[1:] if line.strip()), "    ")
     indent = body[: len(body) - len(body.lstrip())]
     documented = "\n".join([lines[0], f'{indent}"""{function.docstring}"""', *lines[1:]])
-    return [f"Add the docstring \"{function.docstring}\"\n{_code(function.source)}", _code(documented)]
+    return [f'Add the docstring "{function.docstring}"\n{_code(function.source)}', _code(documented)]

@@ -9,6 +9,8 @@ import json
 import logging
 import math
 import platform
+import random
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -25,6 +28,20 @@ from quasar_core.demo.ngram_lm import NgramModel
 from quasar_core.demo.tokenizer import END_OF_TEXT, train_tokenizer
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the model reads from a step on: the share of rows from chats, how often library files stand beside their
+    tests, and the share of spaces at which a file is cut before it is tokenized.
+
+    A cut teaches the model to go on after a prompt that ends in a space, such as `def `.
+    """
+
+    first_step: int
+    chat_share: float
+    library_copies: int
+    cut_share: float
 
 
 @dataclass(frozen=True)
@@ -38,9 +55,7 @@ class TrainConfig:
     long_context_share: float = 0.15
     decay_share: float = 0.5
     warmup_steps: int = 60
-    early_steps: int = 600
-    early_chat_share: float = 0.25
-    chat_share: float = 0.12
+    phases: tuple[Phase, ...] = (Phase(0, 0.25, 2, 0.0), Phase(600, 0.12, 1, 0.0), Phase(800, 0.12, 1, 0.02))
     muon_lr: float = 4e-3
     adam_lr: float = 3e-3
     weight_decay: float = 0.05
@@ -69,45 +84,60 @@ def demo_config(vocab_size: int) -> Qwen3Config:
 
 @dataclass(frozen=True)
 class TokenStreams:
-    """The corpus as token ids: source, source with library files twice, chats, held-out source."""
+    """The corpus as token ids, every document followed by the end-of-text token; one source stream for each phase."""
 
-    source: np.ndarray
-    early_source: np.ndarray
+    sources: list[np.ndarray]
     chats: np.ndarray
     held_out: np.ndarray
     held_out_bytes: int
 
 
 def tokenize_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, config: TrainConfig) -> TokenStreams:
-    """Every document followed by the end-of-text token."""
-    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    """Tokenize sources as each phase reads them, chats, and held-out sources."""
+    end = int(tokenizer.get_vocab()[END_OF_TEXT])
 
-    def join(texts: list[str]) -> np.ndarray:
-        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return np.array([token for document in ids for token in (*document, end)], dtype=np.int64)
+    def join(documents: list[list[str]]) -> np.ndarray:
+        pieces = [piece for document in documents for piece in document]
+        encoded: list[list[int]] = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = iter(encoded)
+        tokens: list[int] = []
+        for document in documents:
+            for _ in document:
+                tokens += next(ids)
+            tokens.append(end)
+        return np.array(tokens, dtype=np.int64)
 
-    library = [text for text in corpus.train if "unittest" not in text]
-    chats = [
-        tokenizer.apply_chat_template(chat, tokenize=False) for chat in make_chats(corpus.functions, config.seed)
-    ]
+    def source(phase: Phase) -> np.ndarray:
+        rng = random.Random(config.seed)
+        library = [text for text in corpus.train if "unittest" not in text]
+        texts = corpus.train + library * (phase.library_copies - 1)
+        return join([cut_after_spaces(text, phase.cut_share, rng) for text in texts])
+
+    conversations = make_chats(corpus.functions, config.seed)
+    chats = [[str(tokenizer.apply_chat_template(chat, tokenize=False))] for chat in conversations]
     held_out_bytes = sum(len(text.encode()) for text in corpus.held_out)
-    return TokenStreams(join(corpus.train), join(corpus.train + library), join(chats), join(corpus.held_out), held_out_bytes)
+    held_out = join([[text] for text in corpus.held_out])
+    return TokenStreams([source(phase) for phase in config.phases], join(chats), held_out, held_out_bytes)
+
+
+def cut_after_spaces(text: str, share: float, rng: random.Random) -> list[str]:
+    """Cut the text behind a share of the spaces that stand before a word."""
+    if share == 0:
+        return [text]
+    cuts = [match.end() for match in re.finditer(r"(?<=\S) (?=\w)", text) if rng.random() < share]
+    return [text[begin:end] for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 def sample_batch(streams: TokenStreams, config: TrainConfig, step: int) -> torch.Tensor:
-    """Rows of random crops, [B, T + 1]; a function of the seed and the step alone.
-
-    The early steps read more chats, and more of the library than of its tests.
-    """
-    early = step < config.early_steps
-    chat_share = config.early_chat_share if early else config.chat_share
-    source = streams.early_source if early else streams.source
+    """Rows of random crops, [B, T + 1]; a function of the seed and the step alone."""
+    number = max(i for i, phase in enumerate(config.phases) if phase.first_step <= step)
+    chat_share = config.phases[number].chat_share
     rng = np.random.default_rng((config.seed, step))
     long = step >= config.steps * (1 - config.long_context_share)
     context = config.long_context if long else config.short_context
     rows = []
     for _ in range(config.tokens_per_step // context):
-        stream = streams.chats if rng.random() < chat_share else source
+        stream = streams.chats if rng.random() < chat_share else streams.sources[number]
         start = int(rng.integers(len(stream) - context - 1))
         rows.append(stream[start : start + context + 1])
     return torch.from_numpy(np.stack(rows))
@@ -185,8 +215,6 @@ def load_state(model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer],
                 _, _, j, name = key.split(".")
                 content["state"].setdefault(int(j), {})[name] = value
         optimizer.load_state_dict(content)
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"])
 
@@ -227,8 +255,8 @@ library_name: transformers
 ---
 # quasar demo model
 
-A Qwen3 of {report["parameters"]:,} parameters and {report["config"]["vocab_size"]:,} tokens that writes Python. It exists so
-that `quasar` can be run, tested and timed without a download. It is a language model, not an assistant.
+A Qwen3 of {report["parameters"]:,} parameters and {report["config"]["vocab_size"]:,} tokens that writes Python. It
+exists so that `quasar` can be run, tested and timed without a download. It is a language model, not an assistant.
 
 Trained by `python -m quasar_core.demo.train` with seed {report["config"]["seed"]} on the standard library of Python
 {report["python"]} ({report["train_tokens"]:,} tokens of source, {report["chat_tokens"]:,} of chats made from it),
@@ -256,27 +284,27 @@ def main() -> None:
     tokenizer = train_tokenizer(corpus.train, config.vocab_size)
     streams = tokenize_corpus(corpus, tokenizer, config)
     model = Qwen3ForCausalLM(demo_config(config.vocab_size))
-    log.info("%d tokens of source, %d of chats", len(streams.source), len(streams.chats))
+    log.info("%d tokens of source, %d of chats", len(streams.sources[-1]), len(streams.chats))
 
     begin = time.monotonic()
     state = options.output.with_name(options.output.name + ".state.safetensors")
     train(model, streams, config, state)
-    model = model.to(torch.bfloat16).float()  # score what is stored
+    model = model.bfloat16().float()  # score what is stored
     bits = held_out_bits(model, streams.held_out, config.long_context)
-    ngram = NgramModel(streams.source, config.vocab_size)
+    ngram = NgramModel(streams.sources[-1], config.vocab_size)
     report = {
         "config": asdict(config),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "train_tokens": len(streams.source),
+        "train_tokens": len(streams.sources[-1]),
         "chat_tokens": len(streams.chats),
         "held_out_bytes": streams.held_out_bytes,
         "held_out_bits_per_byte": round(bits / streams.held_out_bytes, 4),
         "ngram_bits_per_byte": round(ngram.bits(streams.held_out) / streams.held_out_bytes, 4),
         "seconds": round(time.monotonic() - begin),
     }
-    write_model(model.to(torch.bfloat16), tokenizer, options.output, report)
+    write_model(model.bfloat16(), tokenizer, options.output, report)
     state.unlink(missing_ok=True)
     log.info("held-out bits per byte: %.4f", report["held_out_bits_per_byte"])
 

@@ -52,9 +52,11 @@ class CpuInt4Kernel:
     name = "torch-int4-cpu"
 
     def why_not(self, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
-        """4 bits, ordered groups, outputs in sixteens, on a CPU."""
+        """4 bits, ordered groups, outputs in sixteens, bf16, on a CPU: in other dtypes it is slower than unpacked."""
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device.type}"
+        if dtype != torch.bfloat16:
+            return f"it is fast in bfloat16 alone, not in {str(dtype).removeprefix('torch.')}"
         if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
             return f"PyTorch {torch.__version__} does not have it"
         if shape.out_features % 16:
@@ -69,9 +71,10 @@ class CpuInt4Kernel:
 
     def multiply(self, x: torch.Tensor, prepared: Int4Weight) -> torch.Tensor:
         """One packed product."""
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.contiguous(), prepared.codes, prepared.group_size, prepared.scales_and_zeros
         )
+        return product
 
 
 class CudaInt4Kernel:
@@ -101,6 +104,7 @@ class CudaInt4Kernel:
 
     def multiply(self, x: torch.Tensor, prepared: Int4Weight) -> torch.Tensor:
         """One packed product."""
-        return torch.ops.aten._weight_int4pack_mm(
+        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm(
             x.contiguous(), prepared.codes, prepared.group_size, prepared.scales_and_zeros
         )
+        return product

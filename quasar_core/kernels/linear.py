@@ -10,8 +10,14 @@ from quasar_core.kernels.select import KernelChoice, select_kernel
 class PackedLinear(torch.nn.Module):
     """Stands where a `torch.nn.Linear` stood: x [..., in] → [..., out]."""
 
-    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None, choice: KernelChoice,
-                 device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: torch.Tensor | None,
+        choice: KernelChoice,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.bits, self.group_size = weight.bits, weight.group_size
@@ -20,8 +26,14 @@ class PackedLinear(torch.nn.Module):
         self.bias = bias
 
     @classmethod
-    def build(cls, weight: QuantizedWeight, bias: torch.Tensor | None, device: torch.device,
-              dtype: torch.dtype, requested: str = "auto") -> "PackedLinear":
+    def build(
+        cls,
+        weight: QuantizedWeight,
+        bias: torch.Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        requested: str = "auto",
+    ) -> "PackedLinear":
         """Choose the kernel and prepare the weight."""
         choice = select_kernel(LayerShape.of(weight), device, dtype, requested)
         return cls(weight, bias, choice, device, dtype)

@@ -4,15 +4,18 @@ from dataclasses import dataclass
 
 import torch
 
-from quasar_core.checkpoint.packing import QuantizedWeight, unpack_weight
+from quasar_core.checkpoint.packing import QuantizedWeight, pack_rows, unpack_rows
 from quasar_core.kernels.base import LayerShape
 
 
 @dataclass(frozen=True)
 class PackedTensors:
-    """The checkpoint's tensors on the device."""
+    """A layer on the device: packed codes; scales and zeros as they are, so that a zero of any value has room."""
 
-    tensors: dict[str, torch.Tensor]
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    g_idx: torch.Tensor
     bits: int
     group_size: int
 
@@ -27,11 +30,20 @@ class ReferenceKernel:
         return None
 
     def prepare(self, weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> PackedTensors:
-        """The packed tensors, moved to the device."""
-        tensors = {name: tensor.to(device) for name, tensor in weight.pack().items()}
-        return PackedTensors(tensors, weight.bits, weight.group_size)
+        """The codes packed, everything moved to the device."""
+        return PackedTensors(
+            pack_rows(weight.codes, weight.bits).to(device),
+            weight.scales.to(device),
+            weight.zeros.to(device),
+            weight.g_idx.to(device),
+            weight.bits,
+            weight.group_size,
+        )
 
     def multiply(self, x: torch.Tensor, prepared: PackedTensors) -> torch.Tensor:
         """Unpack, dequantize, multiply."""
-        weight = unpack_weight("", prepared.tensors, prepared.bits, prepared.group_size, zeros_offset=1)
+        codes = unpack_rows(prepared.qweight, prepared.bits)
+        weight = QuantizedWeight(
+            prepared.bits, prepared.group_size, codes, prepared.scales, prepared.zeros, prepared.g_idx
+        )
         return torch.nn.functional.linear(x, weight.dequantize(x.dtype))

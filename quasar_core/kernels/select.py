@@ -6,11 +6,14 @@ import torch
 
 from quasar_core.errors import UsageError
 from quasar_core.kernels.base import Kernel, LayerShape
+from quasar_core.kernels.dense import DenseKernel
 from quasar_core.kernels.int4 import CpuInt4Kernel, CudaInt4Kernel
 from quasar_core.kernels.reference import ReferenceKernel
 
-# Fastest first; the reference path supports everything.
-KERNELS: tuple[Kernel, ...] = (CudaInt4Kernel(), CpuInt4Kernel(), ReferenceKernel())
+# Fastest first. Dense and reference support everything: dense unpacks once, reference for each product.
+PACKED_KERNELS: tuple[Kernel, ...] = (CudaInt4Kernel(), CpuInt4Kernel())
+DENSE = DenseKernel()
+KERNELS: tuple[Kernel, ...] = (*PACKED_KERNELS, DENSE, ReferenceKernel())
 KERNEL_NAMES = tuple(kernel.name for kernel in KERNELS)
 
 
@@ -31,24 +34,25 @@ class KernelReport:
     reason: str
 
 
-def select_kernel(
-    shape: LayerShape, device: torch.device, dtype: torch.dtype, requested: str = "auto"
-) -> KernelChoice:
-    """The first kernel that supports the layer, or the requested one; UsageError where that one does not."""
+def select_kernel(shape: LayerShape, device: torch.device, dtype: torch.dtype, requested: str = "auto") -> KernelChoice:
+    """The first kernel that supports the layer, or the requested one; UsageError where that one does not.
+
+    Where no kernel runs on packed codes the weight is unpacked once, at load, and the reason says so.
+    """
     if requested != "auto":
         kernel = _kernel_named(requested)
         obstacle = kernel.why_not(shape, device, dtype)
         if obstacle:
             raise UsageError(f"--kernel {requested} cannot run this verifier: {obstacle}.")
         return KernelChoice(kernel, "asked for by --kernel")
-    refused = []
-    for kernel in KERNELS:
+    refused: list[str] = []
+    for kernel in PACKED_KERNELS:
         obstacle = kernel.why_not(shape, device, dtype)
         if obstacle is None:
             return KernelChoice(kernel, "; ".join(refused) or "the fastest here")
         if not obstacle.startswith("it runs on"):
             refused.append(f"not {kernel.name}: {obstacle}")
-    raise AssertionError("the reference kernel supports every layer")
+    return KernelChoice(DENSE, "; ".join([*refused, "so unpacked at load"]))
 
 
 def _kernel_named(name: str) -> Kernel:

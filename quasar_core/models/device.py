@@ -26,7 +26,9 @@ def choose_device(requested: str) -> torch.device:
     return device
 
 
-def choose_dtype(requested: str, stored: str | None, weight_bytes: int, device: torch.device) -> tuple[torch.dtype, str]:
+def choose_dtype(
+    requested: str, stored: str | None, weight_bytes: int, device: torch.device
+) -> tuple[torch.dtype, str]:
     """The dtype of the passes, and why; `stored` is the dtype that the model's config names."""
     if requested != "auto":
         if requested not in DTYPES:

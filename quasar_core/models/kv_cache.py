@@ -16,6 +16,8 @@ class PreallocatedLayer(CacheLayerMixin):
     """Keys and values of one layer, [B, H, capacity, D]; allocated at the first write, when shapes are known."""
 
     is_sliding = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -60,13 +62,14 @@ class PreallocatedCache(Cache):
     """One layer each for a model's decoder layers; implements `models.base.KVCache`."""
 
     def __init__(self, num_layers: int, capacity: int) -> None:
-        super().__init__(layers=[PreallocatedLayer(capacity) for _ in range(num_layers)])
+        self._layers = [PreallocatedLayer(capacity) for _ in range(num_layers)]
+        super().__init__(layers=[*self._layers])
         self._capacity = capacity
 
     @property
     def length(self) -> int:
         """Positions written."""
-        return self.layers[0].length
+        return self._layers[0].length
 
     @property
     def capacity(self) -> int:
@@ -77,7 +80,7 @@ class PreallocatedCache(Cache):
         """Move the length back; a length ahead of what is written is a defect of the caller."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot move a cache of {self.length} positions to {length}")
-        for layer in self.layers:
+        for layer in self._layers:
             layer.length = length
 
     def make_room(self, count: int) -> None:

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from quasar_core.checkpoint.reader import read_json
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import CausalLM, KVCache
-from quasar_core.models.transformers_lm import TransformersLM
 from quasar_core.records import FidelityReport
 
 
@@ -39,7 +38,8 @@ class Pair:
 
     def new_cache(self, capacity: int) -> KVCache:
         """A cache that target and verifier share."""
-        return self.primary.new_cache(capacity)
+        cache: KVCache = self.primary.new_cache(capacity)
+        return cache
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -51,15 +51,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise QuasarError(f"The tokenizer in {folder} could not be loaded: {first}") from error
 
 
-def context_limit(config: Any) -> int:
+def context_limit(folder: Path) -> int:
     """Positions that the model was made for."""
-    return int(config.get_text_config().max_position_embeddings)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    return int(config.max_position_embeddings)
 
 
-def end_of_text_ids(model: TransformersLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends an answer: of the generation config, else of the model's config, else the tokenizer's."""
-    for source in (model.model.generation_config, model.model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
+    generation = folder / "generation_config.json"
+    stored = [read_json(path) for path in (generation, folder / "config.json") if path.exists()]
+    for ids in (*(content.get("eos_token_id") for content in stored), tokenizer.eos_token_id):
         if ids is not None:
-            return frozenset(ids if isinstance(ids, (list, tuple)) else [ids])
+            return frozenset(ids if isinstance(ids, list) else [ids])
     return frozenset()

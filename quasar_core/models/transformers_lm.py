@@ -1,11 +1,13 @@
 """Any causal language model through transformers: slower than a decoder of our own, right for all of them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
@@ -29,6 +31,11 @@ class TransformersLM:
         """Where the embedding lies."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
 
+    @property
+    def packed_layers(self) -> Iterator[PackedLinear]:
+        """Linear layers on packed codes; none in a target."""
+        return (module for module in self.model.modules() if isinstance(module, PackedLinear))
+
     def new_cache(self, capacity: int) -> PreallocatedCache:
         """A cache for this model, and for any copy of it."""
         return PreallocatedCache(self.model.config.get_text_config().num_hidden_layers, capacity)
@@ -38,9 +45,7 @@ class TransformersLM:
         """One pass of T tokens → float32 logits [T, V] ([1, V] with `last_only`)."""
         cache.make_room(len(tokens))
         ids = torch.tensor([tokens], device=self.device)
-        output = self.model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1 if last_only else 0
-        )
+        output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1 if last_only else 0)
         return output.logits[0].float()  # type: ignore[no-any-return]
 
 
@@ -48,13 +53,18 @@ def load_target(
     folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> TransformersLM:
     """The model of a folder, from safetensors only."""
+    bar_was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would run beside our own
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise QuasarError(f"The model in {folder} could not be loaded: {_first_line(error)}") from error
-    return TransformersLM(model.to(device))
+    finally:
+        if bar_was_shown:
+            logging.enable_progress_bar()
+    return TransformersLM(model.to(device))  # type: ignore[arg-type]
 
 
 def attach_verifier(target: TransformersLM, checkpoint: VerifierCheckpoint, kernel: str = "auto") -> TransformersLM:
@@ -62,7 +72,7 @@ def attach_verifier(target: TransformersLM, checkpoint: VerifierCheckpoint, kern
 
     Every module of the verifier is the target's, apart from the linear layers whose codes the checkpoint holds.
     """
-    model = _clone_structure(target.model)
+    model = cast(PreTrainedModel, _clone_structure(target.model))
     _pack_layers(model, checkpoint, target.device, target.model.dtype, kernel)
     return TransformersLM(model)
 
@@ -76,7 +86,7 @@ def load_verifier_alone(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     _pack_layers(model, checkpoint, device, dtype, kernel)
     tensors = {name: t.to(device, dtype) for name, t in checkpoint.tensors.load_many(checkpoint.plain_names)}
-    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     _build_buffers(model, config, device)
     absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
@@ -87,7 +97,7 @@ def load_verifier_alone(
 
 def plain_config(folder: Path) -> PretrainedConfig:
     """The architecture's config without its quantization section."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -96,7 +106,8 @@ def plain_config(folder: Path) -> PretrainedConfig:
 def _clone_structure(module: torch.nn.Module) -> torch.nn.Module:
     """A tree of modules of its own whose parameters and buffers are the original's."""
     clone = copy.copy(module)
-    clone._modules = {name: _clone_structure(child) for name, child in module._modules.items() if child is not None}
+    children = module._modules.items()
+    clone._modules = {name: None if child is None else _clone_structure(child) for name, child in children}
     clone._parameters = dict(module._parameters)
     clone._buffers = dict(module._buffers)
     return clone
@@ -106,20 +117,24 @@ def _pack_layers(
     model: torch.nn.Module, checkpoint: VerifierCheckpoint, device: torch.device, dtype: torch.dtype, kernel: str
 ) -> None:
     for name in checkpoint.layer_names:
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError as error:
-            raise QuasarError(f"The target has no layer {name}, which {checkpoint.folder} quantizes.") from error
+        linear = _linear_named(model, name, checkpoint)
         weight = checkpoint.layer(name)
         shape = (weight.out_features, weight.in_features)
         if (linear.out_features, linear.in_features) != shape:
             raise QuasarError(f"Layer {name} of {checkpoint.folder} is {shape}, and the target's is not.")
-        bias = linear.bias
-        if bias is not None and bias.is_meta:
-            bias = checkpoint.tensors.load(f"{name}.bias").to(device, dtype)
         parent, _, child = name.rpartition(".")
-        packed = PackedLinear.build(weight, bias, device, dtype, kernel)
+        packed = PackedLinear.build(weight, linear.bias, device, dtype, kernel)
         setattr(model.get_submodule(parent), child, packed)
+
+
+def _linear_named(model: torch.nn.Module, name: str, checkpoint: VerifierCheckpoint) -> torch.nn.Linear:
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError as error:
+        raise QuasarError(f"The target has no layer {name}, which {checkpoint.folder} quantizes.") from error
+    if not isinstance(linear, torch.nn.Linear):
+        raise QuasarError(f"{checkpoint.folder} quantizes {name}, which is no linear layer of the target.")
+    return linear
 
 
 def _build_buffers(model: PreTrainedModel, config: PretrainedConfig, device: torch.device) -> None:

@@ -73,7 +73,12 @@ def load_calibration(
         samples, held_out = ids[: config.samples], ids[config.samples :]
     else:
         samples, held_out = _cut_samples(_read_documents(config.calibration), tokenizer, config, length)
-    return Calibration(config.calibration, samples, held_out, greedy, config.seed)
+    return Calibration(calibration_name(config.calibration), samples, held_out, greedy, config.seed)
+
+
+def calibration_name(calibration: str) -> str:
+    """What a checkpoint calls its calibration: a file goes by its name, since its folder is this machine's."""
+    return Path(calibration).name
 
 
 def _cut_samples(
@@ -103,10 +108,10 @@ def _cut_samples(
 
 def _encode(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if isinstance(document, list):
-        if not tokenizer.chat_template:
-            document = "\n".join(message["content"] for message in document)
+        if tokenizer.chat_template:
+            document = str(tokenizer.apply_chat_template(document, tokenize=False))
         else:
-            document = tokenizer.apply_chat_template(document, tokenize=False)
+            document = "\n".join(message["content"] for message in document)
     return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -139,12 +144,15 @@ def _read_hub_text(name: str) -> Iterator[str | list[dict[str, str]]]:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise QuasarError(f"The text {name} could not be fetched from {repository} on the hub: {first}") from error
-    if member:
-        with zipfile.ZipFile(path) as archive:
-            yield archive.read(member).decode("utf-8")
-    else:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            yield from _read_json_lines(lines, name)
+    try:
+        if member:
+            with zipfile.ZipFile(path) as archive:
+                yield archive.read(member).decode("utf-8")
+        else:
+            with gzip.open(path, "rt", encoding="utf-8") as lines:
+                yield from _read_json_lines(lines, name)
+    except (OSError, EOFError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+        raise QuasarError(f"The text {name} as fetched from {repository} is not readable ({error}).") from error
 
 
 def _read_json_lines(lines: Any, where: str) -> Iterator[str | list[dict[str, str]]]:
@@ -162,10 +170,16 @@ def _parse_document(line: str, where: str) -> str | list[dict[str, str]]:
         if isinstance(record.get("text"), str):
             return str(record["text"])
         if "messages" in record:
-            return [{"role": m["role"], "content": m["content"]} for m in record["messages"]]
+            return [_message(m["role"], m["content"]) for m in record["messages"]]
         if "conversations" in record:
             roles = {"human": "user", "gpt": "assistant", "system": "system"}
-            return [{"role": roles[m["from"]], "content": m["value"]} for m in record["conversations"]]
-        return [{"role": "user", "content": turn} for turn in record["turns"]]
+            return [_message(roles[m["from"]], m["value"]) for m in record["conversations"]]
+        return [_message("user", turn) for turn in record["turns"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{where}: neither text, messages, conversations nor turns.") from error
+
+
+def _message(role: str, content: Any) -> dict[str, str]:
+    if not isinstance(content, str):
+        raise TypeError("a message is a text")
+    return {"role": role, "content": content}

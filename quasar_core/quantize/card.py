@@ -8,7 +8,7 @@ from quasar_core.records import QuantizeReport
 def model_card(report: QuantizeReport, card: dict[str, Any]) -> str:
     """Markdown: what the checkpoint is, how it was made, how faithful it is."""
     config, fidelity, calibration = report.config, report.fidelity, card["calibration"]
-    group = "one group a row" if config["group_size"] == -1 else f"groups of {config['group_size']}"
+    group = "one group per output" if config["group_size"] == -1 else f"groups of {config['group_size']}"
     symmetry = "symmetric" if config["sym"] else "asymmetric"
     return f"""---
 base_model: {report.target}
@@ -28,7 +28,7 @@ sha256 `{calibration["sha256"][:16]}`).
 | fidelity to the target, on text that the calibration did not see | |
 |---|---|
 | agreement on the target's greedy text | {fidelity.agreement:.4f} |
-| agreement on sampled or given text ({fidelity.tokens:,} tokens of `{fidelity.text}`) | {fidelity.agreement_sampled:.4f} |
+| agreement on `{fidelity.text}` text ({fidelity.tokens:,} tokens) | {fidelity.agreement_sampled:.4f} |
 | mean KL(target, verifier), nats | {fidelity.kl_mean:.5f} |
 | 99th percentile of KL, nats | {fidelity.kl_p99:.4f} |
 | perplexity of the target | {fidelity.perplexity_target:.4f} |

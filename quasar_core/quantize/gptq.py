@@ -4,6 +4,7 @@ Columns are rounded one by one; each rounding error is spread over the columns n
 Hessian. Letters: out and in the layer's sizes, G groups.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,9 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, config: SolverConfig, nam
     better = losses <= nearest_losses
     codes = torch.where(better[:, None], solved, nearest)
     loss = torch.where(better, losses, nearest_losses).sum().item()
-    output = ((weight @ hessian) * weight).sum().item()
+    output = 0.5 * ((weight @ hessian) * weight).sum().item()
+    if not math.isfinite(loss):
+        raise QuasarError(f"{name} could not be quantized: its weights or its inputs are not finite.")
     return Solution(_store(codes, grid, config), loss, loss / output if output > 0 else 0.0)
 
 
@@ -114,11 +117,13 @@ def inverse_factor(hessian: torch.Tensor, damp: float, name: str) -> torch.Tenso
         damped = hessian.clone()
         damped.diagonal()[dead] = mean if mean > 0 else 1.0
         damped.diagonal().add_(damp * 10**attempt * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if info.item() == 0:
-            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if info.item() == 0 and bool(torch.isfinite(upper).all()):
-                return upper
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if failed.item():
+            continue
+        upper: torch.Tensor
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed.item() and bool(torch.isfinite(upper).all()):
+            return upper
     raise QuasarError(
         f"The Hessian of {name} has no Cholesky factor even with damping {damp * 10 ** (DAMP_RETRIES - 1):g}: "
         "use more calibration text, or a larger --damp."

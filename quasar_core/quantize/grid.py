@@ -61,9 +61,7 @@ def _fit_group(weight: torch.Tensor, bits: int, sym: bool, search: bool) -> tupl
     return best_scale, best_zero
 
 
-def _range_to_grid(
-    low: torch.Tensor, high: torch.Tensor, bits: int, sym: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _range_to_grid(low: torch.Tensor, high: torch.Tensor, bits: int, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric: scale = 2 · absmax ÷ (2^bits − 1), zero in the middle. Asymmetric: the range, zero from 1 up.
 
     Version 1 of the format stores zero − 1, and readers differ on what −1 means: so no zero is 0.

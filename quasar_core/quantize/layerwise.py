@@ -5,6 +5,7 @@ through the layers already quantized (`true_sequential`). Each finished block is
 where an interrupted run goes on.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,10 +32,21 @@ class _Stop(Exception):
 
 @dataclass
 class Batch:
-    """Hidden states [B, L, hidden] on their way through the blocks, and what the blocks take beside them."""
+    """Hidden states [B, L, hidden] on their way through the blocks, and what each block takes beside them."""
 
     hidden: torch.Tensor
-    kwargs: dict[str, Any]
+    kwargs_of_blocks: list[dict[str, Any]]
+    block: int = 0  # the one that comes next
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """What the next block takes; masks and rotary tables may differ between blocks."""
+        return self.kwargs_of_blocks[self.block]
+
+    def move_on(self, hidden: torch.Tensor) -> None:
+        """Take what left the next block; the one after it comes next."""
+        self.hidden = hidden
+        self.block += 1
 
 
 @dataclass(frozen=True)
@@ -54,18 +66,29 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
     raise QuasarError(f"No list of {count} decoder blocks was found in {type(model).__name__}.")
 
 
-def check_layers(model: PreTrainedModel, config: SolverConfig) -> None:
-    """Refuse, before any work, layers that the format cannot hold."""
+def find_head(model: PreTrainedModel) -> tuple[torch.nn.Module, torch.nn.Linear]:
+    """The final norm and the head that reads it."""
+    norm, head = getattr(model.base_model, "norm", None), getattr(model, "lm_head", None)
+    if norm is None or not isinstance(head, torch.nn.Linear):
+        raise QuasarError(f"--lm-head-bits: {type(model).__name__} has no final norm and lm_head to quantize.")
+    return norm, head
+
+
+def check_layers(model: PreTrainedModel, bits: int, head_bits: int) -> None:
+    """Refuse, before any work, layers that the format cannot hold; the head counts where its codes are asked for."""
     prefix, blocks = find_blocks(model)
-    for name, linear in linear_layers(blocks[0]).items():
-        obstacle = why_not_packable(linear.in_features, linear.out_features, config.bits)
+    wanted = [(f"{prefix}.{name}", linear, bits) for name, linear in linear_layers(blocks).items()]
+    if head_bits < 16:
+        wanted.append(("lm_head", find_head(model)[1], head_bits))
+    for name, linear, width in wanted:
+        obstacle = why_not_packable(linear.in_features, linear.out_features, width)
         if obstacle:
-            raise QuasarError(f"Layer {prefix}.0.{name} cannot be packed: {obstacle}.")
+            raise QuasarError(f"Layer {name} cannot be packed: {obstacle}.")
 
 
-def linear_layers(block: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linear layers of a block by their name within it."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear)}
+def linear_layers(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The linear layers inside a module by their name within it."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)}
 
 
 @torch.inference_mode()
@@ -87,44 +110,57 @@ def quantize_blocks(
         commit = commits / f"block-{index:05d}.safetensors"
         if commit.exists():
             done = read_commit(commit, config)
-            _replace_weights(work, f"{prefix}.{index}", done.weights)
+            _replace_weights(work, f"{prefix}.{index}.", done.weights)
         else:
             done = quantize_block(work, f"{prefix}.{index}", batches, config)
             write_commit(commit, done)
         for batch in batches:
-            batch.hidden = _run_block(work, batch)
+            batch.move_on(_run_block(work, batch))
         yield done
     progress("quantizing", len(blocks), len(blocks))
 
 
 @torch.inference_mode()
 def capture_first_inputs(model: PreTrainedModel, samples: torch.Tensor) -> list[Batch]:
-    """What enters the first block when the model reads samples [N, L], batch by batch."""
-    first = find_blocks(model)[1][0]
-    batches: list[Batch] = []
-
-    def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        rest = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
-        batches.append(Batch(hidden, rest))
-        raise _Stop
-
+    """What enters the first block, and what every block takes, when the model reads samples [N, L], batch by batch."""
     rows = max(1, BATCH_TOKENS // samples.shape[1])
-    handle = first.register_forward_pre_hook(keep, with_kwargs=True)
+    return [_capture_batch(model, ids.to(model.device)) for ids in samples.split(rows)]
+
+
+def _capture_batch(model: PreTrainedModel, ids: torch.Tensor) -> Batch:
+    blocks = find_blocks(model)[1]
+    entered: list[torch.Tensor] = []
+    kwargs_of_blocks: list[dict[str, Any]] = []
+
+    def pass_through(
+        hidden_states: torch.Tensor, *, past_key_values: Any = None, use_cache: Any = None, **kwargs: Any
+    ) -> torch.Tensor:
+        entered.append(hidden_states)
+        kwargs_of_blocks.append(kwargs)
+        if len(entered) == len(blocks):
+            raise _Stop
+        return hidden_states
+
+    with _blocks_replaced_by(blocks, pass_through), contextlib.suppress(_Stop):
+        model(input_ids=ids, use_cache=False)
+    return Batch(entered[0], kwargs_of_blocks)
+
+
+@contextlib.contextmanager
+def _blocks_replaced_by(blocks: torch.nn.ModuleList, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    for block in blocks:
+        block.forward = forward
     try:
-        for ids in samples.split(rows):
-            try:
-                model(input_ids=ids.to(model.device), use_cache=False)
-            except _Stop:
-                pass
+        yield
     finally:
-        handle.remove()
-    return batches
+        for block in blocks:
+            del block.forward  # the class's own again
 
 
 def _run_block(block: torch.nn.Module, batch: Batch) -> torch.Tensor:
     output = block(batch.hidden, **batch.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def quantize_block(block: torch.nn.Module, name: str, batches: list[Batch], config: SolverConfig) -> QuantizedBlock:
@@ -142,9 +178,7 @@ def quantize_block(block: torch.nn.Module, name: str, batches: list[Batch], conf
     return QuantizedBlock(weights, losses)
 
 
-def layers_sharing_input(
-    block: torch.nn.Module, layers: dict[str, torch.nn.Linear], batch: Batch
-) -> list[list[str]]:
+def layers_sharing_input(block: torch.nn.Module, layers: dict[str, torch.nn.Linear], batch: Batch) -> list[list[str]]:
     """Names of layers in the order they run; those that read the same tensor (q, k, v; gate, up) together."""
     groups: dict[tuple[int, int], list[str]] = {}
     kept: list[torch.Tensor] = []  # alive until the end, so that no address is used twice
@@ -158,7 +192,7 @@ def layers_sharing_input(
 
     handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in layers.items()]
     try:
-        _run_block(block, Batch(batch.hidden[:1], _first_row(batch.kwargs)))
+        _run_block(block, Batch(batch.hidden[:1], [_first_row(batch.kwargs)]))
     finally:
         for handle in handles:
             handle.remove()
@@ -171,9 +205,7 @@ def _first_row(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "attention_mask": mask[:1]} if isinstance(mask, torch.Tensor) else kwargs
 
 
-def collect_hessian(
-    block: torch.nn.Module, linear: torch.nn.Linear, batches: list[Batch], name: str
-) -> torch.Tensor:
+def collect_hessian(block: torch.nn.Module, linear: torch.nn.Linear, batches: list[Batch], name: str) -> torch.Tensor:
     """H of the inputs that reach one layer; each pass ends there."""
     accumulator = HessianAccumulator(linear.in_features, linear.weight.device)
 
@@ -184,29 +216,24 @@ def collect_hessian(
     handle = linear.register_forward_pre_hook(take)
     try:
         for batch in batches:
-            try:
+            with contextlib.suppress(_Stop):
                 _run_block(block, batch)
-            except _Stop:
-                pass
     finally:
         handle.remove()
     return accumulator.finish(name)
 
 
-def _replace_weights(block: torch.nn.Module, name: str, weights: dict[str, QuantizedWeight]) -> None:
-    for layer_name, linear in linear_layers(block).items():
-        weight = weights[f"{name}.{layer_name}"].dequantize(linear.weight.dtype)
-        linear.weight.data = weight.to(linear.weight.device)
+def _replace_weights(block: torch.nn.Module, prefix: str, weights: dict[str, QuantizedWeight]) -> None:
+    layers = linear_layers(block)
+    for name, weight in weights.items():
+        linear = layers[name.removeprefix(prefix)]
+        linear.weight.data = weight.dequantize(linear.weight.dtype).to(linear.weight.device)
 
 
 @torch.inference_mode()
-def quantize_head(
-    model: PreTrainedModel, batches: list[Batch], config: SolverConfig, commits: Path
-) -> QuantizedBlock | None:
-    """Quantize the head on what left the last block; None for a model without a final norm and a head of that name."""
-    norm, head = getattr(model.base_model, "norm", None), getattr(model, "lm_head", None)
-    if norm is None or head is None:
-        return None
+def quantize_head(model: PreTrainedModel, batches: list[Batch], config: SolverConfig, commits: Path) -> QuantizedBlock:
+    """Quantize the head on what left the last block."""
+    norm, head = find_head(model)
     commit = commits / "head.safetensors"
     if not commit.exists():
         accumulator = HessianAccumulator(head.in_features, head.weight.device)

@@ -40,10 +40,11 @@ def quantize_with_optimum(
     UsageError where the packages are missing and for a quantized head, which optimum does not make; QuasarError where
     they fail. On a machine with a GPU they use it.
     """
-    check_packages()
-    if config.lm_head_bits != 16:
-        raise UsageError("--lm-head-bits needs --backend native: optimum leaves the head as it is.")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", use_safetensors=True, local_files_only=True)
+    check_optimum(config)
+    # The codes are read off the rounded weights: bfloat16 has too few digits to tell 8-bit ones apart.
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
     prefix, blocks = find_blocks(model)
     watch_blocks(blocks, progress)
     with quiet_packages():
@@ -53,8 +54,10 @@ def quantize_with_optimum(
     return [_block(weights, f"{prefix}.{index}.") for index in range(len(blocks))]
 
 
-def check_packages() -> None:
-    """UsageError that says how to install what is missing."""
+def check_optimum(config: QuantizeConfig) -> None:
+    """UsageError for what optimum cannot do, and one that says how to install what is missing; cheap."""
+    if config.lm_head_bits != 16:
+        raise UsageError("--lm-head-bits needs --backend native: optimum leaves the head as it is.")
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(

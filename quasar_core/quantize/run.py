@@ -10,17 +10,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint, read_json
+from quasar_core.checkpoint.reader import CARD_VERSION, TensorFiles, VerifierCheckpoint, read_json
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files, finish, partial_folder, save_tensors, write_json
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.pair import context_limit
 from quasar_core.models.transformers_lm import TransformersLM, attach_verifier
-from quasar_core.quantize.calibration import GREEDY_FROM, Calibration, load_calibration
+from quasar_core.quantize.calibration import GREEDY_FROM, Calibration, calibration_name, load_calibration
 from quasar_core.quantize.card import model_card
 from quasar_core.quantize.fidelity import measure_fidelity
 from quasar_core.quantize.gptq import SolverConfig
@@ -31,9 +30,10 @@ from quasar_core.quantize.layerwise import (
     quantize_blocks,
     quantize_head,
 )
+from quasar_core.quantize.optimum_backend import check_optimum, quantize_with_optimum
 from quasar_core.records import FidelityReport, Progress, QuantizeReport, no_progress
+from quasar_core.store.safetensors_header import read_headers, weight_files
 
-FORMAT_VERSION = 1
 PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors")
 
 
@@ -104,7 +104,9 @@ def quantize_checkpoint(
     progress: Progress = no_progress,
 ) -> QuantizeReport:
     """Write the verifier of `target`, whole or not at all; what is finished of an interrupted run is used again."""
-    check_layers(target.model, solver_config(job.config))
+    check_layers(target.model, job.config.bits, job.config.lm_head_bits)
+    if job.config.backend == "optimum":
+        check_optimum(job.config)
     begin_partial(job, resume)
     watch = Stopwatch()
     with watch.stage("calibration text"):
@@ -143,17 +145,14 @@ def begin_partial(job: Job, resume: bool) -> None:
     write_json(state, job.identity())
 
 
-def calibrate(
-    job: Job, target: TransformersLM, tokenizer: PreTrainedTokenizerBase, progress: Progress
-) -> Calibration:
+def calibrate(job: Job, target: TransformersLM, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> Calibration:
     """Load or write the calibration text; a resumed run reads what the first one had."""
     stored = job.commits / "calibration.safetensors"
     if stored.exists():
         rows = load_file(stored)
-        return Calibration(
-            job.config.calibration, rows["samples"], rows["held_out"], rows["greedy"], job.config.seed
-        )
-    limit = context_limit(target.model.config)
+        name = calibration_name(job.config.calibration)
+        return Calibration(name, rows["samples"], rows["held_out"], rows["greedy"], job.config.seed)
+    limit = context_limit(job.source)
     calibration = load_calibration(target.model, tokenizer, job.config, limit, progress)
     save_tensors(
         stored,
@@ -167,15 +166,11 @@ def quantize_layers(
 ) -> list[QuantizedBlock]:
     """Every block's codes, and the head's where it is asked for."""
     if job.config.backend == "optimum":
-        from quasar_core.quantize.optimum_backend import quantize_with_optimum
-
         return quantize_with_optimum(job.source, tokenizer, calibration.samples, job.config, progress)
     batches = capture_first_inputs(target.model, calibration.samples)
     blocks = list(quantize_blocks(target.model, batches, solver_config(job.config), job.commits, progress))
     if job.config.lm_head_bits < 16:
         head = quantize_head(target.model, batches, solver_config(job.config, job.config.lm_head_bits), job.commits)
-        if head is None:
-            raise QuasarError(f"--lm-head-bits: {type(target.model).__name__} has no final norm and lm_head to quantize.")
         blocks.append(head)
     return blocks
 
@@ -232,8 +227,11 @@ def quantization_section(config: QuantizeConfig) -> dict[str, Any]:
 def measure(
     target: TransformersLM, checkpoint: VerifierCheckpoint, calibration: Calibration, progress: Progress
 ) -> FidelityReport:
-    """Fidelity of the checkpoint as it was written, not of what was meant to be written."""
-    verifier = attach_verifier(target, checkpoint)
+    """Fidelity of the checkpoint as it was written, not of what was meant to be written.
+
+    A row is a pass of hundreds of tokens: packed products on the CPU are slow at that, and a GPU's memory is short.
+    """
+    verifier = attach_verifier(target, checkpoint, "dense" if target.device.type == "cpu" else "auto")
     cache = target.new_cache(max(calibration.held_out.shape[1], calibration.greedy.shape[1]))
     return measure_fidelity(
         target,
@@ -255,18 +253,16 @@ def make_report(
     fidelity: FidelityReport,
 ) -> QuantizeReport:
     """Sizes, losses, seconds, fidelity."""
-    packed_bits, packed_weights = 0, 0
-    for block in blocks:
-        for weight in block.weights.values():
-            packed_bits += 8 * sum(t.numel() * t.element_size() for t in weight.pack().values())
-            packed_weights += weight.codes.numel()
+    plain = set(checkpoint.plain_names)
+    packed_bytes = sum(entry.size for entry in read_headers(checkpoint.folder) if entry.name not in plain)
+    packed_weights = sum(weight.codes.numel() for block in blocks for weight in block.weights.values())
     return QuantizeReport(
         checkpoint=str(job.output),
         target=job.target_name,
-        config=asdict(replace(job.config, seq_len=job.config.calibration_length)),
+        config=asdict(replace(job.config, seq_len=job.config.calibration_length, calibration=fidelity.text)),
         bytes_before=_weight_bytes(job.source),
         bytes_after=_weight_bytes(checkpoint.folder),
-        bits_per_weight=round(packed_bits / packed_weights, 3),
+        bits_per_weight=round(8 * packed_bytes / packed_weights, 3),
         layer_errors={name: loss for block in blocks for name, loss in block.losses.items()},
         seconds={**seconds, "total": round(sum(seconds.values()), 3)},
         fidelity=fidelity,
@@ -276,15 +272,15 @@ def make_report(
 def describe(job: Job, report: QuantizeReport, calibration: Calibration) -> None:
     """quasar.json and the model card."""
     card = {
-        "format_version": FORMAT_VERSION,
+        "format_version": CARD_VERSION,
         "target": {"name": job.target_name, "fingerprint": job.fingerprint},
         "calibration": calibration.identity(),
         "versions": package_versions(),
-        "report": asdict(report),
+        "report": {**asdict(report), "checkpoint": job.output.name},
     }
     write_json(job.partial / "quasar.json", card)
     (job.partial / "README.md").write_text(model_card(report, card), encoding="utf-8")
 
 
 def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(folder))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quasar_core.models.kv_cache import PreallocatedCache
 from quasar_core.records import Progress, no_progress
 
-MAX_BATCH = 64
+CACHE_BYTES = 4_000_000_000  # of the rows that are written at once
 _MARK = "QUASAR-MARK"
 
 
@@ -37,8 +37,8 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> TurnTokens | None:
         {"role": "assistant", "content": assistant},
         {"role": "user", "content": f"{_MARK}-3"},
     ]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    asked = str(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True))
     if not (user in asked and user in text and assistant in text and messages[2]["content"] in text):
         return None
     opening = text.split(user)[0]
@@ -67,11 +67,21 @@ def write_self_text(
     """Token ids [rows, length] at temperature 1; with `greedy_from`, greedy from that position on."""
     turns = turn_tokens(tokenizer)
     batches = []
-    for begin in range(0, rows, MAX_BATCH):
-        count = min(MAX_BATCH, rows - begin)
+    at_once = rows_at_once(model, length)
+    for begin in range(0, rows, at_once):
+        count = min(at_once, rows - begin)
         generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + begin)
         batches.append(_write_batch(model, turns, count, length, generator, greedy_from, begin, rows, progress, stage))
     return torch.cat(batches)
+
+
+def rows_at_once(model: PreTrainedModel, length: int) -> int:
+    """Rows of `length` tokens whose keys and values fill `CACHE_BYTES`, at least one."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token_bytes: int = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    return max(1, CACHE_BYTES // (token_bytes * length))
 
 
 def _write_batch(

@@ -1,0 +1,166 @@
+"""The lean decoder: RMS norms, rotary grouped-query attention, a gated MLP, and nothing in between.
+
+It knows tensors and a cache; nothing of files or text. A pass over T tokens is a few operations per layer, whose only
+moving part is the cache's length. Letters: T tokens of a pass, H key-value heads, G query heads per key-value head,
+D head size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import embedding, linear, rms_norm, silu
+
+from quasar_core.kernels.linear import PackedLinear
+from quasar_core.models.architectures import DecoderConfig
+from quasar_core.models.attention import Sight, attend, sight
+from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.rope import RopeTables
+
+Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] → [T, out]
+
+
+@dataclass(frozen=True)
+class DenseLinear:
+    """A linear layer of 16 or 32 bits: weight [out, in], bias [out]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] → [T, out]."""
+        return linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class JoinedLinear:
+    """Linear layers of one input that cannot be fused, such as packed ones of different widths."""
+
+    parts: tuple[Linear, ...]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] → [T, sum of out]."""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Weights and switches of one block."""
+
+    input_norm: torch.Tensor
+    qkv: Linear  # the queries of all heads, then keys, then values
+    head_norms: torch.Tensor | None  # [H·G + H, D], of the queries' heads, then of the keys'
+    out: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear  # gates, then what they gate
+    down: Linear
+    window: int | None
+    rotates: bool
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The four products."""
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a pass stands: its positions, their rotations, and what each kind of layer sees."""
+
+    start: int
+    end: int
+    cos: torch.Tensor
+    sin: torch.Tensor
+    sights: dict[int | None, Sight]
+
+
+class LeanDecoder:
+    """Implements `models.base.CausalLM`."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        embedding: torch.Tensor,
+        layers: Sequence[DecoderLayer],
+        norm: torch.Tensor,
+        head: Linear,
+        rope: RopeTables,
+    ) -> None:
+        self.config, self.embedding, self.layers = config, embedding, tuple(layers)
+        self.norm, self.head, self.rope = norm, head, rope
+        self._windows = frozenset(config.windows)
+        self._group = config.num_heads // config.num_kv_heads
+        self._rotated_heads = config.num_heads + config.num_kv_heads
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self.config.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the passes."""
+        return self.embedding.dtype
+
+    @property
+    def packed_layers(self) -> Iterator[PackedLinear]:
+        """Linear layers on packed codes; none in a target."""
+        for product in (*(product for layer in self.layers for product in layer.linears), self.head):
+            parts = product.parts if isinstance(product, JoinedLinear) else (product,)
+            yield from (part for part in parts if isinstance(part, PackedLinear))
+
+    def new_cache(self, capacity: int) -> DecoderCache:
+        """A cache for this model, and for any model of the same shape."""
+        self.rope.reach(capacity)
+        config = self.config
+        return DecoderCache(config.num_layers, config.num_kv_heads, config.head_size, capacity, self.device, self.dtype)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool = False) -> torch.Tensor:
+        """One pass of T tokens → float32 logits [T, V] ([1, V] with `last_only`)."""
+        cache.check_room(len(tokens))
+        place = self._place(cache.length, len(tokens))
+        hidden = embedding(torch.tensor(tokens, device=self.device), self.embedding)
+        for layer, states in zip(self.layers, cache.layers, strict=True):
+            hidden += self._attention(layer, self._normed(hidden, layer.input_norm), states, place)
+            hidden += self._mlp(layer, self._normed(hidden, layer.mlp_norm))
+        cache.advance(len(tokens))
+        if last_only:
+            hidden = hidden[-1:]
+        return self.head(self._normed(hidden, self.norm)).float()
+
+    def _place(self, start: int, count: int) -> _Place:
+        cos, sin = self.rope.rows(start, start + count)
+        sights = {w: sight(start, count, w, self._group, self.device, self.dtype) for w in self._windows}
+        return _Place(start, start + count, cos, sin, sights)
+
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, weight.shape, weight, self.config.eps)
+
+    def _attention(self, layer: DecoderLayer, x: torch.Tensor, states: torch.Tensor, place: _Place) -> torch.Tensor:
+        """Write the pass's keys and values into the layer's states [2, H, capacity, D], and attend over them."""
+        heads = layer.qkv(x).view(x.shape[0], -1, self.config.head_size)  # [T, H·G + 2·H, D]
+        self._rotate(layer, heads[:, : self._rotated_heads], place)
+        written = heads[:, self.config.num_heads :].unflatten(1, (2, -1))  # [T, 2, H, D]
+        states[:, :, place.start : place.end] = written.permute(1, 2, 0, 3)
+        return layer.out(attend(heads[:, : self.config.num_heads], states, place.sights[layer.window]))
+
+    def _rotate(self, layer: DecoderLayer, heads: torch.Tensor, place: _Place) -> None:
+        """Norm and rotate queries and keys [T, H·G + H, D] in place, as the layer has it."""
+        size = self.config.head_size
+        x = heads
+        if layer.head_norms is not None:
+            x = rms_norm(heads, (size,), None, self.config.eps) * layer.head_norms
+        if layer.rotates:
+            torch.addcmul(x * place.cos, x.roll(size // 2, -1), place.sin, out=heads)
+        elif layer.head_norms is not None:
+            heads.copy_(x)
+
+    def _mlp(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
+        gate, up = layer.gate_up(x).chunk(2, dim=-1)
+        return layer.down(silu(gate) * up)

@@ -1,0 +1,65 @@
+"""Which decoder runs a model: our own where its table knows the architecture, else transformers; said either way."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quasar_core.checkpoint.reader import VerifierCheckpoint, read_json
+from quasar_core.kernels.linear import PackedLinear
+from quasar_core.models import loading, transformers_lm
+from quasar_core.models.base import CausalLM
+from quasar_core.models.loading import why_not_lean
+from quasar_core.records import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class LoadedModels:
+    """Target and verifier over caches of one kind, and one note for each choice made."""
+
+    target: CausalLM | None
+    verifier: CausalLM | None
+    notes: Sequence[str]
+
+
+def load_models(
+    folder: Path,
+    checkpoint: VerifierCheckpoint | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    kernel: str = "auto",
+    use_target: bool = True,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> LoadedModels:
+    """Load the target of `folder` (unless `use_target` is false) and the verifier of `checkpoint` (where given)."""
+    obstacle = why_not_lean(read_json(folder / "config.json"))
+    library: Any = transformers_lm if obstacle else loading
+    notes = [f"decoder: transformers, as {obstacle}" if obstacle else "decoder: our own"]
+    stages = int(use_target) + int(checkpoint is not None)
+    target = verifier = None
+    if use_target:
+        progress("loading", 0, stages)
+        options = {"trust_remote_code": trust_remote_code} if obstacle else {}
+        target = library.load_target(folder, device, dtype, **options)
+    if checkpoint is not None:
+        progress("loading", stages - 1, stages)
+        if target is None:
+            verifier = library.load_verifier_alone(checkpoint, device, dtype, kernel)
+        else:
+            verifier = library.attach_verifier(target, checkpoint, kernel)
+        notes += describe_kernels_in_use(verifier.packed_layers)
+    progress("loading", stages, stages)
+    return LoadedModels(target, verifier, notes)
+
+
+def describe_kernels_in_use(layers: Iterable[PackedLinear]) -> list[str]:
+    """One note for each kernel: how many products run on it, and why."""
+    choices: dict[tuple[str, str], int] = {}
+    for layer in layers:
+        key = (layer.choice.kernel.name, layer.choice.reason)
+        choices[key] = choices.get(key, 0) + 1
+    return [f"kernel: {name} for {count} products, {reason}" for (name, reason), count in choices.items()]

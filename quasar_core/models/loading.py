@@ -1,0 +1,149 @@
+"""Bring a model of the architecture table from its files to the device, each weight once.
+
+A tensor is allocated first, fused ones whole, and then filled from the memory-mapped files, so that no weight is held
+twice. A verifier takes from its target all that it does not hold in codes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint, read_json
+from quasar_core.errors import QuasarError
+from quasar_core.models.architectures import DecoderConfig, why_not_lean
+from quasar_core.models.decoder import DecoderLayer, DenseLinear, LeanDecoder, Linear
+from quasar_core.models.products import (
+    Dense,
+    Packing,
+    Product,
+    block_products,
+    dense_only,
+    dense_rows,
+    head_product,
+)
+from quasar_core.models.rope import RopeTables
+
+__all__ = ["attach_verifier", "load_target", "load_verifier_alone", "why_not_lean"]
+
+
+def load_target(folder: Path, device: torch.device, dtype: torch.dtype) -> LeanDecoder:
+    """The model of a folder, from safetensors only; QuasarError where `why_not_lean` has a reason."""
+    config = DecoderConfig.parse(read_json(folder / "config.json"))
+    filling = Filling(TensorFiles(folder), device, dtype)
+    decoder = _build(config, filling, dense_only)
+    filling.refuse_unknown(config)
+    filling.fill()
+    return decoder
+
+
+def load_verifier_alone(
+    checkpoint: VerifierCheckpoint, device: torch.device, dtype: torch.dtype, kernel: str = "auto"
+) -> LeanDecoder:
+    """The verifier without its target: what it does not hold in codes comes from the checkpoint too."""
+    config = DecoderConfig.parse(checkpoint.config)
+    packing = Packing(checkpoint, device, dtype, kernel)
+    packing.refuse_unknown(config)
+    filling = Filling(checkpoint.tensors, device, dtype)
+    decoder = _build(config, filling, packing)
+    filling.fill()
+    return decoder
+
+
+def attach_verifier(target: LeanDecoder, checkpoint: VerifierCheckpoint, kernel: str = "auto") -> LeanDecoder:
+    """The verifier over the target's own embedding, norms and head, which are held once."""
+    packing = Packing(checkpoint, target.device, target.dtype, kernel)
+    packing.refuse_unknown(target.config)
+
+    def attached(product: Product, own: Linear) -> Linear:
+        return packing(product, lambda part: dense_rows(own, product, part))
+
+    def attached_layer(index: int, layer: DecoderLayer) -> DecoderLayer:
+        fields = block_products(target.config, index)
+        products: dict[str, Any] = {name: attached(fields[name], getattr(layer, name)) for name in fields}
+        return replace(layer, **products)
+
+    layers = [attached_layer(index, layer) for index, layer in enumerate(target.layers)]
+    head = attached(head_product(target.config), target.head)
+    return LeanDecoder(target.config, target.embedding, layers, target.norm, head, target.rope)
+
+
+class Filling:
+    """Tensors that were allocated and wait for their content."""
+
+    def __init__(self, files: TensorFiles, device: torch.device, dtype: torch.dtype) -> None:
+        self.files, self.device, self.dtype = files, device, dtype
+        self._waiting: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {}  # its place, the shape it is stored in
+
+    def tensor(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> torch.Tensor:
+        """One tensor [sum of rows, *columns], whose rows are the stored tensors of these names, in order."""
+        whole = self._empty(sum(rows), *columns)
+        for name, place in zip(names, whole.split(list(rows)), strict=True):
+            self._waiting[name] = place, tuple(place.shape)
+        return whole
+
+    def repeated(self, names: Sequence[str], times: Sequence[int], size: int) -> torch.Tensor:
+        """One tensor [sum of times, size], in which each stored vector [size] stands as often as asked."""
+        whole = self._empty(sum(times), size)
+        for name, place in zip(names, whole.split(list(times)), strict=True):
+            self._waiting[name] = place, (size,)
+        return whole
+
+    def linear(self, product: Product) -> DenseLinear:
+        """A product in 16 or 32 bits."""
+        weight = self.tensor([f"{name}.weight" for name in product.names], product.rows, product.columns)
+        names = [f"{name}.bias" for name in product.names]
+        return DenseLinear(weight, self.tensor(names, product.rows) if product.bias else None)
+
+    def refuse_unknown(self, config: DecoderConfig) -> None:
+        """A stored tensor that the architecture has no place for would be left out of the model: refuse it."""
+        for name in self.files.names():
+            known = name in self._waiting or name.endswith("rotary_emb.inv_freq")  # which older tools stored
+            if name.startswith("model.") and not known:
+                raise QuasarError(f"{self.files.folder} holds {name}, which {config.architecture} does not have.")
+
+    def fill(self) -> None:
+        """Copy everything from the files, file by file; QuasarError where a tensor is missing or of another shape."""
+        absent = [name for name in self._waiting if name not in self.files]
+        if absent:
+            raise QuasarError(f"{self.files.folder} holds no tensor {absent[0]}.")
+        for name, stored in self.files.load_many(list(self._waiting)):
+            place, shape = self._waiting[name]
+            if tuple(stored.shape) != shape:
+                raise QuasarError(
+                    f"The tensor {name} in {self.files.folder} is {tuple(stored.shape)}, and by its config {shape}."
+                )
+            place.copy_(stored)
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
+
+def _build(config: DecoderConfig, filling: Filling, make: Callable[[Product, Dense], Linear]) -> LeanDecoder:
+    """The decoder, its tensors allocated and not yet filled."""
+    embedding = filling.tensor(["model.embed_tokens.weight"], [config.vocab_size], config.hidden_size)
+    layers = [_build_layer(config, index, filling, make) for index in range(config.num_layers)]
+    norm = filling.tensor(["model.norm.weight"], [config.hidden_size])
+    own_head: Dense = (lambda _: DenseLinear(embedding)) if config.tied else filling.linear
+    head = make(head_product(config), own_head)
+    return LeanDecoder(config, embedding, layers, norm, head, RopeTables(config.rope, filling.device, filling.dtype))
+
+
+def _build_layer(
+    config: DecoderConfig, index: int, filling: Filling, make: Callable[[Product, Dense], Linear]
+) -> DecoderLayer:
+    prefix, hidden = f"model.layers.{index}", config.hidden_size
+    head_norms = None
+    if config.head_norms:
+        names = [f"{prefix}.self_attn.{name}.weight" for name in ("q_norm", "k_norm")]
+        head_norms = filling.repeated(names, (config.num_heads, config.num_kv_heads), config.head_size)
+    return DecoderLayer(
+        input_norm=filling.tensor([f"{prefix}.input_layernorm.weight"], [hidden]),
+        head_norms=head_norms,
+        mlp_norm=filling.tensor([f"{prefix}.post_attention_layernorm.weight"], [hidden]),
+        window=config.windows[index],
+        rotates=config.rotates[index],
+        **{name: make(product, filling.linear) for name, product in block_products(config, index).items()},
+    )

@@ -1,0 +1,129 @@
+"""Rotary position embeddings: frequencies, their scalings, and tables of cosines and sines.
+
+Letters: D head size, T positions of a pass.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+FIRST_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """What the frequencies depend on; `options` are the scaling's own numbers, by their names in config.json."""
+
+    kind: str
+    theta: float
+    head_size: int
+    max_positions: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained_positions(self) -> int:
+        """Positions that the model knew before its context was extended."""
+        return int(self.options.get("original_max_position_embeddings") or self.max_positions)
+
+
+def inverse_frequencies(rope: RopeConfig, positions: int) -> tuple[torch.Tensor, float]:
+    """Frequencies [D/2] in radians per position for a text of `positions`, and a factor on cosines and sines."""
+    if rope.kind == "dynamic":
+        return _frequencies(_stretched_theta(rope, positions), rope.head_size), 1.0
+    frequencies = _frequencies(rope.theta, rope.head_size)
+    if rope.kind == "linear":
+        return frequencies / rope.options["factor"], 1.0
+    if rope.kind == "llama3":
+        return _llama3(frequencies, rope), 1.0
+    if rope.kind == "yarn":
+        return _yarn(frequencies, rope), _yarn_magnitude(rope)
+    return frequencies, 1.0
+
+
+def _frequencies(theta: float, head_size: int) -> torch.Tensor:
+    return torch.pow(theta, torch.arange(0, head_size, 2, dtype=torch.float32) / head_size).reciprocal()
+
+
+def _stretched_theta(rope: RopeConfig, positions: int) -> float:
+    """NTK-aware scaling that begins where the trained context ends."""
+    factor, size = rope.options["factor"], rope.head_size
+    stretch = factor * max(positions, rope.max_positions) / rope.max_positions - (factor - 1)
+    return float(rope.theta * stretch ** (size / (size - 2)))
+
+
+def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    """Llama 3.1: slow frequencies are divided by the factor, fast ones kept, those between them blended."""
+    low, high, factor = (float(rope.options[key]) for key in ("low_freq_factor", "high_freq_factor", "factor"))
+    turns = rope.trained_positions * frequencies / (2 * math.pi)  # within the trained context
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / factor
+
+
+def _yarn(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    """YaRN (Peng et al., 2023, arXiv 2309.00071): a linear ramp over dimensions, from kept to divided frequencies."""
+    low = _yarn_dimension(rope, rope.options.get("beta_fast") or 32)
+    high = _yarn_dimension(rope, rope.options.get("beta_slow") or 1)
+    if rope.options.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.head_size - 1)
+    width = high - low or 0.001
+    divided = ((torch.arange(rope.head_size // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return divided * frequencies / _yarn_factor(rope) + (1 - divided) * frequencies
+
+
+def _yarn_dimension(rope: RopeConfig, turns: float) -> float:
+    """The dimension, counted in pairs, whose frequency makes that many turns within the trained context."""
+    return rope.head_size * math.log(rope.trained_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+
+def _yarn_factor(rope: RopeConfig) -> float:
+    return float(rope.options.get("factor") or rope.max_positions / rope.trained_positions)
+
+
+def _yarn_magnitude(rope: RopeConfig) -> float:
+    """The factor on cosines and sines, by which attention keeps its temperature over a longer context."""
+    given = rope.options.get("attention_factor")
+    if given is not None:
+        return float(given)
+    scale = math.log(max(_yarn_factor(rope), 1.0))
+    above, below = rope.options.get("mscale"), rope.options.get("mscale_all_dim")
+    if above and below:
+        return float((0.1 * above * scale + 1) / (0.1 * below * scale + 1))
+    return 0.1 * scale + 1
+
+
+class RopeTables:
+    """Cosines and sines of all positions, computed once and extended when a longer text comes.
+
+    A rotated head is x · cos + roll(x, D/2) · sin, so the first half of every row of sines is negated.
+    """
+
+    def __init__(self, rope: RopeConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.rope, self.device, self.dtype = rope, device, dtype
+        self._cos, self._sin = self._compute(0, FIRST_ROWS, self.rope.max_positions)
+
+    def reach(self, end: int) -> None:
+        """Make room for positions below `end`."""
+        if end > self._cos.shape[0]:
+            rows = max(end, 2 * self._cos.shape[0])
+            self._cos, self._sin = self._compute(0, rows, self.rope.max_positions)
+
+    def rows(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [T, 1, D] of the positions of a pass.
+
+        Beyond its threshold, dynamic scaling depends on where the pass ends, and on nothing that went before.
+        """
+        if self.rope.kind == "dynamic" and end > self.rope.max_positions:
+            return self._compute(start, end, end)
+        self.reach(end)
+        return self._cos[start:end], self._sin[start:end]
+
+    def _compute(self, start: int, end: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        frequencies, magnitude = inverse_frequencies(self.rope, positions)
+        angles = torch.arange(start, end, dtype=torch.float32)[:, None] * frequencies
+        cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
+        tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return tables[0][:, None].to(self.device, self.dtype), tables[1][:, None].to(self.device, self.dtype)

@@ -1,0 +1,112 @@
+"""Fidelity figures by hand, on models whose logits are written down."""
+
+import math
+
+import pytest
+import torch
+from bench_pair import TokenCache
+from tiny_models import quantized_copy, random_model
+
+from quasar_core.quantize.fidelity import kl_divergence, margin_table, margins, measure_fidelity, overlap
+
+
+class LastTokenModel:
+    """Logits [V] are the row of a table that the last token names."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, probabilities: list[list[float]]) -> None:
+        self.table = torch.tensor(probabilities).log()
+        self.vocab_size = len(probabilities)
+
+    def new_cache(self, capacity: int) -> TokenCache:
+        return TokenCache(capacity)
+
+    def forward(self, tokens: list[int], cache: TokenCache, last_only: bool = False) -> torch.Tensor:
+        assert cache.length == 0, "every row is read from its beginning"
+        cache.tokens += tokens
+        return self.table[tokens]
+
+
+def test_divergence_and_overlap_by_hand() -> None:
+    """p = (½, ½), q = (¼, ¾): KL = ½ ln 2 + ½ ln ⅔ = ½ ln 4⁄3; Σ min = ¼ + ½."""
+    p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    assert kl_divergence(p, q).tolist() == pytest.approx([0.5 * math.log(4 / 3)])
+    assert kl_divergence(p + 3, q - 5).tolist() == pytest.approx([0.5 * math.log(4 / 3)], abs=1e-6)
+    assert overlap(p, q).tolist() == pytest.approx([0.75])
+    assert kl_divergence(p, p).tolist() == [0]
+
+
+def test_margins_are_differences_of_the_two_best() -> None:
+    assert margins(torch.tensor([[1.0, 5.0, 3.0], [2.0, 2.0, 0.0]])).tolist() == [2, 0]
+
+
+def test_margin_table_by_hand() -> None:
+    """Margins 1 to 8 in four bins: quartiles at 2.75, 4.5 and 6.25; disagreement at 1, 2 and 4."""
+    margin = torch.tensor([8.0, 1, 2, 3, 4, 5, 6, 7])
+    agreed = torch.tensor([True, False, False, True, False, True, True, True])
+    table = margin_table(margin, agreed, bins=4)
+    assert table.edges == [2.75, 4.5, 6.25]
+    assert table.counts == [2, 2, 2, 2]
+    assert table.agreed == [0, 1, 2, 2]
+
+
+def test_equal_margins_make_one_bin() -> None:
+    table = margin_table(torch.full((6,), 2.0), torch.tensor([True] * 5 + [False]))
+    assert table.edges == [2]
+    assert (table.counts, table.agreed) == ([0, 6], [0, 5])
+
+
+def test_a_report_by_hand() -> None:
+    """Two tokens. After 0 the target has (0.6, 0.4) and the verifier (0.3, 0.7); after 1 both have (0.1, 0.9).
+
+    Held out: 0 1 1, so one position after 0 and one after 1. Target: −ln 0.4 − ln 0.9; verifier: −ln 0.7 − ln 0.9.
+    Greedy: 1 1 0 0 1, of which the first 3 tokens do not count: two positions, after 0 and after 0.
+    """
+    target = LastTokenModel([[0.6, 0.4], [0.1, 0.9]])
+    verifier = LastTokenModel([[0.3, 0.7], [0.1, 0.9]])
+    seen: list[tuple[str, int, int]] = []
+    report = measure_fidelity(
+        target,
+        verifier,
+        target.new_cache(8),
+        held_out=torch.tensor([[0, 1, 1]]),
+        greedy=torch.tensor([[1, 1, 0, 0, 1]]),
+        greedy_from=3,
+        text_name="two tokens",
+        progress=lambda *call: seen.append(call),
+    )
+    divergence = 0.6 * math.log(0.6 / 0.3) + 0.4 * math.log(0.4 / 0.7)
+    assert (report.text, report.tokens) == ("two tokens", 2)
+    assert (report.agreement, report.agreement_sampled) == (0, 0.5)
+    assert report.overlap == pytest.approx((0.7 + 1) / 2)
+    assert report.kl_mean == pytest.approx(divergence / 2, rel=1e-5)
+    assert report.kl_p99 == pytest.approx(0.99 * divergence, rel=1e-5)
+    assert report.perplexity_target == pytest.approx((0.4 * 0.9) ** -0.5)
+    assert report.perplexity_verifier == pytest.approx((0.7 * 0.9) ** -0.5)
+    assert report.margins.edges == pytest.approx([math.log(0.7 / 0.3)], rel=1e-5)
+    assert (sum(report.margins.counts), sum(report.margins.agreed)) == (2, 0)
+    assert seen == [("measuring fidelity", done, 2) for done in (0, 1, 2)]
+
+
+def test_a_verifier_that_is_the_target_is_faithful() -> None:
+    target = random_model("qwen3")
+    rows = torch.randint(97, (3, 20), generator=torch.Generator().manual_seed(0))
+    report = measure_fidelity(target, target, target.new_cache(20), rows, rows, 5, "self")
+    assert (report.agreement, report.agreement_sampled) == (1, 1)
+    assert (report.kl_mean, report.kl_p99) == pytest.approx((0, 0), abs=1e-6)
+    assert report.overlap == pytest.approx(1)
+    assert report.perplexity_target == report.perplexity_verifier
+    assert report.tokens == 3 * 19
+    assert sum(report.margins.counts) == sum(report.margins.agreed) == 3 * 15
+
+
+def test_more_bits_are_more_faithful() -> None:
+    target = random_model("llama")
+    rows = torch.randint(97, (4, 30), generator=torch.Generator().manual_seed(0))
+
+    def divergence(bits: int) -> float:
+        verifier = quantized_copy("llama", bits)
+        return measure_fidelity(target, verifier, target.new_cache(30), rows, rows, 5, "self").kl_mean
+
+    assert 0 < divergence(8) < 0.1 * divergence(4) < 0.1 * divergence(2)
