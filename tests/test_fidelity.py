@@ -42,13 +42,13 @@ def test_margins_are_differences_of_the_two_best() -> None:
 
 
 def test_margin_table_by_hand() -> None:
-    """Margins 1 to 8 in four bins: quartiles at 2.75, 4.5 and 6.25; disagreement at 1, 2 and 4."""
+    """Margins 1 to 8 in four bins: quantiles of 1⁄16, 4⁄16 and 9⁄16, interpolated; disagreement at 1, 2 and 4."""
     margin = torch.tensor([8.0, 1, 2, 3, 4, 5, 6, 7])
     agreed = torch.tensor([True, False, False, True, False, True, True, True])
     table = margin_table(margin, agreed, bins=4)
-    assert table.edges == [2.75, 4.5, 6.25]
-    assert table.counts == [2, 2, 2, 2]
-    assert table.agreed == [0, 1, 2, 2]
+    assert table.edges == [1.4375, 2.75, 4.9375]
+    assert table.counts == [1, 1, 2, 4]
+    assert table.agreed == [0, 0, 1, 4]
 
 
 def test_equal_margins_make_one_bin() -> None:

@@ -29,8 +29,9 @@ def margins(logits: torch.Tensor) -> torch.Tensor:
 
 
 def margin_table(margin: torch.Tensor, agreed: torch.Tensor, bins: int = MARGIN_BINS) -> MarginTable:
-    """Count agreement in bins of equal population."""
-    edges = torch.quantile(margin.double(), torch.linspace(0, 1, bins + 1, dtype=torch.double)[1:-1]).unique()
+    """Count agreement in bins whose populations grow with the margin: disagreements sit at the smallest margins."""
+    levels = torch.linspace(0, 1, bins + 1, dtype=torch.double)[1:-1] ** 2
+    edges = torch.quantile(margin.double(), levels).unique()
     index = torch.searchsorted(edges, margin.double(), right=True)
     counts = torch.bincount(index, minlength=len(edges) + 1)
     hits = torch.bincount(index, weights=agreed.double(), minlength=len(edges) + 1)
