@@ -1,0 +1,201 @@
+// A product with packed codes in 8-bit integers, for processors with AVX-512 VNNI.
+//
+// y[t, o] = sum over groups of scale[o] · step[t] · (sum of code[i, o] · q[t, i]  −  zero[o] · sum of q[t, i])
+//
+// where q are the activations of a row, rounded to 8 bits with one step per row and group. The codes are read as one
+// stream, unpacked in registers once per tile of up to 8 rows, and multiplied by vpdpbusd (unsigned codes, signed
+// activations, 32-bit sums). For each block of 32 outputs and each group the stream holds 128 bytes of scales (float16)
+// and zeros (int16), half of them for each 16 outputs, then the codes: of 16 outputs × 4 inputs in 64 bytes, planes of
+// `BITS` bits on top of one another, so that 8-bit lanes hold the next 4 inputs in their higher bits.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;             // outputs in a register
+constexpr int HALVES = 2;             // registers in a block of outputs
+constexpr int BLOCK = LANES * HALVES;
+constexpr int HEADER = 128;           // bytes of scales and zeros of a block and group
+constexpr int MAX_TILE = 8;           // rows that share an unpacking
+constexpr int CHUNK = 64;             // rows whose activations stay in the cache beside a block's codes
+
+struct Rows {  // activations in 8 bits
+    std::vector<int8_t> values;  // [T, in]
+    std::vector<float> steps;    // [T, groups]
+    std::vector<float> sums;     // [T, groups], of the values
+    int in, groups, group;
+
+    Rows(int count, int in, int groups)
+        : values(size_t(count) * in), steps(size_t(count) * groups), sums(size_t(count) * groups),
+          in(in), groups(groups), group(in / groups) {}
+};
+
+inline __m512 load(const float* x) { return _mm512_loadu_ps(x); }
+
+inline __m512 load(const uint16_t* x) {  // bfloat16
+    __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+inline void store(float* y, __m512 value, __mmask16 mask) { _mm512_mask_storeu_ps(y, mask, value); }
+
+inline void store(uint16_t* y, __m512 value, __mmask16 mask) {  // rounded to the nearest, ties to even; NaN kept
+    __m512i bits = _mm512_castps_si512(value);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    _mm512_mask_cvtepi32_storeu_epi16(y, mask, _mm512_srli_epi32(rounded, 16));
+}
+
+// The largest magnitude is found on the bits, so that an infinity or a NaN makes the step, and the product, one too.
+template <typename X>
+void quantize_row(const X* x, Rows& rows, int row) {
+    for (int g = 0; g < rows.groups; ++g) {
+        const X* from = x + g * rows.group;
+        int8_t* to = rows.values.data() + size_t(row) * rows.in + g * rows.group;
+        __m512i largest = _mm512_setzero_si512();
+        for (int i = 0; i < rows.group; i += LANES) {
+            __m512i bits = _mm512_castps_si512(load(from + i));
+            largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+        }
+        int32_t magnitude = _mm512_reduce_max_epi32(largest);
+        float bound;
+        std::memcpy(&bound, &magnitude, sizeof bound);
+        __m512 inverse = _mm512_set1_ps(bound > 0 ? 127 / bound : 0);
+        __m512i sum = _mm512_setzero_si512();
+        for (int i = 0; i < rows.group; i += LANES) {
+            __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(load(from + i), inverse));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtsepi32_epi8(value));
+            sum = _mm512_add_epi32(sum, value);
+        }
+        rows.steps[size_t(row) * rows.groups + g] = bound / 127;
+        rows.sums[size_t(row) * rows.groups + g] = float(_mm512_reduce_add_epi32(sum));
+    }
+}
+
+inline __m512i broadcast(const int8_t* four) {
+    int32_t word;
+    std::memcpy(&word, four, sizeof word);
+    return _mm512_set1_epi32(word);
+}
+
+// TILE rows from `row` on, times the block of outputs whose stream begins at `codes`.
+template <int BITS, int TILE, typename Y>
+void multiply_tile(const uint8_t* codes, const Rows& rows, int row, Y* y, int out, const __mmask16* masks) {
+    constexpr int PLANES = 8 / BITS;
+    const __m512i low = _mm512_set1_epi8((1 << BITS) - 1);
+    __m512 total[TILE][HALVES];
+    for (auto& line : total)
+        for (auto& half : line) half = _mm512_setzero_ps();
+    for (int g = 0; g < rows.groups; ++g) {
+        const uint8_t* header = codes;
+        codes += HEADER;
+        const int8_t* x = rows.values.data() + size_t(row) * rows.in + g * rows.group;
+        __m512i dot[TILE][HALVES];
+        for (auto& line : dot)
+            for (auto& half : line) half = _mm512_setzero_si512();
+        for (int i = 0; i < rows.group; i += 4 * PLANES, codes += HALVES * 64) {
+            __m512i packed[HALVES];
+            for (int h = 0; h < HALVES; ++h) packed[h] = _mm512_load_si512(codes + h * 64);
+#pragma GCC unroll 4
+            for (int p = 0; p < PLANES; ++p) {
+                __m512i plane[HALVES];
+                for (int h = 0; h < HALVES; ++h)
+                    plane[h] = BITS == 8 ? packed[h] : _mm512_and_si512(_mm512_srli_epi32(packed[h], BITS * p), low);
+#pragma GCC unroll 8
+                for (int t = 0; t < TILE; ++t) {
+                    __m512i four = broadcast(x + size_t(t) * rows.in + i + 4 * p);
+                    for (int h = 0; h < HALVES; ++h) dot[t][h] = _mm512_dpbusd_epi32(dot[t][h], plane[h], four);
+                }
+            }
+        }
+        for (int h = 0; h < HALVES; ++h) {
+            const __m256i* half = reinterpret_cast<const __m256i*>(header + h * 64);
+            __m512 scale = _mm512_cvtph_ps(_mm256_load_si256(half));
+            __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_load_si256(half + 1)));
+#pragma GCC unroll 8
+            for (int t = 0; t < TILE; ++t) {
+                size_t at = size_t(row + t) * rows.groups + g;
+                __m512 centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(rows.sums[at]), _mm512_cvtepi32_ps(dot[t][h]));
+                __m512 unit = _mm512_mul_ps(scale, _mm512_set1_ps(rows.steps[at]));
+                total[t][h] = _mm512_fmadd_ps(centred, unit, total[t][h]);
+            }
+        }
+    }
+    for (int t = 0; t < TILE; ++t)
+        for (int h = 0; h < HALVES; ++h) store(y + size_t(row + t) * out + h * LANES, total[t][h], masks[h]);
+}
+
+template <int BITS, typename Y>
+void multiply_rows(const uint8_t* codes, const Rows& rows, int row, int count, Y* y, int out, const __mmask16* masks) {
+    switch (count) {
+        case 1: return multiply_tile<BITS, 1>(codes, rows, row, y, out, masks);
+        case 2: return multiply_tile<BITS, 2>(codes, rows, row, y, out, masks);
+        case 3: return multiply_tile<BITS, 3>(codes, rows, row, y, out, masks);
+        case 4: return multiply_tile<BITS, 4>(codes, rows, row, y, out, masks);
+        case 5: return multiply_tile<BITS, 5>(codes, rows, row, y, out, masks);
+        case 6: return multiply_tile<BITS, 6>(codes, rows, row, y, out, masks);
+        case 7: return multiply_tile<BITS, 7>(codes, rows, row, y, out, masks);
+        default: return multiply_tile<BITS, MAX_TILE>(codes, rows, row, y, out, masks);
+    }
+}
+
+// Outputs of a block that exist, one bit each.
+inline void fill_masks(int left, __mmask16* masks) {
+    for (int h = 0; h < HALVES; ++h) {
+        int lanes = std::clamp(left - h * LANES, 0, LANES);
+        masks[h] = __mmask16((1u << lanes) - 1);
+    }
+}
+
+template <int BITS, typename X>
+void multiply(const X* x, const uint8_t* codes, X* y, int count, int in, int out, int groups, int threads) {
+    Rows rows(count, in, groups);
+    const int blocks = (out + BLOCK - 1) / BLOCK;
+    const size_t stride = size_t(groups) * HEADER + size_t(in) * BLOCK * BITS / 8;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int row = 0; row < count; ++row) quantize_row(x + size_t(row) * in, rows, row);
+        for (int begin = 0; begin < count; begin += CHUNK) {
+            const int end = std::min(begin + CHUNK, count);
+#pragma omp for schedule(static) nowait
+            for (int block = 0; block < blocks; ++block) {
+                __mmask16 masks[HALVES];
+                fill_masks(out - block * BLOCK, masks);
+                for (int row = begin; row < end;) {  // tiles as even as can be: 9 rows are 5 and 4
+                    const int tiles = (end - row + MAX_TILE - 1) / MAX_TILE;
+                    const int tile = (end - row + tiles - 1) / tiles;
+                    multiply_rows<BITS>(codes + block * stride, rows, row, tile, y + block * BLOCK, out, masks);
+                    row += tile;
+                }
+            }
+        }
+    }
+}
+
+template <typename X>
+void multiply_bits(const void* x, const uint8_t* codes, void* y, int count, int in, int out, int groups, int bits,
+                   int threads) {
+    auto from = static_cast<const X*>(x);
+    auto to = static_cast<X*>(y);
+    if (bits == 2) return multiply<2>(from, codes, to, count, in, out, groups, threads);
+    if (bits == 4) return multiply<4>(from, codes, to, count, in, out, groups, threads);
+    multiply<8>(from, codes, to, count, in, out, groups, threads);
+}
+
+}  // namespace
+
+// x [count, in] and y [count, out], both bfloat16 or both float32; codes as above, aligned to 64 bytes; `bits` 2, 4 or 8.
+extern "C" void quasar_vnni_multiply(const void* x, const void* codes, void* y, int count, int in, int out, int groups,
+                                     int bits, int is_bfloat16, int threads) {
+    auto stream = static_cast<const uint8_t*>(codes);
+    if (is_bfloat16) return multiply_bits<uint16_t>(x, stream, y, count, in, out, groups, bits, threads);
+    multiply_bits<float>(x, stream, y, count, in, out, groups, bits, threads);
+}
