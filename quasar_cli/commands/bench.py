@@ -200,7 +200,7 @@ def plot(
 
 
 def _present(results: "Results", path: Path, markdown: bool, as_csv: bool, as_json: bool) -> None:
-    """The result file's tables on stdout in the form asked for; failures on stderr in every form."""
+    """The result file's tables on stdout in the form asked for; divergences and failures on stderr in every form."""
     from quasar_cli.render import bench as render
 
     if as_json:
@@ -210,8 +210,9 @@ def _present(results: "Results", path: Path, markdown: bool, as_csv: bool, as_js
     else:
         _show_grids(render.result_grids(results), markdown)
         console.note_plain(f"{render.LEGEND}\n{render.describe_run(results)}.\nThe result file is {path}.")
-    if failures := render.describe_errors(results):
-        console.note_plain(failures)
+    for sentence in (render.describe_divergences(results), render.describe_errors(results)):
+        if sentence:
+            console.note_plain(sentence)
 
 
 def _show_grids(grids: list[Any], markdown: bool) -> None:
@@ -235,6 +236,7 @@ def _as_document(results: "Results", path: Path) -> dict[str, Any]:
         "metrics": [as_record(metric) for metric in metrics],
         "categories": [as_record(metric) for metric in measure(results, by_category=True)],
         "means": [asdict(mean) for mean in mean_over_datasets(metrics)],
+        "divergences": [{**asdict(one), "near_tie": one.near_tie} for one in results.divergences],
         "errors": [
             {"dataset": row.dataset, "question_id": row.question_id, "arm": row.arm, "error": row.error}
             for row in results.errors

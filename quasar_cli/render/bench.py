@@ -222,6 +222,22 @@ def describe_errors(results: Results) -> str:
     )
 
 
+def describe_divergences(results: Results) -> str:
+    """One sentence on arms that promise the target's output and left vanilla's; empty where none did."""
+    count = len(results.divergences)
+    if not count:
+        return ""
+    unexplained = sum(not divergence.near_tie for divergence in results.divergences)
+    verdict = (
+        f"{unexplained} of them beyond that rounding, which is a defect" if unexplained else "each explained by it"
+    )
+    answers = "answer leaves" if count == 1 else "answers leave"
+    return (
+        f"{count} {answers} vanilla's text where the target's two best logits are compared with the rounding of "
+        f"{results.run.dtype}: {verdict}."
+    )
+
+
 def describe_run(results: Results) -> str:
     """One line: what ran where."""
     run = results.run

@@ -6,7 +6,7 @@ Every table is computed from this file alone. It appears whole: written beside i
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +90,35 @@ def differing_settings(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """Where an arm that promises the target's output first left vanilla's: the `position` of the token in that answer.
+
+    `gap` is the difference of the target's two best logits there, `rounding` what the dtype rounds logits of that
+    size to.
+    """
+
+    dataset: str
+    question_id: int | str
+    repeat: int
+    arm: str
+    turn: int
+    position: int
+    gap: float
+    rounding: float
+
+    @property
+    def near_tie(self) -> bool:
+        """Whether rounding explains it; anything else is a defect."""
+        return self.gap <= self.rounding
+
+
+@dataclass(frozen=True)
 class Results:
     """A finished run."""
 
     run: Run
     rows: list[Row]
+    divergences: list[Divergence] = field(default_factory=list)
 
     @property
     def errors(self) -> list[Row]:
@@ -104,7 +128,11 @@ class Results:
 
 def write_results(results: Results, path: Path) -> None:
     """Write the result file, whole or not at all."""
-    content = {**results.run.to_dict(), "rows": [row.to_dict() for row in results.rows]}
+    content = {
+        **results.run.to_dict(),
+        "rows": [row.to_dict() for row in results.rows],
+        "divergences": [asdict(divergence) for divergence in results.divergences],
+    }
     write_whole(path, [json.dumps(content, ensure_ascii=False)])
 
 
@@ -123,7 +151,11 @@ def read_results(path: Path) -> Results:
     """Read a result file; UsageError, in one sentence, where it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Results(Run.from_dict(content), [Row.from_dict(row) for row in content["rows"]])
+        return Results(
+            Run.from_dict(content),
+            [Row.from_dict(row) for row in content["rows"]],
+            [Divergence(**divergence) for divergence in content["divergences"]],
+        )
     except OSError as error:
         raise UsageError(f"{path} could not be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError) as error:

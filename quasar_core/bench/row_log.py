@@ -7,7 +7,7 @@ a list of rows, so a line that was cut off takes its whole conversation with it.
 import json
 from pathlib import Path
 
-from quasar_core.bench.results import Results, Row, Run, differing_settings, write_results, write_whole
+from quasar_core.bench.results import Divergence, Results, Row, Run, differing_settings, write_results, write_whole
 from quasar_core.errors import QuasarError, UsageError
 
 
@@ -32,9 +32,9 @@ class RowLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(conversation) + "\n")
 
-    def finish(self) -> Results:
+    def finish(self, divergences: list[Divergence]) -> Results:
         """Write the result file, and drop the log."""
-        results = Results(self.run, self.rows)
+        results = Results(self.run, self.rows, divergences)
         write_results(results, self.output)
         self.path.unlink()
         return results

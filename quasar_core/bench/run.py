@@ -7,6 +7,7 @@ from pathlib import Path
 from quasar_core.bench.arms import ARMS, Arm
 from quasar_core.bench.config import BenchConfig
 from quasar_core.bench.datasets import Dataset, Question
+from quasar_core.bench.divergence import find_divergences
 from quasar_core.bench.environment import device_name, git_hash, package_versions
 from quasar_core.bench.results import Results, Row, Run
 from quasar_core.bench.row_log import RowLog
@@ -58,7 +59,8 @@ def run_bench(
         progress("bench", done, len(conversations))
         log.append(lead(generators[conversation.arm.name], conversation, config))
     progress("bench", len(conversations), len(conversations))
-    return log.finish()
+    greedy = config.temperature == 0
+    return log.finish(find_divergences(pair, datasets, log.rows) if greedy else [])
 
 
 def schedule(datasets: Sequence[Dataset], arms: Sequence[Arm], repeats: int) -> Iterator[Conversation]:
