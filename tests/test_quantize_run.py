@@ -157,7 +157,7 @@ def test_it_becomes_the_current_pair_and_generates(source: Path) -> None:
 def test_other_formats_run_too(source: Path, changes: dict[str, Any]) -> None:
     report = quantize(source, replace(CONFIG, **changes))
     checkpoint = VerifierCheckpoint(Path(report.checkpoint))
-    verifier = attach_verifier(load_target(source, CPU, torch.float32), checkpoint)
+    verifier = attach_verifier(load_target(source, CPU, torch.float32), checkpoint, "dense")
     assert torch.allclose(logits(verifier), dequantized_logits(source, checkpoint), atol=1e-3)
 
 
@@ -181,6 +181,6 @@ def test_a_quantized_head(bits: int, tied: bool, tmp_path: Path) -> None:
     expected = dequantized_logits(source, checkpoint)
     target = load_target(source, CPU, torch.float32)
     own = logits(target)
-    assert torch.allclose(logits(attach_verifier(target, checkpoint)), expected, atol=1e-3)
+    assert torch.allclose(logits(attach_verifier(target, checkpoint, "dense")), expected, atol=1e-3)
     assert torch.equal(logits(target), own), "the target is not touched"
-    assert torch.allclose(logits(load_verifier_alone(checkpoint, CPU, torch.float32)), expected, atol=1e-3)
+    assert torch.allclose(logits(load_verifier_alone(checkpoint, CPU, torch.float32, "dense")), expected, atol=1e-3)

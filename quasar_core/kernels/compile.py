@@ -1,7 +1,7 @@
 """Kernels in C++, compiled on first use for this processor and kept in quasar's own folder.
 
-A shared library is named by what it depends on (source, flags, compiler, processor, PyTorch), so that a change of any of
-them compiles anew, and nothing is ever loaded that was built for another machine.
+A shared library is named by what it depends on (source, flags, compiler, processor, PyTorch), so that a change of any
+of them compiles anew, and nothing is ever loaded that was built for another machine.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _PATIENCE = 120  # seconds
 
 
 def shared_library(source: Path) -> Path:
-    """The library of a C++ source, compiled where it is not there yet; QuasarError, in one sentence, where it cannot be."""
+    """The library of a C++ source, compiled where it is not there yet; QuasarError, with a reason, where it cannot."""
     compiler = find_compiler()
     if compiler is None:
         raise QuasarError("no C++ compiler was found (g++, or one that CXX names)")

@@ -22,6 +22,7 @@ constexpr int HALVES = 2;             // registers in a block of outputs
 constexpr int BLOCK = LANES * HALVES;
 constexpr int HEADER = 128;           // bytes of scales and zeros of a block and group
 constexpr int MAX_TILE = 8;           // rows that share an unpacking
+constexpr int AHEAD = 8192;           // bytes of the stream that are on their way from memory
 constexpr int CHUNK = 64;             // rows whose activations stay in the cache beside a block's codes
 
 struct Rows {  // activations in 8 bits
@@ -85,9 +86,9 @@ inline __m512i broadcast(const int8_t* four) {
     return _mm512_set1_epi32(word);
 }
 
-// TILE rows from `row` on, times the block of outputs whose stream begins at `codes`.
-template <int BITS, int TILE, typename Y>
-void multiply_tile(const uint8_t* codes, const Rows& rows, int row, Y* y, int out, const __mmask16* masks) {
+// TILE rows from `row` on, times the block of outputs whose stream begins at `codes`, to y [TILE, BLOCK].
+template <int BITS, int TILE>
+void multiply_tile(const uint8_t* codes, const Rows& rows, int row, float* y) {
     constexpr int PLANES = 8 / BITS;
     const __m512i low = _mm512_set1_epi8((1 << BITS) - 1);
     __m512 total[TILE][HALVES];
@@ -102,7 +103,10 @@ void multiply_tile(const uint8_t* codes, const Rows& rows, int row, Y* y, int ou
             for (auto& half : line) half = _mm512_setzero_si512();
         for (int i = 0; i < rows.group; i += 4 * PLANES, codes += HALVES * 64) {
             __m512i packed[HALVES];
-            for (int h = 0; h < HALVES; ++h) packed[h] = _mm512_load_si512(codes + h * 64);
+            for (int h = 0; h < HALVES; ++h) {
+                _mm_prefetch(codes + AHEAD + h * 64, _MM_HINT_T0);
+                packed[h] = _mm512_load_si512(codes + h * 64);
+            }
 #pragma GCC unroll 4
             for (int p = 0; p < PLANES; ++p) {
                 __m512i plane[HALVES];
@@ -129,28 +133,37 @@ void multiply_tile(const uint8_t* codes, const Rows& rows, int row, Y* y, int ou
         }
     }
     for (int t = 0; t < TILE; ++t)
-        for (int h = 0; h < HALVES; ++h) store(y + size_t(row + t) * out + h * LANES, total[t][h], masks[h]);
+        for (int h = 0; h < HALVES; ++h) _mm512_storeu_ps(y + t * BLOCK + h * LANES, total[t][h]);
 }
 
-template <int BITS, typename Y>
-void multiply_rows(const uint8_t* codes, const Rows& rows, int row, int count, Y* y, int out, const __mmask16* masks) {
+template <int BITS>
+void multiply_rows(const uint8_t* codes, const Rows& rows, int row, int count, float* y) {
     switch (count) {
-        case 1: return multiply_tile<BITS, 1>(codes, rows, row, y, out, masks);
-        case 2: return multiply_tile<BITS, 2>(codes, rows, row, y, out, masks);
-        case 3: return multiply_tile<BITS, 3>(codes, rows, row, y, out, masks);
-        case 4: return multiply_tile<BITS, 4>(codes, rows, row, y, out, masks);
-        case 5: return multiply_tile<BITS, 5>(codes, rows, row, y, out, masks);
-        case 6: return multiply_tile<BITS, 6>(codes, rows, row, y, out, masks);
-        case 7: return multiply_tile<BITS, 7>(codes, rows, row, y, out, masks);
-        default: return multiply_tile<BITS, MAX_TILE>(codes, rows, row, y, out, masks);
+        case 1: return multiply_tile<BITS, 1>(codes, rows, row, y);
+        case 2: return multiply_tile<BITS, 2>(codes, rows, row, y);
+        case 3: return multiply_tile<BITS, 3>(codes, rows, row, y);
+        case 4: return multiply_tile<BITS, 4>(codes, rows, row, y);
+        case 5: return multiply_tile<BITS, 5>(codes, rows, row, y);
+        case 6: return multiply_tile<BITS, 6>(codes, rows, row, y);
+        case 7: return multiply_tile<BITS, 7>(codes, rows, row, y);
+        default: return multiply_tile<BITS, MAX_TILE>(codes, rows, row, y);
     }
 }
 
-// Outputs of a block that exist, one bit each.
-inline void fill_masks(int left, __mmask16* masks) {
-    for (int h = 0; h < HALVES; ++h) {
-        int lanes = std::clamp(left - h * LANES, 0, LANES);
-        masks[h] = __mmask16((1u << lanes) - 1);
+// Rows [begin, end) times one block, in tiles as even as can be: 9 rows are 5 and 4. Of the outputs, `left` exist.
+template <int BITS, typename Y>
+void multiply_block(const uint8_t* codes, const Rows& rows, int begin, int end, Y* y, int out, int left) {
+    alignas(64) float tile[MAX_TILE * BLOCK];
+    for (int row = begin; row < end;) {
+        const int tiles = (end - row + MAX_TILE - 1) / MAX_TILE;
+        const int count = (end - row + tiles - 1) / tiles;
+        multiply_rows<BITS>(codes, rows, row, count, tile);
+        for (int t = 0; t < count; ++t)
+            for (int o = 0; o < BLOCK; o += LANES) {
+                const int lanes = std::clamp(left - o, 0, LANES);
+                store(y + size_t(row + t) * out + o, _mm512_load_ps(tile + t * BLOCK + o), (1u << lanes) - 1);
+            }
+        row += count;
     }
 }
 
@@ -166,16 +179,9 @@ void multiply(const X* x, const uint8_t* codes, X* y, int count, int in, int out
         for (int begin = 0; begin < count; begin += CHUNK) {
             const int end = std::min(begin + CHUNK, count);
 #pragma omp for schedule(static) nowait
-            for (int block = 0; block < blocks; ++block) {
-                __mmask16 masks[HALVES];
-                fill_masks(out - block * BLOCK, masks);
-                for (int row = begin; row < end;) {  // tiles as even as can be: 9 rows are 5 and 4
-                    const int tiles = (end - row + MAX_TILE - 1) / MAX_TILE;
-                    const int tile = (end - row + tiles - 1) / tiles;
-                    multiply_rows<BITS>(codes + block * stride, rows, row, tile, y + block * BLOCK, out, masks);
-                    row += tile;
-                }
-            }
+            for (int block = 0; block < blocks; ++block)
+                multiply_block<BITS>(codes + block * stride, rows, begin, end, y + block * BLOCK, out,
+                                     out - block * BLOCK);
         }
     }
 }
@@ -192,7 +198,7 @@ void multiply_bits(const void* x, const uint8_t* codes, void* y, int count, int 
 
 }  // namespace
 
-// x [count, in] and y [count, out], both bfloat16 or both float32; codes as above, aligned to 64 bytes; `bits` 2, 4 or 8.
+// x [count, in] and y [count, out], both bfloat16 or both float32; codes as above, aligned to 64 bytes; 2, 4 or 8 bits.
 extern "C" void quasar_vnni_multiply(const void* x, const void* codes, void* y, int count, int in, int out, int groups,
                                      int bits, int is_bfloat16, int threads) {
     auto stream = static_cast<const uint8_t*>(codes);

@@ -1,9 +1,10 @@
 """A packed product in 8-bit integers for processors with AVX-512 VNNI: nearly flat in the rows of a verify pass.
 
-Codes of 2 to 8 bits are unpacked in registers once for up to 8 rows, and multiplied with activations that are rounded to
-8 bits, symmetrically, with one step per row and group of at most 128 inputs. That rounding is the kernel's only error:
-0.6 % of a product's norm on normally distributed activations in groups of 128 (a bfloat16 output alone rounds by 0.2 %).
-The arithmetic is `vnni.cpp`, compiled on first use.
+Codes of 2 to 8 bits (those of 3 take 4) are unpacked in registers once for up to 8 rows, and multiplied with
+activations that are rounded to 8 bits, symmetrically, with one step per row and group of at most 128 inputs. That
+rounding is the kernel's error: 0.6 % of a product's norm on normally distributed activations (a bfloat16 output alone
+rounds by 0.2 %). A row's product does not depend on the rows beside it, to the last bit. The arithmetic is `vnni.cpp`,
+compiled on first use.
 """
 
 import ctypes
@@ -28,7 +29,7 @@ _NEEDED = frozenset({"avx512f", "avx512bw", "avx512_vnni"})
 
 @dataclass(frozen=True)
 class VnniWeight:
-    """Scales, zeros and codes as one stream of bytes per block of outputs: [blocks, groups, bytes], as `vnni.cpp` says."""
+    """Scales, zeros and codes as one stream per block of outputs: [blocks, groups, bytes], as `vnni.cpp` has it."""
 
     stream: torch.Tensor
     bits: int  # that a code takes: 2, 4 or 8
@@ -86,15 +87,16 @@ class VnniKernel:
 
 
 def _group(in_features: int, group_size: int) -> int:
-    """Inputs that share a step: the largest power of two, at most 128, that divides the weight's groups, a short last one
-    included."""
+    """Inputs of one step: the largest power of two, at most 128, that divides all groups, a short last one too."""
     return math.gcd(in_features, _LARGEST_GROUP if group_size == -1 else math.gcd(group_size, _LARGEST_GROUP))
 
 
 def _padded(weight: QuantizedWeight) -> QuantizedWeight:
     """The outputs filled up to whole blocks with zeros."""
     missing = (0, -weight.out_features % BLOCK)
-    codes, scales, zeros = (torch.nn.functional.pad(part, missing) for part in (weight.codes, weight.scales, weight.zeros))
+    codes, scales, zeros = (
+        torch.nn.functional.pad(part, missing) for part in (weight.codes, weight.scales, weight.zeros)
+    )
     return QuantizedWeight(weight.bits, weight.group_size, codes, scales, zeros, weight.g_idx)
 
 
