@@ -9,7 +9,7 @@ import pytest
 
 from quasar_core.demo.corpus import Function, find_functions, make_chats
 from quasar_core.demo.ngram_lm import NgramModel
-from quasar_core.demo.train import TrainConfig, cut_after_spaces, learning_rate_scale
+from quasar_core.demo.train import TrainConfig, cut_after_spaces, describe_stages, find_openings, learning_rate_scale
 
 SOURCE = '''class A:
     def area(self, width, height):
@@ -100,3 +100,14 @@ def test_ngram_probabilities_sum_to_one() -> None:
 def test_an_order_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="63 bits"):
         NgramModel(np.array([0, 1]), vocab_size=50_000, order=5)
+
+
+def test_openings_begin_at_the_left_edge_and_are_cut_behind_their_word() -> None:
+    openings = find_openings([SOURCE, "import os\n", "x = 1\n"], random.Random(0))
+    assert sorted(openings) == [["class ", SOURCE.removeprefix("class ")], ["import ", "os\n"]]
+
+
+def test_stages_are_told_in_their_order() -> None:
+    first = {"before": {}, "stage": "main", "config": {"steps": 1900, "seed": 0}}
+    second = {"before": first, "stage": "openings", "config": {"steps": 50, "seed": 1}}
+    assert describe_stages(second) == "1,900 of stage main (seed 0), 50 of stage openings (seed 1)"

@@ -13,8 +13,9 @@ import random
 import re
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,15 +34,18 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Phase:
     """What the model reads from a step on: the share of rows from chats, how often library files stand beside their
-    tests, and the share of spaces at which a file is cut before it is tokenized.
+    tests, the share of spaces at which a file is cut before it is tokenized, and the share of rows that open a
+    statement.
 
-    A cut teaches the model to go on after a prompt that ends in a space, such as `def `.
+    A cut teaches the model to go on after a prompt that ends in a space; a row that begins `import ` and is cut there,
+    to do so with nothing before it.
     """
 
     first_step: int
     chat_share: float
     library_copies: int
     cut_share: float
+    opening_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,20 @@ class TrainConfig:
     weight_decay: float = 0.05
     seed: int = 0
     vocab_size: int = 2048
+
+
+STAGES = {
+    "main": TrainConfig(),
+    "openings": TrainConfig(
+        steps=50,
+        long_context_share=1.0,
+        decay_share=1.0,
+        warmup_steps=5,
+        phases=(Phase(0, 0.1, 1, 0.02, opening_share=0.4),),
+        muon_lr=4e-4,
+        adam_lr=3e-4,
+    ),
+}
 
 
 def demo_config(vocab_size: int) -> Qwen3Config:
@@ -88,6 +106,7 @@ class TokenStreams:
 
     sources: list[np.ndarray]
     chats: np.ndarray
+    openings: list[np.ndarray]
     held_out: np.ndarray
     held_out_bytes: int
 
@@ -117,7 +136,19 @@ def tokenize_corpus(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, config: 
     chats = [[str(tokenizer.apply_chat_template(chat, tokenize=False))] for chat in conversations]
     held_out_bytes = sum(len(text.encode()) for text in corpus.held_out)
     held_out = join([[text] for text in corpus.held_out])
-    return TokenStreams([source(phase) for phase in config.phases], join(chats), held_out, held_out_bytes)
+    openings = [join([pieces]) for pieces in find_openings(corpus.train, random.Random(config.seed))]
+    return TokenStreams([source(phase) for phase in config.phases], join(chats), openings, held_out, held_out_bytes)
+
+
+def find_openings(texts: list[str], rng: random.Random, count: int = 500) -> list[list[str]]:
+    """Random files from a `def`, `class`, `import` or `from` at the left edge on, cut behind that word's space."""
+    found: list[list[str]] = []
+    for text in rng.sample(texts, len(texts)):
+        starts = [match.span() for match in re.finditer(r"^(?:def|class|import|from) ", text, re.MULTILINE)]
+        if starts and len(found) < count:
+            begin, end = rng.choice(starts)
+            found.append([text[begin:end], text[end : begin + 8 * 1024]])
+    return found
 
 
 def cut_after_spaces(text: str, share: float, rng: random.Random) -> list[str]:
@@ -131,15 +162,19 @@ def cut_after_spaces(text: str, share: float, rng: random.Random) -> list[str]:
 def sample_batch(streams: TokenStreams, config: TrainConfig, step: int) -> torch.Tensor:
     """Rows of random crops, [B, T + 1]; a function of the seed and the step alone."""
     number = max(i for i, phase in enumerate(config.phases) if phase.first_step <= step)
-    chat_share = config.phases[number].chat_share
+    phase = config.phases[number]
     rng = np.random.default_rng((config.seed, step))
     long = step >= config.steps * (1 - config.long_context_share)
     context = config.long_context if long else config.short_context
     rows = []
     for _ in range(config.tokens_per_step // context):
-        stream = streams.chats if rng.random() < chat_share else streams.sources[number]
+        stream = streams.chats if rng.random() < phase.chat_share else streams.sources[number]
         start = int(rng.integers(len(stream) - context - 1))
-        rows.append(stream[start : start + context + 1])
+        row = stream[start : start + context + 1]
+        if phase.opening_share and rng.random() < phase.opening_share:
+            opening = streams.openings[int(rng.integers(len(streams.openings)))]
+            row = np.concatenate([opening, row])[: context + 1]
+        rows.append(row)
     return torch.from_numpy(np.stack(rows))
 
 
@@ -258,9 +293,9 @@ library_name: transformers
 A Qwen3 of {report["parameters"]:,} parameters and {report["config"]["vocab_size"]:,} tokens that writes Python. It
 exists so that `quasar` can be run, tested and timed without a download. It is a language model, not an assistant.
 
-Trained by `python -m quasar_core.demo.train` with seed {report["config"]["seed"]} on the standard library of Python
+Trained by `python -m quasar_core.demo.train` on the standard library of Python
 {report["python"]} ({report["train_tokens"]:,} tokens of source, {report["chat_tokens"]:,} of chats made from it),
-{report["config"]["steps"]:,} steps of {report["config"]["tokens_per_step"]:,} tokens.
+in steps of {report["config"]["tokens_per_step"]:,} tokens: {describe_stages(report)}.
 
 | on {report["held_out_bytes"]:,} bytes of held-out files | bits per byte |
 |---|---|
@@ -269,21 +304,34 @@ Trained by `python -m quasar_core.demo.train` with seed {report["config"]["seed"
 """
 
 
+def describe_stages(report: dict[str, Any]) -> str:
+    """The stages so far, such as `1,900 of stage main (seed 0), 50 of stage openings (seed 1)`."""
+    own = f"{report['config']['steps']:,} of stage {report['stage']} (seed {report['config']['seed']})"
+    return f"{describe_stages(report['before'])}, {own}" if report["before"] else own
+
+
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="folder to write")
-    parser.add_argument("--steps", type=int, default=TrainConfig.steps)
+    parser.add_argument("--stage", choices=STAGES, default="main", help="the long run, or the short one after it")
+    parser.add_argument("--start", type=Path, help="the model to go on from (stage openings)")
     parser.add_argument("--seed", type=int, default=TrainConfig.seed)
     options = parser.parse_args()
+    if (options.stage == "main") != (options.start is None):
+        parser.error("--start goes with --stage openings")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    config = TrainConfig(steps=options.steps, seed=options.seed)
+    config = replace(STAGES[options.stage], seed=options.seed)
     torch.manual_seed(config.seed)
 
     corpus = read_corpus()
     tokenizer = train_tokenizer(corpus.train, config.vocab_size)
     streams = tokenize_corpus(corpus, tokenizer, config)
     model = Qwen3ForCausalLM(demo_config(config.vocab_size))
+    before: dict[str, Any] = {}
+    if options.start:
+        model = Qwen3ForCausalLM.from_pretrained(options.start, dtype=torch.float32)
+        before = json.loads((options.start / "training.json").read_text())
     log.info("%d tokens of source, %d of chats", len(streams.sources[-1]), len(streams.chats))
 
     begin = time.monotonic()
@@ -293,6 +341,8 @@ def main() -> None:
     bits = held_out_bits(model, streams.held_out, config.long_context)
     ngram = NgramModel(streams.sources[-1], config.vocab_size)
     report = {
+        "before": before,
+        "stage": options.stage,
         "config": asdict(config),
         "python": platform.python_version(),
         "torch": torch.__version__,
