@@ -10,6 +10,7 @@ from stand_ins import FIDELITY, type_lines
 
 from quasar_cli.main import run
 from quasar_core import store
+from quasar_core.bench.bandwidth import PROBE_BYTES
 from quasar_core.records import FidelityReport
 
 pytest_plugins = ["cli_fixtures"]
@@ -182,7 +183,7 @@ def test_inspect_refuses_a_model_that_is_not_quantized(tmp_path: Path, capsys: p
 def test_doctor_says_what_this_machine_can_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("quasar_cli.commands.doctor._PROBE_BYTES", 4_000_000)
+    monkeypatch.setitem(PROBE_BYTES, "cpu", 4_000_000)
     _record(tmp_path)
     assert run(["doctor", "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)

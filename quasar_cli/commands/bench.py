@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quasar_cli import console
+from quasar_cli.commands.bench_steps import steps
 from quasar_cli.commands.models import announce
 from quasar_cli.options import (
     Json,
@@ -197,6 +198,9 @@ def plot(
         console.print_json({"figure": str(output)})
     else:
         console.note_plain(f"The figure is in {output}.")
+
+
+app.command("steps")(steps)
 
 
 def _present(results: "Results", path: Path, markdown: bool, as_csv: bool, as_json: bool) -> None:

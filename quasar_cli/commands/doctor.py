@@ -2,26 +2,20 @@
 
 import os
 import platform
-import time
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quasar_cli import console
 from quasar_cli.options import Json, Verbose
 from quasar_core import store
 
-if TYPE_CHECKING:
-    import torch
-
 _PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 _OPTIONAL = ("optimum", "gptqmodel", "triton", "matplotlib", "vllm")
 # The instruction sets that packed products gain from.
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
-_PROBE_BYTES = 256_000_000
-_PROBE_REPEATS = 5
 
 
 def doctor(verbose: Verbose = False, as_json: Json = False) -> None:
@@ -40,6 +34,7 @@ def examine() -> dict[str, Any]:
     """The JSON form of everything that `doctor` knows."""
     import torch
 
+    from quasar_core.bench.bandwidth import read_bandwidth
     from quasar_core.bench.environment import device_name
     from quasar_core.kernels.select import describe_kernels
 
@@ -60,19 +55,6 @@ def examine() -> dict[str, Any]:
         "home": str(store.home()),
         "current_pair": asdict(pair) if pair else None,
     }
-
-
-def read_bandwidth(device: "torch.device") -> float:
-    """Bytes per second, the best of a few sums over 256 MB in all threads: no pass over the weights can be faster."""
-    import torch
-
-    data = torch.ones(_PROBE_BYTES // 4, dtype=torch.float32, device=device)
-    best = float("inf")
-    for _ in range(_PROBE_REPEATS):
-        start = time.perf_counter()
-        data.sum().item()
-        best = min(best, time.perf_counter() - start)
-    return _PROBE_BYTES / best
 
 
 def _cpu_features() -> list[str]:

@@ -11,6 +11,7 @@ from quasar_core.errors import QuasarError, UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
 
@@ -20,17 +21,27 @@ def plot(results: Results, path: Path) -> None:
 
     Raises UsageError for another suffix, QuasarError where matplotlib is missing or the file cannot be written.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--output must end in {' or '.join(SUFFIXES)}, not {path.name}.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise QuasarError("bench plot needs matplotlib: pip install 'quasar-cli[plots]'.") from error
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = new_figure(path, "--output")
     left, right = figure.subplots(1, 2)
     _draw_speedups(left, results)
     _draw_accepted(right, results)
     figure.suptitle(f"{results.run.model} · {results.run.device} · temperature {results.run.config.temperature:g}")
+    save_figure(figure, path)
+
+
+def new_figure(path: Path, flag: str) -> "Figure":
+    """An empty figure for a file that `flag` names; raises as `plot` does."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{flag} must end in {' or '.join(SUFFIXES)}, not {path.name}.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise QuasarError("Drawing needs matplotlib: pip install 'quasar-cli[plots]'.") from error
+    return Figure(figsize=(11, 4.5), layout="constrained")
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure, PNG or SVG by the suffix."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)

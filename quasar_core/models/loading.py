@@ -26,13 +26,17 @@ from quasar_core.models.products import (
 )
 from quasar_core.models.rope import RopeTables
 
-__all__ = ["attach_verifier", "load_target", "load_verifier_alone", "why_not_lean"]
+__all__ = ["attach_verifier", "build_target", "load_target", "load_verifier_alone", "why_not_lean"]
 
 
 def load_target(folder: Path, device: torch.device, dtype: torch.dtype) -> LeanDecoder:
     """The model of a folder, from safetensors only; QuasarError where `why_not_lean` has a reason."""
-    config = DecoderConfig.parse(read_json(folder / "config.json"))
-    filling = Filling(TensorFiles(folder), device, dtype)
+    return build_target(DecoderConfig.parse(read_json(folder / "config.json")), TensorFiles(folder), device, dtype)
+
+
+def build_target(config: DecoderConfig, files: TensorFiles, device: torch.device, dtype: torch.dtype) -> LeanDecoder:
+    """The model of a config, from these files."""
+    filling = Filling(files, device, dtype)
     decoder = _build(config, filling, dense_only)
     filling.refuse_unknown(config)
     filling.fill()
