@@ -227,15 +227,13 @@ def describe_divergences(results: Results) -> str:
     count = len(results.divergences)
     if not count:
         return ""
+    answers = "1 answer leaves" if count == 1 else f"{count} answers leave"
     unexplained = sum(not divergence.near_tie for divergence in results.divergences)
-    verdict = (
-        f"{unexplained} of them beyond that rounding, which is a defect" if unexplained else "each explained by it"
-    )
-    answers = "answer leaves" if count == 1 else "answers leave"
-    return (
-        f"{count} {answers} vanilla's text where the target's two best logits are compared with the rounding of "
-        f"{results.run.dtype}: {verdict}."
-    )
+    if unexplained:
+        verdict = f"at {unexplained} of those places the target's two best logits lie further apart, which is a defect"
+    else:
+        verdict = "everywhere there the target's two best logits lie within it"
+    return f"{answers} vanilla's text, which the rounding of {results.run.dtype} may cause: {verdict}."
 
 
 def describe_run(results: Results) -> str:
