@@ -82,8 +82,6 @@ class QuantizationFormat:
 
     bits: int
     group_size: int
-    sym: bool
-    desc_act: bool
     zeros_offset: int
 
     @classmethod
@@ -108,7 +106,7 @@ class QuantizationFormat:
         if version not in ("gptq", "gptq_v2"):
             raise QuasarError(f"{folder} has the checkpoint format {version}, which this version does not read.")
         offset = 1 if version == "gptq" else 0
-        return cls(bits, group_size, section.get("sym", True), section.get("desc_act", False), offset)
+        return cls(bits, group_size, offset)
 
 
 class VerifierCheckpoint:
