@@ -12,7 +12,7 @@ from test_packing import make_weight
 
 from quasar_core.errors import QuasarError
 from quasar_core.kernels import compile as compiling
-from quasar_core.kernels import vnni
+from quasar_core.kernels import cpu_library, vnni
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.select import select_kernel
 
@@ -141,7 +141,7 @@ def test_codes_take_their_bits_and_a_sixteenth_more() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_it_is_the_first_choice_on_the_cpu(bits: int, dtype: torch.dtype) -> None:
     choice = select_kernel(LayerShape(256, 72, bits, 64, True), CPU, dtype)
-    assert (choice.kernel.name, choice.reason) == ("vnni", "the fastest here")
+    assert (choice.kernel.name, choice.reason) == ("vnni", "the first choice for layers too small to be measured")
 
 
 @pytest.mark.parametrize(
@@ -166,10 +166,10 @@ def test_what_it_does_not_run(shape: LayerShape, device: str, dtype: torch.dtype
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A home without libraries, and nothing remembered of this machine."""
     monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
-    for remembered in (vnni._why_not_here, vnni._product):
+    for remembered in (cpu_library.why_not_here, cpu_library.library):
         remembered.cache_clear()
     yield tmp_path
-    for remembered in (vnni._why_not_here, vnni._product):
+    for remembered in (cpu_library.why_not_here, cpu_library.library):
         remembered.cache_clear()
 
 
@@ -182,7 +182,7 @@ def pretend_compiler(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_processor_without_vnni(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vnni, "processor_flags", lambda: frozenset({"avx2", "avx512f"}))
+    monkeypatch.setattr(cpu_library, "processor_flags", lambda: frozenset({"avx2", "avx512f"}))
     choice = select_kernel(COMMON, CPU, torch.bfloat16)
     assert choice.kernel.name == "torch-int4-cpu"
     assert choice.reason == "not vnni: it needs a processor with AVX-512 VNNI, and Linux"
@@ -190,22 +190,22 @@ def test_a_processor_without_vnni(fresh: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_no_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vnni, "processor_flags", lambda: vnni._NEEDED)
+    monkeypatch.setattr(cpu_library, "processor_flags", lambda: cpu_library._NEEDED)
     monkeypatch.setenv("CXX", str(fresh / "nowhere"))
     assert select_kernel(COMMON, CPU, torch.bfloat16).reason.startswith("not vnni: no C++ compiler was found")
 
 
 def test_a_build_that_fails_is_a_reason_and_leaves_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vnni, "processor_flags", lambda: vnni._NEEDED)
+    monkeypatch.setattr(cpu_library, "processor_flags", lambda: cpu_library._NEEDED)
     pretend_compiler(fresh, "echo 'note' >&2; echo 'x.h: error: not here' >&2; exit 1", monkeypatch)
     reason = KERNEL.why_not(COMMON, CPU, torch.float32)
     assert reason is not None
-    assert reason.endswith("could not compile vnni.cpp: x.h: error: not here")
+    assert reason.endswith("could not compile quasar.cpp: x.h: error: not here")
     assert not [path for path in (fresh / "home").rglob("*") if path.is_file()]
 
 
 def test_a_library_that_does_not_load_is_a_reason(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vnni, "processor_flags", lambda: vnni._NEEDED)
+    monkeypatch.setattr(cpu_library, "processor_flags", lambda: cpu_library._NEEDED)
     pretend_compiler(fresh, 'for last; do :; done; echo "no library" > "$last"', monkeypatch)
     reason = KERNEL.why_not(COMMON, CPU, torch.float32)
     assert reason is not None
@@ -216,7 +216,7 @@ def test_a_home_that_cannot_be_written_is_a_reason(fresh: Path, monkeypatch: pyt
     (fresh / "home").write_text("a file")
     pretend_compiler(fresh, "exit 0", monkeypatch)
     with pytest.raises(QuasarError, match="its library could not be written to "):
-        compiling.shared_library(vnni.SOURCE)
+        compiling.shared_library(cpu_library.SOURCE)
 
 
 @pytest.mark.skipif(compiling.find_compiler() is None, reason="no C++ compiler was found")

@@ -1,6 +1,6 @@
 """Kernels in C++, compiled on first use for this processor and kept in quasar's own folder.
 
-A shared library is named by what it depends on (source, flags, compiler, processor, PyTorch), so that a change of any
+A shared library is named by what it depends on (sources, flags, compiler, processor, PyTorch), so that a change of any
 of them compiles anew, and nothing is ever loaded that was built for another machine.
 """
 
@@ -21,7 +21,10 @@ _PATIENCE = 120  # seconds
 
 
 def shared_library(source: Path) -> Path:
-    """The library of a C++ source, compiled where it is not there yet; QuasarError, with a reason, where it cannot."""
+    """The library of a C++ source and the headers beside it, compiled where it is not there yet.
+
+    QuasarError, with a reason, where it cannot be.
+    """
     compiler = find_compiler()
     if compiler is None:
         raise QuasarError("no C++ compiler was found (g++, or one that CXX names)")
@@ -53,7 +56,8 @@ def processor_flags() -> frozenset[str]:
 
 def _key(source: Path, compiler: str) -> str:
     processor = " ".join(sorted(processor_flags()))
-    parts = (source.read_text(encoding="utf-8"), *FLAGS, os.path.realpath(compiler), processor, torch.__version__)
+    sources = [path.read_text(encoding="utf-8") for path in sorted(source.parent.glob("*.[ch]*"))]
+    parts = (*sources, *FLAGS, os.path.realpath(compiler), processor, torch.__version__)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

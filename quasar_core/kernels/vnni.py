@@ -3,33 +3,27 @@
 Codes of 2 to 8 bits (those of 3 take 4) are unpacked in registers once for up to 8 rows, and multiplied with
 activations that are rounded to 8 bits, symmetrically, with one step per row and group of at most 128 inputs. That
 rounding is the kernel's error: 0.6 % of a product's norm on normally distributed activations (a bfloat16 output alone
-rounds by 0.2 %). A row's product does not depend on the rows beside it, to the last bit. The arithmetic is `vnni.cpp`,
-compiled on first use.
+rounds by 0.2 %). A row's product does not depend on the rows beside it, to the last bit. The arithmetic is
+`cpu/codes.h`, compiled on first use.
 """
 
-import ctypes
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import torch
 
 from quasar_core.checkpoint.packing import QuantizedWeight
-from quasar_core.errors import QuasarError
 from quasar_core.kernels.base import LayerShape
-from quasar_core.kernels.compile import processor_flags, shared_library
+from quasar_core.kernels.cpu_library import library, why_not_here
+from quasar_core.kernels.pages import empty_in_huge_pages
 
-SOURCE = Path(__file__).with_suffix(".cpp")
 BLOCK = 32  # outputs that share a stream, in two registers of 16
 _LARGEST_GROUP, _SMALLEST_GROUP = 128, 16
-_NEEDED = frozenset({"avx512f", "avx512bw", "avx512_vnni"})
 
 
 @dataclass(frozen=True)
 class VnniWeight:
-    """Scales, zeros and codes as one stream per block of outputs: [blocks, groups, bytes], as `vnni.cpp` has it."""
+    """Scales, zeros and codes as one stream per block of outputs: [blocks, groups, bytes], as `cpu/codes.h` has it."""
 
     stream: torch.Tensor
     bits: int  # that a code takes: 2, 4 or 8
@@ -57,21 +51,24 @@ class VnniKernel:
             return "its groups must be in order, and g_idx is not"
         if _group(shape.in_features, shape.group_size) < _SMALLEST_GROUP:
             return f"{shape.in_features} inputs in groups of {shape.group_size} do not divide into sixteens"
-        return _why_not_here()
+        return why_not_here()
 
     def prepare(self, weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> VnniWeight:
         """Scales, zeros and codes into the order in which the product reads them."""
         group = _group(weight.in_features, weight.group_size)
         bits = 4 if weight.bits == 3 else weight.bits
         padded = _padded(weight)
-        stream = torch.cat([_headers(padded, group), _bodies(padded.codes, bits, group)], dim=-1)
+        headers, bodies = _headers(padded, group), _bodies(padded.codes, bits, group)
+        blocks, groups, size = bodies.shape
+        stream = empty_in_huge_pages(blocks, groups, headers.shape[-1] + size, dtype=torch.uint8)
+        torch.cat([headers, bodies], dim=-1, out=stream)
         return VnniWeight(stream, bits, weight.in_features, weight.out_features)
 
     def multiply(self, x: torch.Tensor, prepared: VnniWeight) -> torch.Tensor:
         """One product of any number of rows, in as many threads as PyTorch uses."""
         x = x.contiguous()
         y = x.new_empty(x.shape[0], prepared.out_features)
-        _product()(
+        library().quasar_multiply_codes(
             x.data_ptr(),
             prepared.stream.data_ptr(),
             y.data_ptr(),
@@ -116,28 +113,3 @@ def _bodies(codes: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     for plane in range(1, planes):
         packed |= lanes[:, :, plane] << (bits * plane)
     return packed.permute(3, 0, 1, 4, 5, 2).flatten(2)
-
-
-@cache
-def _why_not_here() -> str | None:
-    """Why this machine cannot run the kernel, found out once: its processor, its compiler, or the build."""
-    missing = _NEEDED - processor_flags()
-    if missing:
-        return "it needs a processor with AVX-512 VNNI, and Linux"
-    try:
-        _product()
-    except QuasarError as error:
-        return str(error)
-    return None
-
-
-@cache
-def _product() -> Callable[..., None]:
-    """The compiled product; QuasarError where it cannot be built or loaded."""
-    try:
-        function = ctypes.CDLL(str(shared_library(SOURCE))).quasar_vnni_multiply
-    except OSError as error:
-        raise QuasarError(f"its library could not be loaded: {error}") from error
-    function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int] * 7
-    function.restype = None
-    return function

@@ -50,3 +50,25 @@ class CausalLM(Protocol):
         Returns float32 logits [T, V], or [1, V] of the last token with `last_only`.
         """
         ...
+
+
+class FastPass(Protocol):
+    """Runs those passes of one decoder that are short enough, near their floor."""
+
+    name: str
+    longest: int  # tokens of a pass
+
+    def run(self, tokens: Sequence[int], cache: Any) -> torch.Tensor:
+        """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
+        ...
+
+
+def leave_choices(logits: torch.Tensor, tokens: list[int], margins: list[float]) -> None:
+    """Note at logits [T, V] what was found while they were computed: of each row the best token, and its margin."""
+    logits.chosen = tokens, margins, logits._version  # type: ignore[attr-defined]
+
+
+def choices_left(logits: torch.Tensor) -> tuple[list[int], list[float]] | None:
+    """What `leave_choices` noted; None where nothing was, or where the logits have been changed since."""
+    noted = getattr(logits, "chosen", None)
+    return noted[:2] if noted and noted[2] == logits._version else None

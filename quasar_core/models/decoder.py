@@ -14,6 +14,7 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.attention import Sight, attend, sight
+from quasar_core.models.base import FastPass
 from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.rope import RopeTables
 
@@ -88,6 +89,7 @@ class LeanDecoder:
     ) -> None:
         self.config, self.embedding, self.layers = config, embedding, tuple(layers)
         self.norm, self.head, self.rope = norm, head, rope
+        self.fast: FastPass | None = None  # runs the short passes, where there is one
         self._windows = frozenset(config.windows)
         self._group = config.num_heads // config.num_kv_heads
         self._rotated_heads = config.num_heads + config.num_kv_heads
@@ -120,10 +122,15 @@ class LeanDecoder:
         config = self.config
         return DecoderCache(config.num_layers, config.num_kv_heads, config.head_size, capacity, self.device, self.dtype)
 
-    @torch.inference_mode()
     def forward(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool = False) -> torch.Tensor:
         """One pass of T tokens → float32 logits [T, V] ([1, V] with `last_only`)."""
         cache.check_room(len(tokens))
+        if self.fast and len(tokens) <= self.fast.longest and not last_only:
+            return self.fast.run(tokens, cache)
+        return self._plain_pass(tokens, cache, last_only)
+
+    @torch.inference_mode()
+    def _plain_pass(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool) -> torch.Tensor:
         place = self._place(cache.length, len(tokens))
         hidden = embedding(torch.tensor(tokens, device=self.device), self.embedding)
         for layer, states in zip(self.layers, cache.layers, strict=True):

@@ -3,9 +3,12 @@
 Letters: H key-value heads, D head size.
 """
 
+import ctypes
+
 import torch
 
 from quasar_core.errors import QuasarError
+from quasar_core.kernels.pages import empty_in_huge_pages
 
 
 class DecoderCache:
@@ -18,7 +21,8 @@ class DecoderCache:
         self, num_layers: int, num_heads: int, head_size: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (num_layers, 2, num_heads, capacity, head_size)
-        self.layers = torch.zeros(shape, device=device, dtype=dtype).unbind()
+        self.layers = empty_in_huge_pages(*shape, device=device, dtype=dtype).unbind()
+        self.addresses = (ctypes.c_void_p * num_layers)(*(states.data_ptr() for states in self.layers))
         self._length, self._capacity = 0, capacity
 
     @property

@@ -1,6 +1,6 @@
 """Which decoder runs a model: our own where its table knows the architecture, else transformers; said either way."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ import torch
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint, read_json
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.models import loading, transformers_lm
+from quasar_core.models import fast_pass, loading, transformers_lm
 from quasar_core.models.base import CausalLM
+from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.loading import why_not_lean
 from quasar_core.records import Progress, no_progress
 
@@ -52,8 +53,17 @@ def load_models(
         else:
             verifier = library.attach_verifier(target, checkpoint, kernel)
         notes += describe_kernels_in_use(verifier.packed_layers)
+    notes += describe_passes({"target": target, "verifier": verifier})
     progress("loading", stages, stages)
     return LoadedModels(target, verifier, notes)
+
+
+def describe_passes(models: Mapping[str, CausalLM | None]) -> list[str]:
+    """Give our own decoders their fast passes; one note for all of them, or one for each where they differ."""
+    notes = {name: fast_pass.attach(model) for name, model in models.items() if isinstance(model, LeanDecoder)}
+    if len(set(notes.values())) == 1:
+        return list(notes.values())[:1]
+    return [f"{note} ({name})" for name, note in notes.items()]
 
 
 def describe_kernels_in_use(layers: Iterable[PackedLinear]) -> list[str]:

@@ -116,10 +116,14 @@ class RopeTables:
 
         Beyond its threshold, dynamic scaling depends on where the pass ends, and on nothing that went before.
         """
-        if self.rope.kind == "dynamic" and end > self.rope.max_positions:
+        if self.stretches_at(end):
             return self._compute(start, end, end)
         self.reach(end)
         return self._cos[start:end], self._sin[start:end]
+
+    def stretches_at(self, end: int) -> bool:
+        """Whether the frequencies of a text that ends there are its own."""
+        return self.rope.kind == "dynamic" and end > self.rope.max_positions
 
     def _compute(self, start: int, end: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         frequencies, magnitude = inverse_frequencies(self.rope, positions)

@@ -1,0 +1,77 @@
+// What Python calls: a product with packed codes, and a decoder's whole pass.
+
+#include "pass.h"
+
+using namespace quasar;
+
+namespace {
+
+constexpr int CHUNK = 64;  // rows whose activations stay in the cache beside a block's codes
+
+template <typename X>
+void multiply_codes_of(const X* x, const Product& product, X* y, int count, int threads) {
+    Buffer<int8_t> values(size_t(count) * product.in);
+    Buffer<float> steps(size_t(count) * product.groups), sums(steps.size());
+    const CodedRows rows{values.data(), steps.data(), sums.data(), product.in, product.groups,
+                         product.in / product.groups};
+    auto put = [&](int t, int o, __mmask16 lanes, __m512 value) {
+        store(y + size_t(t) * product.out + o, value, lanes);
+    };
+#pragma omp parallel num_threads(threads)
+    {
+        const Team team;
+        const Range own = team.share(count), blocks = team.share((product.out + BLOCK - 1) / BLOCK);
+        for (int t = own.begin; t < own.end; ++t)
+            for (int g = 0; g < product.groups; ++g) quantize_group(x + size_t(t) * product.in, rows, t, g);
+#pragma omp barrier
+        for (int begin = 0; begin < count; begin += CHUNK)
+            multiply_codes(product.bits, product.weight, rows, blocks, begin, std::min(begin + CHUNK, count),
+                           product.out, put);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// x [count, in] and y [count, out], both bfloat16 or both float32; codes aligned to 64 bytes, of 2, 4 or 8 bits.
+void quasar_multiply_codes(const void* x, const void* codes, void* y, int count, int in, int out, int groups, int bits,
+                           int is_bfloat16, int threads) {
+    const Product product{codes, nullptr, bits, in, out, groups};
+    if (is_bfloat16)
+        multiply_codes_of(static_cast<const uint16_t*>(x), product, static_cast<uint16_t*>(y), count, threads);
+    else
+        multiply_codes_of(static_cast<const float*>(x), product, static_cast<float*>(y), count, threads);
+}
+
+// A pass over the model's tensors, which must outlive it; the descriptions are copied.
+void* quasar_pass_new(const Model* model) {
+    if (model->is_bfloat16) return new Pass<uint16_t>(*model);
+    return new Pass<float>(*model);
+}
+
+void quasar_pass_delete(void* pass, int is_bfloat16) {
+    if (is_bfloat16) return delete static_cast<Pass<uint16_t>*>(pass);
+    delete static_cast<Pass<float>*>(pass);
+}
+
+void quasar_pass_run(void* pass, int is_bfloat16, const int64_t* tokens, int count, int position, const float* cos,
+                     const float* sin, void* const* states, int capacity, float* logits, int64_t* chosen,
+                     float* margins, int threads) {
+    if (is_bfloat16)
+        static_cast<Pass<uint16_t>*>(pass)->run(tokens, count, position, cos, sin, states, capacity, logits, chosen, margins, threads);
+    else
+        static_cast<Pass<float>*>(pass)->run(tokens, count, position, cos, sin, states, capacity, logits, chosen, margins, threads);
+}
+
+// Seconds of all its passes so far, and those of them in products.
+void quasar_pass_seconds(void* pass, int is_bfloat16, double* seconds) {
+    auto report = [seconds](const auto* of) { seconds[0] = of->seconds, seconds[1] = of->seconds_in_products; };
+    if (is_bfloat16) return report(static_cast<Pass<uint16_t>*>(pass));
+    report(static_cast<Pass<float>*>(pass));
+}
+
+// For Python to check that both sides describe a model in the same bytes.
+int quasar_size_of_model() { return sizeof(Model); }
+int quasar_size_of_layer() { return sizeof(Layer); }
+}

@@ -1,0 +1,157 @@
+"""A decoder's short passes on the CPU: one call into C++ for all its blocks (`kernels/cpu/pass.h`).
+
+PyTorch's operations cost a few microseconds each, and each reads its input from where another left it; a pass of a
+0.6B model spends a third of its time between the products. Here a pass is one parallel region. A token's logits do
+not depend on how many tokens pass beside it, to the last bit: so a text that is verified in windows is the one that
+plain decoding writes, in bfloat16 too. Letters: T tokens of a pass, D head size, V vocabulary.
+"""
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from quasar_core.kernels import cpu_library as cpp
+from quasar_core.kernels.linear import PackedLinear
+from quasar_core.kernels.vnni import VnniWeight
+from quasar_core.models.base import leave_choices
+from quasar_core.models.decoder import DecoderLayer, DenseLinear, JoinedLinear, LeanDecoder, Linear
+from quasar_core.models.decoder_cache import DecoderCache
+
+BITS_OF = {torch.bfloat16: 16, torch.float32: 32}
+KERNELS = frozenset({"vnni", "dense"})  # whose weights it reads as they prepared them
+
+
+def why_not(decoder: LeanDecoder) -> str | None:
+    """Why the C++ pass does not run a decoder, or None where it does."""
+    if decoder.dtype not in BITS_OF:
+        return f"it takes bfloat16 and float32, not {str(decoder.dtype).removeprefix('torch.')}"
+    config = decoder.config
+    sizes = (config.hidden_size, config.intermediate_size, config.head_size)
+    if any(size % 16 for size in sizes):
+        return "hidden, intermediate and head sizes must be multiples of 16"
+    foreign = {layer.choice.kernel.name for layer in decoder.packed_layers} - KERNELS
+    if foreign:
+        return f"it runs packed products on vnni or dense, and this verifier has some on {', '.join(sorted(foreign))}"
+    return cpp.why_not_here()
+
+
+class CpuPass:
+    """Implements `base.FastPass`. The decoder's tensors must stay where they are."""
+
+    name = "C++"
+    longest = 64
+
+    def __init__(self, decoder: LeanDecoder) -> None:
+        self.config, self.rope = decoder.config, decoder.rope
+        self._kept: list[torch.Tensor] = []  # what the description points to
+        self._is_bfloat16 = int(decoder.dtype == torch.bfloat16)
+        self._reach = 0  # positions in the tables
+        self._run = cpp.library().quasar_pass_run
+        self._pass = cpp.library().quasar_pass_new(ctypes.byref(self._describe(decoder)))
+        weakref.finalize(self, cpp.library().quasar_pass_delete, self._pass, self._is_bfloat16)
+
+    def run(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
+        """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
+        count = len(tokens)
+        logits = torch.empty(count, self.config.vocab_size)
+        chosen, margins = (ctypes.c_int64 * count)(), (ctypes.c_float * count)()
+        cos, sin = self._rotations(cache.length, cache.length + count)
+        self._run(
+            self._pass,
+            self._is_bfloat16,
+            (ctypes.c_int64 * count)(*tokens),
+            count,
+            cache.length,
+            cos,
+            sin,
+            cache.addresses,
+            cache.capacity,
+            logits.data_ptr(),
+            chosen,
+            margins,
+            torch.get_num_threads(),
+        )
+        cache.advance(count)
+        leave_choices(logits, list(chosen), list(margins))
+        return logits
+
+    def _rotations(self, start: int, end: int) -> tuple[int, int]:
+        """Addresses of cosines and sines [T, D] in float32; tables are kept, as Python is slow after every pass."""
+        if self.rope.stretches_at(end):
+            self._stretched = self._widened(start, end)
+            cos, sin = self._stretched
+            return cos.data_ptr(), sin.data_ptr()
+        if end > self._reach:
+            further = 2 * end
+            self._reach = end if self.rope.stretches_at(further) else further
+            self._tables = self._widened(0, self._reach)
+        cos, sin = self._tables
+        before = start * self.config.head_size * cos.element_size()
+        return cos.data_ptr() + before, sin.data_ptr() + before
+
+    def _widened(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.rope.rows(start, end)
+        return cos.float().contiguous(), sin.float().contiguous()
+
+    def seconds(self) -> tuple[float, float]:
+        """Seconds of all passes so far, and those of them in matrix products."""
+        both = (ctypes.c_double * 2)()
+        cpp.library().quasar_pass_seconds(self._pass, self._is_bfloat16, both)
+        return both[0], both[1]
+
+    def _describe(self, decoder: LeanDecoder) -> cpp.Model:
+        layers = [self._layer(layer) for layer in decoder.layers]
+        config = self.config
+        return cpp.Model(
+            hidden=config.hidden_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_size=config.head_size,
+            layers=len(layers),
+            is_bfloat16=self._is_bfloat16,
+            eps=config.eps,
+            embedding=self._address(decoder.embedding),
+            norm=self._address(decoder.norm.float()),
+            head=self._joined(decoder.head),
+            layer=(cpp.Layer * len(layers))(*layers),
+        )
+
+    def _layer(self, layer: DecoderLayer) -> cpp.Layer:
+        head_norms = layer.head_norms
+        return cpp.Layer(
+            input_norm=self._address(layer.input_norm.float()),
+            mlp_norm=self._address(layer.mlp_norm.float()),
+            head_norms=None if head_norms is None else self._address(head_norms.float()),
+            qkv=self._joined(layer.qkv),
+            out=self._joined(layer.out),
+            gate_up=self._joined(layer.gate_up),
+            down=self._joined(layer.down),
+            window=layer.window or 0,
+            rotates=layer.rotates,
+        )
+
+    def _joined(self, product: Linear) -> cpp.Joined:
+        parts = [self._product(part) for part in (product.parts if isinstance(product, JoinedLinear) else (product,))]
+        return cpp.Joined(
+            parts=(cpp.Product * cpp.MOST_PARTS)(*parts),
+            count=len(parts),
+            inputs=parts[0].inputs,
+            outputs=sum(part.outputs for part in parts),
+        )
+
+    def _product(self, linear: Linear) -> cpp.Product:
+        assert isinstance(linear, PackedLinear | DenseLinear)
+        bias = None if linear.bias is None else self._address(linear.bias.float())
+        weight = linear.prepared if isinstance(linear, PackedLinear) else linear.weight
+        if isinstance(weight, VnniWeight):
+            stream = self._address(weight.stream)
+            return cpp.Product(stream, bias, weight.bits, weight.in_features, weight.out_features, weight.groups)
+        outputs, inputs = weight.shape
+        return cpp.Product(self._address(weight), bias, BITS_OF[weight.dtype], inputs, outputs, 1)
+
+    def _address(self, tensor: torch.Tensor) -> int:
+        assert tensor.is_contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
