@@ -6,11 +6,14 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from quasar_cli import console
 from quasar_cli.options import Json, Verbose
 from quasar_core import store
+from quasar_core.errors import QuasarError
 
 _PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 _OPTIONAL = ("optimum", "gptqmodel", "triton", "matplotlib", "vllm")
@@ -18,8 +21,16 @@ _OPTIONAL = ("optimum", "gptqmodel", "triton", "matplotlib", "vllm")
 _CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 
 
-def doctor(verbose: Verbose = False, as_json: Json = False) -> None:
+def doctor(
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Measure kernels and the current pair's passes again, and keep that.")
+    ] = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
     """Check this machine: versions, processor, memory and its bandwidth, GPU, kernels, the current pair."""
+    if remeasure:
+        measure_again()
     findings = examine()
     if as_json:
         console.print_json(findings)
@@ -30,17 +41,33 @@ def doctor(verbose: Verbose = False, as_json: Json = False) -> None:
     console.show(*findings_tables(findings))
 
 
+def measure_again() -> None:
+    """Time the kernels for the current pair's layers and its passes anew; without a pair, what `examine` times."""
+    from quasar_core import api
+    from quasar_core.decode.cost_records import pair_costs
+    from quasar_core.kernels.times import forget_times
+
+    forget_times()
+    if store.current_pair() is None:
+        return
+    with console.progress_bar() as progress:
+        pair = api.load_pair(progress=progress)
+        progress("measuring passes", 0, 1)
+        pair_costs(pair, with_verifier=True, remeasure=True)
+        progress("measuring passes", 1, 1)
+
+
 def examine() -> dict[str, Any]:
     """The JSON form of everything that `doctor` knows."""
     import torch
 
     from quasar_core.bench.bandwidth import read_bandwidth
-    from quasar_core.bench.environment import device_name
+    from quasar_core.kernels.identity import device_name
     from quasar_core.kernels.select import describe_kernels
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16
-    pair = store.current_pair()
+    pair, bandwidth = store.current_pair(), read_bandwidth(device)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -50,11 +77,47 @@ def examine() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": _gpu(),
         "device": str(device),
-        "read_bandwidth_bytes_per_s": read_bandwidth(device),
+        "read_bandwidth_bytes_per_s": bandwidth,
         "kernels": [asdict(report) for report in describe_kernels(device, dtype)],
         "home": str(store.home()),
         "current_pair": asdict(pair) if pair else None,
+        "speed": describe_speed(Path(pair.verifier), bandwidth) if pair else None,
+        "pair_memory": describe_memory(pair.target, Path(pair.verifier)) if pair and device.type == "cuda" else None,
     }
+
+
+def describe_speed(verifier: Path, bandwidth: float | None = None) -> dict[str, Any]:
+    """The JSON form of what the verifiers of one target cost and yield here, or the sentence why that is not known."""
+    import torch
+
+    from quasar_core.bench.bandwidth import read_bandwidth
+    from quasar_core.bench.verifiers import compare_verifiers
+    from quasar_core.checkpoint.reader import VerifierCheckpoint
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        checkpoint = VerifierCheckpoint(verifier)
+        return asdict(compare_verifiers(checkpoint, device, bandwidth or read_bandwidth(device)))
+    except QuasarError as error:
+        return {"unknown": str(error)}
+
+
+def describe_memory(target: str, verifier: Path) -> str:
+    """What a pair takes of the GPU's memory, and how long a context fits; or why that is not known."""
+    import torch
+
+    from quasar_core.checkpoint.reader import VerifierCheckpoint
+    from quasar_core.models.memory import describe, pair_need
+    from quasar_core.models.pair import context_limit
+
+    try:
+        folder = store.resolve_model(target).folder
+        need = pair_need(folder, VerifierCheckpoint(verifier), torch.bfloat16)
+        if need is None:
+            return "not known: the pair runs through transformers"
+        return describe(need, torch.cuda.mem_get_info()[0], context_limit(folder))
+    except QuasarError as error:
+        return f"not known: {error}"
 
 
 def _cpu_features() -> list[str]:

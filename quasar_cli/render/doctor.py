@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from quasar_cli.render import as_bytes, facts_table, text_table
+from quasar_cli.render.verifiers import speed_tables
 
 
 def findings_tables(findings: dict[str, Any]) -> list[RenderableType]:
@@ -30,7 +31,10 @@ def findings_tables(findings: dict[str, Any]) -> list[RenderableType]:
             f"{pair['name']} ({pair['target']})" if pair else "none; make one with `quasar quantize MODEL`",
         ),
     ]
-    return [facts_table(facts), _kernels_table(findings)]
+    if findings["pair_memory"]:
+        facts.append(("pair's memory", findings["pair_memory"]))
+    speed = speed_tables(findings["speed"]) if findings["speed"] else []
+    return [facts_table(facts), _kernels_table(findings), *speed]
 
 
 def _kernels_table(findings: dict[str, Any]) -> Table:

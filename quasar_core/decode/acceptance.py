@@ -31,15 +31,18 @@ def confirm_sampled(
     p [W + 1, V] are the target's distributions, q [W, V] the verifier's, from which the window was drawn.
     (Leviathan et al., 2023, Theorem 1; the accepted tokens and the bonus are draws from p.)
     """
-    for i, token in enumerate(window):
-        luck = torch.rand((), generator=generator, device=p.device)
-        if luck * q[i, token] >= p[i, token]:
-            return i, int(draw(residual(p[i], q[i])[None], generator))
-    return len(window), int(draw(p[-1:], generator))
+    offered = torch.tensor(window, dtype=torch.long, device=p.device)[:, None]
+    luck = torch.rand(len(window), generator=generator, device=p.device)
+    passed = luck * q.gather(1, offered)[:, 0] < p.gather(1, offered)[:, 0]
+    accepted = passed.cumprod(0).sum()[None]  # those before the first refusal; on the device, so nothing waits for it
+    refusing_q = q.index_select(0, accepted.clamp_max(len(window) - 1)) * (accepted < len(window))
+    bonus = draw(residual(p.index_select(0, accepted), refusing_q), generator)
+    count, token = torch.cat((accepted, bonus)).tolist()
+    return count, token
 
 
 def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """The normalised positive part of p − q [V]; p itself where rounding leaves nothing of it."""
+    """The normalised positive part of p − q [..., V]; p itself where rounding leaves nothing of it."""
     rest = (p - q).clamp_min(0)
-    total = rest.sum()
-    return rest / total if total > 0 else p
+    total = rest.sum(dim=-1, keepdim=True)
+    return torch.where(total > 0, rest / total, p)

@@ -1,4 +1,4 @@
-"""What a pass of T tokens costs, in seconds: measured once for a loaded pair, used to size drafts and windows."""
+"""What a pass of T tokens costs, in seconds: measured once for a model, used to size drafts and windows."""
 
 import itertools
 import time
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from quasar_core.kernels.measure import clock
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.models.pair import Pair
 
+# The longest verify has 16 tokens and the longest confirm 33; kernels take 8 rows at a time, so that 9 cost more.
 # In the order of measuring: a model so slow that the time is up within the first round has been timed at both ends.
-SIZES = (1, 16, 4, 2, 8)
+SIZES = (1, 33, 4, 16, 2, 8, 9, 17)
 SECONDS = 0.8
 CONTEXT = 64
 # The two best samples of a size lie this near to one another where nothing disturbed them.
 REPEATABLE = 1.03
-# On a busy CPU most passes are interrupted by other programs: a thread's own clock stands still meanwhile.
-THREAD_CLOCK_IS_FINE = time.get_clock_info("thread_time").resolution < 1e-5
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,10 @@ def measure_pass(pair: Pair, model: CausalLM, seconds: float = SECONDS) -> PassC
     sizes = [size for size in SIZES if context + size <= pair.max_context]
     cache = pair.new_cache(context + max(sizes))
     model.forward([0] * context, cache, last_only=True)
+    if model.device.type == "cuda":  # the first pass of a size pays for its kernels and its graph
+        for size in sizes:
+            _time_pass(model, cache, size)
+            cache.rollback(context)
     samples: dict[int, list[float]] = {}
     begin = time.perf_counter()
     for size in itertools.cycle(sizes):
@@ -74,14 +78,6 @@ def measure_pass(pair: Pair, model: CausalLM, seconds: float = SECONDS) -> PassC
     return cost_from_samples(samples)
 
 
-def measure_costs(pair: Pair, with_verifier: bool) -> PairCosts:
-    """The costs that a mode needs."""
-    verify = measure_pass(pair, pair.verifier if with_verifier and pair.verifier else pair.primary)
-    if not with_verifier or pair.target is None:
-        return PairCosts(verify, verify)
-    return PairCosts(verify, measure_pass(pair, pair.target))
-
-
 def _repeats(samples: list[float]) -> bool:
     """Whether the best of at least three samples was no accident."""
     best = sorted(samples)
@@ -89,11 +85,10 @@ def _repeats(samples: list[float]) -> bool:
 
 
 def _time_pass(model: CausalLM, cache: KVCache, size: int) -> float:
-    """Seconds until the logits of a pass can be read; on the CPU only those in which this thread ran."""
-    on_cpu = model.device.type == "cpu"
-    clock = time.thread_time if on_cpu and THREAD_CLOCK_IS_FINE else time.perf_counter
-    start = clock()
+    """Seconds until the logits of a pass can be read."""
+    now = clock(model.device)
+    start = now()
     model.forward([0] * size, cache)
-    if not on_cpu:
+    if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    return clock() - start
+    return now() - start

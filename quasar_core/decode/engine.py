@@ -12,16 +12,19 @@ import torch
 
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.acceptance import accept_matching, confirm_sampled
+from quasar_core.decode.choices import Choices, bring_over, choose_best
 from quasar_core.decode.draft_length import DraftLength
 from quasar_core.decode.sampling import distribution, draw, penalize_repetition
 from quasar_core.decode.window import WindowPolicy
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import CausalLM, KVCache
+from quasar_core.models.memory import PROMPT_CHUNK
 from quasar_core.models.pair import Pair
 from quasar_core.records import Confirm, Stats, Step
 
-PREFILL_CHUNK = 512
+# Tokens of a prompt's pass: enough to be bound by arithmetic, few enough that their activations are small.
+PREFILL_CHUNK = {"cpu": 512, "cuda": PROMPT_CHUNK}
 
 
 class Engine:
@@ -59,12 +62,13 @@ class Engine:
     def prefill(self, prompt: Sequence[int], cached: int = 0) -> None:
         """Run the prompt beyond the `cached` tokens through the target, in chunks; commit the token that follows."""
         start = time.perf_counter()
-        for begin in range(cached, len(prompt), PREFILL_CHUNK):
-            logits = self.pair.primary.forward(prompt[begin : begin + PREFILL_CHUNK], self.cache, last_only=True)
+        chunk = PREFILL_CHUNK[self.pair.primary.device.type]
+        for begin in range(cached, len(prompt), chunk):
+            logits = self.pair.primary.forward(prompt[begin : begin + chunk], self.cache, last_only=True)
         self.tokens = list(prompt)
         choices, _ = self._choose(logits, [])
-        self.tokens.append(choices[0])
         self.drafter.observe(self.tokens)
+        self._extend(choices.tokens)
         self.committed = len(self.tokens)
         self.stats.prompt_tokens, self.stats.cached_tokens = len(prompt), cached
         self.stats.prefill_tokens = 1
@@ -92,11 +96,11 @@ class Engine:
         """One pass over the last token and the draft; accepted tokens and the bonus join the text."""
         logits = self.verifying.forward([self.tokens[-1], *draft.tokens], self.cache)
         choices, q = self._choose(logits, draft.tokens)
-        accepted, bonus = accept_matching(choices, draft.tokens)
+        accepted, bonus = accept_matching(choices.tokens, draft.tokens)
         new = self._cut_at_eos([*draft.tokens[:accepted], bonus])
         accepted = min(accepted, len(new))
         if self.confirms:
-            self._remember(logits, q, len(new))
+            self._remember(choices.margins[: len(new)], None if q is None else q[: len(new)])
         self.stats.step_log.append(Step(len(draft.tokens), accepted, draft.match_length))
         self.draft_length.learn(draft, accepted)
         self._extend(new)
@@ -129,26 +133,28 @@ class Engine:
         prefix = self.tokens[: self.committed]
         logits = penalize_repetition(logits, prefix, window, self.config.sampling.repetition_penalty)
         if self.config.sampling.greedy:
-            return accept_matching(logits.argmax(dim=-1).tolist(), window)
+            return accept_matching(choose_best(logits).tokens, window)
         p = distribution(logits, self.config.sampling)
         return confirm_sampled(p, torch.stack(self._window_q), window, self.generator)
 
-    def _choose(self, logits: torch.Tensor, draft: Sequence[int]) -> tuple[list[int], torch.Tensor | None]:
-        """The pass's own token at each row, and when sampling the distributions it was drawn from."""
+    def _choose(self, logits: torch.Tensor, draft: Sequence[int]) -> tuple[Choices, torch.Tensor | None]:
+        """The pass's own token at each row, and when sampling the distributions it was drawn from.
+
+        This is where the host waits for the device, once in a pass.
+        """
+        margins_of = logits if self.window_policy.agreement else None
         logits = penalize_repetition(logits, self.tokens, draft, self.config.sampling.repetition_penalty)
         if self.config.sampling.greedy:
-            return logits.argmax(dim=-1).tolist(), None
+            return choose_best(logits, margins_of), None
         probabilities = distribution(logits, self.config.sampling)
-        return draw(probabilities, self.generator).tolist(), probabilities
+        return bring_over(draw(probabilities, self.generator), margins_of), probabilities
 
-    def _remember(self, logits: torch.Tensor, q: torch.Tensor | None, count: int) -> None:
-        """Keep what a later confirm needs of the `count` new tokens: how sure the verifier was, and its q."""
-        if self.window_policy.agreement:
-            best = logits[:count].topk(2, dim=-1).values
-            for margin in (best[:, 0] - best[:, 1]).tolist():
-                self._survival *= self.window_policy.survival(margin)
+    def _remember(self, margins: Sequence[float], q: torch.Tensor | None) -> None:
+        """Keep what a later confirm needs of the new tokens: how sure the verifier was of each, and its q of each."""
+        for margin in margins:
+            self._survival *= self.window_policy.survival(margin)
         if q is not None:
-            self._window_q.extend(q[:count])
+            self._window_q.extend(q)
 
     def _cut_at_eos(self, tokens: list[int]) -> list[int]:
         for i, token in enumerate(tokens):
@@ -158,6 +164,8 @@ class Engine:
 
     def _extend(self, new: list[int]) -> None:
         """Append tokens, and move the cache to just before the last one."""
+        if any(token >= self.verifying.vocab_size for token in new):
+            raise QuasarError("The model's logits are not numbers: try --dtype bfloat16 or float32.")
         self.tokens += new
         self.drafter.observe(new)
         self.cache.rollback(len(self.tokens) - 1)

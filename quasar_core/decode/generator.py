@@ -4,15 +4,19 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode.costs import PairCosts, measure_costs
+from quasar_core.decode.cost_records import pair_costs
+from quasar_core.decode.costs import PairCosts
 from quasar_core.decode.draft_length import AdaptiveLength, DraftLength, FixedLength
 from quasar_core.decode.engine import Engine
+from quasar_core.decode.rates import ALWAYS, plan_exact
 from quasar_core.decode.text import TextStream
-from quasar_core.decode.window import DEFAULT_WINDOW, AgreementCurve, WindowPolicy, choose_policy
+from quasar_core.decode.window import DEFAULT_WINDOW, TYPICAL_ACCEPTANCE, WindowPolicy
 from quasar_core.draft.base import Drafter
 from quasar_core.draft.select import make_drafter
 from quasar_core.errors import QuasarError, UsageError
@@ -29,6 +33,7 @@ class Generator:
         self.pair, self.config = pair, config
         self._make_drafter = make_draft or (lambda: make_drafter(config))
         self._costs: PairCosts | None = None
+        self.target_alone = False  # whether the target verifies the drafts of `exact` itself: the same output, sooner
         self._window = self._choose_window()
         self._choose_draft_length()  # what it measures is no part of the first answer's time
         self._cache: KVCache | None = None
@@ -59,7 +64,8 @@ class Generator:
         engine.stats.new_tokens = count
         engine.stats.peak_memory_bytes = _peak_memory(self.pair.device)
         new = engine.tokens[len(prompt_ids) : len(prompt_ids) + count]
-        return GenerationResult(list(prompt_ids), new, text.finish(), reason, engine.stats)
+        verified_by: Literal["target", "verifier"] = "target" if engine.verifying is self.pair.target else "verifier"
+        return GenerationResult(list(prompt_ids), new, text.finish(), reason, engine.stats, verified_by)
 
     def _run(self, engine: Engine, text: TextStream, prompt_length: int) -> tuple[int, FinishReason]:
         """Step until something ends the answer; the number of its tokens, and what ended it."""
@@ -105,7 +111,7 @@ class Generator:
         return Engine(
             self.pair,
             self._cache,
-            self.config,
+            replace(self.config, verify="full") if self.target_alone else self.config,
             self._make_drafter(),
             self._choose_draft_length(),
             self._window,
@@ -117,26 +123,42 @@ class Generator:
         if self.config.draft == "none":
             return FixedLength(0)
         if self.config.num_draft_tokens == "auto":
-            return AdaptiveLength(self._measured_costs().verify)
+            costs = self._measured_costs()
+            return AdaptiveLength(costs.confirm if self.target_alone else costs.verify)
         return FixedLength(self.config.num_draft_tokens)
 
     def _choose_window(self) -> WindowPolicy:
+        """The window of `exact`; its `auto` may also find that the target had better verify the drafts itself."""
         if self.config.verify != "exact" or self.config.window != "auto":
             return WindowPolicy(DEFAULT_WINDOW if self.config.window == "auto" else self.config.window)
-        if self.pair.fidelity is None:
-            self.pair.notes.append(f"window: {DEFAULT_WINDOW} tokens, as the verifier has no margin table")
-            return WindowPolicy(DEFAULT_WINDOW)
-        policy = choose_policy(AgreementCurve(self.pair.fidelity.margins), self._measured_costs())
-        self.pair.notes.append(
-            f"window: at most {policy.limit} tokens, confirmed below a survival of {policy.threshold:.2f}, "
-            "as the measured costs and the verifier's margins advise"
-        )
-        return policy
+        acceptance = 0.0 if self.config.draft == "none" else TYPICAL_ACCEPTANCE
+        fidelity = self.pair.fidelity
+        plan = plan_exact(self._measured_costs(), fidelity.margins if fidelity else ALWAYS, acceptance)
+        self.target_alone = plan.target_alone
+        if plan.target_alone:
+            self._note("exact: the target verifies alone, as confirming the verifier's tokens would take longer here")
+        elif fidelity is None:
+            self._note(f"window: {DEFAULT_WINDOW} tokens, as the verifier has no margin table")
+        else:
+            self._note(
+                f"window: at most {plan.window.limit} tokens, confirmed below a survival of "
+                f"{plan.window.threshold:.2f}, as the measured costs and the verifier's margins advise"
+            )
+            return plan.window
+        return WindowPolicy(DEFAULT_WINDOW)
 
     def _measured_costs(self) -> PairCosts:
         if self._costs is None:
-            self._costs = measure_costs(self.pair, with_verifier=self.config.verify != "full")
+            known = set(self.pair.measured)
+            self._costs = pair_costs(self.pair, with_verifier=self.config.verify != "full")
+            for role in sorted(self.pair.measured.keys() - known):
+                self._note(f"cost: {self.pair.measured[role].describe()}")
         return self._costs
+
+    def _note(self, sentence: str) -> None:
+        """Several generators of one pair say the same only once."""
+        if sentence not in self.pair.notes:
+            self.pair.notes.append(sentence)
 
 
 def _check_models(pair: Pair, config: GenerationConfig) -> None:

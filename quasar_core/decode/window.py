@@ -6,13 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quasar_core.decode.costs import PairCosts
+from quasar_core.decode.draft_length import expected_pass
 from quasar_core.records import MarginTable
 
 MAX_WINDOW = 32
 DEFAULT_WINDOW = 8
 CYCLES = 1000
-# A typical acceptance length of n-gram drafts: the choice of the window depends on it weakly.
-TOKENS_PER_VERIFY = 1.5
+# Of a token that n-grams draft, where the pass of any draft costs the same: 1.5 tokens a verify. The choice of the
+# window depends on it weakly.
+TYPICAL_ACCEPTANCE = 1 / 3
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,18 @@ class AgreementCurve:
         return self.values[rng.choice(len(self.values), size=shape, p=self.weights)]
 
 
-def choose_policy(curve: AgreementCurve, costs: PairCosts, verified: float = TOKENS_PER_VERIFY) -> WindowPolicy:
-    """The limit and threshold of the most committed tokens per second, by simulating cycles of verifies and a confirm.
+def best_window(
+    curve: AgreementCurve, costs: PairCosts, acceptance: float = TYPICAL_ACCEPTANCE
+) -> tuple[WindowPolicy, float]:
+    """The limit and threshold of the most committed tokens per second, and that rate, by simulating cycles.
 
-    A cycle whose window holds n tokens of agreements p_1 … p_n costs n ÷ `verified` verify passes and a confirm of
-    n + 1 tokens, and commits p_1 + p_1·p_2 + … + p_1⋯p_n tokens and the bonus.
+    A cycle whose window holds n tokens of agreements p_1 … p_n costs n ÷ (tokens of a verify) verify passes and a
+    confirm of n + 1 tokens, and commits p_1 + p_1·p_2 + … + p_1⋯p_n tokens and the bonus.
     """
     alive = np.cumprod(curve.sample((CYCLES, MAX_WINDOW)), axis=1)
     gained = np.cumsum(alive, axis=1) + 1.0
     confirm = np.array([costs.confirm(n + 1) for n in range(1, MAX_WINDOW + 1)])
-    verify = costs.verify(1)
+    verified, verify = expected_pass(acceptance, costs.verify)
     best, best_rate = WindowPolicy(1, 0.0, curve), 0.0
     for limit in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
         for threshold in np.linspace(0.0, 0.95, 20):
@@ -68,5 +72,5 @@ def choose_policy(curve: AgreementCurve, costs: PairCosts, verified: float = TOK
             tokens = gained[np.arange(CYCLES), last].mean()
             seconds = (np.ceil((last + 1) / verified) * verify + confirm[last]).mean()
             if tokens / seconds > best_rate:
-                best, best_rate = WindowPolicy(limit, float(threshold), curve), tokens / seconds
-    return best
+                best, best_rate = WindowPolicy(limit, float(threshold), curve), float(tokens / seconds)
+    return best, best_rate

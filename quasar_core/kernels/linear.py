@@ -1,9 +1,14 @@
 """A linear layer on packed codes."""
 
+from typing import cast
+
 import torch
 
+from quasar_core.checkpoint.compressed_tensors import PackedWeight
+from quasar_core.checkpoint.float8 import Float8Weight
 from quasar_core.checkpoint.packing import QuantizedWeight
 from quasar_core.kernels.base import LayerShape
+from quasar_core.kernels.float8 import select_float8
 from quasar_core.kernels.select import KernelChoice, select_kernel
 
 
@@ -12,7 +17,7 @@ class PackedLinear(torch.nn.Module):
 
     def __init__(
         self,
-        weight: QuantizedWeight,
+        weight: PackedWeight,
         bias: torch.Tensor | None,
         choice: KernelChoice,
         device: torch.device,
@@ -22,20 +27,24 @@ class PackedLinear(torch.nn.Module):
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.bits, self.group_size = weight.bits, weight.group_size
         self.choice = choice
-        self.prepared = choice.kernel.prepare(weight, device, dtype)
+        # A floating-point weight comes with a kernel that takes it.
+        self.prepared = choice.kernel.prepare(cast(QuantizedWeight, weight), device, dtype)
         self.bias = bias
 
     @classmethod
     def build(
         cls,
-        weight: QuantizedWeight,
+        weight: PackedWeight,
         bias: torch.Tensor | None,
         device: torch.device,
         dtype: torch.dtype,
         requested: str = "auto",
     ) -> "PackedLinear":
         """Choose the kernel and prepare the weight."""
-        choice = select_kernel(LayerShape.of(weight), device, dtype, requested)
+        if isinstance(weight, Float8Weight):
+            choice = select_float8(weight, device, dtype, requested)
+        else:
+            choice = select_kernel(LayerShape.of(weight), device, dtype, requested)
         return cls(weight, bias, choice, device, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,22 +1,33 @@
-"""Which kernel runs a layer, and why: explicit, never silent."""
+"""Which kernel runs a layer, and why: measured on first use, never silent."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from quasar_core.errors import UsageError
 from quasar_core.kernels.base import Kernel, LayerShape
-from quasar_core.kernels.dense import DenseKernel
+from quasar_core.kernels.dense import DenseKernel, why_no_room
 from quasar_core.kernels.int4 import CpuInt4Kernel, CudaInt4Kernel
+from quasar_core.kernels.int8 import Int8Kernel
+from quasar_core.kernels.measure import Times
 from quasar_core.kernels.reference import ReferenceKernel
+from quasar_core.kernels.times import kernel_times
+from quasar_core.kernels.triton.kernel import TritonKernel
 from quasar_core.kernels.vnni import VnniKernel
 
-# Fastest first, as measured: on the CPU vnni takes half of torch-int4-cpu's time at one row, a quarter at eight.
-# Dense and reference support everything: dense unpacks once, reference for each product.
-PACKED_KERNELS: tuple[Kernel, ...] = (CudaInt4Kernel(), VnniKernel(), CpuInt4Kernel())
-DENSE = DenseKernel()
-KERNELS: tuple[Kernel, ...] = (*PACKED_KERNELS, DENSE, ReferenceKernel())
+# In the order in which they are taken where nothing is measured. Dense and reference support everything: dense unpacks
+# once, and competes where memory allows; reference unpacks for each product, and is only ever asked for.
+PACKED_KERNELS: tuple[Kernel, ...] = (CudaInt4Kernel(), TritonKernel(), VnniKernel(), CpuInt4Kernel(), Int8Kernel())
+DENSE, REFERENCE = DenseKernel(), ReferenceKernel()
+KERNELS: tuple[Kernel, ...] = (*PACKED_KERNELS, DENSE, REFERENCE)
 KERNEL_NAMES = tuple(kernel.name for kernel in KERNELS)
+
+DECISIVE_ROWS = 4  # of a verify: what the choice goes by
+# Whole passes run in C++ where all their packed products are on this kernel: that is worth more than a small lead.
+FUSED, LEAD = "vnni", 1.10
+SMALLEST = 2**16  # weights of a layer that is measured: calling a smaller product takes longer than computing it
+COMMON = LayerShape(4096, 4096, bits=4, group_size=128, trivial_groups=True)
 
 
 @dataclass(frozen=True)
@@ -29,46 +40,110 @@ class KernelChoice:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """For `quasar doctor`: whether a kernel runs a common 4-bit layer here."""
+    """For `quasar doctor`: whether a kernel runs a common 4-bit layer here; its seconds at 4 rows if it competes."""
 
     name: str
     usable: bool
     reason: str
+    seconds: float | None
 
 
 def select_kernel(shape: LayerShape, device: torch.device, dtype: torch.dtype, requested: str = "auto") -> KernelChoice:
-    """The first kernel that supports the layer, or the requested one; UsageError where that one does not.
+    """The fastest kernel for the layer, or the requested one; UsageError where that one does not support it.
 
     Where no kernel runs on packed codes the weight is unpacked once, at load, and the reason says so.
     """
     if requested != "auto":
-        kernel = _kernel_named(requested)
-        obstacle = kernel.why_not(shape, device, dtype)
-        if obstacle:
-            raise UsageError(f"--kernel {requested} cannot run this verifier: {obstacle}.")
-        return KernelChoice(kernel, "asked for by --kernel")
-    refused: list[str] = []
+        return _requested_kernel(requested, shape, device, dtype)
+    able, refused = _candidates(shape, device, dtype)
+    if not able:
+        return KernelChoice(DENSE, "; ".join([*refused, "so unpacked at load"]))
+    if shape.in_features * shape.out_features < SMALLEST:
+        return KernelChoice(able[0], "; ".join(refused) or "the first choice for layers too small to be measured")
+    no_room = why_no_room(shape, device, dtype)
+    if no_room:
+        refused.append(f"not dense: {no_room}")
+    else:
+        able.append(DENSE)
+    if len(able) == 1:
+        return KernelChoice(able[0], "; ".join([*refused, "the only one left"]))
+    return _fastest(able, refused, shape, device, dtype)
+
+
+def _fastest(
+    able: Sequence[Kernel], refused: Sequence[str], shape: LayerShape, device: torch.device, dtype: torch.dtype
+) -> KernelChoice:
+    remembered = kernel_times(device, dtype)
+    times = remembered.of(able, shape)
+    chosen, why = choose_fastest(able, times)
+    others = sorted((kernel for kernel in able if kernel is not chosen), key=lambda k: times[k.name][DECISIVE_ROWS])
+    figures = ", ".join(f"{kernel.name} {microseconds(times[kernel.name])}" for kernel in others)
+    measured = (
+        f"{why} of {len(able)} for {shape.in_features} → {shape.out_features}: "
+        f"{microseconds(times[chosen.name])} µs at {DECISIVE_ROWS} rows, {figures}"
+    )
+    trouble = [remembered.trouble] if remembered.trouble else []
+    return KernelChoice(chosen, "; ".join([*refused, measured, *trouble]))
+
+
+def choose_fastest(able: Sequence[Kernel], times: dict[str, Times]) -> tuple[Kernel, str]:
+    """The kernel of the least time at a verify's rows, and what to call it; FUSED unless another leads by LEAD."""
+    fastest = min(able, key=lambda kernel: times[kernel.name][DECISIVE_ROWS])
+    fused = next((kernel for kernel in able if kernel.name == FUSED), None)
+    if fused is None or fused is fastest:
+        return fastest, "fastest"
+    if times[fused.name][DECISIVE_ROWS] <= LEAD * times[fastest.name][DECISIVE_ROWS]:
+        return fused, "less than 10 % behind the fastest, and what whole passes run on,"
+    return fastest, "fastest"
+
+
+def microseconds(times: Times) -> str:
+    """At a verify's rows, to three digits."""
+    value = 1e6 * times[DECISIVE_ROWS]
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _candidates(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> tuple[list[Kernel], list[str]]:
+    """The kernels that run on packed codes of this shape, and why those of this device that stand before do not."""
+    able, refused = list[Kernel](), list[str]()
     for kernel in PACKED_KERNELS:
         obstacle = kernel.why_not(shape, device, dtype)
         if obstacle is None:
-            return KernelChoice(kernel, "; ".join(refused) or "the fastest here")
-        if not obstacle.startswith("it runs on"):
+            able.append(kernel)
+        elif not able and not obstacle.startswith("it runs on"):
             refused.append(f"not {kernel.name}: {obstacle}")
-    return KernelChoice(DENSE, "; ".join([*refused, "so unpacked at load"]))
+    return able, refused
 
 
-def _kernel_named(name: str) -> Kernel:
-    for kernel in KERNELS:
-        if kernel.name == name:
-            return kernel
-    raise UsageError(f"--kernel must be one of auto, {', '.join(KERNEL_NAMES)}, not {name}.")
+def _requested_kernel(name: str, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> KernelChoice:
+    kernel = next((kernel for kernel in KERNELS if kernel.name == name), None)
+    if kernel is None:
+        raise UsageError(f"--kernel must be one of auto, {', '.join(KERNEL_NAMES)}, not {name}.")
+    obstacle = kernel.why_not(shape, device, dtype)
+    if obstacle:
+        raise UsageError(f"--kernel {name} cannot run this verifier: {obstacle}.")
+    return KernelChoice(kernel, "asked for by --kernel")
 
 
 def describe_kernels(device: torch.device, dtype: torch.dtype) -> list[KernelReport]:
-    """What each kernel says of a 4096 × 4096 layer of 4 bits in groups of 128."""
-    shape = LayerShape(4096, 4096, bits=4, group_size=128, trivial_groups=True)
-    reports = []
-    for kernel in KERNELS:
-        obstacle = kernel.why_not(shape, device, dtype)
-        reports.append(KernelReport(kernel.name, obstacle is None, obstacle or "runs 4-bit layers in groups of 128"))
-    return reports
+    """What each kernel says of a 4096 × 4096 layer of 4 bits in groups of 128, measured where it competes."""
+    able = [*_candidates(COMMON, device, dtype)[0], DENSE]
+    times = kernel_times(device, dtype).of(able, COMMON)
+    chosen, _ = choose_fastest(able, times)
+    return [_report(kernel, times.get(kernel.name), kernel is chosen, device, dtype) for kernel in KERNELS]
+
+
+def _report(
+    kernel: Kernel, times: Times | None, is_chosen: bool, device: torch.device, dtype: torch.dtype
+) -> KernelReport:
+    obstacle = kernel.why_not(COMMON, device, dtype)
+    if obstacle:
+        return KernelReport(kernel.name, False, obstacle, None)
+    if times is None:
+        reason = "only by --kernel: unpacks the codes again for every product; the others are tested against it"
+        return KernelReport(kernel.name, True, reason, None)
+    layer = f"{COMMON.in_features} × {COMMON.out_features} layer of {COMMON.bits} bits"
+    reason = f"{microseconds(times)} µs at {DECISIVE_ROWS} rows of a {layer}" + (": chosen" if is_chosen else "")
+    if kernel is DENSE:
+        reason += "; unpacked once, at load, so as large as the target's, and taken where no other kernel is as fast"
+    return KernelReport(kernel.name, True, reason, times[DECISIVE_ROWS])

@@ -1,0 +1,47 @@
+"""What a measured time depends on beside what was measured: the device, its threads, PyTorch, quasar's own kernels."""
+
+import hashlib
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def measured_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """The conditions of a measurement: one that was made under others says nothing here."""
+    return {
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "kernels": sources_hash(),
+    }
+
+
+@cache
+def sources_hash() -> str:
+    """SHA-256 (its first 16 digits) of the sources of all kernels, so that a change of any measures anew."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".h", ".cpp")):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,109 @@
+"""How long a kernel takes for a layer, on this device: what the choice among kernels rests on.
+
+Random codes of the layer's shape are multiplied with 1, 4 and 8 rows, as a verify does. The weights rotate through as
+many copies as a model has layers of a size, or as no cache holds, whichever is less: a large model's weights come from
+memory in use, a small one's from a cache. Of a large layer only some outputs are timed, and the time is scaled.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from quasar_core.checkpoint.packing import QuantizedWeight, count_groups, trivial_groups
+from quasar_core.kernels.base import Kernel, LayerShape
+
+ROWS = (1, 4, 8)
+Times = dict[int, float]  # seconds by rows
+
+_LAYERS = 32  # of one size, in a small model
+_UNCACHED = {"cpu": 64_000_000, "cuda": 200_000_000}  # bytes
+# A GPU's product of fewer weights is over before all of its processors work.
+_TIMED_WEIGHTS = {"cpu": 2**21, "cuda": 2**26}
+_BLOCK = 256  # outputs that are timed are a multiple of it, whatever blocks a kernel works in
+_CALLS = 24
+_POOL = 1_000_003  # a prime, so that no two outputs get the same codes
+_SLEEP = 20_000_000  # cycles of a GPU in which the host enqueues all calls, so that launching them costs nothing
+# On a busy CPU most work is interrupted by other programs: a thread's own clock stands still meanwhile.
+_THREAD_CLOCK_IS_FINE = time.get_clock_info("thread_time").resolution < 1e-5
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds that pass for work on the device: on the CPU those in which this thread runs."""
+    return time.thread_time if device.type == "cpu" and _THREAD_CLOCK_IS_FINE else time.perf_counter
+
+
+def time_kernel(kernel: Kernel, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> Times:
+    """Seconds of one product, by its rows."""
+    timed = _timed_part(shape, device)
+    first = kernel.prepare(random_weight(timed), device, dtype)
+    scale = shape.out_features / timed.out_features
+    size = max(sum(tensor.untyped_storage().nbytes() for tensor in _tensors(first)), 1)
+    copies = max(1, int(min(_LAYERS * scale * size, _UNCACHED[device.type]) // size))
+    weights = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+    return {rows: scale * _time_rows(kernel, weights, _activations(rows, shape, device, dtype)) for rows in ROWS}
+
+
+def random_weight(shape: LayerShape) -> QuantizedWeight:
+    """Random codes of a shape, in groups in order."""
+    pool = torch.randint(2**shape.bits, (_POOL,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    count = shape.in_features * shape.out_features
+    codes = pool.repeat(-(-count // _POOL))[:count].view(shape.in_features, shape.out_features)
+    groups = count_groups(shape.in_features, shape.group_size), shape.out_features
+    return QuantizedWeight(
+        shape.bits,
+        shape.group_size,
+        codes,
+        scales=torch.full(groups, 0.01, dtype=torch.float16),
+        zeros=torch.full(groups, 2 ** (shape.bits - 1), dtype=torch.int32),
+        g_idx=trivial_groups(shape.in_features, shape.group_size),
+    )
+
+
+def _timed_part(shape: LayerShape, device: torch.device) -> LayerShape:
+    outputs = max(_TIMED_WEIGHTS[device.type] // shape.in_features // _BLOCK * _BLOCK, _BLOCK)
+    return replace(shape, out_features=min(outputs, shape.out_features))
+
+
+def _tensors(prepared: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a prepared weight: it is one, or has them as fields."""
+    parts = [prepared] if isinstance(prepared, torch.Tensor) else vars(prepared).values()
+    return (part for part in parts if isinstance(part, torch.Tensor))
+
+
+def _activations(rows: int, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    x = torch.randn(rows, shape.in_features, generator=torch.Generator().manual_seed(rows))
+    return x.to(device, dtype)
+
+
+def _time_rows(kernel: Kernel, weights: list[Any], x: torch.Tensor) -> float:
+    """Seconds of a product, after one that is not counted: the first pays for compiling and allocating."""
+    kernel.multiply(x, weights[0])
+    calls = [weights[number % len(weights)] for number in range(max(_CALLS, len(weights)))]
+    return (_time_on_gpu if x.is_cuda else _time_on_cpu)(kernel, calls, x)
+
+
+def _time_on_cpu(kernel: Kernel, calls: list[Any], x: torch.Tensor) -> float:
+    """The median, which a few interruptions do not move."""
+    now, samples = clock(x.device), []
+    for weight in calls:
+        start = now()
+        kernel.multiply(x, weight)
+        samples.append(now() - start)
+    return statistics.median(samples)
+
+
+def _time_on_gpu(kernel: Kernel, calls: list[Any], x: torch.Tensor) -> float:
+    """The mean of calls that the GPU runs back to back, as it runs those of a graph."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_SLEEP)
+    start.record()
+    for weight in calls:
+        kernel.multiply(x, weight)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1000 / len(calls)
