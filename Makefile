@@ -4,14 +4,16 @@ BIN := .venv/bin
 STAMP := .venv/.setup-stamp
 INTEROP_BIN := .venv-interop/bin
 INTEROP_STAMP := .venv-interop/.setup-stamp
+AUTOGPTQ_BIN := .venv-autogptq/bin
+AUTOGPTQ_STAMP := .venv-autogptq/.setup-stamp
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt interop clean
+.PHONY: help demo test check fmt interop gpu-bench clean
 
 help:  ## what each target does
-	@sed -n 's/^\([a-z]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do \
-		printf '%-8s %s\n' "$$name" "$$what"; done
+	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do \
+		printf '%-10s %s\n' "$$name" "$$what"; done
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -21,7 +23,14 @@ $(STAMP): pyproject.toml constraints.txt
 $(INTEROP_STAMP): pyproject.toml constraints-interop.txt
 	$(PYTHON) -m venv .venv-interop
 	$(INTEROP_BIN)/python -m pip install --quiet -c constraints-interop.txt setuptools wheel
-	$(INTEROP_BIN)/python -m pip install --quiet -c constraints-interop.txt -e ".[gptqmodel]" pytest
+	$(INTEROP_BIN)/python -m pip install --quiet -c constraints-interop.txt -e ".[gptqmodel]" compressed-tensors pytest
+	touch $@
+
+# AutoGPTQ imports beside an older transformers only, so it reads our tensors in an environment of its own.
+$(AUTOGPTQ_STAMP): constraints-autogptq.txt
+	$(PYTHON) -m venv .venv-autogptq
+	$(AUTOGPTQ_BIN)/python -m pip install --quiet -c constraints-autogptq.txt setuptools wheel
+	$(AUTOGPTQ_BIN)/python -m pip install --quiet -c constraints-autogptq.txt auto-gptq pytest
 	touch $@
 
 demo: export QUASAR_HOME := $(CURDIR)/demo-out
@@ -43,9 +52,14 @@ fmt: $(STAMP)  ## format, and fix what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-interop: $(INTEROP_STAMP)  ## our checkpoints in optimum and GPTQModel, and theirs here (downloads much)
+interop: $(INTEROP_STAMP) $(AUTOGPTQ_STAMP)  ## our checkpoints in other packages, and theirs here (downloads much)
 	$(INTEROP_BIN)/python -m pytest tests/interop
+	PYTHONPATH=. $(AUTOGPTQ_BIN)/python -m pytest tests/interop/test_autogptq.py
+
+gpu-bench: export PYTHONPATH := $(CURDIR)
+gpu-bench:  ## what only a GPU can answer, in eight minutes, by the PYTHON given; results in OUT, else gpu-bench-out/
+	$(PYTHON) -m quasar_core.bench.gpu_bench $(ARGS)
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-interop demo-out build dist *.egg-info
+	rm -rf .venv .venv-interop .venv-autogptq demo-out gpu-bench-out build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

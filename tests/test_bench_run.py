@@ -187,6 +187,8 @@ def test_arms_by_name() -> None:
         "quasar": ("quantized", "ngram"),
         "exact": ("exact", "ngram"),
         "quantized-only": ("quantized", "none"),
+        "transformers": ("full", "none"),
+        "transformers-pld": ("full", "ngram"),
     }
     with pytest.raises(UsageError, match=r"--arms must be a list of vanilla, .*, not fast, slow\."):
         parse_arms("fast,vanilla,slow")

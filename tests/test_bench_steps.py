@@ -83,10 +83,11 @@ def test_a_window_bounds_the_bytes_of_the_cache() -> None:
 def test_rows_by_hand() -> None:
     subjects = {"target": Subject(model=None, kernel="torch linear", weight_bytes=900)}  # type: ignore[arg-type]
     samples = {("target", 1): [0.004, 0.002, 0.003], ("target", 8): [0.005]}
-    first, second = step_rows(samples, subjects, {1: 100, 8: 300}, (1e6, 5e5))
+    first, second = step_rows(samples, subjects, {1: 100, 8: 300}, (1e6, 5e5), {("target", 8): 0.25})
     assert (first.ms, first.bytes, first.floor_ms, first.slow_floor_ms) == (3.0, 1000, 1.0, 2.0)
     assert first.ratio == 3.0
     assert (second.tokens, second.bytes, second.floor_ms) == (8, 1200, 1.2)
+    assert (first.outside, second.outside) == (None, 0.25)
 
 
 # Timing
@@ -209,10 +210,15 @@ def test_markdown_has_a_row_for_each_length() -> None:
             {name: Subject(None, "k", 10**6) for name in ("target", "transformers")},  # type: ignore[arg-type]
             {1: 0, 16: 0},
             (1e9, 2e9),
+            {("target", 1): 0.123},
         )
     )
     config = StepConfig(tokens=(1, 16))
     report = StepReport("m", 3, 3, config, "cpu", "bfloat16", {}, None, (1e9, 2e9), rows)
+    assert as_markdown(render.step_grids(report)[1]).splitlines()[-2:] == [
+        "| target | 1.0 MB | 12 % | k |",
+        "| transformers | 1.0 MB | – | k |",
+    ]
     lines = as_markdown(render.step_grids(report)[0]).splitlines()
     assert lines[0] == "**A pass of T tokens after 256: 3 layers and the head**"
     assert lines[-2:] == [
@@ -235,7 +241,7 @@ def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: p
         (("--rounds", "0"), "--rounds must be at least 1"),
         (("--context", "0"), "--context must be at least 1"),
         (("--layers", "4"), "--layers must be from 1 to 3"),
-        (("--shape", "gpt-2"), "--shape must be one of qwen3-8b"),
+        (("--shape", "gpt-2"), "--shape must be one of qwen3-32b"),
         (("--bits", "5"), "--bits must be one of"),
         (("--reference", "jax"), "--reference must be none or transformers"),
         (("--plot", "steps.txt"), "--plot must end in .png or .svg"),

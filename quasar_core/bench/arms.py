@@ -8,11 +8,12 @@ from quasar_core.errors import UsageError
 
 @dataclass(frozen=True)
 class Arm:
-    """A name for a verification mode with a drafter."""
+    """A name for a verification mode with a drafter; a peer is run by transformers' `generate`."""
 
     name: str
     verify: VerifyMode
     draft: DraftKind
+    is_peer: bool = False
 
     @property
     def needs_verifier(self) -> bool:
@@ -29,6 +30,8 @@ ARMS = {
         Arm("quasar", "quantized", "ngram"),
         Arm("exact", "exact", "ngram"),
         Arm("quantized-only", "quantized", "none"),
+        Arm("transformers", "full", "none", is_peer=True),
+        Arm("transformers-pld", "full", "ngram", is_peer=True),
     )
 }
 DEFAULT_ARMS = "vanilla,ngram,quasar,exact"

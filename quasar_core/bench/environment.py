@@ -1,11 +1,9 @@
-"""Where a bench ran: package versions, the processor's name, the commit."""
+"""Where a bench ran: package versions, the commit."""
 
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import torch
 
 PACKAGES = ("quasar-cli", "torch", "transformers")
 
@@ -19,23 +17,6 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a source tree that is not installed
             versions[package] = "unknown"
     return versions
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's with the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{_processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def git_hash() -> str | None:

@@ -8,16 +8,20 @@ from quasar_core.bench.arms import ARMS, Arm
 from quasar_core.bench.config import BenchConfig
 from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.divergence import find_divergences
-from quasar_core.bench.environment import device_name, git_hash, package_versions
+from quasar_core.bench.environment import git_hash, package_versions
+from quasar_core.bench.peers import TransformersPeer
 from quasar_core.bench.results import Results, Row, Run
 from quasar_core.bench.row_log import RowLog
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.prompt import encode_prompt
 from quasar_core.errors import QuasarError
+from quasar_core.kernels.identity import device_name
 from quasar_core.models.pair import Pair
 from quasar_core.records import GenerationResult, Progress, no_progress
 
 WARM_UP_TOKENS = 16
+
+Answerer = Generator | TransformersPeer
 
 
 @dataclass(frozen=True)
@@ -75,21 +79,22 @@ def schedule(datasets: Sequence[Dataset], arms: Sequence[Arm], repeats: int) -> 
 
 def _warm_generators(
     pair: Pair, arms: Sequence[Arm], datasets: Sequence[Dataset], config: BenchConfig, progress: Progress
-) -> dict[str, Generator]:
+) -> dict[str, Answerer]:
     """A generator for each arm, after a few tokens that are not recorded: first passes pay for allocations."""
     few = replace(config, max_new_tokens=min(WARM_UP_TOKENS, config.max_new_tokens))
     shortest = min((question.turns[0] for dataset in datasets for question in dataset.questions), key=len)
     prompt_ids = encode_prompt(pair.tokenizer, shortest)
-    generators = {}
+    generators: dict[str, Answerer] = {}
     for done, arm in enumerate(arms):
         progress("warm-up", done, len(arms))
-        generators[arm.name] = Generator(pair, few.generation(arm, config.seed))
+        answerer = TransformersPeer if arm.is_peer else Generator
+        generators[arm.name] = answerer(pair, few.generation(arm, config.seed))
         generators[arm.name].generate(prompt_ids)
     progress("warm-up", len(arms), len(arms))
     return generators
 
 
-def lead(generator: Generator, conversation: Conversation, config: BenchConfig) -> list[Row]:
+def lead(generator: Answerer, conversation: Conversation, config: BenchConfig) -> list[Row]:
     """One row for each turn, the arm's own answers in the history; the cache is kept between turns.
 
     A pass that fails is a row with its error, and so is every turn that can no longer be asked.

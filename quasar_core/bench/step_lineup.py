@@ -13,9 +13,10 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import transformers_lm
 from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.base import CausalLM
+from quasar_core.models.cpu_pass import CpuPass
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.device import choose_device, choose_dtype
-from quasar_core.models.load import describe_kernels_in_use
+from quasar_core.models.load import describe_kernels_in_use, describe_passes
 from quasar_core.models.pair import Pair
 from quasar_core.models.products import Product, block_products, head_product
 from quasar_core.models.random_weights import random_pair, random_transformers_model
@@ -94,6 +95,7 @@ def random_lineup(
     place = choose_device(device)
     precision, reason = choose_dtype(dtype, shape["dtype"], weight_bytes(config, 2), place)
     target, verifier = random_pair(config, random.codes, place, precision, kernel, progress)
+    passes = describe_passes({TARGET: target, VERIFIER: verifier})
     subjects = {TARGET: lean_subject(target), VERIFIER: lean_subject(verifier)}
     if with_reference:
         reference = random_transformers_model(shape, place, precision)
@@ -102,6 +104,7 @@ def random_lineup(
     notes = [
         f"dtype: {str(precision).removeprefix('torch.')}, {reason}",
         *describe_kernels_in_use(verifier.packed_layers),
+        *passes,
     ]
     return Lineup(f"{random.name}, random weights", subjects, config, precision, all_layers, notes)
 
@@ -110,8 +113,9 @@ def lean_subject(decoder: LeanDecoder) -> Subject:
     """A target or a verifier with its kernels and bytes."""
     packed = list(decoder.packed_layers)
     kernels = dict.fromkeys(layer.choice.kernel.name for layer in packed)
+    dense = "rows in C++" if isinstance(decoder.fast, CpuPass) else "torch linear"
     size = verifier_bytes(decoder.config, packed, decoder.dtype.itemsize)
-    return Subject(decoder, ", ".join(kernels) or "torch linear", size)
+    return Subject(decoder, ", ".join(kernels) or dense, size)
 
 
 def reference_subject(model: CausalLM, target: Subject) -> Subject:

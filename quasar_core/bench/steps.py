@@ -13,15 +13,17 @@ from typing import Any
 import torch
 
 from quasar_core.bench.bandwidth import read_bandwidth
-from quasar_core.bench.environment import device_name, git_hash, package_versions
+from quasar_core.bench.environment import git_hash, package_versions
 from quasar_core.bench.step_lineup import Lineup, Subject, cache_bytes
 from quasar_core.checkpoint.writer import write_json
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.kernels.identity import device_name
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.records import Progress, no_progress
 
 MOST_TOKENS = 256
 PROMPT_CHUNK = 256
+PASSES_FOR_SHARES = 3
 
 Samples = dict[tuple[str, int], list[float]]  # seconds of the passes of a model over T tokens
 
@@ -45,7 +47,10 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class StepRow:
-    """One model's pass over T tokens. The floor is that of the higher bandwidth; `slow_floor_ms` of the lower."""
+    """One model's pass over T tokens. The floor is that of the higher bandwidth; `slow_floor_ms` of the lower.
+
+    `outside` is the share of the pass outside its matrix products, None where the pass does not tell.
+    """
 
     model: str
     tokens: int
@@ -54,6 +59,7 @@ class StepRow:
     floor_ms: float
     slow_floor_ms: float
     kernel: str
+    outside: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -94,8 +100,10 @@ def measure_steps(lineup: Lineup, config: StepConfig, progress: Progress = no_pr
     shape, itemsize = lineup.shape, lineup.dtype.itemsize
     device = next(iter(lineup.subjects.values())).model.device
     before = read_bandwidth(device)
-    samples = time_passes({name: subject.model for name, subject in lineup.subjects.items()}, config, progress)
+    models = {name: subject.model for name, subject in lineup.subjects.items()}
+    samples = time_passes(models, config, progress)
     bandwidth = before, read_bandwidth(device)
+    outside = shares_outside_products(models, config)
     states = {count: cache_bytes(shape, config.context + count, itemsize) for count in config.tokens}
     return StepReport(
         name=lineup.name,
@@ -107,12 +115,16 @@ def measure_steps(lineup: Lineup, config: StepConfig, progress: Progress = no_pr
         versions=package_versions(),
         git=git_hash(),
         bandwidth=bandwidth,
-        rows=list(step_rows(samples, lineup.subjects, states, bandwidth)),
+        rows=list(step_rows(samples, lineup.subjects, states, bandwidth, outside)),
     )
 
 
 def step_rows(
-    samples: Samples, subjects: Mapping[str, Subject], states: Mapping[int, int], bandwidth: tuple[float, float]
+    samples: Samples,
+    subjects: Mapping[str, Subject],
+    states: Mapping[int, int],
+    bandwidth: tuple[float, float],
+    outside: Mapping[tuple[str, int], float],
 ) -> Iterator[StepRow]:
     """The rows behind samples; `states` are the bytes of keys and values by T."""
     for (name, tokens), seconds in samples.items():
@@ -125,6 +137,7 @@ def step_rows(
             floor_ms=1000 * size / max(bandwidth),
             slow_floor_ms=1000 * size / min(bandwidth),
             kernel=subjects[name].kernel,
+            outside=outside.get((name, tokens)),
         )
 
 
@@ -144,6 +157,23 @@ def time_passes(models: Mapping[str, CausalLM], config: StepConfig, progress: Pr
                     samples[name, count].append(seconds)
     progress("passes", config.rounds + 1, config.rounds + 1)
     return samples
+
+
+def shares_outside_products(models: Mapping[str, CausalLM], config: StepConfig) -> dict[tuple[str, int], float]:
+    """The share of a pass over T tokens that is not spent in matrix products, of the models that count it."""
+    shares: dict[tuple[str, int], float] = {}
+    for name, model in models.items():
+        clocks = getattr(getattr(model, "fast", None), "seconds", None)
+        if clocks is None:
+            continue
+        cache = _filled_cache(model, [0] * config.context, max(config.tokens))
+        for count in config.tokens:
+            whole, in_products = 0.0, -clocks()[1]
+            for _ in range(PASSES_FOR_SHARES):
+                whole += _time_pass(model, cache, [0] * count)
+                cache.rollback(config.context)
+            shares[name, count] = 1 - (in_products + clocks()[1]) / whole
+    return shares
 
 
 def _filled_cache(model: CausalLM, text: list[int], room: int) -> KVCache:

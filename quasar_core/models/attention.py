@@ -7,6 +7,7 @@ size.
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 # Up to here the query heads of a group are rows of one product, so that keys and values are read once for all of them.
@@ -31,6 +32,10 @@ def sight(start: int, count: int, window: int | None, group: int, device: torch.
         return Sight(first, end, causal=False, mask=None)
     if start == 0 and (window is None or count <= window):
         return Sight(first, end, causal=True, mask=None)
+    if device.type == "cuda" and window is None and count > FOLDED_TOKENS:
+        # A later chunk of a prompt. Flash attention takes no tensor for a mask, but it takes "causal, and the last
+        # query sees the last key", which is what this one says.
+        return Sight(0, end, causal=False, mask=causal_lower_right(count, end))
     own = torch.arange(start, end, device=device)[:, None]
     seen = torch.arange(first, end, device=device)
     hidden = seen > own

@@ -13,6 +13,7 @@ import torch
 
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint, read_json
 from quasar_core.errors import QuasarError
+from quasar_core.kernels.pages import empty_in_huge_pages
 from quasar_core.models.architectures import DecoderConfig, why_not_lean
 from quasar_core.models.decoder import DecoderLayer, DenseLinear, LeanDecoder, Linear
 from quasar_core.models.products import (
@@ -25,6 +26,7 @@ from quasar_core.models.products import (
     head_product,
 )
 from quasar_core.models.rope import RopeTables
+from quasar_core.models.upload import Upload
 
 __all__ = ["attach_verifier", "build_target", "load_target", "load_verifier_alone", "why_not_lean"]
 
@@ -67,7 +69,13 @@ def attach_verifier(target: LeanDecoder, checkpoint: VerifierCheckpoint, kernel:
     def attached_layer(index: int, layer: DecoderLayer) -> DecoderLayer:
         fields = block_products(target.config, index)
         products: dict[str, Any] = {name: attached(fields[name], getattr(layer, name)) for name in fields}
-        return replace(layer, **products)
+        prefix = f"model.layers.{index}"
+        return replace(
+            layer,
+            input_norm=packing.norm(f"{prefix}.input_layernorm.weight", layer.input_norm),
+            mlp_norm=packing.norm(f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm),
+            **products,
+        )
 
     layers = [attached_layer(index, layer) for index, layer in enumerate(target.layers)]
     head = attached(head_product(target.config), target.head)
@@ -113,16 +121,17 @@ class Filling:
         absent = [name for name in self._waiting if name not in self.files]
         if absent:
             raise QuasarError(f"{self.files.folder} holds no tensor {absent[0]}.")
-        for name, stored in self.files.load_many(list(self._waiting)):
-            place, shape = self._waiting[name]
-            if tuple(stored.shape) != shape:
-                raise QuasarError(
-                    f"The tensor {name} in {self.files.folder} is {tuple(stored.shape)}, and by its config {shape}."
-                )
-            place.copy_(stored)
+        with Upload(self.device) as upload:
+            for name, stored in self.files.load_many(list(self._waiting)):
+                place, shape = self._waiting[name]
+                if tuple(stored.shape) != shape:
+                    raise QuasarError(
+                        f"The tensor {name} in {self.files.folder} is {tuple(stored.shape)}, and by its config {shape}."
+                    )
+                upload.copy(place, stored)
 
     def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, device=self.device, dtype=self.dtype)
+        return empty_in_huge_pages(*shape, device=self.device, dtype=self.dtype)
 
 
 def _build(config: DecoderConfig, filling: Filling, make: Callable[[Product, Dense], Linear]) -> LeanDecoder:

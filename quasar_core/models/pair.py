@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -14,7 +15,11 @@ from quasar_core.records import FidelityReport
 
 @dataclass
 class Pair:
-    """What generating needs: models, tokenizer, limits, and the choices made while loading, each with its reason."""
+    """What generating needs: models, tokenizer, limits, and the choices made while loading, each with its reason.
+
+    The fingerprints identify the models' files; without them (None) nothing that is measured is kept on disk.
+    `measured` holds what was measured of the loaded models, by their roles.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     target: CausalLM | None
@@ -27,6 +32,10 @@ class Pair:
     dtype: torch.dtype
     fidelity: FidelityReport | None = None
     notes: list[str] = field(default_factory=list)
+    target_folder: Path | None = None
+    target_fingerprint: str | None = None
+    verifier_fingerprint: str | None = None
+    measured: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def primary(self) -> CausalLM:

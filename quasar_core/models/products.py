@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quasar_core.checkpoint.compressed_tensors import PackedWeight
+from quasar_core.checkpoint.float8 import Float8Weight, concatenate_float8
 from quasar_core.checkpoint.packing import QuantizedWeight
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
@@ -86,9 +88,15 @@ class Packing:
         if unknown:
             raise QuasarError(f"The target has no layer {unknown[0]}, which {self.checkpoint.folder} quantizes.")
 
-    def _weight(self, part: Product) -> QuantizedWeight:
+    def norm(self, name: str, own: torch.Tensor) -> torch.Tensor:
+        """A norm's weight: the checkpoint's where smoothing may have changed it, else the target's own."""
+        if not self.checkpoint.own_norms or name not in self.checkpoint.tensors:
+            return own
+        return self.checkpoint.tensors.load(name).to(own)
+
+    def _weight(self, part: Product) -> PackedWeight:
         (name,), (rows,) = part.names, part.rows
-        weight = self.checkpoint.layer(name)
+        weight = self.checkpoint.layer(name, self.device)
         shape = (weight.out_features, weight.in_features)
         if shape != (rows, part.columns):
             raise QuasarError(f"Layer {name} of {self.checkpoint.folder} is {shape}, and the target's is not.")
@@ -102,25 +110,27 @@ class Packing:
         return torch.cat([self.checkpoint.tensors.load(name) for name in names]).to(self.device, self.dtype)
 
 
-def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
     """Layers of one input as one layer, output after output."""
     if len(weights) == 1:
         return weights[0]
+    floats = [weight for weight in weights if isinstance(weight, Float8Weight)]
+    if floats:
+        return concatenate_float8(floats)
+    integers = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
     return replace(
-        weights[0],
-        codes=torch.cat([weight.codes for weight in weights], dim=1),
-        scales=torch.cat([weight.scales for weight in weights], dim=1),
-        zeros=torch.cat([weight.zeros for weight in weights], dim=1),
+        integers[0],
+        codes=torch.cat([weight.codes for weight in integers], dim=1),
+        scales=torch.cat([weight.scales for weight in integers], dim=1),
+        zeros=torch.cat([weight.zeros for weight in integers], dim=1),
     )
 
 
-def _agree(weights: Sequence[QuantizedWeight]) -> bool:
+def _agree(weights: Sequence[PackedWeight]) -> bool:
     """Whether layers differ in nothing but their outputs."""
-    first = weights[0]
-    return all(
-        (weight.bits, weight.group_size) == (first.bits, first.group_size) and torch.equal(weight.g_idx, first.g_idx)
-        for weight in weights[1:]
-    )
+    layouts = {(type(weight), weight.bits, weight.group_size) for weight in weights}
+    orders = [weight.g_idx for weight in weights if isinstance(weight, QuantizedWeight)]
+    return len(layouts) == 1 and all(torch.equal(order, orders[0]) for order in orders)
 
 
 def dense_rows(own: Linear, product: Product, part: Product) -> Linear:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quasar_core.checkpoint.compressed_tensors import PackedWeight
+from quasar_core.checkpoint.float8 import FLOAT8, Float8Weight
 from quasar_core.checkpoint.packing import QuantizedWeight, count_groups, trivial_groups
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import CPU, TensorFiles, VerifierCheckpoint
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import UsageError
 from quasar_core.models.architectures import DecoderConfig
@@ -23,6 +25,7 @@ from quasar_core.records import Progress, no_progress
 
 POOL = 10_000_019  # a prime, so that no two rows of a matrix are the same
 LARGEST = 0.05
+_BELOW_2 = 0xBF  # the bits of an e4m3 number that keep it finite and small
 
 
 class Pool:
@@ -72,6 +75,8 @@ class RandomTensors(TensorFiles):
 class RandomCheckpoint(VerifierCheckpoint):
     """Random codes for every linear layer, in the bits and groups asked for; a head of 16 bits has none."""
 
+    own_norms = False
+
     def __init__(self, config: DecoderConfig, codes: QuantizeConfig, dtype: torch.dtype, progress: Progress) -> None:
         self.folder = Path("random codes")
         self.tensors = RandomTensors(config, dtype)
@@ -86,12 +91,15 @@ class RandomCheckpoint(VerifierCheckpoint):
         """Modules whose weight is packed."""
         return list(self._parts)
 
-    def layer(self, name: str) -> QuantizedWeight:
-        """One layer's codes."""
+    def layer(self, name: str, device: torch.device = CPU) -> PackedWeight:
+        """One layer's codes, on the CPU."""
         self._done += 1
         self._progress("making random codes", self._done, len(self._parts))
         bits = self._codes.lm_head_bits if name == "lm_head" else self._codes.bits
         (rows,), columns, size = self._parts[name].rows, self._parts[name].columns, self._codes.group_size
+        if self._codes.method == "fp8":
+            values = (self._pool.take(rows, columns) & _BELOW_2).view(FLOAT8)
+            return Float8Weight(values, torch.full((rows,), LARGEST / 2))
         groups, middle = (count_groups(columns, size), rows), 2 ** (bits - 1)
         return QuantizedWeight(
             bits,
@@ -123,7 +131,8 @@ def random_transformers_model(shape: Mapping[str, Any], device: torch.device, dt
         config = AutoConfig.for_model(shape["model_type"], **options)
     except ValueError as error:
         raise UsageError(f"--reference transformers: transformers has no {shape['model_type']}.") from error
-    return TransformersLM(AutoModelForCausalLM.from_config(config, dtype=dtype).to(device))
+    with device:  # billions of random numbers: made where they are used
+        return TransformersLM(AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
 def all_block_products(config: DecoderConfig) -> list[Product]:

@@ -1,18 +1,19 @@
 """Any causal language model through transformers: slower than a decoder of our own, right for all of them."""
 
-import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.linear import PackedLinear
+from quasar_core.models.experts import module_name, separate_experts
 from quasar_core.models.kv_cache import PreallocatedCache
+from quasar_core.models.skeleton import Weights, build_skeleton, clone_structure, read_model_config
 
 
 class TransformersLM:
@@ -56,24 +57,37 @@ def load_target(
     bar_was_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it would run beside our own
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, local_files_only=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise QuasarError(f"The model in {folder} could not be loaded: {_first_line(error)}") from error
     finally:
         if bar_was_shown:
             logging.enable_progress_bar()
-    return TransformersLM(model.to(device))  # type: ignore[arg-type]
+    model, found = loaded
+    if found["missing_keys"]:  # transformers would go on with random values
+        raise QuasarError(f"{folder} holds no tensor {min(found['missing_keys'])}.")
+    return TransformersLM(model.to(device))
 
 
 def attach_verifier(target: TransformersLM, checkpoint: VerifierCheckpoint, kernel: str = "auto") -> TransformersLM:
     """The verifier over the target's own embedding, norms and head, which are held once.
 
-    Every module of the verifier is the target's, apart from the linear layers whose codes the checkpoint holds.
+    Every module of the verifier is the target's, apart from the linear layers whose codes the checkpoint holds, and
+    from norms that took up their smoothing.
     """
-    model = cast(PreTrainedModel, _clone_structure(target.model))
+    model = cast(PreTrainedModel, clone_structure(target.model))
+    if any(".experts." in name for name in checkpoint.layer_names):
+        separate_experts(model)  # the target's own stay together
     _pack_layers(model, checkpoint, target.device, target.model.dtype, kernel)
+    if checkpoint.own_norms:
+        _replace_norms(model, checkpoint)
     return TransformersLM(model)
 
 
@@ -81,36 +95,15 @@ def load_verifier_alone(
     checkpoint: VerifierCheckpoint, device: torch.device, dtype: torch.dtype, kernel: str = "auto"
 ) -> TransformersLM:
     """The verifier without its target: its own embedding and norms come from the checkpoint."""
-    config = plain_config(checkpoint.folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = build_skeleton(read_model_config(checkpoint.folder), dtype)
     _pack_layers(model, checkpoint, device, dtype, kernel)
-    tensors = {name: t.to(device, dtype) for name, t in checkpoint.tensors.load_many(checkpoint.plain_names)}
-    _, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
-    _build_buffers(model, config, device)
-    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if absent or unexpected:
-        raise QuasarError(f"{checkpoint.folder} does not hold the model of its config: {(absent or unexpected)[0]}.")
+    weights = Weights(model, checkpoint.tensors)
+    known = {weights.stored(name) for name in (*dict(model.named_parameters()), *dict(model.named_buffers()))}
+    wrong = [*weights.missing(model), *(name for name in checkpoint.plain_names if name not in known)]
+    if wrong:
+        raise QuasarError(f"{checkpoint.folder} does not hold the model of its config: {wrong[0]}.")
+    weights.fill(model, "", device)
     return TransformersLM(model)
-
-
-def plain_config(folder: Path) -> PretrainedConfig:
-    """The architecture's config without its quantization section."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
-def _clone_structure(module: torch.nn.Module) -> torch.nn.Module:
-    """A tree of modules of its own whose parameters and buffers are the original's."""
-    clone = copy.copy(module)
-    children = module._modules.items()
-    clone._modules = {name: None if child is None else _clone_structure(child) for name, child in children}
-    clone._parameters = dict(module._parameters)
-    clone._buffers = dict(module._buffers)
-    return clone
 
 
 def _pack_layers(
@@ -122,27 +115,34 @@ def _pack_layers(
         shape = (weight.out_features, weight.in_features)
         if (linear.out_features, linear.in_features) != shape:
             raise QuasarError(f"Layer {name} of {checkpoint.folder} is {shape}, and the target's is not.")
-        parent, _, child = name.rpartition(".")
-        packed = PackedLinear.build(weight, linear.bias, device, dtype, kernel)
+        parent, _, child = module_name(name).rpartition(".")
+        packed = PackedLinear.build(weight, _bias(linear, f"{name}.bias", checkpoint), device, dtype, kernel)
         setattr(model.get_submodule(parent), child, packed)
+
+
+def _bias(linear: torch.nn.Linear, name: str, checkpoint: VerifierCheckpoint) -> torch.Tensor | None:
+    """The target's, or the checkpoint's own where smoothing may have changed it."""
+    if linear.bias is None or not checkpoint.own_norms or name not in checkpoint.tensors:
+        return linear.bias
+    return checkpoint.tensors.load(name).to(linear.bias)
+
+
+def _replace_norms(model: torch.nn.Module, checkpoint: VerifierCheckpoint) -> None:
+    for name in checkpoint.plain_names:
+        if name.endswith("norm.weight"):
+            norm = model.get_submodule(name.removesuffix(".weight"))
+            stored = checkpoint.tensors.load(name).to(cast(torch.Tensor, norm.weight))
+            norm._parameters["weight"] = torch.nn.Parameter(stored, requires_grad=False)
 
 
 def _linear_named(model: torch.nn.Module, name: str, checkpoint: VerifierCheckpoint) -> torch.nn.Linear:
     try:
-        linear = model.get_submodule(name)
+        linear = model.get_submodule(module_name(name))
     except AttributeError as error:
         raise QuasarError(f"The target has no layer {name}, which {checkpoint.folder} quantizes.") from error
     if not isinstance(linear, torch.nn.Linear):
         raise QuasarError(f"{checkpoint.folder} quantizes {name}, which is no linear layer of the target.")
     return linear
-
-
-def _build_buffers(model: PreTrainedModel, config: PretrainedConfig, device: torch.device) -> None:
-    """Rotary frequencies are computed from the config, not stored: build those that are still on the meta device."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module._buffers.values() if buffer is not None):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, type(module)(config=config).to(device))
 
 
 def _first_line(error: Exception) -> str:

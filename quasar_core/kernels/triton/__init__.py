@@ -1,0 +1,45 @@
+"""Triton kernels for passes of a few tokens on CUDA: products, norms, rotation, attention, choices.
+
+Every function launches its kernels on the current stream, allocates nothing (results go to the buffers given, and
+scratch is reserved once per device), never waits for the device, and so can be captured in a CUDA graph once it has run
+outside of one with the same shapes. Tensors are contiguous and on one device; the 16-bit dtype D16 is bfloat16 or
+float16, the same for all of a call. Arithmetic accumulates in float32. A row's result does not depend on T, to the last
+bit, wherever the docstring says so. Calls on one device share scratch: they must be on one stream at a time.
+
+Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-value head; V vocabulary.
+
+`products`
+    `multiply_packed(x [T, in], weight: TritonWeight, out [T, out], bias=None, residual=None)`: x·Wᵀ (+ bias)
+    (+ residual); `out` may be `residual`. `multiply_dense(x, weight [out, in], out, ...)`: the same for 16-bit weights.
+`eight_bit`
+    `quantize_rows(x [T, in], codes [T, in], steps [T])`: x ≈ codes · steps; codes int8 or float8_e4m3fn, steps float32.
+    `multiply_w8a8(codes, steps, weight [out, in], scales [out], out, bias=None, residual=None)`: rows and weights of
+    one 8-bit dtype, scales float32.
+`norms`
+    `rms_norm_residual(hidden [T, in], delta [T, in] or None, weight [in], eps, out [T, in])`: hidden += delta in place;
+    out = norm(hidden) · weight.
+`activation`
+    `silu_multiply(gate_up [T, 2·I], out [T, I])`: silu(gate) · up.
+`rope`
+    `rotate_and_store(qkv [T, (H·G + 2·H)·D], head_norms [H·G + H, D] or None, cos, sin [positions, D] or None,
+    position [1], keys, values [H, capacity, D], queries [T, H·G, D], eps)`: queries and keys normed and rotated, keys
+    and values written at position + t.
+`attention`
+    `attend(queries [T, H·G, D], keys, values [H, capacity, D], position [1], window or None, workspace,
+    out [T, H·G·D], max_length)`: causal; token t sees position + t + 1 positions. The workspace is
+    `attention_workspace(device, tokens, heads, head_size)`.
+`choices`
+    `argmax_and_margin(logits [T, V], tokens [T] int64, best [T] float32, second [T] float32)`: the first greatest logit
+    of a row, and the next. `accept_greedy(choices [T] int64, draft [T − 1] int64, accepted [1] int32)`: how many
+    drafted tokens the choices confirm.
+`weights`
+    `prepare_packed(weight: QuantizedWeight, device) -> TritonWeight`: codes in the kernel's order.
+`tune`
+    `tune(weights, dtype) -> Blocks`: the best block shapes for weights of one shape, kept for this device.
+`interpret`
+    `interpret_on_cpu()`: from then on kernels run on CPU tensors, through Triton's interpreter: slow, for tests.
+`checks`
+    `correctness_cases(device, small)`: yields (name, callable → (error, tolerance)) for every kernel against float64.
+
+Importing this package imports no Triton; the modules of the kernels do.
+"""

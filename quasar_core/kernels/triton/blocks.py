@@ -1,0 +1,61 @@
+"""Which block shapes a product uses: those that were tuned on this device, else a rule of thumb."""
+
+from dataclasses import dataclass
+
+import torch
+
+from quasar_core.kernels.triton.tuned import tuned_blocks
+from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
+
+_PROGRAMS = 4  # for each multiprocessor: so many fit, and enough bytes are under way
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Of a product: outputs and inputs of a program's step, programs that share the inputs, buffered steps."""
+
+    outputs: int
+    inputs: int
+    splits: int
+    stages: int
+
+
+def packed_key(weight: TritonWeight) -> str:
+    """What the best shapes of a packed product depend on."""
+    zeros = "asymmetric" if weight.zeros is not None else "symmetric"
+    return f"packed {weight.in_features} {weight.out_features} {weight.bits} bits {weight.chunk} {zeros}"
+
+
+def dense_key(weight: torch.Tensor) -> str:
+    """What the best shapes of a product with plain weights depend on."""
+    return f"dense {weight.shape[1]} {weight.shape[0]} {str(weight.dtype).removeprefix('torch.')}"
+
+
+def packed_blocks(weight: TritonWeight, device: torch.device) -> Blocks:
+    """For packed codes; a step is as many inputs as the layout says."""
+    tuned = tuned_blocks(device, packed_key(weight))
+    if tuned:
+        return Blocks(**tuned)
+    inputs = weight.chunk * weight.chunks_per_step
+    return Blocks(BLOCK, inputs, _splits(weight.words.shape[0], weight.steps, device), stages=3)
+
+
+def dense_blocks(weight: torch.Tensor, device: torch.device) -> Blocks:
+    """For weights [out, in] of 16 or 8 bits: steps of 256 bytes of each output."""
+    tuned = tuned_blocks(device, dense_key(weight))
+    if tuned:
+        return Blocks(**tuned)
+    inputs = 256 // weight.element_size()
+    steps = -(-weight.shape[1] // inputs)
+    return Blocks(BLOCK, inputs, _splits(-(-weight.shape[0] // BLOCK), steps, device), stages=4)
+
+
+def _splits(blocks: int, steps: int, device: torch.device) -> int:
+    """So many that all programs run at once and fill the device, each with as many steps as the others."""
+    wanted = max(1, min(steps, _PROGRAMS * multiprocessors(device) // blocks, 16))
+    return -(-steps // -(-steps // wanted))
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; interpreted kernels are given four, so that splitting is tested."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,0 +1,137 @@
+"""Products against float64: packed codes, 16-bit weights, 8-bit rows and weights."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from quasar_core.checkpoint.packing import QuantizedWeight, count_groups, trivial_groups
+from quasar_core.kernels.triton.check_tools import TOLERANCE, Case, name_of, poisoned, randn, relative_error
+from quasar_core.kernels.triton.eight_bit import multiply_w8a8, quantize_rows
+from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
+from quasar_core.kernels.triton.weights import prepare_packed
+
+ROWS = (1, 2, 3, 5, 8, 16)
+Term = torch.Tensor | None
+
+
+def product_cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Case]:
+    """Packed and 16-bit products of 1 to 16 rows."""
+    sizes = [(160, 72, 64), (1088, 80, 128), (96, 64, -1), (64, 136, 32)]
+    if not small:
+        sizes += [(4096, 6144, 128), (12288, 4096, 128), (4096, 4096, 64), (1024, 151936, 128)]
+    for bits in (2, 3, 4, 8):
+        for symmetric in (True, False):
+            for in_features, out_features, group in sizes:
+                kind = "symmetric" if symmetric else "asymmetric"
+                name = f"packed {bits} bits {kind} {out_features}×{in_features} group {group} {name_of(dtype)}"
+                yield name, partial(_packed, bits, in_features, out_features, group, symmetric, device, dtype)
+    for in_features, out_features in [(160, 72), (264, 80), (1024, 40)] + (
+        [] if small else [(4096, 6144), (12288, 4096)]
+    ):
+        name = f"dense {out_features}×{in_features} {name_of(dtype)}"
+        yield name, partial(_dense, in_features, out_features, device, dtype)
+
+
+def eight_bit_cases(device: torch.device, small: bool) -> Iterator[Case]:
+    """Rows rounded to 8 bits, and their products."""
+    kinds = [torch.int8]
+    if device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9):
+        kinds.append(torch.float8_e4m3fn)
+    for kind in kinds:
+        for in_features, out_features in [(160, 72), (1056, 80)] + ([] if small else [(4096, 6144)]):
+            name = f"w8a8 {name_of(kind)} {out_features}×{in_features}"
+            yield name, partial(_eight_bit, kind, in_features, out_features, device)
+
+
+def random_weight(bits: int, in_features: int, out_features: int, group_size: int, symmetric: bool) -> QuantizedWeight:
+    """Random codes, scales and zeros, the same for the same arguments."""
+    generator = torch.Generator().manual_seed(bits * in_features + out_features)
+    groups = count_groups(in_features, group_size)
+    zeros = torch.randint(0, 2**bits + 1, (groups, out_features), generator=generator)
+    return QuantizedWeight(
+        bits,
+        group_size,
+        torch.randint(2**bits, (in_features, out_features), generator=generator, dtype=torch.uint8),
+        (torch.rand(groups, out_features, generator=generator) + 0.1).half(),
+        (torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros).to(torch.int32),
+        trivial_groups(in_features, group_size),
+    )
+
+
+def _packed(
+    bits: int,
+    in_features: int,
+    out_features: int,
+    group_size: int,
+    symmetric: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[float, float]:
+    weight = random_weight(bits, in_features, out_features, group_size, symmetric)
+    prepared = prepare_packed(weight, device)
+
+    def multiply(x: torch.Tensor, out: torch.Tensor, bias: Term = None, residual: Term = None) -> None:
+        multiply_packed(x, prepared, out, bias, residual)
+
+    return _product_error(multiply, weight.dequantize().to(device), device, dtype), TOLERANCE[dtype]
+
+
+def _dense(in_features: int, out_features: int, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    weight = randn(out_features, in_features, device=device, dtype=dtype)
+
+    def multiply(x: torch.Tensor, out: torch.Tensor, bias: Term = None, residual: Term = None) -> None:
+        multiply_dense(x, weight, out, bias, residual)
+
+    return _product_error(multiply, weight, device, dtype), TOLERANCE[dtype]
+
+
+def _product_error(
+    multiply: Callable[..., None], exact_weight: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> float:
+    """The greatest error over the counts of rows, with and without bias and residual, in place too."""
+    out_features, in_features = exact_weight.shape
+    x = randn(ROWS[-1], in_features, device=device, dtype=dtype)
+    bias, residual = (randn(*s, device=device, dtype=dtype) for s in ((out_features,), (ROWS[-1], out_features)))
+    product = x.double() @ exact_weight.double().t()
+    worst, rows_of_all = 0.0, None
+    for count in reversed(ROWS):
+        out = poisoned(count, out_features, device=device, dtype=dtype)
+        multiply(x[:count], out)
+        rows_of_all = out if rows_of_all is None else rows_of_all
+        if not torch.equal(out, rows_of_all[:count]):
+            return math.nan  # a row's result depends on T
+        exact = product[:count]
+        worst = max(worst, relative_error(out, exact))
+        if count not in (3, 16):  # bias and residual come last: not each count of rows need show them
+            continue
+        sums = residual[:count].clone()
+        multiply(x[:count], sums, bias, sums)
+        worst = max(worst, relative_error(sums, exact + bias.double() + residual[:count].double()))
+    return worst
+
+
+def _eight_bit(kind: torch.dtype, in_features: int, out_features: int, device: torch.device) -> tuple[float, float]:
+    """The rows' rounding against PyTorch's, and the product of what was rounded."""
+    x = randn(ROWS[-1], in_features, device=device, dtype=torch.bfloat16)
+    x[2] = 0
+    codes = torch.full(x.shape, 1, device=device, dtype=torch.int8).to(kind)
+    steps = poisoned(len(x), device=device, dtype=torch.float32)
+    quantize_rows(x, codes, steps)
+    if kind != torch.int8 and device.type == "cpu":  # the interpreter's conversion to float8 loses carries
+        codes.copy_(x.float() / steps[:, None])
+    rounded = codes.double() * steps.double()[:, None]
+    half_step = 0.5 / 127 if kind == torch.int8 else 2**-4  # of a row's greatest, or of a number
+    bound = half_step * (x.double().abs().amax(-1, keepdim=True) if kind == torch.int8 else x.double().abs() + 1e-2)
+    if not bool(((rounded - x.double()).abs() <= 1.001 * bound).all()):
+        return math.nan, 0.0
+    weight = (randn(out_features, in_features, device=device) * 20).clamp(-127, 127).round().to(kind)
+    scales = randn(out_features, device=device).abs() + 0.1
+    exact = rounded @ weight.double().t() * scales.double()
+    worst = 0.0
+    for count in ROWS:
+        out = poisoned(count, out_features, device=device, dtype=torch.bfloat16)
+        multiply_w8a8(codes[:count], steps[:count], weight, scales, out)
+        worst = max(worst, relative_error(out, exact[:count]))
+    return worst, TOLERANCE[torch.bfloat16]

@@ -1,0 +1,94 @@
+"""The greedy choice of each row of logits and its margin, and how many drafted tokens the choices confirm."""
+
+import torch
+import triton
+import triton.language as tl
+
+from quasar_core.kernels.triton.scratch import scratch
+
+_BLOCK = 2048
+_NONE = tl.constexpr(2147483647)  # no index
+
+
+def argmax_and_margin(logits: torch.Tensor, tokens: torch.Tensor, best: torch.Tensor, second: torch.Tensor) -> None:
+    """logits [T, V] → tokens int64 [T], and the greatest and second greatest logits float32 [T].
+
+    Among equals the first wins, and NaN is greater than all, as `torch.argmax` and `torch.topk` have it.
+    """
+    count, vocabulary = logits.shape
+    blocks = triton.cdiv(vocabulary, _BLOCK)
+    found = scratch(logits.device).partials[: 3 * count * blocks].view(3, count, blocks)
+    _block_kernel[(count, blocks)](
+        logits, found[0], found[1], found[2].view(torch.int32), vocabulary, BLOCK=_BLOCK, num_warps=4
+    )
+    _merge_kernel[(count,)](
+        found[0],
+        found[1],
+        found[2].view(torch.int32),
+        tokens,
+        best,
+        second,
+        blocks,
+        BLOCKS=triton.next_power_of_2(blocks),
+        num_warps=1,
+    )
+
+
+def accept_greedy(choices: torch.Tensor, draft: torch.Tensor, accepted: torch.Tensor) -> None:
+    """choices int64 [T], draft int64 [T − 1] → accepted int32 [1]: drafted tokens before the first that differs."""
+    drafted = draft.shape[0]
+    _accept_kernel[(1,)](choices, draft, accepted, drafted, SIZE=triton.next_power_of_2(drafted + 1), num_warps=1)
+
+
+@triton.jit
+def _first_greatest(x, index, known):
+    """The greatest of x with its index: the first NaN where there is one, else the first of the greatest."""
+    is_nan = known & (x != x)
+    counted = known & (x == x)
+    greatest = tl.max(tl.where(counted, x, float("-inf")), axis=0)
+    first_nan = tl.min(tl.where(is_nan, index, _NONE), axis=0)
+    first = tl.min(tl.where(counted & (x == greatest), index, _NONE), axis=0)
+    return tl.where(first_nan != _NONE, float("nan"), greatest), tl.where(first_nan != _NONE, first_nan, first)
+
+
+@triton.jit
+def _block_kernel(logits_ptr, best_ptr, second_ptr, index_ptr, vocabulary, BLOCK: tl.constexpr):
+    row, block = tl.program_id(0), tl.program_id(1)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    known = index < vocabulary
+    x = tl.load(logits_ptr + row.to(tl.int64) * vocabulary + index, mask=known, other=0.0).to(tl.float32)
+    best, chosen = _first_greatest(x, index, known)
+    second, _ = _first_greatest(x, index, known & (index != chosen))
+    place = row * tl.num_programs(1) + block
+    tl.store(best_ptr + place, best)
+    tl.store(second_ptr + place, second)
+    tl.store(index_ptr + place, chosen)
+
+
+@triton.jit
+def _merge_kernel(
+    block_best_ptr, block_second_ptr, index_ptr, tokens_ptr, best_ptr, second_ptr, blocks, BLOCKS: tl.constexpr
+):
+    row = tl.program_id(0)
+    block = tl.arange(0, BLOCKS)
+    known = block < blocks
+    places = row * blocks + block
+    bests = tl.load(block_best_ptr + places, mask=known, other=0.0)
+    seconds = tl.load(block_second_ptr + places, mask=known, other=0.0)
+    index = tl.load(index_ptr + places, mask=known, other=_NONE)
+    best, chosen = _first_greatest(bests, index, known)
+    # What is left: the best of the other blocks, and the second of the block that held the greatest.
+    left = tl.where(index == chosen, seconds, bests)
+    second, _ = _first_greatest(left, block, known)
+    tl.store(tokens_ptr + row, chosen.to(tl.int64))
+    tl.store(best_ptr + row, best)
+    tl.store(second_ptr + row, second)
+
+
+@triton.jit
+def _accept_kernel(choices_ptr, draft_ptr, accepted_ptr, drafted, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    known = index < drafted
+    chosen = tl.load(choices_ptr + index, mask=known, other=0)
+    draft = tl.load(draft_ptr + index, mask=known, other=0)
+    tl.store(accepted_ptr, tl.min(tl.where(known & (chosen == draft), drafted, tl.minimum(index, drafted)), axis=0))

@@ -1,0 +1,140 @@
+"""Products in 8 bits: rows in int8 or float8 (e4m3) with a step of their own, weights with a scale per output."""
+
+import torch
+import triton
+import triton.language as tl
+
+from quasar_core.kernels.triton.blocks import Blocks, dense_blocks
+from quasar_core.kernels.triton.epilogue import finish
+from quasar_core.kernels.triton.language import INTERPRETED, ROWS
+from quasar_core.kernels.triton.scratch import scratch
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def quantize_rows(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> None:
+    """x [T, in] → codes [T, in] int8 or float8_e4m3fn, rounded to nearest, and steps [T] float32: x ≈ codes · steps."""
+    _quantize_kernel[(x.shape[0],)](
+        x,
+        codes,
+        steps,
+        x.shape[1],
+        LARGEST[codes.dtype],
+        SIZE=triton.next_power_of_2(x.shape[1]),
+        WHOLE=codes.dtype == torch.int8,
+        num_warps=8,
+    )
+
+
+@triton.jit
+def _quantize_kernel(x_ptr, codes_ptr, steps_ptr, size, largest, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+    row = tl.program_id(0)
+    columns = tl.arange(0, SIZE)
+    known = columns < size
+    x = tl.load(x_ptr + row * size + columns, mask=known, other=0.0).to(tl.float32)
+    peak = tl.max(tl.abs(x), axis=0)
+    step = tl.where(peak > 0, peak / largest, 1.0)
+    scaled = tl.minimum(tl.maximum(x / step, -largest), largest)
+    if WHOLE:
+        scaled = (scaled + 12582912.0) - 12582912.0  # 1.5 · 2²³: float32 has no bits left for a fraction
+    tl.store(codes_ptr + row * size + columns, scaled.to(codes_ptr.dtype.element_ty), mask=known)
+    tl.store(steps_ptr + row, step)
+
+
+def multiply_w8a8(
+    codes: torch.Tensor,
+    steps: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> None:
+    """(codes [T, in] · weight [out, in]ᵀ) · steps [T] · scales [out] (+ bias) (+ residual) → out [T, out].
+
+    Codes and weight are both int8 (summed in int32) or both float8_e4m3fn (in float32); a row does not depend on T.
+    """
+    chosen = blocks or dense_blocks(weight, codes.device)
+    space = scratch(codes.device)
+    out_features, in_features = weight.shape
+    count = -(-in_features // chosen.inputs)
+    _w8a8_kernel[(-(-out_features // chosen.outputs), chosen.splits)](
+        codes,
+        steps,
+        weight,
+        scales,
+        out,
+        bias,
+        residual,
+        space.partials,
+        space.counters,
+        codes.shape[0],
+        in_features,
+        out_features,
+        count,
+        OUTPUTS=chosen.outputs,
+        INPUTS=chosen.inputs,
+        SPLITS=chosen.splits,
+        STEPS=-(-count // chosen.splits),
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        num_warps=4,
+        num_stages=chosen.stages,
+    )
+
+
+@triton.jit
+def _w8a8_kernel(
+    codes_ptr,
+    steps_ptr,
+    weight_ptr,
+    scales_ptr,
+    out_ptr,
+    bias_ptr,
+    residual_ptr,
+    partials_ptr,
+    counters_ptr,
+    count,
+    in_features,
+    out_features,
+    steps,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    block, split = tl.program_id(0), tl.program_id(1)
+    outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    rows = tl.arange(0, ROWS)
+    lines = weight_ptr + outputs[:, None].to(tl.int64) * in_features
+    acc = tl.zeros((OUTPUTS, ROWS), tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32)
+    first = split * STEPS
+    for step in range(first, tl.minimum(first + STEPS, steps)):
+        inputs = step * INPUTS + tl.arange(0, INPUTS)
+        known = (outputs[:, None] < out_features) & (inputs[None, :] < in_features)
+        inside = (rows[None, :] < count) & (inputs[:, None] < in_features)
+        weight = tl.load(lines + inputs[None, :], mask=known, other=0.0)
+        x = tl.load(codes_ptr + rows[None, :] * in_features + inputs[:, None], mask=inside, other=0.0)
+        acc = _eight_bit_product(weight, x, acc)
+    step = tl.load(steps_ptr + rows, mask=rows < count, other=0.0)
+    scale = tl.load(scales_ptr + outputs, mask=outputs < out_features, other=0.0)
+    total = acc.to(tl.float32) * scale[:, None] * step[None, :]
+    finish(
+        total, block, split, outputs, rows, out_ptr, bias_ptr, residual_ptr, partials_ptr, counters_ptr, count,
+        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _eight_bit_product(a, b, acc):
+    """Float8 sums leave the tensor cores' short accumulator after every product."""
+    if INTERPRETED:
+        result = acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee").to(acc.dtype)
+    elif a.dtype == tl.int8:
+        result = tl.dot(a, b, acc, out_dtype=tl.int32)
+    else:
+        result = tl.dot(a, b, acc, max_num_imprecise_acc=0)
+    return result

@@ -1,0 +1,257 @@
+"""Products of 1 to 16 rows with weights that are read once: packed codes, or 16-bit numbers.
+
+The weights are the tall operand of the tensor cores and the rows of the pass the narrow one, filled up to 16: reading
+the weights is the cost, and a row's result is the same for every T. Where the outputs alone would not keep the device
+busy, the inputs are split among programs, and the last of a block's programs adds their sums (`epilogue.py`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, packed_blocks
+from quasar_core.kernels.triton.epilogue import finish
+from quasar_core.kernels.triton.language import INTERPRETED, ROWS, matrix_product, subtract_pairs
+from quasar_core.kernels.triton.scratch import scratch
+from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
+
+LONGEST = 16  # rows
+_MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}  # 128 and 1024: the last bit is worth 1
+
+
+def multiply_packed(
+    x: torch.Tensor,
+    weight: TritonWeight,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> None:
+    """x [T, in] · Wᵀ (+ bias [out]) (+ residual [T, out]) → out [T, out]; a row's result does not depend on T."""
+    chosen = blocks or packed_blocks(weight, x.device)
+    space = scratch(x.device)
+    _packed_kernel[(-(-weight.words.shape[0] // (chosen.outputs // BLOCK)), chosen.splits)](
+        x,
+        weight.words,
+        weight.scales,
+        weight.zeros,
+        out,
+        bias,
+        residual,
+        space.partials,
+        space.counters,
+        x.shape[0],
+        weight.in_features,
+        weight.out_features,
+        weight.words.shape[0],
+        weight.steps,
+        weight.scales.shape[1],
+        _MAGIC[x.dtype],
+        BITS=weight.bits,
+        MIDDLE=weight.middle,
+        CHUNK=weight.chunk,
+        CHUNKS_PER_GROUP=weight.chunks_per_group,
+        STORED=chosen.outputs // BLOCK,
+        SPLITS=chosen.splits,
+        STEPS=-(-weight.steps // chosen.splits),
+        HAS_ZEROS=weight.zeros is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        num_warps=4,
+        num_stages=chosen.stages,
+    )
+
+
+@triton.jit
+def _packed_kernel(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    out_ptr,
+    bias_ptr,
+    residual_ptr,
+    partials_ptr,
+    counters_ptr,
+    count,
+    in_features,
+    out_features,
+    stored_blocks,
+    steps,
+    table_width,
+    magic,
+    BITS: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS_PER_GROUP: tl.constexpr,
+    STORED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    block, split = tl.program_id(0), tl.program_id(1)
+    chunks: tl.constexpr = 16 // BITS
+    size: tl.constexpr = 64 * STORED
+    stored = block * STORED + tl.arange(0, STORED)
+    stored = tl.minimum(stored, stored_blocks - 1)  # a last block that is not whole reads what it will not write
+    outputs = block * size + tl.arange(0, size)
+    columns = tl.minimum(outputs, table_width - 1)
+    rows = tl.arange(0, ROWS)
+    inside = rows[None, :] < count
+    acc = tl.zeros((size, ROWS), tl.float32)
+    first = split * STEPS
+    scale, zero = _tables(
+        scales_ptr, zeros_ptr, first * chunks, columns, table_width, CHUNKS_PER_GROUP, HAS_ZEROS, MIDDLE
+    )
+    for step in range(first, tl.minimum(first + STEPS, steps)):
+        words = _words(words_ptr, stored, step, steps, STORED, CHUNK)
+        for i in tl.static_range(chunks):
+            chunk = step * chunks + i
+            # Of the next chunk, so that the wait for them passes during this one.
+            next_scale, next_zero = _tables(
+                scales_ptr, zeros_ptr, chunk + 1, columns, table_width, CHUNKS_PER_GROUP, HAS_ZEROS, MIDDLE
+            )
+            inputs = chunk * CHUNK + tl.arange(0, CHUNK)
+            x = tl.load(
+                x_ptr + rows[None, :] * in_features + inputs[:, None],
+                mask=inside & (inputs[:, None] < in_features),
+                other=0.0,
+            )
+            part = tl.zeros((size, ROWS), tl.float32)
+            if BITS == 8:
+                high = _numbers(words >> (8 * i + 4), zero >> 4, 15, magic, x)
+                part = matrix_product(high, x, part) * 16
+                low = _numbers(words >> (8 * i), zero & 15, 15, magic, x)
+                part = matrix_product(low, x, part)
+            else:
+                part = matrix_product(_numbers(words >> (BITS * i), zero, 2**BITS - 1, magic, x), x, part)
+            acc += part * scale[:, None]
+            scale, zero = next_scale, next_zero
+    finish(
+        acc, block, split, outputs, rows, out_ptr, bias_ptr, residual_ptr, partials_ptr, counters_ptr, count,
+        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _tables(
+    scales_ptr,
+    zeros_ptr,
+    chunk,
+    columns,
+    width,
+    CHUNKS_PER_GROUP: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    MIDDLE: tl.constexpr,
+):
+    """Scales (float32) and zeros (int32) of the outputs in a chunk's group."""
+    places = (chunk // CHUNKS_PER_GROUP) * width + columns
+    scale = tl.load(scales_ptr + places).to(tl.float32)
+    zero = tl.load(zeros_ptr + places).to(tl.int32) if HAS_ZEROS else tl.zeros_like(columns) + MIDDLE
+    return scale, zero
+
+
+@triton.jit
+def _words(words_ptr, stored, step, steps, STORED: tl.constexpr, CHUNK: tl.constexpr):
+    """The words [64·STORED, CHUNK/2] of a step, each already with the lane that multiplies by it."""
+    fragments: tl.constexpr = CHUNK // 16
+    start = (stored.to(tl.int64) * steps + step) * (512 * fragments)
+    words = tl.load(words_ptr + start[:, None] + tl.arange(0, 512 * fragments)[None, :])
+    words = tl.reshape(words, (STORED, fragments, 4, 8, 4, 2, 2))  # s f b g t c r
+    words = tl.permute(words, (0, 2, 6, 3, 1, 5, 4))  # s b r g | f c t
+    return tl.reshape(words, (64 * STORED, CHUNK // 2))
+
+
+@triton.jit
+def _numbers(shifted, zero, MASK: tl.constexpr, magic, x):
+    """Pairs of codes, less their zero, as numbers [outputs, CHUNK] of x's dtype.
+
+    A code in the last bits of 128 (bfloat16; 1024 in float16) is that number plus the code, so no conversion is needed.
+    """
+    pairs = shifted & (MASK | MASK << 16)
+    if INTERPRETED:
+        halves = tl.join(pairs & MASK, (pairs >> 16) & MASK)
+        return (tl.reshape(halves, (shifted.shape[0], x.shape[0])) - zero[:, None]).to(tl.float32)
+    pairs = subtract_pairs(pairs | magic, (magic | zero | zero << 16)[:, None], x.dtype)
+    halves = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+    return tl.reshape(halves, (shifted.shape[0], x.shape[0])).to(x.dtype, bitcast=True)
+
+
+def multiply_dense(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    blocks: Blocks | None = None,
+) -> None:
+    """x [T, in] · weight [out, in]ᵀ (+ bias) (+ residual) → out [T, out], 16 bits; a row does not depend on T."""
+    chosen = blocks or dense_blocks(weight, x.device)
+    space = scratch(x.device)
+    out_features, in_features = weight.shape
+    steps = -(-in_features // chosen.inputs)
+    _dense_kernel[(-(-out_features // chosen.outputs), chosen.splits)](
+        x,
+        weight,
+        out,
+        bias,
+        residual,
+        space.partials,
+        space.counters,
+        x.shape[0],
+        in_features,
+        out_features,
+        steps,
+        OUTPUTS=chosen.outputs,
+        INPUTS=chosen.inputs,
+        SPLITS=chosen.splits,
+        STEPS=-(-steps // chosen.splits),
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        num_warps=4,
+        num_stages=chosen.stages,
+    )
+
+
+@triton.jit
+def _dense_kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    bias_ptr,
+    residual_ptr,
+    partials_ptr,
+    counters_ptr,
+    count,
+    in_features,
+    out_features,
+    steps,
+    OUTPUTS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    block, split = tl.program_id(0), tl.program_id(1)
+    outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    rows = tl.arange(0, ROWS)
+    lines = weight_ptr + outputs[:, None].to(tl.int64) * in_features
+    acc = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    first = split * STEPS
+    for step in range(first, tl.minimum(first + STEPS, steps)):
+        inputs = step * INPUTS + tl.arange(0, INPUTS)
+        known = (outputs[:, None] < out_features) & (inputs[None, :] < in_features)
+        weight = tl.load(lines + inputs[None, :], mask=known, other=0.0)
+        x = tl.load(
+            x_ptr + rows[None, :] * in_features + inputs[:, None],
+            mask=(rows[None, :] < count) & (inputs[:, None] < in_features),
+            other=0.0,
+        )
+        acc = matrix_product(weight, x, acc)
+    finish(
+        acc, block, split, outputs, rows, out_ptr, bias_ptr, residual_ptr, partials_ptr, counters_ptr, count,
+        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip

@@ -1,0 +1,53 @@
+"""Block shapes that were measured, kept in quasar's own folder: one file per device, Triton and PyTorch version."""
+
+import json
+import os
+import re
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+from quasar_core.errors import QuasarError
+from quasar_core.store.home import home
+
+
+def tuned_blocks(device: torch.device, key: str) -> dict[str, int] | None:
+    """The measured shape of a product, or None where it has not been tuned on this device."""
+    return _table(_path(device)).get(key) if _is_tunable(device) else None
+
+
+def keep_tuned(device: torch.device, found: dict[str, dict[str, int]]) -> Path:
+    """Add measured shapes to the device's file, whole or not at all."""
+    path = _path(device)
+    table = {**_table(path), **found}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False, encoding="utf-8") as file:
+        json.dump(table, file, indent=1, sort_keys=True)
+    os.replace(file.name, path)
+    _table.cache_clear()
+    return path
+
+
+def _is_tunable(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+@cache
+def _table(path: Path) -> dict[str, dict[str, int]]:
+    if not path.exists():
+        return {}
+    try:
+        table: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QuasarError(f"{path} cannot be read ({error}): delete it, and blocks are tuned anew.") from error
+    return table
+
+
+@cache
+def _path(device: torch.device) -> Path:
+    name = torch.cuda.get_device_name(device)
+    parts = f"{name} triton {triton.__version__} torch {torch.__version__}"
+    return home() / "kernels" / f"blocks-{re.sub(r'[^A-Za-z0-9.]+', '-', parts)}.json"

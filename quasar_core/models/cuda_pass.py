@@ -1,0 +1,151 @@
+"""The short passes of a decoder on CUDA: ten launches per layer, recorded when they are first needed, and replayed.
+
+The position and the tokens lie on the device, so a graph serves every position; what it is recorded for is the cache,
+a number of tokens, and the bucket of lengths that bounds attention. Numbers and buckets are few, as each graph takes
+time to record: a pass is filled up with tokens behind its own, which its own do not see, and whose keys and values the
+next pass overwrites. The host sends one small buffer before a pass and waits for nothing.
+Letters: T tokens of a pass, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from weakref import WeakSet
+
+import torch
+
+from quasar_core.models.cuda_graphs import Launcher, launcher
+from quasar_core.models.cuda_products import DenseChoices
+from quasar_core.models.decoder import DecoderLayer, LeanDecoder
+from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.memory import LONGEST_PASS
+from quasar_core.models.pass_steps import Steps, TorchSteps
+
+SIZES = (1, 2, 4, 8, 16, 24, LONGEST_PASS)  # tokens of the recorded passes
+SHORTEST_BUCKET, GROWTH = 1024, 4
+
+
+def why_not(decoder: LeanDecoder) -> str | None:
+    """Why a decoder's passes cannot be recorded, or None where they can."""
+    if decoder.config.rope.kind == "dynamic":
+        return "its rotary embedding depends on where a pass ends"
+    if any(layer.choice.kernel.name == "reference" for layer in decoder.packed_layers):
+        return "the reference kernel unpacks its weight for every product"
+    return None
+
+
+def choose(decoder: LeanDecoder) -> tuple["CudaPass | None", str]:
+    """The recorded pass of a decoder on CUDA, or None, and a sentence that says which and why."""
+    obstacle = why_not(decoder)
+    if obstacle:
+        return None, f"passes: PyTorch's operations, not recorded: {obstacle}"
+    steps, why = choose_steps(decoder.device, decoder.dtype)
+    fast = CudaPass(decoder, steps)
+    return fast, f"passes: of up to {fast.longest} tokens as CUDA graphs of {why}"
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels cannot run a pass here, or None where they can."""
+    if device.type != "cuda":
+        return f"they run on CUDA, not on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"they compute in 16 bits, not in {str(dtype).removeprefix('torch.')}"
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "they need compute capability 8.0"
+    return None
+
+
+def choose_steps(device: torch.device, dtype: torch.dtype) -> tuple[Steps, str]:
+    """Triton's kernels where they run, else PyTorch's operations; and why."""
+    obstacle = why_not_triton(device, dtype)
+    if obstacle:
+        return TorchSteps(), f"PyTorch's operations, not Triton's: {obstacle}"
+    from quasar_core.models.triton_steps import TritonSteps
+
+    return TritonSteps(), "Triton's kernels"
+
+
+class CudaPass:
+    """Implements `models.base.FastPass`. On other devices the same steps run unrecorded: so they are tested."""
+
+    name = "CUDA graphs"
+
+    def __init__(self, decoder: LeanDecoder, steps: Steps, launches: Launcher | None = None) -> None:
+        self.decoder, self.steps = decoder, steps
+        self.longest = LONGEST_PASS
+        device = decoder.device
+        self.dense = DenseChoices(decoder, steps.dense_products)
+        self._launches = launches or launcher(device)
+        self._inputs = torch.zeros(1 + self.longest, dtype=torch.int64, device=device)  # the position, then the tokens
+        self._logits = torch.empty(self.longest, decoder.vocab_size, dtype=decoder.dtype, device=device)
+        self._cleared: WeakSet[DecoderCache] = WeakSet()
+        self._windows = frozenset(decoder.config.windows)
+        self._group = decoder.config.num_heads // decoder.config.num_kv_heads
+
+    @torch.inference_mode()
+    def run(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
+        """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
+        count = len(tokens)
+        size = pass_size(count, cache.capacity - cache.length)
+        self._clear(cache)
+        self._send(cache.length, [*tokens, *[tokens[-1]] * (size - count)])
+        self.dense.choose(size)
+        bucket = length_bucket(cache.length + size, cache.capacity)
+        tables = self._tables(cache.capacity)
+        self._launches.run(cache, (size, bucket), lambda: self._launch(size, cache, bucket, tables), held=tables)
+        cache.advance(count)
+        return self._logits[:count].to(torch.float32, copy=True)
+
+    def _clear(self, cache: DecoderCache) -> None:
+        """Once for a cache: what lies behind its length may be anything, and a mask does not hide what is no number."""
+        if cache not in self._cleared:
+            for states in cache.layers:
+                states[:, :, cache.length :] = 0
+            self._cleared.add(cache)
+
+    def _send(self, position: int, tokens: Sequence[int]) -> None:
+        """One copy from pinned memory, which PyTorch keeps until the copy is done."""
+        on_cuda = self._inputs.device.type == "cuda"
+        host = torch.tensor([position, *tokens], dtype=torch.int64, pin_memory=on_cuda)
+        self._inputs[: len(host)].copy_(host, non_blocking=True)
+
+    def _tables(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [positions, D]; longer tables may replace these, which a graph goes on reading."""
+        cos, sin = self.decoder.rope.rows(0, positions)
+        return cos[:, 0], sin[:, 0]
+
+    def _launch(self, count: int, cache: DecoderCache, bucket: int, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """All steps of a pass of `count` tokens, whose position is in `_inputs`, into `_logits`."""
+        decoder, steps, eps = self.decoder, self.steps, self.decoder.config.eps
+        position = self._inputs[:1]
+        sights = {w: steps.sight(position, bucket, count, w, self._group) for w in self._windows}
+        hidden = decoder.embedding.index_select(0, self._inputs[1 : 1 + count])
+        delta = None
+        for layer, states in zip(decoder.layers, cache.layers, strict=True):
+            x = steps.normed(hidden, delta, layer.input_norm, eps)
+            qkv = self.dense.multiply(layer.qkv, x)
+            queries = steps.rotate_and_store(
+                qkv, layer.head_norms, tables if layer.rotates else None, position, states, eps
+            )
+            delta = self.dense.multiply(layer.out, steps.attend(queries, states, sights[layer.window]))
+            delta = self._mlp(layer, steps.normed(hidden, delta, layer.mlp_norm, eps))
+        x = steps.normed(hidden, delta, decoder.norm, eps)
+        self._logits[:count].copy_(self.dense.multiply(decoder.head, x))
+
+    def _mlp(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
+        return self.dense.multiply(layer.down, self.steps.gated(self.dense.multiply(layer.gate_up, x)))
+
+
+def pass_size(count: int, room: int) -> int:
+    """Tokens of the recorded pass that serves `count` of them; where the cache ends too soon for it, `count` itself."""
+    size = next(size for size in SIZES if size >= count)
+    return size if size <= room else count
+
+
+def length_bucket(length: int, capacity: int) -> int:
+    """The bound on the positions that a graph attends to: 1024, four times that, and so on, at most all of them."""
+    bucket = SHORTEST_BUCKET
+    while bucket < length:
+        bucket *= GROWTH
+    return min(bucket, capacity)

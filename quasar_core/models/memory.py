@@ -1,0 +1,149 @@
+"""How much memory a pair takes on a device, before it is loaded: the formula of docs/cuda.md.
+
+    target + verifier + workspace + tokens × bytes per token
+
+Letters: T tokens of a pass, H hidden size, I inner size of the MLP, V vocabulary, D head size.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quasar_core.checkpoint.reader import VerifierCheckpoint, read_json
+from quasar_core.errors import QuasarError
+from quasar_core.models.architectures import DecoderConfig, why_not_lean
+from quasar_core.models.products import Product, block_products, head_product
+from quasar_core.store.safetensors_header import read_headers
+
+PROMPT_CHUNK = 2048  # tokens of a prompt's pass on a GPU
+LONGEST_PASS = 40  # tokens of the longest recorded pass: a confirm of the longest window takes 33
+SMALLEST_CONTEXT = 1024  # tokens: what a cache is made for at least
+STEP = 256  # tokens: contexts that are advised are a multiple of it
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes of a pair; `per_token` of keys and values and rotary tables."""
+
+    target: int
+    verifier: int
+    workspace: int
+    per_token: int
+
+    def total(self, tokens: int) -> int:
+        """Bytes with a cache for so many tokens."""
+        return self.target + self.verifier + self.workspace + tokens * self.per_token
+
+    def tokens_in(self, available: int) -> int:
+        """The longest cache, a multiple of 256, that fits beside the rest; 0 where nothing fits."""
+        return max((available - self.total(0)) // self.per_token // STEP * STEP, 0)
+
+
+def pair_need(
+    folder: Path, checkpoint: VerifierCheckpoint | None, dtype: torch.dtype, use_target: bool = True
+) -> MemoryNeed | None:
+    """What the models of these folders take; None where our own decoder does not run them."""
+    stored = read_json(folder / "config.json")
+    if why_not_lean(stored):
+        return None
+    config = DecoderConfig.parse(stored)
+    plain = sum(tensor_elements(config).values()) * dtype.itemsize
+    target = plain if use_target else 0
+    verifier = 0
+    if checkpoint is not None:
+        verifier = packed_bytes(checkpoint)
+        if not use_target:
+            verifier += plain - replaced_elements(config, checkpoint.layer_names) * dtype.itemsize
+    models = int(use_target) + int(checkpoint is not None)
+    return MemoryNeed(target, verifier, workspace_bytes(config, dtype, models), token_bytes(config, dtype))
+
+
+def tensor_elements(config: DecoderConfig) -> dict[str, int]:
+    """Elements of everything that a decoder in 16 or 32 bits holds; a tied head is the embedding."""
+    products = [product for index in range(config.num_layers) for product in block_products(config, index).values()]
+    head_norms = (config.num_heads + config.num_kv_heads) * config.head_size if config.head_norms else 0
+    return {
+        "embedding": config.vocab_size * config.hidden_size,
+        "blocks": sum(map(elements, products)),
+        "norms": (2 * config.num_layers + 1) * config.hidden_size + config.num_layers * head_norms,
+        "head": 0 if config.tied else elements(head_product(config)),
+    }
+
+
+def elements(product: Product) -> int:
+    """Weights and biases of a product."""
+    rows = sum(product.rows)
+    return rows * product.columns + (rows if product.bias else 0)
+
+
+def replaced_elements(config: DecoderConfig, packed: list[str]) -> int:
+    """Weights that a verifier without its target holds in codes only; a tied head's are the embedding's, and stay."""
+    products = [product for index in range(config.num_layers) for product in block_products(config, index).values()]
+    if not config.tied:
+        products.append(head_product(config))
+    parts = {name: rows * p.columns for p in products for name, rows in zip(p.names, p.rows, strict=True)}
+    return sum(parts.get(name, 0) for name in packed)
+
+
+def packed_bytes(checkpoint: VerifierCheckpoint) -> int:
+    """Codes, scales and zeros as they are stored; kernels bring them into another order, of about the same size."""
+    plain = set(checkpoint.plain_names)
+    return sum(entry.size for entry in read_headers(checkpoint.folder) if entry.name not in plain)
+
+
+def token_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one position in all layers, a cosine and a sine for each channel."""
+    states = 2 * config.num_layers * config.num_kv_heads * config.head_size
+    return (states + 2 * config.head_size) * dtype.itemsize
+
+
+def workspace_bytes(config: DecoderConfig, dtype: torch.dtype, models: int) -> int:
+    """What passes hold at once: a prompt's chunk in the MLP or in attention, and logits of the longest short pass.
+
+    A chunk holds, per token, its hidden state, the norm of it and the block's output (3·H), gate, up and two products
+    of them (4·I); or queries, keys and values before and after their rotation, and the mixed values. Logits stand in
+    the graph, in their place, and in float32.
+    """
+    wide = sum(block_products(config, 0)["qkv"].rows)
+    chunk = PROMPT_CHUNK * (3 * config.hidden_size + max(4 * config.intermediate_size, 3 * wide)) * dtype.itemsize
+    logits = LONGEST_PASS * config.vocab_size * (2 * dtype.itemsize + torch.float32.itemsize)
+    return chunk + models * logits
+
+
+def require_room(need: MemoryNeed, alone: MemoryNeed | None, device: torch.device, tokens: int) -> str:
+    """A note of what the pair takes; QuasarError that says what would fit where the GPU has less memory free.
+
+    `alone` is the need of the verifier without its target; `tokens` the longest context asked for.
+    """
+    free, _ = torch.cuda.mem_get_info(device)
+    if need.total(min(tokens, SMALLEST_CONTEXT)) > free:
+        raise QuasarError(advice(need, alone, free, min(tokens, SMALLEST_CONTEXT)))
+    return f"memory: {describe(need, free, tokens)}"
+
+
+def describe(need: MemoryNeed, free: int, tokens: int) -> str:
+    """The formula with its numbers, and how long a context fits."""
+    fits = min(need.tokens_in(free), tokens)
+    return (
+        f"{_gigabytes(need.total(0))} GB (target {_gigabytes(need.target)}, verifier {_gigabytes(need.verifier)}, "
+        f"workspace {_gigabytes(need.workspace)}) and {need.per_token / 1000:.0f} KB per token; "
+        f"{_gigabytes(free)} GB are free, enough for {fits} of {tokens} tokens"
+    )
+
+
+def advice(need: MemoryNeed, alone: MemoryNeed | None, free: int, tokens: int) -> str:
+    """Why a pair does not fit, and what would."""
+    sentence = f"The GPU has {_gigabytes(free)} GB free, and the pair needs {_gigabytes(need.total(tokens))} GB"
+    if need.tokens_in(free) >= STEP:
+        return f"{sentence}: --max-context {need.tokens_in(free)} would fit."
+    if alone is not None and need.target and alone.total(tokens) <= free:
+        return f"{sentence}: --verify quantized --no-target would fit ({_gigabytes(alone.total(tokens))} GB)."
+    return (
+        f"{sentence}: a verifier made with --lm-head-bits 4 takes the least when it runs alone "
+        "(--verify quantized --no-target); or try a smaller model."
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f}"

@@ -1,0 +1,152 @@
+"""A transformers model without its weights: modules, names and shapes, built from the config alone in no time.
+
+Weights are put in later, part by part, from memory-mapped files. Buffers, which no file holds, are there at once.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+
+from quasar_core.checkpoint.reader import TensorFiles, read_json
+from quasar_core.errors import QuasarError
+from quasar_core.models.experts import separate_experts, stored_name
+
+_PANGU = "PanguEmbeddedForCausalLM"  # Llama by another name, which transformers does not know
+
+
+def read_model_config(folder: Path) -> PretrainedConfig:
+    """The config of a model's folder as transformers understands it, without a quantization section."""
+    content = read_json(folder / "config.json")
+    try:
+        if _PANGU in (content.get("architectures") or ()):
+            config: PretrainedConfig = _pangu_as_llama(content)
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise QuasarError(f"The config in {folder} is not one that transformers understands: {first}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config in evaluation mode, its weights on the meta device, experts apart, buffers on the CPU."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise QuasarError(f"transformers builds no causal language model from the config: {first}") from error
+    separate_experts(model)
+    _compute_buffers(model)
+    return cast(PreTrainedModel, model.eval())
+
+
+def clone_structure(module: torch.nn.Module) -> torch.nn.Module:
+    """A tree of modules of its own whose parameters and buffers are the original's."""
+    clone = copy.copy(module)
+    children = module._modules.items()
+    clone._modules = {name: None if child is None else clone_structure(child) for name, child in children}
+    clone._parameters = dict(module._parameters)
+    clone._buffers = dict(module._buffers)
+    clone._forward_hooks, clone._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return clone
+
+
+class Weights:
+    """The files of a model, by the names that its modules have."""
+
+    def __init__(self, model: PreTrainedModel, files: TensorFiles) -> None:
+        self.files = files
+        self._mixtral = any(".block_sparse_moe." in name for name in files.names())
+        self._tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+
+    def stored(self, name: str) -> str:
+        """The name in the files of a parameter or layer."""
+        return stored_name(name, self._mixtral)
+
+    def missing(self, model: PreTrainedModel) -> list[str]:
+        """Parameters and stored buffers that the files do not hold under their name."""
+        names = [name for name, _ in waiting(model)]
+        return [name for name in names if name not in self._tied and self.stored(name) not in self.files]
+
+    def fill(self, module: torch.nn.Module, prefix: str, device: torch.device) -> None:
+        """Put the module's weights in, and move what it holds already; on the CPU the files stay memory-mapped.
+
+        `prefix` is the module's name in the model and a dot, or nothing. QuasarError where a tensor is missing or of
+        another shape.
+        """
+        empty = {prefix + name: tensor for name, tensor in waiting(module)}
+        places = {self.stored(name): name for name in empty if name not in self._tied}
+        absent = [stored for stored in places if stored not in self.files]
+        if absent:
+            raise QuasarError(f"{self.files.folder} holds no tensor {absent[0]}.")
+        for stored, tensor in self.files.load_many(list(places)):
+            own = empty[places[stored]]
+            if tensor.shape != own.shape:
+                raise QuasarError(
+                    f"The tensor {stored} in {self.files.folder} is {tuple(tensor.shape)}, and by its config "
+                    f"{tuple(own.shape)}."
+                )
+            put(module, places[stored].removeprefix(prefix), tensor.to(device, own.dtype))
+        for name, source in self._tied.items():
+            if name in empty:
+                put(module, name.removeprefix(prefix), module.get_parameter(source.removeprefix(prefix)))
+        _move(module, device)
+
+
+def waiting(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers that have no content yet, by their name within the module."""
+    for tensors in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):
+        yield from ((name, tensor) for name, tensor in tensors if tensor.is_meta)
+
+
+def put(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Set a parameter or buffer, in this module alone."""
+    parent, _, last = name.rpartition(".")
+    owner = module.get_submodule(parent)
+    if last in owner._buffers:
+        owner._buffers[last] = tensor
+    elif isinstance(tensor, torch.nn.Parameter):
+        owner._parameters[last] = tensor
+    else:
+        owner._parameters[last] = torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _move(module: torch.nn.Module, device: torch.device) -> None:
+    """Bring what has content to the device; what is still waiting stays where it is."""
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                owner._buffers[name] = buffer.to(device)
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and not parameter.is_meta and parameter.device != device:
+                owner._parameters[name] = torch.nn.Parameter(parameter.data.to(device), requires_grad=False)
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Buffers such as rotary frequencies are computed from the config; transformers does so when it sets weights up."""
+    for name, module in list(model.named_modules()):
+        own = {key: buffer for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+        computed = [key for key in own if key in module._non_persistent_buffers_set]
+        for key in computed:
+            # Not a number until it is computed, so that nothing is left unnoticed.
+            fill = float("nan") if own[key].is_floating_point() else 0
+            module._buffers[key] = torch.full_like(own[key], fill, device="cpu")
+        if computed:
+            with torch.no_grad():
+                model._init_weights(module)
+        for key in computed:
+            if not bool(torch.isfinite(cast(torch.Tensor, module._buffers[key])).all()):
+                raise QuasarError(f"{type(model).__name__} has a buffer {name}.{key} that its config does not give.")
+
+
+def _pangu_as_llama(content: dict[str, Any]) -> LlamaConfig:
+    known = {key: value for key, value in content.items() if key not in ("model_type", "architectures", "auto_map")}
+    return LlamaConfig(**known, attention_bias=bool(content.get("bias")), architectures=["LlamaForCausalLM"])

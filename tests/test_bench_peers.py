@@ -1,0 +1,62 @@
+"""transformers as arms of a bench: the same text, and honest counts."""
+
+from pathlib import Path
+
+import pytest
+from decoder_cases import CASES, CPU, FLOAT, random_tokens, save_model
+from tiny_models import make_pair
+
+from quasar_core.bench.peers import TransformersPeer
+from quasar_core.config import GenerationConfig, SamplingConfig
+from quasar_core.decode.generator import Generator
+from quasar_core.errors import UsageError
+from quasar_core.models.loading import load_target
+from quasar_core.models.pair import Pair
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    save_model(tmp_path, *CASES["qwen3"])
+    return make_pair(load_target(tmp_path, CPU, FLOAT), target_folder=tmp_path)
+
+
+@pytest.mark.parametrize("draft", ["none", "ngram"])
+def test_greedy_text_is_ours(pair: Pair, draft: str) -> None:
+    config = GenerationConfig(40, "full", draft, ignore_eos=True)  # type: ignore[arg-type]
+    prompt = random_tokens(8) * 3
+    pieces: list[str] = []
+    ours = Generator(pair, config).generate(prompt)
+    theirs = TransformersPeer(pair, config).generate(prompt, pieces.append)
+    assert theirs.token_ids == ours.token_ids
+    assert theirs.finish_reason == "length"
+    assert pieces == [theirs.text]
+    stats = theirs.stats
+    assert (stats.new_tokens, stats.prompt_tokens) == (40, 24)
+    assert stats.decode_s > 0
+    assert stats.ttft_s == stats.prefill_s > 0
+    if draft == "none":
+        assert (stats.steps, stats.prefill_tokens, stats.acceptance_length) == (39, 1, 1.0)
+    else:
+        assert stats.steps < 39
+
+
+def test_the_seed_decides_sampled_text(pair: Pair) -> None:
+    peer = TransformersPeer(pair, GenerationConfig(20, "full", "none", sampling=SamplingConfig(1.0, seed=3)))
+    first, again = (peer.generate(random_tokens(8)).token_ids for _ in range(2))
+    peer.config = GenerationConfig(20, "full", "none", sampling=SamplingConfig(1.0, seed=4))
+    assert first == again != peer.generate(random_tokens(8)).token_ids
+
+
+def test_the_end_of_text_ends_an_answer(pair: Pair) -> None:
+    config = GenerationConfig(40, "full", "none")
+    token = Generator(pair, config).generate(random_tokens(8)).token_ids[5]
+    pair.eos_ids = frozenset({token})
+    ours = Generator(pair, config).generate(random_tokens(8))
+    theirs = TransformersPeer(pair, config).generate(random_tokens(8))
+    assert (theirs.token_ids, theirs.finish_reason) == (ours.token_ids, "eos")
+
+
+def test_without_files_there_is_no_peer(pair: Pair) -> None:
+    pair.target_folder = None
+    with pytest.raises(UsageError, match="needs the target's files"):
+        TransformersPeer(pair, GenerationConfig())

@@ -1,0 +1,156 @@
+"""The recorded pass computes what the plain one computes: its steps, unrecorded, on the CPU."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoder_cases import CASES, CPU, FLOAT, LENGTH, assert_close, fresh_logits, in_passes, random_tokens, save_model
+from test_decoder_verifier import mixed_bits, quantize_layers
+
+from quasar_core.models.cuda_pass import CudaPass, length_bucket, pass_size, why_not
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.loading import attach_verifier, load_target
+from quasar_core.models.pass_steps import TorchSteps
+
+
+def recorded(decoder: LeanDecoder, **options: Any) -> LeanDecoder:
+    """The decoder with the steps of its CUDA passes, launched plainly."""
+    decoder.fast = CudaPass(decoder, TorchSteps(), **options)
+    return decoder
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LeanDecoder, torch.Tensor]:
+    """A decoder whose short passes are recorded ones, and transformers' logits of `random_tokens()`."""
+    model = save_model(tmp_path, *CASES[request.param])
+    return recorded(load_target(tmp_path, CPU, FLOAT)), fresh_logits(model, random_tokens())
+
+
+@pytest.mark.parametrize("sizes", [[1], [2, 16, 1, 7, 3], [5, 40]], ids=str)
+def test_logits_equal_those_of_transformers(case: tuple[LeanDecoder, torch.Tensor], sizes: list[int]) -> None:
+    decoder, expected = case
+    assert_close(in_passes(decoder, random_tokens(), sizes), expected)
+
+
+def test_logits_after_rollbacks_equal_those_of_a_fresh_text(case: tuple[LeanDecoder, torch.Tensor]) -> None:
+    decoder, expected = case
+    tokens, cache = random_tokens(), decoder.new_cache(LENGTH)
+    decoder.forward([*tokens[:20], 5, 6, 7], cache)
+    cache.rollback(20)
+    decoder.forward([9], cache)
+    cache.rollback(3)
+    decoder.forward(tokens[3:30], cache)
+    cache.rollback(30)
+    assert_close(decoder.forward(tokens[30:], cache), expected[30:])
+
+
+def test_passes_on_both_sides_of_a_bucket_equal_plain_ones(tmp_path: Path) -> None:
+    options = {"max_position_embeddings": 2048, "num_hidden_layers": 2, "sliding_window": 300}
+    save_model(tmp_path, "Mistral", options)
+    plain, fast = load_target(tmp_path, CPU, FLOAT), recorded(load_target(tmp_path, CPU, FLOAT))
+    tokens = random_tokens(1530)
+    for start in (1015, 1018, 1021, 1024, 1500):
+        caches = [model.new_cache(1600) for model in (plain, fast)]
+        logits = []
+        for model, cache in zip((plain, fast), caches, strict=True):
+            model.forward(tokens[:start], cache, last_only=True)
+            logits.append(model.forward(tokens[start : start + 6], cache))
+        assert_close(logits[1], logits[0])
+
+
+def test_target_and_verifier_share_a_cache(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_model(source, "Qwen2", {})
+    checkpoint = quantize_layers(source, tmp_path / "codes", mixed_bits)
+    logits: dict[bool, torch.Tensor] = {}
+    for fast in (False, True):
+        target = load_target(source, CPU, FLOAT)
+        verifier = attach_verifier(target, checkpoint, "dense")
+        models = [recorded(target), recorded(verifier)] if fast else [target, verifier]
+        logits[fast] = take_turns(models, random_tokens())
+    assert_close(logits[True], logits[False])
+
+
+def take_turns(models: Sequence[LeanDecoder], tokens: Sequence[int]) -> torch.Tensor:
+    """The target reads a prompt, then verifier and target pass the same tokens in turn, over one cache."""
+    target, verifier = models
+    cache = target.new_cache(LENGTH)
+    target.forward(tokens[:10], cache)
+    logits = []
+    for start, end in ((10, 14), (14, 15), (15, 31)):
+        logits.append(verifier.forward(tokens[start:end], cache))
+        cache.rollback(start)
+        logits.append(target.forward(tokens[start:end], cache))
+    return torch.cat(logits)
+
+
+def test_logits_stay_when_the_next_pass_runs(tmp_path: Path) -> None:
+    save_model(tmp_path, "Llama", {})
+    decoder = recorded(load_target(tmp_path, CPU, FLOAT))
+    cache = decoder.new_cache(LENGTH)
+    first = decoder.forward([3, 4, 5], cache)
+    before = first.clone()
+    decoder.forward([6, 7, 8], cache)
+    assert torch.equal(first, before)
+
+
+def test_what_a_new_cache_holds_does_not_matter(tmp_path: Path) -> None:
+    model = save_model(tmp_path, "Llama", {})
+    decoder, tokens = recorded(load_target(tmp_path, CPU, FLOAT)), random_tokens(20)
+    cache = decoder.new_cache(64)
+    decoder.fast, fast = None, decoder.fast
+    decoder.forward(tokens[:12], cache)
+    for states in cache.layers:
+        states[:, :, 12:] = torch.nan
+    decoder.fast = fast
+    assert_close(decoder.forward(tokens[12:], cache), fresh_logits(model, tokens)[12:])
+
+
+class RecordingLauncher:
+    """In the place of graphs: remembers the first launch of a kind with everything it closed over, and repeats that."""
+
+    def __init__(self) -> None:
+        self.launches: dict[Any, Any] = {}
+
+    def run(self, owner: Any, kind: Any, launch: Any, held: Any) -> None:
+        self.launches.setdefault((id(owner), kind), launch)()
+
+
+def test_a_launch_serves_every_position_of_its_bucket(tmp_path: Path) -> None:
+    """What a graph repeats is the first launch: nothing in it may depend on where that one stood."""
+    model = save_model(tmp_path, *CASES["mistral, window"])
+    launches = RecordingLauncher()
+    decoder = recorded(load_target(tmp_path, CPU, FLOAT), launches=launches)
+    logits = in_passes(decoder, random_tokens(), [4, 1])
+    assert len(launches.launches) == 2
+    assert_close(logits, fresh_logits(model, random_tokens()))
+
+
+def test_lengths_are_bounded_by_buckets_and_the_capacity() -> None:
+    assert [length_bucket(n, 9000) for n in (1, 1024, 1025, 4096, 4097)] == [1024, 1024, 4096, 4096, 9000]
+    assert length_bucket(3, 45) == 45
+
+
+def test_passes_are_filled_up_to_the_sizes_that_are_recorded(tmp_path: Path) -> None:
+    assert [pass_size(n, 100) for n in (1, 3, 5, 16, 17, 25, 40)] == [1, 4, 8, 16, 24, 40, 40]
+    assert [pass_size(n, 7) for n in (3, 5, 7)] == [4, 5, 7]  # where the cache ends
+    model = save_model(tmp_path, "Llama", {})
+    launches = RecordingLauncher()
+    decoder = recorded(load_target(tmp_path, CPU, FLOAT), launches=launches)
+    logits = in_passes(decoder, random_tokens(), [3, 4, 3, 5, 7, 6, 8, 5, 3, 1])
+    assert sorted(size for _, (size, _) in launches.launches) == [1, 4, 8]
+    assert_close(logits, fresh_logits(model, random_tokens()))
+
+
+def test_what_cannot_be_recorded_is_said(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_model(source, "Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}})
+    target = load_target(source, CPU, FLOAT)
+    assert "where a pass ends" in str(why_not(target))
+    save_model(tmp_path / "plain", "Llama", {})
+    target = load_target(tmp_path / "plain", CPU, FLOAT)
+    verifier = attach_verifier(target, quantize_layers(tmp_path / "plain", tmp_path / "c", lambda _: 4), "reference")
+    assert why_not(target) is None
+    assert "unpacks" in str(why_not(verifier))

@@ -1,0 +1,146 @@
+"""The GPU bench, walked on the CPU: every part yields its rows, and what fails is told."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quasar_core import store
+from quasar_core.bench import gpu_bench, gpu_correctness, gpu_products, gpu_reference
+from quasar_core.bench.gpu_models import Bench, Plan, grown_target, rounded_verifier
+from quasar_core.bench.gpu_report import Report
+from quasar_core.bench.gpu_table import summary
+from quasar_core.demo.grow import DEMO
+from quasar_core.models.loading import load_target
+
+PLAN = replace(Plan.dry_run(), architectures=1, samples=2, contexts=(16,), tokens=(1, 8))
+needs_demo = pytest.mark.skipif(
+    not (DEMO / "model.safetensors").exists(), reason="the demo model is not in this checkout"
+)
+
+
+def new_report(folder: Path, seconds: float = 300.0) -> Report:
+    report = Report(folder, {"device": "here"}, seconds)
+    report.begin(1.0)
+    return report
+
+
+@needs_demo
+def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(gpu_reference, "run_process", add_measured)  # in this process: it has torch already
+    report = gpu_bench.run(PLAN, tmp_path / "out", 300.0)
+    assert not report.failed, json.dumps(report.parts, indent=1)
+    document = json.loads((tmp_path / "out" / "gpu-bench.json").read_text())
+    parts = ("machine", "correctness", "passes", "products", "end to end", "quantizing", "loading", "transformers")
+    assert list(document["parts"]) == list(parts)
+    passes = [row for row in document["parts"]["passes"] if "ratio" in row]
+    models = ("target", "4-bit", "4-bit, head 8", "4-bit, head 4", "w8a8", "fp8")
+    assert list(dict.fromkeys(row["model"] for row in passes)) == list(models)
+    assert [row["arm"] for row in document["parts"]["end to end"] if "arm" in row] == [
+        "vanilla",
+        "ngram",
+        "quasar",
+        "exact",
+    ]
+    table = summary(report.parts)
+    for expected in ("0 wrong or failed", "target at 16: 1:", "exact:", "s a block", "generate, compiled"):
+        assert expected in table
+
+
+def add_measured(bench: Bench) -> None:
+    for row in gpu_reference.measure(bench.plan):
+        bench.report.add(gpu_reference.PART, **row)
+
+
+@needs_demo
+def test_the_grown_model_computes_what_the_demo_model_computes() -> None:
+    plan = replace(PLAN, dtype=torch.float32)
+    grown, demo = grown_target(plan), load_target(DEMO, plan.device, torch.float32)
+    tokens = list(range(40, 60))
+    logits = [model.forward(tokens, model.new_cache(32)) for model in (grown, demo)]
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-3, rtol=1e-3)
+
+
+@needs_demo
+def test_a_rounded_copy_is_near_its_target_and_not_the_same() -> None:
+    target = load_target(DEMO, PLAN.device, torch.float32)
+    tokens = list(range(40, 60))
+    logits = target.forward(tokens, target.new_cache(32))
+    for name in ("4-bit", "w8a8", "fp8"):
+        verifier = rounded_verifier(target, name)
+        error = gpu_correctness.relative_error(verifier.forward(tokens, verifier.new_cache(32)), logits)
+        assert 1e-4 < error < 0.3, name
+
+
+def test_a_wrong_decoder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = new_report(tmp_path)
+    gpu_correctness.check_decoder("qwen3", PLAN, report)
+    assert not report.failed
+    right = gpu_correctness.in_passes
+    monkeypatch.setattr(gpu_correctness, "in_passes", lambda *given: right(*given) * 1.1)
+    gpu_correctness.check_decoder("qwen3", PLAN, report)
+    assert report.failed
+    assert "checks: 3 right, 1 wrong or failed" in summary(report.parts)
+
+
+def test_what_fails_is_a_row_and_the_bench_goes_on(tmp_path: Path) -> None:
+    report = new_report(tmp_path)
+
+    def fail() -> None:
+        raise ValueError("no such kernel")
+
+    report.attempt("passes", "first", fail)
+    report.attempt("passes", "second", lambda: report.add("passes", what="second", ok=True))
+    assert report.failed
+    rows = json.loads(report.path.read_text())["parts"]["passes"]
+    assert rows == [{"what": "first", "error": "ValueError: no such kernel"}, {"what": "second", "ok": True}]
+    assert "no such kernel" in summary(report.parts)
+
+
+def test_a_part_whose_time_is_up_is_skipped(tmp_path: Path) -> None:
+    report = new_report(tmp_path, seconds=0.0)
+    report.attempt("passes", "late", lambda: pytest.fail("measured without time"))
+    assert report.parts["passes"] == [{"what": "late", "skipped": "no time was left"}]
+    assert not report.failed
+
+
+def test_a_reference_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = new_report(tmp_path, seconds=0.0)
+    monkeypatch.setattr(gpu_reference, "command", lambda plan: ["/bin/sleep", "60"])
+    gpu_reference.run_process(Bench(PLAN, report, 1e9))
+    assert report.parts["transformers"] == [{"what": "reference", "skipped": "its time was up"}]
+
+
+def test_every_shape_of_the_model_is_timed() -> None:
+    plan = Plan.full(torch.device("cpu"))
+    expected = [(4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096), (4096, 151936)]
+    assert gpu_products.shapes(plan) == expected
+
+
+def test_kernels_that_are_used_most_are_checked_first() -> None:
+    names = ["packed 2 bits bfloat16", "packed 4 bits float16", "packed 4 bits bfloat16", "gate 96 bfloat16", "choice"]
+    ordered = [name for name, _ in gpu_correctness.most_telling_first([(name, None) for name in names])]
+    assert ordered[:3] == ["packed 4 bits bfloat16", "gate 96 bfloat16", "choice"]
+    assert ordered[3:] == ["packed 4 bits float16", "packed 2 bits bfloat16"]
+
+
+def test_a_named_home_needs_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's machine has what a checkout needs, and not all that an installation brings."""
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    monkeypatch.setenv("QUASAR_HOME", str(tmp_path))
+    assert store.home() == tmp_path
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[Any]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    monkeypatch.setattr(sys, "argv", ["gpu_bench"])
+    with pytest.raises(SystemExit) as ended:
+        gpu_bench.main()
+    assert ended.value.code == 2
+    assert "--dry-run walks every step on the CPU" in capsys.readouterr().err

@@ -1,0 +1,31 @@
+"""Every Triton kernel compiles for Hopper, here too, where there is no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(ROOT / "tests" / "compile_triton.py")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = defaultdict(list)
+    for line in run.stdout.splitlines():
+        launch = json.loads(line)
+        found[launch["kernel"]].append(launch)
+    assert len(found) == 11, sorted(found)
+    for launch in (*found["_packed_kernel"], *found["_dense_kernel"]):
+        assert launch["wgmma"], "the product is not on Hopper's tensor cores"
+    for launch in found["_packed_kernel"]:
+        assert launch["moved"] == 0, "codes do not stay in the registers that they were unpacked in"

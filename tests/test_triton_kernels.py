@@ -1,0 +1,148 @@
+"""Every Triton kernel against float64, in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import interpreted  # noqa: F401  # first: it decides how kernels are compiled
+import pytest
+import torch
+
+from quasar_core.errors import QuasarError
+from quasar_core.kernels.base import LayerShape
+from quasar_core.kernels.select import select_kernel
+from quasar_core.kernels.triton import kernel as triton_kernel
+from quasar_core.kernels.triton import tuned
+from quasar_core.kernels.triton.blocks import Blocks, packed_blocks
+from quasar_core.kernels.triton.check_products import random_weight
+from quasar_core.kernels.triton.check_tools import Case, relative_error
+from quasar_core.kernels.triton.checks import correctness_cases
+from quasar_core.kernels.triton.kernel import TritonKernel
+from quasar_core.kernels.triton.products import multiply_packed
+from quasar_core.kernels.triton.tune import candidates, tune
+from quasar_core.kernels.triton.weights import dequantize, prepare_packed
+
+CPU = torch.device("cpu")
+CASES = list(correctness_cases(CPU, small=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=[name for name, _ in CASES])
+def test_kernels_agree_with_float64(case: Case) -> None:
+    error, tolerance = case[1]()
+    assert error <= tolerance
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(128, 16, 32), (160, 72, 64), (384, 80, -1), (96, 96, 96), (48, 64, 16)])
+def test_the_order_of_the_tensor_cores_loses_nothing(bits: int, shape: tuple[int, int, int]) -> None:
+    weight = random_weight(bits, *shape, symmetric=False)
+    assert torch.equal(dequantize(prepare_packed(weight, CPU), torch.float32), weight.dequantize())
+
+
+@pytest.mark.parametrize("rows", [1, 17, 65])
+def test_the_kernel_takes_any_number_of_rows(rows: int) -> None:
+    weight = random_weight(4, 160, 72, 32, symmetric=True)
+    kernel = TritonKernel()
+    x = torch.randn(rows, 160, generator=torch.Generator().manual_seed(0)).half()
+    y = kernel.multiply(x, kernel.prepare(weight, CPU, torch.float16))
+    assert relative_error(y, x.double() @ weight.dequantize().double().t()) < 1e-3
+
+
+def test_the_kernel_says_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, cuda, half = TritonKernel(), torch.device("cuda"), torch.float16
+    shape = LayerShape(96, 32, 4, 32, True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert kernel.why_not(shape, cuda, half) == "it needs compute capability 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert kernel.why_not(shape, cuda, half) is None
+    assert kernel.why_not(shape, CPU, half) == "it runs on CUDA, not on cpu"
+    assert "float32" in (kernel.why_not(shape, cuda, torch.float32) or "")
+    assert "g_idx" in (kernel.why_not(LayerShape(96, 32, 4, 32, False), cuda, half) or "")
+    assert "24" in (kernel.why_not(LayerShape(96, 32, 4, 24, True), cuda, half) or "")
+    monkeypatch.setattr(triton_kernel, "_has_triton", lambda: False)
+    assert kernel.why_not(shape, cuda, half) == "Triton is not installed"
+
+
+def test_it_is_chosen_for_what_pytorchs_kernel_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    choice = select_kernel(LayerShape(192, 64, 3, 64, True), torch.device("cuda"), torch.float16)
+    assert choice.kernel.name == "triton"
+
+
+@pytest.fixture
+def shapes_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The tuned shapes of a device, the CPU in its place."""
+    path = tmp_path / "kernels" / "blocks.json"
+    monkeypatch.setattr(tuned, "_path", lambda device: path)
+    monkeypatch.setattr(tuned, "_is_tunable", lambda device: True)
+    tuned._table.cache_clear()
+    return path
+
+
+def test_the_fastest_shape_is_kept_and_used(shapes_file: Path) -> None:
+    weight = prepare_packed(random_weight(4, 1088, 80, 128, symmetric=True), CPU)
+    rule, wanted = packed_blocks(weight, CPU), Blocks(outputs=128, inputs=512, splits=2, stages=3)
+    assert wanted != rule
+    shapes = candidates(weight)
+    assert shapes[0] == rule
+    assert wanted in shapes
+    times = iter([0.5 if blocks == wanted else 1.0 for blocks in shapes])
+    assert tune([weight], torch.float16, timer=lambda launch: next(times)) == wanted
+    assert packed_blocks(weight, CPU) == wanted
+    assert [path.name for path in shapes_file.parent.iterdir()] == [shapes_file.name]
+
+
+def test_a_damaged_file_of_shapes_is_named(shapes_file: Path) -> None:
+    shapes_file.parent.mkdir()
+    shapes_file.write_text("{")
+    with pytest.raises(QuasarError, match="json cannot be read"):
+        packed_blocks(prepare_packed(random_weight(4, 64, 64, 32, symmetric=True), CPU), CPU)
+
+
+def test_every_shape_computes_the_same() -> None:
+    weight = random_weight(4, 1088, 80, 128, symmetric=False)
+    prepared = prepare_packed(weight, CPU)
+    x = torch.randn(3, 1088, generator=torch.Generator().manual_seed(0)).half()
+    exact = x.double() @ weight.dequantize().double().t()
+    for outputs in (64, 128):
+        for splits in (1, 2, 3):
+            out = torch.full((3, 80), torch.nan, dtype=torch.float16)
+            multiply_packed(x, prepared, out, blocks=Blocks(outputs, 512, splits, stages=3))
+            assert relative_error(out, exact) < 1e-3, (outputs, splits)
+
+
+def _python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_environment())
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def _environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+
+def test_kernels_are_interpreted_although_triton_was_imported_before() -> None:
+    code = """
+import triton.language
+from quasar_core.kernels.triton.interpret import interpret_on_cpu
+interpret_on_cpu()
+import torch
+from quasar_core.kernels.triton.norms import rms_norm_residual
+x = torch.randn(2, 64).half()
+out = torch.empty_like(x)
+rms_norm_residual(x, None, torch.ones(64).half(), 1e-6, out)
+print(torch.allclose(out, torch.nn.functional.rms_norm(x, (64,)), atol=1e-2))
+"""
+    assert _python(code) == "True"
+
+
+def test_choosing_a_kernel_imports_no_triton() -> None:
+    code = """
+import sys, torch
+from quasar_core.kernels.base import LayerShape
+from quasar_core.kernels.triton.kernel import TritonKernel
+shape = LayerShape(64, 64, 4, 32, True)
+print(TritonKernel().why_not(shape, torch.device("cpu"), torch.bfloat16), "triton" in sys.modules)
+"""
+    assert _python(code) == "it runs on CUDA, not on cpu False"
