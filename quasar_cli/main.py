@@ -86,7 +86,10 @@ def _sentence(error: Exception) -> str:
         return str(error)
     # Named, not imported: torch may not have been loaded at all.
     if type(error).__name__ == "OutOfMemoryError":
-        return "The GPU's memory is too small for this: try a smaller model, a shorter context, or --device cpu."
+        return (
+            "The GPU's memory is too small for this: try a shorter context (--max-context), the verifier alone "
+            "(--verify quantized --no-target), best made with --lm-head-bits 4, or --device cpu."
+        )
     if isinstance(error, MemoryError):
         return "This machine's memory is too small for this: try a smaller model or a shorter context."
     what = " ".join(str(error).split())

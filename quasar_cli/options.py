@@ -74,6 +74,14 @@ Kernel = Annotated[
     str,
     typer.Option("--kernel", help="What runs the packed layers; `quasar doctor` lists them.", rich_help_panel=_MODEL),
 ]
+MaxContext = Annotated[
+    int | None,
+    typer.Option(
+        "--max-context",
+        help="The most tokens of prompt and answer; fewer than the model's own limit save memory.",
+        rich_help_panel=_MODEL,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
@@ -162,6 +170,7 @@ class ModelOptions:
     device: Device = "auto"
     dtype: Dtype = "auto"
     kernel: Kernel = "auto"
+    max_context: MaxContext = None
     trust_remote_code: TrustRemoteCode = False
 
 

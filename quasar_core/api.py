@@ -1,5 +1,6 @@
 """The composition root: what the command line calls, and what a program that imports quasar calls."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.load import load_models
+from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.pair import Pair, context_limit, end_of_text_ids, load_tokenizer
-from quasar_core.models.transformers_lm import load_target
-from quasar_core.quantize.run import Job, quantize_checkpoint
-from quasar_core.records import Progress, QuantizeReport, no_progress
+from quasar_core.quantize.estimate import plan_here
+from quasar_core.quantize.job import Job
+from quasar_core.quantize.measure import measure_on_text
+from quasar_core.quantize.plan import Plan, refuse_what_cannot_fit
+from quasar_core.quantize.run import quantize_checkpoint
+from quasar_core.quantize.streaming import StreamedModel, open_target, open_verifier
+from quasar_core.records import FidelityReport, Progress, QuantizeReport, no_progress
 from quasar_core.store import (
     ModelSource,
     current_pair,
@@ -29,7 +35,9 @@ from quasar_core.store import (
 )
 from quasar_core.store.safetensors_header import weight_files
 
-__all__ = ["Generator", "load_pair", "quantize", "run_bench"]
+__all__ = ["Generator", "fidelity_on_text", "load_pair", "plan_quantize", "quantize", "run_bench"]
+
+LEAST_CONTEXT = 16  # tokens of prompt and answer
 
 
 def quantize(
@@ -40,27 +48,69 @@ def quantize(
     force: bool = False,
     resume: bool = True,
     device: str = "auto",
+    max_memory: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> QuantizeReport:
-    """Write the verifier of `model` and make the pair current.
+    """Write the verifier of `model` and make the pair current; hidden states beyond `max_memory` bytes go to a file.
 
     Raises UsageError where the output exists without `force`, QuasarError where the model cannot be read or held.
     """
+    source, job, target = _open_job(model, config, output, device, trust_remote_code)
+    refuse_existing(job.output, force)
+    plan = plan_here(source.folder, target, config, job.output, max_memory)
+    refuse_what_cannot_fit(plan, job.output)
+    tokenizer = load_tokenizer(source.folder)
+    text_device = target.device if plan.text_on_device else torch.device("cpu")
+    report = quantize_checkpoint(job, target, tokenizer, resume, plan.spilled, text_device, progress)
+    record_pair(source.name, job.output)
+    return report
+
+
+def plan_quantize(
+    model: str,
+    config: QuantizeConfig,
+    *,
+    output: Path | None = None,
+    device: str = "auto",
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """What `quantize` would need, and what is free here; nothing is written. Raises as `quantize` does."""
+    source, job, target = _open_job(model, config, output, device, trust_remote_code)
+    return plan_here(source.folder, target, config, job.output, max_memory)
+
+
+def _open_job(
+    model: str, config: QuantizeConfig, output: Path | None, device: str, trust_remote_code: bool
+) -> tuple[ModelSource, Job, StreamedModel]:
+    """The target, none of it read yet, and where its verifier goes."""
     source = resolve_model(model)
     destination = (output or default_output(source, config)).expanduser().resolve()
-    refuse_existing(destination, force)
     place = choose_device(device)
     _refuse_quantized(source)
     dtype, _ = _choose_dtype(source.folder, "auto", place)
-    progress("loading the target", 0, 1)
-    target = load_target(source.folder, place, dtype, trust_remote_code)
-    progress("loading the target", 1, 1)
-    tokenizer = load_tokenizer(source.folder)
-    job = Job(source.label, source.folder, fingerprint(source.folder), destination, config)
-    report = quantize_checkpoint(job, target, tokenizer, resume, progress)
-    record_pair(source.name, destination)
-    return report
+    target = open_target(source.folder, place, dtype, trust_remote_code)
+    computed = str(dtype).removeprefix("torch.")
+    made_from = fingerprint(source.folder)
+    return source, Job(source.label, source.folder, made_from, destination, config, place.type, computed), target
+
+
+def fidelity_on_text(
+    model: str,
+    verifier: Path,
+    text: str,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> FidelityReport:
+    """How faithful any GPTQ checkpoint is to `model` on a user's text; raises as `measure_on_text` does."""
+    source, place = resolve_model(model), choose_device(device)
+    dtype, _ = _choose_dtype(source.folder, "auto", place)
+    target = open_target(source.folder, place, dtype, trust_remote_code)
+    streamed = open_verifier(VerifierCheckpoint(verifier), target)
+    return measure_on_text(target, streamed, load_tokenizer(source.folder), text, progress)
 
 
 def _refuse_quantized(source: ModelSource) -> None:
@@ -77,19 +127,24 @@ def load_pair(
     device: str = "auto",
     dtype: str = "auto",
     kernel: str = "auto",
+    max_context: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> Pair:
     """Load target and verifier over one cache; what the mode does not need is left out.
 
     Without `model` it is the current pair. Raises UsageError where there is none, or no verifier, and QuasarError for
-    a verifier that was made from another target.
+    a verifier that was made from another target, and for a pair that a GPU's memory cannot hold.
     """
     if not use_target and verify != "quantized":
         raise UsageError(f"--no-target goes with --verify quantized; --verify {verify} needs the target.")
+    if max_context is not None and max_context < LEAST_CONTEXT:
+        raise UsageError(f"--max-context must be at least {LEAST_CONTEXT}, not {max_context}.")
     source, checkpoint = _find_pair(model, verifier, needs_verifier=verify != "full")
     place = choose_device(device)
     precision, reason = _choose_dtype(source.folder, dtype, place)
+    context = min(context_limit(source.folder), max_context or sys.maxsize)
+    room = _check_room(source.folder, checkpoint, place, precision, use_target, context)
     models = load_models(
         source.folder,
         checkpoint,
@@ -107,17 +162,37 @@ def load_pair(
         verifier=models.verifier,
         target_name=source.label,
         verifier_name=checkpoint.folder.name if checkpoint else None,
-        max_context=context_limit(source.folder),
+        max_context=context,
         eos_ids=end_of_text_ids(source.folder, tokenizer),
         device=place,
         dtype=precision,
         fidelity=checkpoint.fidelity if checkpoint else None,
+        target_folder=source.folder,
+        target_fingerprint=fingerprint(source.folder),
+        verifier_fingerprint=fingerprint(checkpoint.folder) if checkpoint else None,
         notes=[
             f"dtype: {str(precision).removeprefix('torch.')}, {reason}",
             f"device: {_describe_device(place)}",
+            *room,
             *models.notes,
         ],
     )
+
+
+def _check_room(
+    folder: Path,
+    checkpoint: VerifierCheckpoint | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    use_target: bool,
+    context: int,
+) -> list[str]:
+    """A note of what the pair takes of a GPU's memory; QuasarError, before it is loaded, where that is too much."""
+    need = pair_need(folder, checkpoint, dtype, use_target) if device.type == "cuda" else None
+    if need is None:
+        return []
+    alone = pair_need(folder, checkpoint, dtype, use_target=False) if checkpoint else None
+    return [require_room(need, alone, device, context)]
 
 
 def _find_pair(

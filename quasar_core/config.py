@@ -11,6 +11,9 @@ DraftKind = Literal["none", "ngram"]
 DRAFT_KINDS: tuple[DraftKind, ...] = ("none", "ngram")
 Auto = Literal["auto"]
 
+Method = Literal["gptq", "w8a8", "fp8"]
+METHODS: tuple[Method, ...] = ("gptq", "w8a8", "fp8")
+
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
 
@@ -85,7 +88,7 @@ class QuantizeConfig:
     group_size: int = 128
     sym: bool = True
     act_order: bool = True
-    method: Literal["gptq"] = "gptq"
+    method: Method = "gptq"
     lm_head_bits: int = 16
     calibration: str = "self"
     samples: int = 128
@@ -93,6 +96,8 @@ class QuantizeConfig:
     damp: float = 0.05
     seed: int = 0
     backend: Literal["native", "optimum"] = "native"
+    mean_bits: float | None = None  # widths by layer, in the bytes that so many bits everywhere would take
+    target_agreement: float | None = None  # widths by layer, in the fewest bytes that reach it
 
     def __post_init__(self) -> None:
         _require(self.bits in BITS, f"--bits must be one of {_listed(BITS)}, not {self.bits}.")
@@ -100,20 +105,62 @@ class QuantizeConfig:
             self.group_size in GROUP_SIZES,
             f"--group-size must be one of {_listed(GROUP_SIZES)}, not {self.group_size}.",
         )
-        _require(self.method == "gptq", f"--method must be gptq, not {self.method}.")
+        _require(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, not {self.method}.")
+        if self.method != "gptq":
+            self._require_eight_bits()
         _require(
             self.lm_head_bits in (*BITS, 16),
             f"--lm-head-bits must be one of {_listed((*BITS, 16))}, not {self.lm_head_bits}.",
         )
+        self._require_mixed()
         _require(self.samples >= 1, f"--samples must be at least 1, not {self.samples}.")
         _require(self.seq_len is None or self.seq_len >= 16, f"--seq-len must be at least 16, not {self.seq_len}.")
         _require(0 < self.damp < 1, f"--damp must be above 0 and below 1, not {self.damp}.")
         _require(self.backend in ("native", "optimum"), f"--backend must be native or optimum, not {self.backend}.")
 
+    def _require_eight_bits(self) -> None:
+        """W8A8 and fp8 leave nothing to choose about the codes."""
+        fixed = {"bits": 8, "group_size": -1, "sym": True, "lm_head_bits": 16, "backend": "native"}
+        for name, value in fixed.items():
+            flag = f"--{name.replace('_', '-')}"
+            _require(
+                getattr(self, name) == value,
+                f"--method {self.method} has 8 bits and one scale per output, and leaves the head: leave {flag} out.",
+            )
+
+    def _require_mixed(self) -> None:
+        """Widths by layer are GPTQ's, of our own solver."""
+        if self.mean_bits is not None:
+            low, high = min(BITS), max(BITS)
+            _require(low <= self.mean_bits <= high, f"--bits must be from {low} to {high}, not {self.mean_bits:g}.")
+        if self.target_agreement is not None:
+            _require(
+                0 < self.target_agreement < 1,
+                f"--target-agreement must be above 0 and below 1, not {self.target_agreement:g}.",
+            )
+            _require(self.mean_bits is None, "--target-agreement chooses the bits: leave --bits and --mixed out.")
+            _require(self.lm_head_bits == 16, "--target-agreement leaves the head: leave --lm-head-bits out.")
+        if self.mixed:
+            flag = "--target-agreement" if self.mean_bits is None else "A mean of --bits (a fraction, or --mixed)"
+            _require(
+                self.method == "gptq" and self.backend == "native",
+                f"{flag} goes with --method gptq and --backend native.",
+            )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether layers have widths of their own."""
+        return self.mean_bits is not None or self.target_agreement is not None
+
     @property
     def calibration_length(self) -> int:
         """Tokens of a calibration sample: 512 of the model's own text, else 2048."""
         return self.seq_len or (512 if self.calibration == "self" else 2048)
+
+
+def default_codes(method: str) -> tuple[int, int]:
+    """Bits and group size where none are asked for; all that W8A8 and fp8 have."""
+    return (4, 128) if method == "gptq" else (8, -1)
 
 
 def _listed(values: tuple[int, ...]) -> str:

@@ -146,13 +146,17 @@ _DERIVED = (
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """One generation: the new token ids (an end-of-text token included), their text, why it ended."""
+    """One generation: the new token ids (an end-of-text token included), their text, why it ended.
+
+    `verified_by` is the model whose passes checked the drafts; in `exact` it may be the target itself.
+    """
 
     prompt_token_ids: Sequence[int]
     token_ids: Sequence[int]
     text: str
     finish_reason: FinishReason
     stats: Stats
+    verified_by: Literal["target", "verifier"] = "verifier"
 
 
 class Progress(Protocol):
@@ -181,8 +185,36 @@ class MarginTable:
 
 
 @dataclass(frozen=True)
+class FidelitySlice:
+    """Agreement and mean KL in nats over some of the predicted tokens: those at some positions, those of a kind."""
+
+    name: str
+    tokens: int
+    agreement: float
+    kl_mean: float
+
+
+@dataclass(frozen=True)
+class KernelPrice:
+    """What the kernel in use adds to the divergence of the codes themselves, such as by activations in 8 bits.
+
+    Both on the same tokens; `exact` stands for products with the unpacked weight.
+    """
+
+    kernel: str
+    tokens: int
+    kl_mean_exact: float
+    kl_mean: float
+    agreement_exact: float
+    agreement: float
+
+
+@dataclass(frozen=True)
 class FidelityReport:
-    """How faithful a verifier is to its target, on text that the calibration did not see (DESIGN §5)."""
+    """How faithful a verifier is to its target, on text that the calibration did not see (DESIGN §5).
+
+    `by_position` and `by_kind` split the text that the KL is taken on; `in_use` is the price of the kernel here.
+    """
 
     text: str
     tokens: int
@@ -194,16 +226,26 @@ class FidelityReport:
     perplexity_target: float
     perplexity_verifier: float
     margins: MarginTable
+    by_position: list[FidelitySlice] = field(default_factory=list)
+    by_kind: list[FidelitySlice] = field(default_factory=list)
+    in_use: KernelPrice | None = None
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "FidelityReport":
-        """Rebuild from `asdict`."""
-        return cls(**{**content, "margins": MarginTable(**content["margins"])})
+        """Rebuild from `asdict`; what an older report does not hold stays empty."""
+        known = {**content, "margins": MarginTable(**content["margins"])}
+        for name in ("by_position", "by_kind"):
+            known[name] = [FidelitySlice(**part) for part in content.get(name, [])]
+        known["in_use"] = KernelPrice(**content["in_use"]) if content.get("in_use") else None
+        return cls(**known)
 
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What `quantize` made: where, how large, how faithful, how long each stage took."""
+    """What `quantize` made: where, how large, how faithful, how long each stage took.
+
+    `rounded_layers` are layers of experts that saw too little text and were rounded to nearest.
+    """
 
     checkpoint: str
     target: str
@@ -214,3 +256,4 @@ class QuantizeReport:
     layer_errors: dict[str, float]
     seconds: dict[str, float]
     fidelity: FidelityReport
+    rounded_layers: list[str] = field(default_factory=list)

@@ -39,7 +39,7 @@ def test_quantize_forwards_every_option(stand_in_quantize: dict[str, Any]) -> No
         "--force --no-resume --device cpu --trust-remote-code"
     )
     assert run(["quantize", "demo", *options.split()]) == 0
-    values = [3, 64, False, False, "gptq", 8, "c4", 5, 99, 0.1, 4, "optimum"]
+    values = [3, 64, False, False, "gptq", 8, "c4", 5, 99, 0.1, 4, "optimum", None, None]
     assert list(vars(stand_in_quantize["config"]).values()) == values
     assert (stand_in_quantize["model"], stand_in_quantize["output"], stand_in_quantize["device"]) == (
         "demo",
@@ -151,7 +151,7 @@ def test_inspect_shows_what_a_checkpoint_holds(tmp_path: Path, capsys: pytest.Ca
     shown = " ".join(capsys.readouterr().out.split())
     for fact in ("LlamaForCausalLM", "4 bits, groups of 32, symmetric", "276 B packed, 40 B as they were", "0.9471"):
         assert fact in shown
-    for fact in ("model.up 0.0123", "0.00 to 0.50 10 0.500", "0.50 to 2.00 20 0.950", "2.00 and more 0 –"):
+    for fact in ("model.up 4 32 276 B 0.0123", "0.00 to 0.50 10 0.500", "0.50 to 2.00 20 0.950", "2.00 and more 0 –"):
         assert fact in shown
 
 

@@ -47,12 +47,13 @@ def test_the_checkpoint_names_no_folder_of_this_machine(place: Path) -> None:
 def test_exact_is_full_and_both_say_what_they_counted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     documents = []
     for verify in ("full", "exact"):
-        command = ["generate", "--prompt", "abcabcabc", "--raw", "-n", "12", "--verify", verify, "--json"]
-        assert run(command) == 0
+        command = ["generate", "--prompt", "abcabcabc", "--raw", "-n", "12", "--window", "4", "--json"]
+        assert run([*command, "--verify", verify]) == 0
         documents.append(json.loads(capsys.readouterr().out))
     full, exact = documents
     assert exact["token_ids"] == full["token_ids"]
     assert (full["verifier"], exact["verifier"]) == (None, "tiny-gptq-4bit-g32")
+    assert (full["verified_by"], exact["verified_by"]) == ("target", "verifier")
     assert exact["stats"]["confirms"] > 0
     assert exact["stats"]["new_tokens"] == len(exact["token_ids"])
 
@@ -87,6 +88,20 @@ def test_inspect_the_current_pair(place: Path, capsys: pytest.CaptureFixture[str
     document = json.loads(capsys.readouterr().out)
     assert (document["target"], document["packed_layers"]) == ("tiny", 14)
     assert document["bits_per_weight"] == pytest.approx(document["report"]["bits_per_weight"], abs=0.001)
+
+
+def test_costs_are_remembered_until_doctor_measures_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--remeasure", "--json"]) == 0
+    speed = json.loads(capsys.readouterr().out)["speed"]
+    assert [verifier["name"] for verifier in speed["verifiers"]] == ["tiny-gptq-4bit-g32", "8 bits, not made yet"]
+    assert all(min(figures["ms"]) > 0 for figures in (speed["target"], speed["verifiers"][0]["passes"]))
+    kept = {path: path.read_text() for path in (place / "home" / "costs").glob("*.json")}
+    assert run(["generate", "--prompt", "abc", "--raw", "-n", "2", "-v"]) == 0
+    shown = capsys.readouterr().err
+    assert shown.count("remembered from") == 2
+    assert {path: path.read_text() for path in kept} == kept
+    assert run(["doctor", "--remeasure", "--json"]) == 0
+    assert all(path.read_text() != text for path, text in kept.items())
 
 
 def test_a_hub_model_is_quantized_into_the_home(

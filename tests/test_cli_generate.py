@@ -48,7 +48,8 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
         "--stop A --stop B"
     )
     models = (
-        "--model org/m --verifier v --no-target --device cuda:1 --dtype float16 --kernel reference --trust-remote-code"
+        "--model org/m --verifier v --no-target --device cuda:1 --dtype float16 --kernel reference "
+        "--max-context 77 --trust-remote-code"
     )
     assert run(["generate", "--prompt", "x", *decoding.split(), *models.split()]) == 0
     config = seen[0]
@@ -65,6 +66,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
         "device": "cuda:1",
         "dtype": "float16",
         "kernel": "reference",
+        "max_context": 77,
         "trust_remote_code": True,
     }
 
@@ -96,7 +98,7 @@ def test_generate_json_is_one_document_with_counts_and_seconds(
 ) -> None:
     assert run(["generate", "--prompt", "abc", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    names = "model verifier verify draft prompt_token_ids token_ids text finish_reason stats"
+    names = "model verifier verify verified_by draft prompt_token_ids token_ids text finish_reason stats"
     assert list(document) == names.split()
     assert (document["model"], document["verifier"]) == ("demo", "demo-gptq-4bit-g128")
     assert (document["prompt_token_ids"], document["token_ids"]) == ([1, 1, 1, 1], [5, 6, 7])

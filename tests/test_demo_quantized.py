@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import quasar_core.demo
 from quasar_core.checkpoint.packing import trivial_groups
+from quasar_core.quantize.activations import capture_first_inputs
+from quasar_core.quantize.blocks import find_blocks, linear_layers
 from quasar_core.quantize.fidelity import kl_divergence
 from quasar_core.quantize.gptq import SolverConfig, round_to_nearest
 from quasar_core.quantize.grid import fit_grid
-from quasar_core.quantize.layerwise import capture_first_inputs, find_blocks, linear_layers, quantize_blocks
+from quasar_core.quantize.layerwise import quantize_blocks
 from quasar_core.quantize.self_text import write_self_text
 
 FOLDER = Path(quasar_core.demo.__file__).parent / "model"

@@ -1,13 +1,23 @@
 """Fidelity figures by hand, on models whose logits are written down."""
 
 import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from bench_pair import TokenCache
 from tiny_models import quantized_copy, random_model
 
-from quasar_core.quantize.fidelity import kl_divergence, margin_table, margins, measure_fidelity, overlap
+from quasar_core.quantize.fidelity import (
+    kl_divergence,
+    margin_table,
+    margins,
+    measure_fidelity,
+    overlap,
+    price_of_kernel,
+)
+from quasar_core.quantize.token_kinds import KINDS
+from quasar_core.records import FidelityReport
 
 
 class LastTokenModel:
@@ -110,3 +120,48 @@ def test_more_bits_are_more_faithful() -> None:
         return measure_fidelity(target, verifier, target.new_cache(30), rows, rows, 5, "self").kl_mean
 
     assert 0 < divergence(8) < 0.1 * divergence(4) < 0.1 * divergence(2)
+
+
+def test_slices_by_hand() -> None:
+    """After 0 the two disagree and diverge, after 1 they are equal. Rows of 17: positions 1 to 15, and 16."""
+    target = LastTokenModel([[0.6, 0.4], [0.1, 0.9]])
+    verifier = LastTokenModel([[0.3, 0.7], [0.1, 0.9]])
+    divergence = 0.6 * math.log(0.6 / 0.3) + 0.4 * math.log(0.4 / 0.7)
+    row = [0, 1, 1, 1, 0, *[1] * 10, 0, 1]  # 0 stands at 0, 4 and 15; what follows it is at 1, 5 and 16
+    kinds = torch.tensor([KINDS.index("digits"), KINDS.index("letters")])
+    report = measure_fidelity(target, verifier, target.new_cache(20), torch.tensor([row]), None, 1, "x", kinds=kinds)
+    first, second = report.by_position
+    assert [part.name for part in report.by_position] == ["1 to 15", "16 to 31"]
+    assert (first.tokens, first.agreement) == (15, pytest.approx(13 / 15))
+    assert first.kl_mean == pytest.approx(2 * divergence / 15, rel=1e-5)
+    assert (second.tokens, second.agreement) == (1, 0)
+    letters, digits = report.by_kind
+    assert [letters.name, digits.name] == ["letters", "digits"]
+    assert (letters.tokens, digits.tokens) == (14, 2)
+    assert letters.kl_mean == pytest.approx(3 * divergence / 14, rel=1e-5)
+    assert digits.kl_mean == pytest.approx(0, abs=1e-7)
+    assert report.agreement == report.agreement_sampled == pytest.approx(13 / 16)
+    assert sum(report.margins.counts) == 16
+
+
+def test_the_price_of_a_kernel_by_hand() -> None:
+    """On the token after 0, unpacked weights disagree with the target and the kernel does not."""
+    target = LastTokenModel([[0.6, 0.4], [0.1, 0.9]])
+    exact, in_use = LastTokenModel([[0.3, 0.7], [0.1, 0.9]]), LastTokenModel([[0.55, 0.45], [0.1, 0.9]])
+    price = price_of_kernel(target, exact, in_use, target.new_cache(4), torch.tensor([[0, 1, 1]]), "a kernel")
+    assert (price.kernel, price.tokens, price.agreement_exact, price.agreement) == ("a kernel", 2, 0.5, 1)
+    divergence = 0.6 * math.log(0.6 / 0.55) + 0.4 * math.log(0.4 / 0.45)
+    assert price.kl_mean == pytest.approx(divergence / 2, rel=1e-4)
+    assert price.kl_mean_exact > price.kl_mean
+
+
+def test_a_report_reads_back_and_an_older_one_too() -> None:
+    target = LastTokenModel([[0.6, 0.4], [0.1, 0.9]])
+    kinds = torch.tensor([0, 1])
+    report = measure_fidelity(target, target, target.new_cache(4), torch.tensor([[0, 1, 1]]), None, 1, "x", kinds=kinds)
+    price = price_of_kernel(target, target, target, target.new_cache(4), torch.tensor([[0, 1, 1]]), "dense")
+    content = asdict(replace(report, in_use=price))
+    assert FidelityReport.from_dict(content) == replace(report, in_use=price)
+    older = {name: value for name, value in content.items() if name not in ("by_position", "by_kind", "in_use")}
+    read = FidelityReport.from_dict(older)
+    assert (read.by_position, read.by_kind, read.in_use) == ([], [], None)

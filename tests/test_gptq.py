@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from quasar_core.checkpoint.packing import trivial_groups
 from quasar_core.errors import QuasarError
-from quasar_core.quantize.gptq import SolverConfig, inverse_factor, round_to_nearest, row_losses, solve, solve_codes
+from quasar_core.quantize.gptq import SolverConfig, inverse_factor, round_to_nearest, solve, solve_codes
 from quasar_core.quantize.grid import Grid, fit_grid
 from quasar_core.quantize.hessian import HessianAccumulator
+from quasar_core.quantize.refine import losses
 
 
 def make_layer(out_features: int, in_features: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +82,7 @@ def test_solve_in_float32_agrees_with_the_slow_solver_in_float64(act_order: bool
     """Apart from the rare tie, and an output for which rounding to nearest was better."""
     weight, inputs = make_layer(16, 160)
     hessian = make_hessian(inputs)
-    solution = solve(weight, hessian, SolverConfig(group_size=64, act_order=act_order))
+    solution = solve(weight, hessian, SolverConfig(group_size=64, act_order=act_order, sweeps=0))
     grid = fit_grid(weight, 4, 64, True)
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True).tolist() if act_order else list(range(160))
@@ -105,7 +106,7 @@ def test_a_layer_of_two_outputs_worked_by_hand() -> None:
     """
     weight = torch.tensor([[0.4, 0.4, 1.5], [-0.4, 0.1, 1.5]])
     hessian = torch.tensor([[3.0, 1, 0], [1, 1, 0], [0, 0, 2]])
-    config = SolverConfig(bits=2, group_size=-1, act_order=False, damp=0.5, scale_search=False)
+    config = SolverConfig(bits=2, group_size=-1, act_order=False, damp=0.5, scale_search=False, sweeps=0)
     solution = solve(weight, hessian, config)
     assert solution.weight.codes.t().tolist() == [[2, 3, 3], [2, 2, 3]]
     assert solution.weight.scales.tolist() == [[1, 1]]
@@ -128,7 +129,7 @@ def test_act_order_by_hand() -> None:
     assert in_order.tolist() == [[2, 2, 3]]
     order = torch.tensor([1, 2, 0])
     assert solve_codes(weight, hessian, grid, groups, order, 0.5, "the layer").tolist() == [[3, 2, 3]]
-    solution = solve(weight, hessian, SolverConfig(bits=2, group_size=-1, damp=0.5, scale_search=False))
+    solution = solve(weight, hessian, SolverConfig(bits=2, group_size=-1, damp=0.5, scale_search=False, sweeps=0))
     assert solution.weight.codes.t().tolist() == [[3, 2, 3]]
 
 
@@ -150,8 +151,9 @@ def test_never_worse_than_round_to_nearest(
     solution = solve(weight, hessian, SolverConfig(bits, group_size, sym, act_order, 0.05, search))
     grid = fit_grid(weight, bits, group_size, sym, search)
     groups = trivial_groups(sizes[1], group_size).long()
-    nearest = row_losses(weight, round_to_nearest(weight, grid, groups), grid, groups, hessian)
-    chosen = row_losses(weight, solution.weight.codes.t().float(), grid, groups, hessian)
+    nearest = losses(weight, round_to_nearest(weight, grid, groups), grid, groups, hessian)
+    solved = Grid(solution.weight.scales.t().float(), grid.zeros, bits)
+    chosen = losses(weight, solution.weight.codes.t().float(), solved, groups, hessian)
     assert (chosen <= nearest * (1 + 1e-6)).all()
     assert solution.loss == pytest.approx(chosen.sum().item(), rel=1e-4, abs=1e-12)
 
@@ -173,7 +175,7 @@ def test_it_beats_round_to_nearest_by_far_on_correlated_inputs() -> None:
     hessian = make_hessian(inputs)
     groups = trivial_groups(128, 128).long()
     grid = fit_grid(weight, 4, 128, True)
-    nearest = row_losses(weight, round_to_nearest(weight, grid, groups), grid, groups, hessian).sum().item()
+    nearest = losses(weight, round_to_nearest(weight, grid, groups), grid, groups, hessian).sum().item()
     assert solve(weight, hessian, SolverConfig()).loss < 0.6 * nearest
 
 

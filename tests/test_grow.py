@@ -148,7 +148,7 @@ def test_an_unknown_shape_is_refused_on_the_command_line(
     with pytest.raises(SystemExit) as ended:
         growing.main()
     assert ended.value.code == 2
-    assert "--like must be one of qwen3-8b" in capsys.readouterr().err
+    assert "--like must be one of qwen3-32b" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,18 +18,13 @@ from transformers import (
 )
 
 from quasar_core.errors import QuasarError
-from quasar_core.quantize import layerwise
+from quasar_core.quantize import activations, pieces
+from quasar_core.quantize.activations import capture_first_inputs
+from quasar_core.quantize.blocks import find_blocks, quantized_layers
+from quasar_core.quantize.commits import QuantizedBlock, read_commit, write_commit
 from quasar_core.quantize.gptq import Solution, SolverConfig, solve
-from quasar_core.quantize.layerwise import (
-    QuantizedBlock,
-    capture_first_inputs,
-    check_layers,
-    find_blocks,
-    quantize_blocks,
-    quantize_head,
-    read_commit,
-    write_commit,
-)
+from quasar_core.quantize.layer_plan import LayerPlan
+from quasar_core.quantize.layerwise import quantize_blocks, quantize_head
 
 CONFIG = SolverConfig(bits=2, group_size=32)
 SAMPLES = torch.randint(97, (5, 24), generator=torch.Generator().manual_seed(3))
@@ -74,7 +69,7 @@ def watch_solver(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.Tenso
         calls.append((name, hessian, solution))
         return solution
 
-    monkeypatch.setattr(layerwise, "solve", watched)
+    monkeypatch.setattr(pieces, "solve", watched)
     return calls
 
 
@@ -93,22 +88,21 @@ def direct_hessian(model: PreTrainedModel, name: str) -> torch.Tensor:
 def test_every_hessian_comes_from_inputs_through_the_layers_quantized_before(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(layerwise, "BATCH_TOKENS", 48)  # batches of two rows, and of one
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 48)  # batches of two rows, and of one
     calls = watch_solver(monkeypatch)
     model = make_model(name)
-    batches = capture_first_inputs(model, SAMPLES)
-    assert [len(batch.hidden) for batch in batches] == [2, 2, 1]
-    list(quantize_blocks(model, batches, CONFIG, tmp_path))
+    entered = capture_first_inputs(model, SAMPLES)
+    assert [len(batch.hidden) for batch in entered.batches()] == [2, 2, 1]
+    list(quantize_blocks(model, entered, CONFIG, tmp_path))
     assert [call[0] for call in calls] == [f"model.layers.{i}.{layer}" for i in (0, 1) for layer in IN_ORDER]
     own = copy.deepcopy(model)
     for layer, hessian, solution in calls:
         direct = direct_hessian(own, layer)
         assert torch.allclose(hessian.double(), direct, rtol=1e-3, atol=1e-4 * direct.abs().max().item()), layer
         own.get_submodule(layer).weight.data = solution.weight.dequantize()
-    hidden = torch.cat([batch.hidden for batch in batches])
     with torch.no_grad():
         last = own.model(input_ids=SAMPLES, use_cache=False).last_hidden_state
-        assert torch.allclose(own.model.norm(hidden), last, atol=1e-4)
+        assert torch.allclose(own.model.norm(entered.hidden), last, atol=1e-4)
 
 
 def test_layers_that_read_the_same_input_share_one_hessian(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -164,7 +158,7 @@ def test_finished_blocks_are_read_from_their_commits(monkeypatch: pytest.MonkeyP
 def test_a_commit_is_read_as_it_was_written(tmp_path: Path) -> None:
     weight = solve(torch.randn(32, 32), torch.eye(32), CONFIG).weight
     write_commit(tmp_path / "block", QuantizedBlock({"a.b": weight}, {"a.b": 0.1}))
-    again = read_commit(tmp_path / "block", CONFIG)
+    again = read_commit(tmp_path / "block")
     assert again.losses == {"a.b": 0.1}
     assert torch.equal(again.weights["a.b"].dequantize(), weight.dequantize())
     assert [path.name for path in tmp_path.iterdir()] == ["block"]
@@ -173,10 +167,11 @@ def test_a_commit_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_the_head_is_quantized_on_what_leaves_the_last_norm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(**{**MIXED, "vocab_size": 128, "use_sliding_window": True})).eval()
-    batches = capture_first_inputs(model, SAMPLES)
-    blocks = list(quantize_blocks(model, batches, CONFIG, tmp_path))
+    plan = LayerPlan(CONFIG, {"lm_head": SolverConfig(bits=8, group_size=32)})
+    left = capture_first_inputs(model, SAMPLES)
+    blocks = list(quantize_blocks(model, left, plan, tmp_path))
     calls = watch_solver(monkeypatch)
-    head = quantize_head(model, batches, SolverConfig(bits=8, group_size=32), tmp_path)
+    head = quantize_head(model, left, plan, tmp_path)
     own = copy.deepcopy(model)
     for block in blocks:
         for name, weight in block.weights.items():
@@ -184,25 +179,41 @@ def test_the_head_is_quantized_on_what_leaves_the_last_norm(monkeypatch: pytest.
     direct = direct_hessian(own, "lm_head")
     assert torch.allclose(calls[0][1].double(), direct, rtol=1e-3, atol=1e-4 * direct.abs().max().item())
     assert head.weights["lm_head"].bits == 8
-    quantize_head(model, batches, SolverConfig(bits=8, group_size=32), tmp_path)
+    quantize_head(model, left, plan, tmp_path)
     assert len(calls) == 1, "the second time it is read from its commit"
 
 
 def test_what_cannot_be_packed_is_refused_before_any_work() -> None:
     model = make_model("llama")
-    check_layers(model, bits=4, head_bits=16)
+    plan = LayerPlan(SolverConfig())
+    quantized_layers(model, plan)
     with pytest.raises(QuasarError, match="Layer lm_head cannot be packed: 97 outputs are not a multiple of 8"):
-        check_layers(model, bits=4, head_bits=4)
+        quantized_layers(model, LayerPlan(SolverConfig(), {"lm_head": SolverConfig()}))
     odd = copy.deepcopy(model)
     odd.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 60)
     with pytest.raises(QuasarError, match=r"Layer model\.layers\.1\.mlp\.up_proj cannot be packed: 60 outputs"):
-        check_layers(odd, bits=4, head_bits=16)
+        quantized_layers(odd, plan)
 
 
 def test_a_model_of_another_build_is_refused_in_one_sentence() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
     with pytest.raises(QuasarError, match="--lm-head-bits: GPT2LMHeadModel has no final norm and lm_head"):
-        check_layers(model, bits=4, head_bits=8)
+        quantized_layers(model, LayerPlan(SolverConfig(), {"lm_head": SolverConfig(8)}))
     model.config.n_layer = 3
     with pytest.raises(QuasarError, match="No list of 3 decoder blocks was found in GPT2LMHeadModel"):
         find_blocks(model)
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    """GPT-2's blocks multiply by transposed weights, which are no linear layers."""
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=16))
+    with pytest.raises(QuasarError, match="GPT2LMHeadModel has no linear layers in its blocks"):
+        quantized_layers(model, LayerPlan(SolverConfig()))
+
+
+def test_experts_that_are_not_taken_apart_are_refused() -> None:
+    """As they stand in transformers' own model: one tensor for all."""
+    model = copy.deepcopy(make_model("qwen3"))
+    model.model.layers[1].mlp.gate_up_proj = torch.nn.Parameter(torch.zeros(4, 8, 8))
+    with pytest.raises(QuasarError, match=r"model\.layers\.1\.mlp\.gate_up_proj holds experts in a form"):
+        quantized_layers(model, LayerPlan(SolverConfig()))

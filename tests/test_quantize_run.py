@@ -174,7 +174,7 @@ def test_a_quantized_head(bits: int, tied: bool, tmp_path: Path) -> None:
     assert checkpoint.config["tie_word_embeddings"] is False
     assert checkpoint.config["quantization_config"]["lm_head"] is True
     dynamic = checkpoint.config["quantization_config"].get("dynamic")
-    assert dynamic == ({"lm_head": {"bits": 8}} if bits == 8 else None)
+    assert dynamic == ({"lm_head$": {"bits": 8, "group_size": 32}} if bits == 8 else None)
     stored = tensors_of(Path(report.checkpoint))
     assert "lm_head.weight" not in stored
     assert torch.equal(stored["model.embed_tokens.weight"], tensors_of(source)["model.embed_tokens.weight"])

@@ -72,6 +72,7 @@ class RoundedCheckpoint:
     """In the place of a checkpoint on disk: every linear layer of the decoder, rounded to nearest."""
 
     folder = Path("rounded")
+    own_norms = False
 
     def __init__(self, target: TransformersLM, bits: int = 4, group_size: int = 32) -> None:
         self.layers = {

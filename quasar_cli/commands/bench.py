@@ -141,6 +141,7 @@ def _load_pair(models: ModelOptions, config: BenchConfig, progress: Progress) ->
         device=models.device,
         dtype=models.dtype,
         kernel=models.kernel,
+        max_context=models.max_context,
         trust_remote_code=models.trust_remote_code,
         progress=progress,
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -10,7 +10,7 @@ from quasar_cli import console
 from quasar_cli.commands.models import announce
 from quasar_cli.options import Device, Dtype, Json, Kernel, Model, Verbose, Verifier, takes_groups
 from quasar_core import store
-from quasar_core.config import QuantizeConfig
+from quasar_core.config import Method, QuantizeConfig, default_codes
 from quasar_core.errors import UsageError
 from quasar_core.records import Progress
 
@@ -66,10 +66,18 @@ class RandomOptions:
     layers: Annotated[
         int | None, typer.Option("--layers", help="Fewer layers than the shape has.", rich_help_panel=_SHAPE)
     ] = None
-    bits: Annotated[int, typer.Option("--bits", help="Of the verifier's codes.", rich_help_panel=_SHAPE)] = 4
+    method: Annotated[
+        str, typer.Option("--method", help="gptq, w8a8 or fp8: the verifier's codes.", rich_help_panel=_SHAPE)
+    ] = "gptq"
+    bits: Annotated[
+        int | None, typer.Option("--bits", help="Of the verifier's codes; default: 4.", rich_help_panel=_SHAPE)
+    ] = None
     group_size: Annotated[
-        int, typer.Option("--group-size", help="Inputs that share a scale; -1 for all.", rich_help_panel=_SHAPE)
-    ] = 128
+        int | None,
+        typer.Option(
+            "--group-size", help="Inputs that share a scale, -1 for all; by default 128.", rich_help_panel=_SHAPE
+        ),
+    ] = None
     lm_head_bits: Annotated[
         int, typer.Option("--lm-head-bits", help="Of the verifier's head.", rich_help_panel=_SHAPE)
     ] = 16
@@ -78,7 +86,13 @@ class RandomOptions:
         """The checked shape; UsageError for a value that cannot be."""
         from quasar_core.bench.step_lineup import RandomShape
 
-        codes = QuantizeConfig(bits=self.bits, group_size=self.group_size, lm_head_bits=self.lm_head_bits)
+        bits, group_size = default_codes(self.method)
+        codes = QuantizeConfig(
+            method=cast(Method, self.method),
+            bits=bits if self.bits is None else self.bits,
+            group_size=group_size if self.group_size is None else self.group_size,
+            lm_head_bits=self.lm_head_bits,
+        )
         return RandomShape(self.shape or "", self.layers, codes)
 
 

@@ -106,6 +106,7 @@ def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
             device=models.device,
             dtype=models.dtype,
             kernel=models.kernel,
+            max_context=models.max_context,
             trust_remote_code=models.trust_remote_code,
             progress=progress,
         )
@@ -117,6 +118,7 @@ def as_document(pair: "Pair", config: GenerationConfig, result: "GenerationResul
         "model": pair.target_name,
         "verifier": pair.verifier_name,
         "verify": config.verify,
+        "verified_by": result.verified_by,
         "draft": config.draft,
         "prompt_token_ids": list(result.prompt_token_ids),
         "token_ids": list(result.token_ids),

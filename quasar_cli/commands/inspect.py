@@ -1,17 +1,20 @@
 """`quasar inspect`: what a verifier checkpoint holds and how faithful it is."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quasar_cli import console
-from quasar_cli.options import Json, Verbose
+from quasar_cli.commands.doctor import describe_speed
+from quasar_cli.options import Device, Json, TrustRemoteCode, Verbose
 from quasar_core import store
 from quasar_core.errors import UsageError
 
 if TYPE_CHECKING:
     from quasar_core.checkpoint.reader import VerifierCheckpoint
+    from quasar_core.checkpoint.stored_layers import StoredLayer
 
 
 def inspect(
@@ -19,35 +22,93 @@ def inspect(
         str | None,
         typer.Argument(metavar="CHECKPOINT", help="A verifier's folder or a pair's name; default: the current pair."),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="MODEL", help="Measure fidelity to this model, on --text; any checkpoint."),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", metavar="FILE", help="A text or JSONL file, wikitext2 or c4.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw fidelity into a PNG or SVG (needs matplotlib).")
+    ] = None,
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Show what a checkpoint holds and how faithful it is; no weights are loaded."""
+    """Show what a checkpoint holds and how faithful it is; with --against and --text, measure it on a text."""
+    if (against is None) != (text is None):
+        raise UsageError("--against MODEL and --text FILE go together.")
     from quasar_core.checkpoint.reader import VerifierCheckpoint
 
-    description = describe(VerifierCheckpoint(_folder(checkpoint)))
+    folder = _folder(checkpoint)
+    description = {**describe(VerifierCheckpoint(folder)), "speed": describe_speed(folder)}
+    if against is not None and text is not None:
+        description["measured"] = _measure(against, folder, text, device, trust_remote_code)
+    if plot is not None:
+        _plot(description, plot)
     if as_json:
         console.print_json(description)
         return
 
     from quasar_cli.render.checkpoint import inspection_tables
+    from quasar_cli.render.verifiers import speed_tables
 
-    console.show(*inspection_tables(description, verbose))
+    console.show(*inspection_tables(description, verbose), *speed_tables(description["speed"]))
+    if "measured" in description:
+        from quasar_cli.render.fidelity import measured_tables
+
+        console.show(*measured_tables(description["measured"]))
+
+
+def _measure(model: str, folder: Path, text: str, device: str, trust_remote_code: bool) -> dict[str, Any]:
+    """The fidelity report on a text, as JSON."""
+    from quasar_core import api
+
+    with console.progress_bar() as progress:
+        report = api.fidelity_on_text(
+            model, folder, text, device=device, trust_remote_code=trust_remote_code, progress=progress
+        )
+    return asdict(report)
+
+
+def _plot(description: dict[str, Any], path: Path) -> None:
+    """Draw what was measured just now, else what quantizing measured."""
+    from quasar_core.bench.fidelity_plot import plot_fidelity
+    from quasar_core.records import FidelityReport
+
+    report = description["report"] or {}
+    fidelity = description.get("measured") or report.get("fidelity")
+    if fidelity is None:
+        raise UsageError("--plot: no fidelity of this checkpoint is known; measure it by --against MODEL --text FILE.")
+    name = Path(description["checkpoint"]).name
+    plot_fidelity(FidelityReport.from_dict(fidelity), report.get("layer_errors", {}), name, path)
+    console.note_plain(f"Drawn into {path}.")
 
 
 def describe(checkpoint: "VerifierCheckpoint") -> dict[str, Any]:
     """The JSON form: from the configs, quasar.json and the headers of the safetensors files."""
+    from quasar_core.checkpoint.marlin import describe_marlin
+    from quasar_core.checkpoint.stored_layers import stored_layers
+
     sizes = {entry.name: entry for entry in store.read_headers(checkpoint.folder)}
     plain = set(checkpoint.plain_names)
-    packed_bytes = sum(entry.size for name, entry in sizes.items() if name not in plain)
-    weights = sum(_weights(sizes, layer, checkpoint.format.bits) for layer in checkpoint.layer_names)
+    packed = {name: entry for name, entry in sizes.items() if name not in plain}
+    packed_bytes = sum(entry.size for entry in packed.values())
+    layers = stored_layers(checkpoint)
+    weights = sum(layer.weights for layer in layers)
+    section = checkpoint.config.get("quantization_config") or {"bits": checkpoint.format.bits}
+    is_gptq = section.get("quant_method", "gptq") == "gptq"
     target = checkpoint.card.get("target") or {}
     return {
         "checkpoint": str(checkpoint.folder),
         "target": target.get("name"),
         "architecture": ", ".join(checkpoint.config.get("architectures") or ["unknown"]),
-        "quantization": checkpoint.config.get("quantization_config") or {"bits": checkpoint.format.bits},
+        "quantization": section,
+        "marlin": describe_marlin(layers, section.get("sym", True)) if is_gptq else None,
         "packed_layers": len(checkpoint.layer_names),
+        "layers": [_describe_layer(layer, packed) for layer in layers],
         "bits_per_weight": packed_bytes * 8 / weights if weights else 0.0,
         "bytes": {"packed": packed_bytes, "plain": sum(sizes[name].size for name in plain)},
         "calibration": checkpoint.card.get("calibration"),
@@ -56,11 +117,10 @@ def describe(checkpoint: "VerifierCheckpoint") -> dict[str, Any]:
     }
 
 
-def _weights(entries: dict[str, store.TensorEntry], layer: str, bits: int) -> int:
-    """Weights of a packed layer: the inputs are the length of g_idx, else they follow from the packing."""
-    words, outputs = entries[f"{layer}.qweight"].shape
-    g_idx = entries.get(f"{layer}.g_idx")
-    return (g_idx.shape[0] if g_idx else words * 32 // bits) * outputs
+def _describe_layer(layer: "StoredLayer", packed: dict[str, "store.TensorEntry"]) -> dict[str, Any]:
+    """Bits, group size and bytes of a quantized layer."""
+    size = sum(entry.size for name, entry in packed.items() if name.rpartition(".")[0] == layer.name)
+    return {"name": layer.name, "bits": layer.bits, "group_size": layer.group_size, "bytes": size}
 
 
 def _folder(checkpoint: str | None) -> Path:

@@ -49,6 +49,33 @@ def use(name: Name, verbose: Verbose = False, as_json: Json = False) -> None:
         console.note_plain(f"{record.name} is the current pair.")
 
 
+@app.command("push")
+def push(
+    name: Name,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="A hub id, such as my-name/Qwen3-8B-4bit.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="If the repository is new, show it to nobody else.")
+    ] = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a pair's verifier to the hub; the target is not uploaded."""
+    record = store.find_pair(name)
+    address = push_verifier(Path(record.verifier), repository, private)
+    if as_json:
+        console.print_json({**asdict(record), "url": address})
+
+
+def push_verifier(folder: Path, repository: str, private: bool) -> str:
+    """Upload, and say where it is."""
+    with console.progress_bar() as progress:
+        progress("uploading", 0, 1)
+        address = store.push_folder(folder, repository, private)
+        progress("uploading", 1, 1)
+    console.note_plain(f"{folder.name} is at {address}")
+    return address
+
+
 @app.command("remove")
 def remove(
     name: Name,

@@ -1,14 +1,19 @@
 """`quasar quantize`: write a model's low-bit copy, once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import typer
 
 from quasar_cli import console
-from quasar_cli.commands.models import announce
+from quasar_cli.commands.models import announce, push_verifier
 from quasar_cli.options import Device, Folder, Json, TrustRemoteCode, Verbose, takes_groups
-from quasar_core.config import QuantizeConfig
+from quasar_core.config import Method, QuantizeConfig, default_codes
+from quasar_core.errors import QuasarError
+from quasar_core.store import check_can_push
 
 _CALIBRATION = "Calibration"
 
@@ -17,17 +22,39 @@ _CALIBRATION = "Calibration"
 class QuantizeOptions:
     """The options that make a QuantizeConfig."""
 
-    bits: Annotated[int, typer.Option("--bits", "-b", help="Bits of a weight: 2, 3, 4 or 8.")] = 4
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits",
+            "-b",
+            help="Bits of a weight: 2, 3, 4 or 8, or a fraction: then widths by layer; default: 4.",
+            show_default=False,
+        ),
+    ] = None
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Choose widths by layer, in the bytes that --bits everywhere would take.")
+    ] = False
+    target_agreement: Annotated[
+        float | None,
+        typer.Option("--target-agreement", help="Find the smallest checkpoint that reaches it, such as 0.97."),
+    ] = None
     group_size: Annotated[
-        int, typer.Option("--group-size", help="Weights that share a scale: 32, 64, 128, or -1 for a whole row.")
-    ] = 128
+        int | None,
+        typer.Option(
+            "--group-size",
+            help="Weights that share a scale: 32, 64, 128, or -1 for a whole row; default: 128.",
+            show_default=False,
+        ),
+    ] = None
     sym: Annotated[bool, typer.Option("--sym/--no-sym", help="Codes symmetric around zero, or with a zero point.")] = (
         True
     )
     act_order: Annotated[
         bool, typer.Option("--act-order/--no-act-order", help="Quantize the most active inputs first.")
     ] = True
-    method: Annotated[str, typer.Option("--method", help="gptq.")] = "gptq"
+    method: Annotated[
+        str, typer.Option("--method", help="gptq, or 8 bits for weights and activations: w8a8 (integers) or fp8.")
+    ] = "gptq"
     lm_head_bits: Annotated[int, typer.Option("--lm-head-bits", help="Bits of the output head; 16 leaves it.")] = 16
     calibration: Annotated[
         str,
@@ -52,12 +79,18 @@ class QuantizeOptions:
 
     def config(self) -> QuantizeConfig:
         """The checked config; UsageError for a value that cannot be."""
+        usual, group_size = default_codes(self.method)
+        bits = float(usual if self.bits is None else self.bits)
+        searched = self.target_agreement is not None and self.bits is not None  # refused, since both choose the bits
+        by_layer = self.mixed or searched or not bits.is_integer()
         return QuantizeConfig(
-            bits=self.bits,
-            group_size=self.group_size,
+            bits=usual if by_layer else int(bits),
+            mean_bits=bits if by_layer else None,
+            target_agreement=self.target_agreement,
+            group_size=group_size if self.group_size is None else self.group_size,
             sym=self.sym,
             act_order=self.act_order,
-            method=cast(Literal["gptq"], self.method),
+            method=cast(Method, self.method),
             lm_head_bits=self.lm_head_bits,
             calibration=self.calibration,
             samples=self.samples,
@@ -77,16 +110,38 @@ def quantize(
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on after the last finished layer.")] = True,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the verifier to this hub id when done.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: if the repository is new, show it to nobody else.")
+    ] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory",
+            metavar="SIZE",
+            help="Hidden states beyond this, such as 8GB, go to a file; default: half of the free memory.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take and what is free here; write nothing.")
+    ] = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a model once: the verifier checkpoint is written beside it, and the pair becomes the current one."""
     config = options.config()
     announce(model)
+    if push_to_hub is not None:
+        check_can_push(push_to_hub)
+    if dry_run:
+        _show_plan(model, config, output, device, max_memory, trust_remote_code, as_json)
+        return
 
     from quasar_core import api
 
-    with console.progress_bar() as progress:
+    with _saying_how_to_go_on(), console.progress_bar() as progress:
         report = api.quantize(
             model,
             config,
@@ -94,14 +149,71 @@ def quantize(
             force=force,
             resume=resume,
             device=device,
+            max_memory=_bytes_of(max_memory),
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+    pushed = {} if push_to_hub is None else {"url": _push(Path(report.checkpoint), push_to_hub, private)}
     if as_json:
-        console.print_json(asdict(report))
+        console.print_json({**asdict(report), **pushed})
         return
 
     from quasar_cli.render.checkpoint import report_tables
 
     console.show(*report_tables(report, verbose))
     console.note_plain('Next: quasar generate --prompt "..."')
+
+
+@contextmanager
+def _saying_how_to_go_on() -> Iterator[None]:
+    """After Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.note_plain("Interrupted. What is finished is kept: the same command goes on from there.")
+        raise
+
+
+def _bytes_of(max_memory: str | None) -> int | None:
+    from quasar_core.quantize.plan import parse_bytes
+
+    return None if max_memory is None else parse_bytes("--max-memory", max_memory)
+
+
+def _show_plan(
+    model: str,
+    config: QuantizeConfig,
+    output: Path | None,
+    device: str,
+    max_memory: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """`--dry-run`: the plan, and a refusal after it where it cannot be carried out."""
+    from quasar_core import api
+    from quasar_core.quantize.plan import refuse_what_cannot_fit
+
+    plan = api.plan_quantize(
+        model,
+        config,
+        output=output,
+        device=device,
+        max_memory=_bytes_of(max_memory),
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        console.print_json(plan.to_dict())
+    else:
+        from quasar_cli.render.quantize_plan import plan_table
+
+        console.show(plan_table(plan))
+    refuse_what_cannot_fit(plan, output)
+
+
+def _push(folder: Path, repository: str, private: bool) -> str:
+    """Upload; where that fails, say that nothing of the work is lost."""
+    try:
+        return push_verifier(folder, repository, private)
+    except QuasarError as error:
+        again = f"quasar models push {folder.name} {repository}"
+        raise QuasarError(f"{error} The verifier is finished in {folder}; try again with `{again}`.") from error

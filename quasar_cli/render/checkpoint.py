@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from quasar_cli.render import as_bytes, facts_table, number_table, text_table
-from quasar_core.records import FidelityReport, MarginTable, QuantizeReport
+from quasar_cli.render.fidelity import fidelity_facts, fidelity_tables, layers_table
+from quasar_core.records import FidelityReport, QuantizeReport
 from quasar_core.store import PairRecord
 
 _WORST_LAYERS = 5
@@ -24,41 +25,30 @@ def report_tables(report: QuantizeReport, verbose: bool) -> list[RenderableType]
         ("size", f"{as_bytes(report.bytes_before)} → {as_bytes(report.bytes_after)} ({smaller:.2f} times smaller)"),
         ("bits per weight", f"{report.bits_per_weight:.2f}"),
         *fidelity_facts(report.fidelity),
+        *rounded_facts(report.rounded_layers, verbose),
         *((f"seconds: {stage}", f"{seconds:.1f}") for stage, seconds in report.seconds.items()),
     ]
     tables: list[RenderableType] = [facts_table(facts)]
     if verbose:
-        tables.append(layers_table(report.layer_errors, len(report.layer_errors)))
+        tables.append(errors_table(report.layer_errors, len(report.layer_errors)))
     return tables
 
 
-def fidelity_facts(fidelity: FidelityReport) -> list[tuple[str, str]]:
-    """How faithful the verifier is, on text that the calibration did not see."""
-    return [
-        ("agreement", f"{fidelity.agreement:.4f} on greedy text, {fidelity.agreement_sampled:.4f} on sampled text"),
-        ("KL(target‖verifier)", f"{fidelity.kl_mean:.4f} nats, 99th percentile {fidelity.kl_p99:.4f}"),
-        ("perplexity", f"{fidelity.perplexity_target:.3f} target, {fidelity.perplexity_verifier:.3f} verifier"),
-        ("measured on", f"{fidelity.tokens} tokens: {fidelity.text}"),
-    ]
+def rounded_facts(names: Sequence[str], verbose: bool) -> list[tuple[str, str]]:
+    """Layers of experts that saw too little text; with `verbose`, all of them by name."""
+    if not names:
+        return []
+    shown = names if verbose else [*names[:3], *(["…"] if len(names) > 3 else [])]
+    return [("rounded to nearest", f"{len(names)} layers that saw too little text: {', '.join(shown)}")]
 
 
-def layers_table(errors: dict[str, float], count: int = _WORST_LAYERS) -> Table:
+def errors_table(errors: dict[str, float], count: int = _WORST_LAYERS) -> Table:
     """The layers with the largest reconstruction error, the worst first."""
     shown = sorted(errors.items(), key=lambda item: -item[1])[:count]
     title = "Layers by error" if len(shown) == len(errors) else "Largest errors"
     table = number_table(title, "layer", "relative error")
     for name, error in shown:
         table.add_row(escape(name), f"{error:.4f}")
-    return table
-
-
-def margins_table(margins: MarginTable) -> Table:
-    """P(agree | margin), a row per bin."""
-    table = number_table("P(agree | margin)", "margin (nats)", "tokens", "agree")
-    lows, highs = [0.0, *margins.edges], [*margins.edges, None]
-    for low, high, count, agreed in zip(lows, highs, margins.counts, margins.agreed, strict=True):
-        span = f"{low:.2f} to {high:.2f}" if high is not None else f"{low:.2f} and more"
-        table.add_row(span, str(count), f"{agreed / count:.3f}" if count else "–")
     return table
 
 
@@ -70,6 +60,7 @@ def inspection_tables(description: dict[str, Any], verbose: bool) -> list[Render
         ("target", description["target"] or "not recorded"),
         ("architecture", description["architecture"]),
         ("codes", _codes(description["quantization"])),
+        *([("runs on Marlin", description["marlin"])] if description["marlin"] else []),
         ("layers packed", str(description["packed_layers"])),
         ("bits per weight", f"{description['bits_per_weight']:.2f} of the packed layers"),
         ("size", f"{as_bytes(sizes['packed'])} packed, {as_bytes(sizes['plain'])} as they were"),
@@ -79,14 +70,19 @@ def inspection_tables(description: dict[str, Any], verbose: bool) -> list[Render
             ("calibration", ", ".join(f"{name} {value}" for name, value in description["calibration"].items()))
         )
     report = description["report"]
+    layers = description["layers"]
+    count = len(layers) if verbose else _WORST_LAYERS
     if report is None:
-        return [facts_table([*facts, ("fidelity", "not measured: quasar did not write this checkpoint")])]
+        unknown = (
+            "fidelity",
+            "not measured: quasar did not write this checkpoint; --against MODEL --text FILE measures it",
+        )
+        return [facts_table([*facts, unknown]), layers_table(layers, {}, count)]
     fidelity = FidelityReport.from_dict(report["fidelity"])
-    errors = report["layer_errors"]
     return [
         facts_table([*facts, *fidelity_facts(fidelity)]),
-        layers_table(errors, len(errors) if verbose else _WORST_LAYERS),
-        margins_table(fidelity.margins),
+        layers_table(layers, report["layer_errors"], count),
+        *fidelity_tables(fidelity),
     ]
 
 
@@ -102,6 +98,8 @@ def pairs_table(pairs: Sequence[PairRecord], current: PairRecord | None) -> Tabl
 
 
 def _codes(quantization: dict[str, Any]) -> str:
+    if quantization.get("quant_method") == "compressed-tensors":
+        return f"compressed-tensors, {quantization.get('format')}"
     group = quantization.get("group_size", -1)
     symmetry = "symmetric" if quantization.get("sym", True) else "asymmetric"
     groups = "one group per output" if group == -1 else f"groups of {group}"

@@ -9,7 +9,8 @@ from quasar_core.bench.steps import StepReport, StepRow
 
 LEGEND = (
     "ms: median of interleaved rounds, all logits included\n"
-    "floor: bytes of the pass ÷ the higher and the lower bandwidth; ×: ms ÷ the floor of the higher"
+    "floor: bytes of the pass ÷ the higher and the lower bandwidth; ×: ms ÷ the floor of the higher\n"
+    "outside products: share of the first pass that is not spent in matrix products"
 )
 
 
@@ -39,9 +40,14 @@ def _cost_cells(row: StepRow) -> list[str]:
 
 
 def _bytes_grid(report: StepReport, models: Sequence[str]) -> Grid:
-    columns = [Column("model", number=False), Column("bytes of the first pass"), Column("kernel", number=False)]
+    columns = [
+        Column("model", number=False),
+        Column("bytes of the first pass"),
+        Column("outside products"),
+        Column("kernel", number=False),
+    ]
     first = {model: next(row for row in report.rows if row.model == model) for model in models}
-    rows = [[model, as_bytes(row.bytes), row.kernel] for model, row in first.items()]
+    rows = [[model, as_bytes(row.bytes), _share(row.outside), row.kernel] for model, row in first.items()]
     low, high = sorted(report.bandwidth)
     return Grid(f"What a pass reads, at {as_bytes(low)}/s to {as_bytes(high)}/s measured in this run", columns, rows)
 
@@ -55,6 +61,10 @@ def _describe_layers(report: StepReport) -> str:
     if report.layers == report.all_layers:
         return f"{report.layers} layers and the head"
     return f"{report.layers} of the {report.all_layers} layers and the head"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
 
 
 def _ms(value: float) -> str:

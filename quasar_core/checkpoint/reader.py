@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from quasar_core.checkpoint.packing import QuantizedWeight, unpack_weight
+from quasar_core.checkpoint.compressed_tensors import METHOD as COMPRESSED_TENSORS
+from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, PackedWeight
+from quasar_core.checkpoint.packing import QuantizedWeight, count_groups, unpack_weight
 from quasar_core.config import BITS
 from quasar_core.errors import QuasarError
 from quasar_core.records import FidelityReport
 from quasar_core.store.safetensors_header import weight_files
 
+CPU = torch.device("cpu")
 CARD_VERSION = 1  # of quasar.json
 PACKED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -78,23 +81,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class QuantizationFormat:
-    """The part of `quantization_config` that reading depends on."""
+    """GPTQ's format: the part of `quantization_config` that reading depends on."""
 
     bits: int
     group_size: int
     zeros_offset: int
 
+    marker = "qweight"  # every quantized layer has one
+    suffixes = PACKED_SUFFIXES
+
     @classmethod
-    def parse(cls, folder: Path, config: dict[str, Any]) -> "QuantizationFormat":
-        """From config.json's `quantization_config`, or from quantize_config.json beside it."""
-        section = config.get("quantization_config")
-        if section is None and (folder / "quantize_config.json").exists():
-            section = read_json(folder / "quantize_config.json")
-        if section is None:
-            raise QuasarError(f"{folder} is not a quantized checkpoint: its config has no quantization_config.")
-        method = section.get("quant_method", "gptq")
-        if method != "gptq":
-            raise QuasarError(f"{folder} is quantized by {method}, which this version does not read; it reads gptq.")
+    def parse(cls, folder: Path, section: dict[str, Any]) -> "QuantizationFormat":
+        """From `quantization_config`; QuasarError for what this version does not read."""
         bits, group_size = section.get("bits"), section.get("group_size", -1)
         if bits not in BITS:
             raise QuasarError(f"{folder} has {bits}-bit codes, which this version does not read.")
@@ -108,6 +106,40 @@ class QuantizationFormat:
         offset = 1 if version == "gptq" else 0
         return cls(bits, group_size, offset)
 
+    def unpack(self, name: str, tensors: dict[str, torch.Tensor]) -> QuantizedWeight:
+        """Read a layer's tensors strictly.
+
+        Bits and group size follow from the shapes, so that layers of their own (`dynamic`) need no table.
+        """
+        if not {"qweight", "scales"} <= tensors.keys() or not tensors.get("g_idx", torch.empty(0)).numel():
+            return unpack_weight(name, tensors, self.bits, self.group_size, self.zeros_offset)
+        in_features, groups = tensors["g_idx"].shape[0], tensors["scales"].shape[0]
+        bits = tensors["qweight"].shape[0] * 32 // in_features
+        if bits not in BITS:
+            raise QuasarError(f"The checkpoint's layer {name} has {bits}-bit codes, which this version does not read.")
+        size = self.group_size
+        if groups != count_groups(in_features, size) and in_features % groups == 0:
+            size = -1 if groups == 1 else in_features // groups
+        return unpack_weight(name, tensors, bits, size, self.zeros_offset)
+
+
+def parse_format(folder: Path, config: dict[str, Any]) -> QuantizationFormat | CompressedTensorsFormat:
+    """The format by config.json's `quantization_config`, or by quantize_config.json beside it."""
+    section = config.get("quantization_config")
+    if section is None and (folder / "quantize_config.json").exists():
+        section = read_json(folder / "quantize_config.json")
+    if section is None:
+        raise QuasarError(f"{folder} is not a quantized checkpoint: its config has no quantization_config.")
+    method = section.get("quant_method", "gptq")
+    if method == COMPRESSED_TENSORS:
+        return CompressedTensorsFormat.parse(folder, section)
+    if method != "gptq":
+        raise QuasarError(
+            f"{folder} is quantized by {method}, which this version does not read; "
+            f"it reads gptq and {COMPRESSED_TENSORS}."
+        )
+    return QuantizationFormat.parse(folder, section)
+
 
 class VerifierCheckpoint:
     """A quantized checkpoint's folder: config, format, packed layers, the tensors that stayed as they were."""
@@ -117,7 +149,7 @@ class VerifierCheckpoint:
             raise QuasarError(f"The verifier's folder {folder} does not exist.")
         self.folder = folder
         self.config = read_json(folder / "config.json")
-        self.format = QuantizationFormat.parse(folder, self.config)
+        self.format = parse_format(folder, self.config)
         self.tensors = TensorFiles(folder)
         card = folder / "quasar.json"
         self.card: dict[str, Any] = read_json(card) if card.exists() else {}
@@ -128,13 +160,19 @@ class VerifierCheckpoint:
     @property
     def layer_names(self) -> list[str]:
         """Modules whose weight is packed, such as `model.layers.0.mlp.up_proj`."""
-        return [name.removesuffix(".qweight") for name in self.tensors.names() if name.endswith(".qweight")]
+        marker = f".{self.format.marker}"
+        return [name.removesuffix(marker) for name in self.tensors.names() if name.endswith(marker)]
 
     @property
     def plain_names(self) -> list[str]:
         """Tensors that are not part of a packed weight: norms, biases, the embedding."""
-        packed = {f"{layer}.{suffix}" for layer in self.layer_names for suffix in PACKED_SUFFIXES}
+        packed = {f"{layer}.{suffix}" for layer in self.layer_names for suffix in self.format.suffixes}
         return [name for name in self.tensors.names() if name not in packed]
+
+    @property
+    def own_norms(self) -> bool:
+        """Whether norms may differ from the target's: smoothing puts its factors into them."""
+        return isinstance(self.format, CompressedTensorsFormat)
 
     @property
     def fidelity(self) -> FidelityReport | None:
@@ -153,18 +191,8 @@ class VerifierCheckpoint:
         target = self.card.get("target")
         return target["fingerprint"] if target else None
 
-    def layer(self, name: str) -> QuantizedWeight:
-        """One layer's codes, unpacked and checked."""
-        parts = {s: f"{name}.{s}" for s in PACKED_SUFFIXES if f"{name}.{s}" in self.tensors}
-        tensors = {suffix: self.tensors.load(full) for suffix, full in parts.items()}
-        bits = self._bits_of(name, tensors)
-        return unpack_weight(name, tensors, bits, self.format.group_size, self.format.zeros_offset)
-
-    def _bits_of(self, name: str, tensors: dict[str, torch.Tensor]) -> int:
-        """Bits follow from the shapes, so that a head of another width needs no table."""
-        if "g_idx" not in tensors or not tensors["g_idx"].numel():
-            return self.format.bits
-        bits = tensors["qweight"].shape[0] * 32 // tensors["g_idx"].shape[0]
-        if bits not in BITS:
-            raise QuasarError(f"The checkpoint's layer {name} has {bits}-bit codes, which this version does not read.")
-        return bits
+    def layer(self, name: str, device: torch.device = CPU) -> PackedWeight:
+        """One layer's weight, unpacked and checked; GPTQ's codes on the device, since billions take a GPU no time."""
+        place = device if isinstance(self.format, QuantizationFormat) else CPU
+        parts = {s: f"{name}.{s}" for s in self.format.suffixes if f"{name}.{s}" in self.tensors}
+        return self.format.unpack(name, {s: self.tensors.load(full).to(place) for s, full in parts.items()})

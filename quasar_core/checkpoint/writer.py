@@ -1,17 +1,31 @@
 """Write a checkpoint whole or not at all: into a partial folder, then one rename."""
 
 import json
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from quasar_core.errors import QuasarError, UsageError
 
 MAX_SHARD_BYTES = 4_000_000_000
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 # What a model folder holds beside weights and config, and what a quantized copy of it keeps.
 KEPT_FILES = (
     "generation_config.json",
@@ -55,14 +69,44 @@ def write_json(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file, whole or not at all."""
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """A safetensors file, whole or not at all; one tensor at a time passes through memory."""
     partial = path.with_name(path.name + ".tmp")
+    # As safetensors writes them: wide elements first, so that every tensor is aligned; then by name.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise QuasarError(f"{path} could not be written ({error}).") from error
+        with partial.open("wb") as file:
+            file.write(_header({name: tensors[name] for name in order}, {"format": "pt", **(metadata or {})}))
+            for name in order:
+                file.write(_raw(tensors[name]))
+            file.flush()
+            os.fsync(file.fileno())  # the name must not be there before the content
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise QuasarError(f"{path} could not be written ({error.strerror or error}).") from error
     partial.replace(path)
+
+
+def _raw(tensor: torch.Tensor) -> Any:
+    """A tensor's bytes, without a copy where it lies on the CPU in one piece."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+
+def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON of a safetensors file's header, padded to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def copy_kept_files(source: Path, destination: Path) -> None:

@@ -34,6 +34,7 @@ from quasar_core.models.shapes import SHAPES, shape_named
 
 DEMO = Path(__file__).parent / "model"
 SHARD_BYTES = 1_000_000_000
+CPU = torch.device("cpu")
 FREE_BLOCKS = 3
 RANDOM_STD = 0.02
 # Powers of two within float16, so that any dtype holds them and a quantized head can scale to them. The logits of
@@ -102,12 +103,14 @@ def why_not_grown(small: DecoderConfig, large: DecoderConfig) -> str | None:
 
 
 class GrownTensors:
-    """The large model's tensors, made part by part."""
+    """The large model's tensors, made part by part on a device (whose random numbers are its own)."""
 
-    def __init__(self, growth: Growth, source: TensorFiles, dtype: torch.dtype, seed: int) -> None:
-        self.growth, self.source, self.dtype = growth, source, dtype
+    def __init__(
+        self, growth: Growth, source: TensorFiles, dtype: torch.dtype, seed: int, device: torch.device = CPU
+    ) -> None:
+        self.growth, self.source, self.dtype, self.device = growth, source, dtype, device
         self.width = growth.small.hidden_size
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator(device).manual_seed(seed)
 
     def parts(self) -> Iterator[dict[str, torch.Tensor]]:
         """Embedding, blocks, final norm and head; one part for each layer, and two."""
@@ -120,20 +123,20 @@ class GrownTensors:
         """Rows of further tokens, which no text holds, are those of a tied head."""
         known = self.growth.small.vocab_size
         rows = self._random(self.growth.large.vocab_size, self.growth.large.hidden_size)
-        rows[:known] = self._to_stream(self.source.load("model.embed_tokens.weight").t()).t()
+        rows[:known] = self._to_stream(self._load("model.embed_tokens.weight").t()).t()
         rows[:known, -1], rows[known:, -1] = CONSTANT, FURTHER_TOKEN
         return rows
 
     def _ending(self) -> dict[str, torch.Tensor]:
         """The head's rows are doubled, as tied ones are, and the norm is halved once more."""
-        norm = self._stream_norm(self.source.load("model.norm.weight") / 2)
+        norm = self._stream_norm(self._load("model.norm.weight") / 2)
         norm[-1] = CONSTANT_NORM
         ending = {"model.norm.weight": norm}
         if not self.growth.large.tied:
             known = self.growth.small.vocab_size
             name = "model.embed_tokens.weight" if self.growth.small.tied else "lm_head.weight"
             rows = self._random(self.growth.large.vocab_size, self.growth.large.hidden_size)
-            rows[:known, : self.width] = self.source.load(name) * 2
+            rows[:known, : self.width] = self._load(name) * 2
             rows[:known, -1], rows[known:, -1] = 0, FURTHER_TOKEN
             ending["lm_head.weight"] = rows
         return ending
@@ -151,7 +154,7 @@ class GrownTensors:
         own = index < self.growth.small.num_layers
         for name in ("input_layernorm", "post_attention_layernorm"):
             stored = f"{prefix}{name}.weight"
-            layer[stored] = self._stream_norm(self.source.load(stored) if own else torch.ones(self.width))
+            layer[stored] = self._stream_norm(self._load(stored) if own else torch.ones(self.width))
         for name in ("q_norm", "k_norm"):
             layer[f"{prefix}self_attn.{name}.weight"] = 1 + self._random(self.growth.large.head_size)
         if own:
@@ -162,7 +165,7 @@ class GrownTensors:
     def _place_attention(self, layer: dict[str, torch.Tensor], prefix: str) -> None:
         growth, width = self.growth, self.width
         q, k, v, out, q_norm, k_norm = (
-            self.source.load(f"{prefix}{name}.weight")
+            self._load(f"{prefix}{name}.weight")
             for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
         )
         queries, states = growth.query_heads(), torch.arange(growth.small.num_kv_heads)
@@ -182,23 +185,28 @@ class GrownTensors:
     def _place_mlp(self, layer: dict[str, torch.Tensor], prefix: str) -> None:
         inner = self.growth.small.intermediate_size
         for name in ("gate_proj", "up_proj"):
-            layer[f"{prefix}{name}.weight"][:inner, : self.width] = self.source.load(f"{prefix}{name}.weight")
-        down = self.source.load(f"{prefix}down_proj.weight")
+            layer[f"{prefix}{name}.weight"][:inner, : self.width] = self._load(f"{prefix}{name}.weight")
+        down = self._load(f"{prefix}down_proj.weight")
         layer[f"{prefix}down_proj.weight"][:, :inner] = self._to_stream(down)
 
     def _to_stream(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows [demo's width, n] that write to the residual stream → [width', n]: doubled, plain, none."""
-        silent = torch.zeros(FREE_BLOCKS * self.width, rows.shape[1], dtype=rows.dtype)
+        silent = rows.new_zeros(FREE_BLOCKS * self.width, rows.shape[1])
         return torch.cat([2 * rows, rows.repeat(self.growth.plain_blocks, 1), silent]).to(self.dtype)
 
     def _stream_norm(self, weight: torch.Tensor) -> torch.Tensor:
         """A norm of the residual stream, which reads the doubled block alone."""
-        norm = torch.zeros(self.growth.large.hidden_size, dtype=self.dtype)
+        norm = torch.zeros(self.growth.large.hidden_size, dtype=self.dtype, device=self.device)
         norm[: self.width] = weight / 2
         return norm
 
+    def _load(self, name: str) -> torch.Tensor:
+        return self.source.load(name).to(self.device)
+
     def _random(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.dtype).normal_(0, RANDOM_STD, generator=self._generator)
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(
+            0, RANDOM_STD, generator=self._generator
+        )
 
 
 def grow(

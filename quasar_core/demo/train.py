@@ -22,7 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from quasar_core.demo.corpus import Corpus, make_chats, read_corpus
 from quasar_core.demo.ngram_lm import NgramModel
@@ -178,10 +178,11 @@ def sample_batch(streams: TokenStreams, config: TrainConfig, step: int) -> torch
     return torch.from_numpy(np.stack(rows))
 
 
-def make_optimizers(model: Qwen3ForCausalLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the embedding and the norms."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+def make_optimizers(model: PreTrainedModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the embedding, a head of its own, and the norms."""
+    in_blocks = {n: p.ndim == 2 and not re.search("embed|lm_head", n) for n, p in model.named_parameters()}
+    matrices = [p for n, p in model.named_parameters() if in_blocks[n]]
+    others = [p for n, p in model.named_parameters() if not in_blocks[n]]
     muon = torch.optim.Muon(
         matrices, lr=config.muon_lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
     )
@@ -198,7 +199,7 @@ def learning_rate_scale(step: int, config: TrainConfig) -> float:
     return min(1.0, (step + 1) / config.warmup_steps, remaining)
 
 
-def train(model: Qwen3ForCausalLM, streams: TokenStreams, config: TrainConfig, state: Path) -> None:
+def train(model: PreTrainedModel, streams: TokenStreams, config: TrainConfig, state: Path) -> None:
     """Train in place, saving every 200 steps to `state`, from where a second call goes on."""
     optimizers = make_optimizers(model, config)
     first = load_state(model, optimizers, state)
@@ -224,7 +225,7 @@ def train(model: Qwen3ForCausalLM, streams: TokenStreams, config: TrainConfig, s
             log.info("step %d: loss %.3f", step + 1, loss.item())
 
 
-def save_state(model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer], path: Path, step: int) -> None:
+def save_state(model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], path: Path, step: int) -> None:
     """Write parameters and optimizer moments, whole or not at all."""
     tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
     for i, optimizer in enumerate(optimizers):
@@ -235,7 +236,7 @@ def save_state(model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer],
     partial.rename(path)
 
 
-def load_state(model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer], path: Path) -> int:
+def load_state(model: PreTrainedModel, optimizers: list[torch.optim.Optimizer], path: Path) -> int:
     """Read what `save_state` wrote; the step to go on from, 0 where there is nothing."""
     if not path.exists():
         return 0
@@ -255,7 +256,7 @@ def load_state(model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer],
 
 
 @torch.inference_mode()
-def held_out_bits(model: Qwen3ForCausalLM, tokens: np.ndarray, context: int) -> float:
+def held_out_bits(model: PreTrainedModel, tokens: np.ndarray, context: int) -> float:
     """Total bits for `tokens`, in windows that overlap by half, so that most tokens see context ÷ 2 before them."""
     bits, scored, stride = 0.0, 1, context // 2
     for start in range(0, len(tokens) - 1, stride):
@@ -270,14 +271,21 @@ def held_out_bits(model: Qwen3ForCausalLM, tokens: np.ndarray, context: int) -> 
 
 
 def write_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, report: dict) -> None:
-    """The Hugging Face folder, whole or not at all, with its card."""
+    """The demo model's folder, with its card."""
+    files = {"training.json": json.dumps(report, indent=2) + "\n", "README.md": model_card(report)}
+    save_model(model, tokenizer, output, files)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output: Path, files: dict[str, str]) -> None:
+    """A Hugging Face folder with these texts beside it, whole or not at all."""
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    assert model.generation_config is not None
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    (partial / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    (partial / "README.md").write_text(model_card(report))
+    for name, text in files.items():
+        (partial / name).write_text(text)
     shutil.rmtree(output, ignore_errors=True)
     partial.rename(output)
 

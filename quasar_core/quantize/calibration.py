@@ -72,7 +72,7 @@ def load_calibration(
         ids = write_self_text(model, tokenizer, rows, length, config.seed, progress=progress)
         samples, held_out = ids[: config.samples], ids[config.samples :]
     else:
-        samples, held_out = _cut_samples(_read_documents(config.calibration), tokenizer, config, length)
+        samples, held_out = _cut_samples(read_documents(config.calibration), tokenizer, config, length)
     return Calibration(calibration_name(config.calibration), samples, held_out, greedy, config.seed)
 
 
@@ -91,7 +91,7 @@ def _cut_samples(
     tokens: list[int] = []
     wanted = (config.samples + HELD_OUT_ROWS) * length
     for document in documents:
-        tokens += _encode(document, tokenizer)
+        tokens += encode(document, tokenizer)
         if len(tokens) > 8 * wanted:
             break
     windows = len(tokens) // length
@@ -106,7 +106,8 @@ def _cut_samples(
     return rows[order[held_out:][: config.samples]], rows[order[:held_out]]
 
 
-def _encode(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text, or of a conversation as the chat template writes it."""
     if isinstance(document, list):
         if tokenizer.chat_template:
             document = str(tokenizer.apply_chat_template(document, tokenize=False))
@@ -115,15 +116,15 @@ def _encode(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizer
     return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _read_documents(name: str) -> Iterator[str | list[dict[str, str]]]:
-    """Documents of a hub text or of a file: plain texts, or conversations."""
+def read_documents(name: str, flag: str = "--calibration") -> Iterator[str | list[dict[str, str]]]:
+    """Documents of a hub text or of a file: plain texts, or conversations. `flag` is the option that named it."""
     if name in HUB_TEXTS:
         yield from _read_hub_text(name)
         return
     path = Path(name)
     if not path.is_file():
-        known = ", ".join(["self", *HUB_TEXTS])
-        raise UsageError(f"--calibration must be a file or one of {known}; {name} is neither.")
+        known = ", ".join([*(["self"] if flag == "--calibration" else []), *HUB_TEXTS])
+        raise UsageError(f"{flag} must be a file or one of {known}; {name} is neither.")
     try:
         if path.suffix in (".jsonl", ".json"):
             with path.open(encoding="utf-8") as file:
@@ -131,7 +132,7 @@ def _read_documents(name: str) -> Iterator[str | list[dict[str, str]]]:
         else:
             yield path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"--calibration {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        raise UsageError(f"{flag} {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
 def _read_hub_text(name: str) -> Iterator[str | list[dict[str, str]]]:

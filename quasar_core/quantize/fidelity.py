@@ -1,14 +1,20 @@
-"""How faithful a verifier is: agreement, divergence, perplexity, P(agree | margin). Letters: T rows, V vocabulary."""
+"""How faithful a verifier is: agreement, divergence, perplexity, P(agree | margin); by position and by kind of token.
+
+Letters: T rows, V vocabulary.
+"""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from quasar_core.models.base import CausalLM, KVCache
-from quasar_core.records import FidelityReport, MarginTable, Progress, no_progress
+from quasar_core.quantize.token_kinds import KINDS
+from quasar_core.records import FidelityReport, FidelitySlice, KernelPrice, MarginTable, Progress, no_progress
 
 MARGIN_BINS = 16
+PIECE = 64  # tokens compared at once: a large vocabulary makes many copies of their logits
 
 
 def kl_divergence(target: torch.Tensor, verifier: torch.Tensor) -> torch.Tensor:
@@ -39,25 +45,49 @@ def margin_table(margin: torch.Tensor, agreed: torch.Tensor, bins: int = MARGIN_
 
 
 @dataclass
-class _Tally:
-    """Per-position values of all rows read so far."""
+class Tally:
+    """Values of all tokens predicted so far, and of their positions in the row."""
 
     kl: list[torch.Tensor] = field(default_factory=list)
     overlap: list[torch.Tensor] = field(default_factory=list)
     agreed: list[torch.Tensor] = field(default_factory=list)
     margin: list[torch.Tensor] = field(default_factory=list)
+    tokens: list[torch.Tensor] = field(default_factory=list)
+    positions: list[torch.Tensor] = field(default_factory=list)
     target_nll: float = 0.0
     verifier_nll: float = 0.0
 
-    def add(self, target: torch.Tensor, verifier: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Logits [T, V] of both at positions that precede `tokens` [T]."""
+    def add(self, target: torch.Tensor, verifier: torch.Tensor, tokens: torch.Tensor, first: int) -> None:
+        """Logits [T, V] of both at positions that precede `tokens` [T], the first of which is at position `first`."""
         self.kl.append(kl_divergence(target, verifier).cpu())
         self.overlap.append(overlap(target, verifier).cpu())
         self.agreed.append((target.argmax(dim=-1) == verifier.argmax(dim=-1)).cpu())
         self.margin.append(margins(verifier).cpu())
+        self.tokens.append(tokens.cpu())
+        self.positions.append(torch.arange(first, first + len(tokens)))
         nll = torch.nn.functional.cross_entropy
         self.target_nll += nll(target, tokens, reduction="sum").item()
         self.verifier_nll += nll(verifier, tokens, reduction="sum").item()
+
+    def slices(self, names: list[str], index: torch.Tensor) -> list[FidelitySlice]:
+        """One slice for each name that a token's `index` [n] points to."""
+        kl, agreed = torch.cat(self.kl).double(), torch.cat(self.agreed).double()
+        chosen = [(name, index == i) for i, name in enumerate(names)]
+        return [
+            FidelitySlice(name, int(mask.sum()), agreed[mask].mean().item(), kl[mask].mean().item())
+            for name, mask in chosen
+            if mask.any()
+        ]
+
+    def by_position(self) -> list[FidelitySlice]:
+        """Bands of positions that double in length: from 1 to 15, from 16 to 31, and so on."""
+        bands = torch.cat(self.positions).double().log2().floor().long().clamp_min(3) - 3
+        names = [f"{8 << i if i else 1} to {(16 << i) - 1}" for i in range(int(bands.max()) + 1)]
+        return self.slices(names, bands)
+
+    def by_kind(self, kinds: torch.Tensor) -> list[FidelitySlice]:
+        """By the kind of the token that is predicted; `kinds` [V] are indices into `token_kinds.KINDS`."""
+        return self.slices(list(KINDS), kinds[torch.cat(self.tokens)])
 
 
 @torch.inference_mode()
@@ -66,43 +96,82 @@ def measure_fidelity(
     verifier: CausalLM,
     cache: KVCache,
     held_out: torch.Tensor,
-    greedy: torch.Tensor,
+    greedy: torch.Tensor | None,
     greedy_from: int,
     text_name: str,
     progress: Progress = no_progress,
+    kinds: torch.Tensor | None = None,
 ) -> FidelityReport:
     """Compare both models on held-out rows [n, L] and on greedy rows, whose first `greedy_from` tokens do not count.
 
     `agreement` and the margin table come from the greedy rows (the target's own greedy text), everything else from
-    the held-out ones.
+    the held-out ones; without greedy rows, all does. `kinds` [V] is the kind of each token.
     """
-    sampled, own = _Tally(), _Tally()
-    total = len(held_out) + len(greedy)
-    for done, row in enumerate([*held_out, *greedy]):
+    sampled, own = Tally(), Tally()
+    total = len(held_out) + (0 if greedy is None else len(greedy))
+
+    def report(done: int) -> None:
         progress("measuring fidelity", done, total)
-        tokens = row.tolist()
-        cache.rollback(0)
-        p = target.forward(tokens[:-1], cache)
-        cache.rollback(0)
-        q = verifier.forward(tokens[:-1], cache)
-        first = 0 if done < len(held_out) else greedy_from - 1
-        tally = sampled if done < len(held_out) else own
-        tally.add(p[first:], q[first:], row[first + 1 :].to(p.device))
-    progress("measuring fidelity", total, total)
+
+    _compare(target, verifier, cache, held_out, 1, sampled, report)
+    if greedy is None:
+        own = sampled
+    else:
+        _compare(target, verifier, cache, greedy, greedy_from, own, lambda done: report(len(held_out) + done))
+    report(total)
     kl = torch.cat(sampled.kl)
     return FidelityReport(
         text=text_name,
         tokens=kl.numel(),
-        agreement=_share(own.agreed),
-        agreement_sampled=_share(sampled.agreed),
+        agreement=share(own.agreed),
+        agreement_sampled=share(sampled.agreed),
         overlap=torch.cat(sampled.overlap).mean().item(),
         kl_mean=kl.double().mean().item(),
         kl_p99=torch.quantile(kl.double(), 0.99).item(),
         perplexity_target=math.exp(sampled.target_nll / kl.numel()),
         perplexity_verifier=math.exp(sampled.verifier_nll / kl.numel()),
         margins=margin_table(torch.cat(own.margin), torch.cat(own.agreed)),
+        by_position=sampled.by_position(),
+        by_kind=[] if kinds is None else sampled.by_kind(kinds),
     )
 
 
-def _share(parts: list[torch.Tensor]) -> float:
+def _compare(
+    target: CausalLM,
+    verifier: CausalLM,
+    cache: KVCache,
+    rows: torch.Tensor,
+    first: int,
+    tally: Tally,
+    report: Callable[[int], None],
+) -> None:
+    """Take every row's tokens from position `first` on into the tally."""
+    for done, row in enumerate(rows):
+        report(done)
+        tokens = row.tolist()
+        cache.rollback(0)
+        p = target.forward(tokens[:-1], cache)[first - 1 :]
+        cache.rollback(0)
+        q = verifier.forward(tokens[:-1], cache)[first - 1 :]
+        for begin in range(0, len(p), PIECE):
+            piece, known = slice(begin, begin + PIECE), row[first:].to(p.device)
+            tally.add(p[piece], q[piece], known[piece], first + begin)
+
+
+@torch.inference_mode()
+def price_of_kernel(
+    target: CausalLM, exact: CausalLM, in_use: CausalLM, cache: KVCache, rows: torch.Tensor, kernel: str
+) -> KernelPrice:
+    """Divergence on rows [n, L] with unpacked weights (`exact`), and with the kernel that decoding runs (`in_use`)."""
+    unpacked, packed = Tally(), Tally()
+    _compare(target, exact, cache, rows, 1, unpacked, lambda done: None)
+    _compare(target, in_use, cache, rows, 1, packed, lambda done: None)
+    kl_exact, kl = torch.cat(unpacked.kl).double(), torch.cat(packed.kl).double()
+    return KernelPrice(
+        kernel, kl.numel(), kl_exact.mean().item(), kl.mean().item(), share(unpacked.agreed), share(packed.agreed)
+    )
+
+
+def share(parts: list[torch.Tensor]) -> float:
+    """The share of what is true."""
     return torch.cat(parts).double().mean().item()

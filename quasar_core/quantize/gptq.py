@@ -1,7 +1,9 @@
 """GPTQ (Frantar et al., 2023, arXiv 2210.17323): codes that keep a layer's outputs, not its weights. Pure.
 
 Columns are rounded one by one; each rounding error is spread over the columns not yet rounded, along the inverse
-Hessian. Letters: out and in the layer's sizes, G groups.
+Hessian. What is rounded need not be the layer's own weight: where its inputs differ from the full-precision model's,
+a corrected weight gives the full-precision outputs on them (`asymmetric.py`), and is rounded instead. The codes and
+scales so found are then refined (`refine.py`). Letters: out and in the layer's sizes, G groups.
 """
 
 import math
@@ -12,8 +14,10 @@ import torch
 from quasar_core.checkpoint.packing import QuantizedWeight, trivial_groups
 from quasar_core.errors import QuasarError
 from quasar_core.quantize.grid import Grid, fit_grid
+from quasar_core.quantize.refine import losses, refine
 
 BLOCK_COLUMNS = 128
+INVERSE_COLUMNS = 512
 DAMP_RETRIES = 5
 
 
@@ -27,11 +31,15 @@ class SolverConfig:
     act_order: bool = True
     damp: float = 0.05
     scale_search: bool = True
+    sweeps: int = 2
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A layer's codes, and its loss: the mean squared output error, summed over outputs; `relative` to the output."""
+    """A layer's codes, and its loss: the mean squared output error, summed over outputs; `relative` to the output.
+
+    With a corrected weight the error is the distance from its outputs.
+    """
 
     weight: QuantizedWeight
     loss: float
@@ -43,7 +51,7 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, config: SolverConfig, nam
 
     A row (an output) is independent of the others; where rounding to nearest has the lower loss, it is taken.
     """
-    weight, hessian = weight.float().clone(), hessian.float().clone()
+    weight, hessian = weight.float().clone(), hessian.float()
     dead = hessian.diagonal() == 0
     weight[:, dead] = 0  # an input that is always 0 may have any weight
     grid = fit_grid(weight, config.bits, config.group_size, config.sym, config.scale_search)
@@ -51,11 +59,10 @@ def solve(weight: torch.Tensor, hessian: torch.Tensor, config: SolverConfig, nam
     nearest = round_to_nearest(weight, grid, groups)
     order = torch.argsort(hessian.diagonal(), descending=True) if config.act_order else None
     solved = solve_codes(weight, hessian, grid, groups, order, config.damp, name)
-    losses = row_losses(weight, solved, grid, groups, hessian)
-    nearest_losses = row_losses(weight, nearest, grid, groups, hessian)
-    better = losses <= nearest_losses
+    better = losses(weight, solved, grid, groups, hessian) <= losses(weight, nearest, grid, groups, hessian)
     codes = torch.where(better[:, None], solved, nearest)
-    loss = torch.where(better, losses, nearest_losses).sum().item()
+    codes, grid = refine(weight, codes, grid, groups, hessian, config.sweeps)
+    loss = losses(weight, codes, grid, groups, hessian).sum().item()
     output = 0.5 * ((weight @ hessian) * weight).sum().item()
     if not math.isfinite(loss):
         raise QuasarError(f"{name} could not be quantized: its weights or its inputs are not finite.")
@@ -66,14 +73,6 @@ def round_to_nearest(weight: torch.Tensor, grid: Grid, groups: torch.Tensor) -> 
     """Codes [out, in] of the nearest grid points."""
     scales, zeros = grid.scales[:, groups], grid.zeros[:, groups]
     return (torch.round(weight / scales) + zeros).clamp(0, 2**grid.bits - 1)
-
-
-def row_losses(
-    weight: torch.Tensor, codes: torch.Tensor, grid: Grid, groups: torch.Tensor, hessian: torch.Tensor
-) -> torch.Tensor:
-    """½ · e H eᵀ for each row's error e [in]: the mean squared error of each output, [out]."""
-    error = weight - grid.scales[:, groups] * (codes - grid.zeros[:, groups])
-    return 0.5 * ((error @ hessian) * error).sum(dim=1)
 
 
 def solve_codes(
@@ -113,21 +112,36 @@ def inverse_factor(hessian: torch.Tensor, damp: float, name: str) -> torch.Tenso
     """
     dead = hessian.diagonal() == 0
     mean = hessian.diagonal().mean()
+    # H = R Rᵀ with R upper is a Cholesky factor of H read backwards, and then U = R⁻¹: one factor, few copies.
+    damped = hessian.flip(0, 1)
+    del hessian
+    damped.diagonal()[dead.flip(0)] = mean if mean > 0 else 1.0
+    before = 0.0
     for attempt in range(DAMP_RETRIES):
-        damped = hessian.clone()
-        damped.diagonal()[dead] = mean if mean > 0 else 1.0
-        damped.diagonal().add_(damp * 10**attempt * mean)
+        damped.diagonal().add_((damp * 10**attempt - before) * mean)
+        before = damp * 10**attempt
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed.item():
             continue
-        upper: torch.Tensor
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed.item() and bool(torch.isfinite(upper).all()):
+        del damped
+        upper = inverse_of_lower(lower).flip(0, 1)
+        if bool(torch.isfinite(upper).all()):
             return upper
+        break
     raise QuasarError(
         f"The Hessian of {name} has no Cholesky factor even with damping {damp * 10 ** (DAMP_RETRIES - 1):g}: "
         "use more calibration text, or a larger --damp."
     )
+
+
+def inverse_of_lower(lower: torch.Tensor) -> torch.Tensor:
+    """L⁻¹ of a lower triangular L, some columns at a time, so that no whole identity is needed beside the two."""
+    inverse = torch.zeros_like(lower)
+    for begin in range(0, len(lower), INVERSE_COLUMNS):
+        rest = lower[begin:, begin:]  # above the diagonal the inverse is zero
+        identity = torch.eye(len(rest), min(INVERSE_COLUMNS, len(rest)), dtype=lower.dtype, device=lower.device)
+        inverse[begin:, begin : begin + identity.shape[1]] = torch.linalg.solve_triangular(rest, identity, upper=False)
+    return inverse
 
 
 def _store(codes: torch.Tensor, grid: Grid, config: SolverConfig) -> QuantizedWeight:

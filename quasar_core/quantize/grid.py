@@ -68,13 +68,14 @@ def _range_to_grid(low: torch.Tensor, high: torch.Tensor, bits: int, sym: bool) 
     """
     top = 2**bits - 1
     if sym:
-        scale = _stored(2 * torch.maximum(-low, high) / top)
+        scale = stored_scale(2 * torch.maximum(-low, high) / top)
         return scale, torch.full_like(scale, 2 ** (bits - 1))
-    scale = _stored((high - low) / top)
+    scale = stored_scale((high - low) / top)
     return scale, torch.round(-low / scale).clamp(1, top)
 
 
-def _stored(scale: torch.Tensor) -> torch.Tensor:
+def stored_scale(scale: torch.Tensor) -> torch.Tensor:
+    """A scale as the checkpoint holds it: positive, rounded to float16."""
     return scale.clamp_min(SMALLEST_SCALE).to(torch.float16).to(scale.dtype)
 
 

@@ -7,256 +7,256 @@ where an interrupted run goes on.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from quasar_core.checkpoint.packing import QuantizedWeight, unpack_weight, why_not_packable
-from quasar_core.checkpoint.writer import save_tensors
-from quasar_core.errors import QuasarError
-from quasar_core.quantize.gptq import SolverConfig, solve
-from quasar_core.quantize.hessian import HessianAccumulator
+from quasar_core.checkpoint.compressed_tensors import PackedWeight
+from quasar_core.models.experts import SeparateExperts
+from quasar_core.models.skeleton import clone_structure
+from quasar_core.quantize.activations import Activations, Stop, run_block
+from quasar_core.quantize.asymmetric import corrected_weight
+from quasar_core.quantize.blocks import find_blocks, find_head, linear_layers
+from quasar_core.quantize.commits import QuantizedBlock, block_file, head_file, read_commit, write_commit
+from quasar_core.quantize.gptq import SolverConfig
+from quasar_core.quantize.hessian import Drift, HessianAccumulator
+from quasar_core.quantize.layer_plan import HEAD, LayerPlan
+from quasar_core.quantize.pieces import solve_in_pieces
+from quasar_core.quantize.reference import collect_compared, stream_layers
 from quasar_core.records import Progress, no_progress
 
-BATCH_TOKENS = 8192
+HESSIAN_BYTES = 1_000_000_000  # of the experts that are watched in one pass
+# An expert that reads fewer rows than this share of its inputs has a Hessian of nearly all damping.
+LEAST_ROWS = 1 / 8
+
+BlockMethod = Callable[[torch.nn.Module, str, Activations, LayerPlan], QuantizedBlock]
 
 
-class _Stop(Exception):
-    """Ends a forward pass whose rest is not needed."""
+class Blocks(Protocol):
+    """Where blocks come from: each call makes one of its own, on the device, to be changed at will."""
+
+    prefix: str
+    count: int
+
+    def block(self, index: int) -> torch.nn.Module:
+        """The block of that number."""
+        ...
 
 
-@dataclass
-class Batch:
-    """Hidden states [B, L, hidden] on their way through the blocks, and what each block takes beside them."""
+class BlocksInMemory:
+    """The blocks of a model that is loaded already."""
 
-    hidden: torch.Tensor
-    kwargs_of_blocks: list[dict[str, Any]]
-    block: int = 0  # the one that comes next
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.prefix, self._blocks = find_blocks(model)
+        self.count = len(self._blocks)
 
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        """What the next block takes; masks and rotary tables may differ between blocks."""
-        return self.kwargs_of_blocks[self.block]
-
-    def move_on(self, hidden: torch.Tensor) -> None:
-        """Take what left the next block; the one after it comes next."""
-        self.hidden = hidden
-        self.block += 1
+    def block(self, index: int) -> torch.nn.Module:
+        """A copy."""
+        return copy.deepcopy(self._blocks[index])
 
 
 @dataclass(frozen=True)
-class QuantizedBlock:
-    """The layers of one block by full name, and the relative loss of each."""
+class Stage:
+    """Layers that are solved on one pass: groups of them that share an input, and the module where the pass ends."""
 
-    weights: dict[str, QuantizedWeight]
-    losses: dict[str, float]
-
-
-def find_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
-    """The list of decoder blocks and its name, such as `model.layers`."""
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return name, module
-    raise QuasarError(f"No list of {count} decoder blocks was found in {type(model).__name__}.")
+    groups: Sequence[Sequence[str]]
+    last: torch.nn.Module
 
 
-def find_head(model: PreTrainedModel) -> tuple[torch.nn.Module, torch.nn.Linear]:
-    """The final norm and the head that reads it."""
-    norm, head = getattr(model.base_model, "norm", None), getattr(model, "lm_head", None)
-    if norm is None or not isinstance(head, torch.nn.Linear):
-        raise QuasarError(f"--lm-head-bits: {type(model).__name__} has no final norm and lm_head to quantize.")
-    return norm, head
-
-
-def check_layers(model: PreTrainedModel, bits: int, head_bits: int) -> None:
-    """Refuse, before any work, layers that the format cannot hold; the head counts where its codes are asked for."""
-    prefix, blocks = find_blocks(model)
-    wanted = [(f"{prefix}.{name}", linear, bits) for name, linear in linear_layers(blocks).items()]
-    if head_bits < 16:
-        wanted.append(("lm_head", find_head(model)[1], head_bits))
-    for name, linear, width in wanted:
-        obstacle = why_not_packable(linear.in_features, linear.out_features, width)
-        if obstacle:
-            raise QuasarError(f"Layer {name} cannot be packed: {obstacle}.")
-
-
-def linear_layers(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linear layers inside a module by their name within it."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)}
-
-
-@torch.inference_mode()
 def quantize_blocks(
-    model: PreTrainedModel,
-    batches: list[Batch],
-    config: SolverConfig,
+    source: Blocks | PreTrainedModel,
+    activations: Activations,
+    plan: LayerPlan | SolverConfig,
     commits: Path,
     progress: Progress = no_progress,
+    method: BlockMethod | None = None,
 ) -> Iterator[QuantizedBlock]:
     """Quantize every block on what enters the first; the model itself stays as it is. Yields blocks as they are done.
 
-    At the end `batches` hold what left the last block.
+    At the end `activations` hold what left the last block. A block that has a commit is read from it. Where a reference
+    is kept, it goes through the blocks as they were, and layers are fitted to its outputs (`asymmetric.py`).
     """
-    prefix, blocks = find_blocks(model)
-    for index, block in enumerate(blocks):
-        progress("quantizing", index, len(blocks))
-        work = copy.deepcopy(block)
-        commit = commits / f"block-{index:05d}.safetensors"
-        if commit.exists():
-            done = read_commit(commit, config)
-            _replace_weights(work, f"{prefix}.{index}.", done.weights)
-        else:
-            done = quantize_block(work, f"{prefix}.{index}", batches, config)
-            write_commit(commit, done)
-        for batch in batches:
-            batch.move_on(_run_block(work, batch))
-        yield done
-    progress("quantizing", len(blocks), len(blocks))
+    blocks = BlocksInMemory(source) if isinstance(source, PreTrainedModel) else source
+    plan = LayerPlan(plan) if isinstance(plan, SolverConfig) else plan
+    for index in range(blocks.count):
+        progress("quantizing", index, blocks.count)
+        yield quantize_one(blocks, index, activations, plan, commits, method or gptq_block)
+    progress("quantizing", blocks.count, blocks.count)
 
 
 @torch.inference_mode()
-def capture_first_inputs(model: PreTrainedModel, samples: torch.Tensor) -> list[Batch]:
-    """What enters the first block, and what every block takes, when the model reads samples [N, L], batch by batch."""
-    rows = max(1, BATCH_TOKENS // samples.shape[1])
-    return [_capture_batch(model, ids.to(model.device)) for ids in samples.split(rows)]
+def quantize_one(
+    blocks: Blocks, index: int, activations: Activations, plan: LayerPlan, commits: Path, method: BlockMethod
+) -> QuantizedBlock:
+    """Quantize and commit one block, or read its commit; the text moves on through it."""
+    work, commit = blocks.block(index), block_file(commits, index)
+    name = f"{blocks.prefix}.{index}"
+    if commit.exists():
+        done = read_commit(commit)
+        if activations.reference is not None:
+            activations.reference.advance(work)
+        replace_weights(work, name, done)
+    else:
+        done = method(work, name, activations, plan)
+        write_commit(commit, done)
+    activations.advance(work)
+    return done
 
 
-def _capture_batch(model: PreTrainedModel, ids: torch.Tensor) -> Batch:
-    blocks = find_blocks(model)[1]
-    entered: list[torch.Tensor] = []
-    kwargs_of_blocks: list[dict[str, Any]] = []
-
-    def pass_through(
-        hidden_states: torch.Tensor, *, past_key_values: Any = None, use_cache: Any = None, **kwargs: Any
-    ) -> torch.Tensor:
-        entered.append(hidden_states)
-        kwargs_of_blocks.append(kwargs)
-        if len(entered) == len(blocks):
-            raise _Stop
-        return hidden_states
-
-    with _blocks_replaced_by(blocks, pass_through), contextlib.suppress(_Stop):
-        model(input_ids=ids, use_cache=False)
-    return Batch(entered[0], kwargs_of_blocks)
-
-
-@contextlib.contextmanager
-def _blocks_replaced_by(blocks: torch.nn.ModuleList, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
-    for block in blocks:
-        block.forward = forward
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward  # the class's own again
-
-
-def _run_block(block: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    output = block(batch.hidden, **batch.kwargs)
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
-
-
-def quantize_block(block: torch.nn.Module, name: str, batches: list[Batch], config: SolverConfig) -> QuantizedBlock:
+def gptq_block(block: torch.nn.Module, name: str, activations: Activations, plan: LayerPlan) -> QuantizedBlock:
     """Quantize a block's linear layers in the order they run; their weights are replaced in place."""
-    weights: dict[str, QuantizedWeight] = {}
+    weights: dict[str, PackedWeight] = {}
     losses: dict[str, float] = {}
+    rounded: list[str] = []
     layers = linear_layers(block)
-    for group in layers_sharing_input(block, layers, batches[0]):
-        hessian = collect_hessian(block, layers[group[0]], batches, f"{name}.{group[0]}")
-        for layer_name in group:
-            linear, full_name = layers[layer_name], f"{name}.{layer_name}"
-            solution = solve(linear.weight, hessian, config, full_name)
-            weights[full_name], losses[full_name] = solution.weight, solution.relative_loss
-            linear.weight.data = solution.weight.dequantize(linear.weight.dtype).to(linear.weight.device)
-    return QuantizedBlock(weights, losses)
+    original = None if activations.reference is None else clone_structure(block)
+    stream = [] if original is None else stream_layers(block, list(layers), activations)
+    for stage in stages(block, layers, activations):
+        first = stage.groups[0][0]
+        if original is None or is_expert(first):  # in the two models, other tokens may be routed to an expert
+            inputs = collect_inputs(block, stage, layers, activations)
+        else:
+            inputs = {first: collect_compared(block, original, first, stream, activations)}
+        for group in stage.groups:
+            seen = inputs.pop(group[0])
+            too_few = is_expert(group[0]) and seen.count < LEAST_ROWS * layers[group[0]].in_features
+            hessian = identity(layers[group[0]]) if too_few else seen.finish(f"{name}.{group[0]}")
+            drift = None if too_few else seen.drift()
+            aims = {layer: aim(layers[layer].weight, hessian, drift, plan.solver(f"{name}.{layer}")) for layer in group}
+            del seen, drift  # as large as the Hessian, and not needed for the codes
+            for layer_name in group:
+                linear, full_name = layers[layer_name], f"{name}.{layer_name}"
+                solution = solve_in_pieces(aims.pop(layer_name), hessian, plan.solver(full_name), full_name)
+                weights[full_name], losses[full_name] = solution.weight, solution.relative_loss
+                rounded += [full_name] if too_few else []
+                replace_weight(linear, solution.weight.dequantize(linear.weight.dtype))
+    if activations.reference is not None and original is not None:
+        activations.reference.advance(original)
+    return QuantizedBlock(weights, losses, rounded=tuple(rounded))
 
 
-def layers_sharing_input(block: torch.nn.Module, layers: dict[str, torch.nn.Linear], batch: Batch) -> list[list[str]]:
-    """Names of layers in the order they run; those that read the same tensor (q, k, v; gate, up) together."""
-    groups: dict[tuple[int, int], list[str]] = {}
+def aim(weight: torch.Tensor, hessian: torch.Tensor, drift: Drift | None, solver: SolverConfig) -> torch.Tensor:
+    """The weight that the codes are to stand for: the layer's own, corrected where its inputs have drifted."""
+    return weight if drift is None else corrected_weight(weight.float(), hessian, drift, solver.damp)
+
+
+def is_expert(layer_name: str) -> bool:
+    """Whether a layer belongs to one of several experts, which see a part of the text each."""
+    return ".experts." in layer_name
+
+
+def identity(linear: torch.nn.Linear) -> torch.Tensor:
+    """The Hessian under which solving is rounding to nearest."""
+    return torch.eye(linear.in_features, device=linear.weight.device)
+
+
+def stages(block: torch.nn.Module, layers: dict[str, torch.nn.Linear], activations: Activations) -> list[Stage]:
+    """A block's layers in the order they run; those that read the same tensor (q, k, v; gate, up) share a group.
+
+    Experts read a part of the text each, found out anew in every pass: their input layers make one stage, their
+    output layers the next, or several, so that the Hessians of a stage fit `HESSIAN_BYTES`.
+    """
+    order: dict[object, list[str]] = {}
     kept: list[torch.Tensor] = []  # alive until the end, so that no address is used twice
+    experts = {name: module for name, module in block.named_modules() if isinstance(module, SeparateExperts)}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             kept.append(args[0])
-            groups.setdefault((args[0].data_ptr(), args[0].shape[-1]), []).append(name)
+            key = name if name in experts else (args[0].data_ptr(), args[0].shape[-1])
+            order.setdefault(key, []).append(name)
 
         return hook
 
-    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in layers.items()]
+    watched = {**{name: linear for name, linear in layers.items() if not is_expert(name)}, **experts}
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in watched.items()]
     try:
-        _run_block(block, Batch(batch.hidden[:1], [_first_row(batch.kwargs)]))
+        run_block(block, activations.first_row())
     finally:
         for handle in handles:
             handle.remove()
-    return list(groups.values())
+    found: list[Stage] = []
+    for names in order.values():
+        found += (
+            expert_stages(names[0], experts[names[0]]) if names[0] in experts else [Stage([names], layers[names[0]])]
+        )
+    return found
 
 
-def _first_row(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Block arguments for one row: a mask has the batch's rows, rotary tables may have one for all."""
-    mask = kwargs.get("attention_mask")
-    return {**kwargs, "attention_mask": mask[:1]} if isinstance(mask, torch.Tensor) else kwargs
+def expert_stages(name: str, experts: SeparateExperts) -> list[Stage]:
+    """Input layers of all experts, then output layers, as many at a time as `HESSIAN_BYTES` allow."""
+    found: list[Stage] = []
+    for parts in (("gate_proj", "up_proj"), ("down_proj",)):
+        groups = [[f"{name}.{index}.{part}" for part in parts] for index in range(len(experts.experts()))]
+        inputs = cast(torch.nn.Linear, getattr(experts.experts()[0], parts[0])).in_features
+        at_once = max(1, HESSIAN_BYTES // (4 * inputs**2))
+        found += [Stage(groups[i : i + at_once], experts) for i in range(0, len(groups), at_once)]
+    return found
 
 
-def collect_hessian(block: torch.nn.Module, linear: torch.nn.Linear, batches: list[Batch], name: str) -> torch.Tensor:
-    """H of the inputs that reach one layer; each pass ends there."""
-    accumulator = HessianAccumulator(linear.in_features, linear.weight.device)
+def collect_inputs(
+    block: torch.nn.Module, stage: Stage, layers: dict[str, torch.nn.Linear], activations: Activations
+) -> dict[str, HessianAccumulator]:
+    """What reaches the first layer of every group; each pass ends where the stage does."""
+    accumulators = {
+        group[0]: HessianAccumulator(layers[group[0]].in_features, layers[group[0]].weight.device)
+        for group in stage.groups
+    }
 
-    def take(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        accumulator.add(args[0])
-        raise _Stop
+    def take(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            accumulators[name].add(args[0])
+            if module is stage.last:
+                raise Stop  # its product is not needed
 
-    handle = linear.register_forward_pre_hook(take)
+        return hook
+
+    def end(*_: object) -> None:
+        raise Stop
+
+    handles = [layers[name].register_forward_pre_hook(take(name)) for name in accumulators]
+    handles.append(stage.last.register_forward_hook(end))
     try:
-        for batch in batches:
-            with contextlib.suppress(_Stop):
-                _run_block(block, batch)
+        for batch in activations.batches():
+            with contextlib.suppress(Stop):
+                run_block(block, batch)
     finally:
-        handle.remove()
-    return accumulator.finish(name)
+        for handle in handles:
+            handle.remove()
+    return accumulators
 
 
-def _replace_weights(block: torch.nn.Module, prefix: str, weights: dict[str, QuantizedWeight]) -> None:
+def replace_weights(block: torch.nn.Module, name: str, done: QuantizedBlock) -> None:
+    """Put what a commit holds into a block of the target: layers, and other tensors by their names."""
     layers = linear_layers(block)
-    for name, weight in weights.items():
-        linear = layers[name.removeprefix(prefix)]
-        linear.weight.data = weight.dequantize(linear.weight.dtype).to(linear.weight.device)
+    for full_name in done.weights:
+        linear = layers[full_name.removeprefix(f"{name}.")]
+        replace_weight(linear, done.dense(full_name, linear.weight.dtype))
+    parameters = dict(block.named_parameters())
+    for full_name, tensor in done.tensors.items():
+        own = parameters.get(full_name.removeprefix(f"{name}."))
+        if own is not None:
+            own.data = tensor.to(own)
+
+
+def replace_weight(linear: torch.nn.Linear, weight: torch.Tensor) -> None:
+    """Give a layer another weight [out, in]; the tensor that it had is not written to."""
+    linear.weight = torch.nn.Parameter(weight.to(linear.weight), requires_grad=False)
 
 
 @torch.inference_mode()
-def quantize_head(model: PreTrainedModel, batches: list[Batch], config: SolverConfig, commits: Path) -> QuantizedBlock:
-    """Quantize the head on what left the last block."""
-    norm, head = find_head(model)
-    commit = commits / "head.safetensors"
+def quantize_head(ends: PreTrainedModel, activations: Activations, plan: LayerPlan, commits: Path) -> QuantizedBlock:
+    """Quantize the head on what left the last block; of the model, final norm and head are enough."""
+    norm, head = find_head(ends)
+    commit = head_file(commits)
     if not commit.exists():
         accumulator = HessianAccumulator(head.in_features, head.weight.device)
-        for batch in batches:
-            accumulator.add(norm(batch.hidden))
-        solution = solve(head.weight, accumulator.finish("lm_head"), config, "lm_head")
-        write_commit(commit, QuantizedBlock({"lm_head": solution.weight}, {"lm_head": solution.relative_loss}))
-    return read_commit(commit, config)
-
-
-def write_commit(path: Path, block: QuantizedBlock) -> None:
-    """One finished block, whole or not at all."""
-    tensors = {f"{name}.{k}": t for name, weight in block.weights.items() for k, t in weight.pack().items()}
-    tensors |= {f"{name}.loss": torch.tensor(loss, dtype=torch.float64) for name, loss in block.losses.items()}
-    save_tensors(path, tensors)
-
-
-def read_commit(path: Path, config: SolverConfig) -> QuantizedBlock:
-    """What `write_commit` wrote."""
-    tensors = load_file(path)
-    weights, losses = {}, {}
-    for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
-        parts = {k: tensors[f"{name}.{k}"] for k in ("qweight", "qzeros", "scales", "g_idx")}
-        weights[name] = unpack_weight(name, parts, config.bits, config.group_size, zeros_offset=1)
-        losses[name] = float(tensors[f"{name}.loss"])
-    return QuantizedBlock(weights, losses)
+        for rows in activations.hidden.split(1):
+            accumulator.add(norm(rows.to(head.weight.device)))
+        solution = solve_in_pieces(head.weight, accumulator.finish(HEAD), plan.solver(HEAD), HEAD)
+        write_commit(commit, QuantizedBlock({HEAD: solution.weight}, {HEAD: solution.relative_loss}))
+    return read_commit(commit)

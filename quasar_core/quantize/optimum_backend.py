@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from quasar_core.checkpoint.packing import QuantizedWeight
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.quantize.layerwise import BATCH_TOKENS, QuantizedBlock, find_blocks
+from quasar_core.quantize.activations import BATCH_TOKENS
+from quasar_core.quantize.blocks import find_blocks
+from quasar_core.quantize.commits import QuantizedBlock
 from quasar_core.records import Progress, no_progress
 
 REQUIRED = ("optimum", "gptqmodel")

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quasar_core.models.kv_cache import PreallocatedCache
 from quasar_core.records import Progress, no_progress
 
-CACHE_BYTES = 4_000_000_000  # of the rows that are written at once
+# Keys and values of the rows that are written at once.
+CACHE_BYTES, DEVICE_CACHE_BYTES = 500_000_000, 4_000_000_000
 _MARK = "QUASAR-MARK"
 
 
@@ -75,13 +76,18 @@ def write_self_text(
     return torch.cat(batches)
 
 
+def cache_bytes(on_device: bool) -> int:
+    """What the keys and values may take, in the memory of a GPU or of the CPU."""
+    return DEVICE_CACHE_BYTES if on_device else CACHE_BYTES
+
+
 def rows_at_once(model: PreTrainedModel, length: int) -> int:
-    """Rows of `length` tokens whose keys and values fill `CACHE_BYTES`, at least one."""
+    """Rows of `length` tokens whose keys and values fill `cache_bytes`, at least one."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes: int = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    return max(1, CACHE_BYTES // (token_bytes * length))
+    return max(1, cache_bytes(model.device.type != "cpu") // (token_bytes * length))
 
 
 def _write_batch(

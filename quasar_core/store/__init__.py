@@ -7,12 +7,14 @@ from quasar_core.store.fingerprint import fingerprint
 from quasar_core.store.home import home
 from quasar_core.store.names import ModelSource, default_output, full_name, resolve_model
 from quasar_core.store.pairs import PairRecord, current_pair, find_pair, list_pairs, record_pair, remove_pair, use_pair
+from quasar_core.store.publish import check_can_push, push_folder
 from quasar_core.store.safetensors_header import TensorEntry, read_headers
 
 __all__ = [
     "ModelSource",
     "PairRecord",
     "TensorEntry",
+    "check_can_push",
     "current_pair",
     "default_output",
     "find_pair",
@@ -20,6 +22,7 @@ __all__ = [
     "full_name",
     "home",
     "list_pairs",
+    "push_folder",
     "read_headers",
     "record_pair",
     "remove_pair",

@@ -3,10 +3,12 @@
 import os
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 
 def home() -> Path:
     """$QUASAR_HOME, or the platform's cache folder for quasar; nothing is created."""
     chosen = os.environ.get("QUASAR_HOME")
-    return Path(chosen).expanduser().absolute() if chosen else user_cache_path("quasar", appauthor=False)
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    from platformdirs import user_cache_path  # where the folder is named, a bare checkout runs without this package
+
+    return user_cache_path("quasar", appauthor=False)

@@ -117,10 +117,14 @@ def default_output(source: ModelSource, config: QuantizeConfig) -> Path:
     """Where the verifier of `source` goes: beside a folder, else in home()/verifiers.
 
     The name tells method, bits and group size, such as Qwen3-8B-gptq-4bit-g128; `gchannel` stands for one group per
-    output channel (a group size of −1).
+    output channel (a group size of −1). W8A8 and fp8 have no bits to choose: Qwen3-8B-w8a8. Widths by layer:
+    Qwen3-8B-gptq-mixed4.25bit-g128, or by the agreement asked for, Qwen3-8B-gptq-agree0.97-g128.
     """
+    width = f"{config.bits}bit"
+    if config.mixed:
+        width = f"agree{config.target_agreement:g}" if config.mean_bits is None else f"mixed{config.mean_bits:g}bit"
     group = "gchannel" if config.group_size == -1 else f"g{config.group_size}"
-    suffix = f"-{config.method}-{config.bits}bit-{group}"
+    suffix = f"-{config.method}-{width}-{group}" if config.method == "gptq" else f"-{config.method}"
     if source.kind == "folder":
         return source.folder.parent / (source.folder.name + suffix)
     return home() / "verifiers" / (source.name.replace("/", "--") + suffix)

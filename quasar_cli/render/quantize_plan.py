@@ -1,0 +1,35 @@
+"""What a quantization would take, as `quasar quantize --dry-run` shows it."""
+
+from rich.table import Table
+
+from quasar_cli.render import as_bytes, facts_table
+from quasar_core.quantize.plan import Plan
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan's figures, and what is free here."""
+    states = as_bytes(plan.activations)
+    facts = [
+        ("checkpoint", f"{as_bytes(plan.checkpoint)}, {plan.bits_per_weight:.2f} bits per weight of the packed layers"),
+        ("disk at the most", f"{as_bytes(plan.disk)}{_free(plan.free_disk)}"),
+        ("memory at the most", f"{as_bytes(plan.host)}{_free(plan.free_host)}"),
+    ]
+    if plan.device:
+        facts.append(("GPU memory at the most", f"{as_bytes(plan.device)}{_free(plan.free_device)}, on one GPU"))
+    facts += [
+        ("hidden states", f"{states}, {'in a file' if plan.spilled else 'in memory'}"),
+        ("the model writes its text", _where_text_is_written(plan)),
+    ]
+    if plan.whole_because:
+        facts.append(("held as a whole", f"yes, since {plan.whole_because}"))
+    return facts_table(facts)
+
+
+def _where_text_is_written(plan: Plan) -> str:
+    if plan.text_on_device:
+        return "on the GPU, which holds it as a whole"
+    return "on the CPU, from its files; slow where memory cannot cache them: --calibration FILE spares most of it"
+
+
+def _free(count: int | None) -> str:
+    return "" if count is None else f" ({as_bytes(count)} free here)"

@@ -1,0 +1,136 @@
+"""The checkpoint's folder from the commits and the target's files: shards, configs, report, card."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from quasar_core.checkpoint import compressed_tensors
+from quasar_core.checkpoint.reader import CARD_VERSION, TensorFiles, read_json
+from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files, write_json
+from quasar_core.config import QuantizeConfig
+from quasar_core.models.skeleton import Weights
+from quasar_core.quantize.calibration import Calibration
+from quasar_core.quantize.card import model_card
+from quasar_core.quantize.commits import Width, commit_files, committed_tensors, read_summary
+from quasar_core.quantize.job import Job, package_versions
+from quasar_core.quantize.layer_plan import HEAD
+from quasar_core.records import FidelityReport, QuantizeReport
+from quasar_core.store.safetensors_header import weight_files
+
+
+def assemble(job: Job, names: Weights) -> None:
+    """Write the shards: packed layers in place of their weights, every other tensor of the source as it is.
+
+    Tensors pass through memory one by one.
+    """
+    writer = ShardWriter(job.partial)
+    for name, tensor in verifier_tensors(job, names):
+        writer.add(name, tensor)
+    writer.close()
+    copy_kept_files(job.source, job.partial)
+    gptq = job.config.method == "gptq"
+    number: Literal["int", "float"] = "int" if job.config.method == "w8a8" else "float"
+    section = (
+        quantization_section(job.config, stored_widths(job, names))
+        if gptq
+        else compressed_tensors.quantization_section(number)
+    )
+    config = read_json(job.source / "config.json")
+    config["quantization_config"] = section
+    if job.config.lm_head_bits < 16:
+        config["tie_word_embeddings"] = False  # the packed head stands on its own
+    write_json(job.partial / "config.json", config)
+    if gptq:
+        write_json(job.partial / "quantize_config.json", section)
+
+
+def verifier_tensors(job: Job, names: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the checkpoint holds, under the names of the source's files; memory-mapped."""
+    replaced = {f"{names.stored(layer)}.weight" for layer in quantized_names(job)}
+    for name, load in committed_tensors(job.commits):
+        stored = names.stored(name)
+        replaced.add(stored)
+        yield stored, load()
+    source = TensorFiles(job.source)
+    yield from source.load_many([name for name in source.names() if name not in replaced])
+
+
+def quantized_names(job: Job) -> list[str]:
+    """The model's names of the layers that have codes."""
+    return [name for path in commit_files(job.commits) for name in read_summary(path).losses]
+
+
+def stored_widths(job: Job, names: Weights) -> dict[str, Width]:
+    """Bits and group size of every layer that has codes, under the names of the source's files."""
+    summaries = [read_summary(path) for path in commit_files(job.commits)]
+    return {names.stored(name): width for summary in summaries for name, width in summary.widths.items()}
+
+
+def quantization_section(config: QuantizeConfig, widths: Mapping[str, Width]) -> dict[str, Any]:
+    """`quantization_config` in AutoGPTQ's words; `dynamic`, GPTQModel's, names the layers of another width.
+
+    Groups are static, so g_idx is trivial and `desc_act` is false, whatever order the solver took.
+    """
+    in_blocks = Counter(width for name, width in widths.items() if name != HEAD)
+    usual = in_blocks.most_common(1)[0][0]
+    others = {name: width for name, width in widths.items() if width != usual}
+    section: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": usual.bits,
+        "group_size": usual.group_size,
+        "desc_act": False,
+        "sym": config.sym,
+        "lm_head": config.lm_head_bits < 16,
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "true_sequential": True,
+        "damp_percent": config.damp,
+        "meta": {
+            "quantizer": [f"quasar:{package_versions()['quasar-cli']}"],
+            "act_order": config.act_order,
+            "static_groups": True,
+        },
+    }
+    if others:
+        section["dynamic"] = {f"{re.escape(name)}$": width._asdict() for name, width in others.items()}
+    return section
+
+
+def make_report(job: Job, seconds: dict[str, float], fidelity: FidelityReport) -> QuantizeReport:
+    """Sizes, losses, seconds, fidelity."""
+    summaries = [read_summary(path) for path in commit_files(job.commits)]
+    packed_bytes = sum(summary.packed_bytes for summary in summaries)
+    return QuantizeReport(
+        checkpoint=str(job.output),
+        target=job.target_name,
+        config=asdict(replace(job.config, seq_len=job.config.calibration_length, calibration=fidelity.text)),
+        bytes_before=_weight_bytes(job.source),
+        bytes_after=_weight_bytes(job.partial),
+        bits_per_weight=round(8 * packed_bytes / sum(summary.packed_weights for summary in summaries), 3),
+        layer_errors={name: loss for summary in summaries for name, loss in summary.losses.items() if loss is not None},
+        rounded_layers=[name for summary in summaries for name in summary.rounded],
+        seconds={**seconds, "total": round(sum(seconds.values()), 3)},
+        fidelity=fidelity,
+    )
+
+
+def describe(job: Job, report: QuantizeReport, calibration: Calibration) -> None:
+    """quasar.json and the model card."""
+    card = {
+        "format_version": CARD_VERSION,
+        "target": {"name": job.target_name, "fingerprint": job.fingerprint},
+        "calibration": calibration.identity(),
+        "versions": package_versions(),
+        "report": {**asdict(report), "checkpoint": job.output.name},
+    }
+    write_json(job.partial / "quasar.json", card)
+    (job.partial / "README.md").write_text(model_card(report, card), encoding="utf-8")
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in weight_files(folder))

@@ -1,0 +1,60 @@
+"""What is looked at before any work: weights that are no numbers, tokenizers of another model."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.errors import QuasarError
+from quasar_core.quantize.calibration import Calibration
+from quasar_core.quantize.streaming import StreamedModel
+from quasar_core.records import Progress, no_progress
+from quasar_core.store.safetensors_header import read_headers
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def check_dtypes(folder: Path, model: StreamedModel) -> None:
+    """Refuse a model whose matrices are stored in anything but floating point of 16 bits and more: headers suffice."""
+    wanted = {model.weights.stored(name) for name, _ in model.skeleton.named_parameters()}
+    for entry in read_headers(folder):
+        if entry.name in wanted and entry.dtype not in FLOATS:
+            raise QuasarError(
+                f"The tensor {entry.name} in {entry.file} is stored as {entry.dtype}: a target has weights of 16 or "
+                "32 bits, so name the model that this one was made from."
+            )
+
+
+def check_finite(files: TensorFiles, progress: Progress = no_progress) -> None:
+    """Read every weight once; QuasarError that names the first tensor that holds a value that is not finite."""
+    names = files.names()
+    for done, (name, tensor) in enumerate(files.load_many(names)):
+        progress("checking weights", done, len(names))
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = torch.aminmax(tensor)
+            if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)):
+                raise QuasarError(f"The tensor {name} in {files.folder} holds values that are not finite (NaN or inf).")
+    progress("checking weights", len(names), len(names))
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """QuasarError where the tokenizer's own tokens do not fit the model's embedding; added ones may never be used."""
+    if tokenizer.vocab_size > vocabulary:
+        raise QuasarError(
+            f"The tokenizer has {tokenizer.vocab_size:,} tokens and the model's embedding {vocabulary:,}: "
+            "they do not belong together."
+        )
+
+
+def check_calibration(calibration: Calibration, vocabulary: int) -> None:
+    """QuasarError for a text without rows, and for tokens that the model does not have."""
+    for rows in (calibration.samples, calibration.held_out, calibration.greedy):
+        if not rows.numel():
+            raise QuasarError(f"The calibration text {calibration.name} has no tokens.")
+        highest = int(rows.max())
+        if highest >= vocabulary:
+            raise QuasarError(
+                f"The calibration text {calibration.name} has the token {highest}, and the model's embedding "
+                f"{vocabulary:,} rows: tokenizer and model do not belong together."
+            )

@@ -1,0 +1,163 @@
+"""Finished blocks on disk: what a run has done already, and what the checkpoint is assembled from.
+
+A commit is one safetensors file: each layer's packed tensors under the layer's name, and every other tensor that the
+verifier holds in place of the target's or beside it. Its metadata hold, per layer, the loss and how to read the codes.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, PackedWeight, stored_tensors
+from quasar_core.checkpoint.packing import QuantizedWeight, unpack_weight
+from quasar_core.checkpoint.writer import save_tensors
+from quasar_core.errors import QuasarError
+
+_FACTS = "quasar"  # the metadata's key
+Layout = Literal["gptq", "compressed-tensors"]
+
+
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """The quantized layers of one block by full name, the relative loss of each, and what else the verifier holds.
+
+    `tensors` are named as the model names its parameters: norms that took up a smoothing, corrections, biases.
+    `rounded` are layers that saw too little text and were rounded to nearest. `layout` is how the codes are stored.
+    """
+
+    weights: dict[str, PackedWeight]
+    losses: dict[str, float]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    rounded: tuple[str, ...] = ()
+    layout: Layout = "gptq"
+
+    def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [out, in] that stands in the verifier for the layer of that name."""
+        return self.weights[name].dequantize(dtype)
+
+
+class Width(NamedTuple):
+    """How a layer's codes are stored."""
+
+    bits: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class CommitSummary:
+    """What a report says of a block: the loss of each layer (None from another tool), those rounded, sizes."""
+
+    losses: dict[str, float | None]
+    rounded: tuple[str, ...]
+    widths: dict[str, Width]
+    packed_weights: int
+    packed_bytes: int
+
+
+def block_file(commits: Path, index: int) -> Path:
+    """The commit of a block."""
+    return commits / f"block-{index:05d}.safetensors"
+
+
+def head_file(commits: Path) -> Path:
+    """The commit of a quantized head."""
+    return commits / "head.safetensors"
+
+
+def commit_files(commits: Path) -> list[Path]:
+    """Every commit of a run, blocks in order, then the head."""
+    head = head_file(commits)
+    return [*sorted(commits.glob("block-*.safetensors")), *([head] if head.exists() else [])]
+
+
+def write_commit(path: Path, block: QuantizedBlock) -> None:
+    """One finished block, whole or not at all."""
+    packed = {name: _pack(weight, block.layout) for name, weight in block.weights.items()}
+    tensors = {f"{name}.{suffix}": tensor for name, parts in packed.items() for suffix, tensor in parts.items()}
+    layers = {
+        name: {
+            "bits": weight.bits,
+            "group_size": weight.group_size,
+            "suffixes": list(packed[name]),
+            "weights": weight.in_features * weight.out_features,
+            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in packed[name].values()),
+            "loss": block.losses.get(name),
+        }
+        for name, weight in block.weights.items()
+    }
+    facts = {"layout": block.layout, "layers": layers, "rounded": list(block.rounded)}
+    save_tensors(path, {**tensors, **block.tensors}, {_FACTS: json.dumps(facts)})
+
+
+def read_commit(path: Path) -> QuantizedBlock:
+    """What `write_commit` wrote."""
+    with _opened(path) as file:
+        facts, names = _facts(file), set(file.keys())
+        weights = {}
+        for name, layer in facts["layers"].items():
+            parts = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in layer["suffixes"]}
+            weights[name] = _unpack(name, parts, layer, facts["layout"])
+            names -= {f"{name}.{suffix}" for suffix in parts}
+        others = {name: file.get_tensor(name) for name in sorted(names)}
+    return QuantizedBlock(weights, _losses(facts), others, tuple(facts["rounded"]), facts["layout"])
+
+
+def read_summary(path: Path) -> CommitSummary:
+    """Losses and sizes alone."""
+    with _opened(path) as file:
+        facts = _facts(file)
+    layers = facts["layers"].values()
+    return CommitSummary(
+        {name: layer["loss"] for name, layer in facts["layers"].items()},
+        tuple(facts["rounded"]),
+        {name: Width(layer["bits"], layer["group_size"]) for name, layer in facts["layers"].items()},
+        sum(layer["weights"] for layer in layers),
+        sum(layer["bytes"] for layer in layers),
+    )
+
+
+def committed_tensors(commits: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    """Every tensor of every commit by name, each to be read when it is written on."""
+    for path in commit_files(commits):
+        with _opened(path) as file:
+            names = list(file.keys())
+        for name in names:
+            yield name, lambda path=path, name=name: _read(path, name)  # type: ignore[misc]
+
+
+def _pack(weight: PackedWeight, layout: Layout) -> dict[str, torch.Tensor]:
+    """A layer's tensors as the checkpoint stores them."""
+    return weight.pack() if layout == "gptq" and isinstance(weight, QuantizedWeight) else stored_tensors(weight)
+
+
+def _unpack(name: str, parts: dict[str, torch.Tensor], layer: dict[str, Any], layout: Layout) -> PackedWeight:
+    if layout == "compressed-tensors":
+        return CompressedTensorsFormat(layer["bits"], layer["group_size"]).unpack(name, parts)
+    return unpack_weight(name, parts, layer["bits"], layer["group_size"], zeros_offset=1)
+
+
+def _read(path: Path, name: str) -> torch.Tensor:
+    with _opened(path) as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise QuasarError(f"{path} is not readable ({error}): delete it, and it is made anew.") from error
+
+
+def _facts(file: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(file.metadata()[_FACTS])
+    return facts
+
+
+def _losses(facts: dict[str, Any]) -> dict[str, float]:
+    return {name: layer["loss"] for name, layer in facts["layers"].items() if layer["loss"] is not None}

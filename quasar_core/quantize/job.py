@@ -1,0 +1,147 @@
+"""One quantization: what it makes from what, the folder of its work in progress, and who may work in it."""
+
+import contextlib
+import fcntl
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quasar_core.checkpoint.reader import read_json
+from quasar_core.checkpoint.writer import partial_folder, write_json
+from quasar_core.config import QuantizeConfig
+from quasar_core.errors import QuasarError, UsageError
+
+PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors")
+LOCK = "lock"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to quantize, where to, and how it is computed (`device` and `dtype`, such as cpu and bfloat16)."""
+
+    target_name: str
+    source: Path
+    fingerprint: str
+    output: Path
+    config: QuantizeConfig
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @property
+    def partial(self) -> Path:
+        """The folder of the work in progress."""
+        return partial_folder(self.output)
+
+    @property
+    def commits(self) -> Path:
+        """Finished blocks of a run that may be resumed."""
+        return self.partial / "commits"
+
+    @property
+    def spill(self) -> Path:
+        """Where hidden states lie that memory does not hold."""
+        return self.partial / "activations"
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that began."""
+        computed = {"device": self.device, "dtype": self.dtype}
+        return {"target": self.fingerprint, **asdict(self.config), **computed, **package_versions()}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what the result depends on; a package that runs from a checkout has none."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+@contextlib.contextmanager
+def working_folder(job: Job, resume: bool) -> Iterator[None]:
+    """Hold the partial folder alone, emptied or with the commits of a run of the same identity.
+
+    Raises UsageError where another process works in it, or an interrupted run of another identity lies there. A write
+    that fails, as on a full disk, becomes one sentence; what is committed stays.
+    """
+    try:
+        job.partial.mkdir(parents=True, exist_ok=True)
+        lock = (job.partial / LOCK).open("a+")
+    except OSError as error:
+        raise QuasarError(f"{job.partial} could not be made ({error.strerror}).") from error
+    with lock:
+        _take(lock.fileno(), job)
+        _begin(job, resume)
+        try:
+            yield
+        except OSError as error:
+            where = error.filename or job.partial
+            raise QuasarError(
+                f"{where} could not be written ({error.strerror or error}); what is finished is kept, and the same "
+                "command goes on from there."
+            ) from error
+        finally:
+            if job.partial.exists() and not anything_finished(job):
+                shutil.rmtree(job.partial)
+
+
+def anything_finished(job: Job) -> bool:
+    """Whether there is a calibration text or a block to go on from."""
+    return any(job.commits.glob("*.safetensors"))
+
+
+def clear_all_but_commits(job: Job) -> None:
+    """Remove what an interrupted run had begun to assemble."""
+    for path in job.partial.iterdir():
+        if path.is_dir() and path != job.commits:
+            shutil.rmtree(path)
+        elif path.is_file() and path.name != LOCK:
+            path.unlink()
+
+
+def _take(lock: int, job: Job) -> None:
+    """The system gives the lock up when its process ends, however it ends."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+        raise UsageError(
+            f"Another run (process {holder}) writes {job.output} at this moment; wait for it, or name another --output."
+        ) from error
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+
+
+def _begin(job: Job, resume: bool) -> None:
+    state = job.commits / "identity.json"
+    if resume and state.exists() and anything_finished(job):
+        _refuse_other_identity(job, read_json(state))
+        return
+    shutil.rmtree(job.commits, ignore_errors=True)
+    clear_all_but_commits(job)
+    job.commits.mkdir()
+    write_json(state, job.identity())
+
+
+def _refuse_other_identity(job: Job, begun: dict[str, Any]) -> None:
+    """Two runs that differ in anything do not make one checkpoint."""
+    wanted = job.identity()
+    differing = [key for key in {**begun, **wanted} if begun.get(key) != wanted.get(key)]
+    if differing:
+        changes = ", ".join(f"{key} was {_short(begun.get(key))} and is {_short(wanted.get(key))}" for key in differing)
+        raise UsageError(
+            f"{job.partial} holds an interrupted run of another kind: {changes}. Run it as it was begun, or pass "
+            "--no-resume to begin anew."
+        )
+
+
+def _short(value: object) -> str:
+    """A value in a sentence; a fingerprint by its beginning."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)

@@ -1,0 +1,233 @@
+"""What a quantization needs, before it is begun: bytes of memory and disk, by one formula; and what is free here.
+
+Each figure is the sum of what is there at the worst moment. Weights in the files are memory-mapped and count as no
+memory on the CPU, since the system may drop their pages. Letters: N rows of L tokens, H hidden, G groups.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quasar_core.config import QuantizeConfig
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.quantize.activations import BATCH_TOKENS
+from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS
+from quasar_core.quantize.fidelity import PIECE
+from quasar_core.quantize.layer_plan import HEAD, LayerPlan
+from quasar_core.quantize.pieces import solver_rows
+from quasar_core.quantize.self_text import cache_bytes
+
+# Measured with the packages of pyproject.toml: the interpreter with torch and transformers, before any weight.
+INTERPRETER_BYTES = 350_000_000
+# float32 copies at the solver's worst moment: of matrices [in, in], and of the rows of a layer at work. Such that a
+# block of the 1.7B shape, measured at 2.4 GB, is planned with 2.6; what the C library keeps of freed memory is in it.
+SQUARE_COPIES, ROW_COPIES = 10, 10
+# 32-bit values per token of a batch, in units of the widest layer's inputs and outputs.
+BATCH_COPIES = 6
+# Of a row's logits: each model's in 32 bits, and one model's in the dtype of the passes; of a piece's: while compared.
+LOGIT_COPIES, COMPARED_COPIES = 3, 8
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan reads of a model: its layers by name (out, in), and its other weights.
+
+    `stored` and `element` are the bytes of a weight in the files and in the passes. `whole_because` says why the
+    model is loaded as a whole, where it is.
+    """
+
+    layers: Mapping[str, tuple[int, int]]
+    other_weights: int
+    ends_weights: int
+    hidden: int
+    vocabulary: int
+    stored: int = 2
+    element: int = 2
+    whole_because: str | None = None
+
+    @property
+    def weights(self) -> int:
+        """All of them."""
+        return self.other_weights + sum(out * columns for out, columns in self.layers.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes. `host` and `device` are peaks; on the CPU the device is the host and `device` is 0."""
+
+    checkpoint: int
+    bits_per_weight: float
+    activations: int
+    spilled: bool
+    host: int
+    device: int
+    disk: int
+    text_on_device: bool
+    whole_because: str | None = None
+    free_host: int | None = None
+    free_disk: int | None = None
+    free_device: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+
+def make_plan(
+    shape: Shape,
+    config: QuantizeConfig,
+    on_device: bool = False,
+    max_memory: int | None = None,
+    free_device: int | None = None,
+) -> Plan:
+    """The figures for one model; with `on_device`, blocks run on a GPU with so much memory free."""
+    solvers = LayerPlan.of(config)
+    packed = 0
+    for name, (out, columns) in shape.layers.items():
+        solver = solvers.solver(name)
+        bits = solver.bits if name == HEAD else config.mean_bits or solver.bits
+        packed += packed_bytes(out, columns, bits, solver.group_size)
+    plain, states = shape.stored * shape.other_weights, activation_bytes(shape, config)
+    spilled = max_memory is not None and states > max_memory
+    held = 0 if spilled else states
+    text = shape.element * shape.weights + cache_bytes(True)
+    text_on_device = on_device and free_device is not None and text <= free_device
+    host = host_stages(shape, config, held, on_device, text_on_device)
+    return Plan(
+        checkpoint=packed + plain,
+        bits_per_weight=round(8 * packed / (shape.weights - shape.other_weights), 3),
+        activations=states,
+        spilled=spilled,
+        host=INTERPRETER_BYTES + max(host),
+        device=max(device_stages(shape, config, text if text_on_device else 0)) if on_device else 0,
+        disk=2 * packed + plain + (states if spilled else 0),
+        text_on_device=text_on_device,
+        whole_because=shape.whole_because,
+        free_device=free_device,
+    )
+
+
+def host_stages(
+    shape: Shape, config: QuantizeConfig, held: int, on_device: bool, text_on_device: bool
+) -> tuple[int, int, int]:
+    """Bytes of memory while the text is written, blocks are quantized, and fidelity is measured.
+
+    The files are mapped where the passes run in their dtype; a converted model is a copy.
+    """
+    whole = shape.element * shape.weights
+    copied = shape.element != shape.stored or shape.whole_because is not None
+    kept, read = whole if shape.whole_because else 0, held_out_bytes(shape, config)
+    writing = 0 if text_on_device else cache_bytes(False) + (whole if copied else 0)
+    if on_device:
+        return writing, kept + held + block_bytes(shape), kept + read
+    ends = 2 * shape.element * shape.ends_weights if copied else 0
+    block = block_bytes(shape) + batch_bytes(shape, config)
+    quantizing = kept + held + block + solver_bytes(shape, on_device)
+    return writing, quantizing, kept + read + ends + max(block, logit_bytes(shape, config))
+
+
+def device_stages(shape: Shape, config: QuantizeConfig, text: int) -> tuple[int, int, int]:
+    """The same of a GPU's memory; `text` is what writing it takes there."""
+    batch = batch_bytes(shape, config)
+    quantizing = block_bytes(shape) + solver_bytes(shape, True) + batch
+    ends = 2 * shape.element * shape.ends_weights  # of both models
+    return text, quantizing, ends + max(block_bytes(shape) + batch, logit_bytes(shape, config))
+
+
+def packed_bytes(out_features: int, in_features: int, bits: float, group_size: int) -> int:
+    """Codes, scales, zeros and g_idx of a layer in GPTQ's layout; `bits` may be a mean over layers."""
+    groups = 1 if group_size == -1 else -(-in_features // group_size)
+    return int(out_features * in_features * bits + groups * out_features * (16 + bits)) // 8 + 4 * in_features
+
+
+def activation_bytes(shape: Shape, config: QuantizeConfig) -> int:
+    """Hidden states of the calibration text, twice: the full-precision model's beside the verifier's."""
+    return 2 * config.samples * config.calibration_length * shape.hidden * shape.element
+
+
+def held_out_bytes(shape: Shape, config: QuantizeConfig) -> int:
+    """Hidden states of the text that fidelity is measured on, in both models; always in memory."""
+    rows = HELD_OUT_ROWS * (config.calibration_length + GREEDY_LENGTH)
+    return 2 * rows * shape.hidden * shape.element
+
+
+def block_bytes(shape: Shape) -> int:
+    """The largest block as it was and as it becomes, and its codes, a byte each."""
+    blocks: dict[str, int] = {}
+    for name, (out, columns) in shape.layers.items():
+        if name != HEAD:
+            block = name.split(".layers.")[-1].split(".")[0]
+            blocks[block] = blocks.get(block, 0) + out * columns
+    return (2 * shape.element + 1) * max(blocks.values(), default=0)
+
+
+def solver_bytes(shape: Shape, on_device: bool) -> int:
+    """The solver's workspace for the layer that needs most."""
+    needs = []
+    for out, columns in shape.layers.values():
+        rows = min(out, solver_rows(columns, on_device))
+        needs.append(4 * (SQUARE_COPIES * columns**2 + ROW_COPIES * rows * columns))
+    return max(needs, default=0)
+
+
+def batch_bytes(shape: Shape, config: QuantizeConfig) -> int:
+    """What a batch of tokens takes inside a block."""
+    tokens = min(max(BATCH_TOKENS, config.calibration_length), config.samples * config.calibration_length)
+    widest = max((out + columns for name, (out, columns) in shape.layers.items() if name != HEAD), default=0)
+    return 4 * BATCH_COPIES * tokens * widest
+
+
+def logit_bytes(shape: Shape, config: QuantizeConfig) -> int:
+    """Logits of a row of held-out text in both models, and the copies that comparing a piece of it makes."""
+    return 4 * shape.vocabulary * (LOGIT_COPIES * config.calibration_length + COMPARED_COPIES * PIECE)
+
+
+def refuse_what_cannot_fit(plan: Plan, output: Path | None) -> None:
+    """QuasarError, one sentence, where disk or memory found here are too small."""
+    beside = f" beside {output}" if output else ""
+    for what, need, free, remedy in (
+        ("of disk", plan.disk, plan.free_disk, f"free some{beside}, or name another --output"),
+        ("of memory", plan.host, plan.free_host, "use fewer --samples, a shorter --seq-len or a smaller --max-memory"),
+        ("of GPU memory", plan.device, plan.free_device, "use --device cpu, or a GPU with more memory"),
+    ):
+        if free is not None and need > free:
+            raise QuasarError(
+                f"This needs {need / 1e9:.1f} GB {what}, and {free / 1e9:.1f} GB are free here: {remedy}."
+            )
+
+
+def free_memory() -> int | None:
+    """Bytes that processes may still take without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = {line.split(":")[0]: line.split()[1] for line in lines}
+    return int(found["MemAvailable"]) * 1024 if "MemAvailable" in found else None
+
+
+def free_disk(output: Path) -> int:
+    """Bytes free where the output will lie."""
+    place = output.parent
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def parse_bytes(flag: str, text: str) -> int:
+    """A size such as 8GB, 500MB or 8e9; UsageError that names the flag."""
+    units = {"gb": 10**9, "mb": 10**6, "kb": 10**3, "gib": 2**30, "mib": 2**20, "kib": 2**10, "b": 1}
+    number, factor = text.strip().lower(), 1
+    for unit, size in units.items():
+        if number.endswith(unit):
+            number, factor = number.removesuffix(unit).strip(), size
+            break
+    try:
+        value = int(float(number) * factor)
+    except (ValueError, OverflowError):
+        value = 0
+    if value <= 0:
+        raise UsageError(f"{flag} must be a size such as 8GB or 500MB, not {text}.")
+    return value

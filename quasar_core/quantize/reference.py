@@ -1,0 +1,81 @@
+"""The same text in the full-precision model, beside the one being quantized: what a layer reads in either.
+
+Beside a layer's input stands the residual stream that its output is added to. In a block that adds the outputs of
+attention and of the MLP to what enters it (all of `models/architectures.py` do), the stream in front of a layer is
+known, and with it the error that earlier layers have left there.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+
+from quasar_core.errors import QuasarError
+from quasar_core.quantize.activations import Activations, Batch, Stop, run_block
+from quasar_core.quantize.hessian import HessianAccumulator
+
+STREAM_LAYERS = ("o_proj", "down_proj")  # by the last part of their names
+
+
+def stream_layers(block: torch.nn.Module, names: Sequence[str], activations: Activations) -> list[str]:
+    """Layers whose outputs the block adds to its hidden states, in order; none where that is not all that it does.
+
+    Tried on one row: a block with norms behind its layers, or with experts, gives something else.
+    """
+    found = [name for name in names if name.rpartition(".")[2] in STREAM_LAYERS and ".experts." not in name]
+    row = activations.first_row()
+    outputs: list[torch.Tensor] = [row.hidden]
+    handles = [block.get_submodule(name).register_forward_hook(lambda m, a, out: outputs.append(out)) for name in found]
+    try:
+        left = run_block(block, row)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(found) != len(STREAM_LAYERS) or any(out.shape != left.shape for out in outputs):
+        return []
+    total = torch.stack([out.float() for out in outputs]).sum(dim=0)
+    error = (total - left.float()).norm() / left.float().norm()
+    return found if error < 8 * torch.finfo(left.dtype).eps else []
+
+
+def collect_compared(
+    block: torch.nn.Module, original: torch.nn.Module, name: str, stream: Sequence[str], activations: Activations
+) -> HessianAccumulator:
+    """What reaches a layer, batch by batch, in the block being quantized and in the block as it was."""
+    linear = block.get_submodule(name)
+    assert isinstance(linear, torch.nn.Linear)
+    before = stream[: stream.index(name)] if name in stream else None
+    accumulator = HessianAccumulator(linear.in_features, linear.weight.device)
+    for batch, reference in activations.pairs():
+        inputs, standing = reach(block, name, before, batch)
+        wanted, aim = reach(original, name, before, reference)
+        accumulator.add(inputs, wanted, None if standing is None or aim is None else aim - standing)
+    return accumulator
+
+
+def reach(
+    block: torch.nn.Module, name: str, before: Sequence[str] | None, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The input of a layer, and the stream in front of it: what entered the block and what layers `before` added."""
+    inputs: list[torch.Tensor] = []
+    added: list[torch.Tensor] = []
+
+    def take(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        inputs.append(args[0])
+        raise Stop
+
+    def note(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        added.append(output)
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(take)]
+    handles += [block.get_submodule(earlier).register_forward_hook(note) for earlier in before or ()]
+    try:
+        with contextlib.suppress(Stop):
+            run_block(block, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not inputs:
+        raise QuasarError(f"Layer {name} saw no calibration input.")
+    stream = None if before is None else sum(added, batch.hidden)
+    return inputs[0], stream

@@ -1,0 +1,121 @@
+"""Fidelity and time against GPTQModel's own quantizer, on the same calibration text and measured on the same rows.
+
+Also on a second model where QUASAR_SMALL_LLAMA names one (`python -m quasar_core.demo.small_llama FOLDER` trains it).
+"""
+
+import importlib.util
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.models.transformers_lm import TransformersLM
+from quasar_core.quantize.calibration import GREEDY_FROM
+from quasar_core.quantize.fidelity import measure_fidelity
+from quasar_core.quantize.gptq import SolverConfig
+from quasar_core.quantize.study import Study, Variant, with_weights
+from quasar_core.store.names import demo_folder
+
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.skipif(
+        importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed; `make interop` installs it"
+    ),
+]
+SAMPLES = 64
+ASYMMETRIC = "with GPTAQ, α 1, asymmetric codes"
+SECOND = os.environ.get("QUASAR_SMALL_LLAMA")
+MODELS = [
+    pytest.param(str(demo_folder()), id="demo"),
+    pytest.param(
+        SECOND or "",
+        id="small-llama",
+        marks=pytest.mark.skipif(SECOND is None, reason="QUASAR_SMALL_LLAMA names no model"),
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def study(request: pytest.FixtureRequest) -> Study:
+    """A model and its texts."""
+    return Study.open(request.param, SAMPLES, 0, None)
+
+
+@pytest.fixture(autouse=True)
+def _eager() -> Iterator[None]:
+    """GPTQModel compiles its dequantization, which would take half a minute a model."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def their_settings() -> dict[str, dict[str, Any]]:
+    """Their solver's options that were best in a search: act-order, scale search, with GPTAQ and without."""
+    from gptqmodel.quantization.config import GPTAQConfig
+
+    usual = {"sym": True, "desc_act": True, "act_group_aware": False, "damp_percent": 0.05, "mse": 2.4}
+    return {
+        "act-order, scale search": usual,
+        "with GPTAQ, α ¼": {**usual, "gptaq": GPTAQConfig(alpha=0.25)},
+        "with GPTAQ, α 1": {**usual, "gptaq": GPTAQConfig(alpha=1.0)},
+        ASYMMETRIC: {**usual, "sym": False, "gptaq": GPTAQConfig(alpha=1.0)},
+    }
+
+
+def quantize_with_theirs(folder: str, study: Study, out: Path, options: dict[str, Any]) -> tuple[float, float]:
+    """Mean KL of their checkpoint at 4 bits in groups of 128, and the seconds that quantizing took."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with a single worker its thread pool raises
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    config = QuantizeConfig(bits=4, group_size=128, offload_to_disk=False, **options)
+    model = GPTQModel.load(folder, config, device="cpu", dtype=torch.float32)
+    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in study.texts["self"].samples.tolist()]
+    begin = time.perf_counter()
+    model.quantize(rows, batch_size=8)
+    seconds = time.perf_counter() - begin
+    model.save(str(out))
+    checkpoint = VerifierCheckpoint(out)
+    return divergence(study, {name: checkpoint.layer(name).dequantize() for name in checkpoint.layer_names}), seconds
+
+
+def divergence(study: Study, weights: dict[str, torch.Tensor]) -> float:
+    """Mean KL in nats on the held-out rows."""
+    verifier, text = TransformersLM(with_weights(study.target.model, weights)), study.texts["self"]
+    cache = study.target.new_cache(text.held_out.shape[1])
+    report = measure_fidelity(study.target, verifier, cache, text.held_out, None, GREEDY_FROM, "self")
+    return report.kl_mean
+
+
+def test_closer_to_the_target_than_their_best_setting(
+    study: Study,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where it writes its logs
+    folder = request.node.callspec.params["study"]
+    theirs = {
+        name: quantize_with_theirs(folder, study, tmp_path / str(number), options)
+        for number, (name, options) in enumerate(their_settings().items())
+    }
+    default = study.run(Variant("the defaults"))
+    by_layer = study.run(Variant("widths by layer, same bytes", mean_bits=4.0))
+    asymmetric = study.run(Variant("asymmetric codes", replace(SolverConfig(), sym=False)))
+    plain = study.run(Variant("no reference, no sweeps", replace(SolverConfig(), sweeps=0), asymmetric=False))
+    with capsys.disabled():
+        print(f"\n{study.name}, {SAMPLES} samples: mean KL and seconds")
+        for name, (kl, seconds) in theirs.items():
+            print(f"  GPTQModel, {name}: {kl:.5f}, {seconds:.1f} s")
+        for outcome in (plain, default, by_layer, asymmetric):
+            print(f"  quasar, {outcome.variant}: {outcome.kl_mean:.5f}, {outcome.seconds:.1f} s")
+    best = min(kl for name, (kl, _) in theirs.items() if name != ASYMMETRIC)
+    assert default.kl_mean <= 0.95 * best
+    assert by_layer.packed_bytes <= default.packed_bytes
+    assert by_layer.kl_mean <= 0.95 * best
+    assert asymmetric.kl_mean <= 0.95 * theirs[ASYMMETRIC][0]

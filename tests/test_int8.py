@@ -1,0 +1,135 @@
+"""8-bit weights times 8-bit activations, in integers and in floating point, against products written out."""
+
+import pytest
+import torch
+from test_packing import make_weight
+
+from quasar_core.checkpoint.float8 import FLOAT8, Float8Weight, concatenate_float8
+from quasar_core.errors import UsageError
+from quasar_core.kernels import float8
+from quasar_core.kernels.base import LayerShape
+from quasar_core.kernels.float8 import Float8Kernel, quantize_rows_float8, select_float8
+from quasar_core.kernels.int8 import Int8Kernel, quantize_rows
+from quasar_core.kernels.linear import PackedLinear
+from quasar_core.quantize.eight_bit import Floats, Integers
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 64, 32), (3, 100, 24), (17, 256, 40)])
+def test_an_integer_product_is_exact_but_for_the_rounded_rows(
+    rows: int, inputs: int, outputs: int, dtype: torch.dtype
+) -> None:
+    """Zeros other than 128 (other tools write them) included."""
+    weight, x, kernel = make_weight(8, inputs, outputs, -1), random(rows, inputs).to(dtype), Int8Kernel()
+    values, steps = quantize_rows(x)
+    expected = (values.double() * steps) @ weight.dequantize().double().t()
+    y = kernel.multiply(x, kernel.prepare(weight, CPU, dtype))
+    assert (y.dtype, y.shape) == (dtype, (rows, outputs))
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+    assert (y.double() - expected).norm() < tolerance * expected.norm()
+    whole = x.double() @ weight.dequantize().double().t()
+    assert 1e-4 < (y.double() - whole).norm() / whole.norm() < 0.03
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    kernel, x = Int8Kernel(), random(9, 96)
+    prepared = kernel.prepare(make_weight(8, 96, 32, -1), CPU, torch.float32)
+    whole = kernel.multiply(x, prepared)
+    assert torch.equal(whole[4:5], kernel.multiply(x[4:5], prepared))
+
+
+def test_rows_take_the_whole_range_and_zeros_stay() -> None:
+    values, steps = quantize_rows(torch.tensor([[0.0, 0.0], [-2.0, 1.0]]))
+    assert values.tolist() == [[0, 0], [-127, 64]]
+    assert steps[:, 0].tolist() == pytest.approx([0, 2 / 127])
+    floats, steps = quantize_rows_float8(torch.tensor([[0.0, 0.0], [-2.0, 1.0]]))
+    assert floats.float().tolist() == [[0, 0], [-448, 224]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        (LayerShape(64, 32, 4, -1, True), "it runs on 8-bit codes, not on 4-bit ones"),
+        (LayerShape(64, 32, 8, 32, True), "it runs on one scale per output, not on groups of 32"),
+    ],
+)
+def test_what_the_integer_kernel_does_not_run(shape: LayerShape, reason: str) -> None:
+    assert Int8Kernel().why_not(shape, CPU, torch.float32) == reason
+    assert Int8Kernel().why_not(LayerShape(63, 31, 8, -1, False), CPU, torch.float32) is None
+
+
+def float8_weight(outputs: int = 32, inputs: int = 64) -> Float8Weight:
+    return Floats().round_weight(random(outputs, inputs, seed=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_floating_point_product(dtype: torch.dtype) -> None:
+    """The values that the rows are rounded to, times the values that are stored; computed in float32 on the CPU."""
+    weight, x = float8_weight(), random(5, 64).to(dtype)
+    rows, steps = quantize_rows_float8(x)
+    expected = (rows.double() * steps) @ weight.dequantize().double().t()
+    layer = PackedLinear.build(weight, None, CPU, dtype, "float8")
+    error = (layer(x).double() - expected).norm() / expected.norm()
+    assert error < (1e-6 if dtype == torch.float32 else 4e-3)
+    whole = x.double() @ weight.dequantize().double().t()
+    assert 1e-3 < (expected - whole).norm() / whole.norm() < 0.05
+
+
+def test_floating_point_weights_are_unpacked_where_no_unit_has_them() -> None:
+    layer = PackedLinear.build(float8_weight(), None, CPU, torch.float32)
+    assert layer.choice.kernel.name == "dense"
+    assert layer.choice.reason == "not float8: it runs on CUDA, not on cpu; so unpacked at load"
+    assert torch.equal(layer.prepared, float8_weight().dequantize())
+    assert select_float8(float8_weight(), CPU, torch.float32, "dense").reason == "asked for by --kernel"
+    with pytest.raises(UsageError, match="--kernel vnni cannot run this verifier: its weights are 8-bit floating"):
+        PackedLinear.build(float8_weight(), None, CPU, torch.float32, "vnni")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "sizes", "reason"),
+    [
+        ((8, 0), torch.bfloat16, (64, 32), "it needs a GPU of compute capability 8.9 or more"),
+        ((9, 0), torch.float16, (64, 32), "it takes bfloat16, not float16"),
+        ((9, 0), torch.bfloat16, (72, 32), "72 × 32 are not multiples of 16"),
+        ((8, 9), torch.bfloat16, (64, 32), None),
+    ],
+)
+def test_which_gpus_multiply_floating_point(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(float8.torch.cuda, "get_device_capability", lambda device: capability)
+    assert Float8Kernel().why_not(*sizes, torch.device("cuda"), dtype) == reason
+
+
+def test_layers_of_one_input_are_joined() -> None:
+    first, second = float8_weight(16), float8_weight(48)
+    joined = concatenate_float8([first, second])
+    assert torch.equal(joined.dequantize(), torch.cat([first.dequantize(), second.dequantize()]))
+    assert joined.values.dtype == FLOAT8
+
+
+@pytest.mark.parametrize("number", [Integers(), Floats()], ids=["int8", "float8"])
+def test_weights_round_to_their_grid(number: Integers | Floats) -> None:
+    """Half a step of an integer, a sixteenth of a floating-point number; scales that every 16-bit dtype holds."""
+    weight = random(24, 100) * torch.logspace(-3, 3, 24)[:, None]
+    weight[3] = 0
+    rounded = number.round_weight(weight)
+    error, largest = (rounded.dequantize() - weight).abs(), weight.abs().amax(dim=1)
+    if isinstance(number, Integers):
+        bound = (0.51 * largest / 127 + 0.004 * largest)[:, None].expand_as(error)
+    else:
+        bound = torch.maximum(weight.abs() / 15, (largest / 448 / 64)[:, None]) + 0.004 * largest[:, None]
+    assert bool((error[weight.abs().amax(dim=1) > 0] <= bound[weight.abs().amax(dim=1) > 0]).all())
+    assert bool((rounded.dequantize()[3] == 0).all())
+    scales = rounded.scales.float()
+    assert torch.equal(scales.to(torch.bfloat16).float(), scales)

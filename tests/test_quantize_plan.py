@@ -1,0 +1,206 @@
+"""The plan of a quantization against what it then writes and holds; what it refuses; the figures in the docs."""
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from quantize_cases import CONFIG, quantize
+from tiny_model import save_tiny_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from quasar_cli.console import show
+from quasar_cli.main import run
+from quasar_cli.render.checkpoint import rounded_facts
+from quasar_cli.render.quantize_plan import plan_table
+from quasar_core import api
+from quasar_core.config import QuantizeConfig
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.quantize import estimate, layerwise
+from quasar_core.quantize.estimate import published_shape
+from quasar_core.quantize.plan import Shape, activation_bytes, make_plan, packed_bytes, parse_bytes
+
+pytest_plugins = ["quantize_fixtures"]
+DOCS = Path(__file__).parents[1] / "docs" / "quantizing.md"
+SMALL = Shape({"model.layers.0.up": (64, 32), "model.layers.1.up": (64, 32)}, 1000, 800, 32, 100)
+
+
+@pytest.mark.parametrize("changes", [{}, {"bits": 8, "group_size": -1}, {"bits": 3, "lm_head_bits": 8}], ids=str)
+def test_the_checkpoint_is_as_large_as_planned(source: Path, changes: dict[str, Any]) -> None:
+    config = replace(CONFIG, **changes)
+    plan = api.plan_quantize(str(source), config, device="cpu")
+    report = quantize(source, config)
+    header = 25_000  # names and offsets of some tens of tensors
+    assert plan.checkpoint <= report.bytes_after <= plan.checkpoint + header
+    assert plan.bits_per_weight == report.bits_per_weight
+
+
+def test_packed_bytes_of_a_layer() -> None:
+    """64 × 128 at 4 bits in groups of 32: codes, 4 groups of scales and zeros, a group number for each input."""
+    assert packed_bytes(64, 128, 4, 32) == 64 * 128 // 2 + 4 * 64 * 2 + 4 * 64 // 2 + 4 * 128
+    assert packed_bytes(64, 100, 8, -1) == 64 * 100 + 64 * 3 + 400
+
+
+def test_memory_does_not_grow_with_the_layers_and_disk_does() -> None:
+    more = replace(SMALL, layers={f"model.layers.{i}.up": (64, 32) for i in range(8)})
+    few, many = make_plan(SMALL, CONFIG), make_plan(more, CONFIG)
+    assert (many.host, many.device) == (few.host, 0)
+    assert many.disk > few.disk
+    assert many.checkpoint > few.checkpoint
+
+
+def test_hidden_states_are_spilled_beyond_max_memory() -> None:
+    states = activation_bytes(SMALL, CONFIG)
+    kept, spilled = (make_plan(SMALL, CONFIG, max_memory=limit) for limit in (states, states - 1))
+    assert (kept.spilled, spilled.spilled) == (False, True)
+    assert spilled.disk - kept.disk == states
+
+
+def test_a_model_that_is_converted_or_loaded_whole_is_held_whole() -> None:
+    large = replace(SMALL, other_weights=10**9)
+    mapped = make_plan(large, CONFIG).host
+    assert make_plan(replace(large, element=4), CONFIG).host - mapped > 3 * 10**9
+    assert make_plan(replace(large, whole_because="it says so"), CONFIG).host - mapped > 10**9
+
+
+def test_a_gpu_writes_the_text_where_it_holds_the_model() -> None:
+    large = replace(SMALL, other_weights=10**10, ends_weights=10**9)
+    roomy, tight = (make_plan(large, CONFIG, True, free_device=gb * 10**9) for gb in (80, 8))
+    assert (roomy.text_on_device, tight.text_on_device) == (True, False)
+    assert roomy.device > 2 * 10**10 > tight.device
+
+
+def test_the_same_codes_whether_hidden_states_lie_in_memory_or_in_a_file(source: Path) -> None:
+    inside = Path(quantize(source, output=source.parent / "inside").checkpoint)
+    outside = Path(quantize(source, output=source.parent / "outside", max_memory=1).checkpoint)
+    assert (inside / "model.safetensors").read_bytes() == (outside / "model.safetensors").read_bytes()
+    assert not (outside / "activations").exists()
+
+
+def layered(folder: Path, layers: int) -> Path:
+    """A tiny model of so many layers."""
+    save_tiny_model(folder)
+    config = Qwen3Config.from_pretrained(folder)
+    config.num_hidden_layers, config.layer_types, config.vocab_size = layers, None, 264
+    Qwen3ForCausalLM(Qwen3Config(**config.to_dict())).save_pretrained(folder)
+    return folder
+
+
+def bytes_of_tensors() -> int:
+    """Bytes of all tensors alive, each storage once; what is mapped from a weights' file is no memory."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split()[0].split("-") for line in lines if line.endswith(".safetensors")]
+    spans = [(int(begin, 16), int(end, 16)) for begin, end in mapped]
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and not thing.is_meta:
+            address = thing.untyped_storage().data_ptr()
+            if not any(begin <= address < end for begin, end in spans):
+                storages[address] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here to tell mapped memory by")
+@pytest.mark.usefixtures("small_texts")
+def test_what_is_in_memory_does_not_grow_with_the_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors alive when a block is about to be committed: the same at the last of eight blocks as at the first."""
+    original, alive = layerwise.write_commit, []
+
+    def watch(path: Path, block: Any) -> None:
+        gc.collect()
+        alive.append(bytes_of_tensors())
+        original(path, block)
+
+    monkeypatch.setattr(layerwise, "write_commit", watch)
+    quantize(layered(tmp_path / "eight", 8))
+    assert len(alive) == 8
+    assert max(alive) < 1.02 * alive[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("500 mb", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("8e9", 8 * 10**9)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes("--max-memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "much", "-1GB", "0", "inf", "nan"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match="--max-memory must be a size such as 8GB or 500MB, not"):
+        parse_bytes("--max-memory", text)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(source.parent.rglob("*"))
+    assert run(["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["checkpoint"] > 0
+    assert plan["free_disk"] > 0
+    assert run(["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "disk at the most" in shown
+    assert "free here" in shown
+    assert sorted(source.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        ("free_disk", r"This needs 0\.0 GB of disk, and 0\.0 GB are free here: free some"),
+        ("free_memory", r"This needs \d\.\d GB of memory, and 0\.0 GB are free here: use fewer --samples"),
+    ],
+)
+def test_what_cannot_fit_is_refused(
+    source: Path,
+    function: str,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(estimate, function, lambda *_: 1000)
+    with pytest.raises(QuasarError, match=sentence):
+        quantize(source)
+    assert not (source.parent / "tiny-gptq-4bit-g32.partial").exists()
+    assert run(["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run"]) == 1
+    shown = capsys.readouterr()
+    assert "checkpoint" in shown.out, "the plan is shown before it is refused"
+    assert "are free here" in shown.err
+
+
+def plan_row(name: str, label: str) -> str:
+    """A row of the docs' table, in GB."""
+    config = QuantizeConfig()
+    shape = published_shape(name, config)
+    cpu, gpu = make_plan(shape, config), make_plan(shape, config, True, free_device=0)
+    cells = [2 * shape.weights, cpu.checkpoint, cpu.disk, cpu.activations, cpu.host, gpu.host, gpu.device]
+    return f"| {label} | " + " | ".join(f"{cell / 1e9:.1f}" for cell in cells) + " |"
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("qwen3-8b", "Qwen3-8B"), ("qwen3-32b", "Qwen3-32B"), ("llama3-70b", "Llama-3-70B")]
+)
+def test_the_figures_in_the_docs_are_the_formulas(name: str, label: str) -> None:
+    assert plan_row(name, label) in DOCS.read_text()
+
+
+def test_the_plan_as_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = replace(make_plan(SMALL, CONFIG, True, max_memory=1, free_device=80 * 10**9), free_device=80 * 10**9)
+    show(plan_table(replace(plan, whole_because="it runs code of its own")))
+    shown = capsys.readouterr().out
+    words = ("80.0 GB free here), on one GPU", "in a file", "on the GPU, which holds it as a whole", "code of its own")
+    assert all(expected in shown for expected in words)
+    show(plan_table(make_plan(SMALL, CONFIG)))
+    shown = capsys.readouterr().out
+    assert "GPU memory" not in shown
+    assert "on the CPU, from its files" in shown
+
+
+def test_layers_that_were_rounded_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(5)]
+    assert rounded_facts([], verbose=True) == []
+    ((_, few),), ((_, all_of_them),) = rounded_facts(names, verbose=False), rounded_facts(names, verbose=True)
+    assert few == f"5 layers that saw too little text: {', '.join(names[:3])}, …"
+    assert names[4] in all_of_them
