@@ -40,7 +40,8 @@ def distill_scales(
         with torch.no_grad():
             wanted = target(input_ids=row, use_cache=False).logits[0].float()
         scaled = {f"{name}.weight": _scaled(weights[name], factor) for name, factor in factors.items()}
-        got = torch.func.functional_call(target, {**fixed, **scaled}, kwargs={"input_ids": row, "use_cache": False}).logits[0]
+        inputs = {"input_ids": row, "use_cache": False}
+        got = torch.func.functional_call(target, fixed | scaled, kwargs=inputs).logits[0]
         optimizer.zero_grad()
         kl_divergence(wanted, got.float()).mean().backward()
         optimizer.step()
