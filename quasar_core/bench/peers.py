@@ -68,7 +68,8 @@ class TransformersPeer:
 
     def _options(self) -> dict[str, Any]:
         sampling = self.config.sampling
-        options: dict[str, Any] = {"do_sample": not sampling.greedy, "eos_token_id": sorted(self._eos_ids()) or None}
+        never = self.pair.primary.vocab_size  # older versions cannot do without a token that ends
+        options: dict[str, Any] = {"do_sample": not sampling.greedy, "eos_token_id": sorted(self._eos_ids()) or [never]}
         if not sampling.greedy:
             options |= {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         if self.config.draft == "ngram":
