@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from quasar_core.bench.gpu_models import Bench, Plan, grown_target, rounded_veri
 from quasar_core.bench.gpu_report import Report
 from quasar_core.bench.gpu_table import summary
 from quasar_core.demo.grow import DEMO
+from quasar_core.kernels.base import LayerShape
+from quasar_core.kernels.dense import DenseKernel
 from quasar_core.models.loading import load_target
 
 PLAN = replace(Plan.dry_run(), architectures=1, samples=2, contexts=(16,), tokens=(1, 8))
@@ -144,3 +147,29 @@ def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, caps
         gpu_bench.main()
     assert ended.value.code == 2
     assert "--dry-run walks every step on the CPU" in capsys.readouterr().err
+
+
+def test_products_are_tuned_before_they_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    from quasar_core.kernels.triton import tune
+
+    events: list[str] = []
+    report = new_report(tmp_path)
+    monkeypatch.setattr(report, "say", events.append)
+    monkeypatch.setattr(gpu_products, "why_not_triton", lambda device, dtype: None)
+    monkeypatch.setattr(gpu_products, "time_rows", lambda *args: events.append("timed") or [])
+    monkeypatch.setattr(tune, "tune_missing", lambda weights, dtype, seconds: "1 tuned in 1.0 s")
+    gpu_products.time_dense(Bench(PLAN, report, 1e9), (64, 32))
+    assert events[:2] == ["(64, 32), 16 bits: 1 tuned in 1.0 s", "timed"]
+
+    class Tunable(DenseKernel):
+        name = "tunable"
+
+        def tune(self, weights: Any, dtype: torch.dtype) -> str:
+            return "2 remembered"
+
+    events.clear()
+    monkeypatch.setattr(gpu_products, "KERNELS", (Tunable(),))
+    gpu_products.time_packed(Bench(PLAN, report, 1e9), LayerShape(64, 32, 4, 32, True))
+    assert events[:2] == ["(64, 32), 4 bits: 2 remembered", "timed"]

@@ -204,6 +204,23 @@ def test_measuring_times_every_row_count_of_a_part_of_a_large_layer() -> None:
     assert all(value > 1e-7 * 150_000 / 2048 for value in seconds.values())
 
 
+def test_a_kernel_with_shapes_to_choose_chooses_them_before_it_is_timed() -> None:
+    events: list[str] = []
+
+    class Tunable(StandInKernel):
+        def tune(self, weights: Any, dtype: torch.dtype) -> str:
+            events.append(f"tune {len(weights)} in {dtype}")
+            return ""
+
+        def multiply(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
+            events.append("multiply")
+            return super().multiply(x, prepared)
+
+    time_kernel(Tunable("t"), LayerShape(64, 256, 4, 32, True), CPU, BF16)
+    assert events[:2] == ["tune 32 in torch.bfloat16", "multiply"]
+    assert events.count(events[0]) == 1
+
+
 def test_choosing_needs_nothing_but_times() -> None:
     able = [StandInKernel("a"), StandInKernel("b")]
     seconds = {"a": {1: 1.0, 4: 3.0, 8: 3.0}, "b": {1: 2.0, 4: 2.0, 8: 9.0}}

@@ -4,15 +4,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import interpreted  # noqa: F401  # first: it decides how kernels are compiled
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.triton import kernel as triton_kernel
+from quasar_core.kernels.triton import tune as tune_module
 from quasar_core.kernels.triton import tuned
 from quasar_core.kernels.triton.blocks import Blocks, packed_blocks
 from quasar_core.kernels.triton.check_products import random_weight
@@ -20,7 +23,7 @@ from quasar_core.kernels.triton.check_tools import Case, relative_error
 from quasar_core.kernels.triton.checks import correctness_cases
 from quasar_core.kernels.triton.kernel import TritonKernel
 from quasar_core.kernels.triton.products import multiply_packed
-from quasar_core.kernels.triton.tune import candidates, tune
+from quasar_core.kernels.triton.tune import candidates, tune, tune_missing
 from quasar_core.kernels.triton.weights import dequantize, prepare_packed
 
 CPU = torch.device("cpu")
@@ -91,6 +94,104 @@ def test_the_fastest_shape_is_kept_and_used(shapes_file: Path) -> None:
     assert tune([weight], torch.float16, timer=lambda launch: next(times)) == wanted
     assert packed_blocks(weight, CPU) == wanted
     assert [path.name for path in shapes_file.parent.iterdir()] == [shapes_file.name]
+
+
+def two_shapes() -> list[Any]:
+    """Two layers of one shape, of another one, and 16-bit weights of a third."""
+    packed = [prepare_packed(random_weight(4, inputs, 80, 32, symmetric=True), CPU) for inputs in (64, 64, 96)]
+    return [*packed, torch.zeros(80, 64, dtype=torch.float16)]
+
+
+def test_only_shapes_that_are_not_known_are_tuned(shapes_file: Path) -> None:
+    timed: list[object] = []
+    timer = lambda launch: timed.append(launch) or 1.0  # noqa: E731
+    note = tune_missing(two_shapes()[:2], torch.float16, timer)
+    assert note.startswith("block shapes of Triton's products: 1 tuned in ")
+    assert len(timed) == len(candidates(two_shapes()[0]))
+    note = tune_missing(two_shapes(), torch.float16, timer)
+    assert note.startswith("block shapes of Triton's products: 2 tuned in ")
+    assert note.endswith("1 remembered")
+    tuned._table.cache_clear()  # as in another process
+    timed.clear()
+    assert tune_missing(two_shapes(), torch.float16, timer) == "block shapes of Triton's products: 3 remembered"
+    assert not timed
+    assert tune_missing([], torch.float16, timer) == ""
+
+
+def test_all_weights_of_a_shape_are_multiplied_up_to_what_no_cache_holds(
+    shapes_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [torch.zeros(80, 64, dtype=torch.float16) for _ in range(5)]
+    multiplied: list[int] = []
+    monkeypatch.setattr(tune_module, "multiply_dense", lambda x, weight, out, blocks: multiplied.append(id(weight)))
+    monkeypatch.setattr(tune_module, "_UNCACHED", 3 * weights[0].nbytes - 1)
+
+    def timer(launch: Any) -> float:
+        multiplied.clear()
+        launch()
+        return 1.0
+
+    tune_missing(weights, torch.float16, timer)
+    assert multiplied == [id(weight) for weight in weights[:3]]
+
+
+def test_tuning_ends_with_its_time(shapes_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four seconds for two shapes, a second for each measurement: two seconds a shape, and no shape without one."""
+    clock, timed = [0.0], list[float]()
+    monkeypatch.setattr(tune_module.time, "perf_counter", lambda: clock[0])
+
+    def timer(launch: Any) -> float:
+        clock[0] += 1.0
+        timed.append(clock[0])
+        return -clock[0]  # each is faster than those before
+
+    weights = two_shapes()[1:3]
+    second = candidates(weights[0])[1]
+    note = tune_missing(weights, torch.float16, timer, seconds=4.0)
+    assert note == "block shapes of Triton's products: 2 tuned in 4.0 s"
+    assert packed_blocks(weights[0], CPU) == second
+    shapes_file.unlink()
+    tuned._table.cache_clear()
+    timed.clear()
+    tune_missing(two_shapes(), torch.float16, timer, seconds=0.0)
+    assert len(timed) == 3
+
+
+def test_a_shape_that_does_not_fit_the_gpu_is_passed_over(shapes_file: Path) -> None:
+    weight = two_shapes()[0]
+    fitting = candidates(weight)[3]
+    answers = iter(candidates(weight))
+
+    def timer(launch: Any) -> float:
+        if next(answers) != fitting:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return 1.0
+
+    assert tune([weight], torch.float16, timer) == fitting
+
+
+def test_shapes_that_cannot_be_kept_are_used_and_said(shapes_file: Path) -> None:
+    shapes_file.parent.write_text("a file where the folder should be")
+    tuned._table.cache_clear()
+    weight = two_shapes()[0]
+    slowest_first, times = candidates(weight), iter(range(1000, 0, -1))
+    note = tune_missing([weight], torch.float16, lambda launch: float(next(times)))
+    assert ", not kept: " in note
+    assert packed_blocks(weight, CPU) == slowest_first[-1]
+
+
+def test_candidates_near_the_rule_of_thumb_come_first() -> None:
+    weight = prepare_packed(random_weight(4, 1088, 80, 128, symmetric=True), CPU)
+    rule, *others = candidates(weight)
+    assert rule == packed_blocks(weight, CPU)
+    assert abs(others[0].stages - rule.stages) == 1
+    assert others[0].splits == rule.splits
+    assert (others[-1].outputs, others[-1].splits) != (rule.outputs, rule.splits)
+
+
+def test_nothing_is_tuned_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune_module, "tune_missing", lambda *args, **options: pytest.fail("it was called"))
+    assert TritonKernel().tune([two_shapes()[0]], torch.float16) == ""
 
 
 def test_a_damaged_file_of_shapes_is_named(shapes_file: Path) -> None:

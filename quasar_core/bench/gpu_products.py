@@ -13,7 +13,7 @@ import torch
 from quasar_core.bench.gpu_models import Bench, Plan
 from quasar_core.bench.gpu_passes import time_pass
 from quasar_core.bench.step_lineup import packed_bytes
-from quasar_core.kernels.base import LayerShape
+from quasar_core.kernels.base import LayerShape, TunableKernel
 from quasar_core.kernels.measure import random_weight
 from quasar_core.kernels.select import KERNELS
 from quasar_core.models.cuda_graphs import record
@@ -24,6 +24,7 @@ from quasar_core.models.products import block_products, head_product
 PART = "products"
 UNCACHED = {"cuda": 256_000_000, "cpu": 1_000_000}  # bytes
 REPEATS = 5
+TUNING_S = 1.5  # for one shape in 16 bits, where no pass has tuned it
 FORMATS = ((4, 128), (8, 128), (8, -1))  # bits, group size
 
 Multiply = Callable[[torch.Tensor], Any]  # x [T, in] by some weight
@@ -52,6 +53,10 @@ def time_dense(bench: Bench, shape: tuple[int, int]) -> None:
     plan, (columns, outputs) = bench.plan, shape
     size = plan.dtype.itemsize * columns * outputs
     weights = [torch.randn(outputs, columns, device=plan.device, dtype=plan.dtype) for _ in range(copies(size, plan))]
+    if why_not_triton(plan.device, plan.dtype) is None:
+        from quasar_core.kernels.triton.tune import tune_missing
+
+        bench.report.say(f"{shape}, 16 bits: {tune_missing(weights, plan.dtype, seconds=TUNING_S)}")
     steps, _ = choose_steps(plan.device, plan.dtype)
     for name, way in steps.dense_products(1).items():
         calls = [partial(way, weight=weight, bias=None) for weight in weights]
@@ -68,6 +73,8 @@ def time_packed(bench: Bench, layer: LayerShape) -> None:
         if left_out or kernel.why_not(layer, plan.device, plan.dtype):
             continue
         prepared = [kernel.prepare(weight, plan.device, plan.dtype) for _ in range(copies(size, plan))]
+        if isinstance(kernel, TunableKernel) and (tuned := kernel.tune(prepared, plan.dtype)):
+            bench.report.say(f"{shape}, {layer.bits} bits: {tuned}")
         calls = [partial(kernel.multiply, prepared=each) for each in prepared]
         times = dict(time_rows(calls, layer.in_features, plan))
         add_row(bench, kernel.name, shape, times, size, bits=layer.bits, group_size=layer.group_size)

@@ -7,6 +7,7 @@ any kind. What satisfies vLLM satisfies both.
 """
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from quasar_core.checkpoint.stored_layers import StoredLayer
 
@@ -15,7 +16,20 @@ GROUP_SIZES = (-1, 32, 64, 128)
 TILE_INPUTS, TILE_OUTPUTS = 128, 64
 
 
-def why_not_marlin(layer: StoredLayer, sym: bool) -> str | None:
+class Codes(Protocol):
+    """What the rules ask of a layer's codes; a group size of −1 is one scale per output."""
+
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+
+
+def why_not_marlin(layer: Codes, sym: bool) -> str | None:
     """Why vLLM runs a layer of these codes on another kernel, or None where it takes Marlin."""
     if not sym:
         return "its codes are asymmetric"

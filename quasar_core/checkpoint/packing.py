@@ -87,6 +87,11 @@ class QuantizedWeight:
         """Whether rows belong to groups in order, as kernels want it."""
         return torch.equal(self.g_idx.cpu(), trivial_groups(self.in_features, self.group_size))
 
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether all zeros are the middle of the codes, 2^(bits − 1)."""
+        return bool((self.zeros == 2 ** (self.bits - 1)).all())
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as `torch.nn.Linear` holds it, [out, in]; computed in float32, then rounded."""
         index = self.g_idx.long()

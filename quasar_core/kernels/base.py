@@ -3,8 +3,9 @@
 Letters: T rows of a pass, in and out the layer's sizes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -20,11 +21,19 @@ class LayerShape:
     bits: int
     group_size: int
     trivial_groups: bool
+    symmetric: bool = True  # all zeros are 2^(bits − 1)
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> "LayerShape":
         """The shape of a layer's codes."""
-        return cls(weight.in_features, weight.out_features, weight.bits, weight.group_size, weight.has_trivial_groups)
+        return cls(
+            weight.in_features,
+            weight.out_features,
+            weight.bits,
+            weight.group_size,
+            weight.has_trivial_groups,
+            weight.is_symmetric,
+        )
 
 
 class Kernel(Protocol):
@@ -42,4 +51,16 @@ class Kernel(Protocol):
 
     def multiply(self, x: torch.Tensor, prepared: Any) -> torch.Tensor:
         """x [T, in] → [T, out], both in the dtype that `prepare` was given."""
+        ...
+
+
+@runtime_checkable
+class TunableKernel(Protocol):
+    """A kernel whose launches have shapes to choose, for each size of a layer and each device."""
+
+    def tune(self, weights: Sequence[Any], dtype: torch.dtype) -> str:
+        """Choose by measuring prepared weights of one shape, unless known, and keep it; what was done, or "".
+
+        Call it before the kernel is compared or recorded. It is bounded in time, and does nothing on the CPU.
+        """
         ...

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from quasar_core.checkpoint.packing import QuantizedWeight, count_groups, trivial_groups
-from quasar_core.kernels.base import Kernel, LayerShape
+from quasar_core.kernels.base import Kernel, LayerShape, TunableKernel
 
 ROWS = (1, 4, 8)
 Times = dict[int, float]  # seconds by rows
@@ -45,11 +45,13 @@ def time_kernel(kernel: Kernel, shape: LayerShape, device: torch.device, dtype: 
     size = max(sum(tensor.untyped_storage().nbytes() for tensor in _tensors(first)), 1)
     copies = max(1, int(min(_LAYERS * scale * size, _UNCACHED[device.type]) // size))
     weights = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+    if isinstance(kernel, TunableKernel):
+        kernel.tune(weights, dtype)
     return {rows: scale * _time_rows(kernel, weights, _activations(rows, shape, device, dtype)) for rows in ROWS}
 
 
 def random_weight(shape: LayerShape) -> QuantizedWeight:
-    """Random codes of a shape, in groups in order."""
+    """Random codes of a shape, in ordered groups; zeros are the middle of the codes, or where asymmetric one less."""
     pool = torch.randint(2**shape.bits, (_POOL,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     count = shape.in_features * shape.out_features
     codes = pool.repeat(-(-count // _POOL))[:count].view(shape.in_features, shape.out_features)
@@ -59,7 +61,7 @@ def random_weight(shape: LayerShape) -> QuantizedWeight:
         shape.group_size,
         codes,
         scales=torch.full(groups, 0.01, dtype=torch.float16),
-        zeros=torch.full(groups, 2 ** (shape.bits - 1), dtype=torch.int32),
+        zeros=torch.full(groups, 2 ** (shape.bits - 1) - (not shape.symmetric), dtype=torch.int32),
         g_idx=trivial_groups(shape.in_features, shape.group_size),
     )
 
@@ -70,7 +72,9 @@ def _timed_part(shape: LayerShape, device: torch.device) -> LayerShape:
 
 
 def _tensors(prepared: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a prepared weight: it is one, or has them as fields."""
+    """The tensors of a prepared weight: it is one, is a module, or has them as fields."""
+    if isinstance(prepared, torch.nn.Module):
+        return prepared.parameters()
     parts = [prepared] if isinstance(prepared, torch.Tensor) else vars(prepared).values()
     return (part for part in parts if isinstance(part, torch.Tensor))
 

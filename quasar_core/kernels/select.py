@@ -10,6 +10,7 @@ from quasar_core.kernels.base import Kernel, LayerShape
 from quasar_core.kernels.dense import DenseKernel, why_no_room
 from quasar_core.kernels.int4 import CpuInt4Kernel, CudaInt4Kernel
 from quasar_core.kernels.int8 import Int8Kernel
+from quasar_core.kernels.marlin import MarlinKernel
 from quasar_core.kernels.measure import Times
 from quasar_core.kernels.reference import ReferenceKernel
 from quasar_core.kernels.times import kernel_times
@@ -18,7 +19,14 @@ from quasar_core.kernels.vnni import VnniKernel
 
 # In the order in which they are taken where nothing is measured. Dense and reference support everything: dense unpacks
 # once, and competes where memory allows; reference unpacks for each product, and is only ever asked for.
-PACKED_KERNELS: tuple[Kernel, ...] = (CudaInt4Kernel(), TritonKernel(), VnniKernel(), CpuInt4Kernel(), Int8Kernel())
+PACKED_KERNELS: tuple[Kernel, ...] = (
+    CudaInt4Kernel(),
+    TritonKernel(),
+    MarlinKernel(),
+    VnniKernel(),
+    CpuInt4Kernel(),
+    Int8Kernel(),
+)
 DENSE, REFERENCE = DenseKernel(), ReferenceKernel()
 KERNELS: tuple[Kernel, ...] = (*PACKED_KERNELS, DENSE, REFERENCE)
 KERNEL_NAMES = tuple(kernel.name for kernel in KERNELS)

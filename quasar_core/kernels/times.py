@@ -64,8 +64,9 @@ def forget_times() -> None:
 
 
 def shape_key(shape: LayerShape) -> str:
-    """Such as 1024x4096-4bit-g128."""
-    return f"{shape.in_features}x{shape.out_features}-{shape.bits}bit-g{shape.group_size}"
+    """Such as 1024x4096-4bit-g128; codes with zeros of their own are a shape of their own."""
+    zeros = "" if shape.symmetric else "-asymmetric"
+    return f"{shape.in_features}x{shape.out_features}-{shape.bits}bit-g{shape.group_size}{zeros}"
 
 
 @cache

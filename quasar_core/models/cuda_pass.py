@@ -14,7 +14,7 @@ from weakref import WeakSet
 import torch
 
 from quasar_core.models.cuda_graphs import Launcher, launcher
-from quasar_core.models.cuda_products import DenseChoices
+from quasar_core.models.cuda_products import DenseChoices, tune_products
 from quasar_core.models.decoder import DecoderLayer, LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.memory import LONGEST_PASS
@@ -39,8 +39,9 @@ def choose(decoder: LeanDecoder) -> tuple["CudaPass | None", str]:
     if obstacle:
         return None, f"passes: PyTorch's operations, not recorded: {obstacle}"
     steps, why = choose_steps(decoder.device, decoder.dtype)
+    tuned = tune_products(decoder) if steps.name == "Triton" else ""
     fast = CudaPass(decoder, steps)
-    return fast, f"passes: of up to {fast.longest} tokens as CUDA graphs of {why}"
+    return fast, f"passes: of up to {fast.longest} tokens as CUDA graphs of {why}" + (f"; {tuned}" if tuned else "")
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:

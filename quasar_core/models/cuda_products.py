@@ -65,6 +65,20 @@ class DenseChoices:
         return min(time_replay(graph) for _ in range(REPEATS)) / len(timed)
 
 
+def tune_products(decoder: LeanDecoder) -> str:
+    """Choose the block shapes of Triton's products for a decoder's layers, unless known; what was done.
+
+    Call it before products are compared and graphs recorded, which go by these shapes. On the CPU nothing is done: "".
+    """
+    if decoder.device.type != "cuda":
+        return ""
+    from quasar_core.kernels.triton.tune import tune_missing
+
+    dense = [linear.weight for linear in dense_parts([*all_products(decoder.layers), decoder.head])]
+    packed = [layer.prepared for layer in decoder.packed_layers if layer.choice.kernel.name == "triton"]
+    return tune_missing([*dense, *packed], decoder.dtype)
+
+
 def time_replay(graph: torch.cuda.CUDAGraph) -> float:
     """Seconds that the device takes for one replay."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

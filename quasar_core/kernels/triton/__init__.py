@@ -36,6 +36,7 @@ Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-
     `prepare_packed(weight: QuantizedWeight, device) -> TritonWeight`: codes in the kernel's order.
 `tune`
     `tune(weights, dtype) -> Blocks`: the best block shapes for weights of one shape, kept for this device.
+    `tune_missing(weights, dtype) -> str`: those of every shape that is not kept yet, in a few seconds; what was done.
 `interpret`
     `interpret_on_cpu()`: from then on kernels run on CPU tensors, through Triton's interpreter: slow, for tests.
 `checks`

@@ -1,5 +1,6 @@
 """The packed product on Triton behind the one kernel interface; nothing here imports Triton before it is used."""
 
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -15,6 +16,7 @@ from quasar_core.kernels.triton.weights import (
     prepare_packed,
 )
 
+_TUNING = 1.5  # seconds for one shape
 _SKINNY = 64  # rows up to which reading the codes again for every 16 is less work than unpacking them all
 
 
@@ -40,6 +42,14 @@ class TritonKernel:
     def prepare(self, weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> TritonWeight:
         """Codes, scales and zeros in the order of the tensor cores."""
         return prepare_packed(weight, device)
+
+    def tune(self, weights: Sequence[TritonWeight], dtype: torch.dtype) -> str:
+        """See `TunableKernel`."""
+        if not weights or weights[0].words.device.type != "cuda":
+            return ""
+        from quasar_core.kernels.triton.tune import tune_missing
+
+        return tune_missing(weights, dtype, seconds=_TUNING)
 
     def multiply(self, x: torch.Tensor, prepared: TritonWeight) -> torch.Tensor:
         """A product of any number of rows; of many, such as a prompt's, with the weight unpacked for once."""

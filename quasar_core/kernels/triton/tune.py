@@ -1,14 +1,18 @@
 """The best block shapes of a product, measured: graph replays over weights that no cache holds."""
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 
 import torch
+from triton.runtime.errors import OutOfResources
 
+from quasar_core.errors import QuasarError
 from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, dense_key, packed_blocks, packed_key
 from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
 from quasar_core.kernels.triton.scratch import scratch
-from quasar_core.kernels.triton.tuned import keep_tuned
+from quasar_core.kernels.triton.tuned import keep_tuned, tuned_blocks
 from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
 
 Weight = TritonWeight | torch.Tensor
@@ -16,21 +20,52 @@ Timer = Callable[[Callable[[], None]], float]
 _TUNED_ROWS = 8  # a row's result must not depend on T, so one shape serves all T
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _REPLAYS = 10
+_UNCACHED = 200_000_000  # bytes of weights that are multiplied in turn
+SECONDS = 6.0  # for all products of a model: most of it is spent on compiling candidates
 
 
-def tune(weights: Sequence[Weight], dtype: torch.dtype, timer: Timer | None = None) -> Blocks:
-    """Measure the candidates for weights of one shape and keep the fastest for this device.
+def tune_missing(
+    weights: Iterable[Weight], dtype: torch.dtype, timer: Timer | None = None, seconds: float = SECONDS
+) -> str:
+    """Tune every shape among the weights that has not been on this device; what was done, or "" for no weights.
+
+    Each shape may take its share of the seconds that are left. What cannot be kept on disk is used in this process.
+    """
+    groups: dict[str, list[Weight]] = {}
+    for weight in weights:
+        groups.setdefault(_key(weight), []).append(weight)
+    missing = [group for key, group in groups.items() if tuned_blocks(_device(group[0]), key) is None]
+    begin, trouble = time.perf_counter(), ""
+    for done, group in enumerate(missing):
+        share = (begin + seconds - time.perf_counter()) / (len(missing) - done)
+        try:
+            tune(_uncached(group), dtype, timer, share)
+        except QuasarError as error:
+            trouble = f", not kept: {error}"
+    return _summary(len(missing), len(groups) - len(missing), time.perf_counter() - begin) + trouble
+
+
+def _summary(tuned: int, remembered: int, seconds: float) -> str:
+    parts = [f"{tuned} tuned in {seconds:.1f} s"] if tuned else []
+    parts += [f"{remembered} remembered"] if remembered else []
+    return f"block shapes of Triton's products: {', '.join(parts)}" if parts else ""
+
+
+def tune(
+    weights: Sequence[Weight], dtype: torch.dtype, timer: Timer | None = None, seconds: float = math.inf
+) -> Blocks:
+    """Measure the candidates for weights of one shape and keep the fastest for this device; in so many seconds.
 
     Give so many weights that they exceed the GPU's cache together (100 MB will do). `timer` takes a function that
-    launches kernels and returns how long they take; the least is the best.
+    launches kernels and returns how long they take; the least is the best. The rule of thumb is always measured.
     """
-    first = weights[0]
-    device = first.words.device if isinstance(first, TritonWeight) else first.device
+    first, deadline = weights[0], time.perf_counter() + seconds
+    device = _device(first)
     in_features, out_features = _sizes(first)
     x = torch.randn(_TUNED_ROWS, in_features, device=device, dtype=dtype)
     out = torch.empty(_TUNED_ROWS, out_features, device=device, dtype=dtype)
 
-    def seconds(blocks: Blocks) -> float:
+    def seconds_of(blocks: Blocks) -> float:
         def launch() -> None:
             for weight in weights:
                 if isinstance(weight, TritonWeight):
@@ -38,16 +73,25 @@ def tune(weights: Sequence[Weight], dtype: torch.dtype, timer: Timer | None = No
                 else:
                     multiply_dense(x, weight, out, blocks=blocks)
 
-        return (timer or replay_seconds)(launch)
+        try:
+            return (timer or replay_seconds)(launch)
+        except OutOfResources:  # of shared memory or registers, which a GPU has less of than another
+            return math.inf
 
-    best = min(candidates(first), key=seconds)
-    key = packed_key(first) if isinstance(first, TritonWeight) else dense_key(first)
-    keep_tuned(device, {key: asdict(best)})
+    best, least = None, math.inf
+    for blocks in candidates(first):
+        if best is not None and time.perf_counter() >= deadline:
+            break
+        measured = seconds_of(blocks)
+        if best is None or measured < least:
+            best, least = blocks, measured
+    assert best is not None  # the rule of thumb's is always there
+    keep_tuned(device, {_key(first): asdict(best)})
     return best
 
 
 def candidates(weight: Weight) -> list[Blocks]:
-    """Block shapes worth measuring: the rule of thumb's first."""
+    """Block shapes worth measuring: the rule of thumb's first, then those that differ from it least."""
     in_features, out_features = _sizes(weight)
     if isinstance(weight, TritonWeight):
         rule, device = packed_blocks(weight, weight.words.device), weight.words.device
@@ -65,7 +109,13 @@ def candidates(weight: Weight) -> list[Blocks]:
                 if splits > steps or (splits > 1 and not space.fits(splits, 16 * out_features, blocks)):
                     continue
                 found += [Blocks(outputs, depth, splits, stages) for stages in (2, 3, 4)]
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda blocks: _distance(blocks, rule))
+
+
+def _distance(blocks: Blocks, rule: Blocks) -> float:
+    """How far a shape is from another: doublings of what a program reads, and of the programs; stages count half."""
+    sizes = ((blocks.outputs, rule.outputs), (blocks.inputs, rule.inputs), (blocks.splits, rule.splits))
+    return sum(abs(math.log2(own / other)) for own, other in sizes) + abs(blocks.stages - rule.stages) / 2
 
 
 def replay_seconds(launch: Callable[[], None]) -> float:
@@ -90,3 +140,18 @@ def _sizes(weight: Weight) -> tuple[int, int]:
     if isinstance(weight, TritonWeight):
         return weight.in_features, weight.out_features
     return weight.shape[1], weight.shape[0]
+
+
+def _uncached(weights: Sequence[Weight]) -> Sequence[Weight]:
+    """The first of them that no cache holds together; all where they are fewer."""
+    first = weights[0]
+    tensor = first.words if isinstance(first, TritonWeight) else first
+    return weights[: -(-_UNCACHED // (tensor.numel() * tensor.element_size()))]
+
+
+def _device(weight: Weight) -> torch.device:
+    return weight.words.device if isinstance(weight, TritonWeight) else weight.device
+
+
+def _key(weight: Weight) -> str:
+    return packed_key(weight) if isinstance(weight, TritonWeight) else dense_key(weight)

@@ -1,9 +1,7 @@
 """Block shapes that were measured, kept in quasar's own folder: one file per device, Triton and PyTorch version."""
 
 import json
-import os
 import re
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import triton
 
 from quasar_core.errors import QuasarError
 from quasar_core.store.home import home
+from quasar_core.store.json_file import write_object
 
 
 def tuned_blocks(device: torch.device, key: str) -> dict[str, int] | None:
@@ -20,14 +19,11 @@ def tuned_blocks(device: torch.device, key: str) -> dict[str, int] | None:
 
 
 def keep_tuned(device: torch.device, found: dict[str, dict[str, int]]) -> Path:
-    """Add measured shapes to the device's file, whole or not at all."""
+    """Add measured shapes to those in use, and to the device's file; QuasarError where that cannot be written."""
     path = _path(device)
-    table = {**_table(path), **found}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False, encoding="utf-8") as file:
-        json.dump(table, file, indent=1, sort_keys=True)
-    os.replace(file.name, path)
-    _table.cache_clear()
+    table = _table(path)
+    table.update(found)
+    write_object(path, table)
     return path
 
 
