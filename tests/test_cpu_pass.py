@@ -149,6 +149,15 @@ def test_what_it_chose_is_the_best_of_each_row(tmp_path: Path, threads: None, co
     assert choices_left(logits) is None
 
 
+def test_inference_mode_gives_the_same_logits(tmp_path: Path) -> None:
+    decoder = fast(tiny_target(tmp_path, "qwen3"))
+    expected = decoder.forward([1, 2], decoder.new_cache(8))
+    with torch.inference_mode():
+        logits = decoder.forward([1, 2], decoder.new_cache(8))
+        assert choices_left(logits) is None
+    assert torch.equal(logits, expected)
+
+
 def test_logits_that_are_no_numbers_are_told(tmp_path: Path) -> None:
     decoder = fast(tiny_target(tmp_path, "llama"))
     decoder.head.weight[7] = torch.nan  # type: ignore[attr-defined]
@@ -199,3 +208,10 @@ def test_a_pass_beyond_the_caches_end_is_refused(tmp_path: Path) -> None:
     decoder.forward(random_tokens(40), cache)
     with pytest.raises(Exception, match="The cache holds 45 tokens, and 46 are needed"):
         decoder.forward([1] * 6, cache)
+
+
+@pytest.mark.parametrize("token", [-1, 96])
+def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path, token: int) -> None:
+    decoder = fast(tiny_target(tmp_path, "llama"))
+    with pytest.raises(IndexError, match="is not in a vocabulary of 96"):
+        decoder.forward([1, token], decoder.new_cache(8))

@@ -85,9 +85,12 @@ def test_a_verifier_equals_the_one_that_runs_through_transformers(tmp_path: Path
     expected = in_passes(reference, random_tokens(), [12, 1, 4])
     attached = attach_verifier(load_target(tmp_path / "target", CPU, FLOAT), checkpoint, kernel)
     alone = load_verifier_alone(checkpoint, CPU, FLOAT, kernel)
-    check = assert_close if kernel == "reference" else assert_close_but_for_steps
+    # Behind the first activation that a last bit moves to the next 8-bit step, all that follows differs a little.
+    strict = LENGTH if kernel == "reference" else 12
     for verifier in (attached, alone):
-        check(in_passes(verifier, random_tokens(), [12, 1, 4]), expected)
+        actual = in_passes(verifier, random_tokens(), [12, 1, 4])
+        assert_close(actual[:strict], expected[:strict])
+        assert_close_but_for_steps(actual, expected)
 
 
 def test_codes_of_one_input_are_fused_where_they_agree(tmp_path: Path) -> None:

@@ -64,8 +64,12 @@ class FastPass(Protocol):
 
 
 def leave_choices(logits: torch.Tensor, tokens: list[int], margins: list[float]) -> None:
-    """Note at logits [T, V] what was found while they were computed: of each row the best token, and its margin."""
-    logits.chosen = tokens, margins, logits._version  # type: ignore[attr-defined]
+    """Note at logits [T, V] what was found while they were computed: of each row the best token, and its margin.
+
+    Not at those of inference mode, where a later change of the logits could not be told.
+    """
+    if not logits.is_inference():
+        logits.chosen = tokens, margins, logits._version  # type: ignore[attr-defined]
 
 
 def choices_left(logits: torch.Tensor) -> tuple[list[int], list[float]] | None:

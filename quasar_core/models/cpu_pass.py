@@ -55,6 +55,8 @@ class CpuPass:
     def run(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
         """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
         count = len(tokens)
+        if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
+            raise IndexError(f"a token of {tokens} is not in a vocabulary of {self.config.vocab_size}")
         logits = torch.empty(count, self.config.vocab_size)
         chosen, margins = (ctypes.c_int64 * count)(), (ctypes.c_float * count)()
         cos, sin = self._rotations(cache.length, cache.length + count)
