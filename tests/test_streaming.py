@@ -96,6 +96,9 @@ def test_rows_that_go_through_it_block_by_block(name: str, tmp_path: Path) -> No
         assert torch.allclose(found, whole, atol=1e-4)
         assert torch.allclose(rows.forward(row[:12], rows.new_cache(20)), whole[:12], atol=1e-4)
         assert torch.allclose(rows.forward(row, rows.new_cache(20), last_only=True), found[-1:], atol=1e-4)
+        pieces = list(rows.pieces(row, 2, 7))
+        assert max(len(piece) for piece in pieces) == 7
+        assert torch.allclose(torch.cat(pieces), found[2:], atol=1e-4)
 
 
 def test_weights_on_the_cpu_stay_in_their_files(tmp_path: Path) -> None:

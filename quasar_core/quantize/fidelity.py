@@ -4,8 +4,9 @@ Letters: T rows, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -15,6 +16,15 @@ from quasar_core.records import FidelityReport, FidelitySlice, KernelPrice, Marg
 
 MARGIN_BINS = 16
 PIECE = 64  # tokens compared at once: a large vocabulary makes many copies of their logits
+
+
+@runtime_checkable
+class ReadsInPieces(Protocol):
+    """A model that need not hold all logits of a row at once."""
+
+    def pieces(self, tokens: Sequence[int], first: int, size: int) -> Iterator[torch.Tensor]:
+        """Float32 logits [size, V] of a row, from position `first` on; the last piece may be shorter."""
+        ...
 
 
 def kl_divergence(target: torch.Tensor, verifier: torch.Tensor) -> torch.Tensor:
@@ -149,13 +159,19 @@ def _compare(
     for done, row in enumerate(rows):
         report(done)
         tokens = row.tolist()
-        cache.rollback(0)
-        p = target.forward(tokens[:-1], cache)[first - 1 :]
-        cache.rollback(0)
-        q = verifier.forward(tokens[:-1], cache)[first - 1 :]
-        for begin in range(0, len(p), PIECE):
-            piece, known = slice(begin, begin + PIECE), row[first:].to(p.device)
-            tally.add(p[piece], q[piece], known[piece], first + begin)
+        p = logit_pieces(target, cache, tokens[:-1], first - 1)
+        q = logit_pieces(verifier, cache, tokens[:-1], first - 1)
+        for position, (own, other) in enumerate(zip(p, q, strict=True)):
+            begin = first + position * PIECE
+            tally.add(own, other, row[begin : begin + PIECE].to(own.device), begin)
+
+
+def logit_pieces(model: CausalLM, cache: KVCache, tokens: list[int], first: int) -> Iterator[torch.Tensor]:
+    """Logits of a row from position `first` on, `PIECE` tokens at a time; the cache serves one row and one model."""
+    if isinstance(model, ReadsInPieces):
+        return model.pieces(tokens, first, PIECE)
+    cache.rollback(0)
+    return iter(model.forward(tokens, cache)[first:].split(PIECE))
 
 
 @torch.inference_mode()

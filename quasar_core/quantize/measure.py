@@ -3,7 +3,7 @@
 Both then answer `fidelity.measure_fidelity` as any model does, on those rows alone. Letters: T tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -51,16 +51,22 @@ class RowsRead:
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int], cache: "NothingKept", last_only: bool = False) -> torch.Tensor:
         """Float32 logits [T, V] of a row ([1, V] with `last_only`); a defect where it was not read."""
+        return next(self.pieces(tokens, len(tokens) - 1 if last_only else 0, len(tokens)))
+
+    @torch.inference_mode()
+    def pieces(self, tokens: Sequence[int], first: int, size: int) -> Iterator[torch.Tensor]:
+        """Float32 logits [size, V] of a row, from position `first` on; the last piece may be shorter."""
         hidden = self._finished[tuple(tokens)].to(self.device)
-        ids = torch.tensor([list(tokens)], device=self.device)
         blocks = find_blocks(self._ends)[1]
 
         def finished(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            return hidden
+            return hidden[:, begin : begin + size]
 
-        with blocks_replaced_by(blocks, finished):
-            output = self._ends(input_ids=ids, use_cache=False, logits_to_keep=1 if last_only else 0)
-        return output.logits[0].float()  # type: ignore[no-any-return]
+        for begin in range(first, len(tokens), size):
+            ids = torch.tensor([list(tokens[begin : begin + size])], device=self.device)
+            with blocks_replaced_by(blocks, finished):
+                logits = self._ends(input_ids=ids, use_cache=False).logits[0]
+            yield logits.float()
 
 
 class NothingKept:

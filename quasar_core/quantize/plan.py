@@ -26,8 +26,8 @@ INTERPRETER_BYTES = 350_000_000
 SQUARE_COPIES, ROW_COPIES = 10, 10
 # 32-bit values per token of a batch, in units of the widest layer's inputs and outputs.
 BATCH_COPIES = 6
-# Of a row's logits: each model's in 32 bits, and one model's in the dtype of the passes; of a piece's: while compared.
-LOGIT_COPIES, COMPARED_COPIES = 3, 8
+# Of a piece's logits: each model's in the dtype of the passes and in 32 bits, and what comparing them makes.
+LOGIT_COPIES = 11
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ def batch_bytes(shape: Shape, config: QuantizeConfig) -> int:
 
 
 def logit_bytes(shape: Shape, config: QuantizeConfig) -> int:
-    """Logits of a row of held-out text in both models, and the copies that comparing a piece of it makes."""
-    return 4 * shape.vocabulary * (LOGIT_COPIES * config.calibration_length + COMPARED_COPIES * PIECE)
+    """Logits of a piece of held-out text in both models, and the copies that comparing them makes."""
+    return 4 * shape.vocabulary * LOGIT_COPIES * min(PIECE, config.calibration_length)
 
 
 def refuse_what_cannot_fit(plan: Plan, output: Path | None) -> None:
