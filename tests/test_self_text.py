@@ -44,6 +44,7 @@ class ScriptedModel(torch.nn.Module):
         self.said: list[list[int]] = []
 
     def forward(self, input_ids: torch.Tensor, past_key_values: object, **_: object) -> object:
+        assert input_ids.shape[1] == 1, "of several tokens, the head is copied for every row"
         self.said = [
             before + row for before, row in zip(self.said or [[]] * len(input_ids), input_ids.tolist(), strict=True)
         ]

@@ -110,20 +110,24 @@ def _write_batch(
     else:
         ids = torch.randint(vocab, (count, 1), generator=generator, device=model.device)
     cache = PreallocatedCache(model.config.get_text_config().num_hidden_layers, length)
-    inputs = ids[:, :length]
-    written = [inputs]
-    position = inputs.shape[1]
-    while position < length:
-        logits = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        if greedy_from is not None and position >= greedy_from:
+    # A token of each row at a time: for the last of several, PyTorch's CPU product copies the head for every row.
+    written = list(ids[:, :length].split(1, dim=1))
+    for inputs in written:
+        logits = _next_logits(model, inputs, cache)
+    while len(written) < length:
+        if greedy_from is not None and len(written) >= greedy_from:
             chosen = logits.argmax(dim=-1)
         else:
             chosen = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
-        inputs = conversation.direct(chosen)[:, None]
-        written.append(inputs)
-        position += 1
-        progress(stage, done * length + count * position, total * length)
+        written.append(conversation.direct(chosen)[:, None])
+        logits = _next_logits(model, written[-1], cache)
+        progress(stage, done * length + count * len(written), total * length)
     return torch.cat(written, dim=1).cpu()
+
+
+def _next_logits(model: PreTrainedModel, inputs: torch.Tensor, cache: PreallocatedCache) -> torch.Tensor:
+    """Float32 logits [B, V] behind the next token of each row, inputs [B, 1]."""
+    return model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[:, -1].float()  # type: ignore[no-any-return]
 
 
 class _Conversations:
