@@ -70,6 +70,8 @@ def main() -> None:
         products.multiply_packed(x, weight, out, residual=out)
         products.multiply_packed(x.half(), weight, out.half(), bias=out[0].half())
     products.multiply_dense(x, zeros(256, 4096), out, bias=out[0])
+    products.multiply_packed(x, weight, out[:, :128], gated=True)
+    products.multiply_dense(x, zeros(256, 4096), out[:, :128], gated=True)
     norms.rms_norm_residual(x, x, x[0], 1e-6, x)
     activation.silu_multiply(x, zeros(4, 2048))
     states, queries, position = zeros(8, 1024, 128), zeros(4, 32, 128), zeros(1, dtype=torch.int64)
@@ -79,10 +81,12 @@ def main() -> None:
     attention.attend(queries, states, states, position, 512, workspace, x, 1024)
     tokens = zeros(4, dtype=torch.int64)
     choices.argmax_and_margin(zeros(4, 151936), tokens, steps, steps)
-    choices.accept_greedy(tokens, tokens[1:], zeros(1, dtype=torch.int32))
+    choices.accept_greedy(tokens, tokens, tokens[:1], tokens[:1])
     for kind in (torch.int8, torch.float8_e4m3fn):
         codes = zeros(4, 4096, dtype=kind)
         eight_bit.quantize_rows(x, codes, steps)
+        norms.rms_norm_residual(x, x, x[0], 1e-6, codes, steps)
+        activation.silu_multiply_rounded(zeros(4, 8192), codes, steps)
         eight_bit.multiply_w8a8(codes, steps, zeros(256, 4096, dtype=kind), zeros(256, dtype=torch.float32), out)
 
 

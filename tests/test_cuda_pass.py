@@ -8,7 +8,11 @@ import pytest
 import torch
 from decoder_cases import CASES, CPU, FLOAT, LENGTH, assert_close, fresh_logits, in_passes, random_tokens, save_model
 from test_decoder_verifier import mixed_bits, quantize_layers
+from tiny_models import generate, make_pair
 
+from quasar_core.config import SamplingConfig
+from quasar_core.decode.acceptance import accept_matching
+from quasar_core.decode.choices import choose_best
 from quasar_core.models.cuda_pass import CudaPass, length_bucket, pass_size, why_not
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.loading import attach_verifier, load_target
@@ -108,13 +112,74 @@ def test_what_a_new_cache_holds_does_not_matter(tmp_path: Path) -> None:
     assert_close(decoder.forward(tokens[12:], cache), fresh_logits(model, tokens)[12:])
 
 
+@pytest.mark.parametrize("drafted", range(8))
+def test_choices_made_in_a_pass_are_those_of_its_logits(tmp_path: Path, drafted: int) -> None:
+    """Token, margin, and how many tokens of a draft are confirmed that differs from the choices at any place."""
+    save_model(tmp_path, "Qwen3", {})
+    decoder, tokens = recorded(load_target(tmp_path, CPU, FLOAT)), random_tokens(10)
+    cache = decoder.new_cache(LENGTH)
+    decoder.forward(tokens, cache, last_only=True)
+    right = [9]
+    for _ in range(drafted):
+        right += choose_best(decoder.forward(right[-1:], cache)).tokens
+    for differs in range(drafted + 1):
+        offered = [*right[: 1 + differs], *[token ^ 1 for token in right[1 + differs :]]]
+        cache.rollback(10)
+        logits = decoder.forward(offered, cache)
+        expected = choose_best(logits, logits)
+        cache.rollback(10)
+        found = decoder.choose(offered, cache)
+        assert found is not None
+        assert found.tokens == expected.tokens
+        assert found.margins == pytest.approx(expected.margins)
+        assert found.accepted == accept_matching(expected.tokens, offered[1:])[0] == differs
+        assert cache.length == 10 + len(offered)
+
+
+def test_tokens_that_fill_up_a_pass_are_not_accepted(tmp_path: Path) -> None:
+    """All logits are equal, so token 0 is chosen everywhere, and is what fills the pass up."""
+    save_model(tmp_path, "Llama", {})
+    decoder = recorded(load_target(tmp_path, CPU, FLOAT))
+    decoder.head.weight.zero_()  # type: ignore[union-attr]
+    for count in (1, 3, 4, 5):
+        found = decoder.choose([0] * count, decoder.new_cache(LENGTH))
+        assert found is not None
+        assert (found.accepted, found.tokens, found.margins) == (count - 1, [0] * count, [0.0] * count)
+
+
+def test_greedy_decoding_reads_no_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every mode the text is the one that plain passes yield, by the device's own counts."""
+    source = tmp_path / "source"
+    save_model(source, "Qwen2", {})
+    checkpoint = quantize_layers(source, tmp_path / "codes", mixed_bits)
+    texts: dict[bool, list[list[int]]] = {}
+    for fast in (False, True):
+        target = load_target(source, CPU, FLOAT)
+        verifier = attach_verifier(target, checkpoint, "dense")
+        if fast:
+            monkeypatch.setattr(CudaPass, "run", lambda *given: pytest.fail("logits were read"))
+            recorded(target), recorded(verifier)
+        pair = make_pair(target, verifier)
+        texts[fast] = [generate(pair, verify, 3, 4).token_ids for verify in ("full", "exact", "quantized")]
+    assert texts[True] == texts[False]
+
+
+def test_a_penalty_or_sampling_reads_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path, "Llama", {})
+    plain, fast = load_target(tmp_path, CPU, FLOAT), recorded(load_target(tmp_path, CPU, FLOAT))
+    monkeypatch.setattr(CudaPass, "choose", lambda *given: pytest.fail("the logits must be changed first"))
+    for sampling in (SamplingConfig(repetition_penalty=1.4), SamplingConfig(temperature=0.8, seed=3)):
+        texts = [generate(make_pair(model), "full", 3, sampling=sampling).token_ids for model in (plain, fast)]
+        assert texts[0] == texts[1]
+
+
 class RecordingLauncher:
     """In the place of graphs: remembers the first launch of a kind with everything it closed over, and repeats that."""
 
     def __init__(self) -> None:
         self.launches: dict[Any, Any] = {}
 
-    def run(self, owner: Any, kind: Any, launch: Any, held: Any) -> None:
+    def run(self, owner: Any, kind: Any, launch: Any) -> None:
         self.launches.setdefault((id(owner), kind), launch)()
 
 

@@ -19,6 +19,7 @@ from quasar_core.demo.grow import DEMO
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.dense import DenseKernel
 from quasar_core.models.loading import load_target
+from quasar_core.models.pass_steps import TorchSteps
 
 PLAN = replace(Plan.dry_run(), architectures=1, samples=2, contexts=(16,), tokens=(1, 8))
 needs_demo = pytest.mark.skipif(
@@ -42,7 +43,7 @@ def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     parts = ("machine", "correctness", "passes", "products", "end to end", "quantizing", "loading", "transformers")
     assert list(document["parts"]) == list(parts)
     passes = [row for row in document["parts"]["passes"] if "ratio" in row]
-    models = ("target", "4-bit", "4-bit, head 8", "4-bit, head 4", "w8a8", "fp8")
+    models = ("target", "4-bit", "4-bit, head 8", "4-bit, head 4", "w8a16", "w8a8", "fp8")
     assert list(dict.fromkeys(row["model"] for row in passes)) == list(models)
     assert [row["arm"] for row in document["parts"]["end to end"] if "arm" in row] == [
         "vanilla",
@@ -88,7 +89,10 @@ def test_a_wrong_decoder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu_correctness, "in_passes", lambda *given: right(*given) * 1.1)
     gpu_correctness.check_decoder("qwen3", PLAN, report)
     assert report.failed
-    assert "checks: 3 right, 1 wrong or failed" in summary(report.parts)
+    assert "checks: 5 right, 1 wrong or failed" in summary(report.parts)
+    monkeypatch.setattr(TorchSteps, "choose", lambda self, logits, tokens, drafted, found: found.accepted.fill_(0))
+    gpu_correctness.check_decoder("qwen3", PLAN, report)
+    assert "checks: 6 right, 3 wrong or failed" in summary(report.parts)
 
 
 def test_what_fails_is_a_row_and_the_bench_goes_on(tmp_path: Path) -> None:
@@ -170,6 +174,6 @@ def test_products_are_tuned_before_they_are_timed(tmp_path: Path, monkeypatch: p
             return "2 remembered"
 
     events.clear()
-    monkeypatch.setattr(gpu_products, "KERNELS", (Tunable(),))
+    monkeypatch.setattr(gpu_products, "packed_kernels", lambda layer: (Tunable(),))
     gpu_products.time_packed(Bench(PLAN, report, 1e9), LayerShape(64, 32, 4, 32, True))
     assert events[:2] == ["(64, 32), 4 bits: 2 remembered", "timed"]

@@ -1,16 +1,23 @@
 """8-bit weights times 8-bit activations, in integers and in floating point, against products written out."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from test_packing import make_weight
 
 from quasar_core.checkpoint.float8 import FLOAT8, Float8Weight, concatenate_float8
 from quasar_core.errors import UsageError
-from quasar_core.kernels import float8
+from quasar_core.kernels import float8, select
 from quasar_core.kernels.base import LayerShape
-from quasar_core.kernels.float8 import Float8Kernel, quantize_rows_float8, select_float8
+from quasar_core.kernels.float8 import Float8Kernel, quantize_rows_float8
 from quasar_core.kernels.int8 import Int8Kernel, quantize_rows
 from quasar_core.kernels.linear import PackedLinear
+from quasar_core.kernels.measure import random_weight, time_kernel
+from quasar_core.kernels.select import select_kernel
+from quasar_core.kernels.times import shape_key
+from quasar_core.kernels.triton.eight_bit_kernel import TRITON_FLOAT8, TRITON_INT8
 from quasar_core.quantize.eight_bit import Floats, Integers
 
 CPU = torch.device("cpu")
@@ -64,6 +71,9 @@ def test_what_the_integer_kernel_does_not_run(shape: LayerShape, reason: str) ->
     assert Int8Kernel().why_not(LayerShape(63, 31, 8, -1, False), CPU, torch.float32) is None
 
 
+FLOATING = LayerShape(64, 32, 8, -1, True, floating=True)
+
+
 def float8_weight(outputs: int = 32, inputs: int = 64) -> Float8Weight:
     return Floats().round_weight(random(outputs, inputs, seed=1))
 
@@ -84,9 +94,12 @@ def test_a_floating_point_product(dtype: torch.dtype) -> None:
 def test_floating_point_weights_are_unpacked_where_no_unit_has_them() -> None:
     layer = PackedLinear.build(float8_weight(), None, CPU, torch.float32)
     assert layer.choice.kernel.name == "dense"
-    assert layer.choice.reason == "not float8: it runs on CUDA, not on cpu; so unpacked at load"
+    assert layer.choice.reason.endswith("not float8: it runs on CUDA, not on cpu; so unpacked at load")
     assert torch.equal(layer.prepared, float8_weight().dequantize())
-    assert select_float8(float8_weight(), CPU, torch.float32, "dense").reason == "asked for by --kernel"
+    assert select_kernel(FLOATING, CPU, torch.float32, "dense").reason == "asked for by --kernel"
+    assert select_kernel(FLOATING, CPU, torch.float32, "float8").reason.endswith("computed in float32")
+    with pytest.raises(UsageError, match="--kernel float8 cannot run this verifier: its weights are 8-bit codes"):
+        select_kernel(LayerShape(64, 32, 8, -1, True), CPU, torch.float32, "float8")
     with pytest.raises(UsageError, match="--kernel vnni cannot run this verifier: its weights are 8-bit floating"):
         PackedLinear.build(float8_weight(), None, CPU, torch.float32, "vnni")
 
@@ -108,7 +121,57 @@ def test_which_gpus_multiply_floating_point(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(float8.torch.cuda, "get_device_capability", lambda device: capability)
-    assert Float8Kernel().why_not(*sizes, torch.device("cuda"), dtype) == reason
+    shape = LayerShape(*sizes, 8, -1, True, floating=True)
+    assert Float8Kernel().why_not(shape, torch.device("cuda"), dtype) == reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "reason"),
+    [
+        ({}, (8, 0), None),
+        ({}, (7, 5), "it needs compute capability 8.0"),
+        ({"bits": 4}, (9, 0), "it runs on 8-bit codes, not on 4-bit ones"),
+        ({"group_size": 32}, (9, 0), "it runs on one scale per output, not on groups of 32"),
+        ({"symmetric": False}, (9, 0), "it takes symmetric codes"),
+        ({"in_features": 72}, (9, 0), "72 × 32 are not multiples of 16"),
+        ({"floating": True}, (8, 0), "it needs compute capability 8.9"),
+        ({"floating": True}, (8, 9), None),
+    ],
+)
+def test_what_tritons_products_in_8_bits_take(
+    changes: dict[str, Any], capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    shape = replace(LayerShape(64, 32, 8, -1, True), **changes)
+    kernel = TRITON_FLOAT8 if shape.floating else TRITON_INT8
+    monkeypatch.setattr("quasar_core.kernels.triton.kernel._has_triton", lambda: True)
+    assert kernel.why_not(shape, torch.device("cuda"), torch.bfloat16) == reason
+    assert kernel.why_not(shape, CPU, torch.bfloat16) == "it runs on CUDA, not on cpu"
+
+
+def test_products_of_floating_point_compete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the time of their own shape, and not by that of 8-bit codes of the same sizes."""
+    shape = LayerShape(512, 256, 8, -1, True, floating=True)
+    assert isinstance(random_weight(shape), Float8Weight)
+    assert bool(random_weight(shape).dequantize().isfinite().all())
+    assert set(time_kernel(Float8Kernel(), shape, CPU, torch.float32)) == {1, 4, 8}
+    for kernel in select.FLOATING_KERNELS:
+        monkeypatch.setattr(kernel, "why_not", lambda *given: None)
+    seconds = {"triton-float8": 10e-6, "float8": 12e-6, "dense": 20e-6}
+    asked: list[str] = []
+
+    class Times:
+        trouble = None
+
+        def of(self, kernels: Any, shape: LayerShape, progress: Any) -> dict[str, dict[int, float]]:
+            asked.append(shape_key(shape))
+            return {kernel.name: dict.fromkeys((1, 4, 8), seconds[kernel.name]) for kernel in kernels}
+
+    monkeypatch.setattr(select, "kernel_times", lambda device, dtype: Times())
+    choice = select_kernel(shape, CPU, torch.bfloat16)
+    assert choice.kernel is TRITON_FLOAT8
+    assert choice.reason == "fastest of 3 for 512 → 256: 10 µs at 4 rows, float8 12, dense 20"
+    assert asked == ["512x256-8bit-g-1-floating"]
 
 
 def test_layers_of_one_input_are_joined() -> None:

@@ -120,6 +120,14 @@ def test_a_shape_is_measured_once_and_remembered_by_the_next_run(machine: Callab
     assert len(measured) == 9
 
 
+def test_measuring_tells_how_far_it_is(machine: Callable[..., Measured]) -> None:
+    machine(slow=216.0, dense=553.0)
+    told: list[tuple[str, int, int]] = []
+    for _ in range(2):
+        select_kernel(LARGE, CPU, BF16, progress=lambda *step: told.append(step))
+    assert told == [("measuring kernels", done, 2) for done in range(3)]
+
+
 def test_a_kernel_that_is_new_is_measured_beside_the_known_ones(machine: Callable[..., Measured]) -> None:
     machine(slow=216.0, dense=553.0)
     select_kernel(LARGE, CPU, BF16)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.triton import kernel as triton_kernel
 from quasar_core.kernels.triton import tune as tune_module
 from quasar_core.kernels.triton import tuned
-from quasar_core.kernels.triton.blocks import Blocks, packed_blocks
+from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, gated_blocks, packed_blocks
 from quasar_core.kernels.triton.check_products import random_weight
 from quasar_core.kernels.triton.check_tools import Case, relative_error
 from quasar_core.kernels.triton.checks import correctness_cases
@@ -116,6 +117,42 @@ def test_only_shapes_that_are_not_known_are_tuned(shapes_file: Path) -> None:
     assert tune_missing(two_shapes(), torch.float16, timer) == "block shapes of Triton's products: 3 remembered"
     assert not timed
     assert tune_missing([], torch.float16, timer) == ""
+
+
+def test_a_gated_product_has_as_many_programs_and_no_more_shared_memory() -> None:
+    plain = Blocks(outputs=64, inputs=128, splits=2, stages=3)
+    assert gated_blocks(plain, 4096, 24576, packed=False) == Blocks(128, 64, 4, 3)
+    assert gated_blocks(plain, 4096, 24576, packed=True) == Blocks(128, 128, 4, 2)
+    assert gated_blocks(replace(plain, stages=2), 4096, 24576, packed=True).stages == 2
+    assert gated_blocks(plain, 256, 24576, packed=True).splits == 2  # steps
+    assert gated_blocks(plain, 4096, 151936, packed=True).splits == 1  # room for partial sums
+    assert gated_blocks(replace(plain, outputs=128), 4096, 24576, packed=False) == replace(plain, outputs=128)
+
+
+def test_tuning_tells_how_far_it_is(shapes_file: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    tune_missing(two_shapes(), torch.float16, lambda launch: 1.0, progress=lambda *step: told.append(step))
+    assert told == [("tuning kernels", done, 3) for done in range(4)]
+    told.clear()
+    tune_missing(two_shapes(), torch.float16, lambda launch: 1.0, progress=lambda *step: told.append(step))
+    assert not told
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_products_in_8_bits_are_tuned_too(shapes_file: Path, kind: torch.dtype) -> None:
+    weight = torch.randint(-9, 9, (80, 512)).to(kind)
+    rule, wanted = dense_blocks(weight, CPU), Blocks(outputs=128, inputs=512, splits=1, stages=3)
+    shapes = candidates(weight)
+    assert shapes[0] == rule
+    times = iter([0.5 if blocks == wanted else 1.0 for blocks in shapes])
+
+    def timer(launch: Any) -> float:
+        launch()
+        return next(times)
+
+    found = tune([weight], torch.float16, timer)
+    assert found == wanted == dense_blocks(weight, CPU)
+    assert dense_blocks(weight.half(), CPU) != wanted
 
 
 def test_all_weights_of_a_shape_are_multiplied_up_to_what_no_cache_holds(

@@ -28,8 +28,7 @@ from quasar_core.draft.base import Draft, Drafter
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.models.pair import Pair
 from quasar_core.models.transformers_lm import TransformersLM, attach_verifier
-from quasar_core.quantize.gptq import round_to_nearest
-from quasar_core.quantize.grid import fit_grid
+from quasar_core.quantize.grid import fit_grid, round_to_nearest
 
 VOCABULARY = 97
 CONTEXT = 128

@@ -14,6 +14,7 @@ from quasar_cli import console
 from quasar_cli.options import Json, Verbose
 from quasar_core import store
 from quasar_core.errors import QuasarError
+from quasar_core.records import Progress
 
 _PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 _OPTIONAL = ("optimum", "gptqmodel", "triton", "matplotlib", "vllm")
@@ -31,7 +32,8 @@ def doctor(
     """Check this machine: versions, processor, memory and its bandwidth, GPU, kernels, the current pair."""
     if remeasure:
         measure_again()
-    findings = examine()
+    with console.progress_bar() as progress:
+        findings = examine(progress)
     if as_json:
         console.print_json(findings)
         return
@@ -57,8 +59,8 @@ def measure_again() -> None:
         progress("measuring passes", 1, 1)
 
 
-def examine() -> dict[str, Any]:
-    """The JSON form of everything that `doctor` knows."""
+def examine(progress: Progress) -> dict[str, Any]:
+    """The JSON form of everything that `doctor` knows; what has not been measured yet is."""
     import torch
 
     from quasar_core.bench.bandwidth import read_bandwidth
@@ -78,7 +80,7 @@ def examine() -> dict[str, Any]:
         "gpu": _gpu(),
         "device": str(device),
         "read_bandwidth_bytes_per_s": bandwidth,
-        "kernels": [asdict(report) for report in describe_kernels(device, dtype)],
+        "kernels": [asdict(report) for report in describe_kernels(device, dtype, progress)],
         "home": str(store.home()),
         "current_pair": asdict(pair) if pair else None,
         "speed": describe_speed(Path(pair.verifier), bandwidth) if pair else None,

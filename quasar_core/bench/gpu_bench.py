@@ -53,10 +53,11 @@ class Models:
     def pair(self) -> tuple[LeanDecoder, LeanDecoder]:
         """Both models."""
         if self._pair is None:
-            self.bench.report.say("making the grown model and its 4-bit copy")
-            target = grown_target(self.bench.plan)
-            self._pair = target, rounded_verifier(target, "4-bit")
-            self.bench.report.say("made")
+            report = self.bench.report
+            report.say("making the grown model and its 4-bit copy")
+            target = grown_target(self.bench.plan, report.progress)
+            self._pair = target, rounded_verifier(target, "4-bit", report.progress)
+            report.say("made")
         return self._pair
 
 

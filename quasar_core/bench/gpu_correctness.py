@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import transformers
 
 from quasar_core.bench.config import BenchConfig
 from quasar_core.bench.datasets import load_datasets
-from quasar_core.bench.gpu_models import Bench, Plan, rounded_verifier, with_fast_pass
+from quasar_core.bench.gpu_models import Bench, Plan, small_verifier, with_untuned_pass
 from quasar_core.bench.gpu_report import Report
 from quasar_core.bench.run import run_bench
+from quasar_core.decode.acceptance import accept_matching
+from quasar_core.decode.choices import choose_best
 from quasar_core.demo.grow import DEMO
 from quasar_core.models.cuda_pass import why_not_triton
 from quasar_core.models.decoder import LeanDecoder
@@ -51,6 +54,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 # Passes of these sizes, one after the other: short ones, chunks of a prompt, on both sides of the bucket at 1024.
 PASSES = (100, 1, 4, 16, 2, 120, 33, 700, 8, 33, 1, 5, 3, 16)
 DRY_PASSES = (6, 1, 4, 16, 2, 8)
+DRAFTS = (1, 2, 3, 6, 8, 16)  # tokens of a pass, and how many of its text are the decoder's own
 
 
 def run(bench: Bench) -> None:
@@ -104,7 +108,7 @@ def check_decoder(name: str, plan: Plan, report: Report) -> None:
     tokens = torch.randint(3, 512, (sum(sizes),), generator=torch.Generator().manual_seed(1)).tolist()
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(Path(folder), name)
-        decoder = with_fast_pass(load_target(Path(folder), plan.device, plan.dtype))
+        decoder = with_untuned_pass(load_target(Path(folder), plan.device, plan.dtype))
     ids = torch.tensor([tokens])
     with torch.inference_mode():
         exact = model(input_ids=ids, use_cache=False).logits[0]
@@ -112,7 +116,9 @@ def check_decoder(name: str, plan: Plan, report: Report) -> None:
     ours = in_passes(decoder, tokens, sizes)
     error, allowed = relative_error(ours, exact), MORE_ROUNDING * relative_error(rounded, exact)
     report.add(PART, what=f"decoder, {name}", relative_error=error, tolerance=allowed, ok=error <= allowed)
-    verifier = rounded_verifier(decoder, "4-bit")
+    wrong = wrong_choices(decoder, tokens[0])
+    report.add(PART, what=f"choices, {name}", passes=len(DRAFTS) ** 2, wrong=wrong, ok=not wrong)
+    verifier = small_verifier(decoder)
     recorded = in_passes(verifier, tokens, sizes)
     verifier.fast = None
     error = relative_error(recorded, in_passes(verifier, tokens, sizes))
@@ -141,6 +147,27 @@ def in_passes(decoder: LeanDecoder, tokens: Sequence[int], sizes: Sequence[int])
     return torch.cat(logits)
 
 
+def wrong_choices(decoder: LeanDecoder, first: int) -> int:
+    """Passes whose choices, margins or count on the device are not those of their logits.
+
+    Their drafts are the decoder's own text up to a place, so that every count occurs, in passes that are filled up too.
+    """
+    cache, text = decoder.new_cache(2 * max(DRAFTS)), [first]
+    while len(text) < max(DRAFTS):
+        text += choose_best(decoder.forward(text[-1:], cache).cpu()).tokens
+    wrong = 0
+    for count in DRAFTS:
+        for right in DRAFTS:
+            offered = [*text[:right], *(token ^ 1 for token in text[right:])][:count]
+            cache.rollback(0)
+            logits = decoder.forward(offered, cache).cpu()
+            expected = choose_best(logits, logits)
+            cache.rollback(0)
+            accepted, _ = accept_matching(expected.tokens, offered[1:])
+            wrong += decoder.choose(offered, cache) != replace(expected, accepted=accepted)
+    return wrong
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """‖actual − expected‖ ÷ ‖expected‖; infinite where anything is not a number."""
     difference = actual.double().cpu() - expected.double().cpu()
@@ -150,8 +177,8 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def check_exact(plan: Plan, report: Report) -> None:
     """The demo model with a 4-bit copy: where `exact` leaves plain decoding, the target was near a tie."""
-    target = with_fast_pass(load_target(DEMO, plan.device, plan.dtype))
-    pair = demo_pair(plan, target, rounded_verifier(target, "4-bit"))
+    target = with_untuned_pass(load_target(DEMO, plan.device, plan.dtype))
+    pair = demo_pair(plan, target, small_verifier(target))
     with tempfile.TemporaryDirectory() as folder:
         config = BenchConfig(("vanilla", "ngram", "exact"), max_new_tokens=plan.new_tokens, limit=plan.questions)
         results = run_bench(pair, load_datasets("demo", plan.questions), config, Path(folder) / "rows.json")

@@ -41,7 +41,7 @@ def run_arms(bench: Bench, target: LeanDecoder, verifier: LeanDecoder) -> None:
     pair.fidelity = agreement(bench, pair, datasets[0])
     config = BenchConfig(ARMS, max_new_tokens=plan.new_tokens, limit=plan.questions, repeats=REPEATS, ignore_eos=True)
     with tempfile.TemporaryDirectory() as folder:
-        results = run_bench(pair, datasets, config, Path(folder) / "rows.json", progress=_Lines(bench))
+        results = run_bench(pair, datasets, config, Path(folder) / "rows.json", progress=bench.report.progress)
     for arm in ARMS:
         add_arm(bench, arm, results)
     defects = sum(not divergence.near_tie for divergence in results.divergences)
@@ -107,14 +107,3 @@ def total_of(arm: str, results: Results, repeat: int) -> Stats:
             setattr(whole, name, getattr(whole, name) + value)
     whole.peak_memory_bytes = max((one.peak_memory_bytes for one in stats), default=0)
     return whole
-
-
-class _Lines:
-    """Progress as lines."""
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Say how far the bench has come."""
-        self._bench.report.say(f"{stage}: {done} of {total}")

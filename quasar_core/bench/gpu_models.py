@@ -9,22 +9,25 @@ import torch
 
 from quasar_core.bench.gpu_report import Report
 from quasar_core.checkpoint.compressed_tensors import PackedWeight
+from quasar_core.checkpoint.float8 import FLOAT8, Float8Weight
+from quasar_core.checkpoint.float8 import LARGEST as LARGEST_FLOAT
 from quasar_core.checkpoint.packing import QuantizedWeight, trivial_groups
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint, read_json
 from quasar_core.demo.grow import CPU, DEMO, GrownTensors, Growth, grown_config
 from quasar_core.models import fast_pass
 from quasar_core.models.architectures import DecoderConfig
-from quasar_core.models.cuda_pass import CudaPass
+from quasar_core.models.cuda_pass import CudaPass, choose_steps, why_not_triton
 from quasar_core.models.decoder import DenseLinear, LeanDecoder, Linear
 from quasar_core.models.loading import attach_verifier, build_target
-from quasar_core.models.pass_steps import TorchSteps
 from quasar_core.models.products import Product, block_products, dense_rows, head_product
 from quasar_core.models.random_weights import stored_shapes
 from quasar_core.models.shapes import shape_named
-from quasar_core.quantize.eight_bit import Floats, Integers
+from quasar_core.quantize.eight_bit import channel_scales
 from quasar_core.quantize.grid import fit_grid
+from quasar_core.records import Progress, no_progress
 
 GROUP = 128
+LARGEST_INTEGER = 127
 AT_ONCE = 128_000_000  # weights whose grids are searched at once, in float32 and several copies
 
 
@@ -96,17 +99,22 @@ class GrownFiles(TensorFiles):
             yield from ((name, tensor) for name, tensor in part.items() if name in names)
 
 
-def grown_target(plan: Plan) -> LeanDecoder:
+def grown_target(plan: Plan, progress: Progress = no_progress) -> LeanDecoder:
     """The demo model's function at the cost of the plan's shape."""
-    return with_fast_pass(build_target(plan.config, GrownFiles(plan), plan.device, plan.dtype))
+    return with_fast_pass(build_target(plan.config, GrownFiles(plan), plan.device, plan.dtype), progress)
 
 
-def with_fast_pass(decoder: LeanDecoder) -> LeanDecoder:
+def with_fast_pass(decoder: LeanDecoder, progress: Progress = no_progress) -> LeanDecoder:
     """The decoder with its fast pass; on the CPU with the steps of the CUDA pass, so that a dry run walks them."""
-    if decoder.device.type == "cuda":
-        fast_pass.attach(decoder)
-    else:
-        decoder.fast = CudaPass(decoder, TorchSteps())
+    if decoder.device.type != "cuda":
+        return with_untuned_pass(decoder)
+    fast_pass.attach(decoder, progress)
+    return decoder
+
+
+def with_untuned_pass(decoder: LeanDecoder) -> LeanDecoder:
+    """The decoder with a pass whose block shapes are the rule of thumb's: right, and made at once."""
+    decoder.fast = CudaPass(decoder, choose_steps(decoder.device, decoder.dtype)[0])
     return decoder
 
 
@@ -196,17 +204,48 @@ def _round_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Te
     return grid.nearest_codes(rows, 0).to(torch.uint8), grid.scales
 
 
-# Verifiers by name: how their blocks are rounded, and how their heads.
-VERIFIERS: dict[str, tuple[Rounding, Rounding | None]] = {
-    "4-bit": (in_groups(4), None),
-    "w8a8": (Integers().round_weight, None),
-    "fp8": (Floats().round_weight, None),
+def to_integers(weight: torch.Tensor) -> QuantizedWeight:
+    """8 bits around 128, one scale for each output: what `--method w8a8` stores of a weight that is not smoothed."""
+    scales = channel_scales(weight, LARGEST_INTEGER)
+    codes = torch.round(weight.float() / scales[:, None]).clamp(-LARGEST_INTEGER, LARGEST_INTEGER) + 128
+    zeros = torch.full((1, len(weight)), 128, dtype=torch.int32, device=weight.device)
+    groups = trivial_groups(weight.shape[1], -1).to(weight.device)
+    return QuantizedWeight(8, -1, codes.t().to(torch.uint8).contiguous(), scales[None].half(), zeros, groups)
+
+
+def to_floats(weight: torch.Tensor) -> Float8Weight:
+    """e4m3, one scale for each output: the same of `--method fp8`."""
+    scales = channel_scales(weight, LARGEST_FLOAT)
+    return Float8Weight((weight.float() / scales[:, None]).clamp(-LARGEST_FLOAT, LARGEST_FLOAT).to(FLOAT8), scales)
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """How blocks are rounded, and the kernel that runs them on a GPU: the one that the bench asks about."""
+
+    body: Rounding
+    kernel: str = "auto"
+
+
+VERIFIERS = {
+    "4-bit": Verifier(in_groups(4)),
+    "w8a16": Verifier(to_integers, "triton"),
+    "w8a8": Verifier(to_integers, "triton-int8"),
+    "fp8": Verifier(to_floats, "triton-float8"),
 }
 
 
-def rounded_verifier(target: LeanDecoder, name: str) -> LeanDecoder:
+def rounded_verifier(target: LeanDecoder, name: str, progress: Progress = no_progress) -> LeanDecoder:
     """A low-bit copy of a target, over the target's own embedding and norms."""
-    return with_fast_pass(attach_verifier(target, RoundedCopy(target, *VERIFIERS[name]), kernel_for(target)))
+    verifier = VERIFIERS[name]
+    copy = RoundedCopy(target, verifier.body, None)
+    return with_fast_pass(attach_verifier(target, copy, kernel_for(target, verifier.kernel), progress), progress)
+
+
+def small_verifier(target: LeanDecoder) -> LeanDecoder:
+    """A 4-bit copy that is made at once: no kernel is measured for it and none tuned."""
+    copy = RoundedCopy(target, in_groups(4), None)
+    return with_untuned_pass(attach_verifier(target, copy, kernel_for(target, "triton")))
 
 
 def with_head_of(bits: int, verifier: LeanDecoder, target: LeanDecoder) -> LeanDecoder:
@@ -215,6 +254,8 @@ def with_head_of(bits: int, verifier: LeanDecoder, target: LeanDecoder) -> LeanD
     return with_fast_pass(LeanDecoder(target.config, target.embedding, verifier.layers, target.norm, head, target.rope))
 
 
-def kernel_for(target: LeanDecoder) -> str:
-    """The measured choice on a GPU; a dry run measures no kernels."""
-    return "auto" if target.device.type == "cuda" else "dense"
+def kernel_for(target: LeanDecoder, wanted: str = "auto") -> str:
+    """The wanted one or the measured choice on a GPU, where Triton runs; a dry run measures no kernels."""
+    if target.device.type != "cuda":
+        return "dense"
+    return "auto" if why_not_triton(target.device, target.dtype) else wanted

@@ -12,7 +12,7 @@ from quasar_core.bench.gpu_models import Bench, rounded_verifier, with_head_of
 from quasar_core.bench.step_lineup import cache_bytes, lean_subject
 from quasar_core.decode.engine import PREFILL_CHUNK
 from quasar_core.models.cuda_graphs import PlainLauncher
-from quasar_core.models.cuda_pass import CudaPass
+from quasar_core.models.cuda_pass import CudaPass, pass_size
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
 
@@ -36,6 +36,7 @@ def run(bench: Bench, target: LeanDecoder, verifier: LeanDecoder) -> None:
     others: dict[str, Callable[[], LeanDecoder]] = {
         "4-bit, head 8": partial(with_head_of, 8, verifier, target),
         "4-bit, head 4": partial(with_head_of, 4, verifier, target),
+        "w8a16": partial(rounded_verifier, target, "w8a16"),
         "w8a8": partial(rounded_verifier, target, "w8a8"),
         "fp8": partial(rounded_verifier, target, "fp8"),
     }
@@ -66,12 +67,12 @@ def time_model(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache,
 
 
 def time_length(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache, count: int, context: int) -> None:
-    """The median of repeated passes: of the host's clock until the logits can be read, and of the device's own."""
+    """The median of repeated passes: of the host's clock until the choices are there, and of the device's own."""
     subject, tokens = lean_subject(model), random_tokens(count)
     samples: list[tuple[float, float]] = []
     for number in range(bench.plan.rounds + 1):
         stand_at(cache, context)
-        sample = time_pass(partial(model.forward, tokens, cache), bench.plan.device)
+        sample = time_pass(partial(greedy_pass, model, tokens, cache), bench.plan.device)
         if number:  # the first one records the graph
             samples.append(sample)
     size = subject.weight_bytes + cache_bytes(model.config, context + count, model.dtype.itemsize)
@@ -90,6 +91,12 @@ def time_length(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache
         kernel=subject.kernel,
         dense=dense_choices(model, count),
     )
+
+
+def greedy_pass(model: LeanDecoder, tokens: Sequence[int], cache: DecoderCache) -> None:
+    """A pass as greedy decoding runs it."""
+    if model.choose(tokens, cache) is None:
+        model.forward(tokens, cache)
 
 
 def stand_at(cache: DecoderCache, length: int) -> None:
@@ -115,15 +122,21 @@ def time_pass(run: Callable[[], Any], device: torch.device) -> tuple[float, floa
 
 
 def dense_choices(model: LeanDecoder, count: int) -> dict[str, Any]:
-    """Which product runs each shape of 16-bit weights at this length, and the µs that each way took."""
+    """How each shape of 16-bit weights and the gate run at this length, and the µs that each way took."""
     if not isinstance(model.fast, CudaPass):
         return {}
-    found = model.fast.dense
-    chosen = {shape: way for (shape, rows), way in found.chosen.items() if rows == count}
-    return {
-        f"{columns} → {out}": {"by": way, **in_us(found.seconds.get(((out, columns), count), {}))}
-        for (out, columns), way in chosen.items()
+    found, size = model.fast.dense, pass_size(count, model.fast.longest)
+    products = {
+        f"{shape[1]} → {shape[0]}": {"by": way, **in_us(found.seconds.get((shape, rows), {}))}
+        for (shape, rows), way in found.chosen.items()
+        if rows == size
     }
+    gates = {
+        f"gate, {kind}": {"by": way, **in_us(found.gate_seconds.get((kind, rows), {}))}
+        for (kind, rows), way in found.chosen_gates.items()
+        if rows == size
+    }
+    return products | gates
 
 
 def in_us(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from quasar_core.bench.gpu_passes import time_pass
 from quasar_core.bench.step_lineup import packed_bytes
 from quasar_core.kernels.base import LayerShape, TunableKernel
 from quasar_core.kernels.measure import random_weight
-from quasar_core.kernels.select import KERNELS
+from quasar_core.kernels.select import packed_kernels
 from quasar_core.models.cuda_graphs import record
 from quasar_core.models.cuda_pass import choose_steps, why_not_triton
 from quasar_core.models.cuda_products import time_replay
@@ -25,7 +25,7 @@ PART = "products"
 UNCACHED = {"cuda": 256_000_000, "cpu": 1_000_000}  # bytes
 REPEATS = 5
 TUNING_S = 1.5  # for one shape in 16 bits, where no pass has tuned it
-FORMATS = ((4, 128), (8, 128), (8, -1))  # bits, group size
+FORMATS = ((4, 128, False), (8, 128, False), (8, -1, False), (8, -1, True))  # bits, group size, floating point
 
 Multiply = Callable[[torch.Tensor], Any]  # x [T, in] by some weight
 
@@ -34,12 +34,9 @@ def run(bench: Bench) -> None:
     """Shapes of a block and the head, each in 16 bits and in every packed format."""
     for shape in shapes(bench.plan):
         bench.report.attempt(PART, f"{shape[0]} → {shape[1]}, 16 bits", partial(time_dense, bench, shape))
-        for bits, group in FORMATS:
-            layer = LayerShape(*shape, bits=bits, group_size=group, trivial_groups=True)
+        for bits, group, floating in FORMATS:
+            layer = LayerShape(*shape, bits=bits, group_size=group, trivial_groups=True, floating=floating)
             bench.report.attempt(PART, str(layer), partial(time_packed, bench, layer))
-        if why_not_triton(bench.plan.device, bench.plan.dtype) is None:
-            for dtype in (torch.int8, torch.float8_e4m3fn):
-                bench.report.attempt(PART, f"{shape}, {dtype}", partial(time_eight_bit, bench, shape, dtype))
 
 
 def shapes(plan: Plan) -> list[tuple[int, int]]:
@@ -67,9 +64,9 @@ def time_packed(bench: Bench, layer: LayerShape) -> None:
     """Every packed kernel that runs the shape."""
     plan, shape = bench.plan, (layer.in_features, layer.out_features)
     size = packed_bytes(*shape, layer.bits, layer.group_size)
-    weight = random_weight(layer)
-    for kernel in KERNELS:
-        left_out = kernel.name in ("dense", "reference") or (plan.dry and kernel.name == "vnni")  # which is compiled
+    weight = random_weight(layer, plan.device)
+    for kernel in packed_kernels(layer):
+        left_out = plan.dry and kernel.name == "vnni"  # which is compiled
         if left_out or kernel.why_not(layer, plan.device, plan.dtype):
             continue
         prepared = [kernel.prepare(weight, plan.device, plan.dtype) for _ in range(copies(size, plan))]
@@ -78,24 +75,6 @@ def time_packed(bench: Bench, layer: LayerShape) -> None:
         calls = [partial(kernel.multiply, prepared=each) for each in prepared]
         times = dict(time_rows(calls, layer.in_features, plan))
         add_row(bench, kernel.name, shape, times, size, bits=layer.bits, group_size=layer.group_size)
-
-
-def time_eight_bit(bench: Bench, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Triton's products of 8-bit rows and weights, the rounding of the rows included."""
-    from quasar_core.kernels.triton.eight_bit import multiply_w8a8, quantize_rows
-
-    plan, (columns, outputs) = bench.plan, shape
-    number = copies(columns * outputs, plan)
-    weights = [(40 * torch.randn(outputs, columns, device=plan.device)).to(dtype) for _ in range(number)]
-    scales = torch.rand(outputs, device=plan.device)
-
-    def multiply(x: torch.Tensor, weight: torch.Tensor) -> None:
-        codes, steps = torch.empty_like(x, dtype=dtype), torch.empty(len(x), device=plan.device)
-        quantize_rows(x, codes, steps)
-        multiply_w8a8(codes, steps, weight, scales, x.new_empty(len(x), outputs))
-
-    times = dict(time_rows([partial(multiply, weight=weight) for weight in weights], columns, plan))
-    add_row(bench, f"triton, {str(dtype).removeprefix('torch.')}", shape, times, columns * outputs, bits=8)
 
 
 def copies(size: int, plan: Plan) -> int:

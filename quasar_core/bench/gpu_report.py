@@ -45,6 +45,10 @@ class Report:
         """A line of progress."""
         print(f"[{self.elapsed:6.1f} s] {text}", flush=True)
 
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """A `records.Progress`: how far something has come, as a line."""
+        self.say(f"{stage}: {done} of {total}")
+
     def add(self, part: str, **row: Any) -> None:
         """A row, in the file before the next one is measured."""
         self.parts.setdefault(part, []).append(row)

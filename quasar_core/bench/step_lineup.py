@@ -95,7 +95,7 @@ def random_lineup(
     place = choose_device(device)
     precision, reason = choose_dtype(dtype, shape["dtype"], weight_bytes(config, 2), place)
     target, verifier = random_pair(config, random.codes, place, precision, kernel, progress)
-    passes = describe_passes({TARGET: target, VERIFIER: verifier})
+    passes = describe_passes({TARGET: target, VERIFIER: verifier}, progress)
     subjects = {TARGET: lean_subject(target), VERIFIER: lean_subject(verifier)}
     if with_reference:
         reference = random_transformers_model(shape, place, precision)

@@ -5,21 +5,18 @@ Letters: T rows of a pass, V vocabulary.
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from quasar_core.models.base import choices_left
+from quasar_core.models.base import CausalLM, Choices, ChoosingLM, KVCache, choices_left
 from quasar_core.models.cuda_pass import why_not_triton
 
 
-@dataclass(frozen=True)
-class Choices:
-    """The token of each row; and, where asked for, its margin: the difference of the two best logits, in nats."""
-
-    tokens: list[int]
-    margins: list[float]
+def choose_in_pass(model: CausalLM, tokens: Sequence[int], cache: KVCache) -> Choices | None:
+    """One pass over `tokens` that ends with its greedy choices; None, and no pass, where the model makes none."""
+    return model.choose(tokens, cache) if isinstance(model, ChoosingLM) else None
 
 
 def choose_best(logits: torch.Tensor, margins_of: torch.Tensor | None = None) -> Choices:
@@ -39,6 +36,8 @@ def bring_over(tokens: torch.Tensor, margins_of: torch.Tensor | None) -> Choices
     """Tokens [T] that were chosen already, with the margins of the rows of `margins_of` [T, V] in the same transfer."""
     if margins_of is None or margins_of.device.type == "cpu":
         return Choices(tokens.tolist(), _margins_on_host(margins_of))
+    if chooses_in_triton(margins_of.device):
+        return _in_one_transfer(tokens, _best_in_triton(margins_of)[1])
     best = margins_of.topk(2, dim=-1).values
     return _in_one_transfer(tokens, best[:, 0] - best[:, 1])
 
@@ -50,12 +49,17 @@ def chooses_in_triton(device: torch.device) -> bool:
 
 
 def _choose_in_triton(logits: torch.Tensor) -> Choices:
+    return _in_one_transfer(*_best_in_triton(logits))
+
+
+def _best_in_triton(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [T] and margins [T]."""
     from quasar_core.kernels.triton.choices import argmax_and_margin
 
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     best, second = torch.empty(2, len(logits), device=logits.device).unbind()
     argmax_and_margin(logits, tokens, best, second)
-    return _in_one_transfer(tokens, best - second)
+    return tokens, best - second
 
 
 def _in_one_transfer(tokens: torch.Tensor, margins: torch.Tensor) -> Choices:

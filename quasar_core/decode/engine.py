@@ -12,13 +12,13 @@ import torch
 
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.acceptance import accept_matching, confirm_sampled
-from quasar_core.decode.choices import Choices, bring_over, choose_best
+from quasar_core.decode.choices import bring_over, choose_best, choose_in_pass
 from quasar_core.decode.draft_length import DraftLength
 from quasar_core.decode.sampling import distribution, draw, penalize_repetition
 from quasar_core.decode.window import WindowPolicy
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.errors import QuasarError
-from quasar_core.models.base import CausalLM, KVCache
+from quasar_core.models.base import CausalLM, Choices, KVCache
 from quasar_core.models.memory import PROMPT_CHUNK
 from quasar_core.models.pair import Pair
 from quasar_core.records import Confirm, Stats, Step
@@ -47,6 +47,8 @@ class Engine:
         self.max_tokens = max_tokens  # prompt included
         self.confirms = config.verify == "exact"
         self.verifying = _verifying_model(pair, config.verify)
+        sampling = config.sampling
+        self._reads_logits = not sampling.greedy or sampling.repetition_penalty != 1.0  # beyond the best of each row
         self.eos_ids = frozenset() if config.ignore_eos else pair.eos_ids
         self.stats = Stats()
         self.tokens: list[int] = []
@@ -94,9 +96,8 @@ class Engine:
 
     def _verify(self, draft: Draft) -> None:
         """One pass over the last token and the draft; accepted tokens and the bonus join the text."""
-        logits = self.verifying.forward([self.tokens[-1], *draft.tokens], self.cache)
-        choices, q = self._choose(logits, draft.tokens)
-        accepted, bonus = accept_matching(choices.tokens, draft.tokens)
+        choices, q = self._pass([self.tokens[-1], *draft.tokens])
+        accepted, bonus = _accept(choices, draft.tokens)
         new = self._cut_at_eos([*draft.tokens[:accepted], bonus])
         accepted = min(accepted, len(new))
         if self.confirms:
@@ -118,8 +119,7 @@ class Engine:
         """One target pass over the window; what it accepts is committed with its bonus token, the rest taken back."""
         window = self.window
         self.cache.rollback(self.committed - 1)
-        logits = self.pair.primary.forward(self.tokens[self.committed - 1 :], self.cache)
-        accepted, bonus = self._accept_window(logits, window)
+        accepted, bonus = self._accept_window(window)
         self.stats.confirm_log.append(Confirm(len(window), accepted))
         self.drafter.forget(len(window) - accepted)
         self.tokens = self.tokens[: self.committed + accepted]
@@ -129,13 +129,29 @@ class Engine:
         self._survival = 1.0
         self._window_q.clear()
 
-    def _accept_window(self, logits: torch.Tensor, window: Sequence[int]) -> tuple[int, int]:
-        prefix = self.tokens[: self.committed]
+    def _accept_window(self, window: Sequence[int]) -> tuple[int, int]:
+        """Pass the window through the target → how many of its tokens are accepted, and the bonus token."""
+        tokens, prefix = self.tokens[self.committed - 1 :], self.tokens[: self.committed]
+        choices = self._choose_in_pass(self.pair.primary, tokens)
+        if choices:
+            return _accept(choices, window)
+        logits = self.pair.primary.forward(tokens, self.cache)
         logits = penalize_repetition(logits, prefix, window, self.config.sampling.repetition_penalty)
         if self.config.sampling.greedy:
-            return accept_matching(choose_best(logits).tokens, window)
+            return _accept(choose_best(logits), window)
         p = distribution(logits, self.config.sampling)
         return confirm_sampled(p, torch.stack(self._window_q), window, self.generator)
+
+    def _pass(self, tokens: Sequence[int]) -> tuple[Choices, torch.Tensor | None]:
+        """A verify pass over the last token and a draft; see `_choose`."""
+        choices = self._choose_in_pass(self.verifying, tokens)
+        if choices:
+            return choices, None
+        return self._choose(self.verifying.forward(tokens, self.cache), tokens[1:])
+
+    def _choose_in_pass(self, model: CausalLM, tokens: Sequence[int]) -> Choices | None:
+        """One pass and the choices that the device made in it; None, and no pass, where logits must be read."""
+        return None if self._reads_logits else choose_in_pass(model, tokens, self.cache)
 
     def _choose(self, logits: torch.Tensor, draft: Sequence[int]) -> tuple[Choices, torch.Tensor | None]:
         """The pass's own token at each row, and when sampling the distributions it was drawn from.
@@ -169,6 +185,13 @@ class Engine:
         self.tokens += new
         self.drafter.observe(new)
         self.cache.rollback(len(self.tokens) - 1)
+
+
+def _accept(choices: Choices, offered: Sequence[int]) -> tuple[int, int]:
+    """How many offered tokens the choices confirm, and the token after them; the device may have counted."""
+    if choices.accepted is None:
+        return accept_matching(choices.tokens, offered)
+    return choices.accepted, choices.tokens[choices.accepted]
 
 
 def _verifying_model(pair: Pair, mode: VerifyMode) -> CausalLM:

@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from quasar_core.checkpoint.packing import QuantizedWeight
+from quasar_core.checkpoint.compressed_tensors import PackedWeight
+from quasar_core.checkpoint.float8 import Float8Weight
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,13 @@ class LayerShape:
     group_size: int
     trivial_groups: bool
     symmetric: bool = True  # all zeros are 2^(bits − 1)
+    floating: bool = False  # 8-bit floating-point values in the place of codes
 
     @classmethod
-    def of(cls, weight: QuantizedWeight) -> "LayerShape":
-        """The shape of a layer's codes."""
+    def of(cls, weight: PackedWeight) -> "LayerShape":
+        """The shape of a layer's codes, or values."""
+        if isinstance(weight, Float8Weight):
+            return cls(weight.in_features, weight.out_features, 8, -1, trivial_groups=True, floating=True)
         return cls(
             weight.in_features,
             weight.out_features,
@@ -36,8 +40,16 @@ class LayerShape:
         )
 
 
+@dataclass(frozen=True)
+class RoundedRows:
+    """Rows x [T, in] ≈ codes · steps, rounded to 8 bits by whatever computed them."""
+
+    codes: torch.Tensor  # [T, in] int8 or float8
+    steps: torch.Tensor  # [T] float32
+
+
 class Kernel(Protocol):
-    """A way to multiply by packed codes."""
+    """A way to multiply by packed codes, or by 8-bit floating-point values: select.py gives it what it takes."""
 
     name: str
 
@@ -45,12 +57,25 @@ class Kernel(Protocol):
         """Why this kernel cannot run the layer here, or None where it can."""
         ...
 
-    def prepare(self, weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> Any:
+    def prepare(self, weight: Any, device: torch.device, dtype: torch.dtype) -> Any:
         """Bring the weight into the kernel's own layout, once."""
         ...
 
     def multiply(self, x: torch.Tensor, prepared: Any) -> torch.Tensor:
         """x [T, in] → [T, out], both in the dtype that `prepare` was given."""
+        ...
+
+
+@runtime_checkable
+class RoundingKernel(Protocol):
+    """A kernel that rounds its rows to 8 bits, unless they come rounded."""
+
+    def rounds_to(self, rows: int, prepared: Any) -> torch.dtype | None:
+        """The dtype of the codes that it takes so many rows in; None where it must round them itself."""
+        ...
+
+    def multiply_rounded(self, rows: RoundedRows, prepared: Any, dtype: torch.dtype) -> torch.Tensor:
+        """Rows [T, in] → [T, out] in `dtype`."""
         ...
 
 

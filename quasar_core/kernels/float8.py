@@ -5,15 +5,12 @@ load; asked for by name, the kernel there computes what the matrix units would, 
 Letters: T rows of a pass, in and out the layer's sizes.
 """
 
-from typing import Any
-
 import torch
 
 from quasar_core.checkpoint.float8 import FLOAT8, LARGEST, Float8Weight
-from quasar_core.errors import UsageError
-from quasar_core.kernels.select import DENSE, KernelChoice
+from quasar_core.kernels.base import LayerShape
 
-_CAPABILITY = (8, 9)  # the first with e4m3 units: Ada, then Hopper
+CAPABILITY = (8, 9)  # the first with e4m3 units: Ada, then Hopper
 _MULTIPLE = 16  # of both sizes
 
 
@@ -22,16 +19,16 @@ class Float8Kernel:
 
     name = "float8"
 
-    def why_not(self, in_features: int, out_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    def why_not(self, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
         """CUDA of capability 8.9 or more, bf16, sizes that are multiples of 16."""
         if device.type != "cuda":
             return f"it runs on CUDA, not on {device.type}"
-        if torch.cuda.get_device_capability(device) < _CAPABILITY:
+        if torch.cuda.get_device_capability(device) < CAPABILITY:
             return "it needs a GPU of compute capability 8.9 or more"
         if dtype != torch.bfloat16:
             return f"it takes bfloat16, not {str(dtype).removeprefix('torch.')}"
-        if in_features % _MULTIPLE or out_features % _MULTIPLE:
-            return f"{in_features} × {out_features} are not multiples of {_MULTIPLE}"
+        if shape.in_features % _MULTIPLE or shape.out_features % _MULTIPLE:
+            return f"{shape.in_features} × {shape.out_features} are not multiples of {_MULTIPLE}"
         return None
 
     def prepare(self, weight: Float8Weight, device: torch.device, dtype: torch.dtype) -> Float8Weight:
@@ -46,23 +43,6 @@ class Float8Kernel:
         return torch._scaled_mm(
             rows, prepared.values.t(), scale_a=steps, scale_b=prepared.scales[None, :], out_dtype=x.dtype
         )
-
-
-def select_float8(weight: Float8Weight, device: torch.device, dtype: torch.dtype, requested: str) -> KernelChoice:
-    """The kernel above where it runs, else the weight unpacked at load; UsageError for one that does not take it."""
-    if requested not in ("auto", "dense", Float8Kernel.name):
-        raise UsageError(f"--kernel {requested} cannot run this verifier: its weights are 8-bit floating point.")
-    if requested == "dense":
-        return KernelChoice(DENSE, "asked for by --kernel")
-    kernel: Any = Float8Kernel()  # prepares what no other kernel does
-    obstacle = kernel.why_not(weight.in_features, weight.out_features, device, dtype)
-    if obstacle is None:
-        return KernelChoice(kernel, "8-bit floating point on the matrix units")
-    if requested == kernel.name and device.type == "cpu":
-        return KernelChoice(kernel, "asked for by --kernel, computed in float32")
-    if requested != "auto":
-        raise UsageError(f"--kernel {requested} cannot run this verifier: {obstacle}.")
-    return KernelChoice(DENSE, f"not {kernel.name}: {obstacle}; so unpacked at load")
 
 
 def quantize_rows_float8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

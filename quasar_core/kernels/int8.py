@@ -47,12 +47,12 @@ class Int8Kernel:
 
     def prepare(self, weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> Int8Weight:
         """Codes around 128 as signed bytes, output after output."""
-        values = (weight.codes.to(torch.int16) - 128).to(torch.int8).t().contiguous()
+        values = (weight.codes.to(device).to(torch.int16) - 128).to(torch.int8).t().contiguous()
         if device.type == "cuda":
             values = pad(values, (0, -values.shape[1] % _CUDA_MULTIPLE, 0, -values.shape[0] % _CUDA_MULTIPLE))
         zeros = weight.zeros[0].float() - 128
         return Int8Weight(
-            values.to(device),
+            values,
             weight.scales[0].float().to(device),
             zeros.to(device) if bool(zeros.any()) else None,
         )

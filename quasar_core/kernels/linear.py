@@ -1,15 +1,11 @@
 """A linear layer on packed codes."""
 
-from typing import cast
-
 import torch
 
 from quasar_core.checkpoint.compressed_tensors import PackedWeight
-from quasar_core.checkpoint.float8 import Float8Weight
-from quasar_core.checkpoint.packing import QuantizedWeight
-from quasar_core.kernels.base import LayerShape
-from quasar_core.kernels.float8 import select_float8
+from quasar_core.kernels.base import LayerShape, RoundedRows, RoundingKernel
 from quasar_core.kernels.select import KernelChoice, select_kernel
+from quasar_core.records import Progress, no_progress
 
 
 class PackedLinear(torch.nn.Module):
@@ -27,8 +23,7 @@ class PackedLinear(torch.nn.Module):
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.bits, self.group_size = weight.bits, weight.group_size
         self.choice = choice
-        # A floating-point weight comes with a kernel that takes it.
-        self.prepared = choice.kernel.prepare(cast(QuantizedWeight, weight), device, dtype)
+        self.prepared = choice.kernel.prepare(weight, device, dtype)
         self.bias = bias
 
     @classmethod
@@ -39,12 +34,10 @@ class PackedLinear(torch.nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         requested: str = "auto",
+        progress: Progress = no_progress,
     ) -> "PackedLinear":
         """Choose the kernel and prepare the weight."""
-        if isinstance(weight, Float8Weight):
-            choice = select_float8(weight, device, dtype, requested)
-        else:
-            choice = select_kernel(LayerShape.of(weight), device, dtype, requested)
+        choice = select_kernel(LayerShape.of(weight), device, dtype, requested, progress)
         return cls(weight, bias, choice, device, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,6 +47,17 @@ class PackedLinear(torch.nn.Module):
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features)
+
+    def rounds_to(self, rows: int) -> torch.dtype | None:
+        """The 8-bit dtype in which it takes so many rows; None where it takes them as they are."""
+        kernel = self.choice.kernel
+        return kernel.rounds_to(rows, self.prepared) if isinstance(kernel, RoundingKernel) else None
+
+    def multiply_rounded(self, rows: RoundedRows, dtype: torch.dtype) -> torch.Tensor:
+        """The product of rows that come rounded, and the bias → [T, out] in `dtype`."""
+        assert isinstance(self.choice.kernel, RoundingKernel)
+        y = self.choice.kernel.multiply_rounded(rows, self.prepared, dtype)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""

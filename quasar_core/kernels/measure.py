@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 
+from quasar_core.checkpoint.compressed_tensors import PackedWeight
+from quasar_core.checkpoint.float8 import FLOAT8, Float8Weight
 from quasar_core.checkpoint.packing import QuantizedWeight, count_groups, trivial_groups
 from quasar_core.kernels.base import Kernel, LayerShape, TunableKernel
 
 ROWS = (1, 4, 8)
 Times = dict[int, float]  # seconds by rows
+CPU = torch.device("cpu")
 
 _LAYERS = 32  # of one size, in a small model
 _UNCACHED = {"cpu": 64_000_000, "cuda": 200_000_000}  # bytes
@@ -40,7 +43,7 @@ def clock(device: torch.device) -> Callable[[], float]:
 def time_kernel(kernel: Kernel, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> Times:
     """Seconds of one product, by its rows."""
     timed = _timed_part(shape, device)
-    first = kernel.prepare(random_weight(timed), device, dtype)
+    first = kernel.prepare(random_weight(timed, device), device, dtype)
     scale = shape.out_features / timed.out_features
     size = max(sum(tensor.untyped_storage().nbytes() for tensor in _tensors(first)), 1)
     copies = max(1, int(min(_LAYERS * scale * size, _UNCACHED[device.type]) // size))
@@ -50,19 +53,25 @@ def time_kernel(kernel: Kernel, shape: LayerShape, device: torch.device, dtype: 
     return {rows: scale * _time_rows(kernel, weights, _activations(rows, shape, device, dtype)) for rows in ROWS}
 
 
-def random_weight(shape: LayerShape) -> QuantizedWeight:
-    """Random codes of a shape, in ordered groups; zeros are the middle of the codes, or where asymmetric one less."""
+def random_weight(shape: LayerShape, device: torch.device = CPU) -> PackedWeight:
+    """Random codes of a shape, in ordered groups, or values; zeros are the middle of the codes, or one less.
+
+    Made on the device, where unpacking or reordering them takes no time, and of the same numbers on every device.
+    """
     pool = torch.randint(2**shape.bits, (_POOL,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     count = shape.in_features * shape.out_features
-    codes = pool.repeat(-(-count // _POOL))[:count].view(shape.in_features, shape.out_features)
+    codes = pool.to(device).repeat(-(-count // _POOL))[:count].view(shape.in_features, shape.out_features)
+    if shape.floating:
+        values = (codes.t().contiguous() & 0b10111111).view(FLOAT8)  # no NaN, and nothing above 1.875
+        return Float8Weight(values, torch.full((shape.out_features,), 0.01, device=device))
     groups = count_groups(shape.in_features, shape.group_size), shape.out_features
     return QuantizedWeight(
         shape.bits,
         shape.group_size,
         codes,
-        scales=torch.full(groups, 0.01, dtype=torch.float16),
-        zeros=torch.full(groups, 2 ** (shape.bits - 1) - (not shape.symmetric), dtype=torch.int32),
-        g_idx=trivial_groups(shape.in_features, shape.group_size),
+        scales=torch.full(groups, 0.01, dtype=torch.float16, device=device),
+        zeros=torch.full(groups, 2 ** (shape.bits - 1) - (not shape.symmetric), dtype=torch.int32, device=device),
+        g_idx=trivial_groups(shape.in_features, shape.group_size).to(device),
     )
 
 

@@ -8,14 +8,17 @@ import torch
 from quasar_core.errors import UsageError
 from quasar_core.kernels.base import Kernel, LayerShape
 from quasar_core.kernels.dense import DenseKernel, why_no_room
+from quasar_core.kernels.float8 import Float8Kernel
 from quasar_core.kernels.int4 import CpuInt4Kernel, CudaInt4Kernel
 from quasar_core.kernels.int8 import Int8Kernel
 from quasar_core.kernels.marlin import MarlinKernel
 from quasar_core.kernels.measure import Times
 from quasar_core.kernels.reference import ReferenceKernel
 from quasar_core.kernels.times import kernel_times
+from quasar_core.kernels.triton.eight_bit_kernel import TRITON_FLOAT8, TRITON_INT8
 from quasar_core.kernels.triton.kernel import TritonKernel
 from quasar_core.kernels.vnni import VnniKernel
+from quasar_core.records import Progress, no_progress
 
 # In the order in which they are taken where nothing is measured. Dense and reference support everything: dense unpacks
 # once, and competes where memory allows; reference unpacks for each product, and is only ever asked for.
@@ -25,11 +28,13 @@ PACKED_KERNELS: tuple[Kernel, ...] = (
     MarlinKernel(),
     VnniKernel(),
     CpuInt4Kernel(),
+    TRITON_INT8,
     Int8Kernel(),
 )
+FLOATING_KERNELS: tuple[Kernel, ...] = (TRITON_FLOAT8, Float8Kernel())  # for 8-bit floating-point values
 DENSE, REFERENCE = DenseKernel(), ReferenceKernel()
 KERNELS: tuple[Kernel, ...] = (*PACKED_KERNELS, DENSE, REFERENCE)
-KERNEL_NAMES = tuple(kernel.name for kernel in KERNELS)
+KERNEL_NAMES = tuple(kernel.name for kernel in (*KERNELS, *FLOATING_KERNELS))
 
 DECISIVE_ROWS = 4  # of a verify: what the choice goes by
 # Whole passes run in C++ where all their packed products are on this kernel: that is worth more than a small lead.
@@ -56,7 +61,18 @@ class KernelReport:
     seconds: float | None
 
 
-def select_kernel(shape: LayerShape, device: torch.device, dtype: torch.dtype, requested: str = "auto") -> KernelChoice:
+def packed_kernels(shape: LayerShape) -> tuple[Kernel, ...]:
+    """Those for layers of a kind, in their order."""
+    return FLOATING_KERNELS if shape.floating else PACKED_KERNELS
+
+
+def select_kernel(
+    shape: LayerShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    requested: str = "auto",
+    progress: Progress = no_progress,
+) -> KernelChoice:
     """The fastest kernel for the layer, or the requested one; UsageError where that one does not support it.
 
     Where no kernel runs on packed codes the weight is unpacked once, at load, and the reason says so.
@@ -75,14 +91,13 @@ def select_kernel(shape: LayerShape, device: torch.device, dtype: torch.dtype, r
         able.append(DENSE)
     if len(able) == 1:
         return KernelChoice(able[0], "; ".join([*refused, "the only one left"]))
-    return _fastest(able, refused, shape, device, dtype)
+    remembered = kernel_times(device, dtype)
+    return _fastest(able, refused, shape, remembered.of(able, shape, progress), remembered.trouble)
 
 
 def _fastest(
-    able: Sequence[Kernel], refused: Sequence[str], shape: LayerShape, device: torch.device, dtype: torch.dtype
+    able: Sequence[Kernel], refused: Sequence[str], shape: LayerShape, times: dict[str, Times], trouble: str | None
 ) -> KernelChoice:
-    remembered = kernel_times(device, dtype)
-    times = remembered.of(able, shape)
     chosen, why = choose_fastest(able, times)
     others = sorted((kernel for kernel in able if kernel is not chosen), key=lambda k: times[k.name][DECISIVE_ROWS])
     figures = ", ".join(f"{kernel.name} {microseconds(times[kernel.name])}" for kernel in others)
@@ -90,8 +105,7 @@ def _fastest(
         f"{why} of {len(able)} for {shape.in_features} → {shape.out_features}: "
         f"{microseconds(times[chosen.name])} µs at {DECISIVE_ROWS} rows, {figures}"
     )
-    trouble = [remembered.trouble] if remembered.trouble else []
-    return KernelChoice(chosen, "; ".join([*refused, measured, *trouble]))
+    return KernelChoice(chosen, "; ".join([*refused, measured, *([trouble] if trouble else [])]))
 
 
 def choose_fastest(able: Sequence[Kernel], times: dict[str, Times]) -> tuple[Kernel, str]:
@@ -112,31 +126,37 @@ def microseconds(times: Times) -> str:
 
 
 def _candidates(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> tuple[list[Kernel], list[str]]:
-    """The kernels that run on packed codes of this shape, and why those of this device that stand before do not."""
+    """The kernels that run on codes or values of this shape, and why those of this device that stand before do not."""
     able, refused = list[Kernel](), list[str]()
-    for kernel in PACKED_KERNELS:
+    for kernel in packed_kernels(shape):
         obstacle = kernel.why_not(shape, device, dtype)
         if obstacle is None:
             able.append(kernel)
-        elif not able and not obstacle.startswith("it runs on"):
+        elif not able and (shape.floating or not obstacle.startswith("it runs on")):
             refused.append(f"not {kernel.name}: {obstacle}")
     return able, refused
 
 
 def _requested_kernel(name: str, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> KernelChoice:
-    kernel = next((kernel for kernel in KERNELS if kernel.name == name), None)
-    if kernel is None:
+    if name not in KERNEL_NAMES:
         raise UsageError(f"--kernel must be one of auto, {', '.join(KERNEL_NAMES)}, not {name}.")
+    takes = (*FLOATING_KERNELS, DENSE) if shape.floating else KERNELS
+    kernel = next((kernel for kernel in takes if kernel.name == name), None)
+    if kernel is None:
+        weights = "8-bit floating point" if shape.floating else f"{shape.bits}-bit codes"
+        raise UsageError(f"--kernel {name} cannot run this verifier: its weights are {weights}.")
+    if isinstance(kernel, Float8Kernel) and device.type == "cpu":
+        return KernelChoice(kernel, "asked for by --kernel, computed in float32")
     obstacle = kernel.why_not(shape, device, dtype)
     if obstacle:
         raise UsageError(f"--kernel {name} cannot run this verifier: {obstacle}.")
     return KernelChoice(kernel, "asked for by --kernel")
 
 
-def describe_kernels(device: torch.device, dtype: torch.dtype) -> list[KernelReport]:
+def describe_kernels(device: torch.device, dtype: torch.dtype, progress: Progress = no_progress) -> list[KernelReport]:
     """What each kernel says of a 4096 × 4096 layer of 4 bits in groups of 128, measured where it competes."""
     able = [*_candidates(COMMON, device, dtype)[0], DENSE]
-    times = kernel_times(device, dtype).of(able, COMMON)
+    times = kernel_times(device, dtype).of(able, COMMON, progress)
     chosen, _ = choose_fastest(able, times)
     return [_report(kernel, times.get(kernel.name), kernel is chosen, device, dtype) for kernel in KERNELS]
 

@@ -13,6 +13,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.base import Kernel, LayerShape
 from quasar_core.kernels.identity import measured_on
 from quasar_core.kernels.measure import ROWS, Times, time_kernel
+from quasar_core.records import Progress, no_progress
 from quasar_core.store.home import home
 from quasar_core.store.json_file import read_object, write_object
 
@@ -32,13 +33,15 @@ class KernelTimes:
         except QuasarError as error:
             self.trouble = f"measured anew: {error}"
 
-    def of(self, kernels: Sequence[Kernel], shape: LayerShape) -> dict[str, Times]:
+    def of(self, kernels: Sequence[Kernel], shape: LayerShape, progress: Progress = no_progress) -> dict[str, Times]:
         """The times of each kernel by its name; those that are not known are measured and kept."""
         known = self._times.setdefault(shape_key(shape), {})
         missing = [kernel for kernel in kernels if kernel.name not in known]
-        for kernel in missing:
+        for done, kernel in enumerate(missing):
+            progress("measuring kernels", done, len(missing))
             known[kernel.name] = time_kernel(kernel, shape, self.device, self.dtype)
         if missing:
+            progress("measuring kernels", len(missing), len(missing))
             self._keep()
         return {kernel.name: known[kernel.name] for kernel in kernels}
 
@@ -64,9 +67,9 @@ def forget_times() -> None:
 
 
 def shape_key(shape: LayerShape) -> str:
-    """Such as 1024x4096-4bit-g128; codes with zeros of their own are a shape of their own."""
-    zeros = "" if shape.symmetric else "-asymmetric"
-    return f"{shape.in_features}x{shape.out_features}-{shape.bits}bit-g{shape.group_size}{zeros}"
+    """Such as 1024x4096-4bit-g128; codes with zeros of their own are a shape of their own, and so are float8 values."""
+    kind = ("" if shape.symmetric else "-asymmetric") + "-floating" * shape.floating
+    return f"{shape.in_features}x{shape.out_features}-{shape.bits}bit-g{shape.group_size}{kind}"
 
 
 @cache

@@ -4,9 +4,22 @@ Shapes: T tokens of a pass, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The token of each row of a pass; its margin, the difference of the two best logits in nats, where asked for.
+
+    `accepted` is how many of the pass's own tokens, behind the first, its choices confirm, where the device counted.
+    """
+
+    tokens: list[int]
+    margins: list[float]
+    accepted: int | None = None
 
 
 class KVCache(Protocol):
@@ -52,6 +65,15 @@ class CausalLM(Protocol):
         ...
 
 
+@runtime_checkable
+class ChoosingLM(Protocol):
+    """A model whose passes may make the greedy choices on the device, so that no logits need be read."""
+
+    def choose(self, tokens: Sequence[int], cache: Any) -> Choices | None:
+        """One pass as `forward` runs it, and its choices, all of their fields; None, and no pass, where it cannot."""
+        ...
+
+
 class FastPass(Protocol):
     """Runs those passes of one decoder that are short enough, near their floor."""
 
@@ -60,6 +82,15 @@ class FastPass(Protocol):
 
     def run(self, tokens: Sequence[int], cache: Any) -> torch.Tensor:
         """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
+        ...
+
+
+@runtime_checkable
+class ChoosingPass(Protocol):
+    """A fast pass that makes the greedy choices itself."""
+
+    def choose(self, tokens: Sequence[int], cache: Any) -> Choices:
+        """One pass at position `cache.length`, which moves on by T, and its choices, all of their fields."""
         ...
 
 

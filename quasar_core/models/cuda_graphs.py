@@ -18,18 +18,15 @@ Launch = Callable[[], Any]  # reads and writes tensors that outlive it; waits fo
 class Launcher(Protocol):
     """Runs launches, each kind of them many times."""
 
-    def run(self, owner: Any, kind: Hashable, launch: Launch, held: tuple[torch.Tensor, ...]) -> None:
-        """Run `launch`; those of one `owner` and `kind` must do the same on the same tensors.
-
-        `held` are tensors that the launch reads and that its caller may let go of.
-        """
+    def run(self, owner: Any, kind: Hashable, launch: Launch) -> None:
+        """Run `launch`; those of one `owner` and `kind` must do the same on the same tensors, which stay alive."""
         ...
 
 
 class PlainLauncher:
     """Launches every time."""
 
-    def run(self, owner: Any, kind: Hashable, launch: Launch, held: tuple[torch.Tensor, ...]) -> None:
+    def run(self, owner: Any, kind: Hashable, launch: Launch) -> None:
         """See `Launcher`."""
         launch()
 
@@ -42,16 +39,16 @@ class GraphLauncher:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._graphs: WeakKeyDictionary[Any, dict[Hashable, tuple[Any, tuple[torch.Tensor, ...]]]] = WeakKeyDictionary()
+        self._graphs: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
 
-    def run(self, owner: Any, kind: Hashable, launch: Launch, held: tuple[torch.Tensor, ...]) -> None:
+    def run(self, owner: Any, kind: Hashable, launch: Launch) -> None:
         """See `Launcher`."""
         graphs = self._graphs.setdefault(owner, {})
         if kind in graphs:
-            graphs[kind][0].replay()
+            graphs[kind].replay()
         else:
             launch()
-            graphs[kind] = record(launch, self.device), held
+            graphs[kind] = record(launch, self.device)
 
 
 def record(launch: Launch, device: torch.device) -> Any:

@@ -3,7 +3,8 @@
 The position and the tokens lie on the device, so a graph serves every position; what it is recorded for is the cache,
 a number of tokens, and the bucket of lengths that bounds attention. Numbers and buckets are few, as each graph takes
 time to record: a pass is filled up with tokens behind its own, which its own do not see, and whose keys and values the
-next pass overwrites. The host sends one small buffer before a pass and waits for nothing.
+next pass overwrites. The host sends one small buffer before a pass; the last steps of a pass are its greedy choices and
+what they confirm of a draft, and the host waits once, for these. Logits stay where they are unless they are asked for.
 Letters: T tokens of a pass, V vocabulary.
 """
 
@@ -13,15 +14,19 @@ from weakref import WeakSet
 
 import torch
 
+from quasar_core.models.base import Choices
 from quasar_core.models.cuda_graphs import Launcher, launcher
 from quasar_core.models.cuda_products import DenseChoices, tune_products
-from quasar_core.models.decoder import DecoderLayer, LeanDecoder
+from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.mailbox import Mailbox
 from quasar_core.models.memory import LONGEST_PASS
 from quasar_core.models.pass_steps import Steps, TorchSteps
+from quasar_core.records import Progress, no_progress
 
 SIZES = (1, 2, 4, 8, 16, 24, LONGEST_PASS)  # tokens of the recorded passes
 SHORTEST_BUCKET, GROWTH = 1024, 4
+Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 def why_not(decoder: LeanDecoder) -> str | None:
@@ -33,13 +38,13 @@ def why_not(decoder: LeanDecoder) -> str | None:
     return None
 
 
-def choose(decoder: LeanDecoder) -> tuple["CudaPass | None", str]:
+def choose(decoder: LeanDecoder, progress: Progress = no_progress) -> tuple["CudaPass | None", str]:
     """The recorded pass of a decoder on CUDA, or None, and a sentence that says which and why."""
     obstacle = why_not(decoder)
     if obstacle:
         return None, f"passes: PyTorch's operations, not recorded: {obstacle}"
     steps, why = choose_steps(decoder.device, decoder.dtype)
-    tuned = tune_products(decoder) if steps.name == "Triton" else ""
+    tuned = tune_products(decoder, progress) if steps.name == "Triton" else ""
     fast = CudaPass(decoder, steps)
     return fast, f"passes: of up to {fast.longest} tokens as CUDA graphs of {why}" + (f"; {tuned}" if tuned else "")
 
@@ -76,10 +81,11 @@ class CudaPass:
         self.decoder, self.steps = decoder, steps
         self.longest = LONGEST_PASS
         device = decoder.device
-        self.dense = DenseChoices(decoder, steps.dense_products)
+        self.dense = DenseChoices(decoder, steps)
         self._launches = launches or launcher(device)
-        self._inputs = torch.zeros(1 + self.longest, dtype=torch.int64, device=device)  # the position, then the tokens
+        self._mail = Mailbox(self.longest, device)
         self._logits = torch.empty(self.longest, decoder.vocab_size, dtype=decoder.dtype, device=device)
+        self._tables: dict[int, Tables] = {}  # by capacity of the cache
         self._cleared: WeakSet[DecoderCache] = WeakSet()
         self._windows = frozenset(decoder.config.windows)
         self._group = decoder.config.num_heads // decoder.config.num_kv_heads
@@ -87,16 +93,25 @@ class CudaPass:
     @torch.inference_mode()
     def run(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
         """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
+        self._pass(tokens, cache)
+        return self._logits[: len(tokens)].to(torch.float32, copy=True)  # the next pass writes over these
+
+    @torch.inference_mode()
+    def choose(self, tokens: Sequence[int], cache: DecoderCache) -> Choices:
+        """One pass at position `cache.length`, which moves on by T, and the choices that the device made."""
+        self._pass(tokens, cache)
+        return self._mail.fetch(len(tokens))
+
+    def _pass(self, tokens: Sequence[int], cache: DecoderCache) -> None:
         count = len(tokens)
         size = pass_size(count, cache.capacity - cache.length)
         self._clear(cache)
-        self._send(cache.length, [*tokens, *[tokens[-1]] * (size - count)])
+        self._mail.send(cache.length, tokens, filled=size - count)
         self.dense.choose(size)
         bucket = length_bucket(cache.length + size, cache.capacity)
-        tables = self._tables(cache.capacity)
-        self._launches.run(cache, (size, bucket), lambda: self._launch(size, cache, bucket, tables), held=tables)
+        tables = self._tables.get(cache.capacity) or self._cut_tables(cache.capacity)
+        self._launches.run(cache, (size, bucket), lambda: self._launch(size, cache, bucket, tables))
         cache.advance(count)
-        return self._logits[:count].to(torch.float32, copy=True)
 
     def _clear(self, cache: DecoderCache) -> None:
         """Once for a cache: what lies behind its length may be anything, and a mask does not hide what is no number."""
@@ -105,37 +120,32 @@ class CudaPass:
                 states[:, :, cache.length :] = 0
             self._cleared.add(cache)
 
-    def _send(self, position: int, tokens: Sequence[int]) -> None:
-        """One copy from pinned memory, which PyTorch keeps until the copy is done."""
-        on_cuda = self._inputs.device.type == "cuda"
-        host = torch.tensor([position, *tokens], dtype=torch.int64, pin_memory=on_cuda)
-        self._inputs[: len(host)].copy_(host, non_blocking=True)
-
-    def _tables(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [positions, D]; longer tables may replace these, which a graph goes on reading."""
+    def _cut_tables(self, positions: int) -> Tables:
+        """Cosines and sines [positions, D], kept: longer ones may replace the model's, and graphs read on in these."""
         cos, sin = self.decoder.rope.rows(0, positions)
-        return cos[:, 0], sin[:, 0]
+        self._tables[positions] = tables = cos[:, 0], sin[:, 0]
+        return tables
 
-    def _launch(self, count: int, cache: DecoderCache, bucket: int, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """All steps of a pass of `count` tokens, whose position is in `_inputs`, into `_logits`."""
+    def _launch(self, count: int, cache: DecoderCache, bucket: int, tables: Tables) -> None:
+        """All steps of a pass of `count` tokens, which have come by mail, into `_logits`; then its choices."""
         decoder, steps, eps = self.decoder, self.steps, self.decoder.config.eps
-        position = self._inputs[:1]
+        position, tokens, logits = self._mail.position, self._mail.tokens[:count], self._logits[:count]
         sights = {w: steps.sight(position, bucket, count, w, self._group) for w in self._windows}
-        hidden = decoder.embedding.index_select(0, self._inputs[1 : 1 + count])
+        hidden = decoder.embedding.index_select(0, tokens)
         delta = None
         for layer, states in zip(decoder.layers, cache.layers, strict=True):
-            x = steps.normed(hidden, delta, layer.input_norm, eps)
+            x = steps.normed(hidden, delta, layer.input_norm, eps, self.dense.number_for(layer.qkv, count))
             qkv = self.dense.multiply(layer.qkv, x)
             queries = steps.rotate_and_store(
                 qkv, layer.head_norms, tables if layer.rotates else None, position, states, eps
             )
             delta = self.dense.multiply(layer.out, steps.attend(queries, states, sights[layer.window]))
-            delta = self._mlp(layer, steps.normed(hidden, delta, layer.mlp_norm, eps))
-        x = steps.normed(hidden, delta, decoder.norm, eps)
-        self._logits[:count].copy_(self.dense.multiply(decoder.head, x))
-
-    def _mlp(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
-        return self.dense.multiply(layer.down, self.steps.gated(self.dense.multiply(layer.gate_up, x)))
+            x = steps.normed(hidden, delta, layer.mlp_norm, eps, self.dense.number_for(layer.gate_up, count))
+            x = self.dense.gate(layer.gate_up, x, self.dense.number_for(layer.down, count))
+            delta = self.dense.multiply(layer.down, x)
+        x = steps.normed(hidden, delta, decoder.norm, eps, self.dense.number_for(decoder.head, count))
+        logits.copy_(self.dense.multiply(decoder.head, x))
+        steps.choose(logits, tokens, self._mail.drafted, self._mail.found.first(count))
 
 
 def pass_size(count: int, room: int) -> int:

@@ -14,7 +14,7 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.attention import Sight, attend, sight
-from quasar_core.models.base import FastPass
+from quasar_core.models.base import Choices, ChoosingPass, FastPass
 from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.rope import RopeTables
 
@@ -128,6 +128,13 @@ class LeanDecoder:
         if self.fast and len(tokens) <= self.fast.longest and not last_only:
             return self.fast.run(tokens, cache)
         return self._plain_pass(tokens, cache, last_only)
+
+    def choose(self, tokens: Sequence[int], cache: DecoderCache) -> Choices | None:
+        """See `models.base.ChoosingLM`: where the fast pass makes the choices itself."""
+        if not isinstance(self.fast, ChoosingPass) or len(tokens) > self.fast.longest:
+            return None
+        cache.check_room(len(tokens))
+        return self.fast.choose(tokens, cache)
 
     @torch.inference_mode()
     def _plain_pass(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool) -> torch.Tensor:

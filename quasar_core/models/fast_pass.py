@@ -7,20 +7,21 @@ fast pass computes the same for a few tokens at a time.
 from quasar_core.models import cpu_pass, cuda_pass
 from quasar_core.models.base import FastPass
 from quasar_core.models.decoder import LeanDecoder
+from quasar_core.records import Progress, no_progress
 
 __all__ = ["FastPass", "attach", "choose"]
 
 
-def attach(decoder: LeanDecoder) -> str:
+def attach(decoder: LeanDecoder, progress: Progress = no_progress) -> str:
     """Give a decoder its fast pass, where there is one; a sentence that says which and why."""
-    decoder.fast, note = choose(decoder)
+    decoder.fast, note = choose(decoder, progress)
     return note
 
 
-def choose(decoder: LeanDecoder) -> tuple[FastPass | None, str]:
+def choose(decoder: LeanDecoder, progress: Progress = no_progress) -> tuple[FastPass | None, str]:
     """The fast pass for a decoder, or None, and a sentence that says which and why."""
     if decoder.device.type == "cuda":
-        return cuda_pass.choose(decoder)
+        return cuda_pass.choose(decoder, progress)
     if decoder.device.type != "cpu":
         return None, f"passes: PyTorch's operations, as there is no fast pass for {decoder.device.type}"
     obstacle = cpu_pass.why_not(decoder)

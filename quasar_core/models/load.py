@@ -49,18 +49,19 @@ def load_models(
     if checkpoint is not None:
         progress("loading", stages - 1, stages)
         if target is None:
-            verifier = library.load_verifier_alone(checkpoint, device, dtype, kernel)
+            verifier = library.load_verifier_alone(checkpoint, device, dtype, kernel, progress)
         else:
-            verifier = library.attach_verifier(target, checkpoint, kernel)
+            verifier = library.attach_verifier(target, checkpoint, kernel, progress)
         notes += describe_kernels_in_use(verifier.packed_layers)
-    notes += describe_passes({"target": target, "verifier": verifier})
+    notes += describe_passes({"target": target, "verifier": verifier}, progress)
     progress("loading", stages, stages)
     return LoadedModels(target, verifier, notes)
 
 
-def describe_passes(models: Mapping[str, CausalLM | None]) -> list[str]:
+def describe_passes(models: Mapping[str, CausalLM | None], progress: Progress = no_progress) -> list[str]:
     """Give our own decoders their fast passes; one note for all of them, or one for each where they differ."""
-    notes = {name: fast_pass.attach(model) for name, model in models.items() if isinstance(model, LeanDecoder)}
+    lean = {name: model for name, model in models.items() if isinstance(model, LeanDecoder)}
+    notes = {name: fast_pass.attach(model, progress) for name, model in lean.items()}
     if len(set(notes.values())) == 1:
         return list(notes.values())[:1]
     return [f"{note} ({name})" for name, note in notes.items()]

@@ -27,6 +27,7 @@ from quasar_core.models.products import (
 )
 from quasar_core.models.rope import RopeTables
 from quasar_core.models.upload import Upload
+from quasar_core.records import Progress, no_progress
 
 __all__ = ["attach_verifier", "build_target", "load_target", "load_verifier_alone", "why_not_lean"]
 
@@ -46,11 +47,15 @@ def build_target(config: DecoderConfig, files: TensorFiles, device: torch.device
 
 
 def load_verifier_alone(
-    checkpoint: VerifierCheckpoint, device: torch.device, dtype: torch.dtype, kernel: str = "auto"
+    checkpoint: VerifierCheckpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel: str = "auto",
+    progress: Progress = no_progress,
 ) -> LeanDecoder:
     """The verifier without its target: what it does not hold in codes comes from the checkpoint too."""
     config = DecoderConfig.parse(checkpoint.config)
-    packing = Packing(checkpoint, device, dtype, kernel)
+    packing = Packing(checkpoint, device, dtype, kernel, progress)
     packing.refuse_unknown(config)
     filling = Filling(checkpoint.tensors, device, dtype)
     decoder = _build(config, filling, packing)
@@ -58,9 +63,11 @@ def load_verifier_alone(
     return decoder
 
 
-def attach_verifier(target: LeanDecoder, checkpoint: VerifierCheckpoint, kernel: str = "auto") -> LeanDecoder:
+def attach_verifier(
+    target: LeanDecoder, checkpoint: VerifierCheckpoint, kernel: str = "auto", progress: Progress = no_progress
+) -> LeanDecoder:
     """The verifier over the target's own embedding, norms and head, which are held once."""
-    packing = Packing(checkpoint, target.device, target.dtype, kernel)
+    packing = Packing(checkpoint, target.device, target.dtype, kernel, progress)
     packing.refuse_unknown(target.config)
 
     def attached(product: Product, own: Linear) -> Linear:

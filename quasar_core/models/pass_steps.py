@@ -5,12 +5,19 @@ handful of launches per layer. Every step allocates its result and never waits f
 pass, H key-value heads, G query heads per key-value head, D head size, C capacity of the cache, I size of the MLP.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import linear, rms_norm, silu
 
+from quasar_core.kernels.base import RoundedRows
 from quasar_core.models.attention import FOLDED_TOKENS, Sight, attend
+from quasar_core.models.decoder import Linear
+from quasar_core.models.mailbox import Found
+
+Rows = torch.Tensor | RoundedRows  # [T, in]
+Gated = Callable[[Rows], Rows]
 
 
 class Steps(Protocol):
@@ -19,9 +26,17 @@ class Steps(Protocol):
     name: str
 
     def normed(
-        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        """Add `delta` to `hidden` [T, in] in place, then its RMS norm times `weight` → [T, in]."""
+        self,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        number: torch.dtype | None = None,
+    ) -> Rows:
+        """Add `delta` to `hidden` [T, in] in place, then its RMS norm times `weight` → [T, in].
+
+        Where the product that reads it takes rows in an 8-bit `number`, it may come rounded to that.
+        """
         ...
 
     def rotate_and_store(
@@ -46,12 +61,22 @@ class Steps(Protocol):
         """Queries [T, H·G, D] over states [2, H, C, D] → [T, H·G·D]."""
         ...
 
-    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """silu(gate) · up of gate_up [T, 2·I] → [T, I]."""
+    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> Rows:
+        """silu(gate) · up of gate_up [T, 2·I] → [T, I]; of `number` as in `normed`."""
+        ...
+
+    def gated_product(self, product: Linear, rows: int) -> Gated | None:
+        """x [rows, in] → [rows, I] in one launch: a product of gates and what they gate, and the gate; None without."""
         ...
 
     def dense_products(self, rows: int) -> dict[str, Any]:
         """Ways to multiply x [rows, in] by a weight [out, in] (and add a bias [out]) in 16 or 32 bits, by name."""
+        ...
+
+    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, found: Found) -> None:
+        """The greedy choice of each row of logits [T, V], the first of equals, and how many of the `drafted` [1]
+        tokens behind the first of tokens [T] they confirm, into `found`.
+        """
         ...
 
 
@@ -61,9 +86,14 @@ class TorchSteps:
     name = "PyTorch's operations"
 
     def normed(
-        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        """See `Steps`."""
+        self,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        number: torch.dtype | None = None,
+    ) -> Rows:
+        """See `Steps`; never rounded."""
         if delta is not None:
             hidden += delta
         return rms_norm(hidden, weight.shape, weight, eps)
@@ -105,11 +135,25 @@ class TorchSteps:
         """See `Steps`."""
         return attend(queries, states, sight)
 
-    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """See `Steps`."""
+    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> Rows:
+        """See `Steps`; never rounded."""
         gate, up = gate_up.chunk(2, dim=-1)
         return silu(gate) * up
+
+    def gated_product(self, product: Linear, rows: int) -> Gated | None:
+        """There is none."""
+        return None
 
     def dense_products(self, rows: int) -> dict[str, Any]:
         """PyTorch's own: cuBLAS on CUDA."""
         return {"torch": linear}
+
+    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, found: Found) -> None:
+        """See `Steps`."""
+        torch.argmax(logits, dim=-1, out=found.tokens)
+        best = logits.topk(2, dim=-1).values
+        found.best.copy_(best[:, 0])
+        found.second.copy_(best[:, 1])
+        place = torch.arange(len(tokens) - 1, device=tokens.device)
+        confirmed = (found.tokens[:-1] == tokens[1:]) & (place < drafted)
+        found.accepted.copy_(confirmed.cumprod(0).sum())

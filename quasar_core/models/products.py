@@ -13,6 +13,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.decoder import DenseLinear, JoinedLinear, Linear
+from quasar_core.records import Progress, no_progress
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,16 @@ def dense_only(product: Product, dense: Dense) -> Linear:
 class Packing:
     """The verifier's way: products on a checkpoint's packed codes, and in 16 or 32 bits where it has none."""
 
-    def __init__(self, checkpoint: VerifierCheckpoint, device: torch.device, dtype: torch.dtype, kernel: str) -> None:
+    def __init__(
+        self,
+        checkpoint: VerifierCheckpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel: str,
+        progress: Progress = no_progress,
+    ) -> None:
         self.checkpoint, self.device, self.dtype, self.kernel = checkpoint, device, dtype, kernel
+        self.progress = progress  # of measuring kernels
         self.names = frozenset(checkpoint.layer_names)
 
     def __call__(self, product: Product, dense: Dense) -> Linear:
@@ -75,8 +84,8 @@ class Packing:
         if all(packed):
             weights = [self._weight(product.part(index)) for index in range(len(packed))]
             if _agree(weights):
-                bias = self._bias(product)
-                return PackedLinear.build(concatenate(weights), bias, self.device, self.dtype, self.kernel)
+                place = self.device, self.dtype, self.kernel, self.progress
+                return PackedLinear.build(concatenate(weights), self._bias(product), *place)
         return JoinedLinear(tuple(self(product.part(index), dense) for index in range(len(packed))))
 
     def refuse_unknown(self, config: DecoderConfig) -> None:

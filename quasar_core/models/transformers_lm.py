@@ -14,6 +14,7 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.experts import module_name, separate_experts
 from quasar_core.models.kv_cache import PreallocatedCache
 from quasar_core.models.skeleton import Weights, build_skeleton, clone_structure, read_model_config
+from quasar_core.records import Progress, no_progress
 
 
 class TransformersLM:
@@ -76,7 +77,9 @@ def load_target(
     return TransformersLM(model.to(device))
 
 
-def attach_verifier(target: TransformersLM, checkpoint: VerifierCheckpoint, kernel: str = "auto") -> TransformersLM:
+def attach_verifier(
+    target: TransformersLM, checkpoint: VerifierCheckpoint, kernel: str = "auto", progress: Progress = no_progress
+) -> TransformersLM:
     """The verifier over the target's own embedding, norms and head, which are held once.
 
     Every module of the verifier is the target's, apart from the linear layers whose codes the checkpoint holds, and
@@ -85,18 +88,22 @@ def attach_verifier(target: TransformersLM, checkpoint: VerifierCheckpoint, kern
     model = cast(PreTrainedModel, clone_structure(target.model))
     if any(".experts." in name for name in checkpoint.layer_names):
         separate_experts(model)  # the target's own stay together
-    _pack_layers(model, checkpoint, target.device, target.model.dtype, kernel)
+    _pack_layers(model, checkpoint, target.device, target.model.dtype, kernel, progress)
     if checkpoint.own_norms:
         _replace_norms(model, checkpoint)
     return TransformersLM(model)
 
 
 def load_verifier_alone(
-    checkpoint: VerifierCheckpoint, device: torch.device, dtype: torch.dtype, kernel: str = "auto"
+    checkpoint: VerifierCheckpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel: str = "auto",
+    progress: Progress = no_progress,
 ) -> TransformersLM:
     """The verifier without its target: its own embedding and norms come from the checkpoint."""
     model = build_skeleton(read_model_config(checkpoint.folder), dtype)
-    _pack_layers(model, checkpoint, device, dtype, kernel)
+    _pack_layers(model, checkpoint, device, dtype, kernel, progress)
     weights = Weights(model, checkpoint.tensors)
     known = {weights.stored(name) for name in (*dict(model.named_parameters()), *dict(model.named_buffers()))}
     wrong = [*weights.missing(model), *(name for name in checkpoint.plain_names if name not in known)]
@@ -107,7 +114,12 @@ def load_verifier_alone(
 
 
 def _pack_layers(
-    model: torch.nn.Module, checkpoint: VerifierCheckpoint, device: torch.device, dtype: torch.dtype, kernel: str
+    model: torch.nn.Module,
+    checkpoint: VerifierCheckpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel: str,
+    progress: Progress,
 ) -> None:
     for name in checkpoint.layer_names:
         linear = _linear_named(model, name, checkpoint)
@@ -116,7 +128,8 @@ def _pack_layers(
         if (linear.out_features, linear.in_features) != shape:
             raise QuasarError(f"Layer {name} of {checkpoint.folder} is {shape}, and the target's is not.")
         parent, _, child = module_name(name).rpartition(".")
-        packed = PackedLinear.build(weight, _bias(linear, f"{name}.bias", checkpoint), device, dtype, kernel)
+        bias = _bias(linear, f"{name}.bias", checkpoint)
+        packed = PackedLinear.build(weight, bias, device, dtype, kernel, progress)
         setattr(model.get_submodule(parent), child, packed)
 
 

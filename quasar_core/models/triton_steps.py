@@ -3,17 +3,27 @@
 Letters: T tokens of a pass, H key-value heads, G query heads per key-value head, D head size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-from quasar_core.kernels.triton.activation import silu_multiply
+from quasar_core.kernels.base import RoundedRows
+from quasar_core.kernels.linear import PackedLinear
+from quasar_core.kernels.triton.activation import silu_multiply, silu_multiply_rounded
 from quasar_core.kernels.triton.attention import attend, attention_workspace
+from quasar_core.kernels.triton.blocks import why_not_gated
+from quasar_core.kernels.triton.choices import accept_greedy, argmax_and_margin
 from quasar_core.kernels.triton.norms import rms_norm_residual
-from quasar_core.kernels.triton.products import multiply_dense
+from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
 from quasar_core.kernels.triton.rope import rotate_and_store
+from quasar_core.kernels.triton.weights import TritonWeight
+from quasar_core.models.decoder import DenseLinear, Linear
+from quasar_core.models.mailbox import Found
+from quasar_core.models.pass_steps import Gated, Rows
 
 WIDEST = 16  # tokens of one launch of these kernels; a longer pass takes several
 
@@ -33,12 +43,21 @@ class TritonSteps:
     name = "Triton"
 
     def normed(
-        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
+        self,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        number: torch.dtype | None = None,
+    ) -> Rows:
         """One launch, however many tokens."""
-        out = torch.empty_like(hidden)
-        rms_norm_residual(hidden, delta, weight, eps, out)
-        return out
+        if number is None:
+            out = torch.empty_like(hidden)
+            rms_norm_residual(hidden, delta, weight, eps, out)
+            return out
+        rows = _empty_rows(hidden.shape[0], hidden.shape[1], number, hidden.device)
+        rms_norm_residual(hidden, delta, weight, eps, rows.codes, rows.steps)
+        return rows
 
     def rotate_and_store(
         self,
@@ -72,15 +91,53 @@ class TritonSteps:
             attend(rows, keys, values, position, sight.window, workspace, part, sight.length)
         return out
 
-    def gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> Rows:
         """One launch."""
-        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
-        silu_multiply(gate_up, out)
-        return out
+        count, inner = gate_up.shape[0], gate_up.shape[1] // 2
+        if number is None:
+            out = gate_up.new_empty(count, inner)
+            silu_multiply(gate_up, out)
+            return out
+        rows = _empty_rows(count, inner, number, gate_up.device)
+        silu_multiply_rounded(gate_up, rows.codes, rows.steps)
+        return rows
+
+    def gated_product(self, product: Linear, rows: int) -> Gated | None:
+        """For 16 bits and packed codes, up to sixteen tokens."""
+        multiply: Callable[..., None]
+        weight: Any
+        if isinstance(product, DenseLinear):
+            multiply, weight, outputs = multiply_dense, product.weight, product.weight.shape[0]
+        elif isinstance(product, PackedLinear) and isinstance(product.prepared, TritonWeight):
+            multiply, weight, outputs = multiply_packed, product.prepared, product.out_features
+        else:
+            return None
+        if rows > WIDEST or why_not_gated(outputs):
+            return None
+        return partial(_multiply_gated, multiply, weight, outputs, product.bias)
 
     def dense_products(self, rows: int) -> dict[str, Any]:
         """cuBLAS, and for few rows Triton's product."""
         return {"cublas": linear, "triton": _multiply_dense} if rows <= WIDEST else {"cublas": linear}
+
+    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, found: Found) -> None:
+        """Three launches."""
+        argmax_and_margin(logits, found.tokens, found.best, found.second)
+        accept_greedy(found.tokens, tokens, drafted, found.accepted)
+
+
+def _empty_rows(count: int, size: int, number: torch.dtype, device: torch.device) -> RoundedRows:
+    codes = torch.empty(count, size, dtype=number, device=device)
+    return RoundedRows(codes, torch.empty(count, dtype=torch.float32, device=device))
+
+
+def _multiply_gated(
+    multiply: Callable[..., None], weight: Any, outputs: int, bias: torch.Tensor | None, x: Rows
+) -> torch.Tensor:
+    assert isinstance(x, torch.Tensor)  # a product that takes rounded rows is none of these
+    out = x.new_empty(x.shape[0], outputs // 2)
+    multiply(x, weight, out, bias, gated=True)
+    return out
 
 
 def _multiply_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

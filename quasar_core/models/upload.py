@@ -26,7 +26,9 @@ class Upload:
         self._own = threading.local()  # each thread's buffer, stream, and the event of its last copy
 
     def __enter__(self) -> "Upload":
-        """Start the threads as they are needed."""
+        """Wait for what may still use the places' memory, which was another tensor's; threads start as needed."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         return self
 
     def __exit__(

@@ -11,15 +11,17 @@ Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-
 `products`
     `multiply_packed(x [T, in], weight: TritonWeight, out [T, out], bias=None, residual=None)`: x·Wᵀ (+ bias)
     (+ residual); `out` may be `residual`. `multiply_dense(x, weight [out, in], out, ...)`: the same for 16-bit weights.
+    With `gated=True` the outputs are gates and what they gate: silu(gate) · up → out [T, out ÷ 2].
 `eight_bit`
     `quantize_rows(x [T, in], codes [T, in], steps [T])`: x ≈ codes · steps; codes int8 or float8_e4m3fn, steps float32.
     `multiply_w8a8(codes, steps, weight [out, in], scales [out], out, bias=None, residual=None)`: rows and weights of
     one 8-bit dtype, scales float32.
 `norms`
-    `rms_norm_residual(hidden [T, in], delta [T, in] or None, weight [in], eps, out [T, in])`: hidden += delta in place;
-    out = norm(hidden) · weight.
+    `rms_norm_residual(hidden [T, in], delta [T, in] or None, weight [in], eps, out [T, in], steps=None)`: hidden +=
+    delta in place; out = norm(hidden) · weight, with `steps` [T] rounded to 8 bits as by `quantize_rows`.
 `activation`
-    `silu_multiply(gate_up [T, 2·I], out [T, I])`: silu(gate) · up.
+    `silu_multiply(gate_up [T, 2·I], out [T, I])`: silu(gate) · up. `silu_multiply_rounded(gate_up, codes, steps)`: that
+    rounded to 8 bits.
 `rope`
     `rotate_and_store(qkv [T, (H·G + 2·H)·D], head_norms [H·G + H, D] or None, cos, sin [positions, D] or None,
     position [1], keys, values [H, capacity, D], queries [T, H·G, D], eps)`: queries and keys normed and rotated, keys
@@ -30,8 +32,8 @@ Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-
     `attention_workspace(device, tokens, heads, head_size)`.
 `choices`
     `argmax_and_margin(logits [T, V], tokens [T] int64, best [T] float32, second [T] float32)`: the first greatest logit
-    of a row, and the next. `accept_greedy(choices [T] int64, draft [T − 1] int64, accepted [1] int32)`: how many
-    drafted tokens the choices confirm.
+    of a row, and the next. `accept_greedy(choices, tokens [T], drafted, accepted [1])`, all int64: how many of the
+    `drafted` tokens behind the pass's first one the choices confirm.
 `weights`
     `prepare_packed(weight: QuantizedWeight, device) -> TritonWeight`: codes in the kernel's order.
 `tune`

@@ -64,7 +64,7 @@ def attend(
         PADDED=padded,
         ROWS=rows,
         BLOCK=_BLOCK,
-        num_warps=4,
+        num_warps=4 if rows * padded <= 64 * 128 else 8,  # more sums than four warps have registers for
         num_stages=3 if rows * padded <= 64 * 128 else 2,
     )
     _merge_kernel[(count * heads,)](
@@ -91,7 +91,7 @@ def _shares(max_length: int, kv_heads: int, device: torch.device) -> tuple[int, 
     return share, -(-max_length // share)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # one kernel for every T
 def _attend_kernel(
     queries_ptr,
     keys_ptr,
@@ -157,7 +157,7 @@ def _seen(position, count, window):
     return tl.where(window > 0, tl.maximum(position - window + 1, 0), 0), position + count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # one kernel for every T
 def _merge_kernel(
     mixed_ptr,
     stats_ptr,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quasar_core.kernels.triton.scratch import PARTIAL_FLOATS
 from quasar_core.kernels.triton.tuned import tuned_blocks
 from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
 
@@ -50,10 +51,32 @@ def dense_blocks(weight: torch.Tensor, device: torch.device) -> Blocks:
     return Blocks(BLOCK, inputs, _splits(-(-weight.shape[0] // BLOCK), steps, device), stages=4)
 
 
+def gated_blocks(plain: Blocks, in_features: int, out_features: int, *, packed: bool) -> Blocks:
+    """For a gated product, from what is best without the gate: two blocks a program, and as many programs.
+
+    They take no more shared memory: half the inputs in a step, or of codes, whose steps are stored, a stage less.
+    """
+    if plain.outputs > BLOCK:
+        return plain
+    inputs = plain.inputs if packed else plain.inputs // 2
+    room = max(1, PARTIAL_FLOATS // (16 * out_features))
+    splits = even_splits(-(-in_features // inputs), min(2 * plain.splits, room))
+    return Blocks(2 * BLOCK, inputs, splits, max(plain.stages - packed, 2))
+
+
+def why_not_gated(out_features: int) -> str | None:
+    """Why a product of gates and what they gate cannot end with the gate, or None where it can."""
+    return f"{out_features // 2} gates are not a multiple of {BLOCK}" if out_features % (2 * BLOCK) else None
+
+
 def _splits(blocks: int, steps: int, device: torch.device) -> int:
     """So many that all programs run at once and fill the device, each with as many steps as the others."""
-    wanted = max(1, min(steps, _PROGRAMS * multiprocessors(device) // blocks, 16))
-    return -(-steps // -(-steps // wanted))
+    return even_splits(steps, max(1, min(_PROGRAMS * multiprocessors(device) // blocks, 16)))
+
+
+def even_splits(steps: int, wanted: int) -> int:
+    """At most so many, none of them without a step."""
+    return -(-steps // -(-steps // min(wanted, steps)))
 
 
 def multiprocessors(device: torch.device) -> int:

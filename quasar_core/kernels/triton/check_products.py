@@ -2,13 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from quasar_core.checkpoint.packing import QuantizedWeight, count_groups, trivial_groups
+from quasar_core.kernels.triton.activation import silu_multiply, silu_multiply_rounded
+from quasar_core.kernels.triton.blocks import dense_blocks, even_splits, packed_blocks
 from quasar_core.kernels.triton.check_tools import TOLERANCE, Case, name_of, poisoned, randn, relative_error
 from quasar_core.kernels.triton.eight_bit import multiply_w8a8, quantize_rows
+from quasar_core.kernels.triton.norms import rms_norm_residual
 from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
 from quasar_core.kernels.triton.weights import prepare_packed
 
@@ -27,6 +32,10 @@ def product_cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iter
                 kind = "symmetric" if symmetric else "asymmetric"
                 name = f"packed {bits} bits {kind} {out_features}×{in_features} group {group} {name_of(dtype)}"
                 yield name, partial(_packed, bits, in_features, out_features, group, symmetric, device, dtype)
+    for in_features, out_features, splits in [(160, 128, 1), (1088, 384, 3)] + ([] if small else [(4096, 24576, 2)]):
+        for bits in (4, 8, 16):
+            name = f"gated {bits} bits {out_features}×{in_features} splits {splits} {name_of(dtype)}"
+            yield name, partial(_gated, bits, in_features, out_features, splits, device, dtype)
     for in_features, out_features in [(160, 72), (264, 80), (1024, 40)] + (
         [] if small else [(4096, 6144), (12288, 4096)]
     ):
@@ -43,6 +52,9 @@ def eight_bit_cases(device: torch.device, small: bool) -> Iterator[Case]:
         for in_features, out_features in [(160, 72), (1056, 80)] + ([] if small else [(4096, 6144)]):
             name = f"w8a8 {name_of(kind)} {out_features}×{in_features}"
             yield name, partial(_eight_bit, kind, in_features, out_features, device)
+        if device.type == "cuda" or kind == torch.int8:  # the interpreter's conversion to float8 loses carries
+            yield f"norm into {name_of(kind)}", partial(_rounded_norm, kind, device)
+            yield f"gate into {name_of(kind)}", partial(_rounded_gate, kind, device)
 
 
 def random_weight(bits: int, in_features: int, out_features: int, group_size: int, symmetric: bool) -> QuantizedWeight:
@@ -75,7 +87,13 @@ def _packed(
     def multiply(x: torch.Tensor, out: torch.Tensor, bias: Term = None, residual: Term = None) -> None:
         multiply_packed(x, prepared, out, bias, residual)
 
-    return _product_error(multiply, weight.dequantize().to(device), device, dtype), TOLERANCE[dtype]
+    return _product_error(multiply, _on(device, weight).dequantize(), device, dtype), TOLERANCE[dtype]
+
+
+def _on(device: torch.device, weight: QuantizedWeight) -> QuantizedWeight:
+    """The weight where unpacking it takes no time."""
+    tensors = {name: getattr(weight, name).to(device) for name in ("codes", "scales", "zeros", "g_idx")}
+    return replace(weight, **tensors)
 
 
 def _dense(in_features: int, out_features: int, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -85,6 +103,34 @@ def _dense(in_features: int, out_features: int, device: torch.device, dtype: tor
         multiply_dense(x, weight, out, bias, residual)
 
     return _product_error(multiply, weight, device, dtype), TOLERANCE[dtype]
+
+
+def _gated(
+    bits: int, in_features: int, out_features: int, splits: int, device: torch.device, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Products that end with the gate, with a bias and without; gates of a size at which its curve shows."""
+    multiply: Callable[..., None]
+    weight: Any
+    if bits == 16:
+        exact = weight = randn(out_features, in_features, device=device, dtype=dtype)
+        multiply, blocks = multiply_dense, dense_blocks(weight, device)
+        steps = -(-in_features // blocks.inputs)
+    else:
+        codes = random_weight(bits, in_features, out_features, 32, symmetric=True)
+        exact, weight = _on(device, codes).dequantize(), prepare_packed(codes, device)
+        multiply, blocks = multiply_packed, packed_blocks(weight, device)
+        steps = weight.steps
+    blocks = replace(blocks, outputs=128, splits=even_splits(steps, splits))
+    x = randn(ROWS[-1], in_features, device=device) / (math.sqrt(in_features) * float(exact.float().std()))
+    x, bias = x.to(dtype), randn(out_features, device=device, dtype=dtype)
+    worst = 0.0
+    for term in (None, bias):
+        out = poisoned(len(x), out_features // 2, device=device, dtype=dtype)
+        multiply(x, weight, out, term, blocks=blocks, gated=True)
+        product = x.double() @ exact.double().t() + (0 if term is None else term.double())
+        gate, up = product.chunk(2, dim=-1)
+        worst = max(worst, relative_error(out, torch.nn.functional.silu(gate) * up))
+    return worst, TOLERANCE[dtype]
 
 
 def _product_error(
@@ -110,6 +156,29 @@ def _product_error(
         multiply(x[:count], sums, bias, sums)
         worst = max(worst, relative_error(sums, exact + bias.double() + residual[:count].double()))
     return worst
+
+
+def _rounded_norm(kind: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """Codes and steps that differ from those of a norm and a rounding one after the other."""
+    hidden, delta = randn(2, 5, 1056, device=device, dtype=torch.float16)
+    weight, out = randn(1056, device=device, dtype=torch.float16), torch.empty_like(hidden)
+    rms_norm_residual(hidden.clone(), delta, weight, 1e-6, out)
+    return _differences(out, kind, partial(rms_norm_residual, hidden, delta, weight, 1e-6))
+
+
+def _rounded_gate(kind: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """The same of the gate."""
+    gate_up = randn(5, 2 * 1056, device=device, dtype=torch.float16)
+    out = torch.empty_like(gate_up[:, :1056].contiguous())
+    silu_multiply(gate_up, out)
+    return _differences(out, kind, partial(silu_multiply_rounded, gate_up))
+
+
+def _differences(out: torch.Tensor, kind: torch.dtype, make_rounded: Callable[..., None]) -> tuple[float, float]:
+    found = [(torch.ones_like(out).to(kind), poisoned(len(out), device=out.device, dtype=torch.float32)) for _ in "ab"]
+    quantize_rows(out, *found[0])
+    make_rounded(*found[1])
+    return float(sum((a.float() != b.float()).sum() for a, b in zip(*found, strict=True))), 0.0
 
 
 def _eight_bit(kind: torch.dtype, in_features: int, out_features: int, device: torch.device) -> tuple[float, float]:

@@ -86,16 +86,17 @@ def _not_a_number(logits: torch.Tensor) -> None:
 
 
 def _acceptance(device: torch.device) -> tuple[float, float]:
-    """Drafts of 0 to 4 tokens that differ from the choices from one token on: counts that are wrong."""
-    chosen = torch.tensor([5, 6, 7, 8, 9], device=device)
+    """Drafts of 0 to 4 tokens that differ from the choices from one token on, then filled up: counts that are wrong."""
+    chosen = torch.tensor([5, 6, 7, 8, 9, 9], device=device)
     wrong = 0
     for drafted in range(5):
         for differs in range(drafted + 1):
-            draft = chosen[:drafted].clone()
-            draft[differs:] += 1
-            accepted = torch.full((1,), -1, device=device, dtype=torch.int32)
-            accept_greedy(chosen[: drafted + 1], draft, accepted)
-            wrong += int(accepted) != differs
+            for filled in (0, 1):
+                tokens = chosen.roll(1)[: 1 + drafted + filled].clone()
+                tokens[1 + differs : 1 + drafted] += 1
+                accepted = torch.full((1,), -1, device=device)
+                accept_greedy(chosen[: len(tokens)], tokens, torch.tensor([drafted], device=device), accepted)
+                wrong += int(accepted) != differs
     return float(wrong), 0.0
 
 

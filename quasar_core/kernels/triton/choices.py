@@ -34,10 +34,14 @@ def argmax_and_margin(logits: torch.Tensor, tokens: torch.Tensor, best: torch.Te
     )
 
 
-def accept_greedy(choices: torch.Tensor, draft: torch.Tensor, accepted: torch.Tensor) -> None:
-    """choices int64 [T], draft int64 [T − 1] → accepted int32 [1]: drafted tokens before the first that differs."""
-    drafted = draft.shape[0]
-    _accept_kernel[(1,)](choices, draft, accepted, drafted, SIZE=triton.next_power_of_2(drafted + 1), num_warps=1)
+def accept_greedy(choices: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, accepted: torch.Tensor) -> None:
+    """choices int64 [T], the pass's tokens int64 [T], `drafted` int64 [1] → accepted int64 [1].
+
+    The first `drafted` tokens behind the first one were drafted: accepted are those before the first that differs from
+    the choice one before it. What stands behind them fills up the pass, and counts for nothing.
+    """
+    count = choices.shape[0]
+    _accept_kernel[(1,)](choices, tokens, drafted, accepted, count, SIZE=triton.next_power_of_2(count), num_warps=1)
 
 
 @triton.jit
@@ -85,10 +89,12 @@ def _merge_kernel(
     tl.store(second_ptr + row, second)
 
 
-@triton.jit
-def _accept_kernel(choices_ptr, draft_ptr, accepted_ptr, drafted, SIZE: tl.constexpr):
+@triton.jit(do_not_specialize=["count"])  # one kernel for every T
+def _accept_kernel(choices_ptr, tokens_ptr, drafted_ptr, accepted_ptr, count, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
+    drafted = tl.minimum(tl.load(drafted_ptr).to(tl.int32), count - 1)
     known = index < drafted
     chosen = tl.load(choices_ptr + index, mask=known, other=0)
-    draft = tl.load(draft_ptr + index, mask=known, other=0)
-    tl.store(accepted_ptr, tl.min(tl.where(known & (chosen == draft), drafted, tl.minimum(index, drafted)), axis=0))
+    draft = tl.load(tokens_ptr + index + 1, mask=known, other=0)
+    differing = tl.where(known & (chosen != draft), index, drafted)
+    tl.store(accepted_ptr, tl.min(differing, axis=0).to(tl.int64))

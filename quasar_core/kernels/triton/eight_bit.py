@@ -32,13 +32,21 @@ def _quantize_kernel(x_ptr, codes_ptr, steps_ptr, size, largest, SIZE: tl.conste
     columns = tl.arange(0, SIZE)
     known = columns < size
     x = tl.load(x_ptr + row * size + columns, mask=known, other=0.0).to(tl.float32)
-    peak = tl.max(tl.abs(x), axis=0)
-    step = tl.where(peak > 0, peak / largest, 1.0)
-    scaled = tl.minimum(tl.maximum(x / step, -largest), largest)
-    if WHOLE:
-        scaled = (scaled + 12582912.0) - 12582912.0  # 1.5 · 2²³: float32 has no bits left for a fraction
+    scaled, step = round_row(x, largest, WHOLE)
     tl.store(codes_ptr + row * size + columns, scaled.to(codes_ptr.dtype.element_ty), mask=known)
     tl.store(steps_ptr + row, step)
+
+
+@triton.jit
+def round_row(x, largest, WHOLE: tl.constexpr):
+    """A row in float32 as a step times numbers of at most `largest`: whole ones, or such as a cast will round."""
+    peak = tl.max(tl.abs(x), axis=0)
+    step = tl.where(peak > 0, tl.div_rn(peak, largest), 1.0)
+    # As the host divides; Triton's own division is off by a bit.
+    scaled = tl.minimum(tl.maximum(tl.div_rn(x, step), -largest), largest)
+    if WHOLE:
+        scaled = (scaled + 12582912.0) - 12582912.0  # 1.5 · 2²³: float32 has no bits left for a fraction
+    return scaled, step
 
 
 def multiply_w8a8(
@@ -84,7 +92,7 @@ def multiply_w8a8(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # one kernel for every T
 def _w8a8_kernel(
     codes_ptr,
     steps_ptr,
@@ -124,17 +132,17 @@ def _w8a8_kernel(
     total = acc.to(tl.float32) * scale[:, None] * step[None, :]
     finish(
         total, block, split, outputs, rows, out_ptr, bias_ptr, residual_ptr, partials_ptr, counters_ptr, count,
-        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL,
+        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL, False,
     )  # fmt: skip
 
 
 @triton.jit
 def _eight_bit_product(a, b, acc):
-    """Float8 sums leave the tensor cores' short accumulator after every product."""
+    """Float8 sums leave the tensor cores' short accumulator after 128 inputs, as in cuBLAS."""
     if INTERPRETED:
         result = acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee").to(acc.dtype)
     elif a.dtype == tl.int8:
         result = tl.dot(a, b, acc, out_dtype=tl.int32)
     else:
-        result = tl.dot(a, b, acc, max_num_imprecise_acc=0)
+        result = tl.dot(a, b, acc, max_num_imprecise_acc=128)
     return result

@@ -1,4 +1,7 @@
-"""The end of every product: the parts of a split sum added in order, then bias and residual, then one rounding."""
+"""The end of every product: the parts of a split sum added in order, then bias and residual, then one rounding.
+
+A gated product's block holds as many gates as outputs that they gate: silu(gate) · up is what it stores.
+"""
 
 import triton
 import triton.language as tl
@@ -21,6 +24,7 @@ def finish(
     SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """Each program leaves its part; the last to arrive at a block adds all parts, in order, whoever it is.
 
@@ -29,7 +33,10 @@ def finish(
     places = rows[None, :] * out_features + outputs[:, None]
     inside = (rows[None, :] < count) & (outputs[:, None] < out_features)
     if SPLITS == 1:
-        store(acc, places, inside, outputs, out_ptr, bias_ptr, residual_ptr, out_features, HAS_BIAS, HAS_RESIDUAL)
+        store(
+            acc, places, inside, block, outputs, rows, out_ptr, bias_ptr, residual_ptr, count, out_features, HAS_BIAS,
+            HAS_RESIDUAL, GATED,
+        )  # fmt: skip
     else:
         part = count * out_features
         tl.store(partials_ptr + split * part + places, acc, mask=inside)
@@ -39,7 +46,10 @@ def finish(
             total = tl.zeros_like(acc)
             for i in range(SPLITS):
                 total += tl.load(partials_ptr + i * part + places, mask=inside, other=0.0, cache_modifier=".cg")
-            store(total, places, inside, outputs, out_ptr, bias_ptr, residual_ptr, out_features, HAS_BIAS, HAS_RESIDUAL)
+            store(
+                total, places, inside, block, outputs, rows, out_ptr, bias_ptr, residual_ptr, count, out_features,
+                HAS_BIAS, HAS_RESIDUAL, GATED,
+            )  # fmt: skip
             tl.store(counters_ptr + block, 0)
 
 
@@ -48,18 +58,39 @@ def store(
     total,
     places,
     inside,
+    block,
     outputs,
+    rows,
     out_ptr,
     bias_ptr,
     residual_ptr,
+    count,
     out_features,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
 ):
-    """Bias and residual added in float32."""
+    """Bias and residual added in float32, and the gate in float32 too."""
     if HAS_BIAS:
         bias = tl.load(bias_ptr + outputs, mask=outputs < out_features, other=0.0)
         total += bias.to(tl.float32)[:, None]
     if HAS_RESIDUAL:
         total += tl.load(residual_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        half: tl.constexpr = total.shape[0] // 2
+        gate, up = tl.split(tl.permute(tl.reshape(total, (2, half, total.shape[1])), (1, 2, 0)))
+        columns = block * half + tl.arange(0, half)
+        places = rows[None, :] * (out_features // 2) + columns[:, None]
+        inside = (rows[None, :] < count) & (columns[:, None] < out_features // 2)
+        total = gate / (1 + tl.exp(-gate)) * up
     tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def outputs_of(block, out_features, SIZE: tl.constexpr, GATED: tl.constexpr):
+    """Which outputs a program has: SIZE neighbours; or half as many gates, then the outputs that these gate."""
+    line = tl.arange(0, SIZE)
+    if GATED:
+        half: tl.constexpr = SIZE // 2
+        return block * half + line % half + line // half * (out_features // 2)
+    return block * SIZE + line

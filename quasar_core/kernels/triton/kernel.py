@@ -27,17 +27,14 @@ class TritonKernel:
 
     def why_not(self, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
         """Ordered groups of sixteens, bf16 or float16, on a GPU of the Ampere generation or later."""
-        if device.type != "cuda":
-            return f"it runs on CUDA, not on {device.type}"
-        if dtype not in (torch.bfloat16, torch.float16):
-            return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "it needs compute capability 8.0"
+        obstacle = why_not_triton(device, dtype, (8, 0))
+        if obstacle:
+            return obstacle
         if not shape.trivial_groups:
             return "its groups must be in order, and g_idx is not"
         if chunk_size(shape.in_features, shape.group_size) < SMALLEST_CHUNK:
             return f"groups of {shape.group_size} do not divide into sixteens"
-        return None if _has_triton() else "Triton is not installed"
+        return None
 
     def prepare(self, weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> TritonWeight:
         """Codes, scales and zeros in the order of the tensor cores."""
@@ -45,11 +42,7 @@ class TritonKernel:
 
     def tune(self, weights: Sequence[TritonWeight], dtype: torch.dtype) -> str:
         """See `TunableKernel`."""
-        if not weights or weights[0].words.device.type != "cuda":
-            return ""
-        from quasar_core.kernels.triton.tune import tune_missing
-
-        return tune_missing(weights, dtype, seconds=_TUNING)
+        return tune_shape(weights, dtype)
 
     def multiply(self, x: torch.Tensor, prepared: TritonWeight) -> torch.Tensor:
         """A product of any number of rows; of many, such as a prompt's, with the weight unpacked for once."""
@@ -62,6 +55,27 @@ class TritonKernel:
         for rows, part in zip(x.split(LONGEST), out.split(LONGEST), strict=True):
             multiply_packed(rows, prepared, part)
         return out
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+    """Why a kernel in 16 bits that needs this compute capability cannot run here, or None where it can."""
+    if device.type != "cuda":
+        return f"it runs on CUDA, not on {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability(device) < capability:
+        return f"it needs compute capability {'.'.join(map(str, capability))}"
+    return None if _has_triton() else "Triton is not installed"
+
+
+def tune_shape(weights: Sequence[TritonWeight | torch.Tensor], dtype: torch.dtype) -> str:
+    """Tune the block shapes for weights of one shape; nothing on the CPU."""
+    first = weights[0].words if isinstance(weights[0], TritonWeight) else weights[0]
+    if first.device.type != "cuda":
+        return ""
+    from quasar_core.kernels.triton.tune import tune_missing
+
+    return tune_missing(weights, dtype, seconds=_TUNING)
 
 
 @cache

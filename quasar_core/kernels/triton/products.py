@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, packed_blocks
-from quasar_core.kernels.triton.epilogue import finish
+from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, gated_blocks, packed_blocks
+from quasar_core.kernels.triton.epilogue import finish, outputs_of
 from quasar_core.kernels.triton.language import INTERPRETED, ROWS, matrix_product, subtract_pairs
 from quasar_core.kernels.triton.scratch import scratch
 from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
@@ -26,9 +26,15 @@ def multiply_packed(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     blocks: Blocks | None = None,
+    gated: bool = False,
 ) -> None:
-    """x [T, in] · Wᵀ (+ bias [out]) (+ residual [T, out]) → out [T, out]; a row's result does not depend on T."""
+    """x [T, in] · Wᵀ (+ bias [out]) (+ residual [T, out]) → out [T, out]; a row's result does not depend on T.
+
+    `gated` stores silu(gate) · up in out [T, out ÷ 2], the first half of the outputs being gates (no residual then).
+    """
     chosen = blocks or packed_blocks(weight, x.device)
+    if gated:
+        chosen = gated_blocks(chosen, weight.in_features, weight.out_features, packed=True)
     space = scratch(x.device)
     _packed_kernel[(-(-weight.words.shape[0] // (chosen.outputs // BLOCK)), chosen.splits)](
         x,
@@ -57,12 +63,13 @@ def multiply_packed(
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
+        GATED=gated,
         num_warps=4,
         num_stages=chosen.stages,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # one kernel for every T
 def _packed_kernel(
     x_ptr,
     words_ptr,
@@ -90,13 +97,14 @@ def _packed_kernel(
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     block, split = tl.program_id(0), tl.program_id(1)
     chunks: tl.constexpr = 16 // BITS
     size: tl.constexpr = 64 * STORED
-    stored = block * STORED + tl.arange(0, STORED)
+    stored = outputs_of(block, stored_blocks, STORED, GATED)
     stored = tl.minimum(stored, stored_blocks - 1)  # a last block that is not whole reads what it will not write
-    outputs = block * size + tl.arange(0, size)
+    outputs = outputs_of(block, out_features, size, GATED)
     columns = tl.minimum(outputs, table_width - 1)
     rows = tl.arange(0, ROWS)
     inside = rows[None, :] < count
@@ -131,7 +139,7 @@ def _packed_kernel(
             scale, zero = next_scale, next_zero
     finish(
         acc, block, split, outputs, rows, out_ptr, bias_ptr, residual_ptr, partials_ptr, counters_ptr, count,
-        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL,
+        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL, GATED,
     )  # fmt: skip
 
 
@@ -186,11 +194,17 @@ def multiply_dense(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     blocks: Blocks | None = None,
+    gated: bool = False,
 ) -> None:
-    """x [T, in] · weight [out, in]ᵀ (+ bias) (+ residual) → out [T, out], 16 bits; a row does not depend on T."""
+    """x [T, in] · weight [out, in]ᵀ (+ bias) (+ residual) → out [T, out], 16 bits; a row does not depend on T.
+
+    `gated`: as of `multiply_packed`.
+    """
     chosen = blocks or dense_blocks(weight, x.device)
     space = scratch(x.device)
     out_features, in_features = weight.shape
+    if gated:
+        chosen = gated_blocks(chosen, in_features, out_features, packed=False)
     steps = -(-in_features // chosen.inputs)
     _dense_kernel[(-(-out_features // chosen.outputs), chosen.splits)](
         x,
@@ -210,12 +224,13 @@ def multiply_dense(
         STEPS=-(-steps // chosen.splits),
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
+        GATED=gated,
         num_warps=4,
         num_stages=chosen.stages,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # one kernel for every T
 def _dense_kernel(
     x_ptr,
     weight_ptr,
@@ -234,9 +249,10 @@ def _dense_kernel(
     STEPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     block, split = tl.program_id(0), tl.program_id(1)
-    outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    outputs = outputs_of(block, out_features, OUTPUTS, GATED)
     rows = tl.arange(0, ROWS)
     lines = weight_ptr + outputs[:, None].to(tl.int64) * in_features
     acc = tl.zeros((OUTPUTS, ROWS), tl.float32)
@@ -253,5 +269,5 @@ def _dense_kernel(
         acc = matrix_product(weight, x, acc)
     finish(
         acc, block, split, outputs, rows, out_ptr, bias_ptr, residual_ptr, partials_ptr, counters_ptr, count,
-        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL,
+        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL, GATED,
     )  # fmt: skip

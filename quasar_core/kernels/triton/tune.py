@@ -4,18 +4,28 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from triton.runtime.errors import OutOfResources
 
 from quasar_core.errors import QuasarError
-from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, dense_key, packed_blocks, packed_key
+from quasar_core.kernels.triton.blocks import (
+    Blocks,
+    dense_blocks,
+    dense_key,
+    even_splits,
+    packed_blocks,
+    packed_key,
+)
+from quasar_core.kernels.triton.eight_bit import LARGEST, multiply_w8a8
 from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
 from quasar_core.kernels.triton.scratch import scratch
 from quasar_core.kernels.triton.tuned import keep_tuned, tuned_blocks
 from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
+from quasar_core.records import Progress, no_progress
 
-Weight = TritonWeight | torch.Tensor
+Weight = TritonWeight | torch.Tensor  # packed codes; values [out, in] of 16 bits, or of 8, whose rows have 8 too
 Timer = Callable[[Callable[[], None]], float]
 _TUNED_ROWS = 8  # a row's result must not depend on T, so one shape serves all T
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -25,7 +35,11 @@ SECONDS = 6.0  # for all products of a model: most of it is spent on compiling c
 
 
 def tune_missing(
-    weights: Iterable[Weight], dtype: torch.dtype, timer: Timer | None = None, seconds: float = SECONDS
+    weights: Iterable[Weight],
+    dtype: torch.dtype,
+    timer: Timer | None = None,
+    seconds: float = SECONDS,
+    progress: Progress = no_progress,
 ) -> str:
     """Tune every shape among the weights that has not been on this device; what was done, or "" for no weights.
 
@@ -37,11 +51,14 @@ def tune_missing(
     missing = [group for key, group in groups.items() if tuned_blocks(_device(group[0]), key) is None]
     begin, trouble = time.perf_counter(), ""
     for done, group in enumerate(missing):
+        progress("tuning kernels", done, len(missing))
         share = (begin + seconds - time.perf_counter()) / (len(missing) - done)
         try:
             tune(_uncached(group), dtype, timer, share)
         except QuasarError as error:
             trouble = f", not kept: {error}"
+    if missing:
+        progress("tuning kernels", len(missing), len(missing))
     return _summary(len(missing), len(groups) - len(missing), time.perf_counter() - begin) + trouble
 
 
@@ -60,18 +77,12 @@ def tune(
     launches kernels and returns how long they take; the least is the best. The rule of thumb is always measured.
     """
     first, deadline = weights[0], time.perf_counter() + seconds
-    device = _device(first)
-    in_features, out_features = _sizes(first)
-    x = torch.randn(_TUNED_ROWS, in_features, device=device, dtype=dtype)
-    out = torch.empty(_TUNED_ROWS, out_features, device=device, dtype=dtype)
+    multiply = _product(first, dtype)
 
     def seconds_of(blocks: Blocks) -> float:
         def launch() -> None:
             for weight in weights:
-                if isinstance(weight, TritonWeight):
-                    multiply_packed(x, weight, out, blocks=blocks)
-                else:
-                    multiply_dense(x, weight, out, blocks=blocks)
+                multiply(weight, blocks)
 
         try:
             return (timer or replay_seconds)(launch)
@@ -86,8 +97,22 @@ def tune(
         if best is None or measured < least:
             best, least = blocks, measured
     assert best is not None  # the rule of thumb's is always there
-    keep_tuned(device, {_key(first): asdict(best)})
+    keep_tuned(_device(first), {_key(first): asdict(best)})
     return best
+
+
+def _product(first: Weight, dtype: torch.dtype) -> Callable[[Any, Blocks], None]:
+    """The product that weights of the first one's kind are for, with rows and outputs of its own."""
+    device, (in_features, out_features) = _device(first), _sizes(first)
+    x = torch.randn(_TUNED_ROWS, in_features, device=device, dtype=dtype)
+    out = torch.empty(_TUNED_ROWS, out_features, device=device, dtype=dtype)
+    if isinstance(first, TritonWeight):
+        return lambda weight, blocks: multiply_packed(x, weight, out, blocks=blocks)
+    if first.dtype not in LARGEST:
+        return lambda weight, blocks: multiply_dense(x, weight, out, blocks=blocks)
+    codes = (20 * x.float()).clamp(-127, 127).to(first.dtype)
+    steps, scales = torch.ones(_TUNED_ROWS, device=device), torch.ones(out_features, device=device)
+    return lambda weight, blocks: multiply_w8a8(codes, steps, weight, scales, out, blocks=blocks)
 
 
 def candidates(weight: Weight) -> list[Blocks]:
@@ -98,7 +123,7 @@ def candidates(weight: Weight) -> list[Blocks]:
         inputs = [rule.inputs]
     else:
         rule, device = dense_blocks(weight, weight.device), weight.device
-        inputs = [64, 128, 256]
+        inputs = [rule.inputs // 2, rule.inputs, 2 * rule.inputs]
     space = scratch(device)
     found = [rule]
     for outputs in (BLOCK, 2 * BLOCK):
@@ -106,9 +131,9 @@ def candidates(weight: Weight) -> list[Blocks]:
         for depth in inputs:
             steps = -(-in_features // depth)
             for splits in _SPLITS:
-                if splits > steps or (splits > 1 and not space.fits(splits, 16 * out_features, blocks)):
-                    continue
-                found += [Blocks(outputs, depth, splits, stages) for stages in (2, 3, 4)]
+                has_room = splits == 1 or space.fits(splits, 16 * out_features, blocks)
+                if has_room and splits == even_splits(steps, splits):
+                    found += [Blocks(outputs, depth, splits, stages) for stages in (2, 3, 4)]
     return sorted(dict.fromkeys(found), key=lambda blocks: _distance(blocks, rule))
 
 
