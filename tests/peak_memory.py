@@ -1,9 +1,10 @@
 """Memory that quantizing a model takes: `python tests/peak_memory.py MODEL [--layers N …] [OPTIONS of quantize]`.
 
 The command runs in a process of its own, whose memory is read from /proc every few milliseconds (Linux). `own` is what
-only that process holds; pages of the memory-mapped weights and of spilled states come on top in `resident`, and the
-system may drop or write those whenever it needs the room. With `--layers`, the first N blocks of the model are
-quantized as a model of their own. `share` is `own` ÷ the bytes of the model's weights. Prints one JSON document a run.
+only that process holds, `stages` the same by what the command was doing, and `share` the same ÷ the bytes of the
+model's weights. In `resident`, pages of the memory-mapped weights and of spilled states come on top, which the system
+may drop or write whenever it needs the room. With `--layers`, the first N blocks are quantized as a model of their own.
+Prints one JSON document a run.
 """
 
 import argparse
@@ -51,10 +52,11 @@ def weight_bytes(model: Path, layers: int) -> int:
     return total
 
 
-def watch(command: list[str]) -> tuple[int, dict[str, int], float]:
-    """Run a command: its exit status, the peaks of its memory in bytes, and seconds."""
-    begin, peaks = time.perf_counter(), dict.fromkeys(FIELDS, 0)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+def watch(command: list[str], log: Path) -> tuple[int, dict[str, int], dict[str, int], float]:
+    """Run a command: its exit status, the peaks of its memory in bytes, of `own` also by stage, and seconds."""
+    begin, peaks, stages = time.perf_counter(), dict.fromkeys(FIELDS, 0), dict[str, int]()
+    with log.open("w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
     while process.poll() is None:
         try:
             lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
@@ -63,8 +65,10 @@ def watch(command: list[str]) -> tuple[int, dict[str, int], float]:
         kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
         for name, fields in FIELDS.items():
             peaks[name] = max(peaks[name], 1024 * sum(kilobytes.get(field, 0) for field in fields))
+        stage = (log.read_text().splitlines() or [""])[-1].removesuffix(" ...")
+        stages[stage] = max(stages.get(stage, 0), 1024 * kilobytes.get("RssAnon", 0))
         time.sleep(PERIOD)
-    return process.wait(), peaks, time.perf_counter() - begin
+    return process.wait(), peaks, stages, time.perf_counter() - begin
 
 
 def main() -> None:
@@ -79,10 +83,12 @@ def main() -> None:
             place = Path(made)
             model = first_blocks(arguments.model, count, place / "model")
             command = [sys.executable, "-c", QUASAR, "quantize", str(model), "--output", str(place / "out")]
-            status, peaks, seconds = watch([*command, *options])
+            status, peaks, stages, seconds = watch([*command, *options], place / "log")
             size = weight_bytes(model, count)
             figures = {"layers": count, "status": status, "weights": size, **peaks, "share": peaks["own"] / size}
-            print(json.dumps({**figures, "seconds": round(seconds, 1)}), flush=True)
+            print(json.dumps({**figures, "seconds": round(seconds, 1), "stages": stages}), flush=True)
+            if status:
+                print((place / "log").read_text(), file=sys.stderr)
             shutil.rmtree(place / "model")
 
 

@@ -10,8 +10,9 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from quasar_core.quantize import asymmetric
 from quasar_core.quantize.activations import capture_first_inputs
-from quasar_core.quantize.asymmetric import corrected_weight
+from quasar_core.quantize.asymmetric import lacking_outputs
 from quasar_core.quantize.blocks import find_blocks, linear_layers
+from quasar_core.quantize.factor import inverse_factor
 from quasar_core.quantize.gptq import SolverConfig
 from quasar_core.quantize.hessian import Drift, HessianAccumulator
 from quasar_core.quantize.layerwise import quantize_blocks
@@ -28,6 +29,14 @@ def accumulate(inputs: torch.Tensor, wanted: torch.Tensor, stream: torch.Tensor 
     return accumulator
 
 
+def corrected_weight(weight: torch.Tensor, seen: HessianAccumulator, damp: float = 1e-7) -> torch.Tensor:
+    """W* [out, in], as the solver makes it."""
+    hessian, drift = seen.finish("x"), seen.drift()
+    assert drift is not None
+    factor = inverse_factor(hessian, torch.arange(len(hessian)), damp, "x")
+    return weight + factor.apply_(lacking_outputs(weight, drift).t().contiguous()).t()
+
+
 def test_the_corrected_weight_gives_the_wanted_outputs() -> None:
     """x = M x̄: W* = W M⁻¹ makes of x what W makes of x̄."""
     generator = torch.Generator().manual_seed(0)
@@ -35,7 +44,7 @@ def test_the_corrected_weight_gives_the_wanted_outputs() -> None:
     mixing = torch.eye(8) + 0.3 * torch.randn(8, 8, generator=generator)
     inputs, weight = wanted @ mixing.t(), torch.randn(5, 8, generator=generator)
     seen = accumulate(inputs, wanted)
-    corrected = corrected_weight(weight, seen.finish("x"), seen.drift(), damp=1e-7)
+    corrected = corrected_weight(weight, seen)
     torch.testing.assert_close(inputs @ corrected.t(), wanted @ weight.t(), rtol=1e-3, atol=1e-3)
 
 
@@ -44,17 +53,20 @@ def test_half_of_the_streams_error_is_made_good(monkeypatch: pytest.MonkeyPatch)
     generator = torch.Generator().manual_seed(1)
     inputs, weight = torch.randn(64, 8, generator=generator), torch.randn(5, 8, generator=generator)
     lacking = torch.randn(5, 8, generator=generator)
-    seen = accumulate(inputs, inputs, inputs @ lacking.t())
-    corrected = corrected_weight(weight, seen.finish("x"), seen.drift(), damp=1e-7)
+    corrected = corrected_weight(weight, accumulate(inputs, inputs, inputs @ lacking.t()))
     torch.testing.assert_close(corrected, weight + 0.5 * lacking, rtol=1e-3, atol=1e-3)
     monkeypatch.setattr(asymmetric, "STREAM_SHARE", 1.0)
-    whole = corrected_weight(weight, seen.finish("x"), seen.drift(), damp=1e-7)
+    whole = corrected_weight(weight, accumulate(inputs, inputs, inputs @ lacking.t()))
     torch.testing.assert_close(whole, weight + lacking, rtol=1e-3, atol=1e-3)
 
 
-def test_inputs_that_are_always_zero_leave_the_weight() -> None:
-    weight = torch.ones(2, 3)
-    assert torch.equal(corrected_weight(weight, torch.zeros(3, 3), Drift(torch.zeros(3, 3), None), 0.05), weight)
+def test_both_in_pieces_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W D + ½ S for a weight of 16 bits, its outputs a few at a time."""
+    generator = torch.Generator().manual_seed(2)
+    weight, inputs, stream = (torch.randn(5, 4, generator=generator) for _ in range(3))
+    wanted = weight.bfloat16().float() @ inputs[:4] + 0.5 * stream
+    monkeypatch.setattr(asymmetric, "PIECE", 2)
+    torch.testing.assert_close(lacking_outputs(weight.bfloat16(), Drift(inputs[:4], stream)), wanted)
 
 
 def test_without_a_reference_there_is_no_drift() -> None:

@@ -7,10 +7,13 @@ from hypothesis import strategies as st
 
 from quasar_core.checkpoint.packing import trivial_groups
 from quasar_core.errors import QuasarError
-from quasar_core.quantize.gptq import SolverConfig, inverse_factor, round_to_nearest, solve, solve_codes
-from quasar_core.quantize.grid import Grid, fit_grid
+from quasar_core.quantize import gptq
+from quasar_core.quantize.columns import round_columns
+from quasar_core.quantize.factor import inverse_factor
+from quasar_core.quantize.gptq import SolverConfig, column_order, pieces, solve, solve_group, solver_rows
+from quasar_core.quantize.grid import Grid, fit_grid, round_to_nearest
 from quasar_core.quantize.hessian import HessianAccumulator
-from quasar_core.quantize.refine import losses
+from quasar_core.quantize.lattice import Lattice
 
 
 def make_layer(out_features: int, in_features: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,6 +28,23 @@ def make_hessian(inputs: torch.Tensor) -> torch.Tensor:
     accumulator = HessianAccumulator(inputs.shape[1], inputs.device)
     accumulator.add(inputs)
     return accumulator.finish("the layer")
+
+
+def losses(
+    weight: torch.Tensor, codes: torch.Tensor, grid: Grid, groups: torch.Tensor, hessian: torch.Tensor
+) -> torch.Tensor:
+    """½ · e H eᵀ for each row's error e [in], written out."""
+    error = weight - grid.scales[:, groups] * (codes - grid.zeros[:, groups])
+    return 0.5 * ((error @ hessian) * error).sum(dim=1)
+
+
+def fast_codes(
+    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, size: int, order: torch.Tensor, damp: float
+) -> torch.Tensor:
+    """Codes [out, in] as the solver rounds them, columns from the last of the order to the first."""
+    factor = inverse_factor(hessian, order, damp, "the layer")
+    steps = round_columns(weight.t().contiguous(), Lattice.of(grid, size), factor)
+    return steps.t() + grid.zeros[:, torch.arange(weight.shape[1]) // size]
 
 
 def slow_codes(
@@ -70,11 +90,10 @@ def test_blocks_change_nothing(
     weight, inputs = make_layer(out_features, in_features)
     weight, hessian = weight.double(), make_hessian(inputs).double()
     grid = fit_grid(weight, bits, group_size, sym)
-    groups = trivial_groups(in_features, group_size).long()
-    order = torch.argsort(hessian.diagonal(), descending=True) if act_order else torch.arange(in_features)
-    fast = solve_codes(weight, hessian, grid, groups, order if act_order else None, 0.05, "the layer")
+    order = column_order(hessian, act_order)
     size = in_features if group_size == -1 else group_size
-    assert torch.equal(fast, slow_codes(weight, hessian, grid, size, order.tolist(), 0.05))
+    fast = fast_codes(weight, hessian, grid, size, order, 0.05)
+    assert torch.equal(fast, slow_codes(weight, hessian, grid, size, order.flip(0).tolist(), 0.05))
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -98,17 +117,17 @@ def test_a_layer_of_two_outputs_worked_by_hand() -> None:
     absmax 1.5 at 2 bits: scale 2 · 1.5 ÷ 3 = 1, zero 2, points −2, −1, 0, 1. Rounding column 0 with error e moves
     column 1 by + e · H₀₁ ÷ H₁₁ = + e ÷ 2 (what is left of a 2 × 2 inverse), and column 2 by nothing.
 
-    Output 0, (0.4, 0.4, 1.5): 0.4 → 0, e = 0.4; 0.4 + 0.2 = 0.6 → 1; 1.5 → 1. Round-to-nearest has 0, 0, 1.
+    Output 0, (0.4, 0.4, −1.5): 0.4 → 0, e = 0.4; 0.4 + 0.2 = 0.6 → 1; −1.5 → −2. Round-to-nearest has 0, 0, −2.
       Error (0.4, −0.6, 0.5): ½ · (3 · 0.16 − 2 · 0.24 + 0.36 + 2 · 0.25) = 0.43.
-    Output 1, (−0.4, 0.1, 1.5): −0.4 → 0, e = −0.4; 0.1 − 0.2 = −0.1 → 0; 1.5 → 1.
+    Output 1, (−0.4, 0.1, −1.5): −0.4 → 0, e = −0.4; 0.1 − 0.2 = −0.1 → 0; −1.5 → −2.
       Error (−0.4, 0.1, 0.5): ½ · (0.48 − 0.08 + 0.01 + 0.5) = 0.455.
     Mean squared output, ½ · w H wᵀ: ½ · (0.48 + 0.32 + 0.16 + 4.5) = 2.73 and ½ · (0.48 − 0.08 + 0.01 + 4.5) = 2.455.
     """
-    weight = torch.tensor([[0.4, 0.4, 1.5], [-0.4, 0.1, 1.5]])
+    weight = torch.tensor([[0.4, 0.4, -1.5], [-0.4, 0.1, -1.5]])
     hessian = torch.tensor([[3.0, 1, 0], [1, 1, 0], [0, 0, 2]])
     config = SolverConfig(bits=2, group_size=-1, act_order=False, damp=0.5, scale_search=False, sweeps=0)
     solution = solve(weight, hessian, config)
-    assert solution.weight.codes.t().tolist() == [[2, 3, 3], [2, 2, 3]]
+    assert solution.weight.codes.t().tolist() == [[2, 3, 0], [2, 2, 0]]
     assert solution.weight.scales.tolist() == [[1, 1]]
     assert solution.weight.zeros.tolist() == [[2, 2]]
     assert solution.loss == pytest.approx(0.43 + 0.455)
@@ -121,16 +140,15 @@ def test_act_order_by_hand() -> None:
     In order: 0.4 → 0, e = 0.4, and the other, 0.39, moves by 0.4 · 1 ÷ 4 = 0.1 to 0.49, which rounds to 0: codes 2, 2.
     With act-order: the second column first, 0.39 → 0, and the first moves by 0.39 ÷ 2 to 0.595 → 1: codes 3, 2.
     """
-    weight = torch.tensor([[0.4, 0.39, 1.5]], dtype=torch.float64)
+    weight = torch.tensor([[0.4, 0.39, -1.5]], dtype=torch.float64)
     hessian = torch.tensor([[1.0, 1, 0], [1, 3, 0], [0, 0, 2]], dtype=torch.float64)
     grid = fit_grid(weight, 2, -1, sym=True, search=False)
-    groups = torch.zeros(3, dtype=torch.long)
-    in_order = solve_codes(weight, hessian, grid, groups, None, 0.5, "the layer")
-    assert in_order.tolist() == [[2, 2, 3]]
-    order = torch.tensor([1, 2, 0])
-    assert solve_codes(weight, hessian, grid, groups, order, 0.5, "the layer").tolist() == [[3, 2, 3]]
+    assert column_order(hessian, act_order=False).tolist() == [2, 1, 0]  # the last is rounded first
+    assert fast_codes(weight, hessian, grid, 3, torch.tensor([2, 1, 0]), 0.5).tolist() == [[2, 2, 0]]
+    assert column_order(hessian, act_order=True).tolist() == [0, 2, 1]
+    assert fast_codes(weight, hessian, grid, 3, torch.tensor([0, 2, 1]), 0.5).tolist() == [[3, 2, 0]]
     solution = solve(weight, hessian, SolverConfig(bits=2, group_size=-1, damp=0.5, scale_search=False, sweeps=0))
-    assert solution.weight.codes.t().tolist() == [[3, 2, 3]]
+    assert solution.weight.codes.t().tolist() == [[3, 2, 0]]
 
 
 @settings(max_examples=40, deadline=None)
@@ -156,6 +174,21 @@ def test_never_worse_than_round_to_nearest(
     chosen = losses(weight, solution.weight.codes.t().float(), solved, groups, hessian)
     assert (chosen <= nearest * (1 + 1e-6)).all()
     assert solution.loss == pytest.approx(chosen.sum().item(), rel=1e-4, abs=1e-12)
+
+
+def test_where_rounding_to_nearest_is_better_it_is_taken() -> None:
+    """Output by output: among so many, the loop over columns is now and then the worse of the two."""
+    weight, inputs = make_layer(200, 12)
+    hessian, groups = make_hessian(inputs), torch.zeros(12, dtype=torch.long)
+    grid = fit_grid(weight, 2, -1, True)
+    spread = fast_codes(weight, hessian, grid, 12, column_order(hessian, True), 0.05)
+    by_loop, nearest = (
+        losses(weight, codes, grid, groups, hessian) for codes in (spread, round_to_nearest(weight, grid, groups))
+    )
+    assert 0 < (by_loop > 1.001 * nearest).sum() < 50
+    solution = solve(weight, hessian, SolverConfig(2, -1, sweeps=0))
+    chosen = losses(weight, solution.weight.codes.t().float(), grid, groups, hessian)
+    torch.testing.assert_close(chosen, torch.minimum(by_loop, nearest))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -199,22 +232,6 @@ def test_inputs_that_are_all_zero_still_give_codes() -> None:
     solution = solve(weight, make_hessian(inputs * 0), SolverConfig(group_size=32))
     assert (solution.weight.codes == 8).all()
     assert (solution.loss, solution.relative_loss) == (0, 0)
-
-
-def test_the_inverse_factor() -> None:
-    _, inputs = make_layer(1, 20)
-    hessian = make_hessian(inputs).double()
-    upper = inverse_factor(hessian, 0.05, "the layer")
-    damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(20, dtype=torch.float64)
-    assert torch.equal(upper, upper.triu())
-    assert torch.allclose(upper.t() @ upper, torch.linalg.inv(damped), rtol=1e-8)
-
-
-def test_damping_grows_until_the_factor_exists() -> None:
-    """Eigenvalues 6 and −4, mean diagonal 1: damping 0.05 and 0.5 are too little, 5 is enough."""
-    hessian = torch.tensor([[1.0, 5], [5, 1]], dtype=torch.float64)
-    upper = inverse_factor(hessian, 0.05, "the layer")
-    assert torch.allclose(upper.t() @ upper, torch.linalg.inv(torch.tensor([[6.0, 5], [5, 6]], dtype=torch.float64)))
 
 
 def test_a_singular_hessian_is_damped() -> None:
@@ -262,3 +279,44 @@ def test_solving_leaves_its_arguments_alone() -> None:
     solve(weight, hessian, SolverConfig(group_size=32))
     assert torch.equal(weight, before[0])
     assert torch.equal(hessian, before[1])
+
+
+def test_layers_of_a_group_are_solved_as_if_alone() -> None:
+    """Of other sizes and widths, with one factor."""
+    (first, inputs), (second, _) = make_layer(5, 40), make_layer(3, 40, seed=1)
+    hessian = make_hessian(inputs)
+    configs = {"a": SolverConfig(4, 32), "b": SolverConfig(3, -1, sym=False)}
+    together = solve_group({"a": first, "b": second}, hessian, configs)
+    for name, weight in (("a", first), ("b", second)):
+        alone = solve(weight, hessian, configs[name])
+        assert torch.equal(together[name].weight.codes, alone.weight.codes)
+        assert torch.equal(together[name].weight.scales, alone.weight.scales)
+        assert torch.equal(together[name].weight.zeros, alone.weight.zeros)
+        assert together[name].loss == alone.loss
+
+
+@pytest.mark.parametrize("config", [SolverConfig(group_size=32), SolverConfig(3, 32, sym=False, act_order=False)])
+def test_pieces_make_the_layer(config: SolverConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = make_layer(80, 64)
+    hessian, lacking = make_hessian(inputs), 0.1 * make_layer(80, 64, seed=1)[0]
+    whole = solve_group({"a": weight}, hessian, {"a": config}, {"a": lacking.clone()})["a"]
+    monkeypatch.setattr(gptq, "PIECE_WEIGHTS", 30 * 64)
+    assert [(rows.start, rows.stop) for rows in pieces(80, 64, on_device=False)] == [(0, 26), (26, 53), (53, 80)]
+    joined = solve_group({"a": weight}, hessian, {"a": config}, {"a": lacking.clone()})["a"]
+    assert torch.equal(joined.weight.codes, whole.weight.codes)
+    assert torch.equal(joined.weight.scales, whole.weight.scales)
+    assert torch.equal(joined.weight.zeros, whole.weight.zeros)
+    assert joined.loss == pytest.approx(whole.loss, rel=1e-4)
+    assert joined.relative_loss == pytest.approx(whole.relative_loss, rel=1e-4)
+
+
+def test_a_piece_is_never_empty() -> None:
+    assert solver_rows(10**9, on_device=False) == 1
+    assert solver_rows(4096, on_device=True) > solver_rows(4096, on_device=False)
+
+
+def test_a_weight_of_sixteen_bits_is_solved_as_its_values_are() -> None:
+    weight, inputs = make_layer(4, 32)
+    weight, hessian = weight.bfloat16(), make_hessian(inputs)
+    narrow, wide = (solve(each, hessian, SolverConfig(group_size=32)) for each in (weight, weight.float()))
+    assert torch.equal(narrow.weight.codes, wide.weight.codes)

@@ -18,11 +18,11 @@ from transformers import (
 )
 
 from quasar_core.errors import QuasarError
-from quasar_core.quantize import activations, pieces
+from quasar_core.quantize import activations, gptq
 from quasar_core.quantize.activations import capture_first_inputs
 from quasar_core.quantize.blocks import find_blocks, quantized_layers
 from quasar_core.quantize.commits import QuantizedBlock, read_commit, write_commit
-from quasar_core.quantize.gptq import Solution, SolverConfig, solve
+from quasar_core.quantize.gptq import Solution, SolverConfig, solve, solve_layer
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.layerwise import quantize_blocks, quantize_head
 
@@ -64,24 +64,24 @@ def watch_solver(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.Tenso
     """What the solver was given and what it found, in order."""
     calls: list[tuple[str, torch.Tensor, Solution]] = []
 
-    def watched(weight: torch.Tensor, hessian: torch.Tensor, config: SolverConfig, name: str) -> Solution:
-        solution = solve(weight, hessian, config, name)
-        calls.append((name, hessian, solution))
+    def watched(weight: torch.Tensor, hessian: torch.Tensor, *others: Any) -> Solution:
+        solution = solve_layer(weight, hessian, *others)
+        calls.append((others[-1], hessian, solution))
         return solution
 
-    monkeypatch.setattr(pieces, "solve", watched)
+    monkeypatch.setattr(gptq, "solve_layer", watched)
     return calls
 
 
 @torch.no_grad()
 def direct_hessian(model: PreTrainedModel, name: str) -> torch.Tensor:
-    """(2 ÷ n) Σ x xᵀ over the inputs of one layer when the whole model reads the samples."""
+    """(2 ÷ n) (Σ x xᵀ + Σ |x|² ÷ n · I) over the inputs x of one layer when the whole model reads the samples."""
     inputs: list[torch.Tensor] = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model(input_ids=SAMPLES, use_cache=False)
     handle.remove()
     rows = inputs[0].flatten(0, -2).double()
-    return 2 / len(rows) * rows.t() @ rows
+    return 2 / len(rows) * (rows.t() @ rows + rows.square().sum() / len(rows) * torch.eye(rows.shape[1]))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "mistral-sliding", "qwen2", "qwen3", "qwen2-mixed", "gemma3"])

@@ -6,79 +6,117 @@ import pytest
 import torch
 from test_gptq import make_hessian, make_layer
 
-from quasar_core.checkpoint.packing import trivial_groups
-from quasar_core.quantize.gptq import round_to_nearest
-from quasar_core.quantize.grid import Grid, fit_grid
-from quasar_core.quantize.refine import descend, fit_scales, losses, refine
+from quasar_core.quantize.grid import fit_grid
+from quasar_core.quantize.lattice import Lattice
+from quasar_core.quantize.refine import Rounded, descend, fit_scales, refine, slope
 
 
-def rounded(bits: int, group_size: int, sym: bool = True) -> tuple[torch.Tensor, torch.Tensor, Grid, torch.Tensor]:
-    """A layer of 6 outputs and 64 inputs: weight, Hessian, grid, codes by rounding."""
+def rounded(bits: int, size: int, sym: bool = True) -> tuple[torch.Tensor, torch.Tensor, Rounded]:
+    """A layer of 6 outputs and 64 inputs, columns first: weight, Hessian, and what rounding makes of it."""
     weight, inputs = make_layer(6, 64)
-    grid = fit_grid(weight, bits, group_size, sym)
-    return weight, make_hessian(inputs), grid, round_to_nearest(weight, grid, trivial_groups(64, group_size).long())
+    lattice, hessian = Lattice.of(fit_grid(weight, bits, size, sym), size), make_hessian(inputs)
+    weight = weight.t().contiguous()
+    steps = lattice.nearest(weight)
+    return weight, hessian, Rounded(steps, lattice, slope(steps, lattice, weight, hessian)[1])
 
 
-@pytest.mark.parametrize("sym", [True, False])
-def test_scales_are_the_least_squares_solution(sym: bool) -> None:
-    """Row by row: with L Lᵀ = H, minimise ‖(w − Σ s_g b_g) L‖ over the four scales."""
-    weight, hessian, grid, codes = rounded(3, 16, sym)
-    groups = trivial_groups(64, 16).long()
-    fitted = fit_scales(weight, codes, grid, groups, hessian)
-    lower = torch.linalg.cholesky(hessian.double() + 1e-9 * torch.eye(64, dtype=torch.double))
-    for row in range(6):
-        steps = (codes[row] - grid.zeros[row, groups]).double()
-        design = torch.stack([(steps * (groups == g)) @ lower for g in range(4)], dim=1)
-        best = torch.linalg.lstsq(design, (weight[row].double() @ lower)[:, None]).solution[:, 0]
-        torch.testing.assert_close(fitted.scales[row].double(), best, rtol=2e-3, atol=1e-5)
+def test_gradient_and_loss_by_hand() -> None:
+    """Steps 1 and −1 of lengths 2 and 3 against weights 1 and −1: errors 1 and −2; H = [[2, 1], [1, 4]].
+
+    H e = (0, −7); ½ · (0 + 14) = 7.
+    """
+    bounds = torch.tensor([[-2.0], [-2.0]]), torch.tensor([[1.0], [1.0]])
+    lattice = Lattice(torch.tensor([[2.0], [3.0]]), *bounds, size=1)
+    gradient, loss = slope(
+        torch.tensor([[1.0], [-1.0]]), lattice, torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0, 1], [1, 4]])
+    )
+    assert (gradient.tolist(), loss.tolist()) == ([[0], [-7]], [7])
+
+
+@pytest.mark.parametrize(("sym", "size"), [(True, 16), (False, 16), (True, 24)])
+def test_scales_are_the_least_squares_solution(sym: bool, size: int) -> None:
+    """Output by output: with L Lᵀ = H, minimise ‖Lᵀ (w − Σ s_g b_g)‖ over the scales; a last group may be short."""
+    weight, hessian, before = rounded(3, size, sym)
+    fitted = fit_scales(before, hessian, hessian @ weight)
+    upper = torch.linalg.cholesky(hessian.double() + 1e-9 * torch.eye(64, dtype=torch.double)).t()
+    groups = torch.arange(64) // size
+    for output in range(6):
+        steps = before.steps[:, output].double()
+        design = torch.stack([upper @ (steps * (groups == g)) for g in range(len(fitted.scales))], dim=1)
+        best = torch.linalg.lstsq(design, (upper @ weight[:, output].double())[:, None]).solution[:, 0]
+        torch.testing.assert_close(fitted.scales[:, output].double(), best, rtol=2e-3, atol=1e-5)
 
 
 def test_a_group_whose_codes_are_all_zero_keeps_its_scale() -> None:
-    weight, hessian, grid, codes = rounded(4, 32)
-    codes[:, :32] = 8
-    fitted = fit_scales(weight, codes, grid, trivial_groups(64, 32).long(), hessian)
-    torch.testing.assert_close(fitted.scales[:, 0], grid.scales[:, 0], rtol=1e-3, atol=0)
+    weight, hessian, before = rounded(4, 32)
+    before.steps[:32] = 0
+    fitted = fit_scales(before, hessian, hessian @ weight)
+    torch.testing.assert_close(fitted.scales[0], before.lattice.scales[0], rtol=1e-3, atol=0)
 
 
 def test_descent_ends_where_no_single_code_can_be_better() -> None:
-    weight, hessian, grid, codes = rounded(2, -1)
-    groups = torch.zeros(64, dtype=torch.long)
+    weight, hessian, before = rounded(2, 64)
+    steps, lattice = before.steps, before.lattice
     for _ in range(20):
-        codes = descend(weight, codes, grid, groups, hessian)
-    least = losses(weight, codes, grid, groups, hessian)
-    for column, code in itertools.product(range(64), range(4)):
-        other = codes.clone()
-        other[:, column] = code
-        assert (losses(weight, other, grid, groups, hessian) >= least * (1 - 1e-5)).all()
+        steps, _ = descend(steps, slope(steps, lattice, weight, hessian)[0], lattice, hessian)
+    least = slope(steps, lattice, weight, hessian)[1]
+    for column, step in itertools.product(range(64), range(-2, 2)):
+        other = steps.clone()
+        other[column] = step
+        assert (slope(other, lattice, weight, hessian)[1] >= least * (1 - 1e-5)).all()
+
+
+def test_descent_tells_by_how_much_the_loss_has_changed() -> None:
+    weight, hessian, before = rounded(3, 32)
+    gradient, loss = slope(before.steps, before.lattice, weight, hessian)
+    steps, gains = descend(before.steps, gradient, before.lattice, hessian)
+    after = slope(steps, before.lattice, weight, hessian)[1]
+    torch.testing.assert_close(loss + gains, after, rtol=1e-5, atol=0)
+    assert (gains < -0.05 * loss).all()
 
 
 def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, hessian, grid, codes = rounded(3, 32)
-    groups = trivial_groups(64, 32).long()
-    whole = descend(weight, codes, grid, groups, hessian)
-    monkeypatch.setattr("quasar_core.quantize.refine.BLOCK_COLUMNS", 7)
-    assert torch.equal(descend(weight, codes, grid, groups, hessian), whole)
-    assert not torch.equal(whole, codes)
+    weight, hessian, before = rounded(3, 32)
+    gradient = slope(before.steps, before.lattice, weight, hessian)[0]
+    whole, gains = descend(before.steps, gradient.clone(), before.lattice, hessian)
+    monkeypatch.setattr("quasar_core.quantize.refine.BLOCK", 7)
+    again, others = descend(before.steps, gradient, before.lattice, hessian)
+    assert torch.equal(again, whole)
+    torch.testing.assert_close(gains, others)
+    assert not torch.equal(whole, before.steps)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_every_row_is_better_or_as_it_was(bits: int) -> None:
-    weight, hessian, grid, codes = rounded(bits, 32)
-    groups = trivial_groups(64, 32).long()
-    before = losses(weight, codes, grid, groups, hessian)
-    refined, fitted = refine(weight, codes, grid, groups, hessian, sweeps=2)
-    after = losses(weight, refined, fitted, groups, hessian)
-    assert (after <= before).all()
-    assert after.sum() < 0.9 * before.sum()
-    assert refined.min() >= 0
-    assert refined.max() < 2**bits
-    same, untouched = refine(weight, codes, grid, groups, hessian, sweeps=0)
-    assert torch.equal(same, codes)
-    assert torch.equal(untouched.scales, grid.scales)
+def test_every_output_is_better_or_as_it_was(bits: int) -> None:
+    weight, hessian, before = rounded(bits, 32)
+    found = refine(before, weight, hessian, hessian @ weight, sweeps=2)
+    after = slope(found.steps, found.lattice, weight, hessian)[1]
+    torch.testing.assert_close(found.loss, after, rtol=1e-4, atol=0)
+    assert (after <= before.loss).all()
+    assert after.sum() < 0.9 * before.loss.sum()
+    codes = found.steps - found.lattice.spread(found.lattice.low, 64)
+    assert codes.min() >= 0
+    assert codes.max() < 2**bits
+    assert refine(before, weight, hessian, hessian @ weight, sweeps=0) is before
+
+
+def test_an_output_keeps_what_it_had_where_the_other_is_worse() -> None:
+    _, _, before = rounded(4, 32)
+    other = Rounded(before.steps + 1, before.lattice.with_scales(2 * before.lattice.scales), before.loss.clone())
+    other.loss[:3] *= 0.5
+    other.loss[4] *= 2  # output 3, 5: no better
+    both = before.or_better(other)
+    for output in range(6):
+        chosen = other if output < 3 else before
+        assert torch.equal(both.steps[:, output], chosen.steps[:, output])
+        assert torch.equal(both.lattice.scales[:, output], chosen.lattice.scales[:, output])
+        assert both.loss[output] == chosen.loss[output]
 
 
 def test_an_input_that_is_always_zero_keeps_its_code() -> None:
-    weight, hessian, grid, codes = rounded(4, -1)
+    weight, hessian, before = rounded(4, 64)
     hessian[5] = hessian[:, 5] = 0
-    moved = descend(weight, codes, grid, torch.zeros(64, dtype=torch.long), hessian)
-    assert torch.equal(moved[:, 5], codes[:, 5])
+    gradient = slope(before.steps, before.lattice, weight, hessian)[0]
+    moved, gains = descend(before.steps, gradient, before.lattice, hessian)
+    assert torch.equal(moved[5], before.steps[5])
+    assert torch.isfinite(gains).all()

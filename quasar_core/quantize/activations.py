@@ -4,9 +4,8 @@ Letters: N rows of L tokens, B rows of a batch, H hidden.
 """
 
 import contextlib
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +14,10 @@ from transformers import PreTrainedModel
 
 from quasar_core.errors import QuasarError
 from quasar_core.quantize.blocks import find_blocks
+from quasar_core.quantize.kept import KeptOutputs, allocate, first_output, standing_in
+from quasar_core.quantize.products import FastPasses
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048  # as many as the processor's caches hold between two operations
 
 
 class Stop(Exception):
@@ -25,27 +26,38 @@ class Stop(Exception):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of the text: the hidden states [B, L, H] that enter the next block, and what it takes beside them."""
+    """Rows of the text: the hidden states [B, L, H] that enter the next block, and what it takes beside them.
+
+    `outputs` are what modules of the block give that need not run again, by name.
+    """
 
     rows: slice
     hidden: torch.Tensor
     kwargs: dict[str, Any]
+    outputs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Activations:
     """Hidden states [N, L, H] in front of the next block; `spill` names the file that holds them instead of memory."""
 
-    def __init__(self, hidden: torch.Tensor, kwargs: dict[int, list[dict[str, Any]]], device: torch.device) -> None:
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        kwargs: dict[int, list[dict[str, Any]]],
+        device: torch.device,
+        spill: Path | None = None,
+    ) -> None:
         self.hidden, self.device = hidden, device
         self.block = 0  # the one that comes next
         self.reference: Activations | None = None  # the same text in the full-precision model, where it is kept
         self._kwargs = kwargs  # of each block, by the rows of a batch
         self._rows = max(kwargs)
+        self.kept = KeptOutputs(len(hidden), self._rows, spill)
 
     def keep_reference(self, spill: Path | None = None) -> None:
         """Hold what enters the first block a second time, to go through the full-precision blocks."""
         hidden = allocate(tuple(self.hidden.shape), self.hidden.dtype, spill)
-        self.reference = Activations(hidden.copy_(self.hidden), self._kwargs, self.device)
+        self.reference = Activations(hidden.copy_(self.hidden), self._kwargs, self.device, spill)
 
     def batches(self) -> Iterator[Batch]:
         """All rows, on the device, a few at a time."""
@@ -72,18 +84,20 @@ class Activations:
         """Replace what enters a block by what leaves it; the block after it comes next."""
         for batch in self.batches():
             self.hidden[batch.rows] = run_block(block, batch).to(self.hidden)
+        self.kept.forget()
         self.block += 1
+        if self.block == len(self._kwargs[self._rows]):
+            self.kept.clear()
 
     def _batch(self, rows: slice) -> Batch:
         kwargs = self._kwargs[rows.stop - rows.start][self.block]
-        return Batch(rows, self.hidden[rows].to(self.device), kwargs)
+        return Batch(rows, self.hidden[rows].to(self.device), kwargs, self.kept.of(rows, self.device))
 
 
 def run_block(block: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """What leaves the block, [B, L, H]."""
-    output = block(batch.hidden, **batch.kwargs)
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+    with FastPasses(), standing_in(block, batch.outputs):
+        return first_output(block(batch.hidden, **batch.kwargs))
 
 
 @torch.inference_mode()
@@ -113,26 +127,12 @@ def capture_first_inputs(
             )
     if hidden is None:
         raise QuasarError("The calibration text has no rows.")
-    return Activations(hidden, kwargs, place)
+    return Activations(hidden, kwargs, place, spill)
 
 
 def embedding_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go."""
     return cast(torch.Tensor, model.get_input_embeddings().weight).device
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, spill: Path | None) -> torch.Tensor:
-    """An empty tensor in memory, or in a file of that name, whose pages the system may write out."""
-    if spill is None:
-        return torch.empty(shape, dtype=dtype)
-    size = torch.Size(shape).numel()
-    with spill.open("wb") as file:
-        # Room that turns out to be missing later would end the process, so it is taken now where the system can.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
-        else:
-            file.truncate(size * dtype.itemsize)
-    return torch.from_file(str(spill), shared=True, size=size, dtype=dtype).view(shape)
 
 
 def _enter(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:

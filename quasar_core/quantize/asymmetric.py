@@ -8,31 +8,21 @@ The weight that turns x into the outputs W x̄ as well as a weight can is the le
 which then takes W's place in the solver: its codes make good, as far as they can, for the errors before them. The
 first term is GPTAQ's (Li et al., 2025, arXiv 2504.02692), who fold it into each column's update; rounding W* needs no
 solver of its own. The second, ours, asks the same of the residual stream r that the outputs are added to. Half of it
-did better than all: what a layer adds in place of another fits other text less well.
+did better than all: what a layer adds in place of another fits other text less well. The inverse is the solver's own
+factor, and λ its damping: directions that the text hardly excites are left alone.
 """
 
 import torch
 
-from quasar_core.errors import QuasarError
 from quasar_core.quantize.hessian import Drift
 
 STREAM_SHARE = 0.5
+PIECE = 512  # outputs
 
 
-def corrected_weight(weight: torch.Tensor, hessian: torch.Tensor, drift: Drift, damp: float) -> torch.Tensor:
-    """W* [out, in] for W [out, in] and H [in, in].
-
-    λ = damp · mean(diag H), as in the solver: directions that the text hardly excites are left alone.
-    """
-    damped = hessian.clone()
-    damped.diagonal().add_(damp * hessian.diagonal().mean())
-    damped.diagonal()[damped.diagonal() == 0] = 1.0
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed.item():  # no damping at all, and inputs that depend on one another
-        raise QuasarError("A layer's inputs depend on one another: use more calibration text, or a larger --damp.")
-    del damped
-    wanted = weight @ drift.inputs
-    if drift.stream is not None:
-        wanted += STREAM_SHARE * drift.stream
-    correction: torch.Tensor = torch.cholesky_solve(wanted.t(), factor).t()
-    return weight + correction
+def lacking_outputs(weight: torch.Tensor, drift: Drift) -> torch.Tensor:
+    """What W x lacks, times x: the bracket above [out, in], for W [out, in]. The drift's stream is used up for it."""
+    lacking = torch.zeros(weight.shape, device=weight.device) if drift.stream is None else drift.stream
+    for rows, some in zip(lacking.split(PIECE), weight.split(PIECE), strict=True):
+        rows.addmm_(some.float(), drift.inputs, beta=STREAM_SHARE)
+    return lacking

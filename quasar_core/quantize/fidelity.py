@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from quasar_core.models.base import CausalLM, KVCache
+from quasar_core.quantize.heap import return_freed_memory
 from quasar_core.quantize.token_kinds import KINDS
 from quasar_core.records import FidelityReport, FidelitySlice, KernelPrice, MarginTable, Progress, no_progress
 
@@ -164,6 +165,7 @@ def _compare(
         for position, (own, other) in enumerate(zip(p, q, strict=True)):
             begin = first + position * PIECE
             tally.add(own, other, row[begin : begin + PIECE].to(own.device), begin)
+        return_freed_memory()  # what the tally holds lies among freed logits, which would add up
 
 
 def logit_pieces(model: CausalLM, cache: KVCache, tokens: list[int], first: int) -> Iterator[torch.Tensor]:

@@ -1,24 +1,29 @@
 """GPTQ (Frantar et al., 2023, arXiv 2210.17323): codes that keep a layer's outputs, not its weights. Pure.
 
-Columns are rounded one by one; each rounding error is spread over the columns not yet rounded, along the inverse
-Hessian. What is rounded need not be the layer's own weight: where its inputs differ from the full-precision model's,
-a corrected weight gives the full-precision outputs on them (`asymmetric.py`), and is rounded instead. The codes and
-scales so found are then refined (`refine.py`). Letters: out and in the layer's sizes, G groups.
+Layers that read the same inputs are solved together: they share the Hessian and its one factor (`factor.py`). Each
+layer is solved a piece of its outputs at a time, since outputs are independent of one another and the workspace stays
+small: aim (`asymmetric.py`), fit a grid (`grid.py`), round column by column (`columns.py`), refine (`refine.py`).
+Letters: out and in a layer's sizes, G groups, r outputs of a piece.
 """
 
 import math
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
 
-from quasar_core.checkpoint.packing import QuantizedWeight, trivial_groups
+from quasar_core.checkpoint.compressed_tensors import PackedWeight
+from quasar_core.checkpoint.packing import QuantizedWeight, count_groups, trivial_groups
 from quasar_core.errors import QuasarError
-from quasar_core.quantize.grid import Grid, fit_grid
-from quasar_core.quantize.refine import losses, refine
+from quasar_core.quantize.columns import round_columns
+from quasar_core.quantize.factor import InverseFactor, inverse_factor
+from quasar_core.quantize.grid import fit_grid
+from quasar_core.quantize.lattice import Lattice
+from quasar_core.quantize.refine import Rounded, refine, slope
 
-BLOCK_COLUMNS = 128
-INVERSE_COLUMNS = 512
-DAMP_RETRIES = 5
+# Weights of a piece: 4 MB in float32; more on a GPU, whose time goes by the number of pieces.
+PIECE_WEIGHTS = 2**20
+DEVICE_PIECE_WEIGHTS = 2**27
 
 
 @dataclass(frozen=True)
@@ -41,115 +46,109 @@ class Solution:
     With a corrected weight the error is the distance from its outputs.
     """
 
-    weight: QuantizedWeight
+    weight: PackedWeight
     loss: float
     relative_loss: float
 
 
 def solve(weight: torch.Tensor, hessian: torch.Tensor, config: SolverConfig, name: str = "the layer") -> Solution:
-    """Quantize weight [out, in] under H [in, in]; never worse than rounding to nearest on the same grid.
+    """Quantize one layer, weight [out, in] under H [in, in]; as `solve_group`."""
+    return solve_group({name: weight}, hessian, {name: config})[name]
 
-    A row (an output) is independent of the others; where rounding to nearest has the lower loss, it is taken.
+
+def solve_group(
+    weights: Mapping[str, torch.Tensor],
+    hessian: torch.Tensor,
+    configs: Mapping[str, SolverConfig],
+    lacking: MutableMapping[str, torch.Tensor] | None = None,
+) -> dict[str, Solution]:
+    """Quantize layers [out, in] of one H [in, in]; never worse than rounding to nearest on the same grid.
+
+    `lacking` [out, in] is what `asymmetric.lacking_outputs` gives, where inputs have drifted; it is emptied. The
+    configs may differ in all but damping and order. An output is independent of the others; where rounding to nearest
+    has the lower loss, it is taken.
     """
-    weight, hessian = weight.float().clone(), hessian.float()
-    dead = hessian.diagonal() == 0
-    weight[:, dead] = 0  # an input that is always 0 may have any weight
-    grid = fit_grid(weight, config.bits, config.group_size, config.sym, config.scale_search)
-    groups = trivial_groups(weight.shape[1], config.group_size).to(weight.device).long()
-    nearest = round_to_nearest(weight, grid, groups)
-    order = torch.argsort(hessian.diagonal(), descending=True) if config.act_order else None
-    solved = solve_codes(weight, hessian, grid, groups, order, config.damp, name)
-    better = losses(weight, solved, grid, groups, hessian) <= losses(weight, nearest, grid, groups, hessian)
-    codes = torch.where(better[:, None], solved, nearest)
-    codes, grid = refine(weight, codes, grid, groups, hessian, config.sweeps)
-    loss = losses(weight, codes, grid, groups, hessian).sum().item()
-    output = 0.5 * ((weight @ hessian) * weight).sum().item()
-    if not math.isfinite(loss):
-        raise QuasarError(f"{name} could not be quantized: its weights or its inputs are not finite.")
-    return Solution(_store(codes, grid, config), loss, loss / output if output > 0 else 0.0)
+    (damp, act_order), *others = {(configs[name].damp, configs[name].act_order) for name in weights}
+    assert not others, "these layers cannot share a factor"
+    hessian, lacking = hessian.float(), {} if lacking is None else lacking
+    factor = inverse_factor(hessian, column_order(hessian, act_order), damp, next(iter(weights)))
+    return {
+        name: solve_layer(weight, hessian, factor, configs[name], lacking.pop(name, None), name)
+        for name, weight in weights.items()
+    }
 
 
-def round_to_nearest(weight: torch.Tensor, grid: Grid, groups: torch.Tensor) -> torch.Tensor:
-    """Codes [out, in] of the nearest grid points."""
-    scales, zeros = grid.scales[:, groups], grid.zeros[:, groups]
-    return (torch.round(weight / scales) + zeros).clamp(0, 2**grid.bits - 1)
+def column_order(hessian: torch.Tensor, act_order: bool) -> torch.Tensor:
+    """The order of columns [in] whose last is rounded first: with act-order the one of the largest inputs."""
+    if act_order:
+        return torch.argsort(hessian.diagonal(), descending=True).flip(0)
+    return torch.arange(len(hessian) - 1, -1, -1, device=hessian.device)
 
 
-def solve_codes(
+def solver_rows(in_features: int, on_device: bool) -> int:
+    """Outputs of a piece, at the most."""
+    return max(1, (DEVICE_PIECE_WEIGHTS if on_device else PIECE_WEIGHTS) // in_features)
+
+
+def solve_layer(
     weight: torch.Tensor,
     hessian: torch.Tensor,
-    grid: Grid,
-    groups: torch.Tensor,
-    order: torch.Tensor | None,
-    damp: float,
+    factor: InverseFactor,
+    config: SolverConfig,
+    lacking: torch.Tensor | None,
     name: str,
+) -> Solution:
+    """One of the layers, with the factor of the Hessian that it shares; QuasarError where it is not finite."""
+    out_features, in_features = weight.shape
+    count = count_groups(in_features, config.group_size)
+    codes = torch.empty(in_features, out_features, dtype=torch.uint8)
+    scales = torch.empty(count, out_features, dtype=torch.float16)
+    zeros = torch.empty(count, out_features, dtype=torch.int32)
+    loss = output = 0.0
+    for rows in pieces(out_features, in_features, weight.device.type != "cpu"):
+        aim = aim_of(weight[rows], hessian, factor, None if lacking is None else lacking[rows])
+        pull = hessian @ aim
+        solved = _solve_piece(aim, hessian, factor, config, pull)
+        lattice = solved.lattice
+        codes[:, rows] = (solved.steps - lattice.spread(lattice.low, in_features)).to(torch.uint8)
+        scales[:, rows], zeros[:, rows] = lattice.scales, -lattice.low
+        loss += solved.loss.sum().item()
+        output += 0.5 * (pull * aim).sum().item()
+    if not math.isfinite(loss):
+        raise QuasarError(f"{name} could not be quantized: its weights or its inputs are not finite.")
+    groups = trivial_groups(in_features, config.group_size)
+    stored = QuantizedWeight(config.bits, config.group_size, codes, scales, zeros, groups)
+    return Solution(stored, loss, loss / output if output > 0 else 0.0)
+
+
+def pieces(out_features: int, in_features: int, on_device: bool) -> Iterator[slice]:
+    """Outputs of a layer, a piece at a time, nearly equal ones."""
+    count = -(-out_features // solver_rows(in_features, on_device))
+    for index in range(count):
+        yield slice(out_features * index // count, out_features * (index + 1) // count)
+
+
+def aim_of(
+    weight: torch.Tensor, hessian: torch.Tensor, factor: InverseFactor, lacking: torch.Tensor | None
 ) -> torch.Tensor:
-    """Codes [out, in] by GPTQ, columns in the given order (none: as they stand), blocks of columns at a time."""
-    if order is None:
-        order = torch.arange(weight.shape[1], device=weight.device)
-    work = weight[:, order].clone()
-    column_groups = groups[order].tolist()
-    factor = inverse_factor(hessian[order][:, order], damp, name)
-    codes = torch.empty_like(work)
-    for begin in range(0, work.shape[1], BLOCK_COLUMNS):
-        end = min(begin + BLOCK_COLUMNS, work.shape[1])
-        block, block_factor = work[:, begin:end], factor[begin:end, begin:end]
-        errors = torch.empty_like(block)
-        for i in range(end - begin):
-            column, group = block[:, i], column_groups[begin + i]
-            codes[:, begin + i] = grid.nearest_codes(column, group)
-            error = (column - grid.values(codes[:, begin + i], group)) / block_factor[i, i]
-            block[:, i:] -= error[:, None] * block_factor[i, i:]
-            errors[:, i] = error
-        work[:, end:] -= errors @ factor[begin:end, end:]
-    return codes[:, torch.argsort(order)]
+    """The weight [in, r] that the codes are to stand for: the layer's own, corrected where its inputs have drifted."""
+    aim = weight.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if lacking is not None:
+        aim.index_add_(0, factor.order, factor.apply_(lacking.t()[factor.order]))
+    aim[hessian.diagonal() == 0] = 0  # an input that is always 0 may have any weight
+    return aim
 
 
-def inverse_factor(hessian: torch.Tensor, damp: float, name: str) -> torch.Tensor:
-    """The upper Cholesky factor U of the inverse of the damped Hessian: (H + λI)⁻¹ = Uᵀ U, λ = damp · mean(diag).
-
-    Where the factor does not exist the damping grows tenfold, at most five times.
-    """
-    dead = hessian.diagonal() == 0
-    mean = hessian.diagonal().mean()
-    # H = R Rᵀ with R upper is a Cholesky factor of H read backwards, and then U = R⁻¹: one factor, few copies.
-    damped = hessian.flip(0, 1)
-    del hessian
-    damped.diagonal()[dead.flip(0)] = mean if mean > 0 else 1.0
-    before = 0.0
-    for attempt in range(DAMP_RETRIES):
-        damped.diagonal().add_((damp * 10**attempt - before) * mean)
-        before = damp * 10**attempt
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if failed.item():
-            continue
-        del damped
-        upper = inverse_of_lower(lower).flip(0, 1)
-        if bool(torch.isfinite(upper).all()):
-            return upper
-        break
-    raise QuasarError(
-        f"The Hessian of {name} has no Cholesky factor even with damping {damp * 10 ** (DAMP_RETRIES - 1):g}: "
-        "use more calibration text, or a larger --damp."
-    )
+def _solve_piece(
+    aim: torch.Tensor, hessian: torch.Tensor, factor: InverseFactor, config: SolverConfig, pull: torch.Tensor
+) -> Rounded:
+    """Codes and scales for a piece [in, r]."""
+    grid = fit_grid(aim.t(), config.bits, config.group_size, config.sym, config.scale_search)
+    lattice = Lattice.of(grid, len(aim) if config.group_size == -1 else config.group_size)
+    best = _rounded(round_columns(aim, lattice, factor), lattice, aim, hessian)
+    best = best.or_better(_rounded(lattice.nearest(aim), lattice, aim, hessian))
+    return refine(best, aim, hessian, pull, config.sweeps)
 
 
-def inverse_of_lower(lower: torch.Tensor) -> torch.Tensor:
-    """L⁻¹ of a lower triangular L, some columns at a time, so that no whole identity is needed beside the two."""
-    inverse = torch.zeros_like(lower)
-    for begin in range(0, len(lower), INVERSE_COLUMNS):
-        rest = lower[begin:, begin:]  # above the diagonal the inverse is zero
-        identity = torch.eye(len(rest), min(INVERSE_COLUMNS, len(rest)), dtype=lower.dtype, device=lower.device)
-        inverse[begin:, begin : begin + identity.shape[1]] = torch.linalg.solve_triangular(rest, identity, upper=False)
-    return inverse
-
-
-def _store(codes: torch.Tensor, grid: Grid, config: SolverConfig) -> QuantizedWeight:
-    return QuantizedWeight(
-        config.bits,
-        config.group_size,
-        codes.t().to("cpu", torch.uint8).contiguous(),
-        grid.scales.t().to("cpu", torch.float16).contiguous(),
-        grid.zeros.t().to("cpu", torch.int32).contiguous(),
-        trivial_groups(codes.shape[1], config.group_size),
-    )
+def _rounded(steps: torch.Tensor, lattice: Lattice, aim: torch.Tensor, hessian: torch.Tensor) -> Rounded:
+    return Rounded(steps, lattice, slope(steps, lattice, aim, hessian)[1])

@@ -9,6 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from quasar_core.errors import QuasarError
+from quasar_core.quantize.products import product
+
+# Float32 values of a batch that are copied at a time: 16 MB.
+COPIED_VALUES = 2**22
+# Rows of a tile, and their number: only the tiles on and below the diagonal of H are computed.
+TILE_ROWS, TILES = 128, 8
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class HessianAccumulator:
     """Adds up inputs [..., in] into H [in, in], in float32, whatever the model's dtype."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)  # the lower triangle
         self.input_drift: torch.Tensor | None = None
         self.stream_drift: torch.Tensor | None = None
         self.count = 0
@@ -34,14 +40,22 @@ class HessianAccumulator:
         self, inputs: torch.Tensor, wanted: torch.Tensor | None = None, stream_error: torch.Tensor | None = None
     ) -> None:
         """Take the inputs of one batch; beside them x̄ [..., in] and r̄ − r [..., out] where they are known."""
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        self.sum.addmm_(rows.t(), rows)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        at_once = max(1, COPIED_VALUES // rows.shape[1])
+        others = [None if other is None else other.reshape(len(rows), -1) for other in (wanted, stream_error)]
+        for begin in range(0, len(rows), at_once):
+            part = slice(begin, begin + at_once)
+            self._add(rows[part], *(None if other is None else other[part] for other in others))
+        self.count += len(rows)
+
+    def _add(self, rows: torch.Tensor, wanted: torch.Tensor | None, errors: torch.Tensor | None) -> None:
+        columns = _columns(rows)
+        for tile in _tiles(len(columns)):
+            self.sum[tile, : tile.stop] += product(columns[tile], columns[: tile.stop])
         if wanted is not None:
-            self.input_drift = _add_product(self.input_drift, wanted.reshape(rows.shape).float() - rows, rows)
-        if stream_error is not None:
-            errors = stream_error.reshape(len(rows), -1).float()
-            self.stream_drift = _add_product(self.stream_drift, errors, rows)
-        self.count += rows.shape[0]
+            self.input_drift = _add_product(self.input_drift, _columns(wanted).sub_(columns), columns)
+        if errors is not None:
+            self.stream_drift = _add_product(self.stream_drift, _columns(errors), columns)
 
     def drift(self) -> Drift | None:
         """How inputs and stream differ from the full-precision model's; None where that is not known. Asked once."""
@@ -55,15 +69,42 @@ class HessianAccumulator:
         if self.count == 0:
             raise QuasarError(f"Layer {name} saw no calibration input.")
         hessian = self.sum.mul_(2.0 / self.count)  # in place: the matrix may be half a gigabyte
-        if not bool(torch.isfinite(hessian).all()):
+        for tile in _tiles(len(hessian)):
+            hessian[: tile.start, tile] = hessian[tile, : tile.start].t()
+        if not all(bool(torch.isfinite(hessian[tile]).all()) for tile in _tiles(len(hessian))):
             raise QuasarError(
                 f"Layer {name} has inputs that are not finite: the model's weights or the dtype overflow on this text."
             )
         return hessian
 
 
+def shrunk(hessian: torch.Tensor, count: int) -> torch.Tensor:
+    """H of `count` rows as though `in` rows of white noise of the same size had been read besides; in place.
+
+    What few rows say of single directions is chance, and the solver would fit it: the fewer rows a layer has read for
+    its inputs, the more H becomes a multiple of the identity, under which solving is rounding to nearest. Ledoit and
+    Wolf (2004) shrink covariances so; docs/log.md has the error on other text. An input that is always 0 stays so.
+    """
+    diagonal = hessian.diagonal()
+    diagonal += (diagonal > 0) * (len(hessian) / count * diagonal.mean())
+    return hessian
+
+
+def _tiles(rows: int) -> list[slice]:
+    """The rows of a matrix, a tile at a time."""
+    at_once = max(TILE_ROWS, -(-rows // TILES))
+    return [slice(begin, min(begin + at_once, rows)) for begin in range(0, rows, at_once)]
+
+
+def _columns(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [n, k] in float32, as [k, n]: a product runs along them."""
+    return torch.empty(rows.shape[1], rows.shape[0], dtype=torch.float32, device=rows.device).copy_(rows.t())
+
+
 def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Total + leftᵀ · right."""
+    """Total [out, in] + left [out, n] · rightᵀ [n, in]."""
     if total is None:
-        return left.t() @ right
-    return total.addmm_(left.t(), right)
+        total = left.new_zeros(len(left), len(right))
+    for tile in _tiles(len(left)):
+        total[tile] += product(left[tile], right)
+    return total

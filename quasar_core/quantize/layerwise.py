@@ -7,8 +7,8 @@ where an interrupted run goes on.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -19,21 +19,51 @@ from quasar_core.checkpoint.compressed_tensors import PackedWeight
 from quasar_core.models.experts import SeparateExperts
 from quasar_core.models.skeleton import clone_structure
 from quasar_core.quantize.activations import Activations, Stop, run_block
-from quasar_core.quantize.asymmetric import corrected_weight
+from quasar_core.quantize.asymmetric import lacking_outputs
 from quasar_core.quantize.blocks import find_blocks, find_head, linear_layers
-from quasar_core.quantize.commits import QuantizedBlock, block_file, head_file, read_commit, write_commit
-from quasar_core.quantize.gptq import SolverConfig
-from quasar_core.quantize.hessian import Drift, HessianAccumulator
+from quasar_core.quantize.commits import Layout, QuantizedBlock, block_file, head_file, read_commit, write_commit
+from quasar_core.quantize.endings import find_endings
+from quasar_core.quantize.gptq import Solution, SolverConfig, solve, solve_group
+from quasar_core.quantize.heap import keep_freed_memory, return_freed_memory
+from quasar_core.quantize.hessian import HessianAccumulator, shrunk
+from quasar_core.quantize.kept import Ending
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
-from quasar_core.quantize.pieces import solve_in_pieces
 from quasar_core.quantize.reference import collect_compared, stream_layers
 from quasar_core.records import Progress, no_progress
 
 HESSIAN_BYTES = 1_000_000_000  # of the experts that are watched in one pass
-# An expert that reads fewer rows than this share of its inputs has a Hessian of nearly all damping.
-LEAST_ROWS = 1 / 8
 
-BlockMethod = Callable[[torch.nn.Module, str, Activations, LayerPlan], QuantizedBlock]
+
+class GroupSolver(Protocol):
+    """Quantizes layers [out, in] of one H [in, in]; `gptq.solve_group` is one."""
+
+    def __call__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        hessian: torch.Tensor,
+        configs: Mapping[str, SolverConfig],
+        lacking: MutableMapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, Solution]:
+        """By the layers' full names."""
+        ...
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a block's layers are solved and stored, and the tensors by full name that the verifier has of its own."""
+
+    solve: GroupSolver = solve_group
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    layout: Layout = "gptq"
+
+
+# Changes a block of that name, before its layers are quantized, to another that computes the same.
+Prepare = Callable[[torch.nn.Module, str, Activations], Preparation]
+
+
+def leave_block(block: torch.nn.Module, name: str, activations: Activations) -> Preparation:
+    """GPTQ's `Prepare`: nothing to change."""
+    return Preparation()
 
 
 class Blocks(Protocol):
@@ -73,24 +103,26 @@ def quantize_blocks(
     plan: LayerPlan | SolverConfig,
     commits: Path,
     progress: Progress = no_progress,
-    method: BlockMethod | None = None,
+    prepare: Prepare = leave_block,
 ) -> Iterator[QuantizedBlock]:
     """Quantize every block on what enters the first; the model itself stays as it is. Yields blocks as they are done.
 
     At the end `activations` hold what left the last block. A block that has a commit is read from it. Where a reference
     is kept, it goes through the blocks as they were, and layers are fitted to its outputs (`asymmetric.py`).
     """
+    keep_freed_memory()
     blocks = BlocksInMemory(source) if isinstance(source, PreTrainedModel) else source
     plan = LayerPlan(plan) if isinstance(plan, SolverConfig) else plan
     for index in range(blocks.count):
         progress("quantizing", index, blocks.count)
-        yield quantize_one(blocks, index, activations, plan, commits, method or gptq_block)
+        yield quantize_one(blocks, index, activations, plan, commits, prepare)
+        return_freed_memory()
     progress("quantizing", blocks.count, blocks.count)
 
 
 @torch.inference_mode()
 def quantize_one(
-    blocks: Blocks, index: int, activations: Activations, plan: LayerPlan, commits: Path, method: BlockMethod
+    blocks: Blocks, index: int, activations: Activations, plan: LayerPlan, commits: Path, prepare: Prepare
 ) -> QuantizedBlock:
     """Quantize and commit one block, or read its commit; the text moves on through it."""
     work, commit = blocks.block(index), block_file(commits, index)
@@ -98,16 +130,19 @@ def quantize_one(
     if commit.exists():
         done = read_commit(commit)
         if activations.reference is not None:
+            prepare(work, name, activations)  # as in the run that made the commit, to the last bit
             activations.reference.advance(work)
         replace_weights(work, name, done)
     else:
-        done = method(work, name, activations, plan)
+        done = quantize_block(work, name, activations, plan, prepare(work, name, activations))
         write_commit(commit, done)
     activations.advance(work)
     return done
 
 
-def gptq_block(block: torch.nn.Module, name: str, activations: Activations, plan: LayerPlan) -> QuantizedBlock:
+def quantize_block(
+    block: torch.nn.Module, name: str, activations: Activations, plan: LayerPlan, prepared: Preparation
+) -> QuantizedBlock:
     """Quantize a block's linear layers in the order they run; their weights are replaced in place."""
     weights: dict[str, PackedWeight] = {}
     losses: dict[str, float] = {}
@@ -115,33 +150,34 @@ def gptq_block(block: torch.nn.Module, name: str, activations: Activations, plan
     layers = linear_layers(block)
     original = None if activations.reference is None else clone_structure(block)
     stream = [] if original is None else stream_layers(block, list(layers), activations)
+    endings = find_endings(block, list(layers), activations)
     for stage in stages(block, layers, activations):
         first = stage.groups[0][0]
+        ending = endings.get(first)
         if original is None or is_expert(first):  # in the two models, other tokens may be routed to an expert
-            inputs = collect_inputs(block, stage, layers, activations)
+            inputs = collect_inputs(block, stage, layers, activations, ending)
         else:
-            inputs = {first: collect_compared(block, original, first, stream, activations)}
+            inputs = {first: collect_compared(block, original, first, stream, activations, ending)}
         for group in stage.groups:
             seen = inputs.pop(group[0])
-            too_few = is_expert(group[0]) and seen.count < LEAST_ROWS * layers[group[0]].in_features
-            hessian = identity(layers[group[0]]) if too_few else seen.finish(f"{name}.{group[0]}")
-            drift = None if too_few else seen.drift()
-            aims = {layer: aim(layers[layer].weight, hessian, drift, plan.solver(f"{name}.{layer}")) for layer in group}
+            unread = is_expert(group[0]) and not seen.count
+            hessian = identity(layers[group[0]]) if unread else shrunk(seen.finish(f"{name}.{group[0]}"), seen.count)
+            drift = None if unread else seen.drift()
+            own = {f"{name}.{layer}": layers[layer] for layer in group}
+            before = {full_name: linear.weight for full_name, linear in own.items()}
+            lacking = {} if drift is None else {of: lacking_outputs(weight, drift) for of, weight in before.items()}
             del seen, drift  # as large as the Hessian, and not needed for the codes
-            for layer_name in group:
-                linear, full_name = layers[layer_name], f"{name}.{layer_name}"
-                solution = solve_in_pieces(aims.pop(layer_name), hessian, plan.solver(full_name), full_name)
+            solutions = prepared.solve(before, hessian, {of: plan.solver(of) for of in own}, lacking)
+            del hessian
+            for full_name, solution in solutions.items():
                 weights[full_name], losses[full_name] = solution.weight, solution.relative_loss
-                rounded += [full_name] if too_few else []
-                replace_weight(linear, solution.weight.dequantize(linear.weight.dtype))
+                rounded += [full_name] if unread else []
+                replace_weight(own[full_name], solution.weight.dequantize(own[full_name].weight.dtype))
+        if ending is not None:
+            activations.kept.finish(ending, layers[first])
     if activations.reference is not None and original is not None:
         activations.reference.advance(original)
-    return QuantizedBlock(weights, losses, rounded=tuple(rounded))
-
-
-def aim(weight: torch.Tensor, hessian: torch.Tensor, drift: Drift | None, solver: SolverConfig) -> torch.Tensor:
-    """The weight that the codes are to stand for: the layer's own, corrected where its inputs have drifted."""
-    return weight if drift is None else corrected_weight(weight.float(), hessian, drift, solver.damp)
+    return QuantizedBlock(weights, losses, dict(prepared.tensors), tuple(rounded), prepared.layout)
 
 
 def is_expert(layer_name: str) -> bool:
@@ -199,17 +235,26 @@ def expert_stages(name: str, experts: SeparateExperts) -> list[Stage]:
 
 
 def collect_inputs(
-    block: torch.nn.Module, stage: Stage, layers: dict[str, torch.nn.Linear], activations: Activations
+    block: torch.nn.Module,
+    stage: Stage,
+    layers: dict[str, torch.nn.Linear],
+    activations: Activations,
+    ending: Ending | None = None,
 ) -> dict[str, HessianAccumulator]:
-    """What reaches the first layer of every group; each pass ends where the stage does."""
+    """What reaches the first layer of every group; each pass ends where the stage does.
+
+    Where the stage's layer ends a module, what it reads is kept.
+    """
     accumulators = {
         group[0]: HessianAccumulator(layers[group[0]].in_features, layers[group[0]].weight.device)
         for group in stage.groups
     }
+    last: list[torch.Tensor] = []  # read by a layer in this batch
 
     def take(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             accumulators[name].add(args[0])
+            last[:] = args
             if module is stage.last:
                 raise Stop  # its product is not needed
 
@@ -224,6 +269,8 @@ def collect_inputs(
         for batch in activations.batches():
             with contextlib.suppress(Stop):
                 run_block(block, batch)
+            if ending is not None:
+                activations.kept.keep(ending, batch.rows, last[0], layers[ending.layer].out_features)
     finally:
         for handle in handles:
             handle.remove()
@@ -257,6 +304,7 @@ def quantize_head(ends: PreTrainedModel, activations: Activations, plan: LayerPl
         accumulator = HessianAccumulator(head.in_features, head.weight.device)
         for rows in activations.hidden.split(1):
             accumulator.add(norm(rows.to(head.weight.device)))
-        solution = solve_in_pieces(head.weight, accumulator.finish(HEAD), plan.solver(HEAD), HEAD)
+        hessian = shrunk(accumulator.finish(HEAD), accumulator.count)
+        solution = solve(head.weight, hessian, plan.solver(HEAD), HEAD)
         write_commit(commit, QuantizedBlock({HEAD: solution.weight}, {HEAD: solution.relative_loss}))
     return read_commit(commit)

@@ -15,6 +15,7 @@ from quasar_core.quantize.activations import Activations, blocks_replaced_by, ca
 from quasar_core.quantize.blocks import find_blocks
 from quasar_core.quantize.calibration import GREEDY_FROM, Calibration, calibration_name, encode, read_documents
 from quasar_core.quantize.fidelity import measure_fidelity, price_of_kernel
+from quasar_core.quantize.heap import return_freed_memory
 from quasar_core.quantize.streaming import StreamedModel
 from quasar_core.quantize.token_kinds import token_kinds
 from quasar_core.records import FidelityReport, KernelPrice, Progress, no_progress
@@ -106,6 +107,7 @@ def read_rows(model: Readable, texts: Sequence[torch.Tensor], stage: str, progre
         block = model.block(index)
         for activations in states:
             activations.advance(block)
+        return_freed_memory()
     progress(stage, model.count, model.count)
     return RowsRead(model.ends(), list(zip(texts, states, strict=True)))
 

@@ -4,6 +4,7 @@ Each figure is the sum of what is there at the worst moment. Weights in the file
 memory on the CPU, since the system may drop their pages. Letters: N rows of L tokens, H hidden, G groups.
 """
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,16 +15,17 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.quantize.activations import BATCH_TOKENS
 from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS
+from quasar_core.quantize.factor import BLOCK as FACTOR_COLUMNS
 from quasar_core.quantize.fidelity import PIECE
+from quasar_core.quantize.gptq import solver_rows
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
-from quasar_core.quantize.pieces import solver_rows
 from quasar_core.quantize.self_text import cache_bytes
 
 # Measured with the packages of pyproject.toml: the interpreter with torch and transformers, before any weight.
 INTERPRETER_BYTES = 350_000_000
-# float32 copies at the solver's worst moment: of matrices [in, in], and of the rows of a layer at work. Such that a
-# block of the 1.7B shape, measured at 2.4 GB, is planned with 2.6; what the C library keeps of freed memory is in it.
-SQUARE_COPIES, ROW_COPIES = 10, 10
+# float32 copies at the solver's worst moment: of matrices [in, in] (the Hessian, and the drift or its factor), and of
+# the outputs and the factor's columns at work, what the C library keeps of freed memory included.
+SQUARE_COPIES, ROW_COPIES = 2, 12
 # 32-bit values per token of a batch, in units of the widest layer's inputs and outputs.
 BATCH_COPIES = 6
 # Of a piece's logits: each model's in the dtype of the passes and in 32 bits, and what comparing them makes.
@@ -34,8 +36,8 @@ LOGIT_COPIES = 11
 class Shape:
     """What a plan reads of a model: its layers by name (out, in), and its other weights.
 
-    `stored` and `element` are the bytes of a weight in the files and in the passes. `whole_because` says why the
-    model is loaded as a whole, where it is.
+    `stored` and `element` are the bytes of a weight in the files and in the passes. `routed` is the share of a text
+    that an expert reads. `whole_because` says why the model is loaded as a whole, where it is.
     """
 
     layers: Mapping[str, tuple[int, int]]
@@ -45,6 +47,7 @@ class Shape:
     vocabulary: int
     stored: int = 2
     element: int = 2
+    routed: float = 1.0
     whole_because: str | None = None
 
     @property
@@ -55,7 +58,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes. `host` and `device` are peaks; on the CPU the device is the host and `device` is 0."""
+    """Bytes, and seconds. `host` and `device` are peaks; on the CPU the device is the host and `device` is 0."""
 
     checkpoint: int
     bits_per_weight: float
@@ -69,6 +72,7 @@ class Plan:
     free_host: int | None = None
     free_disk: int | None = None
     free_device: int | None = None
+    seconds: float | None = None  # of the whole run, where they were estimated
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -89,7 +93,7 @@ def make_plan(
         solver = solvers.solver(name)
         bits = solver.bits if name == HEAD else config.mean_bits or solver.bits
         packed += packed_bytes(out, columns, bits, solver.group_size)
-    plain, states = shape.stored * shape.other_weights, activation_bytes(shape, config)
+    plain, states = shape.stored * shape.other_weights, activation_bytes(shape, config, on_device)
     spilled = max_memory is not None and states > max_memory
     held = 0 if spilled else states
     text = shape.element * shape.weights + cache_bytes(True)
@@ -124,14 +128,14 @@ def host_stages(
         return writing, kept + held + block_bytes(shape), kept + read
     ends = 2 * shape.element * shape.ends_weights if copied else 0
     block = block_bytes(shape) + batch_bytes(shape, config)
-    quantizing = kept + held + block + solver_bytes(shape, on_device)
+    quantizing = kept + held + block + smoothed_bytes(shape, config) + solver_bytes(shape, on_device)
     return writing, quantizing, kept + read + ends + max(block, logit_bytes(shape, config))
 
 
 def device_stages(shape: Shape, config: QuantizeConfig, text: int) -> tuple[int, int, int]:
     """The same of a GPU's memory; `text` is what writing it takes there."""
     batch = batch_bytes(shape, config)
-    quantizing = block_bytes(shape) + solver_bytes(shape, True) + batch
+    quantizing = block_bytes(shape) + smoothed_bytes(shape, config) + solver_bytes(shape, True) + batch
     ends = 2 * shape.element * shape.ends_weights  # of both models
     return text, quantizing, ends + max(block_bytes(shape) + batch, logit_bytes(shape, config))
 
@@ -142,9 +146,27 @@ def packed_bytes(out_features: int, in_features: int, bits: float, group_size: i
     return int(out_features * in_features * bits + groups * out_features * (16 + bits)) // 8 + 4 * in_features
 
 
-def activation_bytes(shape: Shape, config: QuantizeConfig) -> int:
-    """Hidden states of the calibration text, twice: the full-precision model's beside the verifier's."""
-    return 2 * config.samples * config.calibration_length * shape.hidden * shape.element
+def activation_bytes(shape: Shape, config: QuantizeConfig, on_device: bool = False) -> int:
+    """Hidden states of the calibration text, twice: the full-precision model's beside the verifier's.
+
+    On the CPU also what a block's finished modules give (`kept.py`): of attention and MLP, the output of the last
+    layer, in the verifier where its inputs lay.
+    """
+    kept: dict[str, int] = {}
+    for (block, _), (out, columns) in ({} if on_device else last_layers(shape)).items():
+        kept[block] = kept.get(block, 0) + max(out, columns) + out
+    tokens = config.samples * config.calibration_length
+    return tokens * shape.element * (2 * shape.hidden + max(kept.values(), default=0))
+
+
+def last_layers(shape: Shape) -> dict[tuple[str, str], tuple[int, int]]:
+    """(out, in) of the last layer of every module, by block and module; experts left out."""
+    last: dict[tuple[str, str], tuple[int, int]] = {}
+    for name, sizes in shape.layers.items():
+        parts = re.match(r"(.*?\.\d+)\.(.+)\.", name)  # such as model.layers.0, self_attn
+        if parts and ".experts." not in name:
+            last[parts[1], parts[2]] = sizes
+    return last
 
 
 def held_out_bytes(shape: Shape, config: QuantizeConfig) -> int:
@@ -155,20 +177,34 @@ def held_out_bytes(shape: Shape, config: QuantizeConfig) -> int:
 
 def block_bytes(shape: Shape) -> int:
     """The largest block as it was and as it becomes, and its codes, a byte each."""
+    return (2 * shape.element + 1) * block_weights(shape)
+
+
+def smoothed_bytes(shape: Shape, config: QuantizeConfig) -> int:
+    """The largest block's smoothed weights, in float32 and as the block holds them (`eight_bit_blocks.py`)."""
+    return 0 if config.method == "gptq" else (4 + shape.element) * block_weights(shape)
+
+
+def block_weights(shape: Shape) -> int:
+    """Of the largest block."""
     blocks: dict[str, int] = {}
     for name, (out, columns) in shape.layers.items():
         if name != HEAD:
             block = name.split(".layers.")[-1].split(".")[0]
             blocks[block] = blocks.get(block, 0) + out * columns
-    return (2 * shape.element + 1) * max(blocks.values(), default=0)
+    return max(blocks.values(), default=0)
 
 
 def solver_bytes(shape: Shape, on_device: bool) -> int:
-    """The solver's workspace for the layer that needs most."""
+    """The solver's workspace for the layers that need most: those of one module that read as many inputs, at once."""
+    groups: dict[tuple[str, int], int] = {}
+    for name, (out, columns) in shape.layers.items():
+        key = name.rpartition(".")[0], columns
+        groups[key] = groups.get(key, 0) + out
     needs = []
-    for out, columns in shape.layers.values():
-        rows = min(out, solver_rows(columns, on_device))
-        needs.append(4 * (SQUARE_COPIES * columns**2 + ROW_COPIES * rows * columns))
+    for (_, columns), out in groups.items():  # of every output, beside the rows at work, what its inputs lack
+        copies = out + ROW_COPIES * (min(out, solver_rows(columns, on_device)) + FACTOR_COLUMNS)
+        needs.append(4 * columns * (SQUARE_COPIES * columns + copies))
     return max(needs, default=0)
 
 

@@ -13,6 +13,8 @@ import torch
 from quasar_core.errors import QuasarError
 from quasar_core.quantize.activations import Activations, Batch, Stop, run_block
 from quasar_core.quantize.hessian import HessianAccumulator
+from quasar_core.quantize.kept import Ending, first_output
+from quasar_core.quantize.products import product
 
 STREAM_LAYERS = ("o_proj", "down_proj")  # by the last part of their names
 
@@ -39,17 +41,33 @@ def stream_layers(block: torch.nn.Module, names: Sequence[str], activations: Act
 
 
 def collect_compared(
-    block: torch.nn.Module, original: torch.nn.Module, name: str, stream: Sequence[str], activations: Activations
+    block: torch.nn.Module,
+    original: torch.nn.Module,
+    name: str,
+    stream: Sequence[str],
+    activations: Activations,
+    ending: Ending | None = None,
 ) -> HessianAccumulator:
-    """What reaches a layer, batch by batch, in the block being quantized and in the block as it was."""
-    linear = block.get_submodule(name)
+    """What reaches a layer, batch by batch, in the block being quantized and in the block as it was.
+
+    Where the layer ends a module, what it reads is kept; of the block as it was, what it gives.
+    """
+    linear, own = block.get_submodule(name), original.get_submodule(name)
     assert isinstance(linear, torch.nn.Linear)
+    assert isinstance(own, torch.nn.Linear)
+    assert activations.reference is not None
     before = stream[: stream.index(name)] if name in stream else None
     accumulator = HessianAccumulator(linear.in_features, linear.weight.device)
     for batch, reference in activations.pairs():
         inputs, standing = reach(block, name, before, batch)
         wanted, aim = reach(original, name, before, reference)
         accumulator.add(inputs, wanted, None if standing is None or aim is None else aim - standing)
+        if ending is not None:
+            activations.kept.keep(ending, batch.rows, inputs, linear.out_features)
+            outputs = product(wanted, own.weight, own.bias)
+            activations.reference.kept.keep(ending, batch.rows, outputs, own.out_features)
+    if ending is not None:
+        activations.reference.kept.finished(ending, own.out_features)
     return accumulator
 
 
@@ -58,7 +76,9 @@ def reach(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The input of a layer, and the stream in front of it: what entered the block and what layers `before` added."""
     inputs: list[torch.Tensor] = []
-    added: list[torch.Tensor] = []
+    endings = {earlier: earlier.rpartition(".")[0] for earlier in before or ()}
+    added = [first_output(batch.outputs[module]) for module in endings.values() if module in batch.outputs]
+    running = [earlier for earlier, module in endings.items() if module not in batch.outputs]
 
     def take(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         inputs.append(args[0])
@@ -68,7 +88,7 @@ def reach(
         added.append(output)
 
     handles = [block.get_submodule(name).register_forward_pre_hook(take)]
-    handles += [block.get_submodule(earlier).register_forward_hook(note) for earlier in before or ()]
+    handles += [block.get_submodule(earlier).register_forward_hook(note) for earlier in running]
     try:
         with contextlib.suppress(Stop):
             run_block(block, batch)

@@ -1,81 +1,115 @@
 """Lower a solved layer's loss further: scales by least squares, codes by coordinate descent, in turns. Pure.
 
-GPTQ looks at a column once, and at a scale before any code is known. Here both are looked at again: with the codes
-fixed the loss tr((Ŵ − W) H (Ŵ − W)ᵀ) is a quadratic in each row's G scales, with the scales fixed the best code of a
-column is a rounding (CDQuant, arXiv 2406.17542). Letters: out and in the layer's sizes, G groups.
+GPTQ looks at a column once, and at a scale before any code is known. Here both are looked at again: with the steps
+fixed the loss ½ · tr(Eᵀ H E) of the error E = Ŵ − W is a quadratic in each output's G scales, with the scales fixed the
+best step of a column is a rounding (CDQuant, arXiv 2406.17542). All is columns first. Letters: in, r, G and C as in
+`lattice.py`.
 """
+
+from dataclasses import dataclass
 
 import torch
 
-from quasar_core.quantize.grid import Grid, stored_scale
+from quasar_core.kernels import cpu_solver
+from quasar_core.quantize.grid import stored_scale
+from quasar_core.quantize.lattice import BLOCK, Lattice
 
-BLOCK_COLUMNS = 128
+
+@dataclass(frozen=True)
+class Rounded:
+    """Steps [in, r], the lattice that they are counted on, and the loss [r] of each output."""
+
+    steps: torch.Tensor
+    lattice: Lattice
+    loss: torch.Tensor
+
+    def or_better(self, other: "Rounded") -> "Rounded":
+        """Each output of the other where it has the lower loss, else as it is here."""
+        better = other.loss < self.loss
+        return Rounded(
+            torch.where(better, other.steps, self.steps),
+            self.lattice.with_scales(torch.where(better, other.lattice.scales, self.lattice.scales)),
+            torch.where(better, other.loss, self.loss),
+        )
 
 
-def refine(
-    weight: torch.Tensor, codes: torch.Tensor, grid: Grid, groups: torch.Tensor, hessian: torch.Tensor, sweeps: int
-) -> tuple[torch.Tensor, Grid]:
-    """Codes [out, in] and grid after so many sweeps; a row keeps what it had where a sweep does not lower its loss."""
-    loss = losses(weight, codes, grid, groups, hessian)
+def refine(rounded: Rounded, weight: torch.Tensor, hessian: torch.Tensor, pull: torch.Tensor, sweeps: int) -> Rounded:
+    """After so many sweeps; an output keeps what it had where a sweep does not lower its loss.
+
+    `pull` is H · W [in, r].
+    """
     for _ in range(sweeps):
-        refitted = fit_scales(weight, codes, grid, groups, hessian)
-        moved = descend(weight, codes, refitted, groups, hessian)
-        new_loss = losses(weight, moved, refitted, groups, hessian)
-        better = (new_loss < loss)[:, None]
-        codes = torch.where(better, moved, codes)
-        grid = Grid(torch.where(better, refitted.scales, grid.scales), grid.zeros, grid.bits)
-        loss = torch.minimum(new_loss, loss)
-    return codes, grid
+        fitted = fit_scales(rounded, hessian, pull)
+        gradient, loss = slope(rounded.steps, fitted, weight, hessian)
+        steps, gains = descend(rounded.steps, gradient, fitted, hessian)
+        rounded = rounded.or_better(Rounded(steps, fitted, loss + gains))
+    return rounded
 
 
-def losses(
-    weight: torch.Tensor, codes: torch.Tensor, grid: Grid, groups: torch.Tensor, hessian: torch.Tensor
-) -> torch.Tensor:
-    """½ · e H eᵀ for each row's error e [in]: the mean squared error of each output, [out]."""
-    error = weight - grid.scales[:, groups] * (codes - grid.zeros[:, groups])
-    return 0.5 * ((error @ hessian) * error).sum(dim=1)
+def slope(
+    steps: torch.Tensor, lattice: Lattice, weight: torch.Tensor, hessian: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient H · E [in, r], and the loss [r]: the mean squared error of each output."""
+    error = lattice.values(steps).sub_(weight)
+    gradient = hessian @ error
+    return gradient, 0.5 * error.mul_(gradient).sum(dim=0)
 
 
-def fit_scales(
-    weight: torch.Tensor, codes: torch.Tensor, grid: Grid, groups: torch.Tensor, hessian: torch.Tensor
-) -> Grid:
-    """The scales [out, G] that these codes want: per row the solution of G normal equations."""
-    steps = codes - grid.zeros[:, groups]  # the weight in units of the scale
-    count = grid.scales.shape[1]
-    members = [groups == g for g in range(count)]
-    products = (steps[:, own] @ hessian[own] for own in members)  # each group's part of steps · H
-    normal = torch.stack([_sum_groups(product * steps, groups, count) for product in products])
-    normal = normal.permute(1, 0, 2)  # [out, G, G]
-    wanted = _sum_groups((weight @ hessian) * steps, groups, count)
-    # A group whose codes are all zero has no wish: a little weight on the old scales keeps the equations solvable.
-    ridge = 1e-4 * normal.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True).clamp_min(1e-20)
-    solution = torch.linalg.solve(normal + torch.diag_embed(ridge.expand(-1, count)), wanted + ridge * grid.scales)
-    return Grid(stored_scale(solution), grid.zeros, grid.bits)
-
-
-def _sum_groups(values: torch.Tensor, groups: torch.Tensor, count: int) -> torch.Tensor:
-    """Sums [out, G] of values [out, in] over each group's columns."""
-    return values.new_zeros(len(values), count).index_add_(1, groups, values)
+def fit_scales(rounded: Rounded, hessian: torch.Tensor, pull: torch.Tensor) -> Lattice:
+    """The scales that these steps want: for each output the solution of G normal equations."""
+    steps, lattice = rounded.steps, rounded.lattice
+    count, outputs = lattice.scales.shape
+    normal = steps.new_zeros(count, count, outputs)
+    for group in range(count):  # symmetric: the groups from this one on
+        begin = group * lattice.size
+        own = slice(begin, begin + lattice.size)
+        sums = lattice.sums((hessian[begin:, own] @ steps[own]).mul_(steps[begin:]))
+        normal[group, group:], normal[group:, group] = sums, sums
+    wanted, scales, diagonal = lattice.sums(pull * steps), lattice.scales, normal.diagonal().t()  # [G, r] each
+    # A group whose steps are all zero has no wish: a little weight on the old scales keeps the equations solvable.
+    ridge = 1e-4 * diagonal.mean(dim=0).clamp_min(1e-20)
+    diagonal += ridge
+    solution = torch.linalg.solve(normal.permute(2, 0, 1), (wanted + ridge * scales).t())  # [r, G]
+    return lattice.with_scales(stored_scale(solution).t().contiguous())
 
 
 def descend(
-    weight: torch.Tensor, codes: torch.Tensor, grid: Grid, groups: torch.Tensor, hessian: torch.Tensor
+    steps: torch.Tensor, gradient: torch.Tensor, lattice: Lattice, hessian: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move every column in turn to the step that lowers the loss most, the other columns staying.
+
+    The new steps [in, r], and by how much each output's loss has changed [r]; the gradient is used up.
+    """
+    steps, gains = steps.clone(), steps.new_zeros(steps.shape[1])
+    for begin in range(0, len(steps), BLOCK):
+        end = min(begin + BLOCK, len(steps))
+        block = hessian[begin:end, begin:end]
+        moves = _descend_block(steps[begin:end], gradient[begin:end], lattice, range(begin, end), block, gains)
+        gradient[end:].addmm_(hessian[end:, begin:end], moves)
+    return steps, gains
+
+
+def _descend_block(
+    steps: torch.Tensor,
+    gradient: torch.Tensor,
+    lattice: Lattice,
+    columns: range,
+    hessian: torch.Tensor,
+    gains: torch.Tensor,
 ) -> torch.Tensor:
-    """Move every column in turn to the codes [out] that lower the loss most, the other columns staying."""
-    codes, top = codes.clone(), 2**grid.bits - 1
-    scales, curvature = grid.scales[:, groups], hessian.diagonal()
-    gradient = (scales * (codes - grid.zeros[:, groups]) - weight) @ hessian
-    for begin in range(0, codes.shape[1], BLOCK_COLUMNS):
-        columns = slice(begin, min(begin + BLOCK_COLUMNS, codes.shape[1]))
-        moves = torch.zeros_like(codes[:, columns])
-        local, block = gradient[:, columns].clone(), hessian[columns, columns]
-        for i, column in enumerate(range(columns.start, columns.stop)):
-            if curvature[column] == 0:
-                continue
-            wish = codes[:, column] - local[:, i] / (curvature[column] * scales[:, column])
-            rounded = wish.round().clamp(0, top)
-            moves[:, i] = (rounded - codes[:, column]) * scales[:, column]
-            codes[:, column] = rounded
-            local += moves[:, i, None] * block[i]
-        gradient += moves @ hessian[columns]
-    return codes
+    """Move the steps [C, r] of a block in place and count the gains [r]; the moves [C, r], as weights."""
+    moves, curvature = torch.empty_like(steps), hessian.diagonal()
+    curvature = torch.where(curvature == 0, torch.inf, curvature)  # an input that is always 0 keeps its code
+    if cpu_solver.runs(steps):
+        lattice.block(columns).descend(gradient, hessian.neg().contiguous(), curvature, steps, moves, gains)
+        return moves
+    before = gradient.clone()
+    for i, column in enumerate(columns):
+        group = column // lattice.size
+        scale, old = lattice.scales[group], steps[i].clone()
+        torch.addcdiv(old, gradient[i], curvature[i] * scale, value=-1, out=steps[i])
+        steps[i].round_().clamp_(lattice.low[group], lattice.high[group])
+        torch.mul(steps[i] - old, scale, out=moves[i])
+        gradient[i + 1 :].addr_(hessian[i, i + 1 :], moves[i])
+    gains += before.addmm_(hessian, moves, alpha=0.5).mul_(moves).sum(dim=0)
+    return moves

@@ -68,7 +68,7 @@ def write_self_text(
     """Token ids [rows, length] at temperature 1; with `greedy_from`, greedy from that position on."""
     turns = turn_tokens(tokenizer)
     batches = []
-    at_once = rows_at_once(model, length)
+    at_once = rows_at_once(model, length, model.device.type != "cpu")
     for begin in range(0, rows, at_once):
         count = min(at_once, rows - begin)
         generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + begin)
@@ -81,13 +81,13 @@ def cache_bytes(on_device: bool) -> int:
     return DEVICE_CACHE_BYTES if on_device else CACHE_BYTES
 
 
-def rows_at_once(model: PreTrainedModel, length: int) -> int:
+def rows_at_once(model: PreTrainedModel, length: int, on_device: bool) -> int:
     """Rows of `length` tokens whose keys and values fill `cache_bytes`, at least one."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token_bytes: int = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    return max(1, cache_bytes(model.device.type != "cpu") // (token_bytes * length))
+    return max(1, cache_bytes(on_device) // (token_bytes * length))
 
 
 def _write_batch(

@@ -1,12 +1,15 @@
 """What each layer costs at each width: the divergence of a model in which that layer alone is quantized.
 
-The rows go through the model block by block. At a block, each group of layers that read one input is solved at every
-width, put in place of the original, and the rows go on from there through the blocks that are left. Groups share a
-width, so that a fused product stays one. Letters: N rows of L tokens, V vocabulary.
+The rows go through the model block by block. At a block, each group of layers that read one input is put in place of
+the original at one width, and the rows go on from there through the blocks that are left. That gives the price of a
+unit of the solver's loss in this place, and the other widths cost their losses at this price: the divergence of a small
+error is a quadratic form of it, and so is the loss. The two go together to a few hundredths; a divergence measured at
+every width chooses no better, and takes six times the passes (docs/log.md). Groups share a width, so that a fused
+product stays one. Letters: N rows of L tokens, V vocabulary.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,12 +20,15 @@ from quasar_core.config import BITS
 from quasar_core.quantize.activations import Activations
 from quasar_core.quantize.allocate import Choice
 from quasar_core.quantize.blocks import find_blocks, find_head, linear_layers
+from quasar_core.quantize.factor import InverseFactor, inverse_factor
 from quasar_core.quantize.fidelity import kl_divergence
-from quasar_core.quantize.gptq import SolverConfig, solve
+from quasar_core.quantize.gptq import Solution, SolverConfig, column_order, solve_layer
 from quasar_core.quantize.layerwise import collect_inputs, replace_weight, stages
 from quasar_core.records import Progress, no_progress
 
-FINE_GROUP = 32  # a smaller group is a step between two widths
+FINE_GROUPS = (64, 32)  # smaller groups are steps between two widths
+FINE_BITS = (3, 4)
+MEASURED_BITS = 3  # errors small enough for a quadratic form, and large enough to be seen on few rows
 ROWS = 8  # of the calibration text, which the divergence is measured on
 
 
@@ -47,21 +53,65 @@ def measure_widths(
     found: list[LayerGroup] = []
     for index, block in enumerate(blocks):
         progress("measuring widths", index, len(blocks))
-        layers = linear_layers(block)
+        layers, after = linear_layers(block), list(blocks[index + 1 :])
         for stage in stages(block, layers, activations):
             inputs = collect_inputs(block, stage, layers, activations)
-            for group in stage.groups:
-                hessian = inputs[group[0]].finish(f"{prefix}.{index}.{group[0]}")
-                choices = []
-                for config in _possible_widths(default, [layers[name] for name in group]):
-                    changed = _quantized(block, group, hessian, config)
-                    cost = _divergence(model, target, _finish(activations, [changed, *blocks[index + 1 :]]))
-                    size = sum(stored_bytes(layers[name], config.bits, config.group_size) for name in group)
-                    choices.append(Choice(config.bits, config.group_size, size, cost))
-                found.append(LayerGroup(tuple(f"{prefix}.{index}.{name}" for name in group), tuple(choices)))
+            for names in stage.groups:
+                hessian = inputs.pop(names[0]).finish(f"{prefix}.{index}.{names[0]}")
+                solver = GroupSolver.of({name: layers[name] for name in names}, hessian, default)
+                changed = solver.put_into(block)
+                cost = _divergence(model, target, _finish(activations, [changed, *after]))
+                found.append(LayerGroup(tuple(f"{prefix}.{index}.{name}" for name in names), solver.choices(cost)))
         activations.advance(block)
     progress("measuring widths", len(blocks), len(blocks))
     return found
+
+
+@dataclass(frozen=True)
+class GroupSolver:
+    """Layers of one Hessian, by their names in the block, and the widths [W] that they may have."""
+
+    layers: Mapping[str, torch.nn.Linear]
+    hessian: torch.Tensor
+    factor: InverseFactor
+    widths: Sequence[SolverConfig]
+
+    @classmethod
+    def of(cls, layers: Mapping[str, torch.nn.Linear], hessian: torch.Tensor, default: SolverConfig) -> "GroupSolver":
+        """With the one factor that all widths share."""
+        order = column_order(hessian, default.act_order)
+        factor = inverse_factor(hessian, order, default.damp, next(iter(layers)))
+        return cls(layers, hessian, factor, possible_widths(replace(default, sweeps=0), list(layers.values())))
+
+    @property
+    def measured(self) -> SolverConfig:
+        """The width whose divergence is measured."""
+        return next(width for width in self.widths if width.bits >= MEASURED_BITS)
+
+    def put_into(self, block: torch.nn.Module) -> torch.nn.Module:
+        """A copy of the block in which these layers alone are quantized, at the width that is measured."""
+        changed = copy.deepcopy(block)
+        linears = linear_layers(changed)
+        for name, solution in self._solve(self.measured).items():
+            replace_weight(linears[name], solution.weight.dequantize(linears[name].weight.dtype))
+        return changed
+
+    def choices(self, cost: float) -> tuple[Choice, ...]:
+        """Every width's bytes and cost in nats, where `cost` is that of the width that is measured."""
+        losses = {width: sum(solution.loss for solution in self._solve(width).values()) for width in self.widths}
+        price = cost / losses[self.measured] if losses[self.measured] > 0 else 0.0
+        return tuple(
+            Choice(width.bits, width.group_size, self._bytes(width), price * loss) for width, loss in losses.items()
+        )
+
+    def _solve(self, width: SolverConfig) -> dict[str, Solution]:
+        return {
+            name: solve_layer(linear.weight, self.hessian, self.factor, width, None, name)
+            for name, linear in self.layers.items()
+        }
+
+    def _bytes(self, width: SolverConfig) -> int:
+        return sum(stored_bytes(linear, width.bits, width.group_size) for linear in self.layers.values())
 
 
 def stored_bytes(linear: torch.nn.Linear, bits: int, group_size: int) -> int:
@@ -70,25 +120,17 @@ def stored_bytes(linear: torch.nn.Linear, bits: int, group_size: int) -> int:
     return linear.out_features * (linear.in_features + groups) * bits // 8 + 2 * groups * linear.out_features
 
 
-def _possible_widths(default: SolverConfig, linears: Sequence[torch.nn.Linear]) -> list[SolverConfig]:
-    """Every width with the groups asked for; 3 and 4 bits with small groups, too: steps between two widths."""
+def possible_widths(default: SolverConfig, linears: Sequence[torch.nn.Linear]) -> list[SolverConfig]:
+    """Every width with the groups asked for; some with smaller groups, too: steps between two widths."""
     found = [replace(default, bits=bits) for bits in BITS]
-    if default.group_size == -1 or default.group_size > FINE_GROUP:
-        found += [replace(default, bits=bits, group_size=FINE_GROUP) for bits in (3, 4)]
+    found += [
+        replace(default, bits=bits, group_size=size)
+        for bits in FINE_BITS
+        for size in FINE_GROUPS
+        if default.group_size == -1 or size < default.group_size
+    ]
     sizes = [(linear.in_features, linear.out_features) for linear in linears]
     return [config for config in found if all(why_not_packable(*size, config.bits) is None for size in sizes)]
-
-
-def _quantized(
-    block: torch.nn.Module, names: Sequence[str], hessian: torch.Tensor, config: SolverConfig
-) -> torch.nn.Module:
-    """A copy of the block in which these layers alone are quantized."""
-    changed = copy.deepcopy(block)
-    layers = linear_layers(changed)
-    for name in names:
-        solution = solve(layers[name].weight, hessian, replace(config, sweeps=0), name)
-        replace_weight(layers[name], solution.weight.dequantize(layers[name].weight.dtype))
-    return changed
 
 
 def _finish(activations: Activations, blocks: Sequence[torch.nn.Module]) -> torch.Tensor:
