@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.load import load_models
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.pair import Pair, context_limit, end_of_text_ids, load_tokenizer
-from quasar_core.quantize.estimate import plan_here
+from quasar_core.quantize.estimate import plan_here, seconds_here
 from quasar_core.quantize.job import Job
 from quasar_core.quantize.measure import measure_on_text
 from quasar_core.quantize.plan import Plan, refuse_what_cannot_fit
@@ -78,7 +79,8 @@ def plan_quantize(
 ) -> Plan:
     """What `quantize` would need, and what is free here; nothing is written. Raises as `quantize` does."""
     source, job, target = _open_job(model, config, output, device, trust_remote_code)
-    return plan_here(source.folder, target, config, job.output, max_memory)
+    plan = plan_here(source.folder, target, config, job.output, max_memory)
+    return replace(plan, seconds=seconds_here(target, config, plan))
 
 
 def _open_job(

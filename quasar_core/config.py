@@ -13,6 +13,7 @@ Auto = Literal["auto"]
 
 Method = Literal["gptq", "w8a8", "fp8"]
 METHODS: tuple[Method, ...] = ("gptq", "w8a8", "fp8")
+Rounding = Literal["gptq", "nearest"]
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
@@ -98,6 +99,7 @@ class QuantizeConfig:
     backend: Literal["native", "optimum"] = "native"
     mean_bits: float | None = None  # widths by layer, in the bytes that so many bits everywhere would take
     target_agreement: float | None = None  # widths by layer, in the fewest bytes that reach it
+    rounding: Rounding = "gptq"  # of W8A8 and fp8: solved as GPTQ's, or every weight to the nearest
 
     def __post_init__(self) -> None:
         _require(self.bits in BITS, f"--bits must be one of {_listed(BITS)}, not {self.bits}.")
@@ -106,6 +108,8 @@ class QuantizeConfig:
             f"--group-size must be one of {_listed(GROUP_SIZES)}, not {self.group_size}.",
         )
         _require(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, not {self.method}.")
+        _require(self.rounding in ("gptq", "nearest"), f"--rounding must be gptq or nearest, not {self.rounding}.")
+        _require(self.rounding == "gptq" or self.method != "gptq", "--rounding nearest goes with --method w8a8 or fp8.")
         if self.method != "gptq":
             self._require_eight_bits()
         _require(

@@ -91,7 +91,7 @@ def test_foreign_formats_are_refused(section: dict[str, Any], sentence: str, tmp
         ({"a_b_scales": torch.full((2, 16), float("inf"))}, r"layer a\.b has scales that are not finite"),
         ({"a_b_g_idx": torch.zeros(0, dtype=torch.int32)}, r"layer a\.b has g_idx of shape \(0,\), not \(64,\)"),
         ({"a_b_g_idx": torch.zeros(32, dtype=torch.int32)}, r"layer a\.b has qzeros of shape"),
-        ({"a_b_g_idx": torch.zeros(8, dtype=torch.int32)}, r"layer a\.b has 32-bit codes, which this version"),
+        ({"a_b_g_idx": torch.zeros(8, dtype=torch.int32)}, r"layer a\.b has g_idx of shape \(8,\), not \(64,\)"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(tensors: dict[str, torch.Tensor], sentence: str, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_quantize_forwards_every_option(stand_in_quantize: dict[str, Any]) -> No
         "--force --no-resume --device cpu --trust-remote-code"
     )
     assert run(["quantize", "demo", *options.split()]) == 0
-    values = [3, 64, False, False, "gptq", 8, "c4", 5, 99, 0.1, 4, "optimum", None, None]
+    values = [3, 64, False, False, "gptq", 8, "c4", 5, 99, 0.1, 4, "optimum", None, None, "gptq"]
     assert list(vars(stand_in_quantize["config"]).values()) == values
     assert (stand_in_quantize["model"], stand_in_quantize["output"], stand_in_quantize["device"]) == (
         "demo",
@@ -51,6 +51,12 @@ def test_quantize_forwards_every_option(stand_in_quantize: dict[str, Any]) -> No
         False,
         True,
     )
+
+
+def test_quantize_forwards_the_rounding_of_eight_bits(stand_in_quantize: dict[str, Any]) -> None:
+    assert run(["quantize", "demo", "--method", "fp8", "--rounding", "nearest"]) == 0
+    config = stand_in_quantize["config"]
+    assert (config.method, config.rounding, config.bits, config.group_size) == ("fp8", "nearest", 8, -1)
 
 
 def test_quantize_json_is_the_report(stand_in_quantize: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ from quasar_core.checkpoint.packing import trivial_groups
 from quasar_core.quantize.activations import capture_first_inputs
 from quasar_core.quantize.blocks import find_blocks, linear_layers
 from quasar_core.quantize.fidelity import kl_divergence
-from quasar_core.quantize.gptq import SolverConfig, round_to_nearest
-from quasar_core.quantize.grid import fit_grid
+from quasar_core.quantize.gptq import SolverConfig
+from quasar_core.quantize.grid import fit_grid, round_to_nearest
 from quasar_core.quantize.layerwise import quantize_blocks
 from quasar_core.quantize.self_text import write_self_text
 

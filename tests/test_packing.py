@@ -29,13 +29,16 @@ def random_codes(bits: int, rows: int, columns: int, seed: int) -> torch.Tensor:
 
 def make_weight(bits: int, in_features: int, out_features: int, group_size: int, seed: int = 0) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(seed)
-    groups = count_groups(in_features, group_size)
+    groups = (count_groups(in_features, group_size), out_features)
+    scales = torch.rand(groups, generator=generator) + 0.1
+    zeros = torch.randint(1, 2**bits, groups, generator=generator)
+    signs = torch.randint(2, groups, generator=generator) * 2 - 1
     return QuantizedWeight(
         bits,
         group_size,
         random_codes(bits, in_features, out_features, seed),
-        (torch.rand(groups, out_features, generator=generator) + 0.1).to(torch.float16),
-        torch.randint(1, 2**bits, (groups, out_features), generator=generator).to(torch.int32),
+        (signs * scales).to(torch.float16),
+        zeros.to(torch.int32),
         trivial_groups(in_features, group_size),
     )
 

@@ -204,14 +204,14 @@ def test_a_disk_that_is_full_when_the_shards_are_written(source: Path, monkeypat
 def test_ctrl_c_says_how_to_go_on(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from quasar_core.quantize import pieces
+    from quasar_core.quantize import gptq
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     command = ["quantize", str(source), "--group-size", "32", "--samples", "6", "--seq-len", "24", "--device", "cpu"]
     with monkeypatch.context() as patch:
-        patch.setattr(pieces, "solve", interrupt)
+        patch.setattr(gptq, "solve_layer", interrupt)
         assert run(command) == 130
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -1,6 +1,7 @@
 """Mixtures of experts: quantized with their routed inputs, written under per-expert names, read by transformers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.models.experts import module_name, separate_experts
 from quasar_core.models.transformers_lm import TransformersLM, attach_verifier, load_target, load_verifier_alone
-from quasar_core.quantize import layerwise
+from quasar_core.quantize import stages
 from quasar_core.quantize.activations import capture_first_inputs
 from quasar_core.quantize.blocks import linear_layers
+from quasar_core.quantize.eight_bit import Floats, Integers
 from quasar_core.quantize.gptq import solve
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.streaming import open_target
@@ -90,20 +92,62 @@ def test_the_verifier_computes_what_its_codes_stand_for(name: str, tmp_path: Pat
     assert not torch.allclose(own, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize(("least", "rounded"), [(1e-9, 0), (1e9, 2 * 4 * 3)], ids=["text enough", "too little"])
+@pytest.mark.parametrize("method", ["gptq", "w8a8", "fp8"])
 @pytest.mark.usefixtures("small_texts")
-def test_experts_that_saw_too_little_text_are_rounded_and_named(
-    least: float, rounded: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layerwise, "LEAST_ROWS", least)
-    source = save(tmp_path / "tiny", qwen3_moe)
-    report = quantize(source)
-    assert len(report.rounded_layers) == rounded
-    assert all(".experts." in name for name in report.rounded_layers)
+def test_experts_that_no_text_reached_are_rounded_and_named(method: Any, tmp_path: Path) -> None:
+    """A router whose logits are v · x, −v · x, 0 and 0 never sends a token to the last two experts."""
+
+    def one_sided() -> Qwen3MoeForCausalLM:
+        sizes = {**SIZES, "num_experts_per_tok": 1}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, num_experts=4, moe_intermediate_size=32))
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.data[1:] = -layer.mlp.gate.weight.data[:1]
+            layer.mlp.gate.weight.data[2:] = 0
+        return model
+
+    source = save(tmp_path / "tiny", one_sided)
+    config = CONFIG if method == "gptq" else replace(CONFIG, method=method, bits=8, group_size=-1)
+    report = quantize(source, config)
+    unread = [f"model.layers.{layer}.mlp.experts.{expert}" for layer in (0, 1) for expert in (2, 3)]
+    parts = PARTS["qwen3-moe"]
+    assert sorted(report.rounded_layers) == sorted(f"{name}.{part}" for name in unread for part in parts)
     checkpoint, weights = VerifierCheckpoint(Path(report.checkpoint)), open_target(source, CPU, torch.float32).whole()
-    name = "model.layers.1.mlp.experts.3.down_proj"
-    alone = solve(weights.get_submodule(name).weight, torch.eye(32), LayerPlan.of(CONFIG).solver(name)).weight
-    assert torch.equal(checkpoint.layer(name).codes, alone.codes) == (rounded > 0)
+
+    def rounded(name: str) -> torch.Tensor:
+        weight = weights.get_submodule(name).weight
+        if method != "gptq":
+            return (Integers() if method == "w8a8" else Floats()).round_weight(weight).dequantize()
+        return solve(weight, torch.eye(weight.shape[1]), LayerPlan.of(CONFIG).solver(name)).weight.dequantize()
+
+    assert torch.equal(checkpoint.layer(f"{unread[3]}.down_proj").dequantize(), rounded(f"{unread[3]}.down_proj"))
+    read = "model.layers.1.mlp.experts.0.gate_proj"
+    assert not torch.equal(checkpoint.layer(read).dequantize(), rounded(read))
+
+
+@pytest.mark.parametrize(("method", "error", "bound"), [("w8a8", 2e-4, 0.2), ("fp8", 2e-3, 0.4)])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("small_texts")
+def test_eight_bits_for_weights_and_activations(
+    name: str, method: Any, error: float, bound: float, tmp_path: Path
+) -> None:
+    """Nothing is smoothed, each expert is solved with the rows that reach it; both ways of loading compute the same.
+
+    The logits' bounds are wide, since a little error sends some tokens to other experts.
+    """
+    source = save(tmp_path / "tiny", MODELS[name])
+    report = quantize(source, replace(CONFIG, method=method, bits=8, group_size=-1))
+    checkpoint, stored = VerifierCheckpoint(Path(report.checkpoint)), tensors_of(Path(report.checkpoint))
+    marker = "weight_scale"
+    assert {NAMES[name].replace("qweight", marker).format(part) for part in PARTS[name]} < stored.keys()
+    assert len(checkpoint.layer_names) == 2 * (4 + 4 * 3)
+    assert max(report.layer_errors.values()) < error
+    target = load_target(source, CPU, torch.float32)
+    own, expected = logits(target), logits(load_verifier_alone(checkpoint, CPU, torch.float32, "dense"))
+    assert torch.allclose(logits(attach_verifier(target, checkpoint, "dense")), expected, atol=1e-4)
+    assert 0 < (expected - own).norm() < bound * own.norm()
+    kernel = "int8" if method == "w8a8" else "float8"
+    rounded = logits(load_verifier_alone(checkpoint, CPU, torch.float32, kernel))
+    assert 0 < (rounded - own).norm() < 2 * bound * own.norm()
 
 
 def test_experts_are_watched_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -116,15 +160,15 @@ def test_experts_are_watched_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, tm
         with torch.inference_mode():
             activations, block = capture_first_inputs(target.ends(), samples), target.block(0)
             layers = linear_layers(block)
-            found = layerwise.stages(block, layers, activations)
+            found = stages.stages(block, layers, activations)
             sums = {}
             for stage in found:
-                inputs = layerwise.collect_inputs(block, stage, layers, activations)
+                inputs = stages.collect_inputs(block, stage, layers, activations)
                 sums |= {name: accumulator.sum for name, accumulator in inputs.items()}
             return len(found), sums
 
     count, together = hessians()
-    monkeypatch.setattr(layerwise, "HESSIAN_BYTES", 4 * 64**2)
+    monkeypatch.setattr(stages, "HESSIAN_BYTES", 4 * 64**2)
     more, apart = hessians()
     assert (count, more) == (4, 2 + 4 + 1)
     assert together.keys() == apart.keys()

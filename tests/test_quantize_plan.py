@@ -52,6 +52,12 @@ def test_memory_does_not_grow_with_the_layers_and_disk_does() -> None:
     assert many.checkpoint > few.checkpoint
 
 
+def test_smoothing_holds_a_block_in_float32_too() -> None:
+    eight = replace(CONFIG, bits=8, group_size=-1)
+    plain, smoothed = (make_plan(SMALL, replace(eight, method=method), True) for method in ("gptq", "w8a8"))
+    assert smoothed.device - plain.device == (4 + 2) * 64 * 32
+
+
 def test_hidden_states_are_spilled_beyond_max_memory() -> None:
     states = activation_bytes(SMALL, CONFIG)
     kept, spilled = (make_plan(SMALL, CONFIG, max_memory=limit) for limit in (states, states - 1))
@@ -202,5 +208,5 @@ def test_layers_that_were_rounded_are_shown(capsys: pytest.CaptureFixture[str]) 
     names = [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(5)]
     assert rounded_facts([], verbose=True) == []
     ((_, few),), ((_, all_of_them),) = rounded_facts(names, verbose=False), rounded_facts(names, verbose=True)
-    assert few == f"5 layers that saw too little text: {', '.join(names[:3])}, …"
+    assert few == f"5 layers of experts that no text reached: {', '.join(names[:3])}, …"
     assert names[4] in all_of_them

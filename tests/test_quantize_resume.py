@@ -9,7 +9,7 @@ import torch
 from quantize_cases import CONFIG, quantize, save_model, tensors_of
 
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.quantize import assemble, calibration, measure, pieces, run
+from quasar_core.quantize import assemble, calibration, gptq, measure, run
 from quasar_core.store import current_pair
 
 pytest_plugins = ["quantize_fixtures"]
@@ -31,7 +31,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, error: Ba
     ("module", "name", "calls", "error"),
     [
         (run, "load_calibration", 1, QuasarError("broken")),
-        (pieces, "solve", 11, KeyboardInterrupt()),  # inside the second block
+        (gptq, "solve_layer", 11, KeyboardInterrupt()),  # inside the second block
         (run, "assemble", 1, QuasarError("broken")),
         (measure, "measure_fidelity", 1, QuasarError("broken")),
         (assemble, "model_card", 1, KeyboardInterrupt()),
@@ -69,7 +69,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list
 def interrupt(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave a run that has finished its first block."""
     with monkeypatch.context() as patch:
-        fail_once(patch, pieces, "solve", QuasarError("broken"), 11)
+        fail_once(patch, gptq, "solve_layer", QuasarError("broken"), 11)
         with pytest.raises(QuasarError, match="broken"):
             quantize(source)
 
@@ -80,7 +80,7 @@ def test_what_a_second_run_does_again(
 ) -> None:
     interrupt(source, monkeypatch)
     written = count_calls(monkeypatch, calibration, "write_self_text")
-    solved = count_calls(monkeypatch, pieces, "solve")
+    solved = count_calls(monkeypatch, gptq, "solve_layer")
     quantize(source, resume=resume)
     assert (len(written), len(solved)) == (texts, layers)
 

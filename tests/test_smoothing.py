@@ -74,24 +74,12 @@ def test_a_norm_takes_up_what_its_dtype_can_hold() -> None:
     assert factors.tolist() == pytest.approx([3, 1, 0.3], rel=4e-3)
 
 
-class Untouched(Integers):
-    """8 bits that round nothing: what is left is what smoothing itself changes."""
-
-    def round_weight(self, weight: torch.Tensor) -> Any:
-        class Whole:
-            def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-                return weight.to(dtype)
-
-        return Whole()
-
-
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_smoothed_block_computes_what_it_did(biased: bool, tmp_path: Path) -> None:
     """Norms divided, columns multiplied: the same function, to float32's rounding, with other norms than before."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from quasar_core.quantize.activations import capture_first_inputs, run_block
-    from quasar_core.quantize.layer_plan import LayerPlan
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -107,8 +95,7 @@ def test_a_smoothed_block_computes_what_it_did(biased: bool, tmp_path: Path) -> 
         before = run_block(block, activations.first_row())
         norm = block.input_layernorm.weight.clone()
         up = block.mlp.up_proj.weight.clone()
-        plan = LayerPlan.of(W8A8)
-        EightBitMethod(Untouched(), smooth=True)(block, "model.layers.0", activations, plan)
+        EightBitMethod(Integers(), smooth=True)(block, "model.layers.0", activations)
         after = run_block(block, activations.first_row())
     assert not torch.allclose(block.input_layernorm.weight, norm, rtol=0.05)
     assert not torch.allclose(block.mlp.up_proj.weight, up, rtol=0.05)

@@ -11,7 +11,7 @@ import typer
 from quasar_cli import console
 from quasar_cli.commands.models import announce, push_verifier
 from quasar_cli.options import Device, Folder, Json, TrustRemoteCode, Verbose, takes_groups
-from quasar_core.config import Method, QuantizeConfig, default_codes
+from quasar_core.config import Method, QuantizeConfig, Rounding, default_codes
 from quasar_core.errors import QuasarError
 from quasar_core.store import check_can_push
 
@@ -55,6 +55,12 @@ class QuantizeOptions:
     method: Annotated[
         str, typer.Option("--method", help="gptq, or 8 bits for weights and activations: w8a8 (integers) or fp8.")
     ] = "gptq"
+    rounding: Annotated[
+        str,
+        typer.Option(
+            "--rounding", help="Of w8a8 and fp8: gptq, or nearest, every weight on its own, as their papers have it."
+        ),
+    ] = "gptq"
     lm_head_bits: Annotated[int, typer.Option("--lm-head-bits", help="Bits of the output head; 16 leaves it.")] = 16
     calibration: Annotated[
         str,
@@ -91,6 +97,7 @@ class QuantizeOptions:
             sym=self.sym,
             act_order=self.act_order,
             method=cast(Method, self.method),
+            rounding=cast(Rounding, self.rounding),
             lm_head_bits=self.lm_head_bits,
             calibration=self.calibration,
             samples=self.samples,

@@ -35,11 +35,11 @@ def report_tables(report: QuantizeReport, verbose: bool) -> list[RenderableType]
 
 
 def rounded_facts(names: Sequence[str], verbose: bool) -> list[tuple[str, str]]:
-    """Layers of experts that saw too little text; with `verbose`, all of them by name."""
+    """Layers of experts that no text reached; with `verbose`, all of them by name."""
     if not names:
         return []
     shown = names if verbose else [*names[:3], *(["…"] if len(names) > 3 else [])]
-    return [("rounded to nearest", f"{len(names)} layers that saw too little text: {', '.join(shown)}")]
+    return [("rounded to nearest", f"{len(names)} layers of experts that no text reached: {', '.join(shown)}")]
 
 
 def errors_table(errors: dict[str, float], count: int = _WORST_LAYERS) -> Table:

@@ -3,6 +3,7 @@
 from rich.table import Table
 
 from quasar_cli.render import as_bytes, facts_table
+from quasar_core.quantize.duration import about
 from quasar_core.quantize.plan import Plan
 
 
@@ -20,6 +21,8 @@ def plan_table(plan: Plan) -> Table:
         ("hidden states", f"{states}, {'in a file' if plan.spilled else 'in memory'}"),
         ("the model writes its text", _where_text_is_written(plan)),
     ]
+    if plan.seconds is not None:
+        facts.append(("time", f"{about(plan.seconds)}, if nothing else runs"))
     if plan.whole_because:
         facts.append(("held as a whole", f"yes, since {plan.whole_because}"))
     return facts_table(facts)

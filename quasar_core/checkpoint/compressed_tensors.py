@@ -16,8 +16,11 @@ import torch
 
 from quasar_core.checkpoint.float8 import FLOAT8, Float8Weight
 from quasar_core.checkpoint.packing import (
+    SCALE_DTYPES,
+    PackedLayout,
     QuantizedWeight,
     codes_per_period,
+    count_groups,
     trivial_groups,
     unpack_columns,
     unpack_rows,
@@ -79,6 +82,7 @@ class CompressedTensorsFormat:
 
     marker = "weight_scale"  # every quantized layer has one
     suffixes = SUFFIXES
+    only_packed = ("weight_packed", "weight_zero_point", "weight_shape", "weight_g_idx")  # that no other name ends in
 
     @classmethod
     def parse(cls, folder: Path, section: Mapping[str, Any]) -> "CompressedTensorsFormat":
@@ -89,7 +93,9 @@ class CompressedTensorsFormat:
                 raise QuasarError(f"{folder} has {what}, which this version does not read.")
 
         require(section.get("format") in FORMATS, f"the compressed-tensors format {section.get('format')}")
-        schemes = [group.get("weights") or {} for group in (section.get("config_groups") or {}).values()]
+        groups = section.get("config_groups") or {}
+        require(isinstance(groups, dict) and all(isinstance(g, dict) for g in groups.values()), "odd config_groups")
+        schemes = [group.get("weights") or {} for group in groups.values()]
         require(bool(schemes), "no config_groups")
         for scheme in schemes:
             strategy = scheme.get("strategy")
@@ -101,17 +107,32 @@ class CompressedTensorsFormat:
         require(len(layouts) == 1, "layers of several widths or group sizes in the compressed-tensors format")
         return cls(*layouts.pop())
 
+    def layout(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> PackedLayout:
+        """A layer's sizes, from the shapes of its tensors; QuasarError where they hold no matrix."""
+        packed, stored = "weight_packed" in shapes, shapes.get("weight_packed", shapes.get("weight"))
+        if stored is None:
+            raise QuasarError(f"The checkpoint's layer {name} has no weight.")
+        if len(stored) != 2 or 0 in stored:
+            raise QuasarError(f"The checkpoint's layer {name} has a weight of shape {stored}.")
+        out_features, columns = stored
+        if packed and columns % (codes_per_period(self.bits) * self.bits // 32):
+            raise QuasarError(
+                f"The checkpoint's layer {name} has weight_packed of shape {stored}, which {self.bits}-bit codes "
+                "cannot fill."
+            )
+        in_features = columns * 32 // self.bits if packed else columns
+        return PackedLayout(in_features, out_features, self.bits, self.group_size)
+
     def unpack(self, name: str, tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
         """Read a layer's tensors strictly."""
-        for sentence in self._obstacles(tensors):
+        layout = self.layout(name, {key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        for sentence in self._obstacles(layout, tensors):
             raise QuasarError(f"The checkpoint's layer {name} {sentence}.")
+        scales = _scales(tensors, layout.out_features)
         if "weight_packed" not in tensors and tensors["weight"].dtype == FLOAT8:
-            weight = tensors["weight"]
-            return Float8Weight(weight, _scales(tensors, weight.shape[0])[:, 0].contiguous())
-        values, zeros = self._integers(tensors)  # [out, in], [out, G]
-        out_features, in_features = values.shape
-        scales = _scales(tensors, out_features)
-        groups = tensors.get("weight_g_idx", trivial_groups(in_features, self.group_size))
+            return Float8Weight(tensors["weight"], scales[:, 0].contiguous())
+        values, zeros = self._integers(layout, tensors)  # [out, in], [out, G]
+        groups = tensors.get("weight_g_idx", trivial_groups(layout.in_features, self.group_size))
         return QuantizedWeight(
             self.bits,
             self.group_size,
@@ -121,39 +142,65 @@ class CompressedTensorsFormat:
             g_idx=groups.to(torch.int32),
         )
 
-    def _integers(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _integers(self, layout: PackedLayout, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes [out, in] uint8 and zeros [out, G] or [1, 1] int32, both counted from the lowest code."""
         middle = 2 ** (self.bits - 1)
-        zeros = tensors.get("weight_zero_point", torch.zeros(1, 1, dtype=torch.int8))
-        if "weight_packed" not in tensors:
-            return (tensors["weight"].to(torch.int16) + middle).to(torch.uint8), zeros.to(torch.int32) + middle
-        codes = unpack_columns(tensors["weight_packed"], self.bits)
-        if "weight_zero_point" not in tensors:
-            return codes, zeros.to(torch.int32) + middle
-        return codes, unpack_rows(zeros, self.bits).to(torch.int32)
+        zeros = tensors.get("weight_zero_point")
+        if "weight_packed" in tensors:
+            codes = unpack_columns(tensors["weight_packed"], self.bits)
+            if zeros is not None:
+                return codes, unpack_rows(zeros, self.bits).to(torch.int32)
+        else:
+            codes = (tensors["weight"].to(torch.int16) + middle).to(torch.uint8)
+        if zeros is None:
+            return codes, torch.full((1, 1), middle, dtype=torch.int32)
+        return codes, zeros.reshape(-1 if zeros.numel() > 1 else 1, _groups(layout)).to(torch.int32) + middle
 
-    def _obstacles(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    def _obstacles(self, layout: PackedLayout, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
         """What does not fit, as the end of a sentence that the layer's name begins."""
-        stored = tensors.get("weight_packed", tensors.get("weight"))
-        if stored is None:
-            yield "has no weight"
-            return
-        packed, kinds = "weight_packed" in tensors, (torch.int8, FLOAT8)
-        if stored.dim() != 2 or stored.dtype not in ((torch.int32,) if packed else kinds):
-            yield f"has a weight of shape {tuple(stored.shape)} in {str(stored.dtype).removeprefix('torch.')}"
-            return
-        if packed and stored.shape[1] % (codes_per_period(self.bits) * self.bits // 32):
-            yield f"has weight_packed of shape {tuple(stored.shape)}, which {self.bits}-bit codes cannot fill"
-            return
-        in_features = stored.shape[1] * 32 // self.bits if packed else stored.shape[1]
-        if packed and tensors.get("weight_shape", torch.tensor([0, in_features]))[-1] != in_features:
-            yield "has inputs that do not fill whole words, which this version does not read"
-        groups = 1 if self.group_size == -1 else -(-in_features // self.group_size)
-        scale = tensors["weight_scale"]
-        if scale.numel() not in (1, stored.shape[0] * groups):
-            yield f"has weight_scale of shape {tuple(scale.shape)}, not {(stored.shape[0], groups)}"
-        if not bool(torch.isfinite(scale.float()).all()):
+        packed, scale, zeros = "weight_packed" in tensors, tensors["weight_scale"], tensors.get("weight_zero_point")
+        stored, outputs, groups = tensors["weight_packed" if packed else "weight"], layout.out_features, _groups(layout)
+        if stored.dtype not in ((torch.int32,) if packed else (torch.int8, FLOAT8)):
+            yield f"has a weight of shape {tuple(stored.shape)} in {_named(stored.dtype)}"
+        if (
+            stored.dtype == torch.int8
+            and self.bits < 8
+            and int(stored.to(torch.int16).abs().max()) > 2 ** (self.bits - 1)
+        ):
+            yield f"has values that {self.bits} bits do not hold"
+        shape = tensors.get("weight_shape", torch.tensor([outputs, layout.in_features])).tolist()
+        if packed and shape != [outputs, layout.in_features]:
+            yield f"has the weight_shape {shape}, which its words hold no codes for or too many"
+        if scale.dtype not in SCALE_DTYPES:
+            yield f"has weight_scale in {_named(scale.dtype)}, which this version does not read"
+        if scale.numel() != outputs * groups and (scale.numel() != 1 or groups != 1):
+            yield f"has weight_scale of shape {tuple(scale.shape)}, not {(outputs, groups)}"
+        if not bool(torch.isfinite(scale.to(torch.float16)).all()):
             yield "has scales that are not finite"
+        if zeros is not None:
+            yield from self._obstacles_of_zeros(packed, zeros, outputs, groups)
+        rows = tensors.get("weight_g_idx", torch.zeros(layout.in_features, dtype=torch.int32))
+        if (
+            rows.is_floating_point()
+            or rows.shape != (layout.in_features,)
+            or bool(((rows < 0) | (rows >= groups)).any())
+        ):
+            yield f"has a weight_g_idx that does not name one of {groups} groups for each input"
+
+    def _obstacles_of_zeros(self, packed: bool, zeros: torch.Tensor, outputs: int, groups: int) -> Iterator[str]:
+        """Zero points lie as the codes do: packed along the outputs, or a byte each."""
+        shape = (outputs * self.bits // 32, groups) if packed else (outputs, groups)
+        alone = not packed and zeros.numel() == groups == 1
+        if zeros.dtype != (torch.int32 if packed else torch.int8) or (tuple(zeros.shape) != shape and not alone):
+            yield f"has weight_zero_point of shape {tuple(zeros.shape)} in {_named(zeros.dtype)}, not {shape}"
+
+
+def _groups(layout: PackedLayout) -> int:
+    return count_groups(layout.in_features, layout.group_size)
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _scales(tensors: Mapping[str, torch.Tensor], out_features: int) -> torch.Tensor:

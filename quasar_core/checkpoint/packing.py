@@ -5,12 +5,16 @@ a word exactly, 3 bits fill three words with 32 codes. Letters: in and out are t
 G = ⌈in / g⌉ the number of groups.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from quasar_core.config import BITS
 from quasar_core.errors import QuasarError
 
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _WORD = 0xFFFFFFFF
 
 
@@ -130,35 +134,82 @@ def why_not_packable(in_features: int, out_features: int, bits: int) -> str | No
     return None
 
 
-def unpack_weight(
-    name: str, tensors: dict[str, torch.Tensor], bits: int, group_size: int, zeros_offset: int
-) -> QuantizedWeight:
-    """Read a layer's tensors strictly; `zeros_offset` is 1 for format version 1 and 0 for version 2."""
-    missing = {"qweight", "qzeros", "scales"} - tensors.keys()
+@dataclass(frozen=True)
+class PackedLayout:
+    """The sizes of a layer in GPTQ's layout, as the shapes of its tensors tell them."""
+
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+
+
+def told_by_shapes(name: str, shapes: Mapping[str, tuple[int, ...]], bits: int, group_size: int) -> PackedLayout:
+    """A layer's sizes; `bits` and `group_size` are the checkpoint's usual ones.
+
+    So layers of widths of their own (`dynamic`), and configs that name no group size, need no table. QuasarError where
+    the shapes contradict each other.
+    """
+    missing = {"qweight", "qzeros", "scales"} - shapes.keys()
     if missing:
         raise QuasarError(f"The checkpoint's layer {name} has no {', '.join(sorted(missing))}.")
-    qweight, scales = tensors["qweight"], tensors["scales"]
-    period = codes_per_period(bits)
-    if qweight.dim() != 2 or qweight.shape[0] % (period * bits // 32) or qweight.shape[1] % period:
-        shape = tuple(qweight.shape)
+    qweight, scales = shapes["qweight"], shapes["scales"]
+    if len(qweight) != 2 or 0 in qweight:
         raise QuasarError(
-            f"The checkpoint's layer {name} has qweight of shape {shape}, which {bits}-bit codes cannot fill."
+            f"The checkpoint's layer {name} has qweight of shape {qweight}, which {bits}-bit codes cannot fill."
         )
-    codes = unpack_rows(qweight, bits)
-    in_features, out_features = codes.shape
-    groups = count_groups(in_features, group_size)
-    _check_shape(name, "scales", scales, (groups, out_features))
+    if len(scales) != 2 or 0 in scales:
+        raise QuasarError(f"The checkpoint's layer {name} has scales of shape {scales}.")
+    (words, out_features), rows = qweight, math.prod(shapes.get("g_idx", (0,)))
+    found = next((width for width in (bits, *BITS) if width * rows == words * 32), bits)
+    in_features = words * 32 // found
+    if (words * 32) % found or why_not_packable(in_features, out_features, found):
+        raise QuasarError(
+            f"The checkpoint's layer {name} has qweight of shape {qweight}, which {found}-bit codes cannot fill."
+        )
+    return PackedLayout(in_features, out_features, found, _size_of_groups(in_features, scales[0], group_size))
+
+
+def _size_of_groups(in_features: int, groups: int, usual: int) -> int:
+    """The usual size where it makes so many groups, else the size that does; the usual one where none does."""
+    if count_groups(in_features, usual) == groups or in_features % groups:
+        return usual
+    return -1 if groups == 1 else in_features // groups
+
+
+def unpack_weight(
+    name: str, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int, zeros_offset: int
+) -> QuantizedWeight:
+    """Read a layer's tensors strictly; `zeros_offset` is 1 for format version 1 and 0 for version 2."""
+    layout = told_by_shapes(name, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, bits, group_size)
+    in_features, out_features, bits, size = layout.in_features, layout.out_features, layout.bits, layout.group_size
+    for what, tensor in tensors.items():
+        _check_dtype(name, what, tensor)
+    groups = count_groups(in_features, size)
+    _check_shape(name, "scales", tensors["scales"], (groups, out_features))
     _check_shape(name, "qzeros", tensors["qzeros"], (groups, out_features * bits // 32))
     zeros = unpack_columns(tensors["qzeros"], bits).to(torch.int32) + zeros_offset
-    g_idx = tensors.get("g_idx", trivial_groups(in_features, group_size)).to(torch.int32)
+    g_idx = tensors.get("g_idx", trivial_groups(in_features, size)).to(torch.int32)
     _check_shape(name, "g_idx", g_idx, (in_features,))
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise QuasarError(f"The checkpoint's layer {name} has a g_idx outside its {groups} groups.")
+    scales = tensors["scales"].to(torch.float16)
     if not bool(torch.isfinite(scales).all()):
         raise QuasarError(f"The checkpoint's layer {name} has scales that are not finite.")
-    return QuantizedWeight(bits, group_size, codes, scales.to(torch.float16), zeros, g_idx)
+    return QuantizedWeight(bits, size, unpack_rows(tensors["qweight"], bits), scales, zeros, g_idx)
 
 
 def _check_shape(name: str, what: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise QuasarError(f"The checkpoint's layer {name} has {what} of shape {tuple(tensor.shape)}, not {shape}.")
+
+
+def _check_dtype(name: str, what: str, tensor: torch.Tensor) -> None:
+    """Words are int32, group numbers integers, scales floating point of 16 bits and more."""
+    fits = {
+        "scales": tensor.dtype in SCALE_DTYPES,
+        "g_idx": tensor.dtype in (torch.int32, torch.int64),
+    }.get(what, tensor.dtype == torch.int32)
+    if not fits:
+        stored = str(tensor.dtype).removeprefix("torch.")
+        raise QuasarError(f"The checkpoint's layer {name} has {what} in {stored}, which this version does not read.")

@@ -1,7 +1,7 @@
 """Read a verifier checkpoint, strictly: what does not fit the format is refused in one sentence."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from safetensors import SafetensorError, safe_open
 
 from quasar_core.checkpoint.compressed_tensors import METHOD as COMPRESSED_TENSORS
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, PackedWeight
-from quasar_core.checkpoint.packing import QuantizedWeight, count_groups, unpack_weight
+from quasar_core.checkpoint.packing import PackedLayout, QuantizedWeight, told_by_shapes, unpack_weight
 from quasar_core.config import BITS
 from quasar_core.errors import QuasarError
 from quasar_core.records import FidelityReport
-from quasar_core.store.safetensors_header import weight_files
+from quasar_core.store.safetensors_header import INDEX_NAME, read_headers, weight_files
 
 CPU = torch.device("cpu")
 CARD_VERSION = 1  # of quasar.json
+_EIGHT_BITS = ("I8", "F8_E4M3")  # as safetensors names what a weight that was never quantized is not stored in
 PACKED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -34,6 +35,15 @@ class TensorFiles:
         for path in files:
             with _open(path) as file:
                 self._where.update(dict.fromkeys(file.keys(), path))
+        self._check_index()
+
+    def _check_index(self) -> None:
+        """A tensor that the index names and no file holds is lost; a verifier would be without it, unnoticed."""
+        index = self.folder / INDEX_NAME
+        named = read_json(index)["weight_map"] if index.is_file() else {}
+        lost = sorted(named.keys() - self._where.keys())
+        if lost:
+            raise QuasarError(f"{index} names the tensor {lost[0]}, and {named[lost[0]]} does not hold it.")
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -89,38 +99,36 @@ class QuantizationFormat:
 
     marker = "qweight"  # every quantized layer has one
     suffixes = PACKED_SUFFIXES
+    only_packed = PACKED_SUFFIXES  # that no other tensor's name ends in
 
     @classmethod
-    def parse(cls, folder: Path, section: dict[str, Any]) -> "QuantizationFormat":
-        """From `quantization_config`; QuasarError for what this version does not read."""
-        bits, group_size = section.get("bits"), section.get("group_size", -1)
-        if bits not in BITS:
-            raise QuasarError(f"{folder} has {bits}-bit codes, which this version does not read.")
-        if not isinstance(group_size, int) or (group_size != -1 and group_size < 1):
+    def parse(cls, folder: Path, section: Mapping[str, Any]) -> "QuantizationFormat":
+        """From `quantization_config`; QuasarError for what this version does not read.
+
+        What a section leaves out is as AutoGPTQ has it: 4 bits, one group per output, version 1. GPTQModel takes groups
+        of 128; the shapes of a layer's tensors have the last word on both.
+        """
+        bits, group_size = section.get("bits", 4), section.get("group_size")
+        if type(bits) is not int or bits not in BITS:
+            raise QuasarError(f"{folder} has {bits!r}-bit codes, which this version does not read.")
+        group_size = -1 if group_size is None else group_size
+        if type(group_size) is not int or (group_size != -1 and group_size < 1):
             raise QuasarError(f"{folder} has groups of {group_size}, which this version does not read.")
-        if section.get("pack_dtype", "int32") != "int32":
-            raise QuasarError(f"{folder} packs codes into {section['pack_dtype']}, which this version does not read.")
-        version = section.get("checkpoint_format", "gptq")
+        packed = section.get("pack_dtype") or "int32"
+        if packed != "int32":
+            raise QuasarError(f"{folder} packs codes into {packed}, which this version does not read.")
+        version = "marlin" if section.get("is_marlin_format") else section.get("checkpoint_format") or "gptq"
         if version not in ("gptq", "gptq_v2"):
             raise QuasarError(f"{folder} has the checkpoint format {version}, which this version does not read.")
-        offset = 1 if version == "gptq" else 0
-        return cls(bits, group_size, offset)
+        return cls(bits, group_size, 1 if version == "gptq" else 0)
 
-    def unpack(self, name: str, tensors: dict[str, torch.Tensor]) -> QuantizedWeight:
-        """Read a layer's tensors strictly.
+    def layout(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> PackedLayout:
+        """A layer's sizes, from the shapes of its tensors."""
+        return told_by_shapes(name, shapes, self.bits, self.group_size)
 
-        Bits and group size follow from the shapes, so that layers of their own (`dynamic`) need no table.
-        """
-        if not {"qweight", "scales"} <= tensors.keys() or not tensors.get("g_idx", torch.empty(0)).numel():
-            return unpack_weight(name, tensors, self.bits, self.group_size, self.zeros_offset)
-        in_features, groups = tensors["g_idx"].shape[0], tensors["scales"].shape[0]
-        bits = tensors["qweight"].shape[0] * 32 // in_features
-        if bits not in BITS:
-            raise QuasarError(f"The checkpoint's layer {name} has {bits}-bit codes, which this version does not read.")
-        size = self.group_size
-        if groups != count_groups(in_features, size) and in_features % groups == 0:
-            size = -1 if groups == 1 else in_features // groups
-        return unpack_weight(name, tensors, bits, size, self.zeros_offset)
+    def unpack(self, name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+        """Read a layer's tensors strictly."""
+        return unpack_weight(name, tensors, self.bits, self.group_size, self.zeros_offset)
 
 
 def parse_format(folder: Path, config: dict[str, Any]) -> QuantizationFormat | CompressedTensorsFormat:
@@ -130,7 +138,9 @@ def parse_format(folder: Path, config: dict[str, Any]) -> QuantizationFormat | C
         section = read_json(folder / "quantize_config.json")
     if section is None:
         raise QuasarError(f"{folder} is not a quantized checkpoint: its config has no quantization_config.")
-    method = section.get("quant_method", "gptq")
+    if not isinstance(section, dict):
+        raise QuasarError(f"The quantization_config of {folder} is not a JSON object.")
+    method = section.get("quant_method") or "gptq"
     if method == COMPRESSED_TENSORS:
         return CompressedTensorsFormat.parse(folder, section)
     if method != "gptq":
@@ -151,11 +161,21 @@ class VerifierCheckpoint:
         self.config = read_json(folder / "config.json")
         self.format = parse_format(folder, self.config)
         self.tensors = TensorFiles(folder)
+        self._refuse_parts()
         card = folder / "quasar.json"
         self.card: dict[str, Any] = read_json(card) if card.exists() else {}
         version = self.card.get("format_version", CARD_VERSION)
         if version != CARD_VERSION:
             raise QuasarError(f"{card} has format version {version}, which this version of quasar does not read.")
+
+    def _refuse_parts(self) -> None:
+        """A layer of which the marker alone is missing would be taken for one that was never quantized."""
+        layers = set(self.layer_names)
+        for entry in read_headers(self.folder):
+            layer, _, suffix = entry.name.rpartition(".")
+            belongs = suffix in self.format.only_packed or (suffix == "weight" and entry.dtype in _EIGHT_BITS)
+            if belongs and layer not in layers:
+                raise QuasarError(f"The checkpoint's layer {layer} has no {self.format.marker}.")
 
     @property
     def layer_names(self) -> list[str]:
@@ -189,7 +209,12 @@ class VerifierCheckpoint:
     def target_fingerprint(self) -> str | None:
         """The fingerprint of the target it was made from; None in a checkpoint of another tool."""
         target = self.card.get("target")
-        return target["fingerprint"] if target else None
+        if not target:
+            return None
+        if not isinstance(target, dict) or not isinstance(target.get("fingerprint"), str):
+            raise QuasarError(f"{self.folder / 'quasar.json'} names a target without its fingerprint.")
+        fingerprint: str = target["fingerprint"]
+        return fingerprint
 
     def layer(self, name: str, device: torch.device = CPU) -> PackedWeight:
         """One layer's weight, unpacked and checked; GPTQ's codes on the device, since billions take a GPU no time."""

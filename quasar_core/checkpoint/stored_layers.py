@@ -30,15 +30,7 @@ def stored_layers(checkpoint: VerifierCheckpoint) -> list[StoredLayer]:
 
 
 def _stored(entries: Mapping[str, TensorEntry], name: str, checkpoint: VerifierCheckpoint) -> StoredLayer:
-    bits, size = checkpoint.format.bits, checkpoint.format.group_size
-    if f"{name}.qweight" not in entries:  # compressed-tensors: outputs first
-        packed = entries.get(f"{name}.weight_packed")
-        outputs, inputs = (packed or entries[f"{name}.weight"]).shape
-        return StoredLayer(name, inputs * 32 // bits if packed else inputs, outputs, bits, size)
-    words, outputs = entries[f"{name}.qweight"].shape
-    g_idx = entries.get(f"{name}.g_idx")
-    inputs = g_idx.shape[0] if g_idx and g_idx.shape[0] else words * 32 // bits
-    groups = entries[f"{name}.scales"].shape[0]
-    if size == -1 or groups != -(-inputs // size):
-        size = -1 if groups == 1 else inputs // groups
-    return StoredLayer(name, inputs, outputs, words * 32 // inputs, size)
+    form = checkpoint.format
+    shapes = {s: entries[f"{name}.{s}"].shape for s in form.suffixes if f"{name}.{s}" in entries}
+    layout = form.layout(name, shapes)
+    return StoredLayer(name, layout.in_features, layout.out_features, layout.bits, layout.group_size)

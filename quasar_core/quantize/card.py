@@ -54,7 +54,9 @@ def describe_codes(config: dict[str, Any]) -> str:
     """Method, bits, groups and format, as a part of a sentence."""
     if config["method"] != "gptq":
         name, number = ("W8A8", "integers") if config["method"] == "w8a8" else ("fp8", "e4m3 numbers")
-        return f"{name}, smoothed, {number} of 8 bits per output and per token, in the compressed-tensors format"
+        rounded = "by GPTQ" if config.get("rounding") == "gptq" else "to nearest"
+        scaled = f"{number} of 8 bits per output ({rounded}) and per token"
+        return f"{name}, smoothed, {scaled}, in the compressed-tensors format"
     group = "one group per output" if config["group_size"] == -1 else f"groups of {config['group_size']}"
     symmetry = "symmetric" if config["sym"] else "asymmetric"
     mixed = width(config) == MIXED
@@ -73,14 +75,16 @@ def quantize_command(report: QuantizeReport) -> str:
     """The command that makes this checkpoint again."""
     config = report.config
     gptq = config["method"] == "gptq"
+    solved = gptq or config.get("rounding") == "gptq"
     options = [_width_option(config), f"--group-size {config['group_size']}"] if gptq else []
     options += [] if gptq else [f"--method {config['method']}"]
+    options += [] if solved else ["--rounding nearest"]
     options += [] if config["sym"] else ["--no-sym"]
-    options += ["--no-act-order"] if gptq and not config["act_order"] else []
+    options += ["--no-act-order"] if solved and not config["act_order"] else []
     options += [f"--lm-head-bits {config['lm_head_bits']}"] if config["lm_head_bits"] != 16 else []
     options += [f"--calibration {config['calibration']}", f"--samples {config['samples']}"]
     options += [f"--seq-len {config['seq_len']}"]
-    options += [f"--damp {config['damp']}"] if gptq else []
+    options += [f"--damp {config['damp']}"] if solved else []
     options += [f"--seed {config['seed']}"]
     options += [f"--backend {config['backend']}"] if config["backend"] != "native" else []
     return f"quasar quantize {report.target} {' '.join(options)}"

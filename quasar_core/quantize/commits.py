@@ -27,7 +27,7 @@ class QuantizedBlock:
     """The quantized layers of one block by full name, the relative loss of each, and what else the verifier holds.
 
     `tensors` are named as the model names its parameters: norms that took up a smoothing, corrections, biases.
-    `rounded` are layers that saw too little text and were rounded to nearest. `layout` is how the codes are stored.
+    `rounded` are experts' layers that no text reached, rounded to nearest. `layout` is how the codes are stored.
     """
 
     weights: dict[str, PackedWeight]

@@ -1,10 +1,10 @@
-"""8 bits for weights and activations: integers (W8A8) or floating point (fp8 e4m3), rounded to nearest.
+"""8 bits for weights and activations: integers (W8A8) or floating point (fp8 e4m3).
 
 Weights have one scale per output, activations one step per token, found when the model runs. Scales have bfloat16's
 digits, so that a checkpoint of any dtype holds them exactly. Letters: T rows, in and out the layer's sizes.
 """
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 import torch
 
@@ -19,32 +19,49 @@ SMALLEST_SCALE = 2.0**-17  # float16 holds bfloat16's digits down to here
 _MIDDLE = 128  # the code of 0
 
 
-class Number(Protocol):
-    """A way to write numbers in 8 bits."""
+class Number(ABC):
+    """A way to write numbers in 8 bits. A weight is what it can write, times the scale of its output."""
 
-    def round_weight(self, weight: torch.Tensor) -> PackedWeight:
-        """Weight [out, in] on its grid, on the CPU."""
-        ...
+    largest: float
+    dtype: torch.dtype  # that holds all it can write
 
+    @abstractmethod
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """The nearest of what it can write, in the dtype of the values."""
+
+    @abstractmethod
+    def pack(self, values: torch.Tensor, scales: torch.Tensor) -> PackedWeight:
+        """A layer of values [out, in] that it can write and scales [out], on the CPU."""
+
+    @abstractmethod
     def round_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Activations [T, in] → what is left of them, float32 [T, in]."""
-        ...
+
+    def round_weight(self, weight: torch.Tensor) -> PackedWeight:
+        """Every weight [out, in] to the nearest, on its own."""
+        scales = channel_scales(weight, self.largest)
+        return self.pack(self.nearest(weight.float() / scales[:, None]), scales)
 
 
-class Integers:
+class Integers(Number):
     """From −127 to 127."""
 
-    def round_weight(self, weight: torch.Tensor) -> QuantizedWeight:
+    largest = float(LARGEST_INTEGER)
+    dtype = torch.int8
+
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """Whole numbers, ties to even."""
+        return values.round().clamp_(-self.largest, self.largest)
+
+    def pack(self, values: torch.Tensor, scales: torch.Tensor) -> QuantizedWeight:
         """Codes around 128."""
-        scales = channel_scales(weight, LARGEST_INTEGER)
-        codes = torch.round(weight.float() / scales[:, None]).clamp(-LARGEST_INTEGER, LARGEST_INTEGER) + _MIDDLE
         return QuantizedWeight(
             bits=8,
             group_size=-1,
-            codes=codes.t().to("cpu", torch.uint8).contiguous(),
+            codes=(values.to("cpu", torch.int16) + _MIDDLE).t().to(torch.uint8).contiguous(),
             scales=scales[None].to("cpu", torch.float16),
-            zeros=torch.full((1, weight.shape[0]), _MIDDLE, dtype=torch.int32),
-            g_idx=trivial_groups(weight.shape[1], -1),
+            zeros=torch.full((1, len(values)), _MIDDLE, dtype=torch.int32),
+            g_idx=trivial_groups(values.shape[1], -1),
         )
 
     def round_rows(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,14 +70,19 @@ class Integers:
         return values.float() * steps
 
 
-class Floats:
+class Floats(Number):
     """e4m3: up to 448, 3 bits of mantissa."""
 
-    def round_weight(self, weight: torch.Tensor) -> Float8Weight:
-        """Values and scales."""
-        scales = channel_scales(weight, LARGEST)
-        values = (weight.float() / scales[:, None]).clamp(-LARGEST, LARGEST).to(FLOAT8)
-        return Float8Weight(values.cpu(), scales.cpu())
+    largest = LARGEST
+    dtype = FLOAT8
+
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """As the dtype rounds."""
+        return values.clamp(-LARGEST, LARGEST).to(FLOAT8).to(values.dtype)
+
+    def pack(self, values: torch.Tensor, scales: torch.Tensor) -> Float8Weight:
+        """Values and scales as they are."""
+        return Float8Weight(values.to("cpu", FLOAT8), scales.cpu())
 
     def round_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Rounded, and back."""

@@ -1,11 +1,11 @@
-"""W8A8 and fp8, block after block: smooth what feeds a layer, then round its weights to nearest.
+"""W8A8 and fp8, block after block: smooth what feeds a layer, then round its weights to 8 bits.
 
 Smoothing is taken up by what stands before a layer, where nothing else reads it: the norm in front of q, k and v, the
 norm in front of gate and up, and the outputs of up in front of down. The norms are the verifier's own from then on.
 Queries, keys and values keep their size, since target and verifier share one cache; so o_proj is not smoothed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,13 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.models.architectures import why_not_lean
 from quasar_core.quantize.activations import Activations, run_block
 from quasar_core.quantize.blocks import linear_layers
-from quasar_core.quantize.commits import QuantizedBlock
 from quasar_core.quantize.eight_bit import Floats, Integers, Number
-from quasar_core.quantize.layer_plan import LayerPlan
-from quasar_core.quantize.layerwise import replace_weights, stages
+from quasar_core.quantize.eight_bit_solver import round_to_nearest, solve_eight_bits
+from quasar_core.quantize.gptq import Solution, SolverConfig
+from quasar_core.quantize.layerwise import Preparation, replace_weight
 from quasar_core.quantize.smoothing import InputSample, fold_into_norm, search_smoothing
 
-SAMPLED_ROWS = 512  # of the calibration text, for the search and for the losses
+SAMPLED_ROWS = 512  # of the calibration text, for the search
 # What takes up the factors, and the layers that read it, by their names in a block of the architecture table.
 NORM_FOLDS = (
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -33,21 +33,29 @@ LAYER_FOLD = ("mlp.up_proj", "mlp.down_proj")
 
 @dataclass(frozen=True)
 class EightBitMethod:
-    """A `BlockMethod`; `smooth` only where the block is one of the architecture table's."""
+    """A `layerwise.Prepare`. `smooth` only where the block is one of the architecture table's; `solved` by GPTQ."""
 
     number: Number
     smooth: bool
+    solved: bool = True
 
-    def __call__(self, block: torch.nn.Module, name: str, activations: Activations, plan: LayerPlan) -> QuantizedBlock:
-        """Round a block's linear layers; weights and norms are replaced in place."""
-        work = _Work(block, name, self.number, activations)
-        if self.smooth:
-            for norm, readers in NORM_FOLDS:
-                work.smooth_norm(norm, readers)
-            work.smooth_layer(*LAYER_FOLD)
-        done = work.round()
-        replace_weights(block, name, done)
-        return done
+    def __call__(self, block: torch.nn.Module, name: str, activations: Activations) -> Preparation:
+        """Smooth a block in place; how its layers are to be rounded then."""
+        smoothed = _Smoothed(block, name, self.number, activations) if self.smooth else None
+        exact = smoothed.full_weights() if smoothed else {}
+
+        def solve(
+            weights: Mapping[str, torch.Tensor],
+            hessian: torch.Tensor,
+            configs: Mapping[str, SolverConfig],
+            lacking: MutableMapping[str, torch.Tensor] | None = None,
+        ) -> dict[str, Solution]:
+            weights = {layer: exact.get(layer, weight) for layer, weight in weights.items()}
+            if self.solved:
+                return solve_eight_bits(self.number, weights, hessian, configs, lacking)
+            return round_to_nearest(self.number, weights, hessian)
+
+        return Preparation(solve, smoothed.tensors if smoothed else {}, "compressed-tensors")
 
 
 def eight_bit_method(config: QuantizeConfig, source: Path) -> EightBitMethod | None:
@@ -55,7 +63,8 @@ def eight_bit_method(config: QuantizeConfig, source: Path) -> EightBitMethod | N
     if config.method == "gptq":
         return None
     known = why_not_lean(read_json(source / "config.json")) is None
-    return EightBitMethod(Integers() if config.method == "w8a8" else Floats(), smooth=known)
+    number = Integers() if config.method == "w8a8" else Floats()
+    return EightBitMethod(number, smooth=known, solved=config.rounding == "gptq")
 
 
 def kernel_of_method(config: QuantizeConfig) -> str:
@@ -63,57 +72,50 @@ def kernel_of_method(config: QuantizeConfig) -> str:
     return {"gptq": "dense", "w8a8": "int8", "fp8": "float8"}[config.method]
 
 
-class _Work:
-    """A block on its way: weights in float32 as smoothing leaves them, samples of what enters each layer."""
+class _Smoothed:
+    """A block that computes what it did, by other norms and weights.
+
+    The weights of its layers are kept in float32 beside those that the block now holds, rounded to its dtype.
+    """
 
     def __init__(self, block: torch.nn.Module, name: str, number: Number, activations: Activations) -> None:
         self.block, self.name, self.number = block, name, number
         self.layers = linear_layers(block)
-        self.weights = {layer: linear.weight.float() for layer, linear in self.layers.items()}
+        readers = [*(readers for _, readers in NORM_FOLDS), LAYER_FOLD[1:]]
+        self.weights = {layer: self.layers[layer].weight.float() for group in readers for layer in group}
         self.tensors: dict[str, torch.Tensor] = {}
-        groups = [group for stage in stages(block, self.layers, activations) for group in stage.groups]
-        samples = sample_inputs(block, [self.layers[group[0]] for group in groups], activations)
-        self.samples = {layer: sample for group, sample in zip(groups, samples, strict=True) for layer in group}
+        samples = sample_inputs(block, [self.layers[group[0]] for group in readers], activations)
+        for (norm, layers), sample in zip(NORM_FOLDS, samples[:-1], strict=True):
+            self._smooth_norm(norm, layers, sample)
+        self._smooth_layer(*LAYER_FOLD, samples[-1])
+        for layer, weight in self.weights.items():
+            replace_weight(self.layers[layer], weight)
 
-    def smooth_norm(self, norm: str, readers: Sequence[str]) -> None:
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """By the layers' full names."""
+        return {f"{self.name}.{layer}": weight for layer, weight in self.weights.items()}
+
+    def _smooth_norm(self, norm: str, readers: Sequence[str], sample: InputSample) -> None:
         """Divide the norm's weight by the factors, multiply the columns of its readers."""
-        weight = self.block.get_parameter(f"{norm}.weight")
-        factors = self._search(readers)
-        self.tensors[f"{self.name}.{norm}.weight"], factors = fold_into_norm(weight.detach(), factors)
-        self._take_up(readers, factors)
+        factors = search_smoothing(sample, [self.weights[reader] for reader in readers], self.number).factors
+        folded, factors = fold_into_norm(self.block.get_parameter(f"{norm}.weight").detach(), factors)
+        self._put(f"{norm}.weight", folded)
+        for reader in readers:
+            self.weights[reader] = self.weights[reader] * factors
 
-    def smooth_layer(self, before: str, reader: str) -> None:
+    def _smooth_layer(self, before: str, reader: str, sample: InputSample) -> None:
         """Divide the outputs of the layer before by the factors, multiply the columns of its reader."""
-        factors = self._search([reader])
+        factors = search_smoothing(sample, [self.weights[reader]], self.number).factors
         self.weights[before] = self.weights[before] / factors[:, None]
         bias = self.layers[before].bias
         if bias is not None:
-            self.tensors[f"{self.name}.{before}.bias"] = (bias.detach().float() / factors).to(bias.dtype)
-        self._take_up([reader], factors)
+            self._put(f"{before}.bias", (bias.detach().float() / factors).to(bias.dtype))
+        self.weights[reader] = self.weights[reader] * factors
 
-    def round(self) -> QuantizedBlock:
-        """Every layer in 8 bits, with the loss that is left in its outputs."""
-        rounded = {layer: self.number.round_weight(weight) for layer, weight in self.weights.items()}
-        losses = {}
-        for layer, weight in rounded.items():
-            rows = self.samples[layer].rows
-            output = rows @ self.weights[layer].t()
-            error = self.number.round_rows(rows) @ weight.dequantize().to(rows).t() - output
-            losses[layer] = (error.square().sum() / output.square().sum().clamp_min(1e-30)).item()
-        return QuantizedBlock(
-            {f"{self.name}.{layer}": weight for layer, weight in rounded.items()},
-            {f"{self.name}.{layer}": loss for layer, loss in losses.items()},
-            self.tensors,
-            layout="compressed-tensors",
-        )
-
-    def _search(self, readers: Sequence[str]) -> torch.Tensor:
-        return search_smoothing(self.samples[readers[0]], [self.weights[r] for r in readers], self.number).factors
-
-    def _take_up(self, readers: Sequence[str], factors: torch.Tensor) -> None:
-        self.samples[readers[0]].rows /= factors  # one sample for all of them
-        for reader in readers:
-            self.weights[reader] = self.weights[reader] * factors
+    def _put(self, name: str, tensor: torch.Tensor) -> None:
+        """A parameter of the verifier's own, in the block too."""
+        self.block.get_parameter(name).data = tensor
+        self.tensors[f"{self.name}.{name}"] = tensor
 
 
 def sample_inputs(
@@ -121,13 +123,12 @@ def sample_inputs(
 ) -> list[InputSample]:
     """The largest magnitudes of what enters each layer, and rows spread over the whole text."""
     stride = max(1, activations.hidden.shape[0] * activations.hidden.shape[1] // SAMPLED_ROWS)
-    samples = [_nothing_seen(layer) for layer in layers]
+    samples = [InputSample(torch.zeros(layer.in_features), torch.empty(0, layer.in_features)) for layer in layers]
 
     def take(sample: InputSample, inputs: torch.Tensor) -> None:
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        if len(rows):
-            sample.largest = torch.maximum(sample.largest, rows.abs().amax(dim=0))
-            sample.rows = torch.cat([sample.rows, rows[::stride]])
+        sample.largest = torch.maximum(sample.largest.to(rows), rows.abs().amax(dim=0))
+        sample.rows = torch.cat([sample.rows.to(rows), rows[::stride]])
 
     handles = [
         layer.register_forward_pre_hook(lambda _, args, sample=sample: take(sample, args[0]))
@@ -140,9 +141,3 @@ def sample_inputs(
         for handle in handles:
             handle.remove()
     return samples
-
-
-def _nothing_seen(layer: torch.nn.Linear) -> InputSample:
-    """Of a layer that no text has reached, such as an expert."""
-    device = layer.weight.device
-    return InputSample(torch.zeros(layer.in_features, device=device), torch.empty(0, layer.in_features, device=device))

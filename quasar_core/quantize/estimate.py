@@ -9,11 +9,15 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from quasar_core.config import QuantizeConfig
+from quasar_core.models.experts import SeparateExperts
 from quasar_core.models.shapes import shape_named
 from quasar_core.models.skeleton import build_skeleton
 from quasar_core.quantize.blocks import find_blocks, quantized_layers
+from quasar_core.quantize.calibration import HELD_OUT_ROWS
+from quasar_core.quantize.duration import count_work, measure_rates
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.plan import Plan, Shape, free_disk, free_memory, make_plan
+from quasar_core.quantize.self_text import rows_at_once
 from quasar_core.quantize.streaming import StreamedModel
 from quasar_core.store.safetensors_header import read_headers
 
@@ -31,6 +35,21 @@ def plan_here(
     device_memory = torch.cuda.mem_get_info(target.device)[0] if on_device else None
     plan = make_plan(shape, config, on_device, allowed, device_memory)
     return replace(plan, free_host=memory, free_disk=free_disk(output))
+
+
+def seconds_here(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> float | None:
+    """About how long the run would take here; None for what is not counted: widths by layer, another backend."""
+    if config.mixed or config.backend != "native":
+        return None
+    shape = shape_of(target.skeleton, config, element=target.dtype.itemsize)
+    writer = target.device if plan.text_on_device else torch.device("cpu")
+    fitting = rows_at_once(target.skeleton, config.calibration_length, plan.text_on_device)
+    rows = min(fitting, config.samples + HELD_OUT_ROWS)
+    rates = measure_rates(shape, config, target.device, target.dtype, rows)
+    if writer != target.device:
+        steps = measure_rates(shape, config, writer, target.dtype, rows)
+        rates = replace(rates, steps=steps.steps, launch=steps.launch)
+    return rates.seconds_of(count_work(shape, config, rows))
 
 
 def published_shape(name: str, config: QuantizeConfig) -> Shape:
@@ -61,8 +80,16 @@ def shape_of(
         vocabulary=int(skeleton.config.get_text_config().vocab_size),
         stored=stored,
         element=element,
+        routed=_routed_share(skeleton),
         whole_because=whole_because,
     )
+
+
+def _routed_share(skeleton: PreTrainedModel) -> float:
+    """The share of a text that the router sends to an expert, if it favours none; 1 without experts."""
+    experts = [len(module) for module in skeleton.modules() if isinstance(module, SeparateExperts)]
+    taken = getattr(skeleton.config.get_text_config(), "num_experts_per_tok", None)
+    return taken / experts[0] if experts and taken else 1.0
 
 
 def stored_element(source: Path) -> int:

@@ -5,20 +5,18 @@ through the layers already quantized (`true_sequential`). Each finished block is
 where an interrupted run goes on.
 """
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from quasar_core.checkpoint.compressed_tensors import PackedWeight
-from quasar_core.models.experts import SeparateExperts
 from quasar_core.models.skeleton import clone_structure
-from quasar_core.quantize.activations import Activations, Stop, run_block
+from quasar_core.quantize.activations import Activations
 from quasar_core.quantize.asymmetric import lacking_outputs
 from quasar_core.quantize.blocks import find_blocks, find_head, linear_layers
 from quasar_core.quantize.commits import Layout, QuantizedBlock, block_file, head_file, read_commit, write_commit
@@ -26,12 +24,10 @@ from quasar_core.quantize.endings import find_endings
 from quasar_core.quantize.gptq import Solution, SolverConfig, solve, solve_group
 from quasar_core.quantize.heap import keep_freed_memory, return_freed_memory
 from quasar_core.quantize.hessian import HessianAccumulator, shrunk
-from quasar_core.quantize.kept import Ending
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.reference import collect_compared, stream_layers
+from quasar_core.quantize.stages import collect_inputs, is_expert, stages
 from quasar_core.records import Progress, no_progress
-
-HESSIAN_BYTES = 1_000_000_000  # of the experts that are watched in one pass
 
 
 class GroupSolver(Protocol):
@@ -87,14 +83,6 @@ class BlocksInMemory:
     def block(self, index: int) -> torch.nn.Module:
         """A copy."""
         return copy.deepcopy(self._blocks[index])
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Layers that are solved on one pass: groups of them that share an input, and the module where the pass ends."""
-
-    groups: Sequence[Sequence[str]]
-    last: torch.nn.Module
 
 
 def quantize_blocks(
@@ -180,101 +168,9 @@ def quantize_block(
     return QuantizedBlock(weights, losses, dict(prepared.tensors), tuple(rounded), prepared.layout)
 
 
-def is_expert(layer_name: str) -> bool:
-    """Whether a layer belongs to one of several experts, which see a part of the text each."""
-    return ".experts." in layer_name
-
-
 def identity(linear: torch.nn.Linear) -> torch.Tensor:
     """The Hessian under which solving is rounding to nearest."""
     return torch.eye(linear.in_features, device=linear.weight.device)
-
-
-def stages(block: torch.nn.Module, layers: dict[str, torch.nn.Linear], activations: Activations) -> list[Stage]:
-    """A block's layers in the order they run; those that read the same tensor (q, k, v; gate, up) share a group.
-
-    Experts read a part of the text each, found out anew in every pass: their input layers make one stage, their
-    output layers the next, or several, so that the Hessians of a stage fit `HESSIAN_BYTES`.
-    """
-    order: dict[object, list[str]] = {}
-    kept: list[torch.Tensor] = []  # alive until the end, so that no address is used twice
-    experts = {name: module for name, module in block.named_modules() if isinstance(module, SeparateExperts)}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            kept.append(args[0])
-            key = name if name in experts else (args[0].data_ptr(), args[0].shape[-1])
-            order.setdefault(key, []).append(name)
-
-        return hook
-
-    watched = {**{name: linear for name, linear in layers.items() if not is_expert(name)}, **experts}
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in watched.items()]
-    try:
-        run_block(block, activations.first_row())
-    finally:
-        for handle in handles:
-            handle.remove()
-    found: list[Stage] = []
-    for names in order.values():
-        found += (
-            expert_stages(names[0], experts[names[0]]) if names[0] in experts else [Stage([names], layers[names[0]])]
-        )
-    return found
-
-
-def expert_stages(name: str, experts: SeparateExperts) -> list[Stage]:
-    """Input layers of all experts, then output layers, as many at a time as `HESSIAN_BYTES` allow."""
-    found: list[Stage] = []
-    for parts in (("gate_proj", "up_proj"), ("down_proj",)):
-        groups = [[f"{name}.{index}.{part}" for part in parts] for index in range(len(experts.experts()))]
-        inputs = cast(torch.nn.Linear, getattr(experts.experts()[0], parts[0])).in_features
-        at_once = max(1, HESSIAN_BYTES // (4 * inputs**2))
-        found += [Stage(groups[i : i + at_once], experts) for i in range(0, len(groups), at_once)]
-    return found
-
-
-def collect_inputs(
-    block: torch.nn.Module,
-    stage: Stage,
-    layers: dict[str, torch.nn.Linear],
-    activations: Activations,
-    ending: Ending | None = None,
-) -> dict[str, HessianAccumulator]:
-    """What reaches the first layer of every group; each pass ends where the stage does.
-
-    Where the stage's layer ends a module, what it reads is kept.
-    """
-    accumulators = {
-        group[0]: HessianAccumulator(layers[group[0]].in_features, layers[group[0]].weight.device)
-        for group in stage.groups
-    }
-    last: list[torch.Tensor] = []  # read by a layer in this batch
-
-    def take(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            accumulators[name].add(args[0])
-            last[:] = args
-            if module is stage.last:
-                raise Stop  # its product is not needed
-
-        return hook
-
-    def end(*_: object) -> None:
-        raise Stop
-
-    handles = [layers[name].register_forward_pre_hook(take(name)) for name in accumulators]
-    handles.append(stage.last.register_forward_hook(end))
-    try:
-        for batch in activations.batches():
-            with contextlib.suppress(Stop):
-                run_block(block, batch)
-            if ending is not None:
-                activations.kept.keep(ending, batch.rows, last[0], layers[ending.layer].out_features)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return accumulators
 
 
 def replace_weights(block: torch.nn.Module, name: str, done: QuantizedBlock) -> None:

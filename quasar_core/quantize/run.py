@@ -23,7 +23,7 @@ from quasar_core.quantize.commits import block_file, write_commit
 from quasar_core.quantize.eight_bit_blocks import eight_bit_method, kernel_of_method
 from quasar_core.quantize.job import LOCK, Job, clear_all_but_commits, working_folder
 from quasar_core.quantize.layer_plan import LayerPlan
-from quasar_core.quantize.layerwise import quantize_blocks, quantize_head
+from quasar_core.quantize.layerwise import leave_block, quantize_blocks, quantize_head
 from quasar_core.quantize.measure import measure, measure_kernel
 from quasar_core.quantize.mixed import check_mixed, choose_plan
 from quasar_core.quantize.optimum_backend import check_optimum, quantize_with_optimum
@@ -159,9 +159,9 @@ def quantize_with(
     """Commit every block of a plan to a folder; what left the last block."""
     file = job.spill if spill else None
     activations = capture_first_inputs(target.ends(torch.device("cpu")), calibration.samples, target.device, file)
-    if job.config.method == "gptq":
+    if job.config.rounding == "gptq":
         activations.keep_reference(job.spill.with_name("reference") if spill else None)
-    method = eight_bit_method(job.config, job.source)
-    for done in quantize_blocks(target, activations, plan, commits, progress, method):
+    prepare = eight_bit_method(job.config, job.source) or leave_block
+    for done in quantize_blocks(target, activations, plan, commits, progress, prepare):
         del done  # committed; nothing of it stays in memory
     return activations

@@ -23,7 +23,8 @@ from quasar_core.quantize.blocks import find_blocks, find_head, linear_layers
 from quasar_core.quantize.factor import InverseFactor, inverse_factor
 from quasar_core.quantize.fidelity import kl_divergence
 from quasar_core.quantize.gptq import Solution, SolverConfig, column_order, solve_layer
-from quasar_core.quantize.layerwise import collect_inputs, replace_weight, stages
+from quasar_core.quantize.layerwise import replace_weight
+from quasar_core.quantize.stages import collect_inputs, stages
 from quasar_core.records import Progress, no_progress
 
 FINE_GROUPS = (64, 32)  # smaller groups are steps between two widths

@@ -1,0 +1,128 @@
+"""The time that a dry run promises: a pure count of operations, rates of this machine, and rounding that is honest."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from quasar_cli.main import run
+from quasar_core import api
+from quasar_core.config import QuantizeConfig
+from quasar_core.quantize import duration, estimate
+from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS
+from quasar_core.quantize.duration import Rates, Work, about, count_work, measure_rates
+from quasar_core.quantize.estimate import published_shape, shape_of
+from quasar_core.quantize.plan import Shape
+from quasar_core.quantize.streaming import open_target
+
+pytest_plugins = ["quantize_fixtures"]
+CONFIG = QuantizeConfig(samples=8, seq_len=64)
+BLOCK = {"q_proj": (32, 32), "k_proj": (16, 32), "o_proj": (32, 32), "up_proj": (64, 32), "down_proj": (32, 64)}
+
+
+def shape(blocks: int = 2) -> Shape:
+    layers = {f"model.layers.{i}.{name}": size for i in range(blocks) for name, size in BLOCK.items()}
+    return Shape(layers, other_weights=1000, ends_weights=800, hidden=32, vocabulary=100)
+
+
+def test_passes_and_matrices_counted_by_hand() -> None:
+    """Two models read 512 tokens of calibration, 2,048 held out and 8,192 greedy; one Hessian for q and k."""
+    work = count_work(shape(1), CONFIG, rows=40)
+    weights = 32 * 32 + 16 * 32 + 32 * 32 + 64 * 32 + 32 * 64
+    attention = 2 * 64 * 32
+    held_out, greedy = HELD_OUT_ROWS * 64, HELD_OUT_ROWS * GREEDY_LENGTH
+    assert work.passes == 2 * (512 + held_out + greedy) * (weights + attention) + 2 * (held_out + greedy) * 100 * 32
+    solvers = sum(8 * columns**2 * out + 400 * columns * out for out, columns in BLOCK.values())
+    hessians = 512 * 1.5 * (32**2 + 32**2 + 64**2)  # of q, of o, of down
+    streams, factors = 512 * (32 * 32 + 32 * 64), (32**3 + 32**3 + 64**3) / 3
+    assert work.matrices == pytest.approx(solvers + hessians + streams + factors)
+    # 64 steps for 40 rows of text, 256 for 32 greedy ones
+    assert work.launches == (64 + GREEDY_LENGTH) * duration.LAUNCHES
+    tokens = 512 + held_out + greedy
+    assert work.steps == tokens * (weights + 100 * 32 + 8 * attention / 2 + 1500 * 100)
+
+
+def test_work_grows_with_what_there_is_to_do() -> None:
+    one, two = (count_work(shape(blocks), CONFIG, 40) for blocks in (1, 2))
+    assert two.matrices == 2 * one.matrices
+    assert two.launches == 2 * one.launches
+    assert one.passes < two.passes < 2 * one.passes  # the head is there once
+    longer = count_work(shape(1), replace(CONFIG, samples=80), 40)
+    assert longer.matrices > one.matrices
+    assert longer.launches == one.launches + 2 * 64 * duration.LAUNCHES  # 112 rows, 40 at a time
+    foreign = count_work(shape(1), replace(CONFIG, calibration="text.txt"), 40)
+    assert foreign.passes == one.passes
+    assert foreign.steps < one.steps  # the greedy text alone
+
+
+def test_experts_read_their_share() -> None:
+    layers = {
+        f"model.layers.0.mlp.experts.{i}.{name}": BLOCK[name] for i in range(8) for name in ("up_proj", "down_proj")
+    }
+    experts = replace(shape(1), layers=layers)
+    all_of_it, a_quarter = (count_work(replace(experts, routed=share), CONFIG, 40) for share in (1.0, 0.25))
+    ends = 2 * HELD_OUT_ROWS * (64 + GREEDY_LENGTH) * 100 * 32
+    assert a_quarter.passes - ends == 0.25 * (all_of_it.passes - ends)
+    assert a_quarter.matrices < all_of_it.matrices
+
+
+def test_seconds_are_work_by_rates() -> None:
+    work = Work(passes=100, steps=30, matrices=10, launches=1000)
+    assert Rates(passes=10, steps=10, matrices=1, launch=0.002).seconds_of(work) == 10 + 3 + 10 + 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (1.2, "about 10 s"),
+        (26, "about 30 s"),
+        (84, "about 80 s"),
+        (95, "about 2 min"),
+        (725, "about 12 min"),
+        (33 * 60, "about 35 min"),
+        (5500, "about 2 h"),
+        (11 * 3600, "about 11 h"),
+        (52 * 3600, "about 50 h"),
+    ],
+)
+def test_no_more_digits_than_are_known(seconds: float, said: str) -> None:
+    assert about(seconds) == said
+
+
+def test_rates_are_those_of_products_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duration, "MEASURED_SECONDS", 0.01)
+    rates = measure_rates(shape(), CONFIG, torch.device("cpu"), torch.float32, 40)
+    assert all(1e6 < rate < 1e15 for rate in (rates.passes, rates.steps, rates.matrices))
+    assert 0 < rates.launch < 1e-2
+
+
+def test_a_dry_run_says_about_how_long(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = Rates(passes=1e9, steps=1e9, matrices=1e9, launch=1e-6)
+    monkeypatch.setattr(estimate, "measure_rates", lambda *_: rates)
+    arguments = ["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run"]
+    assert run([*arguments, "--json"]) == 0
+    seconds = json.loads(capsys.readouterr().out)["seconds"]
+    target = open_target(source, torch.device("cpu"), torch.float32)
+    config = QuantizeConfig(group_size=32)
+    work = count_work(shape_of(target.skeleton, config), config, rows=config.samples + HELD_OUT_ROWS)
+    assert seconds == pytest.approx(rates.seconds_of(work))
+    assert run(arguments) == 0
+    assert about(seconds) in capsys.readouterr().out
+
+
+def test_what_is_not_counted_gets_no_time(source: Path) -> None:
+    for config in (QuantizeConfig(mean_bits=4.25, group_size=32), QuantizeConfig(target_agreement=0.9, group_size=32)):
+        assert api.plan_quantize(str(source), config, device="cpu").seconds is None
+
+
+def test_a_large_model_takes_longer_than_a_small_one() -> None:
+    rates = Rates(passes=1e11, steps=5e10, matrices=1e11, launch=1e-5)
+    small, large = (
+        rates.seconds_of(count_work(published_shape(name, QuantizeConfig()), QuantizeConfig(), rows=6))
+        for name in ("qwen3-0.6b", "qwen3-8b")
+    )
+    assert large > 8 * small
