@@ -150,7 +150,7 @@ def test_a_requested_kernel_is_taken(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("exllama", "--kernel must be one of auto, .*marlin, .*reference, not exllama"),
+        ("exllama", "--kernel must be one of auto, .*marlin, .*reference, .*float8, not exllama"),
         ("torch-int4-cuda", "--kernel torch-int4-cuda cannot run this verifier: it runs on CUDA, not on cpu"),
         ("torch-int4-cpu", "--kernel torch-int4-cpu cannot run this verifier: it takes 4-bit codes, not 8-bit"),
     ],
