@@ -46,6 +46,7 @@ def divergence_alone(model: PreTrainedModel, rows: torch.Tensor, weights: dict[s
     return kl_divergence(model(rows).logits.flatten(0, 1), changed(rows).logits.flatten(0, 1)).double().mean().item()
 
 
+@torch.no_grad()
 def test_what_a_width_costs_is_what_a_model_diverges_with_that_layer_alone_quantized() -> None:
     """Exactly at the width that is measured; nearly at the others, whose costs follow from their losses."""
     model = random_model("llama").model
