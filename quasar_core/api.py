@@ -22,7 +22,7 @@ from quasar_core.quantize.estimate import plan_here, seconds_here
 from quasar_core.quantize.job import Job
 from quasar_core.quantize.measure import measure_on_text
 from quasar_core.quantize.plan import Plan, refuse_what_cannot_fit
-from quasar_core.quantize.run import quantize_checkpoint
+from quasar_core.quantize.run import check_request, quantize_checkpoint
 from quasar_core.quantize.streaming import StreamedModel, open_target, open_verifier
 from quasar_core.records import FidelityReport, Progress, QuantizeReport, no_progress
 from quasar_core.store import (
@@ -77,8 +77,12 @@ def plan_quantize(
     max_memory: int | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """What `quantize` would need, and what is free here; nothing is written. Raises as `quantize` does."""
+    """What `quantize` would need, and what is free here; nothing is written.
+
+    Raises as `quantize` does of what it refuses before any work, but for an output that exists.
+    """
     source, job, target = _open_job(model, config, output, device, trust_remote_code)
+    check_request(job, target, load_tokenizer(source.folder))
     plan = plan_here(source.folder, target, config, job.output, max_memory)
     return replace(plan, seconds=seconds_here(target, config, plan))
 

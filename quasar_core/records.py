@@ -244,7 +244,7 @@ class FidelityReport:
 class QuantizeReport:
     """What `quantize` made: where, how large, how faithful, how long each stage took.
 
-    `rounded_layers` are layers of experts that no text reached, which were rounded to nearest.
+    `rounded_layers` are layers of experts that read too little text, which were rounded to nearest.
     """
 
     checkpoint: str

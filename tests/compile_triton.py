@@ -28,12 +28,13 @@ TYPES = {
     torch.int8: "i8",
     torch.float8_e4m3fn: "fp8e4nv",
 }
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 CPU = torch.device("cpu")
 
 
 def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
     """In place of a launch: types as Triton would find them, with aligned pointers and sizes."""
-    options = {key: named.pop(key) for key in ("num_warps", "num_stages") if key in named}
+    options = {key: named.pop(key) for key in OPTIONS if key in named}
     values = {**dict(zip(self.arg_names, args, strict=False)), **named}
     signature, constants, aligned = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(self.arg_names, self.params, strict=True)):
@@ -49,10 +50,13 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **nam
             if value % 16 == 0:
                 aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(self, signature, constexprs=constants, attrs=aligned)
-    ttgir = triton.compile(source, target=HOPPER, options=options).asm["ttgir"]
+    compiled = triton.compile(source, target=HOPPER, options=options).asm
+    ttgir, ptx = compiled["ttgir"], compiled["ptx"]
     # An operand of a product that is not where the tensor cores want it is converted, or goes through shared memory.
     moved = [line for line in ttgir.splitlines() if re.search(r"convert_layout .*dot_op|local_alloc %", line)]
-    print(json.dumps({"kernel": self.__name__, "wgmma": "warp_group_dot" in ttgir, "moved": len(moved)}))
+    found = {"kernel": self.__name__, "wgmma": "warp_group_dot" in ttgir, "moved": len(moved)}
+    found |= {"overlaps": bool(options.get("launch_pdl")), "waits": ptx.count("griddepcontrol.wait")}
+    print(json.dumps(found))
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -62,6 +66,14 @@ def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def main() -> None:
     JITFunction.run = compile_launch
     blocks.multiprocessors = lambda device: 132
+    from quasar_core.kernels.triton.overlap import overlapping
+
+    for wanted in (False, True):
+        with overlapping(wanted):
+            launch_all()
+
+
+def launch_all() -> None:
     from quasar_core.kernels.triton import activation, attention, choices, eight_bit, norms, products, rope
 
     x, out, steps = zeros(4, 4096), zeros(4, 256), zeros(4, dtype=torch.float32)

@@ -10,41 +10,43 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from quasar_core.quantize import asymmetric
 from quasar_core.quantize.activations import capture_first_inputs
-from quasar_core.quantize.asymmetric import lacking_outputs
+from quasar_core.quantize.asymmetric import lacking_outputs, lone_errors
 from quasar_core.quantize.blocks import find_blocks, linear_layers
 from quasar_core.quantize.factor import inverse_factor
 from quasar_core.quantize.gptq import SolverConfig
-from quasar_core.quantize.hessian import Drift, HessianAccumulator
+from quasar_core.quantize.hessian import HessianAccumulator
 from quasar_core.quantize.layerwise import quantize_blocks
 from quasar_core.quantize.reference import reach, stream_layers
 
 SAMPLES = torch.randint(97, (24, 32), generator=torch.Generator().manual_seed(3))
 
 
-def accumulate(inputs: torch.Tensor, wanted: torch.Tensor, stream: torch.Tensor | None = None) -> HessianAccumulator:
+def corrected_weight(
+    weight: torch.Tensor, inputs: torch.Tensor, wanted: torch.Tensor, stream: torch.Tensor | None, lone: bool = True
+) -> torch.Tensor:
+    """W* [out, in], as a run makes it: errors batch by batch, brackets, factor. Another layer may share the inputs."""
     accumulator = HessianAccumulator(inputs.shape[1], inputs.device)
-    for rows in range(0, len(inputs), 16):  # batch by batch, as in a run
-        part = slice(rows, rows + 16)
-        accumulator.add(inputs[part], wanted[part], None if stream is None else stream[part])
-    return accumulator
+    for begin in range(0, len(inputs), 16):
+        part = slice(begin, begin + 16)
+        errors = wanted[part] - inputs[part]
+        accumulator.add(
+            inputs[part], lone_errors(weight, errors, None if stream is None else stream[part]) if lone else errors
+        )
+    hessian, errors = accumulator.finish("x"), accumulator.errors()
+    assert errors is not None
+    lacking = lacking_outputs({"x": weight} if lone else {"x": weight, "y": weight[:3]}, errors)["x"]
+    factor = inverse_factor(hessian, torch.arange(len(hessian)), 1e-7, "x")
+    return weight + factor.apply_(lacking.t().contiguous()).t()
 
 
-def corrected_weight(weight: torch.Tensor, seen: HessianAccumulator, damp: float = 1e-7) -> torch.Tensor:
-    """W* [out, in], as the solver makes it."""
-    hessian, drift = seen.finish("x"), seen.drift()
-    assert drift is not None
-    factor = inverse_factor(hessian, torch.arange(len(hessian)), damp, "x")
-    return weight + factor.apply_(lacking_outputs(weight, drift).t().contiguous()).t()
-
-
-def test_the_corrected_weight_gives_the_wanted_outputs() -> None:
+@pytest.mark.parametrize("lone", [True, False], ids=["a lone layer", "layers that share inputs"])
+def test_the_corrected_weight_gives_the_wanted_outputs(lone: bool) -> None:
     """x = M x̄: W* = W M⁻¹ makes of x what W makes of x̄."""
     generator = torch.Generator().manual_seed(0)
     wanted = torch.randn(64, 8, generator=generator)
     mixing = torch.eye(8) + 0.3 * torch.randn(8, 8, generator=generator)
     inputs, weight = wanted @ mixing.t(), torch.randn(5, 8, generator=generator)
-    seen = accumulate(inputs, wanted)
-    corrected = corrected_weight(weight, seen)
+    corrected = corrected_weight(weight, inputs, wanted, None, lone)
     torch.testing.assert_close(inputs @ corrected.t(), wanted @ weight.t(), rtol=1e-3, atol=1e-3)
 
 
@@ -53,26 +55,27 @@ def test_half_of_the_streams_error_is_made_good(monkeypatch: pytest.MonkeyPatch)
     generator = torch.Generator().manual_seed(1)
     inputs, weight = torch.randn(64, 8, generator=generator), torch.randn(5, 8, generator=generator)
     lacking = torch.randn(5, 8, generator=generator)
-    corrected = corrected_weight(weight, accumulate(inputs, inputs, inputs @ lacking.t()))
+    corrected = corrected_weight(weight, inputs, inputs, inputs @ lacking.t())
     torch.testing.assert_close(corrected, weight + 0.5 * lacking, rtol=1e-3, atol=1e-3)
     monkeypatch.setattr(asymmetric, "STREAM_SHARE", 1.0)
-    whole = corrected_weight(weight, accumulate(inputs, inputs, inputs @ lacking.t()))
+    whole = corrected_weight(weight, inputs, inputs, inputs @ lacking.t())
     torch.testing.assert_close(whole, weight + lacking, rtol=1e-3, atol=1e-3)
 
 
-def test_both_in_pieces_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """W D + ½ S for a weight of 16 bits, its outputs a few at a time."""
+def test_brackets_in_pieces_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W D for weights of 16 bits, their outputs a few at a time."""
     generator = torch.Generator().manual_seed(2)
-    weight, inputs, stream = (torch.randn(5, 4, generator=generator) for _ in range(3))
-    wanted = weight.bfloat16().float() @ inputs[:4] + 0.5 * stream
+    drift = torch.randn(4, 4, generator=generator)
+    weights = {name: torch.randn(rows, 4, generator=generator).bfloat16() for name, rows in (("q", 5), ("k", 3))}
     monkeypatch.setattr(asymmetric, "PIECE", 2)
-    torch.testing.assert_close(lacking_outputs(weight.bfloat16(), Drift(inputs[:4], stream)), wanted)
+    for name, lacking in lacking_outputs(weights, drift).items():
+        torch.testing.assert_close(lacking, weights[name].float() @ drift)
 
 
-def test_without_a_reference_there_is_no_drift() -> None:
+def test_without_a_reference_there_are_no_errors() -> None:
     accumulator = HessianAccumulator(4, torch.device("cpu"))
     accumulator.add(torch.ones(3, 4))
-    assert accumulator.drift() is None
+    assert accumulator.errors() is None
 
 
 @torch.inference_mode()

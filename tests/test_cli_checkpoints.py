@@ -59,6 +59,17 @@ def test_quantize_forwards_the_rounding_of_eight_bits(stand_in_quantize: dict[st
     assert (config.method, config.rounding, config.bits, config.group_size) == ("fp8", "nearest", 8, -1)
 
 
+@pytest.mark.parametrize(("count", "said"), [(1, False), (2, True)])
+@pytest.mark.usefixtures("stand_in_quantize")
+def test_quantize_says_that_one_of_several_gpus_is_used(
+    count: int, said: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    assert run(["quantize", "demo"]) == 0
+    assert ("One of 2 GPUs is used (cuda)" in capsys.readouterr().err) == said
+
+
 def test_quantize_json_is_the_report(stand_in_quantize: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["quantize", "demo", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

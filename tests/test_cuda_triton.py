@@ -213,5 +213,22 @@ def test_tuning_comes_before_the_pass_and_is_told(tmp_path: Path, monkeypatch: p
     assert events == ["pass"]
     events.clear()
     monkeypatch.setattr(cuda_pass, "choose_steps", lambda device, dtype: (triton_steps(), "Triton's kernels"))
-    assert cuda_pass.choose(decoder)[1].endswith("as CUDA graphs of Triton's kernels; 4 tuned in 1.0 s")
+    note = cuda_pass.choose(decoder)[1]
+    assert "as CUDA graphs of Triton's kernels; 4 tuned in 1.0 s; launches do not overlap: it needs" in note
     assert events == ["tune", "pass"]
+
+
+def test_launches_overlap_within_their_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton_steps()
+    from quasar_core.kernels.triton.overlap import overlap, why_not_overlapping
+    from quasar_core.models.triton_steps import TritonSteps
+
+    with TritonSteps(overlaps=True).launching():
+        assert overlap() == {"OVERLAPS": True, "launch_pdl": True}
+        with TritonSteps().launching():
+            assert overlap() == {"OVERLAPS": False}
+        assert overlap()["OVERLAPS"]
+    assert overlap() == {"OVERLAPS": False}
+    assert why_not_overlapping(CPU) == "it needs compute capability 9.0"
+    monkeypatch.setenv("QUASAR_OVERLAP", "0")
+    assert why_not_overlapping(CPU) == "QUASAR_OVERLAP is 0"

@@ -145,6 +145,7 @@ def test_the_papers_own_rounding_is_one_option_away(method: Any, tmp_path: Path)
     assert f"--method {method} --rounding nearest" in cards["nearest"]
     assert "--damp" not in cards["nearest"]
     assert f"--method {method} --calibration" in cards["gptq"]
+    assert ", smoothed, " in cards["gptq"]
     assert "per output (by GPTQ)" in cards["gptq"]
     assert "--damp 0.05" in cards["gptq"]
     assert reports["gptq"].bytes_after == pytest.approx(reports["nearest"].bytes_after, rel=0.01)

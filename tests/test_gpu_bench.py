@@ -1,6 +1,7 @@
 """The GPU bench, walked on the CPU: every part yields its rows, and what fails is told."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -11,13 +12,14 @@ import pytest
 import torch
 
 from quasar_core import store
-from quasar_core.bench import gpu_bench, gpu_correctness, gpu_products, gpu_reference
+from quasar_core.bench import gpu_bench, gpu_correctness, gpu_products, gpu_reference, gpu_report
 from quasar_core.bench.gpu_models import Bench, Plan, grown_target, rounded_verifier
-from quasar_core.bench.gpu_report import Report
+from quasar_core.bench.gpu_report import DeviceLostError, Report, read_report
 from quasar_core.bench.gpu_table import summary
 from quasar_core.demo.grow import DEMO
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.dense import DenseKernel
+from quasar_core.kernels.triton.interpret import interpret_on_cpu
 from quasar_core.models.loading import load_target
 from quasar_core.models.pass_steps import TorchSteps
 
@@ -40,8 +42,9 @@ def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     report = gpu_bench.run(PLAN, tmp_path / "out", 300.0)
     assert not report.failed, json.dumps(report.parts, indent=1)
     document = json.loads((tmp_path / "out" / "gpu-bench.json").read_text())
-    parts = ("machine", "correctness", "passes", "products", "end to end", "quantizing", "loading", "transformers")
-    assert list(document["parts"]) == list(parts)
+    before, behind = ("machine", "correctness", "passes"), ("quantizing", "loading", "transformers")
+    assert list(document["parts"]) == [*before, "end to end", "products", "launches", *behind]
+    assert document["finished"]
     passes = [row for row in document["parts"]["passes"] if "ratio" in row]
     models = ("target", "4-bit", "4-bit, head 8", "4-bit, head 4", "w8a16", "w8a8", "fp8")
     assert list(dict.fromkeys(row["model"] for row in passes)) == list(models)
@@ -52,7 +55,14 @@ def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "exact",
     ]
     table = summary(report.parts)
-    for expected in ("0 wrong or failed", "target at 16: 1:", "exact:", "s a block", "generate, compiled"):
+    for expected in (
+        "0 wrong or failed",
+        "target at 16: 1:",
+        "4-bit ÷ target at 16: 1:",
+        "exact:",
+        "s a block",
+        "generate, compiled",
+    ):
         assert expected in table
 
 
@@ -95,6 +105,27 @@ def test_a_wrong_decoder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "checks: 6 right, 3 wrong or failed" in summary(report.parts)
 
 
+@needs_demo
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("wrong", [0, 2])
+def test_launches_that_overlap_wrongly_are_not_used_later(
+    wrong: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpret_on_cpu()
+    from quasar_core.kernels.triton import overlap
+
+    monkeypatch.delenv("QUASAR_OVERLAP", raising=False)
+    monkeypatch.setattr(overlap, "why_not_overlapping", lambda device: None)
+    monkeypatch.setattr(gpu_correctness, "why_not_triton", lambda device, dtype: None)
+    monkeypatch.setattr(gpu_correctness, "differing_passes", lambda *given: wrong)
+    report = new_report(tmp_path)
+    gpu_correctness.check_overlap(PLAN, load_target(DEMO, PLAN.device, torch.float32), report)
+    (row,) = report.parts["correctness"]
+    assert row["wrong"] == {"target": wrong, "4-bit": wrong}
+    assert row["ok"] == (not wrong)
+    assert os.environ.pop("QUASAR_OVERLAP", None) == ("0" if wrong else None)
+
+
 def test_what_fails_is_a_row_and_the_bench_goes_on(tmp_path: Path) -> None:
     report = new_report(tmp_path)
 
@@ -107,6 +138,62 @@ def test_what_fails_is_a_row_and_the_bench_goes_on(tmp_path: Path) -> None:
     rows = json.loads(report.path.read_text())["parts"]["passes"]
     assert rows == [{"what": "first", "error": "ValueError: no such kernel"}, {"what": "second", "ok": True}]
     assert "no such kernel" in summary(report.parts)
+
+
+def test_behind_a_lost_device_another_process_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def measure(report: Report) -> None:
+        for name in ("first", "second", "third"):
+            report.attempt("passes", name, lambda: fail_at("second", name))  # noqa: B023 (called at once)
+
+    def fail_at(wrong: str, name: str) -> None:
+        order.append(name)
+        if name == wrong:
+            raise ValueError("an illegal access")
+
+    monkeypatch.setattr(gpu_report, "is_lost", lambda: True)
+    report = new_report(tmp_path)
+    with pytest.raises(DeviceLostError):
+        report.attempt("passes", "the whole part", lambda: measure(report))
+    after = Report(tmp_path, {}, 300.0, 10.0, read_report(tmp_path))
+    assert after.failed
+    assert 10 < after.elapsed < 20
+    after.attempt("passes", "the whole part", lambda: measure(after))
+    assert order == ["first", "second", "third"]
+    after.write(finished=True)
+    rows = json.loads(after.path.read_text())["parts"]["passes"]
+    assert rows == [{"what": "second", "error": "ValueError: an illegal access"}]
+
+
+def test_what_ended_the_process_is_told_and_left_out(tmp_path: Path) -> None:
+    report = new_report(tmp_path)
+
+    def end_inside() -> None:
+        report.attempt("passes", "hangs", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    with pytest.raises(KeyboardInterrupt):
+        report.attempt("passes", "the whole part", end_inside)
+    after = Report(tmp_path, {}, 300.0, 10.0, read_report(tmp_path))
+    assert [row["what"] for row in after.parts["passes"]] == ["hangs"]
+    assert after.failed
+    after.attempt("passes", "hangs", lambda: pytest.fail("attempted again"))
+
+
+def test_processes_follow_one_another_until_one_has_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import json, os, pathlib; path = pathlib.Path(os.environ['OUT']) / 'gpu-bench.json';"
+        "count = json.loads(path.read_text())['count'] if path.exists() else 0;"
+        "assert (os.environ.get('QUASAR_OVERLAP') == '0') == (count > 0);"
+        "path.write_text(json.dumps({'count': count + 1, 'finished': count == 2})); os._exit(1)"
+    )
+    monkeypatch.setattr(gpu_bench, "command", lambda elapsed: [sys.executable, "-c", program])
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    gpu_bench.supervise(tmp_path, 300.0, environment)
+    assert json.loads((tmp_path / "gpu-bench.json").read_text())["count"] == 3
+    (tmp_path / "gpu-bench.json").unlink()
+    gpu_bench.supervise(tmp_path, 0.0, environment)  # no time: none is started
+    assert not (tmp_path / "gpu-bench.json").exists()
 
 
 def test_a_part_whose_time_is_up_is_skipped(tmp_path: Path) -> None:
@@ -156,6 +243,7 @@ def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, caps
 def test_products_are_tuned_before_they_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
+    interpret_on_cpu()  # as other tests of this process want it
     from quasar_core.kernels.triton import tune
 
     events: list[str] = []

@@ -9,11 +9,12 @@ import torch
 from quantize_cases import CONFIG, quantize
 from test_quantize_moe import qwen3_moe, save
 
+from quasar_cli.main import run as run_command
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.stored_layers import stored_layers
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.quantize import agreement, run
+from quasar_core.quantize import agreement, mixed, run
 from quasar_core.quantize.agreement import BUDGETS, smallest_budget
 from quasar_core.quantize.allocate import Choice
 from quasar_core.quantize.gptq import SolverConfig
@@ -45,7 +46,7 @@ def test_a_budget_between_two_widths_goes_to_the_layer_that_needs_it() -> None:
         spend(LayerPlan(SolverConfig()), groups, 1)
 
 
-def test_a_checkpoint_of_a_mean_of_bits(source: Path) -> None:
+def test_a_checkpoint_of_a_mean_of_bits(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(CONFIG, bits=4, mean_bits=3.5)
     report = quantize(source, config)
     folder = source.parent / "tiny-gptq-mixed3.5bit-g32"
@@ -60,6 +61,9 @@ def test_a_checkpoint_of_a_mean_of_bits(source: Path) -> None:
         assert VerifierCheckpoint(folder).layer(name).bits == layer.bits
     uniform = quantize(source, replace(CONFIG, bits=4), output=source.parent / "uniform")
     assert report.bytes_after < uniform.bytes_after
+    assert "from 2 to 8 bits by layer, groups of 32 or smaller ones, symmetric" in (folder / "README.md").read_text()
+    assert run_command(["inspect", str(folder)]) == 0
+    assert f"symmetric, other widths by {len(section['dynamic'])} rules" in capsys.readouterr().out
 
 
 def test_bisection_asks_at_most_five_times() -> None:
@@ -100,6 +104,19 @@ def test_the_agreement_asked_for_is_reached(source: Path, monkeypatch: pytest.Mo
     assert again.fidelity == whole.fidelity
     first, second = ((source.parent / name / "model.safetensors").read_bytes() for name in ("whole", "begun"))
     assert first == second
+
+
+def test_an_agreement_that_is_not_reached_may_be_asked_for_anew(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured serves a smaller one; once a budget is found, only what was asked for goes on."""
+    monkeypatch.setattr(agreement, "BUDGETS", (4.0, 6.0))
+    with pytest.raises(QuasarError, match="was not reached"):
+        quantize(source, replace(CONFIG, target_agreement=0.9999), output=source.parent / "out")
+    monkeypatch.setattr(mixed, "measure_widths", lambda *_: pytest.fail("widths are measured again"))
+    monkeypatch.setattr(run, "assemble", lambda *_: pytest.fail("stopped here"))
+    with pytest.raises(pytest.fail.Exception, match="stopped here"):
+        quantize(source, replace(CONFIG, target_agreement=0.3), output=source.parent / "out")
+    with pytest.raises(UsageError, match=r"target_agreement was 0\.3 and is 0\.2"):
+        quantize(source, replace(CONFIG, target_agreement=0.2), output=source.parent / "out")
 
 
 @pytest.mark.parametrize(

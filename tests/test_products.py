@@ -101,18 +101,16 @@ def test_linear_layers_inside_a_module() -> None:
 @pytest.mark.parametrize("columns", [40, 130, 300])
 @pytest.mark.parametrize("copied", [2**22, 1000], ids=["at once", "in parts"])
 def test_tiles_and_parts_make_the_hessian(columns: int, copied: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the drift: against the sums by hand in float64."""
+    """And the errors' sum: against the sums by hand in float64."""
     monkeypatch.setattr(hessian_module, "COPIED_VALUES", copied)
     torch.manual_seed(0)
-    rows, wanted, errors = torch.randn(2, 25, columns), torch.randn(2, 25, columns), torch.randn(2, 25, 7)
+    rows, errors = torch.randn(2, 25, columns), torch.randn(2, 25, 7)
     accumulator = HessianAccumulator(columns, rows.device)
     for batch in range(2):
-        accumulator.add(rows[batch], wanted[batch], errors[batch])
-    x, x_full, r = (each.flatten(0, 1).double() for each in (rows, wanted, errors))
-    drift, found = accumulator.drift(), accumulator.finish("x")
-    assert drift is not None
-    assert drift.stream is not None
-    share = 2 / 50
-    for got, sum_of in ((found, x.t() @ x), (drift.inputs, (x_full - x).t() @ x), (drift.stream, r.t() @ x)):
-        torch.testing.assert_close(got.double(), share * sum_of, rtol=1e-4, atol=1e-5)
+        accumulator.add(rows[batch], errors[batch])
+    x, e = (each.flatten(0, 1).double() for each in (rows, errors))
+    beside, found = accumulator.errors(), accumulator.finish("x")
+    assert beside is not None
+    for got, sum_of in ((found, x.t() @ x), (beside, e.t() @ x)):
+        torch.testing.assert_close(got.double(), 2 / 50 * sum_of, rtol=1e-4, atol=1e-5)
     assert torch.allclose(found, found.t(), rtol=1e-4, atol=1e-6)

@@ -144,6 +144,13 @@ def test_a_calibration_text_without_text(content: str, source: Path) -> None:
     assert not (source.parent / "tiny-gptq-4bit-g32.partial").exists()
 
 
+def test_a_calibration_file_is_looked_at_before_the_weights(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading these takes minutes, and the model's greedy text hours."""
+    monkeypatch.setattr("quasar_core.quantize.run.check_finite", lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(UsageError, match="--calibration must be a file or one of self, wikitext2, c4; nowhere is"):
+        quantize(source, replace(CONFIG, calibration="nowhere"))
+
+
 def test_two_runs_at_once(source: Path) -> None:
     """The second is refused while the first holds the folder, however the first ends; its lock is no lock then."""
     partial = source.parent / "tiny-gptq-4bit-g32.partial"
@@ -216,4 +223,8 @@ def test_ctrl_c_says_how_to_go_on(
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.splitlines()[-1] == "Interrupted. What is finished is kept: the same command goes on from there."
+    with monkeypatch.context() as patch:
+        patch.setattr(gptq, "solve_layer", interrupt)
+        assert run([*command, "--no-resume"]) == 130
+    assert "the same command without --no-resume goes on from there" in capsys.readouterr().err
     assert run(command) == 0

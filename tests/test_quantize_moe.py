@@ -20,6 +20,7 @@ from quasar_core.quantize.blocks import linear_layers
 from quasar_core.quantize.eight_bit import Floats, Integers
 from quasar_core.quantize.gptq import solve
 from quasar_core.quantize.layer_plan import LayerPlan
+from quasar_core.quantize.stages import read_too_little
 from quasar_core.quantize.streaming import open_target
 
 pytest_plugins = ["quantize_fixtures"]
@@ -124,6 +125,21 @@ def test_experts_that_no_text_reached_are_rounded_and_named(method: Any, tmp_pat
     assert not torch.equal(checkpoint.layer(read).dequantize(), rounded(read))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_less_than_a_row_for_128_inputs_is_too_little(rows: int) -> None:
+    layer = torch.nn.Linear(256, 8)
+    assert read_too_little("mlp.experts.3.up_proj", layer, rows) == (rows == 1)
+    assert not read_too_little("mlp.up_proj", layer, rows)
+
+
+@pytest.mark.usefixtures("small_texts")
+def test_experts_that_read_too_little_are_rounded_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And so is every expert, where a row is asked for each thousandth of an input."""
+    monkeypatch.setattr(stages, "MOST_INPUTS_PER_ROW", 1e-3)
+    report = quantize(save(tmp_path / "tiny", MODELS["qwen3-moe"]), CONFIG)
+    assert sorted(report.rounded_layers) == sorted(name for name in report.layer_errors if ".experts." in name)
+
+
 @pytest.mark.parametrize(("method", "error", "bound"), [("w8a8", 2e-4, 0.2), ("fp8", 2e-3, 0.4)])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.usefixtures("small_texts")
@@ -138,6 +154,7 @@ def test_eight_bits_for_weights_and_activations(
     report = quantize(source, replace(CONFIG, method=method, bits=8, group_size=-1))
     checkpoint, stored = VerifierCheckpoint(Path(report.checkpoint)), tensors_of(Path(report.checkpoint))
     marker = "weight_scale"
+    assert "not smoothed, " in (checkpoint.folder / "README.md").read_text()
     assert {NAMES[name].replace("qweight", marker).format(part) for part in PARTS[name]} < stored.keys()
     assert len(checkpoint.layer_names) == 2 * (4 + 4 * 3)
     assert max(report.layer_errors.values()) < error

@@ -19,9 +19,16 @@ from quasar_cli.render.quantize_plan import plan_table
 from quasar_core import api
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.quantize import estimate, layerwise
+from quasar_core.quantize import estimate, free_here, layerwise
 from quasar_core.quantize.estimate import published_shape
-from quasar_core.quantize.plan import Shape, activation_bytes, make_plan, packed_bytes, parse_bytes
+from quasar_core.quantize.plan import (
+    Shape,
+    activation_bytes,
+    make_plan,
+    packed_bytes,
+    parse_bytes,
+    refuse_what_cannot_fit,
+)
 
 pytest_plugins = ["quantize_fixtures"]
 DOCS = Path(__file__).parents[1] / "docs" / "quantizing.md"
@@ -155,8 +162,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
-        ("free_disk", r"This needs 0\.0 GB of disk, and 0\.0 GB are free here: free some"),
-        ("free_memory", r"This needs \d\.\d GB of memory, and 0\.0 GB are free here: use fewer --samples"),
+        ("free_disk", r"This needs 0\.\d MB of disk, and 0\.0 MB are free here: free some"),
+        ("free_memory", r"This needs \d\.\d GB of memory, and 0\.0 MB are free here: use fewer --samples"),
     ],
 )
 def test_what_cannot_fit_is_refused(
@@ -174,6 +181,57 @@ def test_what_cannot_fit_is_refused(
     shown = capsys.readouterr()
     assert "checkpoint" in shown.out, "the plan is shown before it is refused"
     assert "are free here" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--calibration", "nowhere.txt"], "--calibration must be a file or one of"),
+        (["--group-size", "48"], "--group-size must be"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses_before_any_work(
+    options: list[str], sentence: str, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["quantize", str(source), "--device", "cpu", "--dry-run", *options]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert sentence in " ".join(shown.err.split())
+
+
+def test_a_spill_that_does_not_fit_may_be_made_smaller() -> None:
+    plan = make_plan(SMALL, replace(CONFIG, samples=10**6), max_memory=1)
+    with pytest.raises(QuasarError, match=r"GB of disk, .*free some, or name another --output or use fewer --samples"):
+        refuse_what_cannot_fit(replace(plan, free_disk=10**9), None)
+
+
+GROUP_FILES = {
+    "0::/": {"memory.max": "3000000", "memory.current": "2000000", "memory.stat": "file 9\ninactive_file 400000\n"},
+    "4:memory:/job/step": {
+        "memory/job/memory.limit_in_bytes": "3000000",
+        "memory/job/memory.usage_in_bytes": "2000000",
+        "memory/job/memory.stat": "inactive_file 1\ntotal_inactive_file 400000\n",
+    },
+}
+
+
+@pytest.mark.parametrize("line", GROUP_FILES)
+def test_what_a_container_allows_is_all_that_is_free(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both versions of control groups, and from the group above, too; without a limit, what the machine has."""
+    (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 5000000 kB\n")
+    (tmp_path / "cgroup").write_text(f"9:pids:/\n{line}\n")
+    for attribute, name in (("MEMORY_INFO", "meminfo"), ("OWN_GROUPS", "cgroup"), ("GROUPS", "groups")):
+        monkeypatch.setattr(free_here, attribute, tmp_path / name)
+    assert free_here.free_memory() == 5_000_000 * 1024
+    for name, content in GROUP_FILES[line].items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(content)
+    assert free_here.free_memory() == 3_000_000 - 2_000_000 + 400_000
+    (tmp_path / "groups" / next(iter(GROUP_FILES[line]))).write_text("max")
+    if line.startswith("0"):
+        assert free_here.free_memory() == 5_000_000 * 1024
 
 
 def plan_row(name: str, label: str) -> str:
@@ -201,12 +259,16 @@ def test_the_plan_as_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     show(plan_table(make_plan(SMALL, CONFIG)))
     shown = capsys.readouterr().out
     assert "GPU memory" not in shown
-    assert "on the CPU, from its files" in shown
+    assert "its calibration and its greedy text, on the CPU, from its files" in shown
+    show(plan_table(make_plan(SMALL, replace(CONFIG, calibration="text.txt"))))
+    shown = capsys.readouterr().out
+    assert "its greedy text, on the CPU" in shown
+    assert "--calibration" not in shown, "which was given"
 
 
 def test_layers_that_were_rounded_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(5)]
     assert rounded_facts([], verbose=True) == []
     ((_, few),), ((_, all_of_them),) = rounded_facts(names, verbose=False), rounded_facts(names, verbose=True)
-    assert few == f"5 layers of experts that no text reached: {', '.join(names[:3])}, …"
+    assert few == f"5 layers of experts that read too little text: {', '.join(names[:3])}, …"
     assert names[4] in all_of_them

@@ -97,6 +97,18 @@ def test_a_run_of_another_identity_is_not_resumed(source: Path, monkeypatch: pyt
     quantize(source, replace(CONFIG, seed=1), resume=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("calibration", "pass --no-resume to begin anew"), ("block-00000", "delete it, and it")],
+)
+def test_a_commit_that_was_cut_short(name: str, remedy: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(source, monkeypatch)
+    file = next(source.parent.glob("*.partial")) / "commits" / f"{name}.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(QuasarError, match=rf"{name}\.safetensors is not readable \(.*\): {remedy}"):
+        quantize(source)
+
+
 def test_an_existing_output_is_refused_without_force_and_replaced_with_it(source: Path) -> None:
     output = Path(quantize(source).checkpoint)
     (output / "left-over").touch()

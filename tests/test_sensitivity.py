@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from quasar_core.quantize.activations import capture_first_inputs
 from quasar_core.quantize.fidelity import kl_divergence
 from quasar_core.quantize.gptq import SolverConfig, solve
+from quasar_core.quantize.hessian import shrunk
 from quasar_core.quantize.sensitivity import MEASURED_BITS, measure_widths, possible_widths
 from quasar_core.quantize.study import with_weights
 
@@ -58,7 +59,7 @@ def test_what_a_width_costs_is_what_a_model_diverges_with_that_layer_alone_quant
     handle = model.get_submodule(down).register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
     model(rows)
     handle.remove()
-    hessian = 2 * inputs[0].t() @ inputs[0] / len(inputs[0])
+    hessian = shrunk(2 * inputs[0].t() @ inputs[0] / len(inputs[0]), len(inputs[0]))
     measured = next(choice for choice in found.choices if choice.bits >= MEASURED_BITS)
     for choice in found.choices:
         config = replace(default, bits=choice.bits, group_size=choice.group_size)

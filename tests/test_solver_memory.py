@@ -14,7 +14,6 @@ import json, sys, torch
 from pathlib import Path
 from quasar_core.quantize.asymmetric import lacking_outputs
 from quasar_core.quantize.gptq import SolverConfig, solve_group
-from quasar_core.quantize.hessian import Drift
 
 def memory(what):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -26,10 +25,10 @@ def peak(columns, *outs):
     before = memory("VmRSS")
     rows = torch.randn(256, columns)
     hessian = torch.zeros(columns, columns).addmm_(rows.t(), rows, alpha=2 / 256)
-    drift = Drift(0.01 * hessian, torch.zeros(outs[0], columns) if len(outs) == 1 else None)
+    errors = 0.01 * hessian[:outs[0]] if len(outs) == 1 else 0.01 * hessian
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
-    lacking = {name: lacking_outputs(weight, drift) for name, weight in weights.items()}
-    del drift
+    lacking = lacking_outputs(weights, errors)
+    del errors
     solve_group(weights, hessian, dict.fromkeys(weights, SolverConfig(sweeps=1)), lacking)
     return memory("VmHWM") - before
 

@@ -27,5 +27,7 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     assert len(found) == 12, sorted(found)
     for launch in (*found["_packed_kernel"], *found["_dense_kernel"], *found["_w8a8_kernel"]):
         assert launch["wgmma"], "the product is not on Hopper's tensor cores"
+    for launch in (launch for launches in found.values() for launch in launches):
+        assert launch["waits"] == launch["overlaps"], "a launch that may begin early waits, once"
     for launch in found["_packed_kernel"]:
         assert launch["moved"] == 0, "codes do not stay in the registers that they were unpacked in"

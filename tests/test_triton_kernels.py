@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import interpreted  # noqa: F401  # first: it decides how kernels are compiled
@@ -24,7 +26,7 @@ from quasar_core.kernels.triton.check_tools import Case, relative_error
 from quasar_core.kernels.triton.checks import correctness_cases
 from quasar_core.kernels.triton.kernel import TritonKernel
 from quasar_core.kernels.triton.products import multiply_packed
-from quasar_core.kernels.triton.tune import candidates, tune, tune_missing
+from quasar_core.kernels.triton.tune import GatedWeight, candidates, tune, tune_missing
 from quasar_core.kernels.triton.weights import dequantize, prepare_packed
 
 CPU = torch.device("cpu")
@@ -127,6 +129,49 @@ def test_a_gated_product_has_as_many_programs_and_no_more_shared_memory() -> Non
     assert gated_blocks(plain, 256, 24576, packed=True).splits == 2  # steps
     assert gated_blocks(plain, 4096, 151936, packed=True).splits == 1  # room for partial sums
     assert gated_blocks(replace(plain, outputs=128), 4096, 24576, packed=False) == replace(plain, outputs=128)
+
+
+def test_a_gated_product_has_shapes_of_its_own(shapes_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = prepare_packed(random_weight(4, 1088, 256, 64, symmetric=True), CPU)
+    shapes = candidates(GatedWeight(weight))
+    assert shapes[0] == packed_blocks(weight, CPU, gated=True)
+    assert {blocks.outputs for blocks in shapes} == {128}
+    plain, launched = packed_blocks(weight, CPU), list[Any]()
+    monkeypatch.setattr(
+        tune_module, "multiply_packed", lambda *given, **named: launched.append((given[2].shape, named))
+    )
+
+    def timer(launch: Any) -> float:
+        launch()
+        return float(-len(launched))
+
+    assert tune([GatedWeight(weight)], torch.float16, timer) == shapes[-1] == packed_blocks(weight, CPU, gated=True)
+    assert launched[-1] == ((8, 128), {"blocks": shapes[-1], "gated": True})
+    assert packed_blocks(weight, CPU) == plain
+    dense = torch.zeros(256, 512, dtype=torch.float16)
+    assert tune([GatedWeight(dense)], torch.float16, lambda launch: 1.0) == dense_blocks(dense, CPU, gated=True)
+
+
+def test_candidates_are_compiled_side_by_side_before_they_are_timed(
+    shapes_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = two_shapes()[0]
+    shapes, compiled, timed = candidates(weight), set[Blocks](), list[Blocks]()
+
+    def multiply(*given: Any, blocks: Blocks) -> None:
+        if blocks == shapes[1]:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        if threading.current_thread() is threading.main_thread():
+            assert blocks in compiled
+            timed.append(blocks)
+        compiled.add(blocks)
+
+    monkeypatch.setattr(tune_module, "multiply_packed", multiply)
+    monkeypatch.setattr(tune_module, "replay_seconds", lambda launch: launch() or float(len(shapes) - len(timed)))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(tune_module, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: 0)))
+    assert tune([weight], torch.float16) == shapes[-1]
+    assert timed == [blocks for blocks in shapes if blocks != shapes[1]]
 
 
 def test_tuning_tells_how_far_it_is(shapes_file: Path) -> None:

@@ -142,13 +142,14 @@ def quantize(
     announce(model)
     if push_to_hub is not None:
         check_can_push(push_to_hub)
+    _say_one_gpu(device)
     if dry_run:
         _show_plan(model, config, output, device, max_memory, trust_remote_code, as_json)
         return
 
     from quasar_core import api
 
-    with _saying_how_to_go_on(), console.progress_bar() as progress:
+    with _saying_how_to_go_on(resume), console.progress_bar() as progress:
         report = api.quantize(
             model,
             config,
@@ -171,13 +172,25 @@ def quantize(
     console.note_plain('Next: quasar generate --prompt "..."')
 
 
+def _say_one_gpu(device: str) -> None:
+    """Where there are several: a block waits for the one before it, so a second GPU would stand idle."""
+    import torch
+
+    from quasar_core.models.device import choose_device
+
+    place = choose_device(device)
+    if place.type == "cuda" and (count := torch.cuda.device_count()) > 1:
+        console.note_plain(f"One of {count} GPUs is used ({place}): each block waits for the one before it.")
+
+
 @contextmanager
-def _saying_how_to_go_on() -> Iterator[None]:
+def _saying_how_to_go_on(resume: bool) -> Iterator[None]:
     """After Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
-        console.note_plain("Interrupted. What is finished is kept: the same command goes on from there.")
+        command = "the same command" if resume else "the same command without --no-resume"
+        console.note_plain(f"Interrupted. What is finished is kept: {command} goes on from there.")
         raise
 
 

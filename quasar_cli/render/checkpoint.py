@@ -35,11 +35,11 @@ def report_tables(report: QuantizeReport, verbose: bool) -> list[RenderableType]
 
 
 def rounded_facts(names: Sequence[str], verbose: bool) -> list[tuple[str, str]]:
-    """Layers of experts that no text reached; with `verbose`, all of them by name."""
+    """Layers of experts that read too little text; with `verbose`, all of them by name."""
     if not names:
         return []
     shown = names if verbose else [*names[:3], *(["…"] if len(names) > 3 else [])]
-    return [("rounded to nearest", f"{len(names)} layers of experts that no text reached: {', '.join(shown)}")]
+    return [("rounded to nearest", f"{len(names)} layers of experts that read too little text: {', '.join(shown)}")]
 
 
 def errors_table(errors: dict[str, float], count: int = _WORST_LAYERS) -> Table:
@@ -103,4 +103,5 @@ def _codes(quantization: dict[str, Any]) -> str:
     group = quantization.get("group_size", -1)
     symmetry = "symmetric" if quantization.get("sym", True) else "asymmetric"
     groups = "one group per output" if group == -1 else f"groups of {group}"
-    return f"{quantization.get('quant_method', 'gptq')}, {quantization['bits']} bits, {groups}, {symmetry}"
+    others = f", other widths by {len(rules)} rules" if (rules := quantization.get("dynamic")) else ""
+    return f"{quantization.get('quant_method', 'gptq')}, {quantization['bits']} bits, {groups}, {symmetry}{others}"

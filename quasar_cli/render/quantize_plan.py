@@ -19,7 +19,7 @@ def plan_table(plan: Plan) -> Table:
         facts.append(("GPU memory at the most", f"{as_bytes(plan.device)}{_free(plan.free_device)}, on one GPU"))
     facts += [
         ("hidden states", f"{states}, {'in a file' if plan.spilled else 'in memory'}"),
-        ("the model writes its text", _where_text_is_written(plan)),
+        ("the model writes", _what_is_written(plan)),
     ]
     if plan.seconds is not None:
         facts.append(("time", f"{about(plan.seconds)}, if nothing else runs"))
@@ -28,10 +28,12 @@ def plan_table(plan: Plan) -> Table:
     return facts_table(facts)
 
 
-def _where_text_is_written(plan: Plan) -> str:
+def _what_is_written(plan: Plan) -> str:
+    text = "its calibration and its greedy text" if plan.writes_calibration else "its greedy text"
     if plan.text_on_device:
-        return "on the GPU, which holds it as a whole"
-    return "on the CPU, from its files; slow where memory cannot cache them: --calibration FILE spares most of it"
+        return f"{text}, on the GPU, which holds it as a whole"
+    spare = ": --calibration FILE spares most of it" if plan.writes_calibration else ""
+    return f"{text}, on the CPU, from its files; slow where memory cannot cache them{spare}"
 
 
 def _free(count: int | None) -> str:

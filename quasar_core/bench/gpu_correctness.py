@@ -1,5 +1,6 @@
 """Part 1 of a GPU bench: everything that runs on the device computes what it should."""
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,8 @@ from quasar_core.bench.run import run_bench
 from quasar_core.decode.acceptance import accept_matching
 from quasar_core.decode.choices import choose_best
 from quasar_core.demo.grow import DEMO
-from quasar_core.models.cuda_pass import why_not_triton
+from quasar_core.models.cuda_overlap import POSITION, cache_at, differing_passes
+from quasar_core.models.cuda_pass import CudaPass, why_not_triton
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.loading import load_target
 from quasar_core.models.pair import Pair, context_limit, end_of_text_ids, load_tokenizer
@@ -29,6 +31,7 @@ PART = "correctness"
 MORE_ROUNDING = 1.5
 KERNEL_SHARE = 0.6  # of the part's time
 SPREAD = 5
+OVERLAPPED = "qwen3"  # the tiny model whose passes are run with launches that overlap, too
 SIZES = {
     "vocab_size": 512,
     "hidden_size": 256,
@@ -123,6 +126,31 @@ def check_decoder(name: str, plan: Plan, report: Report) -> None:
     verifier.fast = None
     error = relative_error(recorded, in_passes(verifier, tokens, sizes))
     report.add(PART, what=f"verifier, {name}", relative_error=error, tolerance=allowed, ok=error <= allowed)
+    if name == OVERLAPPED and not plan.dry:
+        report.attempt(PART, "overlapping launches", partial(check_overlap, plan, decoder, report))
+
+
+def check_overlap(plan: Plan, target: LeanDecoder, report: Report) -> None:
+    """Passes whose launches overlap, against the same launches one after the other: none may differ in any bit."""
+    obstacle = why_not_triton(plan.device, plan.dtype)
+    if obstacle:
+        report.add(PART, what="overlapping launches", skipped=obstacle)
+        return
+    from quasar_core.kernels.triton.overlap import SWITCH, why_not_overlapping
+    from quasar_core.models.triton_steps import TritonSteps
+
+    obstacle = why_not_overlapping(plan.device)
+    if obstacle:
+        report.add(PART, what="overlapping launches", skipped=obstacle)
+        return
+    os.environ[SWITCH] = "0"  # for what is measured later, unless all is well here
+    found = {}
+    for name, decoder in {"target": target, "4-bit": small_verifier(target)}.items():
+        joined = CudaPass(decoder, TritonSteps(overlaps=True))
+        found[name] = differing_passes(decoder, TritonSteps(), joined, cache_at(decoder, POSITION))
+    report.add(PART, what="overlapping launches", wrong=found, ok=not any(found.values()))
+    if not any(found.values()):
+        del os.environ[SWITCH]
 
 
 def random_model(folder: Path, name: str) -> Any:

@@ -12,36 +12,40 @@ from quasar_core.bench.gpu_models import Bench, rounded_verifier, with_head_of
 from quasar_core.bench.step_lineup import cache_bytes, lean_subject
 from quasar_core.decode.engine import PREFILL_CHUNK
 from quasar_core.models.cuda_graphs import PlainLauncher
-from quasar_core.models.cuda_pass import CudaPass, pass_size
+from quasar_core.models.cuda_pass import CudaPass, choose_steps, pass_size
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
 
-PART = "passes"
+PART, LAUNCHES = "passes", "launches"
 COUNTED_TOKENS = (1, 8)  # of the passes whose launches are counted
 NAMED_KERNELS = 14  # of a pass, those that take longest
 ROOM = 64
 
 
-def run(bench: Bench, target: LeanDecoder, verifier: LeanDecoder) -> None:
-    """Target and 4-bit verifier at every length and context, then their launches, then verifiers of other kinds."""
+def run(bench: Bench, target: LeanDecoder, make_verifier: Callable[[], LeanDecoder]) -> None:
+    """Target and 4-bit verifier at every length and context, then verifiers of other kinds."""
     plan, report = bench.plan, bench.report
     cache = target.new_cache(max(plan.contexts) + ROOM)
     report.attempt(PART, "prompt", partial(fill, bench, target, cache, max(plan.contexts)))
-    models = {"target": target, "4-bit": verifier}
-    for name, model in models.items():
-        time_model(bench, name, model, cache, plan.tokens)
-    for name, model in models.items():
-        report.attempt(PART, f"launches of {name}", partial(count_launches, bench, name, model, cache))
     few = (1, 8) if 8 in plan.tokens else plan.tokens[-1:]
-    others: dict[str, Callable[[], LeanDecoder]] = {
-        "4-bit, head 8": partial(with_head_of, 8, verifier, target),
-        "4-bit, head 4": partial(with_head_of, 4, verifier, target),
-        "w8a16": partial(rounded_verifier, target, "w8a16"),
-        "w8a8": partial(rounded_verifier, target, "w8a8"),
-        "fp8": partial(rounded_verifier, target, "fp8"),
+    models: dict[str, tuple[Callable[[], LeanDecoder], Sequence[int]]] = {
+        "target": (lambda: target, plan.tokens),
+        "4-bit": (make_verifier, plan.tokens),
+        "4-bit, head 8": (lambda: with_head_of(8, make_verifier(), target), few),
+        "4-bit, head 4": (lambda: with_head_of(4, make_verifier(), target), few),
+        "w8a16": (partial(rounded_verifier, target, "w8a16"), few),
+        "w8a8": (partial(rounded_verifier, target, "w8a8"), few),
+        "fp8": (partial(rounded_verifier, target, "fp8"), few),
     }
-    for name, make in others.items():
-        report.attempt(PART, name, lambda: time_model(bench, name, make(), cache, few))  # noqa: B023 (called at once)
+    for name, (make, tokens) in models.items():
+        report.attempt(PART, name, lambda: time_model(bench, name, make(), cache, tokens))  # noqa: B023 (called at once)
+
+
+def run_launches(bench: Bench, target: LeanDecoder, verifier: LeanDecoder) -> None:
+    """Which kernels a pass launches. After all that is timed: a profiler that was used once may cost time later."""
+    cache = target.new_cache(max(bench.plan.contexts) + ROOM)
+    for name, model in {"target": target, "4-bit": verifier}.items():
+        bench.report.attempt(LAUNCHES, name, partial(count_launches, bench, name, model, cache))
 
 
 def fill(bench: Bench, target: LeanDecoder, cache: DecoderCache, length: int) -> None:
@@ -59,7 +63,10 @@ def fill(bench: Bench, target: LeanDecoder, cache: DecoderCache, length: int) ->
 
 
 def time_model(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache, tokens: Sequence[int]) -> None:
-    """A model's passes at every context."""
+    """A model's passes at every context; first how they were chosen."""
+    packed = list(model.packed_layers)
+    kernels = list(dict.fromkeys(f"{layer.choice.kernel.name}: {layer.choice.reason}" for layer in packed))
+    bench.report.add(PART, model=name, note=getattr(model.fast, "note", ""), kernels=kernels)
     for context in bench.plan.contexts:
         for count in tokens:
             what = f"{name}, {count} tokens at {context}"
@@ -148,9 +155,10 @@ def count_launches(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCa
     """Kernels of one pass that is not recorded, and those that take longest, as PyTorch's profiler sees them."""
     plan, report = bench.plan, bench.report
     if not isinstance(model.fast, CudaPass):
-        report.add(PART, what=f"launches of {name}", skipped="its passes are not recorded")
+        report.add(LAUNCHES, what=name, skipped="its passes are not recorded")
         return
-    plain = CudaPass(model, model.fast.steps, PlainLauncher())
+    # Launches one after the other: of those that overlap, the time that each waits would count.
+    plain = CudaPass(model, choose_steps(plan.device, plan.dtype)[0], PlainLauncher())
     plain.dense = model.fast.dense
     on_cuda = plan.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU
@@ -166,7 +174,7 @@ def count_launches(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCa
         ]
         longest = sorted(found, reverse=True)[:NAMED_KERNELS]
         report.add(
-            PART,
+            LAUNCHES,
             model=name,
             tokens=count,
             launches=sum(number for _, number, _ in found),

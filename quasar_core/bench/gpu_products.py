@@ -1,4 +1,4 @@
-"""Part 2 of a GPU bench, continued: every product kernel alone, over the shapes of the model, against its floor.
+"""Part of a GPU bench: every product kernel alone, over the shapes of the model, against its floor.
 
 Weights rotate through more memory than a cache holds; a graph of one product for each of them is replayed, so that
 launching costs nothing.

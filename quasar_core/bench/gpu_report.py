@@ -1,8 +1,11 @@
 """What a GPU bench found: rows of each part, written as they come; and the time that is left.
 
-Every row is printed with the seconds since the start, so that a run that is cut off has told what it knew.
+Every row is printed with the seconds since the start, so that a run that is cut off has told what it knew. The file
+also says what has been attempted: where a kernel takes the device or the process with it, another process goes on
+behind that attempt.
 """
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +17,38 @@ from quasar_core.bench.environment import git_hash, package_versions
 from quasar_core.checkpoint.writer import write_json
 
 Row = dict[str, Any]
+Attempt = list[str]  # a part, and what of it
+FILE = "gpu-bench.json"
+LONGEST_ERROR = 2000  # characters of a row
+
+
+class DeviceLostError(Exception):
+    """After an illegal access and its like no further call of this process reaches the device."""
 
 
 class Report:
-    """Rows by part, in one JSON file; `failed` once a row holds an error or a wrong result."""
+    """Rows by part, in one JSON file; `failed` once a row holds an error or a wrong result.
 
-    def __init__(self, folder: Path, facts: Row, seconds: float) -> None:
+    With `earlier`, the content of the file of a process that ended before its time, it goes on where that one was.
+    """
+
+    def __init__(
+        self, folder: Path, facts: Row, seconds: float, elapsed: float = 0.0, earlier: Row | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "gpu-bench.json"
+        self.path = folder / FILE
         self.facts = {**facts, "versions": package_versions(), "git": git_hash()}
-        self.parts: dict[str, list[Row]] = {}
-        self.failed = False
-        self._start = time.perf_counter()
+        earlier = earlier or {}
+        self.parts: dict[str, list[Row]] = earlier.get("parts", {})
+        self.failed: bool = earlier.get("failed", False)
+        self._done: list[Attempt] = earlier.get("done", [])
+        self._begun: list[Attempt] = []  # each within the one before it
+        self._start = time.perf_counter() - elapsed
         self._seconds = self._until = seconds
+        if earlier.get("begun") and not earlier["device_lost"]:  # a lost device has its row
+            part, what = earlier["begun"][-1]
+            self._done.append([part, what])
+            self.add(part, what=what, error="the process ended here, or was ended as its time was up")
 
     @property
     def elapsed(self) -> float:
@@ -56,21 +78,58 @@ class Report:
         self.say(f"{part}: " + ", ".join(f"{key} {_short(value)}" for key, value in row.items()))
         self.write()
 
-    def write(self) -> None:
+    def write(self, *, finished: bool = False, device_lost: bool = False) -> None:
         """The file, whole or not at all."""
-        write_json(self.path, {**self.facts, "seconds": self.elapsed, "failed": self.failed, "parts": self.parts})
+        state = {"done": self._done, "begun": self._begun, "finished": finished, "device_lost": device_lost}
+        found = {"seconds": self.elapsed, "failed": self.failed, "parts": self.parts}
+        write_json(self.path, {**self.facts, **found, **state})
 
     def attempt(self, part: str, what: str, measure: Callable[[], None]) -> None:
-        """Measure something: what fails is a row, and the bench goes on; so is what no time is left for."""
+        """Measure something: what fails is a row, and the bench goes on; so is what no time is left for.
+
+        What an earlier process attempted is left out. DeviceLostError where nothing more can be measured in this one.
+        """
+        key = [part, what]
+        if key in self._done:
+            return
         if self.left() <= 0:
             self.add(part, what=what, skipped="no time was left")
             return
+        self._begun.append(key)
+        self.write()
+        lost = False
         try:
             measure()
+        except DeviceLostError:
+            raise
         except Exception as error:
-            self.add(part, what=what, error=f"{type(error).__name__}: {error}")
+            self.add(part, what=what, error=f"{type(error).__name__}: {error}"[:LONGEST_ERROR])
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 torch.cuda.empty_cache()
+            lost = is_lost()
+        self._begun.pop()
+        self._done.append(key)
+        if lost:
+            self.write(device_lost=True)
+            raise DeviceLostError(f"{part}: {what}")
+
+
+def is_lost() -> bool:
+    """Whether the device answers no more."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:  # whatever it is: it is told already
+        return True
+    return False
+
+
+def read_report(folder: Path) -> Row | None:
+    """What a run wrote into a folder; None where there is nothing."""
+    path = folder / FILE
+    content: Row | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return content
 
 
 def _short(value: Any) -> str:

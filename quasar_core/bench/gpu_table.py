@@ -14,6 +14,7 @@ def summary(parts: Mapping[str, Sequence[Row]]) -> str:
             *passes(parts.get("passes", ())),
             *products(parts.get("products", ())),
             *arms(parts.get("end to end", ())),
+            *launches(parts.get("launches", ())),
             *quantizing(parts.get("quantizing", ())),
             *loading(parts.get("loading", ())),
             *reference(parts.get("transformers", ())),
@@ -41,9 +42,20 @@ def passes(rows: Sequence[Row]) -> Iterator[str]:
             if (row["model"], row["context"]) == (model, context)
         ]
         yield f"  {model} at {context}: " + ", ".join(cells)
-    for row in rows:
-        if "launches" in row:
-            yield f"  {row['model']}, {row['tokens']} tokens: {row['launches']} launches, {row['busy_us']:.0f} µs busy"
+    yield from verify_shares(timed)
+
+
+def verify_shares(timed: Sequence[Row]) -> Iterator[str]:
+    """What a verify takes of a confirm of as many tokens."""
+    took = {(row["model"], row["context"], row["tokens"]): row["ms"] for row in timed}
+    for context in dict.fromkeys(row["context"] for row in timed):
+        shares = [
+            f"{tokens}: {ms / took['target', context, tokens]:.2f}"
+            for (model, at, tokens), ms in took.items()
+            if (model, at) == ("4-bit", context) and ("target", context, tokens) in took
+        ]
+        if shares:
+            yield f"  4-bit ÷ target at {context}: " + ", ".join(shares)
 
 
 def products(rows: Sequence[Row]) -> Iterator[str]:
@@ -65,6 +77,13 @@ def arms(rows: Sequence[Row]) -> Iterator[str]:
             shares = ", ".join(f"{name} {100 * row[f'share_{name}']:.0f} %" for name in ("draft", "verify", "confirm"))
             length, speedup = row["acceptance_length"], row["speedup"]
             yield f"  {row['arm']}: {row['tokens_per_s']:.1f} tokens/s, {speedup:.2f} ×, length {length:.2f}; {shares}"
+
+
+def launches(rows: Sequence[Row]) -> Iterator[str]:
+    """Kernels of a pass, and how long they run."""
+    for row in rows:
+        if "launches" in row:
+            yield f"launches, {row['model']}, {row['tokens']} tokens: {row['launches']}, {row['busy_us']:.0f} µs busy"
 
 
 def quantizing(rows: Sequence[Row]) -> Iterator[str]:

@@ -99,7 +99,7 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight as `torch.nn.Linear` holds it, [out, in]; computed in float32, then rounded."""
         index = self.g_idx.long()
-        weight = self.scales.float()[index] * (self.codes.float() - self.zeros.float()[index])
+        weight = self.codes.float().sub_(self.zeros.float()[index]).mul_(self.scales.float()[index])
         return weight.t().to(dtype).contiguous()
 
     def pack(self) -> dict[str, torch.Tensor]:

@@ -83,7 +83,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
             os.fsync(file.fileno())  # the name must not be there before the content
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise QuasarError(f"{path} could not be written ({error.strerror or error}).") from error
+        why = error.strerror or error
+        raise QuasarError(f"{path} could not be written ({why}); what is finished is kept.") from error
     partial.replace(path)
 
 

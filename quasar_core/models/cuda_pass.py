@@ -44,9 +44,28 @@ def choose(decoder: LeanDecoder, progress: Progress = no_progress) -> tuple["Cud
     if obstacle:
         return None, f"passes: PyTorch's operations, not recorded: {obstacle}"
     steps, why = choose_steps(decoder.device, decoder.dtype)
-    tuned = tune_products(decoder, progress) if steps.name == "Triton" else ""
-    fast = CudaPass(decoder, steps)
-    return fast, f"passes: of up to {fast.longest} tokens as CUDA graphs of {why}" + (f"; {tuned}" if tuned else "")
+    notes = [f"passes: of up to {LONGEST_PASS} tokens as CUDA graphs of {why}"]
+    if steps.name != "Triton":
+        return CudaPass(decoder, steps), notes[0]
+    notes.append(tune_products(decoder, progress))
+    fast, overlap = _choose_overlap(decoder, steps, progress)
+    fast.note = "; ".join(note for note in [*notes, overlap] if note)
+    return fast, fast.note
+
+
+def _choose_overlap(decoder: LeanDecoder, steps: Steps, progress: Progress) -> tuple["CudaPass", str]:
+    """The pass whose launches overlap where that can be had and gains, else the plain one; and a sentence."""
+    from quasar_core.kernels.triton.overlap import why_not_overlapping
+    from quasar_core.models.cuda_overlap import choose_overlap
+    from quasar_core.models.triton_steps import TritonSteps
+
+    obstacle = why_not_overlapping(decoder.device)
+    if obstacle:
+        return CudaPass(decoder, steps), f"launches do not overlap: {obstacle}"
+    progress("trying launches that overlap", 0, 1)
+    found = choose_overlap(decoder, steps, TritonSteps(overlaps=True))
+    progress("trying launches that overlap", 1, 1)
+    return found
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -80,6 +99,7 @@ class CudaPass:
     def __init__(self, decoder: LeanDecoder, steps: Steps, launches: Launcher | None = None) -> None:
         self.decoder, self.steps = decoder, steps
         self.longest = LONGEST_PASS
+        self.note = ""  # how it was chosen
         device = decoder.device
         self.dense = DenseChoices(decoder, steps)
         self._launches = launches or launcher(device)
@@ -107,10 +127,11 @@ class CudaPass:
         size = pass_size(count, cache.capacity - cache.length)
         self._clear(cache)
         self._mail.send(cache.length, tokens, filled=size - count)
-        self.dense.choose(size)
         bucket = length_bucket(cache.length + size, cache.capacity)
         tables = self._tables.get(cache.capacity) or self._cut_tables(cache.capacity)
-        self._launches.run(cache, (size, bucket), lambda: self._launch(size, cache, bucket, tables))
+        with self.steps.launching():
+            self.dense.choose(size)
+            self._launches.run(cache, (size, bucket), lambda: self._launch(size, cache, bucket, tables))
         cache.advance(count)
 
     def _clear(self, cache: DecoderCache) -> None:

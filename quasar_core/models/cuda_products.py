@@ -122,11 +122,15 @@ def tune_products(decoder: LeanDecoder, progress: Progress = no_progress) -> str
     """
     if decoder.device.type != "cuda":
         return ""
-    from quasar_core.kernels.triton.tune import tune_missing
+    from quasar_core.kernels.triton.tune import GatedWeight, tune_missing
+    from quasar_core.models.triton_steps import gated_part
 
     dense = [linear.weight for linear in dense_parts([*all_products(decoder.layers), decoder.head])]
     packed = [tunable_part(layer) for layer in decoder.packed_layers if isinstance(layer.choice.kernel, TunableKernel)]
-    return tune_missing([*dense, *packed], decoder.dtype, progress=progress)
+    gated = [
+        GatedWeight(part) for part in map(gated_part, (layer.gate_up for layer in decoder.layers)) if part is not None
+    ]
+    return tune_missing([*dense, *packed, *gated], decoder.dtype, progress=progress)
 
 
 def tunable_part(layer: PackedLinear) -> Any:

@@ -6,6 +6,7 @@ pass, H key-value heads, G query heads per key-value head, D head size, C capaci
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,10 @@ class Steps(Protocol):
     """What a pass is made of, beside the products that have kernels of their own."""
 
     name: str
+
+    def launching(self) -> AbstractContextManager[None]:
+        """The context in which the steps of a pass are launched."""
+        ...
 
     def normed(
         self,
@@ -84,6 +89,10 @@ class TorchSteps:
     """PyTorch's operations. Attention reads all of `length`, masked beyond the position."""
 
     name = "PyTorch's operations"
+
+    def launching(self) -> AbstractContextManager[None]:
+        """Nothing special."""
+        return nullcontext()
 
     def normed(
         self,

@@ -4,6 +4,7 @@ Letters: T tokens of a pass, H key-value heads, G query heads per key-value head
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from quasar_core.kernels.triton.attention import attend, attention_workspace
 from quasar_core.kernels.triton.blocks import why_not_gated
 from quasar_core.kernels.triton.choices import accept_greedy, argmax_and_margin
 from quasar_core.kernels.triton.norms import rms_norm_residual
+from quasar_core.kernels.triton.overlap import overlapping
 from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
 from quasar_core.kernels.triton.rope import rotate_and_store
 from quasar_core.kernels.triton.weights import TritonWeight
@@ -38,9 +40,16 @@ class TritonSight:
 
 
 class TritonSteps:
-    """Implements `pass_steps.Steps` in 16 bits."""
+    """Implements `pass_steps.Steps` in 16 bits; a launch may begin before the one before it has ended."""
 
     name = "Triton"
+
+    def __init__(self, overlaps: bool = False) -> None:
+        self.overlaps = overlaps
+
+    def launching(self) -> AbstractContextManager[None]:
+        """See `kernels/triton/overlap.py`."""
+        return overlapping(self.overlaps)
 
     def normed(
         self,
@@ -104,17 +113,12 @@ class TritonSteps:
 
     def gated_product(self, product: Linear, rows: int) -> Gated | None:
         """For 16 bits and packed codes, up to sixteen tokens."""
-        multiply: Callable[..., None]
-        weight: Any
-        if isinstance(product, DenseLinear):
-            multiply, weight, outputs = multiply_dense, product.weight, product.weight.shape[0]
-        elif isinstance(product, PackedLinear) and isinstance(product.prepared, TritonWeight):
-            multiply, weight, outputs = multiply_packed, product.prepared, product.out_features
-        else:
+        weight = gated_part(product)
+        if weight is None or rows > WIDEST:
             return None
-        if rows > WIDEST or why_not_gated(outputs):
-            return None
-        return partial(_multiply_gated, multiply, weight, outputs, product.bias)
+        assert isinstance(product, DenseLinear | PackedLinear)
+        multiply = multiply_packed if isinstance(weight, TritonWeight) else multiply_dense
+        return partial(_multiply_gated, multiply, weight, product.bias)
 
     def dense_products(self, rows: int) -> dict[str, Any]:
         """cuBLAS, and for few rows Triton's product."""
@@ -131,10 +135,23 @@ def _empty_rows(count: int, size: int, number: torch.dtype, device: torch.device
     return RoundedRows(codes, torch.empty(count, dtype=torch.float32, device=device))
 
 
+def gated_part(product: Linear) -> TritonWeight | torch.Tensor | None:
+    """The weight of gates and what they gate, where one product can end with the gate; None where none can."""
+    weight: TritonWeight | torch.Tensor
+    if isinstance(product, DenseLinear):
+        weight, outputs = product.weight, product.weight.shape[0]
+    elif isinstance(product, PackedLinear) and isinstance(product.prepared, TritonWeight):
+        weight, outputs = product.prepared, product.out_features
+    else:
+        return None
+    return None if why_not_gated(outputs) else weight
+
+
 def _multiply_gated(
-    multiply: Callable[..., None], weight: Any, outputs: int, bias: torch.Tensor | None, x: Rows
+    multiply: Callable[..., None], weight: TritonWeight | torch.Tensor, bias: torch.Tensor | None, x: Rows
 ) -> torch.Tensor:
     assert isinstance(x, torch.Tensor)  # a product that takes rounded rows is none of these
+    outputs = weight.out_features if isinstance(weight, TritonWeight) else weight.shape[0]
     out = x.new_empty(x.shape[0], outputs // 2)
     multiply(x, weight, out, bias, gated=True)
     return out

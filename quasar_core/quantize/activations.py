@@ -17,7 +17,8 @@ from quasar_core.quantize.blocks import find_blocks
 from quasar_core.quantize.kept import KeptOutputs, allocate, first_output, standing_in
 from quasar_core.quantize.products import FastPasses
 
-BATCH_TOKENS = 2048  # as many as the processor's caches hold between two operations
+# As many tokens as a processor's caches, and a little memory, hold between two operations; at most so many.
+BATCH_TOKENS, BATCH_VALUES = 2048, 2**21
 
 
 class Stop(Exception):
@@ -100,6 +101,11 @@ def run_block(block: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return first_output(block(batch.hidden, **batch.kwargs))
 
 
+def batch_tokens(hidden: int, on_device: bool) -> int:
+    """Tokens that pass through a block at once, if rows are shorter; a GPU has room for the most."""
+    return BATCH_TOKENS if on_device else max(1, min(BATCH_TOKENS, BATCH_VALUES // hidden))
+
+
 @torch.inference_mode()
 def capture_first_inputs(
     model: PreTrainedModel, samples: torch.Tensor, device: torch.device | None = None, spill: Path | None = None
@@ -110,7 +116,8 @@ def capture_first_inputs(
     """
     home = embedding_device(model)
     place = device or home
-    rows = max(1, BATCH_TOKENS // samples.shape[1])
+    width = int(model.config.get_text_config().hidden_size)
+    rows = max(1, batch_tokens(width, place.type != "cpu") // samples.shape[1])
     hidden: torch.Tensor | None = None
     kwargs: dict[int, list[dict[str, Any]]] = {}
     for begin in range(0, len(samples), rows):

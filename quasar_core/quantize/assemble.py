@@ -129,7 +129,8 @@ def describe(job: Job, report: QuantizeReport, calibration: Calibration) -> None
         "report": {**asdict(report), "checkpoint": job.output.name},
     }
     write_json(job.partial / "quasar.json", card)
-    (job.partial / "README.md").write_text(model_card(report, card), encoding="utf-8")
+    smoothed = any(read_summary(path).own_tensors for path in commit_files(job.commits))
+    (job.partial / "README.md").write_text(model_card(report, card, smoothed), encoding="utf-8")
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -10,19 +10,37 @@ first term is GPTAQ's (Li et al., 2025, arXiv 2504.02692), who fold it into each
 solver of its own. The second, ours, asks the same of the residual stream r that the outputs are added to. Half of it
 did better than all: what a layer adds in place of another fits other text less well. The inverse is the solver's own
 factor, and λ its damping: directions that the text hardly excites are left alone.
+
+A layer that is alone in reading its inputs has its bracket summed up as it stands. Layers that share inputs share the
+drift of these, Σ (x̄ − x) xᵀ, which is smaller than all their brackets.
 """
+
+from collections.abc import Mapping
 
 import torch
 
-from quasar_core.quantize.hessian import Drift
+from quasar_core.quantize.products import product
 
 STREAM_SHARE = 0.5
 PIECE = 512  # outputs
 
 
-def lacking_outputs(weight: torch.Tensor, drift: Drift) -> torch.Tensor:
-    """What W x lacks, times x: the bracket above [out, in], for W [out, in]. The drift's stream is used up for it."""
-    lacking = torch.zeros(weight.shape, device=weight.device) if drift.stream is None else drift.stream
+def lone_errors(weight: torch.Tensor, drift: torch.Tensor, stream_error: torch.Tensor | None) -> torch.Tensor:
+    """What a layer's outputs lack [..., out], of x̄ − x [..., in] and, where it is known, r̄ − r [..., out]."""
+    lacking = product(drift, weight)
+    return lacking if stream_error is None else lacking.add_(stream_error, alpha=STREAM_SHARE)
+
+
+def lacking_outputs(weights: Mapping[str, torch.Tensor], errors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The brackets [out, in] of layers [out, in] by name: the sum of a lone layer's errors; else W times the drift."""
+    if len(weights) == 1:
+        return dict.fromkeys(weights, errors)
+    return {name: _weighted(weight, errors) for name, weight in weights.items()}
+
+
+def _weighted(weight: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+    """W [out, in] times the drift [in, in], some outputs at a time: the weight may be of 16 bits."""
+    lacking = torch.empty(weight.shape, device=weight.device)
     for rows, some in zip(lacking.split(PIECE), weight.split(PIECE), strict=True):
-        rows.addmm_(some.float(), drift.inputs, beta=STREAM_SHARE)
+        torch.mm(some.float(), drift, out=rows)
     return lacking

@@ -57,6 +57,9 @@ def load_calibration(
 ) -> Calibration:
     """The calibration that `--calibration` names."""
     length = min(config.calibration_length, max_context)
+    given = None  # cut first: a text that is too short is refused before the model writes any
+    if config.calibration != "self":
+        given = _cut_samples(read_documents(config.calibration), tokenizer, config, length)
     greedy = write_self_text(
         model,
         tokenizer,
@@ -67,12 +70,11 @@ def load_calibration(
         progress=progress,
         stage="writing held-out text",
     )
-    if config.calibration == "self":
+    if given is None:
         rows = config.samples + HELD_OUT_ROWS
         ids = write_self_text(model, tokenizer, rows, length, config.seed, progress=progress)
-        samples, held_out = ids[: config.samples], ids[config.samples :]
-    else:
-        samples, held_out = _cut_samples(read_documents(config.calibration), tokenizer, config, length)
+        given = ids[: config.samples], ids[config.samples :]
+    samples, held_out = given
     return Calibration(calibration_name(config.calibration), samples, held_out, greedy, config.seed)
 
 

@@ -7,8 +7,8 @@ from quasar_core.records import FidelityReport, QuantizeReport
 MIXED = "mixed-width"
 
 
-def model_card(report: QuantizeReport, card: dict[str, Any]) -> str:
-    """Markdown: what the checkpoint is, how it was made, how faithful it is."""
+def model_card(report: QuantizeReport, card: dict[str, Any], smoothed: bool) -> str:
+    """Markdown: what the checkpoint is, how it was made, how faithful it is; `smoothed` before it was rounded."""
     config, fidelity, calibration = report.config, report.fidelity, card["calibration"]
     tag = "gptq" if config["method"] == "gptq" else "compressed-tensors"
     return f"""---
@@ -18,7 +18,7 @@ tags: [{tag}, quasar, speculative-decoding]
 ---
 # {report.target}, {width(config)} verifier
 
-A low-bit copy of `{report.target}` for self-speculative decoding with `quasar`: {describe_codes(config)}.
+A low-bit copy of `{report.target}` for self-speculative decoding with `quasar`: {describe_codes(config, smoothed)}.
 Target fingerprint `{card["target"]["fingerprint"][:16]}`.
 
     {quantize_command(report)}
@@ -50,18 +50,19 @@ def kernel_row(fidelity: FidelityReport) -> str:
     )
 
 
-def describe_codes(config: dict[str, Any]) -> str:
+def describe_codes(config: dict[str, Any], smoothed: bool) -> str:
     """Method, bits, groups and format, as a part of a sentence."""
     if config["method"] != "gptq":
         name, number = ("W8A8", "integers") if config["method"] == "w8a8" else ("fp8", "e4m3 numbers")
         rounded = "by GPTQ" if config.get("rounding") == "gptq" else "to nearest"
         scaled = f"{number} of 8 bits per output ({rounded}) and per token"
-        return f"{name}, smoothed, {scaled}, in the compressed-tensors format"
+        return f"{name}, {'' if smoothed else 'not '}smoothed, {scaled}, in the compressed-tensors format"
     group = "one group per output" if config["group_size"] == -1 else f"groups of {config['group_size']}"
     symmetry = "symmetric" if config["sym"] else "asymmetric"
-    mixed = width(config) == MIXED
-    bits = "from 2 to 8 bits by layer" if mixed else f"{config['bits']} bits"
-    return f"GPTQ, {bits}, {group}, {symmetry}, in the AutoGPTQ format (version 1)"
+    codes = f"{config['bits']} bits, {group}"
+    if width(config) == MIXED:
+        codes = f"from 2 to 8 bits by layer, {group} or smaller ones"
+    return f"GPTQ, {codes}, {symmetry}, in the AutoGPTQ format (version 1)"
 
 
 def width(config: dict[str, Any]) -> str:

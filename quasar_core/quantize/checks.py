@@ -6,8 +6,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError
-from quasar_core.quantize.calibration import Calibration
+from quasar_core.quantize.calibration import HUB_TEXTS, Calibration, read_documents
 from quasar_core.quantize.streaming import StreamedModel
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.safetensors_header import read_headers
@@ -45,6 +46,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None
             f"The tokenizer has {tokenizer.vocab_size:,} tokens and the model's embedding {vocabulary:,}: "
             "they do not belong together."
         )
+
+
+def check_calibration_file(config: QuantizeConfig) -> None:
+    """UsageError for a calibration file that is not there or does not begin as one; hub texts are fetched later."""
+    if config.calibration not in ("self", *HUB_TEXTS):
+        next(read_documents(config.calibration), None)
 
 
 def check_calibration(calibration: Calibration, vocabulary: int) -> None:

@@ -27,7 +27,7 @@ class QuantizedBlock:
     """The quantized layers of one block by full name, the relative loss of each, and what else the verifier holds.
 
     `tensors` are named as the model names its parameters: norms that took up a smoothing, corrections, biases.
-    `rounded` are experts' layers that no text reached, rounded to nearest. `layout` is how the codes are stored.
+    `rounded` are experts' layers that read too little text, rounded to nearest. `layout` is how the codes are stored.
     """
 
     weights: dict[str, PackedWeight]
@@ -50,13 +50,17 @@ class Width(NamedTuple):
 
 @dataclass(frozen=True)
 class CommitSummary:
-    """What a report says of a block: the loss of each layer (None from another tool), those rounded, sizes."""
+    """What a report says of a block: the loss of each layer (None from another tool), those rounded, sizes.
+
+    `own_tensors` are what the verifier holds in place of the target's beside codes, such as norms.
+    """
 
     losses: dict[str, float | None]
     rounded: tuple[str, ...]
     widths: dict[str, Width]
     packed_weights: int
     packed_bytes: int
+    own_tensors: tuple[str, ...]
 
 
 def block_file(commits: Path, index: int) -> Path:
@@ -110,14 +114,16 @@ def read_commit(path: Path) -> QuantizedBlock:
 def read_summary(path: Path) -> CommitSummary:
     """Losses and sizes alone."""
     with _opened(path) as file:
-        facts = _facts(file)
+        facts, names = _facts(file), set(file.keys())
     layers = facts["layers"].values()
+    codes = {f"{name}.{suffix}" for name, layer in facts["layers"].items() for suffix in layer["suffixes"]}
     return CommitSummary(
         {name: layer["loss"] for name, layer in facts["layers"].items()},
         tuple(facts["rounded"]),
         {name: Width(layer["bits"], layer["group_size"]) for name, layer in facts["layers"].items()},
         sum(layer["weights"] for layer in layers),
         sum(layer["bytes"] for layer in layers),
+        tuple(sorted(names - codes)),
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from quasar_core.config import QuantizeConfig
-from quasar_core.quantize.activations import BATCH_TOKENS
+from quasar_core.quantize.activations import batch_tokens
 from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS
 from quasar_core.quantize.layer_plan import HEAD
 from quasar_core.quantize.plan import Shape
@@ -99,7 +99,8 @@ def _block(name: str) -> str:
 def measure_rates(shape: Shape, config: QuantizeConfig, device: torch.device, dtype: torch.dtype, rows: int) -> Rates:
     """What products of the model's largest layer reach, with the rows that the work has; and a small operation."""
     size = max((size for name, size in shape.layers.items() if name != HEAD), key=lambda size: size[0] * size[1])
-    batch = min(BATCH_TOKENS, config.samples * config.calibration_length)
+    most = batch_tokens(shape.hidden, device.type != "cpu")
+    batch = min(most, config.samples * config.calibration_length)
     small = torch.ones(8, 8, device=device)
     return Rates(
         passes=_rate(batch, size, device, dtype, shape.weights),

@@ -1,10 +1,7 @@
 """The Hessian of a linear layer's squared output error: H = (2 / n) · Σ x xᵀ over the n calibration inputs x.
 
-Beside it, where they are known, the drift: how the layer's inputs, and the residual stream that its outputs are added
-to, differ from the full-precision model's on the same tokens.
+Beside it, where they are known, errors e that go with the inputs: (2 / n) · Σ e xᵀ (`asymmetric.py` says which).
 """
-
-from dataclasses import dataclass
 
 import torch
 
@@ -17,52 +14,35 @@ COPIED_VALUES = 2**22
 TILE_ROWS, TILES = 128, 8
 
 
-@dataclass(frozen=True)
-class Drift:
-    """(2 / n) · Σ (x̄ − x) xᵀ [in, in] and (2 / n) · Σ (r̄ − r) xᵀ [out, in], for inputs x and stream r, x̄ and r̄ in full
-    precision. No second one for a layer that adds nothing to the stream.
-    """
-
-    inputs: torch.Tensor
-    stream: torch.Tensor | None
-
-
 class HessianAccumulator:
     """Adds up inputs [..., in] into H [in, in], in float32, whatever the model's dtype."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)  # the lower triangle
-        self.input_drift: torch.Tensor | None = None
-        self.stream_drift: torch.Tensor | None = None
+        self.error_sum: torch.Tensor | None = None
         self.count = 0
 
-    def add(
-        self, inputs: torch.Tensor, wanted: torch.Tensor | None = None, stream_error: torch.Tensor | None = None
-    ) -> None:
-        """Take the inputs of one batch; beside them x̄ [..., in] and r̄ − r [..., out] where they are known."""
+    def add(self, inputs: torch.Tensor, errors: torch.Tensor | None = None) -> None:
+        """Take the inputs of one batch; beside them errors [..., k] where they are known."""
         rows = inputs.reshape(-1, inputs.shape[-1])
+        beside = None if errors is None else errors.reshape(len(rows), -1)
         at_once = max(1, COPIED_VALUES // rows.shape[1])
-        others = [None if other is None else other.reshape(len(rows), -1) for other in (wanted, stream_error)]
         for begin in range(0, len(rows), at_once):
             part = slice(begin, begin + at_once)
-            self._add(rows[part], *(None if other is None else other[part] for other in others))
+            self._add(rows[part], None if beside is None else beside[part])
         self.count += len(rows)
 
-    def _add(self, rows: torch.Tensor, wanted: torch.Tensor | None, errors: torch.Tensor | None) -> None:
+    def _add(self, rows: torch.Tensor, errors: torch.Tensor | None) -> None:
         columns = _columns(rows)
         for tile in _tiles(len(columns)):
             self.sum[tile, : tile.stop] += product(columns[tile], columns[: tile.stop])
-        if wanted is not None:
-            self.input_drift = _add_product(self.input_drift, _columns(wanted).sub_(columns), columns)
         if errors is not None:
-            self.stream_drift = _add_product(self.stream_drift, _columns(errors), columns)
+            self.error_sum = _add_product(self.error_sum, _columns(errors), columns)
 
-    def drift(self) -> Drift | None:
-        """How inputs and stream differ from the full-precision model's; None where that is not known. Asked once."""
-        if self.input_drift is None:
-            return None
-        share = 2.0 / self.count
-        return Drift(self.input_drift.mul_(share), None if self.stream_drift is None else self.stream_drift.mul_(share))
+    def errors(self) -> torch.Tensor | None:
+        """(2 / n) · Σ e xᵀ [k, in]; None where no errors were known. Asked once."""
+        found, self.error_sum = self.error_sum, None
+        return None if found is None else found.mul_(2.0 / self.count)
 
     def finish(self, name: str) -> torch.Tensor:
         """H, checked: one sentence that names the layer where it is empty or not finite. Asked once."""
@@ -102,7 +82,7 @@ def _columns(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Total [out, in] + left [out, n] · rightᵀ [n, in]."""
+    """Total [k, in] + left [k, n] · rightᵀ [n, in]."""
     if total is None:
         total = left.new_zeros(len(left), len(right))
     for tile in _tiles(len(left)):

@@ -43,6 +43,16 @@ class Job:
         return self.partial / "commits"
 
     @property
+    def calibration(self) -> Path:
+        """The calibration text, once it is written."""
+        return self.commits / "calibration.safetensors"
+
+    @property
+    def budget(self) -> Path:
+        """The bits that `--target-agreement` found, once it did."""
+        return self.commits / "budget.json"
+
+    @property
     def spill(self) -> Path:
         """Where hidden states lie that memory does not hold."""
         return self.partial / "activations"
@@ -78,8 +88,8 @@ def working_folder(job: Job, resume: bool) -> Iterator[None]:
         raise QuasarError(f"{job.partial} could not be made ({error.strerror}).") from error
     with lock:
         _take(lock.fileno(), job)
-        _begin(job, resume)
         try:
+            _begin(job, resume)
             yield
         except OSError as error:
             where = error.filename or job.partial
@@ -123,6 +133,7 @@ def _begin(job: Job, resume: bool) -> None:
     state = job.commits / "identity.json"
     if resume and state.exists() and anything_finished(job):
         _refuse_other_identity(job, read_json(state))
+        write_json(state, job.identity())
         return
     shutil.rmtree(job.commits, ignore_errors=True)
     clear_all_but_commits(job)
@@ -134,6 +145,8 @@ def _refuse_other_identity(job: Job, begun: dict[str, Any]) -> None:
     """Two runs that differ in anything do not make one checkpoint."""
     wanted = job.identity()
     differing = [key for key in {**begun, **wanted} if begun.get(key) != wanted.get(key)]
+    if differing == ["target_agreement"] and None not in (begun[differing[0]], wanted[differing[0]]):
+        differing = differing if job.budget.exists() else []  # until one is found, trials serve any agreement
     if differing:
         changes = ", ".join(f"{key} was {_short(begun.get(key))} and is {_short(wanted.get(key))}" for key in differing)
         raise UsageError(

@@ -26,7 +26,7 @@ from quasar_core.quantize.heap import keep_freed_memory, return_freed_memory
 from quasar_core.quantize.hessian import HessianAccumulator, shrunk
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.reference import collect_compared, stream_layers
-from quasar_core.quantize.stages import collect_inputs, is_expert, stages
+from quasar_core.quantize.stages import collect_inputs, is_expert, read_too_little, stages
 from quasar_core.records import Progress, no_progress
 
 
@@ -99,6 +99,7 @@ def quantize_blocks(
     is kept, it goes through the blocks as they were, and layers are fitted to its outputs (`asymmetric.py`).
     """
     keep_freed_memory()
+    return_freed_memory()  # of what came before
     blocks = BlocksInMemory(source) if isinstance(source, PreTrainedModel) else source
     plan = LayerPlan(plan) if isinstance(plan, SolverConfig) else plan
     for index in range(blocks.count):
@@ -139,38 +140,47 @@ def quantize_block(
     original = None if activations.reference is None else clone_structure(block)
     stream = [] if original is None else stream_layers(block, list(layers), activations)
     endings = find_endings(block, list(layers), activations)
-    for stage in stages(block, layers, activations):
+    found = stages(block, layers, activations)
+    for stage in found:
         first = stage.groups[0][0]
         ending = endings.get(first)
         if original is None or is_expert(first):  # in the two models, other tokens may be routed to an expert
             inputs = collect_inputs(block, stage, layers, activations, ending)
         else:
-            inputs = {first: collect_compared(block, original, first, stream, activations, ending)}
+            inputs = {first: collect_compared(block, original, stage.groups[0], stream, activations, ending)}
+        if stage is found[-1] and original is not None and activations.reference is not None:
+            activations.reference.advance(original)
+            original = None  # its weights make room for the solver
+        return_freed_memory()
         for group in stage.groups:
-            seen = inputs.pop(group[0])
-            unread = is_expert(group[0]) and not seen.count
-            hessian = identity(layers[group[0]]) if unread else shrunk(seen.finish(f"{name}.{group[0]}"), seen.count)
-            drift = None if unread else seen.drift()
             own = {f"{name}.{layer}": layers[layer] for layer in group}
-            before = {full_name: linear.weight for full_name, linear in own.items()}
-            lacking = {} if drift is None else {of: lacking_outputs(weight, drift) for of, weight in before.items()}
-            del seen, drift  # as large as the Hessian, and not needed for the codes
-            solutions = prepared.solve(before, hessian, {of: plan.solver(of) for of in own}, lacking)
-            del hessian
-            for full_name, solution in solutions.items():
+            if read_too_little(group[0], layers[group[0]], inputs[group[0]].count):
+                rounded += own
+            for full_name, solution in solve_together(own, inputs.pop(group[0]), plan, prepared.solve).items():
                 weights[full_name], losses[full_name] = solution.weight, solution.relative_loss
-                rounded += [full_name] if unread else []
                 replace_weight(own[full_name], solution.weight.dequantize(own[full_name].weight.dtype))
         if ending is not None:
             activations.kept.finish(ending, layers[first])
-    if activations.reference is not None and original is not None:
-        activations.reference.advance(original)
+        return_freed_memory()
     return QuantizedBlock(weights, losses, dict(prepared.tensors), tuple(rounded), prepared.layout)
 
 
-def identity(linear: torch.nn.Linear) -> torch.Tensor:
-    """The Hessian under which solving is rounding to nearest."""
-    return torch.eye(linear.in_features, device=linear.weight.device)
+def solve_together(
+    own: Mapping[str, torch.nn.Linear], seen: HessianAccumulator, plan: LayerPlan, solve_layers: GroupSolver
+) -> dict[str, Solution]:
+    """Solve layers of one input, by their full names, on what they have read, which is used up."""
+    hessian, errors = hessian_of(*next(iter(own.items())), seen), seen.errors()
+    weights = {name: linear.weight for name, linear in own.items()}
+    lacking = {} if errors is None else lacking_outputs(weights, errors)
+    del seen, errors  # as large as the Hessian, and not needed for the codes
+    return solve_layers(weights, hessian, {name: plan.solver(name) for name in own}, lacking)
+
+
+def hessian_of(name: str, linear: torch.nn.Linear, seen: HessianAccumulator) -> torch.Tensor:
+    """H of a layer; where it has read too little, the one under which solving is rounding to nearest."""
+    if read_too_little(name, linear, seen.count):
+        return torch.eye(linear.in_features, device=linear.weight.device)
+    return shrunk(seen.finish(name), seen.count)
 
 
 def replace_weights(block: torch.nn.Module, name: str, done: QuantizedBlock) -> None:

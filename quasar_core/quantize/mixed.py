@@ -47,12 +47,11 @@ def choose_plan(
 
 def _search(job: Job, measure: Callable[[float, Path], float]) -> float:
     """The smallest budget that reaches the agreement, found once; the blocks of its trial become the run's."""
-    stored = job.commits / "budget.json"
-    if not stored.exists():
+    if not job.budget.exists():
         assert job.config.target_agreement is not None
         found = smallest_budget(job.config.target_agreement, lambda bits: measure(bits, _trial(job, bits)))
-        write_json(stored, asdict(found))
-    bits = float(read_json(stored)["bits"])
+        write_json(job.budget, asdict(found))
+    bits = float(read_json(job.budget)["bits"])
     for path in sorted(_trial(job, bits).glob("block-*.safetensors")):
         path.replace(job.commits / path.name)
     for folder in job.commits.glob("trial-*"):

@@ -5,7 +5,6 @@ memory on the CPU, since the system may drop their pages. Letters: N rows of L t
 """
 
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.quantize.activations import BATCH_TOKENS
+from quasar_core.quantize.activations import batch_tokens
 from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS
 from quasar_core.quantize.factor import BLOCK as FACTOR_COLUMNS
 from quasar_core.quantize.fidelity import PIECE
@@ -68,6 +67,7 @@ class Plan:
     device: int
     disk: int
     text_on_device: bool
+    writes_calibration: bool = True  # else the model writes its greedy text alone
     whole_because: str | None = None
     free_host: int | None = None
     free_disk: int | None = None
@@ -106,8 +106,9 @@ def make_plan(
         spilled=spilled,
         host=INTERPRETER_BYTES + max(host),
         device=max(device_stages(shape, config, text if text_on_device else 0)) if on_device else 0,
-        disk=2 * packed + plain + (states if spilled else 0),
+        disk=2 * packed + plain + text_bytes(config) + (states if spilled else 0),
         text_on_device=text_on_device,
+        writes_calibration=config.calibration == "self",
         whole_because=shape.whole_because,
         free_device=free_device,
     )
@@ -127,14 +128,14 @@ def host_stages(
     if on_device:
         return writing, kept + held + block_bytes(shape), kept + read
     ends = 2 * shape.element * shape.ends_weights if copied else 0
-    block = block_bytes(shape) + batch_bytes(shape, config)
+    block = block_bytes(shape) + batch_bytes(shape, config, False)
     quantizing = kept + held + block + smoothed_bytes(shape, config) + solver_bytes(shape, on_device)
     return writing, quantizing, kept + read + ends + max(block, logit_bytes(shape, config))
 
 
 def device_stages(shape: Shape, config: QuantizeConfig, text: int) -> tuple[int, int, int]:
     """The same of a GPU's memory; `text` is what writing it takes there."""
-    batch = batch_bytes(shape, config)
+    batch = batch_bytes(shape, config, True)
     quantizing = block_bytes(shape) + smoothed_bytes(shape, config) + solver_bytes(shape, True) + batch
     ends = 2 * shape.element * shape.ends_weights  # of both models
     return text, quantizing, ends + max(block_bytes(shape) + batch, logit_bytes(shape, config))
@@ -167,6 +168,12 @@ def last_layers(shape: Shape) -> dict[tuple[str, str], tuple[int, int]]:
         if parts and ".experts." not in name:
             last[parts[1], parts[2]] = sizes
     return last
+
+
+def text_bytes(config: QuantizeConfig) -> int:
+    """The calibration's token ids, 64 bits each, as they are committed."""
+    tokens = (config.samples + HELD_OUT_ROWS) * config.calibration_length + HELD_OUT_ROWS * GREEDY_LENGTH
+    return 8 * tokens
 
 
 def held_out_bytes(shape: Shape, config: QuantizeConfig) -> int:
@@ -208,9 +215,10 @@ def solver_bytes(shape: Shape, on_device: bool) -> int:
     return max(needs, default=0)
 
 
-def batch_bytes(shape: Shape, config: QuantizeConfig) -> int:
+def batch_bytes(shape: Shape, config: QuantizeConfig, on_device: bool) -> int:
     """What a batch of tokens takes inside a block."""
-    tokens = min(max(BATCH_TOKENS, config.calibration_length), config.samples * config.calibration_length)
+    most = max(batch_tokens(shape.hidden, on_device), config.calibration_length)
+    tokens = min(most, config.samples * config.calibration_length)
     widest = max((out + columns for name, (out, columns) in shape.layers.items() if name != HEAD), default=0)
     return 4 * BATCH_COPIES * tokens * widest
 
@@ -223,33 +231,18 @@ def logit_bytes(shape: Shape, config: QuantizeConfig) -> int:
 def refuse_what_cannot_fit(plan: Plan, output: Path | None) -> None:
     """QuasarError, one sentence, where disk or memory found here are too small."""
     beside = f" beside {output}" if output else ""
+    spilled = " or use fewer --samples" if plan.spilled else ""
     for what, need, free, remedy in (
-        ("of disk", plan.disk, plan.free_disk, f"free some{beside}, or name another --output"),
+        ("of disk", plan.disk, plan.free_disk, f"free some{beside}, or name another --output{spilled}"),
         ("of memory", plan.host, plan.free_host, "use fewer --samples, a shorter --seq-len or a smaller --max-memory"),
         ("of GPU memory", plan.device, plan.free_device, "use --device cpu, or a GPU with more memory"),
     ):
         if free is not None and need > free:
-            raise QuasarError(
-                f"This needs {need / 1e9:.1f} GB {what}, and {free / 1e9:.1f} GB are free here: {remedy}."
-            )
+            raise QuasarError(f"This needs {_as_bytes(need)} {what}, and {_as_bytes(free)} are free here: {remedy}.")
 
 
-def free_memory() -> int | None:
-    """Bytes that processes may still take without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = {line.split(":")[0]: line.split()[1] for line in lines}
-    return int(found["MemAvailable"]) * 1024 if "MemAvailable" in found else None
-
-
-def free_disk(output: Path) -> int:
-    """Bytes free where the output will lie."""
-    place = output.parent
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+def _as_bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
 
 
 def parse_bytes(flag: str, text: str) -> int:

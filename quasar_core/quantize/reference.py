@@ -12,6 +12,7 @@ import torch
 
 from quasar_core.errors import QuasarError
 from quasar_core.quantize.activations import Activations, Batch, Stop, run_block
+from quasar_core.quantize.asymmetric import lone_errors
 from quasar_core.quantize.hessian import HessianAccumulator
 from quasar_core.quantize.kept import Ending, first_output
 from quasar_core.quantize.products import product
@@ -43,15 +44,16 @@ def stream_layers(block: torch.nn.Module, names: Sequence[str], activations: Act
 def collect_compared(
     block: torch.nn.Module,
     original: torch.nn.Module,
-    name: str,
+    group: Sequence[str],
     stream: Sequence[str],
     activations: Activations,
     ending: Ending | None = None,
 ) -> HessianAccumulator:
-    """What reaches a layer, batch by batch, in the block being quantized and in the block as it was.
+    """What reaches layers of one input, batch by batch, in the block being quantized and in the block as it was.
 
-    Where the layer ends a module, what it reads is kept; of the block as it was, what it gives.
+    Where a lone layer ends a module, what it reads is kept; of the block as it was, what it gives.
     """
+    name = group[0]
     linear, own = block.get_submodule(name), original.get_submodule(name)
     assert isinstance(linear, torch.nn.Linear)
     assert isinstance(own, torch.nn.Linear)
@@ -61,7 +63,10 @@ def collect_compared(
     for batch, reference in activations.pairs():
         inputs, standing = reach(block, name, before, batch)
         wanted, aim = reach(original, name, before, reference)
-        accumulator.add(inputs, wanted, None if standing is None or aim is None else aim - standing)
+        errors = wanted - inputs
+        if len(group) == 1:
+            errors = lone_errors(own.weight, errors, None if standing is None or aim is None else aim - standing)
+        accumulator.add(inputs, errors)
         if ending is not None:
             activations.kept.keep(ending, batch.rows, inputs, linear.out_features)
             outputs = product(wanted, own.weight, own.bias)

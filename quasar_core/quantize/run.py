@@ -8,17 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.writer import finish, save_tensors
+from quasar_core.errors import QuasarError
 from quasar_core.quantize.activations import Activations, capture_first_inputs
 from quasar_core.quantize.agreement import CommittedModel
 from quasar_core.quantize.assemble import assemble, describe, make_report
 from quasar_core.quantize.blocks import quantized_layers
 from quasar_core.quantize.calibration import Calibration, calibration_name, load_calibration
-from quasar_core.quantize.checks import check_calibration, check_dtypes, check_finite, check_tokenizer
+from quasar_core.quantize.checks import (
+    check_calibration,
+    check_calibration_file,
+    check_dtypes,
+    check_finite,
+    check_tokenizer,
+)
 from quasar_core.quantize.commits import block_file, write_commit
 from quasar_core.quantize.eight_bit_blocks import eight_bit_method, kernel_of_method
 from quasar_core.quantize.job import LOCK, Job, clear_all_but_commits, working_folder
@@ -95,6 +103,8 @@ def check_request(job: Job, target: StreamedModel, tokenizer: PreTrainedTokenize
     check_mixed(job.config, target.skeleton)
     if job.config.backend == "optimum":
         check_optimum(job.config)
+    if not job.calibration.exists():
+        check_calibration_file(job.config)
 
 
 def calibrate(
@@ -105,9 +115,8 @@ def calibrate(
     progress: Progress = no_progress,
 ) -> Calibration:
     """Load or write the calibration text; a resumed run reads what the first one had."""
-    stored = job.commits / "calibration.safetensors"
-    if stored.exists():
-        rows = load_file(stored)
+    if job.calibration.exists():
+        rows = _read_text(job.calibration)
         name = calibration_name(job.config.calibration)
         return Calibration(name, rows["samples"], rows["held_out"], rows["greedy"], job.config.seed)
     check_finite(target.weights.files, progress)
@@ -116,10 +125,17 @@ def calibrate(
     calibration = load_calibration(target.whole(device), tokenizer, job.config, limit, progress)
     check_calibration(calibration, target.vocab_size)
     save_tensors(
-        stored,
+        job.calibration,
         {"samples": calibration.samples, "held_out": calibration.held_out, "greedy": calibration.greedy},
     )
     return calibration
+
+
+def _read_text(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise QuasarError(f"{file} is not readable ({error}): pass --no-resume to begin anew.") from error
 
 
 def quantize_layers(

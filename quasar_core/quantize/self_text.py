@@ -11,10 +11,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quasar_core.models.kv_cache import PreallocatedCache
+from quasar_core.quantize.heap import return_freed_memory
 from quasar_core.records import Progress, no_progress
 
 # Keys and values of the rows that are written at once.
 CACHE_BYTES, DEVICE_CACHE_BYTES = 500_000_000, 4_000_000_000
+# Attention's copies grow by a token a step, and leave holes in the heap that no later one fits.
+STEPS_BETWEEN_RETURNS = 16
 _MARK = "QUASAR-MARK"
 
 
@@ -121,6 +124,8 @@ def _write_batch(
             chosen = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
         written.append(conversation.direct(chosen)[:, None])
         logits = _next_logits(model, written[-1], cache)
+        if len(written) % STEPS_BETWEEN_RETURNS == 0:
+            return_freed_memory()
         progress(stage, done * length + count * len(written), total * length)
     return torch.cat(written, dim=1).cpu()
 

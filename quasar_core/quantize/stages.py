@@ -23,9 +23,18 @@ class Stage:
     last: torch.nn.Module
 
 
+# Inputs for each row that an expert has read, above which hardly anything is gained on rounding to nearest.
+MOST_INPUTS_PER_ROW = 128
+
+
 def is_expert(layer_name: str) -> bool:
     """Whether a layer belongs to one of several experts, which see a part of the text each."""
     return ".experts." in layer_name
+
+
+def read_too_little(layer_name: str, linear: torch.nn.Linear, rows: int) -> bool:
+    """Whether a layer is an expert's, and has read too few rows for a Hessian."""
+    return is_expert(layer_name) and rows * MOST_INPUTS_PER_ROW < linear.in_features
 
 
 def stages(block: torch.nn.Module, layers: dict[str, torch.nn.Linear], activations: Activations) -> list[Stage]:

@@ -11,7 +11,8 @@ Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-
 `products`
     `multiply_packed(x [T, in], weight: TritonWeight, out [T, out], bias=None, residual=None)`: x·Wᵀ (+ bias)
     (+ residual); `out` may be `residual`. `multiply_dense(x, weight [out, in], out, ...)`: the same for 16-bit weights.
-    With `gated=True` the outputs are gates and what they gate: silu(gate) · up → out [T, out ÷ 2].
+    With `gated=True` the outputs are gates and what they gate: silu(gate) · up → out [T, out ÷ 2]; its shapes are
+    tuned as those of `tune.GatedWeight(weight)`.
 `eight_bit`
     `quantize_rows(x [T, in], codes [T, in], steps [T])`: x ≈ codes · steps; codes int8 or float8_e4m3fn, steps float32.
     `multiply_w8a8(codes, steps, weight [out, in], scales [out], out, bias=None, residual=None)`: rows and weights of
@@ -36,6 +37,8 @@ Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-
     `drafted` tokens behind the pass's first one the choices confirm.
 `weights`
     `prepare_packed(weight: QuantizedWeight, device) -> TritonWeight`: codes in the kernel's order.
+`overlap`
+    `overlapping(wanted)`: a context whose launches may begin before the one before them has ended; results are equal.
 `tune`
     `tune(weights, dtype) -> Blocks`: the best block shapes for weights of one shape, kept for this device.
     `tune_missing(weights, dtype) -> str`: those of every shape that is not kept yet, in a few seconds; what was done.

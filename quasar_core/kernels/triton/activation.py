@@ -6,6 +6,7 @@ import triton.language as tl
 
 from quasar_core.kernels.triton.eight_bit import LARGEST, round_row
 from quasar_core.kernels.triton.language import round_to
+from quasar_core.kernels.triton.overlap import overlap, wait
 
 _BLOCK = 1024
 
@@ -13,7 +14,8 @@ _BLOCK = 1024
 def silu_multiply(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     """gate_up [T, 2·I], gates first → out [T, I]; in float32, rounded once."""
     inner = out.shape[1]
-    _silu_kernel[(out.shape[0], triton.cdiv(inner, _BLOCK))](gate_up, out, inner, BLOCK=_BLOCK, num_warps=4)
+    grid = out.shape[0], triton.cdiv(inner, _BLOCK)
+    _silu_kernel[grid](gate_up, out, inner, BLOCK=_BLOCK, num_warps=4, **overlap())
 
 
 def silu_multiply_rounded(gate_up: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> None:
@@ -28,11 +30,13 @@ def silu_multiply_rounded(gate_up: torch.Tensor, codes: torch.Tensor, steps: tor
         SIZE=triton.next_power_of_2(inner),
         WHOLE=codes.dtype == torch.int8,
         num_warps=16,
+        **overlap(),
     )
 
 
 @triton.jit
-def _silu_kernel(gate_up_ptr, out_ptr, inner, BLOCK: tl.constexpr):
+def _silu_kernel(gate_up_ptr, out_ptr, inner, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait(OVERLAPS)
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     known = columns < inner
@@ -41,7 +45,17 @@ def _silu_kernel(gate_up_ptr, out_ptr, inner, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _silu_row_kernel(gate_up_ptr, codes_ptr, steps_ptr, inner, largest, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+def _silu_row_kernel(
+    gate_up_ptr,
+    codes_ptr,
+    steps_ptr,
+    inner,
+    largest,
+    SIZE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    wait(OVERLAPS)
     row = tl.program_id(0)
     columns = tl.arange(0, SIZE)
     known = columns < inner

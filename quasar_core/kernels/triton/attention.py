@@ -15,6 +15,7 @@ import triton.language as tl
 
 from quasar_core.kernels.triton.blocks import multiprocessors
 from quasar_core.kernels.triton.language import matrix_product
+from quasar_core.kernels.triton.overlap import overlap, wait
 
 MOST_SHARES = 64
 _BLOCK = 64  # positions of a step
@@ -66,6 +67,7 @@ def attend(
         BLOCK=_BLOCK,
         num_warps=4 if rows * padded <= 64 * 128 else 8,  # more sums than four warps have registers for
         num_stages=3 if rows * padded <= 64 * 128 else 2,
+        **overlap(),
     )
     _merge_kernel[(count * heads,)](
         workspace,
@@ -80,6 +82,7 @@ def attend(
         PADDED=padded,
         SHARES=triton.next_power_of_2(shares),
         num_warps=4,
+        **overlap(),
     )
 
 
@@ -110,7 +113,9 @@ def _attend_kernel(
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait(OVERLAPS)
     head, index = tl.program_id(0), tl.program_id(1)
     position = tl.load(position_ptr).to(tl.int32)
     first, end = _seen(position, count, window)
@@ -170,7 +175,9 @@ def _merge_kernel(
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     SHARES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait(OVERLAPS)
     line = tl.program_id(0)
     first, end = _seen(tl.load(position_ptr).to(tl.int32), count, window)
     index = tl.arange(0, SHARES)

@@ -21,31 +21,37 @@ class Blocks:
     stages: int
 
 
-def packed_key(weight: TritonWeight) -> str:
+def packed_key(weight: TritonWeight, gated: bool = False) -> str:
     """What the best shapes of a packed product depend on."""
     zeros = "asymmetric" if weight.zeros is not None else "symmetric"
-    return f"packed {weight.in_features} {weight.out_features} {weight.bits} bits {weight.chunk} {zeros}"
+    key = f"packed {weight.in_features} {weight.out_features} {weight.bits} bits {weight.chunk} {zeros}"
+    return f"{key} gated" if gated else key
 
 
-def dense_key(weight: torch.Tensor) -> str:
+def dense_key(weight: torch.Tensor, gated: bool = False) -> str:
     """What the best shapes of a product with plain weights depend on."""
-    return f"dense {weight.shape[1]} {weight.shape[0]} {str(weight.dtype).removeprefix('torch.')}"
+    key = f"dense {weight.shape[1]} {weight.shape[0]} {str(weight.dtype).removeprefix('torch.')}"
+    return f"{key} gated" if gated else key
 
 
-def packed_blocks(weight: TritonWeight, device: torch.device) -> Blocks:
+def packed_blocks(weight: TritonWeight, device: torch.device, gated: bool = False) -> Blocks:
     """For packed codes; a step is as many inputs as the layout says."""
-    tuned = tuned_blocks(device, packed_key(weight))
+    tuned = tuned_blocks(device, packed_key(weight, gated))
     if tuned:
         return Blocks(**tuned)
+    if gated:
+        return gated_blocks(packed_blocks(weight, device), weight.in_features, weight.out_features, packed=True)
     inputs = weight.chunk * weight.chunks_per_step
     return Blocks(BLOCK, inputs, _splits(weight.words.shape[0], weight.steps, device), stages=3)
 
 
-def dense_blocks(weight: torch.Tensor, device: torch.device) -> Blocks:
+def dense_blocks(weight: torch.Tensor, device: torch.device, gated: bool = False) -> Blocks:
     """For weights [out, in] of 16 or 8 bits: steps of 256 bytes of each output."""
-    tuned = tuned_blocks(device, dense_key(weight))
+    tuned = tuned_blocks(device, dense_key(weight, gated))
     if tuned:
         return Blocks(**tuned)
+    if gated:
+        return gated_blocks(dense_blocks(weight, device), weight.shape[1], weight.shape[0], packed=False)
     inputs = 256 // weight.element_size()
     steps = -(-weight.shape[1] // inputs)
     return Blocks(BLOCK, inputs, _splits(-(-weight.shape[0] // BLOCK), steps, device), stages=4)

@@ -18,6 +18,7 @@ from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
 from quasar_core.kernels.triton.weights import prepare_packed
 
 ROWS = (1, 2, 3, 5, 8, 16)
+CPU = torch.device("cpu")
 Term = torch.Tensor | None
 
 
@@ -57,18 +58,20 @@ def eight_bit_cases(device: torch.device, small: bool) -> Iterator[Case]:
             yield f"gate into {name_of(kind)}", partial(_rounded_gate, kind, device)
 
 
-def random_weight(bits: int, in_features: int, out_features: int, group_size: int, symmetric: bool) -> QuantizedWeight:
+def random_weight(
+    bits: int, in_features: int, out_features: int, group_size: int, symmetric: bool, device: torch.device = CPU
+) -> QuantizedWeight:
     """Random codes, scales and zeros, the same for the same arguments."""
-    generator = torch.Generator().manual_seed(bits * in_features + out_features)
-    groups = count_groups(in_features, group_size)
-    zeros = torch.randint(0, 2**bits + 1, (groups, out_features), generator=generator)
+    generator = torch.Generator(device).manual_seed(bits * in_features + out_features)
+    shape, groups = (in_features, out_features), (count_groups(in_features, group_size), out_features)
+    zeros = torch.randint(0, 2**bits + 1, groups, generator=generator, device=device)
     return QuantizedWeight(
         bits,
         group_size,
-        torch.randint(2**bits, (in_features, out_features), generator=generator, dtype=torch.uint8),
-        (torch.rand(groups, out_features, generator=generator) + 0.1).half(),
+        torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8, device=device),
+        (torch.rand(groups, generator=generator, device=device) + 0.1).half(),
         (torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros).to(torch.int32),
-        trivial_groups(in_features, group_size),
+        trivial_groups(in_features, group_size).to(device),
     )
 
 
@@ -81,19 +84,13 @@ def _packed(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[float, float]:
-    weight = random_weight(bits, in_features, out_features, group_size, symmetric)
+    weight = random_weight(bits, in_features, out_features, group_size, symmetric, device)
     prepared = prepare_packed(weight, device)
 
     def multiply(x: torch.Tensor, out: torch.Tensor, bias: Term = None, residual: Term = None) -> None:
         multiply_packed(x, prepared, out, bias, residual)
 
-    return _product_error(multiply, _on(device, weight).dequantize(), device, dtype), TOLERANCE[dtype]
-
-
-def _on(device: torch.device, weight: QuantizedWeight) -> QuantizedWeight:
-    """The weight where unpacking it takes no time."""
-    tensors = {name: getattr(weight, name).to(device) for name in ("codes", "scales", "zeros", "g_idx")}
-    return replace(weight, **tensors)
+    return _product_error(multiply, weight.dequantize(), device, dtype), TOLERANCE[dtype]
 
 
 def _dense(in_features: int, out_features: int, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -116,8 +113,8 @@ def _gated(
         multiply, blocks = multiply_dense, dense_blocks(weight, device)
         steps = -(-in_features // blocks.inputs)
     else:
-        codes = random_weight(bits, in_features, out_features, 32, symmetric=True)
-        exact, weight = _on(device, codes).dequantize(), prepare_packed(codes, device)
+        codes = random_weight(bits, in_features, out_features, 32, True, device)
+        exact, weight = codes.dequantize(), prepare_packed(codes, device)
         multiply, blocks = multiply_packed, packed_blocks(weight, device)
         steps = weight.steps
     blocks = replace(blocks, outputs=128, splits=even_splits(steps, splits))

@@ -17,9 +17,9 @@ def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def randn(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Normal numbers, the same for the same shape on every device."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(*shape, generator=generator).to(device, dtype)
+    """Normal numbers, the same for the same shape; made on the device, whose numbers are its own."""
+    generator = torch.Generator(device).manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
 
 def poisoned(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

@@ -7,6 +7,7 @@ import triton.language as tl
 from quasar_core.kernels.triton.blocks import Blocks, dense_blocks
 from quasar_core.kernels.triton.epilogue import finish
 from quasar_core.kernels.triton.language import INTERPRETED, ROWS
+from quasar_core.kernels.triton.overlap import fetch_rows, overlap, wait
 from quasar_core.kernels.triton.scratch import scratch
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
@@ -23,11 +24,15 @@ def quantize_rows(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> 
         SIZE=triton.next_power_of_2(x.shape[1]),
         WHOLE=codes.dtype == torch.int8,
         num_warps=8,
+        **overlap(),
     )
 
 
 @triton.jit
-def _quantize_kernel(x_ptr, codes_ptr, steps_ptr, size, largest, SIZE: tl.constexpr, WHOLE: tl.constexpr):
+def _quantize_kernel(
+    x_ptr, codes_ptr, steps_ptr, size, largest, SIZE: tl.constexpr, WHOLE: tl.constexpr, OVERLAPS: tl.constexpr
+):
+    wait(OVERLAPS)
     row = tl.program_id(0)
     columns = tl.arange(0, SIZE)
     known = columns < size
@@ -89,6 +94,7 @@ def multiply_w8a8(
         HAS_RESIDUAL=residual is not None,
         num_warps=4,
         num_stages=chosen.stages,
+        **overlap(),
     )
 
 
@@ -113,6 +119,7 @@ def _w8a8_kernel(
     STEPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     block, split = tl.program_id(0), tl.program_id(1)
     outputs = block * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -120,6 +127,9 @@ def _w8a8_kernel(
     lines = weight_ptr + outputs[:, None].to(tl.int64) * in_features
     acc = tl.zeros((OUTPUTS, ROWS), tl.int32 if weight_ptr.dtype.element_ty == tl.int8 else tl.float32)
     first = split * STEPS
+    if OVERLAPS:
+        fetch_rows(weight_ptr, outputs, first * INPUTS, in_features, out_features)
+        wait(OVERLAPS)
     for step in range(first, tl.minimum(first + STEPS, steps)):
         inputs = step * INPUTS + tl.arange(0, INPUTS)
         known = (outputs[:, None] < out_features) & (inputs[None, :] < in_features)

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from quasar_core.kernels.triton.eight_bit import LARGEST, round_row
 from quasar_core.kernels.triton.language import round_to
+from quasar_core.kernels.triton.overlap import overlap, wait
 
 
 def rms_norm_residual(
@@ -37,6 +38,7 @@ def rms_norm_residual(
         ROUNDED=steps is not None,
         WHOLE=out.dtype == torch.int8,
         num_warps=min(max(block // 512, 1), 16),
+        **overlap(),
     )
 
 
@@ -54,12 +56,14 @@ def _norm_kernel(
     HAS_DELTA: tl.constexpr,
     ROUNDED: tl.constexpr,
     WHOLE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     columns = tl.arange(0, SIZE)
     known = columns < size
     places = tl.program_id(0) * size + columns
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + columns, mask=known, other=0.0).to(tl.float32)
+    wait(OVERLAPS)
     hidden = tl.load(hidden_ptr + places, mask=known, other=0.0).to(tl.float32)
     if HAS_DELTA:
         delta = tl.load(delta_ptr + places, mask=known, other=0.0).to(tl.float32)

@@ -9,9 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, gated_blocks, packed_blocks
+from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, packed_blocks
 from quasar_core.kernels.triton.epilogue import finish, outputs_of
 from quasar_core.kernels.triton.language import INTERPRETED, ROWS, matrix_product, subtract_pairs
+from quasar_core.kernels.triton.overlap import fetch_lines, fetch_rows, overlap, wait
 from quasar_core.kernels.triton.scratch import scratch
 from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
 
@@ -30,11 +31,10 @@ def multiply_packed(
 ) -> None:
     """x [T, in] · Wᵀ (+ bias [out]) (+ residual [T, out]) → out [T, out]; a row's result does not depend on T.
 
-    `gated` stores silu(gate) · up in out [T, out ÷ 2], the first half of the outputs being gates (no residual then).
+    `gated` stores silu(gate) · up in out [T, out ÷ 2], the first half of the outputs being gates (no residual then);
+    its blocks have two stored ones, or more.
     """
-    chosen = blocks or packed_blocks(weight, x.device)
-    if gated:
-        chosen = gated_blocks(chosen, weight.in_features, weight.out_features, packed=True)
+    chosen = blocks or packed_blocks(weight, x.device, gated)
     space = scratch(x.device)
     _packed_kernel[(-(-weight.words.shape[0] // (chosen.outputs // BLOCK)), chosen.splits)](
         x,
@@ -66,6 +66,7 @@ def multiply_packed(
         GATED=gated,
         num_warps=4,
         num_stages=chosen.stages,
+        **overlap(),
     )
 
 
@@ -98,6 +99,7 @@ def _packed_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     block, split = tl.program_id(0), tl.program_id(1)
     chunks: tl.constexpr = 16 // BITS
@@ -110,6 +112,9 @@ def _packed_kernel(
     inside = rows[None, :] < count
     acc = tl.zeros((size, ROWS), tl.float32)
     first = split * STEPS
+    if OVERLAPS:
+        _fetch_words(words_ptr, stored, first, steps, CHUNK)
+        wait(OVERLAPS)
     scale, zero = _tables(
         scales_ptr, zeros_ptr, first * chunks, columns, table_width, CHUNKS_PER_GROUP, HAS_ZEROS, MIDDLE
     )
@@ -173,6 +178,15 @@ def _words(words_ptr, stored, step, steps, STORED: tl.constexpr, CHUNK: tl.const
 
 
 @triton.jit
+def _fetch_words(words_ptr, stored, first, steps, CHUNK: tl.constexpr):
+    """Ask for the words of a program's first two steps, in lines of 128 bytes: a block's steps follow one another."""
+    size: tl.constexpr = 512 * (CHUNK // 16)
+    begin = stored.to(tl.int64) * steps
+    places = (begin + first)[:, None] * size + tl.arange(0, size // 16)[None, :] * 32
+    fetch_lines(words_ptr + tl.minimum(places, ((begin + steps) * size - 1)[:, None]))
+
+
+@triton.jit
 def _numbers(shifted, zero, MASK: tl.constexpr, magic, x):
     """Pairs of codes, less their zero, as numbers [outputs, CHUNK] of x's dtype.
 
@@ -200,11 +214,9 @@ def multiply_dense(
 
     `gated`: as of `multiply_packed`.
     """
-    chosen = blocks or dense_blocks(weight, x.device)
+    chosen = blocks or dense_blocks(weight, x.device, gated)
     space = scratch(x.device)
     out_features, in_features = weight.shape
-    if gated:
-        chosen = gated_blocks(chosen, in_features, out_features, packed=False)
     steps = -(-in_features // chosen.inputs)
     _dense_kernel[(-(-out_features // chosen.outputs), chosen.splits)](
         x,
@@ -227,6 +239,7 @@ def multiply_dense(
         GATED=gated,
         num_warps=4,
         num_stages=chosen.stages,
+        **overlap(),
     )
 
 
@@ -250,6 +263,7 @@ def _dense_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     block, split = tl.program_id(0), tl.program_id(1)
     outputs = outputs_of(block, out_features, OUTPUTS, GATED)
@@ -257,6 +271,9 @@ def _dense_kernel(
     lines = weight_ptr + outputs[:, None].to(tl.int64) * in_features
     acc = tl.zeros((OUTPUTS, ROWS), tl.float32)
     first = split * STEPS
+    if OVERLAPS:
+        fetch_rows(weight_ptr, outputs, first * INPUTS, in_features, out_features)
+        wait(OVERLAPS)
     for step in range(first, tl.minimum(first + STEPS, steps)):
         inputs = step * INPUTS + tl.arange(0, INPUTS)
         known = (outputs[:, None] < out_features) & (inputs[None, :] < in_features)

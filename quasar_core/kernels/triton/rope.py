@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from quasar_core.kernels.triton.language import round_to
+from quasar_core.kernels.triton.overlap import overlap, wait
 
 
 def rotate_and_store(
@@ -45,6 +46,7 @@ def rotate_and_store(
         HAS_NORMS=head_norms is not None,
         ROTATES=cos is not None,
         num_warps=1,
+        **overlap(),
     )
 
 
@@ -66,7 +68,9 @@ def _rotate_kernel(
     PADDED: tl.constexpr,
     HAS_NORMS: tl.constexpr,
     ROTATES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait(OVERLAPS)
     token, head = tl.program_id(0), tl.program_id(1)
     place = tl.load(position_ptr).to(tl.int64) + token
     d = tl.arange(0, PADDED)

@@ -1,13 +1,17 @@
 """The best block shapes of a product, measured: graph replays over weights that no cache holds."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
+from triton.runtime import driver
 
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.triton.blocks import (
@@ -25,13 +29,25 @@ from quasar_core.kernels.triton.tuned import keep_tuned, tuned_blocks
 from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
 from quasar_core.records import Progress, no_progress
 
-Weight = TritonWeight | torch.Tensor  # packed codes; values [out, in] of 16 bits, or of 8, whose rows have 8 too
+Plain = TritonWeight | torch.Tensor  # packed codes; values [out, in] of 16 bits, or of 8, whose rows have 8 too
 Timer = Callable[[Callable[[], None]], float]
 _TUNED_ROWS = 8  # a row's result must not depend on T, so one shape serves all T
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _REPLAYS = 10
 _UNCACHED = 200_000_000  # bytes of weights that are multiplied in turn
-SECONDS = 6.0  # for all products of a model: most of it is spent on compiling candidates
+_AT_ONCE = 8  # candidates that are compiled at once, each in a thread
+SECONDS = 8.0  # for all products of a model: most of it is spent on compiling candidates
+_MOST_SECONDS = 2.0  # for one of them
+
+
+@dataclass(frozen=True)
+class GatedWeight:
+    """Gates and what they gate, of a product that ends with the gate: its block shapes are its own."""
+
+    plain: Plain
+
+
+Weight = Plain | GatedWeight
 
 
 def tune_missing(
@@ -54,7 +70,7 @@ def tune_missing(
         progress("tuning kernels", done, len(missing))
         share = (begin + seconds - time.perf_counter()) / (len(missing) - done)
         try:
-            tune(_uncached(group), dtype, timer, share)
+            tune(_uncached(group), dtype, timer, min(share, _MOST_SECONDS))
         except QuasarError as error:
             trouble = f", not kept: {error}"
     if missing:
@@ -86,13 +102,15 @@ def tune(
 
         try:
             return (timer or replay_seconds)(launch)
-        except OutOfResources:  # of shared memory or registers, which a GPU has less of than another
+        except TritonError:  # of shared memory or registers a GPU has less than another
             return math.inf
 
     best, least = None, math.inf
-    for blocks in candidates(first):
+    for number, blocks in enumerate(shapes := candidates(first)):
         if best is not None and time.perf_counter() >= deadline:
             break
+        if timer is None and number % _AT_ONCE == 0:
+            _compile(lambda shape: multiply(first, shape), shapes[number : number + _AT_ONCE], _device(first))
         measured = seconds_of(blocks)
         if best is None or measured < least:
             best, least = blocks, measured
@@ -101,32 +119,53 @@ def tune(
     return best
 
 
+def _compile(multiply: Callable[[Blocks], None], shapes: Sequence[Blocks], device: torch.device) -> None:
+    """Run products of these shapes once, in threads: compiling is most of the work, and takes one core of many."""
+
+    def run(blocks: Blocks) -> None:
+        torch.cuda.set_device(device)
+        with suppress(TritonError):  # whoever measures it is told again
+            multiply(blocks)
+
+    driver.active.get_current_device()  # makes the driver, which is not for several threads at once
+    with ThreadPoolExecutor(min(len(shapes), os.cpu_count() or 1)) as threads:
+        list(threads.map(run, shapes))
+
+
 def _product(first: Weight, dtype: torch.dtype) -> Callable[[Any, Blocks], None]:
     """The product that weights of the first one's kind are for, with rows and outputs of its own."""
     device, (in_features, out_features) = _device(first), _sizes(first)
     x = torch.randn(_TUNED_ROWS, in_features, device=device, dtype=dtype)
     out = torch.empty(_TUNED_ROWS, out_features, device=device, dtype=dtype)
-    if isinstance(first, TritonWeight):
-        return lambda weight, blocks: multiply_packed(x, weight, out, blocks=blocks)
-    if first.dtype not in LARGEST:
-        return lambda weight, blocks: multiply_dense(x, weight, out, blocks=blocks)
+    if isinstance(first, GatedWeight):
+        half, product = out[:, : out_features // 2].contiguous(), _bits_product(first.plain)
+        return lambda weight, blocks: product(x, weight.plain, half, blocks=blocks, gated=True)
+    if isinstance(first, TritonWeight) or first.dtype not in LARGEST:
+        product = _bits_product(first)
+        return lambda weight, blocks: product(x, weight, out, blocks=blocks)
     codes = (20 * x.float()).clamp(-127, 127).to(first.dtype)
     steps, scales = torch.ones(_TUNED_ROWS, device=device), torch.ones(out_features, device=device)
     return lambda weight, blocks: multiply_w8a8(codes, steps, weight, scales, out, blocks=blocks)
 
 
+def _bits_product(weight: Plain) -> Callable[..., None]:
+    """On packed codes, or on 16 bits."""
+    return multiply_packed if isinstance(weight, TritonWeight) else multiply_dense
+
+
 def candidates(weight: Weight) -> list[Blocks]:
     """Block shapes worth measuring: the rule of thumb's first, then those that differ from it least."""
-    in_features, out_features = _sizes(weight)
-    if isinstance(weight, TritonWeight):
-        rule, device = packed_blocks(weight, weight.words.device), weight.words.device
+    (in_features, out_features), device = _sizes(weight), _device(weight)
+    plain, gated = _plain(weight), isinstance(weight, GatedWeight)
+    if isinstance(plain, TritonWeight):
+        rule = packed_blocks(plain, device, gated)
         inputs = [rule.inputs]
     else:
-        rule, device = dense_blocks(weight, weight.device), weight.device
+        rule = dense_blocks(plain, device, gated)
         inputs = [rule.inputs // 2, rule.inputs, 2 * rule.inputs]
     space = scratch(device)
     found = [rule]
-    for outputs in (BLOCK, 2 * BLOCK):
+    for outputs in (2 * BLOCK,) if gated else (BLOCK, 2 * BLOCK):
         blocks = -(-out_features // outputs)
         for depth in inputs:
             steps = -(-in_features // depth)
@@ -161,22 +200,31 @@ def replay_seconds(launch: Callable[[], None]) -> float:
     return min(times)
 
 
+def _plain(weight: Weight) -> Plain:
+    return weight.plain if isinstance(weight, GatedWeight) else weight
+
+
+def _tensor(weight: Weight) -> torch.Tensor:
+    plain = _plain(weight)
+    return plain.words if isinstance(plain, TritonWeight) else plain
+
+
 def _sizes(weight: Weight) -> tuple[int, int]:
-    if isinstance(weight, TritonWeight):
-        return weight.in_features, weight.out_features
-    return weight.shape[1], weight.shape[0]
+    plain = _plain(weight)
+    if isinstance(plain, TritonWeight):
+        return plain.in_features, plain.out_features
+    return plain.shape[1], plain.shape[0]
 
 
 def _uncached(weights: Sequence[Weight]) -> Sequence[Weight]:
     """The first of them that no cache holds together; all where they are fewer."""
-    first = weights[0]
-    tensor = first.words if isinstance(first, TritonWeight) else first
-    return weights[: -(-_UNCACHED // (tensor.numel() * tensor.element_size()))]
+    return weights[: -(-_UNCACHED // _tensor(weights[0]).nbytes)]
 
 
 def _device(weight: Weight) -> torch.device:
-    return weight.words.device if isinstance(weight, TritonWeight) else weight.device
+    return _tensor(weight).device
 
 
 def _key(weight: Weight) -> str:
-    return packed_key(weight) if isinstance(weight, TritonWeight) else dense_key(weight)
+    plain, gated = _plain(weight), isinstance(weight, GatedWeight)
+    return packed_key(plain, gated) if isinstance(plain, TritonWeight) else dense_key(plain, gated)
