@@ -22,7 +22,7 @@ from quasar_core.quantize.blocks import find_blocks, find_head, linear_layers
 from quasar_core.quantize.commits import Layout, QuantizedBlock, block_file, head_file, read_commit, write_commit
 from quasar_core.quantize.endings import find_endings
 from quasar_core.quantize.gptq import Solution, SolverConfig, solve, solve_group
-from quasar_core.quantize.heap import keep_freed_memory, return_freed_memory
+from quasar_core.quantize.heap import FREED_BYTES, keep_freed_memory, return_freed_memory
 from quasar_core.quantize.hessian import HessianAccumulator, shrunk
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.reference import collect_compared, stream_layers
@@ -144,6 +144,8 @@ def quantize_block(
     for stage in found:
         first = stage.groups[0][0]
         ending = endings.get(first)
+        if large(layers[first]):
+            return_freed_memory()
         if original is None or is_expert(first):  # in the two models, other tokens may be routed to an expert
             inputs = collect_inputs(block, stage, layers, activations, ending)
         else:
@@ -151,7 +153,8 @@ def quantize_block(
         if stage is found[-1] and original is not None and activations.reference is not None:
             activations.reference.advance(original)
             original = None  # its weights make room for the solver
-        return_freed_memory()
+        if large(layers[first]):
+            return_freed_memory()
         for group in stage.groups:
             own = {f"{name}.{layer}": layers[layer] for layer in group}
             if read_too_little(group[0], layers[group[0]], inputs[group[0]].count):
@@ -161,8 +164,12 @@ def quantize_block(
                 replace_weight(own[full_name], solution.weight.dequantize(own[full_name].weight.dtype))
         if ending is not None:
             activations.kept.finish(ending, layers[first])
-        return_freed_memory()
     return QuantizedBlock(weights, losses, dict(prepared.tensors), tuple(rounded), prepared.layout)
+
+
+def large(linear: torch.nn.Linear) -> bool:
+    """Whether a layer's Hessian is more than the heap should hold freed beside it."""
+    return 4 * linear.in_features**2 > FREED_BYTES
 
 
 def solve_together(
