@@ -30,7 +30,7 @@ $(INTEROP_STAMP): pyproject.toml constraints-interop.txt
 $(AUTOGPTQ_STAMP): constraints-autogptq.txt
 	$(PYTHON) -m venv .venv-autogptq
 	$(AUTOGPTQ_BIN)/python -m pip install --quiet -c constraints-autogptq.txt setuptools wheel
-	$(AUTOGPTQ_BIN)/python -m pip install --quiet -c constraints-autogptq.txt auto-gptq pytest
+	$(AUTOGPTQ_BIN)/python -m pip install --quiet -c constraints-autogptq.txt auto-gptq platformdirs pytest
 	touch $@
 
 demo: export QUASAR_HOME := $(CURDIR)/demo-out

@@ -65,7 +65,10 @@ def finish(partial: Path, output: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Indented JSON, whole or not at all."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # the name must not be there before the content, also where the power fails
     partial.replace(path)
 
 
