@@ -48,10 +48,11 @@ def quantized(name: str) -> dict[str, QuantizedWeight]:
     return {n: solve(m.weight.detach(), torch.eye(m.in_features), config, n).weight for n, m in layers.items()}
 
 
-def test_distilled_scales_lower_the_divergence_that_they_are_fitted_to() -> None:
+@pytest.mark.parametrize("name", ["llama", "qwen3"], ids=["untied", "tied"])
+def test_distilled_scales_lower_the_divergence_that_they_are_fitted_to(name: str) -> None:
     with torch.inference_mode():
         random_model.cache_clear()
-        model, weights = random_model("llama").model, quantized("llama")
+        model, weights = random_model(name).model, quantized(name)
     random_model.cache_clear()
     rows = torch.randint(97, (16, 24), generator=torch.Generator().manual_seed(0))
     fitted = distill_scales(model, weights, rows, epochs=3)

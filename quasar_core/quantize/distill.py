@@ -41,7 +41,7 @@ def distill_scales(
             wanted = target(input_ids=row, use_cache=False).logits[0].float()
         scaled = {f"{name}.weight": _scaled(weights[name], factor) for name, factor in factors.items()}
         inputs = {"input_ids": row, "use_cache": False}
-        got = torch.func.functional_call(target, fixed | scaled, kwargs=inputs).logits[0]
+        got = torch.func.functional_call(target, fixed | scaled, kwargs=inputs, tie_weights=False).logits[0]
         optimizer.zero_grad()
         kl_divergence(wanted, got.float()).mean().backward()
         optimizer.step()
