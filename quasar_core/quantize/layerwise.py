@@ -144,8 +144,7 @@ def quantize_block(
     for stage in found:
         first = stage.groups[0][0]
         ending = endings.get(first)
-        if large(layers[first]):
-            return_freed_memory()
+        make_room(layers[first])
         if original is None or is_expert(first):  # in the two models, other tokens may be routed to an expert
             inputs = collect_inputs(block, stage, layers, activations, ending)
         else:
@@ -153,12 +152,11 @@ def quantize_block(
         if stage is found[-1] and original is not None and activations.reference is not None:
             activations.reference.advance(original)
             original = None  # its weights make room for the solver
-        if large(layers[first]):
-            return_freed_memory()
+        make_room(layers[first])
         for group in stage.groups:
             own = {f"{name}.{layer}": layers[layer] for layer in group}
             if read_too_little(group[0], layers[group[0]], inputs[group[0]].count):
-                rounded += own
+                rounded.extend(own)
             for full_name, solution in solve_together(own, inputs.pop(group[0]), plan, prepared.solve).items():
                 weights[full_name], losses[full_name] = solution.weight, solution.relative_loss
                 replace_weight(own[full_name], solution.weight.dequantize(own[full_name].weight.dtype))
@@ -167,9 +165,10 @@ def quantize_block(
     return QuantizedBlock(weights, losses, dict(prepared.tensors), tuple(rounded), prepared.layout)
 
 
-def large(linear: torch.nn.Linear) -> bool:
-    """Whether a layer's Hessian is more than the heap should hold freed beside it."""
-    return 4 * linear.in_features**2 > FREED_BYTES
+def make_room(linear: torch.nn.Linear) -> None:
+    """Give freed memory back where a layer's Hessian is larger than what the heap keeps."""
+    if 4 * linear.in_features**2 > FREED_BYTES:
+        return_freed_memory()
 
 
 def solve_together(
@@ -217,7 +216,6 @@ def quantize_head(ends: PreTrainedModel, activations: Activations, plan: LayerPl
         accumulator = HessianAccumulator(head.in_features, head.weight.device)
         for rows in activations.hidden.split(1):
             accumulator.add(norm(rows.to(head.weight.device)))
-        hessian = shrunk(accumulator.finish(HEAD), accumulator.count)
-        solution = solve(head.weight, hessian, plan.solver(HEAD), HEAD)
+        solution = solve(head.weight, hessian_of(HEAD, head, accumulator), plan.solver(HEAD), HEAD)
         write_commit(commit, QuantizedBlock({HEAD: solution.weight}, {HEAD: solution.relative_loss}))
     return read_commit(commit)

@@ -23,8 +23,7 @@ from quasar_core.quantize.blocks import find_blocks, find_head, linear_layers
 from quasar_core.quantize.factor import InverseFactor, inverse_factor
 from quasar_core.quantize.fidelity import kl_divergence
 from quasar_core.quantize.gptq import Solution, SolverConfig, column_order, solve_layer
-from quasar_core.quantize.hessian import shrunk
-from quasar_core.quantize.layerwise import replace_weight
+from quasar_core.quantize.layerwise import hessian_of, replace_weight
 from quasar_core.quantize.stages import collect_inputs, stages
 from quasar_core.records import Progress, no_progress
 
@@ -59,8 +58,7 @@ def measure_widths(
         for stage in stages(block, layers, activations):
             inputs = collect_inputs(block, stage, layers, activations)
             for names in stage.groups:
-                seen = inputs.pop(names[0])
-                hessian = shrunk(seen.finish(f"{prefix}.{index}.{names[0]}"), seen.count)
+                hessian = hessian_of(f"{prefix}.{index}.{names[0]}", layers[names[0]], inputs.pop(names[0]))
                 solver = GroupSolver.of({name: layers[name] for name in names}, hessian, default)
                 changed = solver.put_into(block)
                 cost = _divergence(model, target, _finish(activations, [changed, *after]))

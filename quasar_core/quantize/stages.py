@@ -13,6 +13,8 @@ from quasar_core.quantize.hessian import HessianAccumulator
 from quasar_core.quantize.kept import Ending
 
 HESSIAN_BYTES = 1_000_000_000  # of the experts that are watched in one pass
+# Inputs for each row that an expert has read, above which hardly anything is gained on rounding to nearest.
+MOST_INPUTS_PER_ROW = 128
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,6 @@ class Stage:
 
     groups: Sequence[Sequence[str]]
     last: torch.nn.Module
-
-
-# Inputs for each row that an expert has read, above which hardly anything is gained on rounding to nearest.
-MOST_INPUTS_PER_ROW = 128
 
 
 def is_expert(layer_name: str) -> bool:
