@@ -1,27 +1,54 @@
 """Kernels in C++, compiled on first use for this processor and kept in quasar's own folder.
 
 A shared library is named by what it depends on (sources, flags, compiler, processor, PyTorch), so that a change of any
-of them compiles anew, and nothing is ever loaded that was built for another machine.
+of them compiles anew, and nothing is ever loaded that was built for another machine. One that is damaged is compiled
+anew, and that is said.
 """
 
+import ctypes
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from quasar_core.errors import QuasarError
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.kernels import private_files
 from quasar_core.store.home import home
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+SWITCH = "QUASAR_CPU_PASS"
 _PATIENCE = 120  # seconds
+_BUILDING = "building-"
+_rebuilt: dict[Path, str] = {}  # by source: what was wrong with the library that was there
+
+
+def load_library(source: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:
+    """Load the library of a C++ source, compiled where it is not there yet or damaged; `functions` are their arguments.
+
+    QuasarError, with a reason, where it cannot be compiled or loaded, or lacks one of the functions.
+    """
+    path = shared_library(source)
+    try:
+        library = private_files.load(path)
+    except (OSError, QuasarError) as error:
+        raise QuasarError(f"its library could not be loaded: {error}") from error
+    for name, arguments in functions.items():
+        try:
+            getattr(library, name).argtypes = list(arguments)
+        except AttributeError:
+            raise QuasarError(f"its library {path} has no function {name}: delete it, and it is made anew") from None
+    return library
 
 
 def shared_library(source: Path) -> Path:
-    """The library of a C++ source and the headers beside it, compiled where it is not there yet.
+    """The library of a C++ source and the headers beside it, compiled where it is not there yet or damaged.
 
     QuasarError, with a reason, where it cannot be.
     """
@@ -29,13 +56,47 @@ def shared_library(source: Path) -> Path:
     if compiler is None:
         raise QuasarError("no C++ compiler was found (g++, or one that CXX names)")
     library = home() / "kernels" / _key(source, compiler) / f"{source.stem}.so"
-    if not library.exists():
-        try:
-            library.parent.mkdir(parents=True, exist_ok=True)
+    kernels = library.parent.parent
+    try:
+        private_files.make_private(kernels)
+        with _alone_in(kernels):
+            if library.parent.exists():
+                wrong = private_files.damage(library)
+                if wrong is None:
+                    return library
+                _rebuilt[source] = wrong
             _compile(compiler, source, library)
-        except OSError as error:
-            raise QuasarError(f"its library could not be written to {library.parent}: {error}") from error
+    except OSError as error:
+        raise QuasarError(f"its library could not be written to {library.parent}: {error}") from error
     return library
+
+
+def remark(source: Path) -> str:
+    """What is to be said of a library beside that it runs: that it was compiled anew, and why; else nothing."""
+    return f", compiled anew since {_rebuilt[source]}" if source in _rebuilt else ""
+
+
+def why_switched_off() -> str | None:
+    """A reason where the user has switched off all that is compiled: the pass, packed products, the solver's loops."""
+    value = os.environ.get(SWITCH) or "1"
+    if value not in ("0", "1"):
+        raise UsageError(f"{SWITCH} must be 0 or 1, not {value}.")
+    return f"{SWITCH}=0 switches it off" if value == "0" else None
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process compiles here; what a killed one left is cleared."""
+    import fcntl  # not on every system, and nothing is compiled where it is missing
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for left in folder.glob(f"{_BUILDING}*"):
+            shutil.rmtree(left)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def find_compiler() -> str | None:
@@ -62,9 +123,10 @@ def _key(source: Path, compiler: str) -> str:
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:
-    """Whole or not at all: two processes may compile at once, and either result will do."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        built = Path(folder) / library.name
+    """Whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=library.parent.parent, prefix=_BUILDING) as folder:
+        built = Path(folder) / library.parent.name / library.name
+        private_files.make_private(built.parent)
         command = [compiler, *FLAGS, str(source), "-o", str(built)]
         try:
             run = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
@@ -73,4 +135,4 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
         if run.returncode:
             first = next((line for line in run.stderr.splitlines() if "error" in line), "no message")
             raise QuasarError(f"{compiler} could not compile {source.name}: {first.strip()}")
-        os.replace(built, library)
+        private_files.install(built, library)

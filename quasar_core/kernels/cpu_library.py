@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from quasar_core.errors import QuasarError
-from quasar_core.kernels.compile import processor_flags, shared_library
+from quasar_core.kernels.compile import load_library, processor_flags, why_switched_off
 
 SOURCE = Path(__file__).parent / "cpu" / "quasar.cpp"
 MOST_PARTS = 3
@@ -75,7 +75,9 @@ class Model(ctypes.Structure):
 
 @cache
 def why_not_here() -> str | None:
-    """Why this machine cannot run the library, found out once: its processor, its compiler, or the build."""
+    """Why this machine cannot run the library, found out once: its processor, its compiler, the build, or the user."""
+    if off := why_switched_off():
+        return off
     if not processor_flags() >= _NEEDED:
         return "it needs a processor with AVX-512 VNNI, and Linux"
     try:
@@ -88,18 +90,30 @@ def why_not_here() -> str | None:
 @cache
 def library() -> ctypes.CDLL:
     """The compiled library; QuasarError where it cannot be built or loaded."""
-    try:
-        functions = ctypes.CDLL(str(shared_library(SOURCE)))
-    except OSError as error:
-        raise QuasarError(f"its library could not be loaded: {error}") from error
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    functions.quasar_multiply_codes.argtypes = [pointer] * 3 + [number] * 7
-    functions.quasar_pass_new.argtypes = [ctypes.POINTER(Model)]
+    functions = load_library(
+        SOURCE,
+        {
+            "quasar_multiply_codes": [pointer] * 3 + [number] * 7,
+            "quasar_pass_new": [ctypes.POINTER(Model)],
+            "quasar_pass_delete": [pointer, number],
+            "quasar_pass_run": [
+                pointer,
+                number,
+                pointer,
+                *[number] * 2,
+                *[pointer] * 3,
+                number,
+                *[pointer] * 3,
+                number,
+            ],
+            "quasar_pass_seconds": [pointer, number, pointer],
+            "quasar_size_of_model": [],
+            "quasar_size_of_layer": [],
+        },
+    )
     functions.quasar_pass_new.restype = pointer
-    functions.quasar_pass_delete.argtypes = [pointer, number]
-    functions.quasar_pass_run.argtypes = [pointer, number, pointer, number, number, *[pointer] * 3, number]
-    functions.quasar_pass_run.argtypes += [*[pointer] * 3, number]
-    functions.quasar_pass_seconds.argtypes = [pointer, number, pointer]
-    assert functions.quasar_size_of_model() == ctypes.sizeof(Model)
-    assert functions.quasar_size_of_layer() == ctypes.sizeof(Layer)
+    sizes = functions.quasar_size_of_model(), functions.quasar_size_of_layer()
+    if sizes != (ctypes.sizeof(Model), ctypes.sizeof(Layer)):
+        raise QuasarError("its library describes models in other bytes than this version of quasar")
     return functions

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from quasar_core.errors import QuasarError
-from quasar_core.kernels.compile import processor_flags, shared_library
+from quasar_core.kernels.compile import load_library, processor_flags, why_switched_off
 
 SOURCE = Path(__file__).parent / "cpu" / "solver.cpp"
 MOST_COLUMNS = 128
@@ -22,7 +22,9 @@ _NEEDED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 
 @cache
 def why_not_here() -> str | None:
-    """Why this machine cannot run the loops, found out once: its processor, its compiler, or the build."""
+    """Why this machine cannot run the loops, found out once: its processor, its compiler, the build, or the user."""
+    if off := why_switched_off():
+        return off
     if not processor_flags() >= _NEEDED:
         return "it needs a processor with AVX-512, and Linux"
     try:
@@ -40,16 +42,15 @@ def runs(tensor: torch.Tensor) -> bool:
 @cache
 def library() -> ctypes.CDLL:
     """The compiled library; QuasarError where it cannot be built or loaded."""
-    try:
-        functions = ctypes.CDLL(str(shared_library(SOURCE)))
-    except OSError as error:
-        raise QuasarError(f"its library could not be loaded: {error}") from error
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    functions.quasar_search_grids.argtypes = [pointer] * 3 + [ctypes.c_int64] + [number] * 4
-    functions.quasar_search_grids.argtypes += [ctypes.c_float] * 2 + [number]
-    functions.quasar_round_columns.argtypes = [pointer] * 8 + [number] * 4
-    functions.quasar_descend_columns.argtypes = [pointer] * 10 + [number] * 4
-    return functions
+    return load_library(
+        SOURCE,
+        {
+            "quasar_search_grids": [pointer] * 3 + [ctypes.c_int64] + [number] * 4 + [ctypes.c_float] * 2 + [number],
+            "quasar_round_columns": [pointer] * 8 + [number] * 4,
+            "quasar_descend_columns": [pointer] * 10 + [number] * 4,
+        },
+    )
 
 
 def search_grids(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from quasar_core.kernels import compile
 from quasar_core.kernels import cpu_library as cpp
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.vnni import VnniWeight
@@ -35,6 +36,11 @@ def why_not(decoder: LeanDecoder) -> str | None:
     if foreign:
         return f"it runs packed products on vnni or dense, and this verifier has some on {', '.join(sorted(foreign))}"
     return cpp.why_not_here()
+
+
+def remark() -> str:
+    """What is to be said of the C++ library beside that it runs, to be appended to a sentence."""
+    return compile.remark(cpp.SOURCE)
 
 
 class CpuPass:

@@ -28,4 +28,4 @@ def choose(decoder: LeanDecoder, progress: Progress = no_progress) -> tuple[Fast
     if obstacle:
         return None, f"passes: PyTorch's operations, not the C++ pass: {obstacle}"
     fast = cpu_pass.CpuPass(decoder)
-    return fast, f"passes: of up to {fast.longest} tokens in C++"
+    return fast, f"passes: of up to {fast.longest} tokens in C++{cpu_pass.remark()}"
