@@ -88,6 +88,14 @@ TrustRemoteCode = Annotated[
         "--trust-remote-code", help="Run Python code that the model's folder carries.", rich_help_panel=_MODEL
     ),
 ]
+CheckDigest = Annotated[
+    bool,
+    typer.Option(
+        "--check-digest",
+        help="Read the verifier's files in full first, and refuse them if they are not as quantize wrote them.",
+        rich_help_panel=_MODEL,
+    ),
+]
 UseTarget = Annotated[
     bool,
     typer.Option(
@@ -172,6 +180,7 @@ class ModelOptions:
     kernel: Kernel = "auto"
     max_context: MaxContext = None
     trust_remote_code: TrustRemoteCode = False
+    check_digest: CheckDigest = False
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quasar_core.bench.run import run_bench
+from quasar_core.checkpoint.digest import check_digest as digest_found
 from quasar_core.checkpoint.reader import VerifierCheckpoint, read_json
 from quasar_core.checkpoint.writer import refuse_existing
 from quasar_core.config import QuantizeConfig, VerifyMode
@@ -135,12 +136,14 @@ def load_pair(
     kernel: str = "auto",
     max_context: int | None = None,
     trust_remote_code: bool = False,
+    check_digest: bool = False,
     progress: Progress = no_progress,
 ) -> Pair:
     """Load target and verifier over one cache; what the mode does not need is left out.
 
-    Without `model` it is the current pair. Raises UsageError where there is none, or no verifier, and QuasarError for
-    a verifier that was made from another target, and for a pair that a GPU's memory cannot hold.
+    Without `model` it is the current pair. With `check_digest` the verifier's files are read in full first, and a note
+    says what was found. Raises UsageError where there is no pair, or no verifier, and QuasarError for a verifier that
+    was made from another target or whose files are damaged, and for a pair that a GPU's memory cannot hold.
     """
     if not use_target and verify != "quantized":
         raise UsageError(f"--no-target goes with --verify quantized; --verify {verify} needs the target.")
@@ -150,6 +153,7 @@ def load_pair(
     place = choose_device(device)
     precision, reason = _choose_dtype(source.folder, dtype, place)
     context = min(context_limit(source.folder), max_context or sys.maxsize)
+    digest = [f"digest: {_found(checkpoint, progress)}"] if check_digest else []
     room = _check_room(source.folder, checkpoint, place, precision, use_target, context)
     models = load_models(
         source.folder,
@@ -179,10 +183,17 @@ def load_pair(
         notes=[
             f"dtype: {str(precision).removeprefix('torch.')}, {reason}",
             f"device: {_describe_device(place)}",
+            *digest,
             *room,
             *models.notes,
         ],
     )
+
+
+def _found(checkpoint: VerifierCheckpoint | None, progress: Progress) -> str:
+    if checkpoint is None:
+        return "no verifier is loaded, so nothing was checked"
+    return digest_found(checkpoint, progress)
 
 
 def _check_room(

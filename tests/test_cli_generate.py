@@ -68,6 +68,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
         "kernel": "reference",
         "max_context": 77,
         "trust_remote_code": True,
+        "check_digest": False,
     }
 
 

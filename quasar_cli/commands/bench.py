@@ -8,6 +8,7 @@ import typer
 
 from quasar_cli import console
 from quasar_cli.commands.bench_steps import steps
+from quasar_cli.commands.generate import say_digest
 from quasar_cli.commands.models import announce
 from quasar_cli.options import (
     Json,
@@ -133,7 +134,7 @@ def _load_pair(models: ModelOptions, config: BenchConfig, progress: Progress) ->
     verify: VerifyMode = "exact" if models.use_target else "quantized"
     if not any(ARMS[name].needs_verifier for name in config.arms):
         verify = "full"
-    return api.load_pair(
+    pair = api.load_pair(
         models.model,
         models.verifier,
         verify=verify,
@@ -143,8 +144,12 @@ def _load_pair(models: ModelOptions, config: BenchConfig, progress: Progress) ->
         kernel=models.kernel,
         max_context=models.max_context,
         trust_remote_code=models.trust_remote_code,
+        check_digest=models.check_digest,
         progress=progress,
     )
+    if models.check_digest:
+        say_digest(pair)
+    return pair
 
 
 @app.command("show")

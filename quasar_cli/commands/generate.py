@@ -98,7 +98,7 @@ def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
     from quasar_core import api
 
     with console.progress_bar() as progress:
-        return api.load_pair(
+        pair = api.load_pair(
             models.model,
             models.verifier,
             verify=config.verify,
@@ -108,8 +108,19 @@ def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
             kernel=models.kernel,
             max_context=models.max_context,
             trust_remote_code=models.trust_remote_code,
+            check_digest=models.check_digest,
             progress=progress,
         )
+    if models.check_digest:
+        say_digest(pair)
+    return pair
+
+
+def say_digest(pair: "Pair") -> None:
+    """Print on stderr what --check-digest found, since it was asked for."""
+    for note in pair.notes:
+        if note.startswith("digest:"):
+            console.note_plain(note)
 
 
 def as_document(pair: "Pair", config: GenerationConfig, result: "GenerationResult") -> dict[str, Any]:

@@ -32,6 +32,9 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw fidelity into a PNG or SVG (needs matplotlib).")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all weights, and say whether they are as quantize wrote them.")
+    ] = False,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
@@ -43,7 +46,9 @@ def inspect(
     from quasar_core.checkpoint.reader import VerifierCheckpoint
 
     folder = _folder(checkpoint)
-    description = {**describe(VerifierCheckpoint(folder)), "speed": describe_speed(folder)}
+    found = VerifierCheckpoint(folder)
+    digest = {"digest": _digest(found)} if verify else {}
+    description = {**describe(found), **digest, "speed": describe_speed(folder)}
     if against is not None and text is not None:
         description["measured"] = _measure(against, folder, text, device, trust_remote_code)
     if plot is not None:
@@ -60,6 +65,14 @@ def inspect(
         from quasar_cli.render.fidelity import measured_tables
 
         console.show(*measured_tables(description["measured"]))
+
+
+def _digest(checkpoint: "VerifierCheckpoint") -> str:
+    """What checking the weights found, in words."""
+    from quasar_core.checkpoint.digest import check_digest
+
+    with console.progress_bar() as progress:
+        return check_digest(checkpoint, progress)
 
 
 def _measure(model: str, folder: Path, text: str, device: str, trust_remote_code: bool) -> dict[str, Any]:

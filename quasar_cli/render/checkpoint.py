@@ -64,6 +64,7 @@ def inspection_tables(description: dict[str, Any], verbose: bool) -> list[Render
         ("layers packed", str(description["packed_layers"])),
         ("bits per weight", f"{description['bits_per_weight']:.2f} of the packed layers"),
         ("size", f"{as_bytes(sizes['packed'])} packed, {as_bytes(sizes['plain'])} as they were"),
+        *([("digest", description["digest"])] if "digest" in description else []),
     ]
     if description["calibration"]:
         facts.append(

@@ -1,9 +1,11 @@
 """Write a checkpoint whole or not at all: into a partial folder, then one rename."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +74,18 @@ def write_json(path: Path, content: Any) -> None:
     partial.replace(path)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, whole or not at all; one tensor at a time passes through memory."""
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file, whole or not at all → its SHA-256 (hex); one tensor at a time passes through memory."""
     partial = path.with_name(path.name + ".tmp")
     # As safetensors writes them: wide elements first, so that every tensor is aligned; then by name.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    digest = hashlib.sha256()
     try:
         with partial.open("wb") as file:
-            file.write(_header({name: tensors[name] for name in order}, {"format": "pt", **(metadata or {})}))
-            for name in order:
-                file.write(_raw(tensors[name]))
+            header = _header({name: tensors[name] for name in order}, {"format": "pt", **(metadata or {})})
+            for content in chain([header], (_raw(tensors[name]) for name in order)):
+                file.write(content)
+                digest.update(content)
             file.flush()
             os.fsync(file.fileno())  # the name must not be there before the content
     except OSError as error:
@@ -89,6 +93,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         why = error.strerror or error
         raise QuasarError(f"{path} could not be written ({why}); what is finished is kept.") from error
     partial.replace(path)
+    return digest.hexdigest()
 
 
 def _raw(tensor: torch.Tensor) -> Any:
@@ -129,6 +134,7 @@ class ShardWriter:
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
+        self._digests: list[str] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Add a tensor; a full shard is written first."""
@@ -140,20 +146,22 @@ class ShardWriter:
         self.total_bytes += size
 
     def _flush(self) -> None:
-        save_tensors(self.folder / f"shard-{len(self._shards)}", self._pending)
+        self._digests.append(save_tensors(self.folder / f"shard-{len(self._shards)}", self._pending))
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
-    def close(self) -> None:
-        """Write the last shard, give the shards their names, write the index."""
+    def close(self) -> dict[str, str]:
+        """Write the last shard, give the shards their names, write the index → SHA-256 (hex) of each file by name."""
         if self._pending:
             self._flush()
         count = len(self._shards)
-        weight_map = {}
+        weight_map, digests = {}, {}
         for i, names in enumerate(self._shards):
             shard = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
             (self.folder / f"shard-{i}").rename(self.folder / shard)
             weight_map.update(dict.fromkeys(names, shard))
+            digests[shard] = self._digests[i]
         if count > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             write_json(self.folder / "model.safetensors.index.json", index)
+        return digests

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from quasar_core.checkpoint import compressed_tensors
+from quasar_core.checkpoint.digest import KEY as DIGESTS
 from quasar_core.checkpoint.reader import CARD_VERSION, TensorFiles, read_json
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files, write_json
 from quasar_core.config import QuantizeConfig
@@ -23,15 +24,15 @@ from quasar_core.records import FidelityReport, QuantizeReport
 from quasar_core.store.safetensors_header import weight_files
 
 
-def assemble(job: Job, names: Weights) -> None:
+def assemble(job: Job, names: Weights) -> dict[str, str]:
     """Write the shards: packed layers in place of their weights, every other tensor of the source as it is.
 
-    Tensors pass through memory one by one.
+    Tensors pass through memory one by one. Returns the SHA-256 (hex) of each shard by its file's name.
     """
     writer = ShardWriter(job.partial)
     for name, tensor in verifier_tensors(job, names):
         writer.add(name, tensor)
-    writer.close()
+    digests = writer.close()
     copy_kept_files(job.source, job.partial)
     gptq = job.config.method == "gptq"
     number: Literal["int", "float"] = "int" if job.config.method == "w8a8" else "float"
@@ -47,6 +48,7 @@ def assemble(job: Job, names: Weights) -> None:
     write_json(job.partial / "config.json", config)
     if gptq:
         write_json(job.partial / "quantize_config.json", section)
+    return digests
 
 
 def verifier_tensors(job: Job, names: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -119,13 +121,14 @@ def make_report(job: Job, seconds: dict[str, float], fidelity: FidelityReport) -
     )
 
 
-def describe(job: Job, report: QuantizeReport, calibration: Calibration) -> None:
-    """quasar.json and the model card."""
+def describe(job: Job, report: QuantizeReport, calibration: Calibration, digests: Mapping[str, str]) -> None:
+    """Write quasar.json, with the digests of the shards, and the model card."""
     card = {
         "format_version": CARD_VERSION,
         "target": {"name": job.target_name, "fingerprint": job.fingerprint},
         "calibration": calibration.identity(),
         "versions": package_versions(),
+        DIGESTS: dict(digests),
         "report": {**asdict(report), "checkpoint": job.output.name},
     }
     write_json(job.partial / "quasar.json", card)

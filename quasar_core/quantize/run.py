@@ -76,7 +76,7 @@ def quantize_checkpoint(
             quantize_layers(job, target, tokenizer, calibration, spill, progress)
         with watch.stage("writing"):
             clear_all_but_commits(job)
-            assemble(job, target.weights)
+            digests = assemble(job, target.weights)
         with watch.stage("fidelity"):
             kernel = kernel_of_method(job.config)
             verifier = open_verifier(VerifierCheckpoint(job.partial), target, kernel)
@@ -87,7 +87,7 @@ def quantize_checkpoint(
                 price = measure_kernel(target, verifier, in_use, calibration, progress)
                 fidelity = replace(fidelity, in_use=price)
         report = make_report(job, watch.seconds, fidelity)
-        describe(job, report, calibration)
+        describe(job, report, calibration, digests)
         finish(job.partial, job.output)
         # Only now: killed a moment earlier, the run still goes on from its commits.
         shutil.rmtree(job.output / job.commits.name)
