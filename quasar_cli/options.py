@@ -39,6 +39,14 @@ def parse_auto(flag: str, value: str) -> int | Auto:
         raise UsageError(f"{flag} must be auto or a whole number, not {value}.") from None
 
 
+def use_threads(value: str, steer: bool = False) -> None:
+    """Compute in as many threads as --threads says; with `steer`, `auto` follows the machine's load."""
+    number = parse_auto("--threads", value)
+    from quasar_core.kernels import threads
+
+    threads.use_threads(number, steer)
+
+
 # Every command.
 Verbose = Annotated[
     bool,
@@ -47,6 +55,12 @@ Verbose = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Threads = Annotated[
+    str,
+    typer.Option(
+        "--threads", metavar="N|auto", help="Threads of the CPU; auto: one for each core, fewer while cores are busy."
+    ),
+]
 
 # Which models, where they run.
 Model = Annotated[
@@ -181,6 +195,7 @@ class ModelOptions:
     max_context: MaxContext = None
     trust_remote_code: TrustRemoteCode = False
     check_digest: CheckDigest = False
+    threads: Threads = "auto"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from quasar_core.checkpoint.writer import refuse_existing
 from quasar_core.config import QuantizeConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.kernels.threads import describe_threads, most_threads, use_threads
 from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.load import load_models
 from quasar_core.models.memory import pair_need, require_room
@@ -37,7 +38,16 @@ from quasar_core.store import (
 )
 from quasar_core.store.safetensors_header import weight_files
 
-__all__ = ["Generator", "fidelity_on_text", "load_pair", "plan_quantize", "quantize", "run_bench"]
+__all__ = [
+    "Generator",
+    "describe_threads",
+    "fidelity_on_text",
+    "load_pair",
+    "plan_quantize",
+    "quantize",
+    "run_bench",
+    "use_threads",
+]
 
 LEAST_CONTEXT = 16  # tokens of prompt and answer
 
@@ -254,4 +264,4 @@ def _choose_dtype(folder: Path, requested: str, device: torch.device) -> tuple[t
 def _describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu, {torch.get_num_threads()} threads"
+    return f"cpu, {most_threads()} threads"

@@ -21,6 +21,7 @@ from quasar_cli.options import (
     Window,
     parse_auto,
     takes_groups,
+    use_threads,
 )
 from quasar_core.bench.arms import ARMS, DEFAULT_ARMS, parse_arms
 from quasar_core.bench.config import BenchConfig
@@ -112,6 +113,7 @@ def bench(
 
     datasets = load_datasets(dataset, config.limit)
     announce(models.model)
+    use_threads(models.threads, steer=True)
     with console.progress_bar() as progress:
         pair = _load_pair(models, config, progress)
         from quasar_core import api
@@ -122,7 +124,9 @@ def bench(
             console.note_plain("Interrupted; the same command goes on where this run stopped.")
             raise
     if verbose:
-        for line in results.run.notes:
+        from quasar_core.kernels.threads import describe_threads
+
+        for line in [*results.run.notes, describe_threads()]:
             console.note_plain(f"- {line}")
     _present(results, output, markdown, as_csv, as_json)
 

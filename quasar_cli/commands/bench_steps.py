@@ -8,7 +8,7 @@ import typer
 
 from quasar_cli import console
 from quasar_cli.commands.models import announce
-from quasar_cli.options import Device, Dtype, Json, Kernel, Model, Verbose, Verifier, takes_groups
+from quasar_cli.options import Device, Dtype, Json, Kernel, Model, Threads, Verbose, Verifier, takes_groups, use_threads
 from quasar_core import store
 from quasar_core.config import Method, QuantizeConfig, default_codes
 from quasar_core.errors import UsageError
@@ -31,6 +31,7 @@ class Placement:
     device: Device = "auto"
     dtype: Dtype = "auto"
     kernel: Kernel = "auto"
+    threads: Threads = "auto"
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def steps(
     The floor is the bytes that a pass must read ÷ the bandwidth measured in the same run, before and after.
     """
     config = timing.config()
+    use_threads(placement.threads)
     if plot is not None:
         from quasar_core.bench.plots import new_figure
 

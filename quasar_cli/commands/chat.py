@@ -46,6 +46,7 @@ def chat(
     pair = load_pair(models, config)
 
     from quasar_core.decode.generator import Generator
+    from quasar_core.kernels.threads import describe_threads
 
     conversation = Conversation(Generator(pair, config), system, think, stream and not as_json)
     if verbose:
@@ -60,6 +61,8 @@ def chat(
             console.stream_text("\n" if stream else result.text + "\n")
         if stats:
             show_stats(pair, config, result)
+        if verbose:
+            console.note_plain(f"- {describe_threads()}")
     if as_json:
         console.print_json({"turns": turns})
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from quasar_cli import console
-from quasar_cli.options import Json, Verbose
+from quasar_cli.options import Json, Threads, Verbose, use_threads
 from quasar_core import store
 from quasar_core.errors import QuasarError
 from quasar_core.records import Progress
@@ -26,10 +26,12 @@ def doctor(
     remeasure: Annotated[
         bool, typer.Option("--remeasure", help="Measure kernels and the current pair's passes again, and keep that.")
     ] = False,
+    threads: Threads = "auto",
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Check this machine: versions, processor, memory and its bandwidth, GPU, kernels, the current pair."""
+    use_threads(threads)
     if remeasure:
         measure_again()
     with console.progress_bar() as progress:

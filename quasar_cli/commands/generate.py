@@ -18,6 +18,7 @@ from quasar_cli.options import (
     Think,
     Verbose,
     takes_groups,
+    use_threads,
 )
 from quasar_core.config import GenerationConfig
 from quasar_core.errors import UsageError
@@ -94,6 +95,7 @@ def conversation(system: str | None, text: str) -> list[dict[str, str]]:
 
 def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
     """Load what the options name, with a progress bar."""
+    use_threads(models.threads, steer=True)
     announce(models.model)
     from quasar_core import api
 
@@ -143,8 +145,10 @@ def as_document(pair: "Pair", config: GenerationConfig, result: "GenerationResul
 
 
 def show_notes(pair: "Pair") -> None:
-    """Print on stderr what was chosen while loading, and why."""
-    for line in pair.notes:
+    """Print on stderr what was chosen while loading, and why, and how many threads compute now."""
+    from quasar_core.kernels.threads import describe_threads
+
+    for line in [*pair.notes, describe_threads()]:
         console.note_plain(f"- {line}")
 
 

@@ -8,7 +8,7 @@ import typer
 
 from quasar_cli import console
 from quasar_cli.commands.doctor import describe_speed
-from quasar_cli.options import Device, Json, TrustRemoteCode, Verbose
+from quasar_cli.options import Device, Json, Threads, TrustRemoteCode, Verbose, use_threads
 from quasar_core import store
 from quasar_core.errors import UsageError
 
@@ -36,6 +36,7 @@ def inspect(
         bool, typer.Option("--verify", help="Read all weights, and say whether they are as quantize wrote them.")
     ] = False,
     device: Device = "auto",
+    threads: Threads = "auto",
     trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -43,6 +44,7 @@ def inspect(
     """Show what a checkpoint holds and how faithful it is; with --against and --text, measure it on a text."""
     if (against is None) != (text is None):
         raise UsageError("--against MODEL and --text FILE go together.")
+    use_threads(threads)
     from quasar_core.checkpoint.reader import VerifierCheckpoint
 
     folder = _folder(checkpoint)

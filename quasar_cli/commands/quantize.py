@@ -10,7 +10,7 @@ import typer
 
 from quasar_cli import console
 from quasar_cli.commands.models import announce, push_verifier
-from quasar_cli.options import Device, Folder, Json, TrustRemoteCode, Verbose, takes_groups
+from quasar_cli.options import Device, Folder, Json, Threads, TrustRemoteCode, Verbose, takes_groups, use_threads
 from quasar_core.config import Method, QuantizeConfig, Rounding, default_codes
 from quasar_core.errors import QuasarError
 from quasar_core.store import check_can_push
@@ -116,6 +116,7 @@ def quantize(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on after the last finished layer.")] = True,
     device: Device = "auto",
+    threads: Threads = "auto",
     trust_remote_code: TrustRemoteCode = False,
     push_to_hub: Annotated[
         str | None, typer.Option("--push-to-hub", metavar="REPO", help="Upload the verifier to this hub id when done.")
@@ -139,6 +140,7 @@ def quantize(
 ) -> None:
     """Quantize a model once: the verifier checkpoint is written beside it, and the pair becomes the current one."""
     config = options.config()
+    use_threads(threads)
     announce(model)
     if push_to_hub is not None:
         check_can_push(push_to_hub)

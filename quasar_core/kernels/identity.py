@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
+from quasar_core.kernels.threads import most_threads
+
 
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the processor's with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
+    threads = most_threads()
     return f"{_processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 

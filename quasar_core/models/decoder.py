@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from quasar_core.kernels.linear import PackedLinear
+from quasar_core.kernels.threads import steered
 from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.attention import Sight, attend, sight
 from quasar_core.models.base import Choices, ChoosingPass, FastPass
@@ -122,6 +123,7 @@ class LeanDecoder:
         config = self.config
         return DecoderCache(config.num_layers, config.num_kv_heads, config.head_size, capacity, self.device, self.dtype)
 
+    @steered
     def forward(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool = False) -> torch.Tensor:
         """One pass of T tokens → float32 logits [T, V] ([1, V] with `last_only`)."""
         cache.check_room(len(tokens))
@@ -129,6 +131,7 @@ class LeanDecoder:
             return self.fast.run(tokens, cache)
         return self._plain_pass(tokens, cache, last_only)
 
+    @steered
     def choose(self, tokens: Sequence[int], cache: DecoderCache) -> Choices | None:
         """See `models.base.ChoosingLM`: where the fast pass makes the choices itself."""
         if not isinstance(self.fast, ChoosingPass) or len(tokens) > self.fast.longest:

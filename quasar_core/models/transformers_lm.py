@@ -11,6 +11,7 @@ from transformers.utils import logging
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.linear import PackedLinear
+from quasar_core.kernels.threads import steered
 from quasar_core.models.experts import module_name, separate_experts
 from quasar_core.models.kv_cache import PreallocatedCache
 from quasar_core.models.skeleton import Weights, build_skeleton, clone_structure, read_model_config
@@ -42,6 +43,7 @@ class TransformersLM:
         """A cache for this model, and for any copy of it."""
         return PreallocatedCache(self.model.config.get_text_config().num_hidden_layers, capacity)
 
+    @steered
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int], cache: PreallocatedCache, last_only: bool = False) -> torch.Tensor:
         """One pass of T tokens → float32 logits [T, V] ([1, V] with `last_only`)."""

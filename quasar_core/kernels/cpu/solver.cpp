@@ -133,7 +133,7 @@ extern "C" {
 void quasar_search_grids(const float* weight, float* scales, float* zeros, int64_t count, int size, int bits, int sym,
                          int steps, float smallest, float exponent, int threads) {
     const Logarithm logarithm;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
     for (int64_t row = 0; row < count; ++row) {
         const float* own = weight + row * size;
         const Extent extent(own, size);
@@ -154,7 +154,7 @@ void quasar_round_columns(const float* weight, const float* kernel, const float*
                           const float* high, const int32_t* groups, float* steps, float* errors, int columns,
                           int outputs, int stride, int threads) {
     const Block block{columns, outputs, stride, groups, scales, low, high};
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int begin = 0; begin < outputs; begin += WIDE)
         visit(weight, block, kernel, begin, [&](const Place& place, __m512 met) {
             const size_t at = block.at(place.column, place.output);
@@ -174,7 +174,7 @@ void quasar_descend_columns(const float* gradient, const float* kernel, const fl
                             const float* low, const float* high, const int32_t* groups, float* steps, float* moves,
                             float* gains, int columns, int outputs, int stride, int threads) {
     const Block block{columns, outputs, stride, groups, scales, low, high};
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int begin = 0; begin < outputs; begin += WIDE)
         visit(gradient, block, kernel, begin, [&](const Place& place, __m512 met) {
             const size_t at = block.at(place.column, place.output);
