@@ -9,7 +9,7 @@ AUTOGPTQ_STAMP := .venv-autogptq/.setup-stamp
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fmt interop gpu-bench clean
+.PHONY: help demo test sanitize check fmt interop gpu-bench clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do \
@@ -41,6 +41,9 @@ demo: $(STAMP)  ## quantize the demo model, generate with it, bench it; results 
 
 test: $(STAMP)  ## the tests
 	$(BIN)/python -m pytest
+
+sanitize: $(STAMP)  ## the C++ under the address and undefined-behaviour sanitizers, and its tests
+	$(BIN)/python tests/sanitized.py
 
 check: $(STAMP)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .
