@@ -218,6 +218,7 @@ def test_the_switch_turns_off_what_is_compiled_without_a_compiler(
     monkeypatch.setenv("CXX", "/nowhere")
     assert module.why_not_here() == "QUASAR_CPU_PASS=0 switches it off"  # type: ignore[attr-defined]
     assert not cpu_solver.runs(torch.zeros(1))
+    assert cpu_solver.describe_loops() == "PyTorch's operations, not C++: QUASAR_CPU_PASS=0 switches it off"
     assert not (tmp_path / "home").exists()
 
 

@@ -66,6 +66,7 @@ def examine(progress: Progress) -> dict[str, Any]:
     import torch
 
     from quasar_core.bench.bandwidth import read_bandwidth
+    from quasar_core.kernels.cpu_solver import describe_loops
     from quasar_core.kernels.identity import device_name
     from quasar_core.kernels.select import describe_kernels
 
@@ -83,6 +84,7 @@ def examine(progress: Progress) -> dict[str, Any]:
         "device": str(device),
         "read_bandwidth_bytes_per_s": bandwidth,
         "kernels": [asdict(report) for report in describe_kernels(device, dtype, progress)],
+        "quantizer_loops": describe_loops(),
         "home": str(store.home()),
         "current_pair": asdict(pair) if pair else None,
         "speed": describe_speed(Path(pair.verifier), bandwidth) if pair else None,

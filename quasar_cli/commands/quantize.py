@@ -171,7 +171,17 @@ def quantize(
     from quasar_cli.render.checkpoint import report_tables
 
     console.show(*report_tables(report, verbose))
+    if verbose:
+        _say_how_it_computed()
     console.note_plain('Next: quasar generate --prompt "..."')
+
+
+def _say_how_it_computed() -> None:
+    """On stderr: the solver's loops on the processor, and the threads."""
+    from quasar_core.kernels.cpu_solver import describe_loops
+    from quasar_core.kernels.threads import describe_threads
+
+    console.note_plain(f"- loops of the solver on the CPU: {describe_loops()}\n- {describe_threads()}")
 
 
 def _say_one_gpu(device: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from quasar_core.errors import QuasarError
-from quasar_core.kernels.compile import load_library, processor_flags, why_switched_off
+from quasar_core.kernels.compile import load_library, processor_flags, remark, why_switched_off
 
 SOURCE = Path(__file__).parent / "cpu" / "solver.cpp"
 MOST_COLUMNS = 128
@@ -32,6 +32,12 @@ def why_not_here() -> str | None:
     except QuasarError as error:
         return str(error)
     return None
+
+
+def describe_loops() -> str:
+    """Which loops the quantizer runs on this processor, and why."""
+    obstacle = why_not_here()
+    return f"PyTorch's operations, not C++: {obstacle}" if obstacle else f"in C++{remark(SOURCE)}"
 
 
 def runs(tensor: torch.Tensor) -> bool:
