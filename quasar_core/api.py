@@ -10,8 +10,8 @@ import torch
 
 from quasar_core.bench.run import run_bench
 from quasar_core.checkpoint.digest import check_digest as digest_found
+from quasar_core.checkpoint.belonging import refuse_other_target
 from quasar_core.checkpoint.reader import VerifierCheckpoint, read_json
-from quasar_core.checkpoint.writer import refuse_existing
 from quasar_core.config import QuantizeConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, UsageError
@@ -21,6 +21,7 @@ from quasar_core.models.load import load_models
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.pair import Pair, context_limit, end_of_text_ids, load_tokenizer
 from quasar_core.quantize.estimate import plan_here, seconds_here
+from quasar_core.quantize.handover import finish_earlier
 from quasar_core.quantize.job import Job
 from quasar_core.quantize.measure import measure_on_text
 from quasar_core.quantize.plan import Plan, refuse_what_cannot_fit
@@ -29,6 +30,7 @@ from quasar_core.quantize.streaming import StreamedModel, open_target, open_veri
 from quasar_core.records import FidelityReport, Progress, QuantizeReport, no_progress
 from quasar_core.store import (
     ModelSource,
+    PairRecord,
     current_pair,
     default_output,
     fingerprint,
@@ -36,10 +38,12 @@ from quasar_core.store import (
     record_pair,
     resolve_model,
 )
+from quasar_core.store.folders import refuse_existing, refuse_place
 from quasar_core.store.safetensors_header import weight_files
 
 __all__ = [
     "Generator",
+    "add_verifier",
     "describe_threads",
     "fidelity_on_text",
     "load_pair",
@@ -66,17 +70,24 @@ def quantize(
 ) -> QuantizeReport:
     """Write the verifier of `model` and make the pair current; hidden states beyond `max_memory` bytes go to a file.
 
-    Raises UsageError where the output exists without `force`, QuasarError where the model cannot be read or held.
+    What an interrupted run finished is used: a finished verifier of the same identity is recorded, not made again.
+    Raises UsageError where the output exists without `force`, is no verifier that quasar wrote, or overlaps the model;
+    QuasarError where the model cannot be read or held.
     """
     source, job, target = _open_job(model, config, output, device, trust_remote_code)
+
+    def record() -> None:
+        record_pair(source.name, job.output)
+
+    earlier = finish_earlier(job, record, resume)
+    if earlier is not None:
+        return earlier
     refuse_existing(job.output, force)
     plan = plan_here(source.folder, target, config, job.output, max_memory)
     refuse_what_cannot_fit(plan, job.output)
     tokenizer = load_tokenizer(source.folder)
     text_device = target.device if plan.text_on_device else torch.device("cpu")
-    report = quantize_checkpoint(job, target, tokenizer, resume, plan.spilled, text_device, progress)
-    record_pair(source.name, job.output)
-    return report
+    return quantize_checkpoint(job, target, tokenizer, record, resume, plan.spilled, text_device, progress)
 
 
 def plan_quantize(
@@ -106,11 +117,42 @@ def _open_job(
     destination = (output or default_output(source, config)).expanduser().resolve()
     place = choose_device(device)
     _refuse_quantized(source)
+    refuse_place(destination, source.folder)
     dtype, _ = _choose_dtype(source.folder, "auto", place)
     target = open_target(source.folder, place, dtype, trust_remote_code)
     computed = str(dtype).removeprefix("torch.")
     made_from = fingerprint(source.folder)
     return source, Job(source.label, source.folder, made_from, destination, config, place.type, computed), target
+
+
+def add_verifier(verifier: str, target: str | None = None) -> PairRecord:
+    """Record a verifier that was made elsewhere, and make the pair current; its folder is only read.
+
+    `verifier` is a folder or a hub id; without `target` it is the model that its card names. Raises QuasarError, with a
+    reason, where it cannot be read or was not made from the target, UsageError where the target is not known.
+    """
+    found = resolve_model(verifier)
+    checkpoint = VerifierCheckpoint(found.folder)
+    source = resolve_model(target) if target is not None else _target_of(checkpoint)
+    refuse_other_target(checkpoint, source.folder)
+    made_here = any(pair.verifier == str(found.folder) and not pair.added for pair in list_pairs())
+    return record_pair(source.name, found.folder, found.label.rpartition("/")[2], added=not made_here)
+
+
+def _target_of(checkpoint: VerifierCheckpoint) -> ModelSource:
+    """The model that a verifier's card names: by that name, beside the verifier, or a recorded pair's target."""
+    folder, made_from = checkpoint.folder, checkpoint.target_fingerprint
+    if made_from is None:
+        raise UsageError(f"{folder} does not say which model it was made from: name it with --target MODEL.")
+    name = str(checkpoint.card["target"].get("name"))
+    for candidate in (name, str(folder.parent / name), *(pair.target for pair in list_pairs())):
+        try:
+            source = resolve_model(candidate)
+            if fingerprint(source.folder) == made_from:
+                return source
+        except QuasarError:
+            continue  # not here; the next may be
+    raise UsageError(f"{folder} was made from {name}, which is not found under that name: give it with --target MODEL.")
 
 
 def fidelity_on_text(

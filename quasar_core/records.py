@@ -257,3 +257,8 @@ class QuantizeReport:
     seconds: dict[str, float]
     fidelity: FidelityReport
     rounded_layers: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "QuantizeReport":
+        """Rebuild from `asdict`."""
+        return cls(**{**content, "fidelity": FidelityReport.from_dict(content["fidelity"])})

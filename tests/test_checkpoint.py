@@ -9,18 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_packing import make_weight
 
-from quasar_core.checkpoint import writer
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint, read_json
 from quasar_core.checkpoint.writer import (
     ShardWriter,
     copy_kept_files,
-    finish,
-    partial_folder,
-    refuse_existing,
     save_tensors,
-    write_json,
 )
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import QuasarError
 
 SECTION = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 
@@ -188,29 +183,10 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(writer.os, "fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(QuasarError, match=r"block\.safetensors could not be written \(No space left on device\)"):
         save_tensors(path, {"a": torch.zeros(2)})
     assert load_file(path)["a"].tolist() == [1, 1]
-
-
-def test_finishing_replaces_what_stood_there(tmp_path: Path) -> None:
-    output = tmp_path / "model-gptq"
-    for folder, content in ((output, "old"), (partial_folder(output), "new")):
-        folder.mkdir()
-        write_json(folder / "config.json", {"is": content})
-    (output / "left-over").touch()
-    finish(partial_folder(output), output)
-    assert [path.name for path in tmp_path.iterdir()] == ["model-gptq"]
-    assert [path.name for path in output.iterdir()] == ["config.json"]
-    assert read_json(output / "config.json") == {"is": "new"}
-
-
-def test_an_existing_output_needs_force(tmp_path: Path) -> None:
-    refuse_existing(tmp_path / "new", force=False)
-    refuse_existing(tmp_path, force=True)
-    with pytest.raises(UsageError, match="exists; pass --force to replace it, or --output for another place"):
-        refuse_existing(tmp_path, force=False)
 
 
 def test_tokenizer_and_template_are_kept_and_nothing_else(tmp_path: Path) -> None:

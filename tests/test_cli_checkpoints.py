@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from stand_ins import FIDELITY, type_lines
+from verifier_cards import write_card
 
 from quasar_cli.main import run
 from quasar_core import store
@@ -84,7 +85,7 @@ def test_quantize_json_is_the_report(stand_in_quantize: dict[str, Any], capsys: 
 def _record(tmp_path: Path, name: str = "demo-gptq-4bit-g128") -> Path:
     folder = tmp_path / name
     folder.mkdir()
-    (folder / "quasar.json").write_text("{}")
+    write_card(folder)
     store.record_pair("demo", folder)
     return folder
 

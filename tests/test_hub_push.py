@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, log_in, use_hub
 from quantize_cases import save_model
+from verifier_cards import write_card
 
 from quasar_cli import main
 from quasar_core.errors import QuasarError, UsageError
@@ -28,8 +29,8 @@ def verifier(tmp_path: Path) -> Path:
     """A folder with what matters: configs, weights, the card."""
     folder = tmp_path / "tiny-gptq-4bit-g32"
     folder.mkdir()
-    for name in ("config.json", "quasar.json"):
-        (folder / name).write_text("{}")
+    (folder / "config.json").write_text("{}")
+    write_card(folder)
     (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n# tiny\n")
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 8)
     return folder

@@ -139,5 +139,6 @@ def test_a_quantized_model_is_refused(source: Path) -> None:
 
 
 def test_an_output_that_cannot_be_made(source: Path) -> None:
+    (source.parent / "file").touch()
     with pytest.raises(QuasarError, match=r"x\.partial could not be made \(Not a directory\)"):
-        quantize(source, output=source / "config.json" / "x")
+        quantize(source, output=source.parent / "file" / "x")

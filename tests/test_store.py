@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from verifier_cards import write_card
 
 from quasar_core import store
 from quasar_core.config import QuantizeConfig
@@ -194,7 +195,7 @@ def test_a_weight_file_cut_short_is_one_sentence(tmp_path: Path) -> None:
 def _verifier(tmp_path: Path, *parents: str) -> Path:
     folder = tmp_path.joinpath(*parents, "demo-gptq-4bit-g128")
     folder.mkdir(parents=True)
-    (folder / "quasar.json").write_text("{}")
+    write_card(folder)
     return folder
 
 
@@ -265,7 +266,7 @@ def test_a_damaged_registry_is_one_sentence(text: str) -> None:
 
 def test_a_registry_is_replaced_whole(tmp_path: Path) -> None:
     store.record_pair("demo", _verifier(tmp_path))
-    assert [path.name for path in store.home().iterdir()] == ["pairs.json"]
+    assert sorted(path.name for path in store.home().iterdir()) == [".pairs.json.lock", "pairs.json"]
 
 
 def test_a_home_that_cannot_be_written_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,9 +88,9 @@ def bench(
             help="Comma-separated: demo, mt-bench, gsm8k, humaneval, alpaca, cnn-dm, spec-bench, or JSONL files.",
         ),
     ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The result file; one that is there is replaced.")
-    ] = Path("results.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The result file; an earlier one is replaced.")] = Path(
+        "results.json"
+    ),
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run, or start anew.")
     ] = True,
@@ -110,7 +110,9 @@ def bench(
     config = options.config()
 
     from quasar_core.bench.datasets import load_datasets
+    from quasar_core.bench.results import refuse_foreign_results
 
+    refuse_foreign_results(output)
     datasets = load_datasets(dataset, config.limit)
     announce(models.model)
     use_threads(models.threads, steer=True)

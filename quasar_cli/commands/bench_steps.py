@@ -118,8 +118,10 @@ def steps(
         from quasar_core.bench.plots import new_figure
 
         new_figure(plot, "--plot")  # refused before minutes of timing, not after
-    from quasar_core.bench.steps import measure_steps
+    from quasar_core.bench.steps import measure_steps, refuse_foreign_report
 
+    if output is not None:
+        refuse_foreign_report(output)
     with console.progress_bar() as progress:
         lineup = _gather(placement, random, timing.reference != "none", progress)
         report = measure_steps(lineup, config, progress)

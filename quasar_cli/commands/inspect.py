@@ -47,6 +47,10 @@ def inspect(
     use_threads(threads)
     from quasar_core.checkpoint.reader import VerifierCheckpoint
 
+    if plot is not None:
+        from quasar_core.bench.plots import new_figure
+
+        new_figure(plot, "--plot")  # refused before minutes of measuring, not after
     folder = _folder(checkpoint)
     found = VerifierCheckpoint(folder)
     digest = {"digest": _digest(found)} if verify else {}

@@ -1,4 +1,4 @@
-"""`quasar models`: the pairs that `quantize` recorded."""
+"""`quasar models`: the recorded pairs, and verifiers that somebody else made."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +11,7 @@ from quasar_cli.options import Json, Verbose
 from quasar_core import store
 from quasar_core.errors import QuasarError
 
-app = typer.Typer(help="List, choose and remove the pairs that quantize recorded.", invoke_without_command=True)
+app = typer.Typer(help="List, choose, add and remove pairs of a model and its verifier.", invoke_without_command=True)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A pair's name, as `quasar models` lists it.")]
 
@@ -37,6 +37,27 @@ def list_pairs(context: typer.Context, verbose: Verbose = False, as_json: Json =
         console.show(pairs_table(pairs, current))
     else:
         console.note_plain("No pair is recorded yet; make one with `quasar quantize MODEL`.")
+
+
+@app.command("add")
+def add(
+    verifier: Annotated[str, typer.Argument(metavar="FOLDER|HUB-ID", help="A quantized checkpoint.")],
+    target: Annotated[
+        str | None,
+        typer.Option("--target", metavar="MODEL", help="What it was made from; default: as its card says."),
+    ] = None,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Take a verifier that somebody else made: checked against the target, never written to; it becomes current."""
+    from quasar_core import api
+
+    announce(target)
+    record = api.add_verifier(verifier, target)
+    if as_json:
+        console.print_json(asdict(record))
+    else:
+        console.note_plain(f"{record.name} is added for {record.target}, and is the current pair.")
 
 
 @app.command("use")
@@ -84,14 +105,19 @@ def remove(
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Forget a pair and delete its verifier's folder; the target is never touched."""
+    """Forget a pair and delete the verifier that quantize wrote; one that was added, and the target, stay."""
     record = store.find_pair(name)
-    deletes = not keep_files and Path(record.verifier).exists()
+    folder = Path(record.verifier)
+    deletes = not keep_files and not record.added and folder.exists()
     what = f"Forget {name} and delete {record.verifier}?" if deletes else f"Forget {name}?"
     if not yes and not console.confirm(what):
         raise QuasarError("Nothing was removed: answer y, or pass --yes.")
     store.remove_pair(name, delete_files=deletes)
     if as_json:
         console.print_json({**asdict(record), "files_deleted": deletes})
-    else:
-        console.note_plain(f"{name} is removed.")
+        return
+    console.note_plain(f"{name} is removed.")
+    if deletes and folder.exists():
+        console.note_plain(f"{folder} stays: it holds files that quasar did not write.")
+    elif record.added and folder.exists():
+        console.note_plain(f"{folder} stays: it was added, not made here.")

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -163,6 +164,7 @@ def quantize(
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+    _say_what_was_kept(Path(report.checkpoint))
     pushed = {} if push_to_hub is None else {"url": _push(Path(report.checkpoint), push_to_hub, private)}
     if as_json:
         console.print_json({**asdict(report), **pushed})
@@ -200,10 +202,21 @@ def _saying_how_to_go_on(resume: bool) -> Iterator[None]:
     """After Ctrl-C."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:  # it is finished already, and says where
+            console.note_plain(f"Interrupted. {interrupt}")
+            raise
         command = "the same command" if resume else "the same command without --no-resume"
         console.note_plain(f"Interrupted. What is finished is kept: {command} goes on from there.")
         raise
+
+
+def _say_what_was_kept(output: Path) -> None:
+    """Where a replaced folder held more than quasar wrote into it."""
+    from quasar_core.store.folders import replaced_folder
+
+    for place in sorted(output.parent.glob(f"{escape(replaced_folder(output).name)}*")):
+        console.note_plain(f"{place} holds what quasar did not write in the folder that was replaced.")
 
 
 def _bytes_of(max_memory: str | None) -> int | None:

@@ -8,18 +8,22 @@ from quasar_core.bench.arms import BASELINE
 from quasar_core.bench.metrics import measure
 from quasar_core.bench.results import Results
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.store.files import refuse_foreign, written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SUFFIXES = (".png", ".svg")
+MARK = "quasar, by matplotlib"
+_HEAD_BYTES = 4096  # where PNG and SVG tell what wrote them
 
 
 def plot(results: Results, path: Path) -> None:
     """Draw the figure into `path`, PNG or SVG by its suffix.
 
-    Raises UsageError for another suffix, QuasarError where matplotlib is missing or the file cannot be written.
+    Raises UsageError for another suffix and for a file that quasar did not draw, QuasarError where matplotlib is
+    missing or the file cannot be written.
     """
     figure = new_figure(path, "--output")
     left, right = figure.subplots(1, 2)
@@ -33,6 +37,7 @@ def new_figure(path: Path, flag: str) -> "Figure":
     """An empty figure for a file that `flag` names; raises as `plot` does."""
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{flag} must end in {' or '.join(SUFFIXES)}, not {path.name}.")
+    refuse_foreign(path, flag, "a figure that quasar drew", _is_ours)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -41,12 +46,19 @@ def new_figure(path: Path, flag: str) -> "Figure":
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure, PNG or SVG by the suffix."""
+    """Write a figure, PNG or SVG by the suffix, whole or not at all; it tells that quasar drew it."""
+    kind = path.suffix.lower().removeprefix(".")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
+        with written_whole(path) as beside:
+            figure.savefig(beside, dpi=150, format=kind, metadata={"Software" if kind == "png" else "Creator": MARK})
     except OSError as error:
         raise QuasarError(f"{path} could not be written: {error.strerror}.") from error
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file begins with our mark among what it tells of itself."""
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(_HEAD_BYTES)
 
 
 def _draw_speedups(axes: "Axes", results: Results) -> None:

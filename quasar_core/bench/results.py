@@ -4,7 +4,6 @@ Every table is computed from this file alone. It appears whole: written beside i
 """
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from quasar_core.bench.config import BenchConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.records import FinishReason, Stats
+from quasar_core.store.files import refuse_foreign, write_text
 
 FORMAT_VERSION = 1
 
@@ -137,14 +137,26 @@ def write_results(results: Results, path: Path) -> None:
 
 
 def write_whole(path: Path, lines: Iterable[str]) -> None:
-    """Write lines under another name, then rename."""
-    beside = path.with_name(path.name + ".new")
+    """Write lines, whole or not at all."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(beside, path)
+        write_text(path, "".join(line + "\n" for line in lines))
     except OSError as error:
         raise QuasarError(f"{path} could not be written: {error.strerror}.") from error
+
+
+def refuse_foreign_results(path: Path) -> None:
+    """Refuse, before any work, an output that exists and that no bench wrote."""
+    refuse_foreign(path, "--output", "a result file of quasar bench", is_result_file)
+
+
+def is_result_file(path: Path) -> bool:
+    """Whether a file tells of a run, as result files and the first line of their logs do."""
+    text = path.read_text("utf-8")
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = json.loads(text.partition("\n")[0])
+    return isinstance(content, dict) and Run.__dataclass_fields__.keys() <= content.keys()
 
 
 def read_results(path: Path) -> Results:

@@ -5,10 +5,22 @@ a list of rows, so a line that was cut off takes its whole conversation with it.
 """
 
 import json
+import os
 from pathlib import Path
 
-from quasar_core.bench.results import Divergence, Results, Row, Run, differing_settings, write_results, write_whole
+from quasar_core.bench.results import (
+    Divergence,
+    Results,
+    Row,
+    Run,
+    differing_settings,
+    read_results,
+    refuse_foreign_results,
+    write_results,
+    write_whole,
+)
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.store.steps import reached
 
 
 class RowLog:
@@ -22,6 +34,7 @@ class RowLog:
         self.output = output
         self.path = output.with_name(output.name + ".partial.jsonl")
         self.run = run
+        refuse_foreign_results(self.path)
         kept = self._kept() if resume and self.path.is_file() else []
         self.rows = [row for conversation in kept for row in conversation]
         write_whole(self.path, [json.dumps(run.to_dict()), *map(_line, kept)])
@@ -29,15 +42,34 @@ class RowLog:
     def append(self, conversation: list[Row]) -> None:
         """Add the rows of one conversation, at once."""
         self.rows.extend(conversation)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(conversation) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(conversation) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise QuasarError(
+                f"{self.path} could not be written: {error.strerror or error}. What is finished is kept, and the same "
+                "command goes on from there."
+            ) from error
 
     def finish(self, divergences: list[Divergence]) -> Results:
         """Write the result file, and drop the log."""
         results = Results(self.run, self.rows, divergences)
         write_results(results, self.output)
+        reached("written")
         self.path.unlink()
         return results
+
+    def _is_left_over(self, earlier: Run, rows: int) -> bool:
+        """Whether the run of the log has its result file, and ended before it removed the log."""
+        if not self.output.is_file():
+            return False
+        try:
+            results = read_results(self.output)
+        except UsageError:
+            return False
+        return not differing_settings(results.run, earlier) and len(results.rows) >= rows
 
     def _kept(self) -> list[list[Row]]:
         header, *lines = self.path.read_text(encoding="utf-8").split("\n")
@@ -46,7 +78,10 @@ class RowLog:
             conversations = [[Row.from_dict(row) for row in json.loads(line)] for line in lines[:-1]]
         except (ValueError, KeyError, TypeError) as error:
             raise QuasarError(f"{self.path} is damaged; pass --no-resume to start anew.") from error
-        if differences := differing_settings(earlier, self.run):
+        differences = differing_settings(earlier, self.run)
+        if differences and self._is_left_over(earlier, sum(map(len, conversations))):
+            return []
+        if differences:
             changed = ", ".join(f"{name} {before}, now {now}" for name, before, now in differences)
             raise UsageError(
                 f"{self.path} belongs to a run with other settings ({changed}); "

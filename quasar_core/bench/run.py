@@ -10,7 +10,7 @@ from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.divergence import find_divergences
 from quasar_core.bench.environment import git_hash, package_versions
 from quasar_core.bench.peers import TransformersPeer
-from quasar_core.bench.results import Results, Row, Run
+from quasar_core.bench.results import Results, Row, Run, refuse_foreign_results
 from quasar_core.bench.row_log import RowLog
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.prompt import encode_prompt
@@ -51,8 +51,10 @@ def run_bench(
     """Run every arm on every question and write the result file to `output`.
 
     Rows are logged beside `output` as they come; with `resume`, an interrupted run with the same settings goes on
-    where it stopped. QuasarError where the pair lacks a model that an arm needs.
+    where it stopped. UsageError where `output` is a file of anything else, QuasarError where the pair lacks a model
+    that an arm needs.
     """
+    refuse_foreign_results(output)
     arms = [ARMS[name] for name in config.arms]
     generators = _warm_generators(pair, arms, datasets, config, progress)
     log = RowLog(output, describe_run(pair, datasets, config), resume)

@@ -3,6 +3,7 @@
 Letters: T tokens of a pass.
 """
 
+import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.identity import device_name
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.records import Progress, no_progress
+from quasar_core.store.files import refuse_foreign
 
 MOST_TOKENS = 256
 PROMPT_CHUNK = 256
@@ -89,10 +91,19 @@ class StepReport:
     def write(self, path: Path) -> None:
         """The JSON form as a file; QuasarError where it cannot be written."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, self.to_dict())
         except OSError as error:
             raise QuasarError(f"{path} could not be written: {error.strerror}.") from error
+
+
+def refuse_foreign_report(path: Path) -> None:
+    """Refuse, before any timing, an output that exists and is no report of steps."""
+    refuse_foreign(path, "--output", "a report of quasar bench steps", _is_report)
+
+
+def _is_report(path: Path) -> bool:
+    content = json.loads(path.read_text("utf-8"))
+    return isinstance(content, dict) and {"bandwidth", "rows", "all_layers"} <= content.keys()
 
 
 def measure_steps(lineup: Lineup, config: StepConfig, progress: Progress = no_progress) -> StepReport:

@@ -1,8 +1,7 @@
-"""Write a checkpoint whole or not at all: into a partial folder, then one rename."""
+"""Write a checkpoint's files: tensors, shards and their index, JSON; each whole or not at all."""
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from itertools import chain
@@ -11,7 +10,9 @@ from typing import Any
 
 import torch
 
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import QuasarError
+from quasar_core.store.files import sync, write_text, written_whole
+from quasar_core.store.folders import KEPT_FILES
 
 MAX_SHARD_BYTES = 4_000_000_000
 _DTYPE_NAMES = {
@@ -28,71 +29,27 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-# What a model folder holds beside weights and config, and what a quantized copy of it keeps.
-KEPT_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
-
-def refuse_existing(output: Path, force: bool) -> None:
-    """An output that exists is replaced only with `--force`."""
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists; pass --force to replace it, or --output for another place.")
-
-
-def partial_folder(output: Path) -> Path:
-    """Where the work in progress lies."""
-    return output.with_name(output.name + ".partial")
-
-
-def finish(partial: Path, output: Path) -> None:
-    """Move the finished folder into place; an old one goes only after the new one stands."""
-    old = output.with_name(output.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Indented JSON, whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # the name must not be there before the content, also where the power fails
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file, whole or not at all → its SHA-256 (hex); one tensor at a time passes through memory."""
-    partial = path.with_name(path.name + ".tmp")
     # As safetensors writes them: wide elements first, so that every tensor is aligned; then by name.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     digest = hashlib.sha256()
     try:
-        with partial.open("wb") as file:
+        with written_whole(path) as beside, beside.open("wb") as file:
             header = _header({name: tensors[name] for name in order}, {"format": "pt", **(metadata or {})})
             for content in chain([header], (_raw(tensors[name]) for name in order)):
                 file.write(content)
                 digest.update(content)
-            file.flush()
-            os.fsync(file.fileno())  # the name must not be there before the content
     except OSError as error:
-        partial.unlink(missing_ok=True)
         why = error.strerror or error
         raise QuasarError(f"{path} could not be written ({why}); what is finished is kept.") from error
-    partial.replace(path)
     return digest.hexdigest()
 
 
@@ -123,6 +80,7 @@ def copy_kept_files(source: Path, destination: Path) -> None:
     for name in KEPT_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, destination / name)
+            sync(destination / name)
 
 
 class ShardWriter:

@@ -16,7 +16,7 @@ Letters: D head size; primes mark the grown model.
 """
 
 import argparse
-import shutil
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +26,13 @@ import torch
 from tqdm import tqdm
 
 from quasar_core.checkpoint.reader import TensorFiles, read_json
-from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files, finish, partial_folder, write_json
+from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files, write_json
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.products import block_products
 from quasar_core.models.shapes import SHAPES, shape_named
+from quasar_core.store.files import write_text
+from quasar_core.store.folders import begin_work, end_work, partial_folder, refuse_place
 
 DEMO = Path(__file__).parent / "model"
 SHARD_BYTES = 1_000_000_000
@@ -217,8 +219,9 @@ def grow(
     One part is in memory at a time, and one shard that waits to be written. Raises UsageError where the shape cannot
     hold the function or the output exists.
     """
-    if output.exists():
+    if os.path.lexists(output):
         raise UsageError(f"{output} exists; name another folder.")
+    refuse_place(output, source)
     config = read_json(source / "config.json")
     small = DecoderConfig.parse(config)
     grown = grown_config(config, shape, dtype)
@@ -227,8 +230,7 @@ def grow(
         raise UsageError(f"The demo model's function cannot have this shape: {obstacle}.")
     tensors = GrownTensors(Growth(small, DecoderConfig.parse(grown)), TensorFiles(source), dtype, seed)
     partial = partial_folder(output)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    begin_work(partial)
     writer = ShardWriter(partial, SHARD_BYTES)
     for part in tqdm(tensors.parts(), total=shape["num_hidden_layers"] + 2, unit="part", desc="growing"):
         for name, tensor in part.items():
@@ -236,8 +238,8 @@ def grow(
     writer.close()
     write_json(partial / "config.json", grown)
     copy_kept_files(source, partial)
-    (partial / "README.md").write_text(model_card(small, tensors.growth.large), encoding="utf-8")
-    finish(partial, output)
+    write_text(partial / "README.md", model_card(small, tensors.growth.large))
+    end_work(partial, output)
 
 
 def grown_config(config: Mapping[str, Any], shape: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:

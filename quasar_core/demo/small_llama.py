@@ -17,7 +17,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quasar_core.demo.corpus import read_corpus
 from quasar_core.demo.tokenizer import train_tokenizer
-from quasar_core.demo.train import Phase, TrainConfig, held_out_bits, save_model, tokenize_corpus, train
+from quasar_core.demo.train import (
+    Phase,
+    TrainConfig,
+    held_out_bits,
+    refuse_output,
+    save_model,
+    tokenize_corpus,
+    train,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="folder to write")
     output = parser.parse_args().output
+    refuse_output(output)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.manual_seed(CONFIG.seed)
 

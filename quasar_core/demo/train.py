@@ -8,10 +8,10 @@ import argparse
 import json
 import logging
 import math
+import os
 import platform
 import random
 import re
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, 
 from quasar_core.demo.corpus import Corpus, make_chats, read_corpus
 from quasar_core.demo.ngram_lm import NgramModel
 from quasar_core.demo.tokenizer import END_OF_TEXT, train_tokenizer
+from quasar_core.store.folders import begin_work, end_work, partial_folder, refuse_foreign_work
 
 log = logging.getLogger(__name__)
 
@@ -278,16 +279,22 @@ def write_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output: Path, files: dict[str, str]) -> None:
     """A Hugging Face folder with these texts beside it, whole or not at all."""
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_folder(output)
+    begin_work(partial)
     assert model.generation_config is not None
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     for name, text in files.items():
         (partial / name).write_text(text)
-    shutil.rmtree(output, ignore_errors=True)
-    partial.rename(output)
+    end_work(partial, output)
+
+
+def refuse_output(output: Path) -> None:
+    """Refuse, before any training, an output that exists: a trained model is never replaced."""
+    if os.path.lexists(output):
+        raise SystemExit(f"Error: {output} exists; name another folder.")
+    refuse_foreign_work(partial_folder(output))
 
 
 def model_card(report: dict) -> str:
@@ -328,6 +335,7 @@ def main() -> None:
     options = parser.parse_args()
     if (options.stage == "main") != (options.start is None):
         parser.error("--start goes with --stage openings")
+    refuse_output(options.output)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     config = replace(STAGES[options.stage], seed=options.seed)
     torch.manual_seed(config.seed)

@@ -76,6 +76,11 @@ class PreallocatedCache(Cache):
         """Positions there is room for."""
         return self._capacity
 
+    @property
+    def decoder_layers(self) -> list[PreallocatedLayer]:
+        """Keys and values, layer by layer."""
+        return self._layers
+
     def rollback(self, length: int) -> None:
         """Move the length back; a length ahead of what is written is a defect of the caller."""
         if not 0 <= length <= self.length:

@@ -21,6 +21,8 @@ from quasar_core.quantize.commits import Width, commit_files, committed_tensors,
 from quasar_core.quantize.job import Job, package_versions
 from quasar_core.quantize.layer_plan import HEAD
 from quasar_core.records import FidelityReport, QuantizeReport
+from quasar_core.store.files import write_text
+from quasar_core.store.folders import CARD
 from quasar_core.store.safetensors_header import weight_files
 
 
@@ -122,18 +124,19 @@ def make_report(job: Job, seconds: dict[str, float], fidelity: FidelityReport) -
 
 
 def describe(job: Job, report: QuantizeReport, calibration: Calibration, digests: Mapping[str, str]) -> None:
-    """Write quasar.json, with the digests of the shards, and the model card."""
+    """Write the model card, and then quasar.json with the digests, whose presence says that the folder is whole."""
     card = {
         "format_version": CARD_VERSION,
         "target": {"name": job.target_name, "fingerprint": job.fingerprint},
         "calibration": calibration.identity(),
         "versions": package_versions(),
         DIGESTS: dict(digests),
+        "run": job.digest(),
         "report": {**asdict(report), "checkpoint": job.output.name},
     }
-    write_json(job.partial / "quasar.json", card)
     smoothed = any(read_summary(path).own_tensors for path in commit_files(job.commits))
-    (job.partial / "README.md").write_text(model_card(report, card, smoothed), encoding="utf-8")
+    write_text(job.partial / "README.md", model_card(report, card, smoothed))
+    write_json(job.partial / CARD, card)
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -54,8 +54,9 @@ def load_calibration(
     config: QuantizeConfig,
     max_context: int,
     progress: Progress = no_progress,
+    kept: Path | None = None,
 ) -> Calibration:
-    """The calibration that `--calibration` names."""
+    """The calibration that `--calibration` names; with the folder `kept`, the model's text is kept as it is written."""
     length = min(config.calibration_length, max_context)
     given = None  # cut first: a text that is too short is refused before the model writes any
     if config.calibration != "self":
@@ -69,10 +70,11 @@ def load_calibration(
         greedy_from=GREEDY_FROM,
         progress=progress,
         stage="writing held-out text",
+        kept=kept,
     )
     if given is None:
         rows = config.samples + HELD_OUT_ROWS
-        ids = write_self_text(model, tokenizer, rows, length, config.seed, progress=progress)
+        ids = write_self_text(model, tokenizer, rows, length, config.seed, progress=progress, kept=kept)
         given = ids[: config.samples], ids[config.samples :]
     samples, held_out = given
     return Calibration(calibration_name(config.calibration), samples, held_out, greedy, config.seed)

@@ -18,7 +18,7 @@ from quasar_core.quantize.duration import count_work, measure_rates
 from quasar_core.quantize.free_here import free_disk, free_memory
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.plan import Plan, Shape, make_plan
-from quasar_core.quantize.self_text import rows_at_once
+from quasar_core.quantize.self_text import rows_at_once, token_bytes
 from quasar_core.quantize.streaming import StreamedModel
 from quasar_core.store.safetensors_header import read_headers
 
@@ -82,6 +82,7 @@ def shape_of(
         stored=stored,
         element=element,
         routed=_routed_share(skeleton),
+        token=token_bytes(skeleton, element),
         whole_because=whole_because,
     )
 

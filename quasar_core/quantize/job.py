@@ -2,7 +2,9 @@
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -12,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from quasar_core.checkpoint.reader import read_json
-from quasar_core.checkpoint.writer import partial_folder, write_json
+from quasar_core.checkpoint.writer import write_json
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.store.folders import COMMITS, IDENTITY, LOCK, partial_folder, refuse_foreign_work
 
 PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors")
-LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,17 @@ class Job:
     @property
     def commits(self) -> Path:
         """Finished blocks of a run that may be resumed."""
-        return self.partial / "commits"
+        return self.partial / COMMITS
 
     @property
     def calibration(self) -> Path:
         """The calibration text, once it is written."""
         return self.commits / "calibration.safetensors"
+
+    @property
+    def written_text(self) -> Path:
+        """The text that the model writes, as far as it is written."""
+        return self.commits / "text"
 
     @property
     def budget(self) -> Path:
@@ -61,6 +68,10 @@ class Job:
         """What a resumed run must share with the one that began."""
         computed = {"device": self.device, "dtype": self.dtype}
         return {"target": self.fingerprint, **asdict(self.config), **computed, **package_versions()}
+
+    def digest(self) -> str:
+        """The identity as a checkpoint's card has it, which tells no path of this machine."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
 def package_versions() -> dict[str, str]:
@@ -81,13 +92,7 @@ def working_folder(job: Job, resume: bool) -> Iterator[None]:
     Raises UsageError where another process works in it, or an interrupted run of another identity lies there. A write
     that fails, as on a full disk, becomes one sentence; what is committed stays.
     """
-    try:
-        job.partial.mkdir(parents=True, exist_ok=True)
-        lock = (job.partial / LOCK).open("a+")
-    except OSError as error:
-        raise QuasarError(f"{job.partial} could not be made ({error.strerror}).") from error
-    with lock:
-        _take(lock.fileno(), job)
+    with _claim(job):
         try:
             _begin(job, resume)
             yield
@@ -103,8 +108,8 @@ def working_folder(job: Job, resume: bool) -> Iterator[None]:
 
 
 def anything_finished(job: Job) -> bool:
-    """Whether there is a calibration text or a block to go on from."""
-    return any(job.commits.glob("*.safetensors"))
+    """Whether there is a text, or a part of it, or a block to go on from."""
+    return any(job.commits.glob("*.safetensors")) or any(job.written_text.glob("*"))
 
 
 def clear_all_but_commits(job: Job) -> None:
@@ -116,21 +121,46 @@ def clear_all_but_commits(job: Job) -> None:
             path.unlink()
 
 
-def _take(lock: int, job: Job) -> None:
-    """The system gives the lock up when its process ends, however it ends."""
+@contextlib.contextmanager
+def _claim(job: Job) -> Iterator[None]:
+    """The working folder, made where it is missing, and held against other runs."""
+    refuse_foreign_work(job.partial)
+    while True:
+        try:
+            job.partial.mkdir(parents=True, exist_ok=True)
+            lock = (job.partial / LOCK).open("a+")
+        except OSError as error:
+            raise QuasarError(f"{job.partial} could not be made ({error.strerror}).") from error
+        with lock:
+            take_lock(lock.fileno(), job.output)
+            if not _still_there(lock.fileno(), job.partial / LOCK):
+                continue  # another run has just finished, and its folder is the output now
+            yield
+            return
+
+
+def take_lock(lock: int, output: Path) -> None:
+    """Hold an open lock file; the system gives it up when its process ends, however it ends."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
         raise UsageError(
-            f"Another run (process {holder}) writes {job.output} at this moment; wait for it, or name another --output."
+            f"Another run (process {holder}) writes {output} at this moment; wait for it, or name another --output."
         ) from error
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
 
 
+def _still_there(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _begin(job: Job, resume: bool) -> None:
-    state = job.commits / "identity.json"
+    state = job.commits / IDENTITY
     if resume and state.exists() and anything_finished(job):
         _refuse_other_identity(job, read_json(state))
         write_json(state, job.identity())

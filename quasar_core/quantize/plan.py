@@ -35,7 +35,8 @@ LOGIT_COPIES = 11
 class Shape:
     """What a plan reads of a model: its layers by name (out, in), and its other weights.
 
-    `stored` and `element` are the bytes of a weight in the files and in the passes. `routed` is the share of a text
+    `stored` and `element` are the bytes of a weight in the files and in the passes, `token` those of a token's keys and
+    values. `routed` is the share of a text
     that an expert reads. `whole_because` says why the model is loaded as a whole, where it is.
     """
 
@@ -48,6 +49,7 @@ class Shape:
     element: int = 2
     routed: float = 1.0
     whole_because: str | None = None
+    token: int = 0
 
     @property
     def weights(self) -> int:
@@ -98,6 +100,7 @@ def make_plan(
     held = 0 if spilled else states
     text = shape.element * shape.weights + cache_bytes(True)
     text_on_device = on_device and free_device is not None and text <= free_device
+    quantized = 2 * packed + plain + (states if spilled else 0)
     host = host_stages(shape, config, held, on_device, text_on_device)
     return Plan(
         checkpoint=packed + plain,
@@ -106,7 +109,7 @@ def make_plan(
         spilled=spilled,
         host=INTERPRETER_BYTES + max(host),
         device=max(device_stages(shape, config, text if text_on_device else 0)) if on_device else 0,
-        disk=2 * packed + plain + text_bytes(config) + (states if spilled else 0),
+        disk=text_bytes(config) + max(written_bytes(shape, config, text_on_device), quantized),
         text_on_device=text_on_device,
         writes_calibration=config.calibration == "self",
         whole_because=shape.whole_because,
@@ -174,6 +177,12 @@ def text_bytes(config: QuantizeConfig) -> int:
     """The calibration's token ids, 64 bits each, as they are committed."""
     tokens = (config.samples + HELD_OUT_ROWS) * config.calibration_length + HELD_OUT_ROWS * GREEDY_LENGTH
     return 8 * tokens
+
+
+def written_bytes(shape: Shape, config: QuantizeConfig, on_device: bool) -> int:
+    """Keys and values of the rows that are written at once, which are kept beside them (`text_log.py`)."""
+    own = (config.samples + HELD_OUT_ROWS) * config.calibration_length if config.calibration == "self" else 0
+    return min(cache_bytes(on_device), shape.token * max(own, HELD_OUT_ROWS * GREEDY_LENGTH))
 
 
 def held_out_bytes(shape: Shape, config: QuantizeConfig) -> int:

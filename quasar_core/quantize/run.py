@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.checkpoint.writer import finish, save_tensors
+from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.errors import QuasarError
 from quasar_core.quantize.activations import Activations, capture_first_inputs
 from quasar_core.quantize.agreement import CommittedModel
@@ -29,7 +29,8 @@ from quasar_core.quantize.checks import (
 )
 from quasar_core.quantize.commits import block_file, write_commit
 from quasar_core.quantize.eight_bit_blocks import eight_bit_method, kernel_of_method
-from quasar_core.quantize.job import LOCK, Job, clear_all_but_commits, working_folder
+from quasar_core.quantize.handover import Record, hand_over, whole_report
+from quasar_core.quantize.job import Job, clear_all_but_commits, working_folder
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.layerwise import leave_block, quantize_blocks, quantize_head
 from quasar_core.quantize.measure import measure, measure_kernel
@@ -58,40 +59,53 @@ def quantize_checkpoint(
     job: Job,
     target: StreamedModel,
     tokenizer: PreTrainedTokenizerBase,
+    record: Record,
     resume: bool = True,
     spill: bool = False,
     text_device: torch.device | None = None,
     progress: Progress = no_progress,
 ) -> QuantizeReport:
-    """Write the verifier of `target`, whole or not at all; what is finished of an interrupted run is used again.
+    """Write the verifier of `target`, whole or not at all, and `record` it; what an interrupted run finished is used.
 
     With `spill`, hidden states lie in a file. The whole target is held, for its text, on `text_device`.
     """
     check_request(job, target, tokenizer)
-    watch = Stopwatch()
     with working_folder(job, resume):
-        with watch.stage("calibration text"):
-            calibration = calibrate(job, target, tokenizer, text_device or target.device, progress)
-        with watch.stage("quantizing"):
-            quantize_layers(job, target, tokenizer, calibration, spill, progress)
-        with watch.stage("writing"):
-            clear_all_but_commits(job)
-            digests = assemble(job, target.weights)
-        with watch.stage("fidelity"):
-            kernel = kernel_of_method(job.config)
-            verifier = open_verifier(VerifierCheckpoint(job.partial), target, kernel)
-            kinds = token_kinds(tokenizer, target.vocab_size)
-            fidelity = measure(target, verifier, calibration, progress, kinds)
-            if kernel == "dense" and target.device.type == "cpu":
-                in_use = open_verifier(VerifierCheckpoint(job.partial), target, "auto")
-                price = measure_kernel(target, verifier, in_use, calibration, progress)
-                fidelity = replace(fidelity, in_use=price)
-        report = make_report(job, watch.seconds, fidelity)
-        describe(job, report, calibration, digests)
-        finish(job.partial, job.output)
-        # Only now: killed a moment earlier, the run still goes on from its commits.
-        shutil.rmtree(job.output / job.commits.name)
-        (job.output / LOCK).unlink()
+        report = whole_report(job, job.partial)
+        if report is None:
+            report = _work(job, target, tokenizer, spill, text_device or target.device, progress)
+        hand_over(job, record)
+    return report
+
+
+def _work(
+    job: Job,
+    target: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    spill: bool,
+    text_device: torch.device,
+    progress: Progress,
+) -> QuantizeReport:
+    """All stages, in the working folder."""
+    watch = Stopwatch()
+    with watch.stage("calibration text"):
+        calibration = calibrate(job, target, tokenizer, text_device, progress)
+    with watch.stage("quantizing"):
+        quantize_layers(job, target, tokenizer, calibration, spill, progress)
+    with watch.stage("writing"):
+        clear_all_but_commits(job)
+        digests = assemble(job, target.weights)
+    with watch.stage("fidelity"):
+        kernel = kernel_of_method(job.config)
+        verifier = open_verifier(VerifierCheckpoint(job.partial), target, kernel)
+        kinds = token_kinds(tokenizer, target.vocab_size)
+        fidelity = measure(target, verifier, calibration, progress, kinds)
+        if kernel == "dense" and target.device.type == "cpu":
+            in_use = open_verifier(VerifierCheckpoint(job.partial), target, "auto")
+            price = measure_kernel(target, verifier, in_use, calibration, progress)
+            fidelity = replace(fidelity, in_use=price)
+    report = make_report(job, watch.seconds, fidelity)
+    describe(job, report, calibration, digests)
     return report
 
 
@@ -122,12 +136,14 @@ def calibrate(
     check_finite(target.weights.files, progress)
     positions = getattr(target.skeleton.config.get_text_config(), "max_position_embeddings", None)
     limit = int(positions or job.config.calibration_length)
-    calibration = load_calibration(target.whole(device), tokenizer, job.config, limit, progress)
+    calibration = load_calibration(target.whole(device), tokenizer, job.config, limit, progress, job.written_text)
     check_calibration(calibration, target.vocab_size)
     save_tensors(
         job.calibration,
         {"samples": calibration.samples, "held_out": calibration.held_out, "greedy": calibration.greedy},
     )
+    if job.written_text.exists():
+        shutil.rmtree(job.written_text)
     return calibration
 
 

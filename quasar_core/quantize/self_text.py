@@ -5,13 +5,16 @@ own tokens open the next one (Magpie, Xu et al., 2024). A base model starts from
 Letters: B rows, L length.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quasar_core.models.kv_cache import PreallocatedCache
 from quasar_core.quantize.heap import return_freed_memory
+from quasar_core.quantize.text_log import TextLog
 from quasar_core.records import Progress, no_progress
 
 # Keys and values of the rows that are written at once.
@@ -67,15 +70,28 @@ def write_self_text(
     greedy_from: int | None = None,
     progress: Progress = no_progress,
     stage: str = "writing calibration text",
+    kept: Path | None = None,
 ) -> torch.Tensor:
-    """Token ids [rows, length] at temperature 1; with `greedy_from`, greedy from that position on."""
+    """Token ids [rows, length] at temperature 1; with `greedy_from`, greedy from that position on.
+
+    In the folder `kept` it is kept as it is written: a call after one that was interrupted goes on, to the same text.
+    """
     turns = turn_tokens(tokenizer)
     batches = []
+    device = str(model.device)
+    text = {"rows": rows, "length": length, "seed": seed, "greedy_from": greedy_from, "device": device}
     at_once = rows_at_once(model, length, model.device.type != "cpu")
     for begin in range(0, rows, at_once):
         count = min(at_once, rows - begin)
         generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + begin)
-        batches.append(_write_batch(model, turns, count, length, generator, greedy_from, begin, rows, progress, stage))
+        log = None
+        if kept is not None:
+            log = TextLog(kept, f"seed-{seed}-row-{begin}", {**text, "begin": begin, "count": count})
+
+        def report(tokens: int, begin: int = begin) -> None:
+            progress(stage, begin * length + tokens, rows * length)
+
+        batches.append(_finished_batch(model, turns, count, length, generator, greedy_from, log, report))
     return torch.cat(batches)
 
 
@@ -86,11 +102,35 @@ def cache_bytes(on_device: bool) -> int:
 
 def rows_at_once(model: PreTrainedModel, length: int, on_device: bool) -> int:
     """Rows of `length` tokens whose keys and values fill `cache_bytes`, at least one."""
+    return max(1, cache_bytes(on_device) // (token_bytes(model, model.dtype.itemsize) * length))
+
+
+def token_bytes(model: PreTrainedModel, element: int) -> int:
+    """Keys and values of a token in all layers, of so many bytes a number."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes: int = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
-    return max(1, cache_bytes(on_device) // (token_bytes * length))
+    return int(2 * config.num_hidden_layers * heads * width * element)
+
+
+def _finished_batch(
+    model: PreTrainedModel,
+    turns: TurnTokens | None,
+    count: int,
+    length: int,
+    generator: torch.Generator,
+    greedy_from: int | None,
+    log: TextLog | None,
+    report: Callable[[int], None],
+) -> torch.Tensor:
+    """One batch [count, length], read where an earlier run has written it."""
+    if log is None:
+        return _write_batch(model, turns, count, length, generator, greedy_from, log, report)
+    tokens = log.finished()
+    if tokens is None:
+        tokens = _write_batch(model, turns, count, length, generator, greedy_from, log, report)
+        log.finish(tokens)
+    return tokens
 
 
 def _write_batch(
@@ -100,23 +140,23 @@ def _write_batch(
     length: int,
     generator: torch.Generator,
     greedy_from: int | None,
-    done: int,
-    total: int,
-    progress: Progress,
-    stage: str,
+    log: TextLog | None,
+    report: Callable[[int], None],
 ) -> torch.Tensor:
     """One batch [count, length]: every row gets a token a step, sampled or forced by the template."""
-    vocab = model.config.get_text_config().vocab_size
     conversation = _Conversations(turns, count)
-    if turns:
-        ids = torch.tensor([turns.opening] * count, device=model.device)
-    else:
-        ids = torch.randint(vocab, (count, 1), generator=generator, device=model.device)
     cache = PreallocatedCache(model.config.get_text_config().num_hidden_layers, length)
-    # A token of each row at a time: for the last of several, PyTorch's CPU product copies the head for every row.
-    written = list(ids[:, :length].split(1, dim=1))
-    for inputs in written:
-        logits = _next_logits(model, inputs, cache)
+    written = log.resume(cache, generator) if log else []
+    if written:
+        for tokens in written[len(turns.opening) if turns else 1 :]:
+            conversation.direct(tokens[:, 0])
+        cache.rollback(len(written) - 1)
+        logits = _next_logits(model, written[-1], cache)
+    else:
+        # A token of each row at a time: for the last of several, PyTorch's CPU product copies the head for every row.
+        written = list(_opening(model, turns, count, generator)[:, :length].split(1, dim=1))
+        for tokens in written:
+            logits = _next_logits(model, tokens, cache)
     while len(written) < length:
         if greedy_from is not None and len(written) >= greedy_from:
             chosen = logits.argmax(dim=-1)
@@ -124,10 +164,20 @@ def _write_batch(
             chosen = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
         written.append(conversation.direct(chosen)[:, None])
         logits = _next_logits(model, written[-1], cache)
+        if log:
+            log.keep(written, cache, generator)
         if len(written) % STEPS_BETWEEN_RETURNS == 0:
             return_freed_memory()
-        progress(stage, done * length + count * len(written), total * length)
+        report(count * len(written))
     return torch.cat(written, dim=1).cpu()
+
+
+def _opening(model: PreTrainedModel, turns: TurnTokens | None, count: int, generator: torch.Generator) -> torch.Tensor:
+    """What every row begins with [count, T]: the template's tokens, else a token drawn at random."""
+    if turns:
+        return torch.tensor([turns.opening] * count, device=model.device)
+    vocab = model.config.get_text_config().vocab_size
+    return torch.randint(vocab, (count, 1), generator=generator, device=model.device)
 
 
 def _next_logits(model: PreTrainedModel, inputs: torch.Tensor, cache: PreallocatedCache) -> torch.Tensor:

@@ -1,12 +1,11 @@
 """JSON files in quasar's own folder: read strictly, written whole or not at all."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from quasar_core.errors import QuasarError
+from quasar_core.store.files import write_text
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -24,16 +23,12 @@ def read_object(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def write_object(path: Path, content: dict[str, Any]) -> None:
-    """Indented JSON; what was there before stays until all of it is written. QuasarError where it cannot be."""
-    partial: str | None = None
+def write_object(path: Path, content: dict[str, Any], alone: bool = False) -> None:
+    """Indented JSON; what was there before stays until all of it is written. QuasarError where it cannot be.
+
+    `alone` as in `written_whole`.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".partial-", delete=False) as stream:
-            partial = stream.name
-            json.dump(content, stream, indent=2)
-        os.replace(partial, path)
+        write_text(path, json.dumps(content, indent=2), alone)
     except OSError as error:
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)
         raise QuasarError(f"{path} cannot be written: {error.strerror or error}.") from error

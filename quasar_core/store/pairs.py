@@ -1,27 +1,30 @@
 """The pairs that `quasar quantize` recorded, and the one in use: home()/pairs.json."""
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.store.files import locked
+from quasar_core.store.folders import CARD, is_verifier, relate, remove_verifier
 from quasar_core.store.home import home
+from quasar_core.store.json_file import read_object, write_object
 
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class PairRecord:
-    """One target and its verifier: `target` is a name that resolve_model finds, `verifier` an absolute folder."""
+    """One target and its verifier: `target` is a name that resolve_model finds, `verifier` an absolute folder.
+
+    `added`: the verifier was made elsewhere, so that its folder is never removed from here.
+    """
 
     name: str
     target: str
     verifier: str
+    added: bool = False
 
 
 def list_pairs() -> list[PairRecord]:
@@ -40,49 +43,73 @@ def find_pair(name: str) -> PairRecord:
     return _find(list_pairs(), name)
 
 
-def record_pair(target: str, verifier: Path) -> PairRecord:
+def record_pair(target: str, verifier: Path, name: str | None = None, added: bool = False) -> PairRecord:
     """Record a pair and make it the current one; a pair with the same verifier folder is replaced.
 
-    `target` is a ModelSource's name, so that it is found again from anywhere. The pair is named after the verifier's
-    folder, with a number where another pair has that name already.
+    `target` is a ModelSource's name, so that it is found again from anywhere. The pair is named `name`, else after the
+    verifier's folder, with a number where another pair has that name already.
     """
     folder = str(verifier.expanduser().resolve())
-    others = [pair for pair in list_pairs() if pair.verifier != folder]
-    record = PairRecord(_free_name(Path(folder).name, others), target, folder)
-    _write([*others, record], record.name)
+    with _registry_held():
+        others = [pair for pair in list_pairs() if pair.verifier != folder]
+        record = PairRecord(_free_name(name or Path(folder).name, others), target, folder, added)
+        _write([*others, record], record.name)
     return record
 
 
 def use_pair(name: str) -> PairRecord:
     """Make a recorded pair the current one."""
-    pairs = list_pairs()
-    record = _find(pairs, name)
-    _write(pairs, record.name)
+    with _registry_held():
+        pairs = list_pairs()
+        record = _find(pairs, name)
+        _write(pairs, record.name)
     return record
 
 
 def remove_pair(name: str, delete_files: bool) -> PairRecord:
-    """Forget a pair, and delete its verifier's folder if asked to; the target is never touched.
+    """Forget a pair, and remove its verifier if asked to; the target is never touched.
 
-    Only a folder that quasar wrote (it has a quasar.json) is deleted. Without the current pair, none is current.
+    Of a folder that quasar wrote here its own files are removed, and the folder if nothing else is in it. Without the
+    current pair, none is current. QuasarError, and the pair stays, where the verifier may not be removed.
     """
-    pairs, current = _read()
-    record = _find(pairs, name)
-    folder = Path(record.verifier)
-    if delete_files and folder.exists():
-        _delete(folder)
-    kept = [pair for pair in pairs if pair != record]
-    _write(kept, current if current != record.name else None)
+    with _registry_held():
+        pairs, current = _read()
+        record = _find(pairs, name)
+        if delete_files and Path(record.verifier).exists():
+            _remove(record, pairs)
+        kept = [pair for pair in pairs if pair != record]
+        _write(kept, current if current != record.name else None)
     return record
 
 
-def _delete(folder: Path) -> None:
-    if not (folder / "quasar.json").is_file():
-        raise QuasarError(f"{folder} was not written by quasar (it has no quasar.json), so it is not deleted.")
+def _remove(record: PairRecord, pairs: Sequence[PairRecord]) -> None:
+    folder, instead = Path(record.verifier), f"`quasar models remove {record.name} --keep-files` forgets the pair alone"
+    if record.added:
+        raise QuasarError(f"{folder} was added and not made here, so it is not deleted; {instead}.")
+    if folder.is_symlink() or not is_verifier(folder):
+        why = f"was not written by quasar (it has no {CARD} of its own)"
+        raise QuasarError(f"{folder} {why}, so it is not deleted; {instead}.")
+    targets = [Path(pair.target) for pair in pairs if Path(pair.target).is_absolute()]
+    if any(relate(folder, target) == "is" for target in targets):
+        raise QuasarError(f"{folder} is the target of a pair, so it is not deleted; {instead}.")
     try:
-        shutil.rmtree(folder)
+        remove_verifier(folder)
     except OSError as error:
         raise QuasarError(f"{folder} cannot be deleted: {error.strerror or error}.") from error
+
+
+@contextmanager
+def _registry_held() -> Iterator[None]:
+    """No other process changes the registry meanwhile."""
+    try:
+        with locked(_path()):
+            yield
+    except OSError as error:
+        raise QuasarError(f"{_path()} cannot be written: {error.strerror or error}.") from error
+
+
+def _path() -> Path:
+    return home() / "pairs.json"
 
 
 def _find(pairs: Sequence[PairRecord], name: str) -> PairRecord:
@@ -103,25 +130,16 @@ def _free_name(wanted: str, others: Sequence[PairRecord]) -> str:
 
 
 def _read() -> tuple[list[PairRecord], str | None]:
-    path = home() / "pairs.json"
+    path = _path()
     try:
-        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        content = read_object(path)
+        if content is None:
+            return [], None
         return [PairRecord(**pair) for pair in content["pairs"]], content["current"]
-    except FileNotFoundError:
-        return [], None
-    except OSError as error:
-        raise QuasarError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise QuasarError(f"{path} is damaged: repair it, or delete it and quantize again.") from error
 
 
 def _write(pairs: Sequence[PairRecord], current: str | None) -> None:
-    path = home() / "pairs.json"
-    content = {"format_version": FORMAT_VERSION, "current": current, "pairs": [asdict(pair) for pair in pairs]}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".pairs-", delete=False) as stream:
-            json.dump(content, stream, indent=2)
-        os.replace(stream.name, path)
-    except OSError as error:
-        raise QuasarError(f"{path} cannot be written: {error.strerror or error}.") from error
+    listed = [{key: value for key, value in asdict(pair).items() if value is not False} for pair in pairs]
+    write_object(_path(), {"format_version": FORMAT_VERSION, "current": current, "pairs": listed}, alone=True)

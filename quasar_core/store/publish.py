@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.store.folders import CARD, is_verifier, own_files
 
-CARD = "quasar.json"
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")  # without an owner it is one's own
 
 
@@ -28,21 +28,26 @@ def push_folder(folder: Path, repository: str, private: bool = False) -> str:
     """Upload a verifier's folder as one model and return its address; the repository is made if need be.
 
     A repository that is there keeps its visibility; a new one is public unless `private` (or its organisation says so).
-    Files of the folder replace those of the same name, and nothing else there is touched. UsageError for a folder that
-    quasar did not write; QuasarError where the hub or the connection refuses.
+    The verifier's own files replace those of the same name, and nothing else is uploaded or touched. UsageError for a
+    folder that quasar did not write; QuasarError where the hub or the connection refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    if not (folder / CARD).is_file():
-        raise UsageError(f"{folder} was not written by quasar (it has no {CARD}), so it is not pushed.")
+    if not is_verifier(folder):
+        raise UsageError(f"{folder} was not written by quasar (it has no {CARD} of its own), so it is not pushed.")
     check_can_push(repository)
     bars_were_shown = not are_progress_bars_disabled()
     disable_progress_bars()  # they would run beside our own
     try:
         api = HfApi(library_name="quasar-cli")
         created = api.create_repo(repository, private=private or None, exist_ok=True)
-        api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message=f"Upload {folder.name}")
+        api.upload_folder(
+            repo_id=created.repo_id,
+            folder_path=folder,
+            commit_message=f"Upload {folder.name}",
+            allow_patterns=own_files(folder),
+        )
     except Exception as error:  # as above
         raise QuasarError(push_failure(repository, error)) from error
     finally:
