@@ -157,6 +157,9 @@ def set_aside(output: Path) -> None:
         return
     if not may_be_replaced(output):
         raise QuasarError(f"{output} is no verifier that quasar wrote, so it is not replaced.")
+    if not is_verifier(output):
+        output.rmdir()  # nothing is in it
+        return
     place, number = replaced_folder(output), 1
     while os.path.lexists(place):  # what an earlier one held beside its own files
         number += 1
