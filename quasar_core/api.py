@@ -81,6 +81,7 @@ def quantize(
 
     earlier = finish_earlier(job, record, resume)
     if earlier is not None:
+        progress("recording what an earlier run has finished", 1, 1)
         return earlier
     refuse_existing(job.output, force)
     plan = plan_here(source.folder, target, config, job.output, max_memory)

@@ -23,7 +23,7 @@ from quasar_core.quantize import calibration, handover, run
 from quasar_core.store import current_pair
 from quasar_core.store.steps import STEPS
 
-ALONE = ("described", "in place", "recorded")  # steps that are tried without an older verifier too
+ALONE = ("in place",)  # steps that are tried without an older verifier too
 WORK = ("load_calibration", "quantize_with", "assemble", "measure")
 
 

@@ -1,12 +1,13 @@
 """Kill quantizations at random moments and let each go on: `python tests/kill_runs.py FOLDER KILLS [SEED]`.
 
+None may make again what was finished.
+
 Packages are imported once; every run is a fork that the parent kills with SIGKILL. Prints one JSON document.
 """
 
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -17,18 +18,41 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 from quantize_cases import quantize, save_model
 
-from quasar_core.quantize import calibration
+from quasar_core.quantize import calibration, layerwise, run
+from quasar_core.quantize.commits import QuantizedBlock
+from quasar_core.store import list_pairs, remove_pair
+from quasar_core.store.folders import LOCK, partial_folder
 
 
-def start(source: Path, output: Path) -> int:
-    """Quantize in a process of its own."""
+def start(source: Path, output: Path, finished: frozenset[str] = frozenset()) -> int:
+    """Quantize in a process of its own, which fails where it makes again what is finished."""
     child = os.fork()
     if child == 0:
-        with open(os.devnull, "w") as silent:
-            os.dup2(silent.fileno(), 2)
+        code = 1
+        try:
+            with open(os.devnull, "w") as silent:
+                os.dup2(silent.fileno(), 2)
+            forbid(finished)
             quantize(source, output=output)
-        os._exit(0)
+            code = 0
+        finally:
+            os._exit(code)
     return child
+
+
+def forbid(finished: frozenset[str]) -> None:
+    """Let no block be quantized and no text be written that an earlier run has finished."""
+    write_commit = layerwise.write_commit
+
+    def write(path: Path, block: QuantizedBlock) -> None:
+        assert path.name not in finished
+        write_commit(path, block)
+
+    layerwise.write_commit = write
+    if "calibration.safetensors" in finished:
+        run.load_calibration = None
+    if "quasar.json" in finished:  # whole, but not yet in its place, or not yet recorded
+        run.assemble = None
 
 
 def finish(child: int) -> bool:
@@ -42,7 +66,20 @@ def kill_and_resume(source: Path, output: Path, delay: float) -> tuple[bool, boo
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     killed = not finish(child)
-    return killed, True if output.exists() else finish(start(source, output))
+    done = is_recorded(output) and not (output / LOCK).exists()
+    return killed, done or finish(start(source, output, finished_work(output)))
+
+
+def finished_work(output: Path) -> frozenset[str]:
+    """What a killed run has finished: its commits, and the card that is written last."""
+    places = [partial_folder(output), output]
+    found = {path.name for place in places for path in (place / "commits").glob("*.safetensors")}
+    return frozenset(found | {path.name for place in places for path in place.glob("quasar.json")})
+
+
+def is_recorded(output: Path) -> bool:
+    """Whether a pair names it."""
+    return any(pair.verifier == str(output) for pair in list_pairs())
 
 
 def main() -> None:
@@ -60,14 +97,15 @@ def main() -> None:
     moments, same, killed, rounds = random.Random(seed), 0, 0, 0
     while killed < kills:
         rounds += 1
-        in_time, _ = kill_and_resume(source, folder / "killed", moments.uniform(0, duration))
+        output = folder / "killed"
+        in_time, ended_well = kill_and_resume(source, output, moments.uniform(0, duration))
         if in_time:
             killed += 1
-            same += (folder / "killed" / "model.safetensors").read_bytes() == expected
-        left = (folder / "killed.partial").exists()
-        shutil.rmtree(folder / "killed")
-        if left:
+            same += ended_well and is_recorded(output) and (output / "model.safetensors").read_bytes() == expected
+        left = partial_folder(output).exists() or (output / LOCK).exists() or (output / "commits").exists()
+        if left or not ended_well:
             break
+        remove_pair(next(pair.name for pair in list_pairs() if pair.verifier == str(output)), delete_files=True)
     print(json.dumps({"killed": killed, "identical": same, "runs": rounds, "seconds_of_a_run": round(duration, 3)}))
 
 

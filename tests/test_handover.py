@@ -63,7 +63,7 @@ def test_a_run_killed_at_this_step_is_finished_by_the_next_without_work(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks its runs")
 def test_the_kills_were_where_they_are_named(kills: dict[str, Any]) -> None:
     after = {name: case["after"] for name, case in kills.items()}
-    assert after["empty, described"]["beside"] == ["out.partial"]
+    assert after["older, described"]["beside"] == ["out", "out.partial"]
     assert after["older, set aside"]["beside"] == ["out.partial", "out.replaced-by-quasar"]
     assert {"commits", "lock"} <= set(after["older, in place"]["inside"])
     assert "commits" not in after["older, commits cleared"]["inside"]

@@ -50,6 +50,19 @@ def test_a_folder_arrives_as_it_is(hub: HubServer, verifier: Path, tmp_path: Pat
     assert files_of(tmp_path / "uploads" / "somebody" / "tiny-4bit") == files_of(verifier)
 
 
+def test_what_quasar_does_not_write_into_a_verifier_is_not_uploaded(
+    hub: HubServer, verifier: Path, tmp_path: Path
+) -> None:
+    """What a killed run leaves, and what a user put there."""
+    own = files_of(verifier)
+    for name in ("commits/block-00000.safetensors", "old/config.json", "lock", "notes.txt", "x.safetensors", ".env"):
+        (verifier / name).parent.mkdir(exist_ok=True)
+        (verifier / name).write_text("mine")
+    push_folder(verifier, "somebody/tiny-4bit")
+    uploaded = tmp_path / "uploads" / "somebody" / "tiny-4bit"
+    assert {str(path.relative_to(uploaded)) for path in uploaded.rglob("*")} == own.keys()
+
+
 def test_a_new_repository_is_private_where_asked_and_ones_own_without_a_name(hub: HubServer, verifier: Path) -> None:
     push_folder(verifier, "tiny-4bit", private=True)
     wanted = hub.created["somebody/tiny-4bit"]

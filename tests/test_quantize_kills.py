@@ -1,4 +1,4 @@
-"""Killed at a random moment, a quantization goes on to the identical checkpoint: a handful here, more by the script."""
+"""Killed at a random moment, a quantization goes on to the identical checkpoint: a handful here, QUASAR_KILLS more."""
 
 import json
 import os

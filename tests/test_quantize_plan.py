@@ -162,7 +162,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
-        ("free_disk", r"This needs 0\.\d MB of disk, and 0\.0 MB are free here: free some"),
+        ("free_disk", r"This needs \d\.\d MB of disk, and 0\.0 MB are free here: free some"),
         ("free_memory", r"This needs \d\.\d GB of memory, and 0\.0 MB are free here: use fewer --samples"),
     ],
 )

@@ -34,7 +34,8 @@ class RowLog:
         self.output = output
         self.path = output.with_name(output.name + ".partial.jsonl")
         self.run = run
-        refuse_foreign_results(self.path)
+        if not resume:
+            refuse_foreign_results(self.path)
         kept = self._kept() if resume and self.path.is_file() else []
         self.rows = [row for conversation in kept for row in conversation]
         write_whole(self.path, [json.dumps(run.to_dict()), *map(_line, kept)])
