@@ -76,7 +76,7 @@ def main() -> None:
         output.unlink(missing_ok=True)
         if left != ["killed.json", "straight.json"] and left != ["home", "killed.json", "straight.json"]:
             break
-    print(json.dumps({"killed": killed, "same": same, "with_a_log": in_log}))
+    print(json.dumps({"killed": killed, "same": same, "with_a_log": in_log, "left": left}))
 
 
 if __name__ == "__main__":

@@ -96,6 +96,18 @@ def test_a_young_stray_of_another_process_stays_where_no_lock_is_held(tmp_path: 
     assert os.listdir(tmp_path) == ["results.json"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="asks for a process's number")
+def test_a_stray_of_a_process_that_ended_is_cleared_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with files.written_whole(path) as beside:
+        beside.write_text("first")
+        beside.with_name(beside.name.replace(str(os.getpid()), str(ended.pid))).write_text("second, cut sh")
+    files.write_text(path, "third")
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
 def test_a_registry_of_an_older_version_is_read(tmp_path: Path) -> None:
     store.home().mkdir()
     pair = {"name": "x", "target": "demo", "verifier": "/v"}

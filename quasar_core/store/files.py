@@ -19,11 +19,11 @@ def written_whole(path: Path, alone: bool = False) -> Iterator[Path]:
     """A place beside `path` to write to; once that is written, it takes the name of `path`.
 
     What stands in `path` stays until then. What earlier processes left unfinished is removed: with `alone` (under a
-    lock) all of it, else what is old. Raises OSError.
+    lock) all of it, else that of processes that ended, and what is old. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mark = hashlib.sha256(path.name.encode()).hexdigest()[:12]  # names may be as long as a file system allows
-    _clear_strays(path.parent, mark, 0 if alone else STRAY_SECONDS)
+    _clear_strays(path.parent, mark, alone)
     beside = path.parent / f".quasar-{mark}-{os.getpid()}.tmp"
     try:
         yield beside
@@ -87,10 +87,24 @@ def locked(path: Path) -> Iterator[None]:
         raise QuasarError(f"{path} has been held by another process for {LOCK_SECONDS} seconds.") from error
 
 
-def _clear_strays(folder: Path, mark: str, age: float) -> None:
+def _clear_strays(folder: Path, mark: str, alone: bool) -> None:
     for stray in folder.glob(f".quasar-{mark}-*.tmp"):
         try:
-            if time.time() - stray.stat().st_mtime >= age:
+            old = time.time() - stray.stat().st_mtime > STRAY_SECONDS
+            if alone or old or _has_ended(stray.stem.rpartition("-")[2]):
                 stray.unlink()
         except FileNotFoundError:
             continue  # its process finished it just now
+
+
+def _has_ended(process: str) -> bool:
+    """Whether no process of that number runs here; where the system does not tell, none has."""
+    if os.name != "posix" or not process.isdecimal():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False  # somebody else's
+    return False
