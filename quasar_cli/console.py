@@ -14,10 +14,12 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from quasar_core.foreign import foreign_errors
 from quasar_core.records import Progress
 
 # In a file or a pipe nothing is to be folded for want of columns.
 _WIDTH_WITHOUT_TERMINAL = 200
+_UNWRITABLE = "The output cannot be written"
 
 
 def _console(stderr: bool) -> Console:
@@ -30,8 +32,9 @@ def _console(stderr: bool) -> Console:
 def show(*renderables: RenderableType) -> None:
     """Print results on stdout: text with rich's markup, tables."""
     console = _console(stderr=False)
-    for renderable in renderables:
-        console.print(renderable)
+    with foreign_errors(_UNWRITABLE):
+        for renderable in renderables:
+            console.print(renderable)
 
 
 def note(*renderables: RenderableType) -> None:
@@ -48,13 +51,14 @@ def note_plain(text: str) -> None:
 
 def stream_text(text: str) -> None:
     """Write generated text to stdout at once, exactly as it is."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    with foreign_errors(_UNWRITABLE):
+        sys.stdout.write(text)
+        sys.stdout.flush()
 
 
 def print_json(document: Any) -> None:
     """Print the one JSON document of `--json` on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    stream_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def print_error(sentence: str) -> None:

@@ -1,5 +1,6 @@
 """The entry point of `quasar`: its commands, and what becomes of an error."""
 
+import errno
 import io
 import os
 import sys
@@ -34,9 +35,12 @@ app.command("doctor")(doctor.doctor)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        typer.echo(f"quasar {version('quasar-cli')}")
+        try:
+            typer.echo(f"quasar {version('quasar-cli')}")
+        except PackageNotFoundError:
+            typer.echo("quasar from a source tree that is not installed")
         raise typer.Exit
 
 
@@ -51,18 +55,22 @@ def quasar(
 
 def main() -> None:
     """Run the command line and exit."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character gets a ? for it
-            stream.reconfigure(errors="replace")
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the process
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115 - until the end
     sys.exit(run())
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     Reporting.tracebacks = False
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character gets a ? for it
+            stream.reconfigure(errors="replace")
     # What it warns of is answered here in a sentence, or does not concern who types a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        _check_variables()
         app(arguments, prog_name="quasar")
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
@@ -71,6 +79,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _report(error)
     return 0
+
+
+def _check_variables() -> None:
+    """UsageError for a variable that the hub's client reads as a number while it is imported, where it is none."""
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        value = os.environ.get(name, "").strip()
+        if value and not value.isdecimal():
+            raise UsageError(f"{name} must be a whole number of seconds, not {value}.")
 
 
 def _report(error: Exception) -> int:
@@ -90,10 +106,12 @@ def _sentence(error: Exception) -> str:
             "The GPU's memory is too small for this: try a shorter context (--max-context), the verifier alone "
             "(--verify quantized --no-target), best made with --lm-head-bits 4, or --device cpu."
         )
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        return f"The output cannot be written: {error.strerror}."
     if isinstance(error, MemoryError):
         return "This machine's memory is too small for this: try a smaller model or a shorter context."
     what = " ".join(str(error).split())
-    return f"Something unforeseen failed ({type(error).__name__}: {what}); run the command again with -v for details."
+    return f"Internal error: {type(error).__name__}: {what}; run again with -v and report it."
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from quasar_core.bench.run import run_bench
-from quasar_core.checkpoint.digest import check_digest as digest_found
 from quasar_core.checkpoint.belonging import refuse_other_target
-from quasar_core.checkpoint.reader import VerifierCheckpoint, read_json
+from quasar_core.checkpoint.digest import check_digest as digest_found
+from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import QuantizeConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import absolute, is_folder
 from quasar_core.kernels.threads import describe_threads, most_threads, use_threads
 from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.load import load_models
@@ -39,6 +40,7 @@ from quasar_core.store import (
     resolve_model,
 )
 from quasar_core.store.folders import refuse_existing, refuse_place
+from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import weight_files
 
 __all__ = [
@@ -86,7 +88,7 @@ def quantize(
     refuse_existing(job.output, force)
     plan = plan_here(source.folder, target, config, job.output, max_memory)
     refuse_what_cannot_fit(plan, job.output)
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
     text_device = target.device if plan.text_on_device else torch.device("cpu")
     return quantize_checkpoint(job, target, tokenizer, record, resume, plan.spilled, text_device, progress)
 
@@ -105,7 +107,7 @@ def plan_quantize(
     Raises as `quantize` does of what it refuses before any work, but for an output that exists.
     """
     source, job, target = _open_job(model, config, output, device, trust_remote_code)
-    check_request(job, target, load_tokenizer(source.folder))
+    check_request(job, target, load_tokenizer(source.folder, trust_remote_code))
     plan = plan_here(source.folder, target, config, job.output, max_memory)
     return replace(plan, seconds=seconds_here(target, config, plan))
 
@@ -115,7 +117,7 @@ def _open_job(
 ) -> tuple[ModelSource, Job, StreamedModel]:
     """The target, none of it read yet, and where its verifier goes."""
     source = resolve_model(model)
-    destination = (output or default_output(source, config)).expanduser().resolve()
+    destination = absolute(output or default_output(source, config))
     place = choose_device(device)
     _refuse_quantized(source)
     refuse_place(destination, source.folder)
@@ -170,11 +172,11 @@ def fidelity_on_text(
     dtype, _ = _choose_dtype(source.folder, "auto", place)
     target = open_target(source.folder, place, dtype, trust_remote_code)
     streamed = open_verifier(VerifierCheckpoint(verifier), target)
-    return measure_on_text(target, streamed, load_tokenizer(source.folder), text, progress)
+    return measure_on_text(target, streamed, load_tokenizer(source.folder, trust_remote_code), text, progress)
 
 
 def _refuse_quantized(source: ModelSource) -> None:
-    if "quantization_config" in read_json(source.folder / "config.json"):
+    if "quantization_config" in read_config(source.folder):
         raise UsageError(f"{source.label} is quantized already; name the model that it was made from.")
 
 
@@ -205,7 +207,7 @@ def load_pair(
     source, checkpoint = _find_pair(model, verifier, needs_verifier=verify != "full")
     place = choose_device(device)
     precision, reason = _choose_dtype(source.folder, dtype, place)
-    context = min(context_limit(source.folder), max_context or sys.maxsize)
+    context = min(context_limit(source.folder, trust_remote_code), max_context or sys.maxsize)
     digest = [f"digest: {_found(checkpoint, progress)}"] if check_digest else []
     room = _check_room(source.folder, checkpoint, place, precision, use_target, context)
     models = load_models(
@@ -218,7 +220,7 @@ def load_pair(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    tokenizer = load_tokenizer(source.folder)
+    tokenizer = load_tokenizer(source.folder, trust_remote_code)
     return Pair(
         tokenizer=tokenizer,
         target=models.target,
@@ -277,7 +279,7 @@ def _find_pair(
     source = resolve_model(model)
     if not needs_verifier:
         return source, None
-    folder = Path(verifier).expanduser() if verifier else _known_verifier(source)
+    folder = absolute(Path(verifier)) if verifier else _known_verifier(source)
     if folder is None:
         raise UsageError(
             f"{source.label} has no verifier yet: make one with `quasar quantize {model}`, or pass --verify full."
@@ -293,12 +295,12 @@ def _known_verifier(source: ModelSource) -> Path | None:
     """The verifier last recorded for the target, else the one where `quantize` puts it by default."""
     recorded: Sequence[Any] = [pair for pair in list_pairs() if pair.target == source.name]
     places = [Path(pair.verifier) for pair in reversed(recorded)] + [default_output(source, QuantizeConfig())]
-    return next((place for place in places if place.is_dir()), None)
+    return next((place for place in places if is_folder(place)), None)
 
 
 def _choose_dtype(folder: Path, requested: str, device: torch.device) -> tuple[torch.dtype, str]:
-    config = read_json(folder / "config.json")
-    text_config = config.get("text_config", {})
+    config = read_config(folder)
+    text_config = config.get("text_config") or {}
     stored = config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype")
     weight_bytes = sum(path.stat().st_size for path in weight_files(folder))
     return choose_dtype(requested, stored, weight_bytes, device)

@@ -1,9 +1,11 @@
 """What a run is asked to do: frozen, checked once, in messages that name the flag."""
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from quasar_core.errors import UsageError
+from quasar_core.files import require_characters
 
 VerifyMode = Literal["full", "quantized", "exact"]
 VERIFY_MODES: tuple[VerifyMode, ...] = ("full", "quantized", "exact")
@@ -17,6 +19,15 @@ Rounding = Literal["gptq", "nearest"]
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
+# Beyond these, nothing is gained and memory or time never suffice.
+MOST_NGRAM = 64
+MOST_SAMPLES = 1_000_000
+MOST_TOKENS = 10_000_000
+
+
+def _check_seed(seed: int) -> None:
+    """What PyTorch's generators take, with room for the seeds that are derived from it."""
+    _require(abs(seed) < 2**62, f"--seed must be within 62 bits, not {seed}.")
 
 
 def _require(holds: bool, sentence: str) -> None:
@@ -36,11 +47,14 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, f"--temperature must not be negative, not {self.temperature}.")
+        _require(0 <= self.temperature < inf, f"--temperature must not be negative, not {self.temperature}.")
         _require(self.top_k >= 0, f"--top-k must not be negative, not {self.top_k}.")
         _require(0 < self.top_p <= 1, f"--top-p must be above 0 and at most 1, not {self.top_p}.")
         _require(0 <= self.min_p < 1, f"--min-p must be at least 0 and below 1, not {self.min_p}.")
-        _require(self.repetition_penalty > 0, f"--repetition-penalty must be above 0, not {self.repetition_penalty}.")
+        _require(
+            0 < self.repetition_penalty < inf, f"--repetition-penalty must be above 0, not {self.repetition_penalty}."
+        )
+        _check_seed(self.seed)
 
     @property
     def greedy(self) -> bool:
@@ -78,7 +92,10 @@ class GenerationConfig:
             1 <= self.ngram_min <= self.ngram_max,
             f"--ngram-min ({self.ngram_min}) must be at least 1 and at most --ngram-max ({self.ngram_max}).",
         )
+        _require(self.ngram_max <= MOST_NGRAM, f"--ngram-max must be at most {MOST_NGRAM}, not {self.ngram_max}.")
         _require(all(self.stop), "--stop must not be empty.")
+        for text in self.stop:
+            require_characters(text, "--stop")
 
 
 @dataclass(frozen=True)
@@ -117,8 +134,12 @@ class QuantizeConfig:
             f"--lm-head-bits must be one of {_listed((*BITS, 16))}, not {self.lm_head_bits}.",
         )
         self._require_mixed()
-        _require(self.samples >= 1, f"--samples must be at least 1, not {self.samples}.")
-        _require(self.seq_len is None or self.seq_len >= 16, f"--seq-len must be at least 16, not {self.seq_len}.")
+        _check_seed(self.seed)
+        _require(1 <= self.samples <= MOST_SAMPLES, f"--samples must be from 1 to {MOST_SAMPLES}, not {self.samples}.")
+        _require(
+            self.seq_len is None or 16 <= self.seq_len <= MOST_TOKENS,
+            f"--seq-len must be from 16 to {MOST_TOKENS}, not {self.seq_len}.",
+        )
         _require(0 < self.damp < 1, f"--damp must be above 0 and below 1, not {self.damp}.")
         _require(self.backend in ("native", "optimum"), f"--backend must be native or optimum, not {self.backend}.")
 

@@ -1,8 +1,12 @@
 """What happened: counts and seconds, and the ratios derived from them, each defined once, here."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, Protocol
+
+from quasar_core.typed import build
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -122,10 +126,7 @@ class Stats:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Stats":
         """Rebuild from `to_dict(logs=True)`; derived values are computed anew."""
-        kept = {k: v for k, v in content.items() if k not in _DERIVED}
-        kept["step_log"] = [Step(**step) for step in content["step_log"]]
-        kept["confirm_log"] = [Confirm(**confirm) for confirm in content["confirm_log"]]
-        return cls(**kept)
+        return build(cls, without_derived(content))
 
 
 _DERIVED = (
@@ -142,6 +143,11 @@ _DERIVED = (
     "confirm_rate",
     "tokens_per_s",
 )
+
+
+def without_derived(stats: Any) -> Any:
+    """The JSON form of `Stats` without the values that are computed anew; anything else as it is."""
+    return {k: v for k, v in stats.items() if k not in _DERIVED} if isinstance(stats, dict) else stats
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,14 @@ class MarginTable:
     edges: list[float]
     counts: list[int]
     agreed: list[int]
+
+    def __post_init__(self) -> None:
+        if not len(self.counts) == len(self.agreed) == len(self.edges) + 1:
+            raise ValueError(f"a margin table has {len(self.counts)} bins for {len(self.edges)} edges")
+        if any(not 0 <= agreed <= count for agreed, count in zip(self.agreed, self.counts, strict=True)):
+            raise ValueError("a margin table has more agreements than tokens")
+        if not all(low < high for low, high in pairwise((0.0, *self.edges, math.inf))):
+            raise ValueError("a margin table's edges do not ascend from 0")
 
 
 @dataclass(frozen=True)
@@ -232,12 +246,8 @@ class FidelityReport:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "FidelityReport":
-        """Rebuild from `asdict`; what an older report does not hold stays empty."""
-        known = {**content, "margins": MarginTable(**content["margins"])}
-        for name in ("by_position", "by_kind"):
-            known[name] = [FidelitySlice(**part) for part in content.get(name, [])]
-        known["in_use"] = KernelPrice(**content["in_use"]) if content.get("in_use") else None
-        return cls(**known)
+        """Rebuild from `asdict`; what an older report does not hold stays empty. ValueError for what does not fit."""
+        return build(cls, content)
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,10 @@ def test_a_result_file_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("x", "not a result file of quasar bench"),
-        ("{}", "no 'format_version'"),
-        ('{"format_version": 2}', "format version 2, where 1 is read"),
-        ("[]", "not a result file of quasar bench"),
+        ("x", r"r\.json is not readable JSON"),
+        ("{}", "rows must be a list, not null"),
+        ('{"format_version": 2, "rows": []}', "not a result file of quasar bench: format version 2, where 1 is read"),
+        ("[]", "does not hold a JSON object"),
     ],
 )
 def test_another_file_is_refused(tmp_path: Path, content: str, reason: str) -> None:
@@ -61,7 +61,7 @@ def test_another_file_is_refused(tmp_path: Path, content: str, reason: str) -> N
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"could not be read: No such file"):
+    with pytest.raises(UsageError, match=r"r\.json does not exist"):
         read_results(tmp_path / "r.json")
 
 
@@ -288,9 +288,9 @@ def test_compare_and_plot_commands(tmp_path: Path, capsys: pytest.CaptureFixture
         (["bench", "--dataset", "demo", "--arms", "fast"], "--arms must be"),
         (["bench", "--dataset", "demo", "--window", "wide"], "--window must be auto or a whole number"),
         (["bench", "--dataset", "demo", "--limit", "0"], "--limit must be"),
-        (["bench", "show", "missing.json"], "missing.json could not be read"),
-        (["bench", "plot", "missing.json"], "missing.json could not be read"),
-        (["bench", "compare", "missing.json", "missing.json"], "missing.json could not be read"),
+        (["bench", "show", "missing.json"], "missing.json does not exist"),
+        (["bench", "plot", "missing.json"], "missing.json does not exist"),
+        (["bench", "compare", "missing.json", "missing.json"], "missing.json does not exist"),
     ],
 )
 def test_wrong_usage_is_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

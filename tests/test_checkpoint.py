@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_packing import make_weight
 
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint, read_json
+from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.checkpoint.writer import (
     ShardWriter,
     copy_kept_files,
     save_tensors,
 )
 from quasar_core.errors import QuasarError
+from quasar_core.files import read_json
 
 SECTION = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 
@@ -134,8 +135,8 @@ def test_what_is_missing_altogether(tmp_path: Path) -> None:
 def test_a_report_that_is_none_is_refused(tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     (tmp_path / "quasar.json").write_text(json.dumps({"format_version": 1, "report": {"fidelity": {"text": "self"}}}))
-    with pytest.raises(QuasarError, match=r"quasar\.json holds no fidelity report"):
-        _ = VerifierCheckpoint(tmp_path).fidelity
+    with pytest.raises(QuasarError, match=r"quasar\.json is damaged: report\.fidelity\.tokens is missing"):
+        VerifierCheckpoint(tmp_path)
 
 
 def test_shards_are_filled_up_to_their_limit_and_indexed(tmp_path: Path) -> None:

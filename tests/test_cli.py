@@ -61,7 +61,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (UsageError("--bits is [wrong]."), 2, "Error: --bits is [wrong].\n"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 1, "Error: The GPU's memory is too small"),
         (MemoryError(), 1, "Error: This machine's memory is too small"),
-        (ValueError("first\nsecond"), 1, "Error: Something unforeseen failed (ValueError: first second); run"),
+        (
+            ValueError("first\nsecond"),
+            1,
+            "Error: Internal error: ValueError: first second; run again with -v",
+        ),
     ],
 )
 def test_an_error_is_one_sentence_on_stderr(
@@ -103,7 +107,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
         (["generate"], "Give the prompt with exactly one of --prompt and --prompt-file."),
         (["generate", "--prompt", "x", "--prompt-file", "y"], "Give the prompt with exactly one of"),
         (["generate", "--prompt", " \n"], "The prompt is empty."),
-        (["generate", "--prompt-file", "missing.txt"], "--prompt-file missing.txt cannot be read as text"),
+        (["generate", "--prompt-file", "missing.txt"], "missing.txt does not exist."),
         (["generate", "--prompt", "x", "--raw", "--system", "s"], "--system is part of the chat template"),
         (
             ["generate", "--prompt", "x", "--verify", "maybe"],

@@ -81,21 +81,24 @@ def test_measuring_again_replaces_what_was_kept(measured: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "reason"),
     [
-        "",
-        "[]",
-        '{"conditions": {}}',
-        '{"conditions": {}, "measured_at": 1, "seconds": {"1": -1}}',
-        '{"conditions": {}, "measured_at": 1, "seconds": {"4": 1, "1": 2}}',
+        ("", "is not readable JSON (Expecting value in line 1, column 1)"),
+        ("[]", "does not hold a JSON object"),
+        ('{"conditions": {}}', "is damaged"),
+        ('{"conditions": {}, "measured_at": NaN, "seconds": {"1": 1}}', "is damaged"),
+        ('{"conditions": {}, "measured_at": 1, "seconds": {"1": -1}}', "is damaged"),
+        ('{"conditions": {}, "measured_at": 1, "seconds": {"4": 1, "1": 2}}', "is damaged"),
     ],
 )
-def test_a_damaged_file_is_measured_anew_and_said(measured: list[Any], tmp_path: Path, content: str) -> None:
+def test_a_damaged_file_is_measured_anew_and_said(
+    measured: list[Any], tmp_path: Path, content: str, reason: str
+) -> None:
     cost_record(stored_pair(), "target")
     path = the_file(tmp_path)
     path.write_text(content)
     record = cost_record(stored_pair(), "target")
-    assert record.when == f"measured now (anew, as {path} is damaged)"
+    assert record.when == f"measured now (anew, as {path} {reason})"
     assert len(measured) == 2
     assert cost_record(stored_pair(), "target").remembered
 
@@ -130,5 +133,5 @@ def test_the_stored_costs_come_latest_first(measured: list[Any], monkeypatch: py
 def test_a_damaged_store_is_an_error_for_who_lists_it(measured: list[Any], tmp_path: Path) -> None:
     cost_record(stored_pair(), "target")
     the_file(tmp_path).write_text("{")
-    with pytest.raises(QuasarError, match="is damaged"):
+    with pytest.raises(QuasarError, match="is not readable JSON"):
         list(stored_costs())

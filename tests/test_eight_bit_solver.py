@@ -11,9 +11,10 @@ from quantize_cases import quantize, save_model, tensors_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quasar_cli.main import run
-from quasar_core.checkpoint.reader import VerifierCheckpoint, read_json
+from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import read_json
 from quasar_core.quantize import gptq
 from quasar_core.quantize.activations import capture_first_inputs
 from quasar_core.quantize.commits import QuantizedBlock, read_commit, write_commit

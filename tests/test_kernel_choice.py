@@ -145,25 +145,24 @@ def test_other_conditions_measure_anew(machine: Callable[..., Measured], monkeyp
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "reason"),
     [
-        "",
-        "{",
-        "[1]",
-        "{}",
-        '{"seconds": {"a": {"b": 1}}}',
-        '{"seconds": {"1024x4096-4bit-g128": {"slow": {"4": 1}}}}',
-        '{"seconds": {"1024x4096-4bit-g128": {"slow": {"1": 1, "4": -1, "8": 1}}}}',
+        ("", "is not readable JSON (Expecting value in line 1, column 1)"),
+        ("[1]", "does not hold a JSON object"),
+        ("{}", "is damaged"),
+        ('{"seconds": {"a": {"b": 1}}}', "is damaged"),
+        ('{"seconds": {"1024x4096-4bit-g128": {"slow": {"4": 1}}}}', "is damaged"),
+        ('{"seconds": {"1024x4096-4bit-g128": {"slow": {"1": 1, "4": -1, "8": 1}}}}', "is damaged"),
     ],
 )
-def test_a_damaged_file_is_measured_anew_and_said(machine: Callable[..., Measured], content: str) -> None:
+def test_a_damaged_file_is_measured_anew_and_said(machine: Callable[..., Measured], content: str, reason: str) -> None:
     measured = machine(slow=216.0, dense=553.0)
     path = kernel_times(CPU, BF16).path
     path.parent.mkdir(parents=True)
     path.write_text(content)
     times._opened.cache_clear()
     choice = select_kernel(LARGE, CPU, BF16)
-    assert choice.reason.endswith(f"; measured anew: {path} is damaged.")
+    assert choice.reason.endswith(f"; measured anew: {path} {reason}.")
     assert len(measured) == 2
     assert set(json.loads(path.read_text())["seconds"]["1024x4096-4bit-g128"]) == {"slow", "dense"}
     times._opened.cache_clear()

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from quasar_core import store
+from quasar_core import writing as files
 from quasar_core.errors import QuasarError
-from quasar_core.store import files
 
 RECORDINGS = int(os.environ.get("QUASAR_RECORDINGS", "24"))
 

@@ -98,14 +98,17 @@ def test_a_run_of_another_identity_is_not_resumed(source: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("name", "remedy"),
-    [("calibration", "pass --no-resume to begin anew"), ("block-00000", "delete it, and it")],
+    ("name", "sentence"),
+    [
+        ("calibration", r"is not readable, so pass --no-resume to begin anew: .*\.$"),
+        ("block-00000", r"is not a readable safetensors file: .*\. Delete it, and it is made anew\.$"),
+    ],
 )
-def test_a_commit_that_was_cut_short(name: str, remedy: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_that_was_cut_short(name: str, sentence: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupt(source, monkeypatch)
     file = next(source.parent.glob("*.partial")) / "commits" / f"{name}.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(QuasarError, match=rf"{name}\.safetensors is not readable \(.*\): {remedy}"):
+    with pytest.raises(QuasarError, match=rf"{name}\.safetensors {sentence}"):
         quantize(source)
 
 
@@ -140,5 +143,5 @@ def test_a_quantized_model_is_refused(source: Path) -> None:
 
 def test_an_output_that_cannot_be_made(source: Path) -> None:
     (source.parent / "file").touch()
-    with pytest.raises(QuasarError, match=r"x\.partial could not be made \(Not a directory\)"):
+    with pytest.raises(QuasarError, match=r"x cannot be read: Not a directory"):
         quantize(source, output=source.parent / "file" / "x")

@@ -8,9 +8,10 @@ import pytest
 import torch
 from quantize_cases import quantize, save_model, tensors_of
 
-from quasar_core.checkpoint.reader import VerifierCheckpoint, read_json
+from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import UsageError
+from quasar_core.files import read_json
 from quasar_core.models import loading, transformers_lm
 from quasar_core.quantize.eight_bit import Floats, Integers
 from quasar_core.quantize.eight_bit_blocks import EightBitMethod

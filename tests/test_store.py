@@ -1,6 +1,7 @@
 """Names, fingerprints and the recorded pairs."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def test_a_small_change_in_the_middle_of_a_tensor_is_seen(tmp_path: Path) -> Non
 def test_a_broken_weight_file_is_one_sentence(tmp_path: Path, data: bytes) -> None:
     folder = _save(tmp_path / "model")
     (folder / "model.safetensors").write_bytes(data)
-    with pytest.raises(QuasarError, match=r"model\.safetensors is not a whole safetensors file\.$"):
+    with pytest.raises(QuasarError, match=r"model\.safetensors is not a whole safetensors file \([^()]+\)\.$"):
         store.fingerprint(folder)
 
 
@@ -256,11 +257,22 @@ def test_an_unknown_pair_is_wrong_usage(tmp_path: Path, call: Callable[[str], ob
         call("other")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"pairs": [{"name": "x"}], "current": null}'])
-def test_a_damaged_registry_is_one_sentence(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is not readable JSON (Expecting value in line 1, column 1)"),
+        ("{", "is not readable JSON"),
+        ("[]", "does not hold a JSON object"),
+        ("{}", "is damaged (pairs is missing): repair it"),
+        ('{"pairs": [{"name": "x"}], "current": null}', "is damaged (pairs[0].target is missing): repair it"),
+        ('{"pairs": {}, "current": null}', "is damaged (pairs must be a list, not an object)"),
+        ('{"pairs": [], "pairs": [], "current": null}', "is not readable JSON (the key 'pairs' stands twice)"),
+    ],
+)
+def test_a_damaged_registry_is_one_sentence(text: str, reason: str) -> None:
     store.home().mkdir()
     (store.home() / "pairs.json").write_text(text)
-    with pytest.raises(QuasarError, match=r"pairs\.json is damaged"):
+    with pytest.raises(QuasarError, match=re.escape(f"pairs.json {reason}")):
         store.list_pairs()
 
 

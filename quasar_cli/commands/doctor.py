@@ -76,8 +76,8 @@ def examine(progress: Progress) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version(name) for name in _PACKAGES},
-        "optional_packages": {name: _optional_version(name) for name in _OPTIONAL},
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "optional_packages": {name: _version(name) if find_spec(name) else None for name in _OPTIONAL},
         "cpu": {"name": device_name(torch.device("cpu")), "features": _cpu_features()},
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpu": _gpu(),
@@ -150,10 +150,8 @@ def _gpu() -> dict[str, Any] | None:
     }
 
 
-def _optional_version(name: str) -> str | None:
-    """The version of an optional package, None where it is absent; it is not imported."""
-    if find_spec(name) is None:
-        return None
+def _version(name: str) -> str:
+    """The version of a package, which is not imported; a source tree that is not installed has none."""
     try:
         return version(name)
     except PackageNotFoundError:

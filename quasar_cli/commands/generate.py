@@ -22,6 +22,8 @@ from quasar_cli.options import (
 )
 from quasar_core.config import GenerationConfig
 from quasar_core.errors import UsageError
+from quasar_core.files import read_text, require_characters
+from quasar_core.foreign import reason
 
 if TYPE_CHECKING:
     from quasar_core.models.pair import Pair
@@ -76,15 +78,25 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise UsageError("Give the prompt with exactly one of --prompt and --prompt-file.")
     if prompt_file is not None:
-        try:
-            text = prompt_file.read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--prompt-file {prompt_file} cannot be read as text: {error}.") from error
+        text = _read_pipe(prompt_file) if _is_own_pipe(prompt_file) else read_text(prompt_file, kind=UsageError)
     else:
         text = sys.stdin.read() if prompt == "-" else str(prompt)
+    require_characters(text, "The prompt")
     if not text.strip():
         raise UsageError("The prompt is empty.")
     return text
+
+
+def _is_own_pipe(path: Path) -> bool:
+    """Whether the shell opened it for this process, as for `<(command)`: unlike a pipe in a folder, it has an end."""
+    return str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/self/fd/"))
+
+
+def _read_pipe(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--prompt-file {path} cannot be read: {reason(error)}.") from error
 
 
 def conversation(system: str | None, text: str) -> list[dict[str, str]]:

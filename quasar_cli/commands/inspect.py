@@ -11,6 +11,7 @@ from quasar_cli.commands.doctor import describe_speed
 from quasar_cli.options import Device, Json, Threads, TrustRemoteCode, Verbose, use_threads
 from quasar_core import store
 from quasar_core.errors import UsageError
+from quasar_core.files import absolute, is_folder
 
 if TYPE_CHECKING:
     from quasar_core.checkpoint.reader import VerifierCheckpoint
@@ -149,7 +150,7 @@ def _folder(checkpoint: str | None) -> Path:
         if current is None:
             raise UsageError("No pair is current: name a CHECKPOINT, or make one with `quasar quantize MODEL`.")
         return Path(current.verifier)
-    folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
-        return folder.resolve()
+    folder = absolute(Path(checkpoint))
+    if is_folder(folder):
+        return folder
     return Path(store.find_pair(checkpoint).verifier)

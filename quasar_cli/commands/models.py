@@ -10,6 +10,7 @@ from quasar_cli import console
 from quasar_cli.options import Json, Verbose
 from quasar_core import store
 from quasar_core.errors import QuasarError
+from quasar_core.files import is_folder
 
 app = typer.Typer(help="List, choose, add and remove pairs of a model and its verifier.", invoke_without_command=True)
 
@@ -108,7 +109,7 @@ def remove(
     """Forget a pair and delete the verifier that quantize wrote; one that was added, and the target, stay."""
     record = store.find_pair(name)
     folder = Path(record.verifier)
-    deletes = not keep_files and not record.added and folder.exists()
+    deletes = not keep_files and not record.added and is_folder(folder)
     what = f"Forget {name} and delete {record.verifier}?" if deletes else f"Forget {name}?"
     if not yes and not console.confirm(what):
         raise QuasarError("Nothing was removed: answer y, or pass --yes.")

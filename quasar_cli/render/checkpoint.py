@@ -1,7 +1,7 @@
 """A verifier checkpoint: what quantizing made, what a folder holds, which pairs there are."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import RenderableType
@@ -91,7 +91,7 @@ def pairs_table(pairs: Sequence[PairRecord], current: PairRecord | None) -> Tabl
     """The recorded pairs, the current one marked."""
     table = text_table(None, "", "pair", "target", "verifier")
     for pair in pairs:
-        missing = "" if Path(pair.verifier).is_dir() else " (missing)"
+        missing = "" if os.path.isdir(pair.verifier) else " (missing)"
         table.add_row(
             "*" if pair == current else "", escape(pair.name), escape(pair.target), escape(pair.verifier) + missing
         )

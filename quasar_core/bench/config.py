@@ -7,6 +7,9 @@ from typing import Any
 from quasar_core.bench.arms import Arm, parse_arms
 from quasar_core.config import Auto, GenerationConfig, SamplingConfig
 from quasar_core.errors import UsageError
+from quasar_core.typed import build
+
+MOST_REPEATS = 10_000
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit must be at least 1, not {self.limit}.")
-        if self.repeats < 1:
-            raise UsageError(f"--repeats must be at least 1, not {self.repeats}.")
+        if not 1 <= self.repeats <= MOST_REPEATS:
+            raise UsageError(f"--repeats must be from 1 to {MOST_REPEATS}, not {self.repeats}.")
         for arm in parse_arms(",".join(self.arms)):
             self.generation(arm, self.seed)
 
@@ -50,5 +53,5 @@ class BenchConfig:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "BenchConfig":
-        """Rebuild from `asdict`, or from its JSON form."""
-        return cls(**{**content, "arms": tuple(content["arms"])})
+        """Rebuild from its JSON form; ValueError for what does not fit."""
+        return build(cls, content)

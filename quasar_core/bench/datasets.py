@@ -14,6 +14,8 @@ from typing import Any
 
 from quasar_core.bench.hub_datasets import HUB_DATASETS, SPEC_BENCH_PARTS, download
 from quasar_core.errors import UsageError
+from quasar_core.files import absolute, is_file, is_folder, parse_json, read_text, require_characters
+from quasar_core.foreign import reason
 
 DEMO_FILE = Path(__file__).parent.parent / "demo" / "prompts.jsonl"
 DATASET_NAMES = ("demo", *HUB_DATASETS)
@@ -70,9 +72,10 @@ def load_dataset(name: str) -> Dataset:
     key = name.replace("_", "-")
     if key == "demo":
         return Dataset("demo", read_questions(DEMO_FILE))
-    if Path(name).is_file():
+    if is_file(Path(name)):
         return Dataset(Path(name).stem, read_questions(Path(name)))
-    if os.environ.get(DATA_VARIABLE) and (found := _from_folder(Path(os.environ[DATA_VARIABLE]), key)):
+    folder = _data_folder()
+    if folder is not None and (found := _from_folder(folder, key)):
         return Dataset(key, found)
     if key not in HUB_DATASETS:
         raise UsageError(f"--dataset must be {', '.join(DATASET_NAMES)} or the path of a JSONL file, not {name}.")
@@ -80,27 +83,32 @@ def load_dataset(name: str) -> Dataset:
     return Dataset(key, _cut(key, [_question(row, f"{key} on the hub, question {row['question_id']}") for row in rows]))
 
 
+def _data_folder() -> Path | None:
+    """The folder that QUASAR_DATA names; UsageError where it names anything else."""
+    named = os.environ.get(DATA_VARIABLE)
+    if not named:
+        return None
+    folder = absolute(Path(named))
+    if not is_folder(folder):
+        raise UsageError(f"{DATA_VARIABLE} must name a folder, and {named} is none.")
+    return folder
+
+
 def read_questions(path: Path) -> tuple[Question, ...]:
     """The questions of a JSONL file in the FastChat form; a bad line is named by file and number."""
     questions = []
-    for number, line in enumerate(_lines(path), start=1):
+    # splitlines would cut at separators inside a string
+    for number, line in enumerate(read_text(path, kind=UsageError).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{where}: this is not JSON ({error.msg}).") from None
+            row = parse_json(line)
+        except ValueError as error:
+            raise UsageError(f"{where}: this is not JSON ({reason(error)}).") from error
         questions.append(_question(row, where))
     _check(questions, path)
     return tuple(questions)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split("\n")  # splitlines would cut at separators inside a string
-    except UnicodeDecodeError:
-        raise UsageError(f"{path} is not a text file in UTF-8.") from None
 
 
 def _question(row: Any, where: str) -> Question:
@@ -112,7 +120,10 @@ def _question(row: Any, where: str) -> Question:
     question_id = row.get("question_id")
     if isinstance(question_id, bool) or not isinstance(question_id, int | str):
         raise UsageError(f"{where}: `question_id` must be a whole number or a string.")
-    return Question(question_id, str(row.get("category", "all")), tuple(turns))
+    category = str(row.get("category", "all"))
+    for text in (*turns, category, str(question_id)):
+        require_characters(text, where)
+    return Question(question_id, category, tuple(turns))
 
 
 def _check(questions: Sequence[Question], path: Path) -> None:
@@ -128,7 +139,7 @@ def _check(questions: Sequence[Question], path: Path) -> None:
 def _from_folder(folder: Path, key: str) -> tuple[Question, ...] | None:
     for spelling in (key, key.replace("-", "_")):
         file = folder / spelling / "question.jsonl"
-        if file.is_file():
+        if is_file(file):
             return _cut(key, read_questions(file))
     if key in SPEC_BENCH_PARTS and (whole := _from_folder(folder, "spec-bench")):
         return tuple(question for question in whole if question.category in SPEC_BENCH_PARTS[key])

@@ -12,7 +12,7 @@ from quasar_core.checkpoint.compressed_tensors import PackedWeight
 from quasar_core.checkpoint.float8 import FLOAT8, Float8Weight
 from quasar_core.checkpoint.float8 import LARGEST as LARGEST_FLOAT
 from quasar_core.checkpoint.packing import QuantizedWeight, trivial_groups
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint, read_json
+from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.demo.grow import CPU, DEMO, GrownTensors, Growth, grown_config
 from quasar_core.models import fast_pass
 from quasar_core.models.architectures import DecoderConfig
@@ -25,6 +25,7 @@ from quasar_core.models.shapes import shape_named
 from quasar_core.quantize.eight_bit import channel_scales
 from quasar_core.quantize.grid import fit_grid
 from quasar_core.records import Progress, no_progress
+from quasar_core.store.model_config import read_config
 
 GROUP = 128
 LARGEST_INTEGER = 127
@@ -65,7 +66,7 @@ class Plan:
     @property
     def config(self) -> DecoderConfig:
         """The grown model's, in the decoder's words."""
-        return DecoderConfig.parse(grown_config(read_json(DEMO / "config.json"), self.shape, self.dtype))
+        return DecoderConfig.parse(grown_config(read_config(DEMO), self.shape, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class GrownFiles(TensorFiles):
 
     def __init__(self, plan: Plan) -> None:
         self.folder = Path("the demo model, grown")
-        small = DecoderConfig.parse(read_json(DEMO / "config.json"))
+        small = DecoderConfig.parse(read_config(DEMO))
         self._shapes = stored_shapes(plan.config)
         self._tensors = GrownTensors(Growth(small, plan.config), TensorFiles(DEMO), plan.dtype, 0, plan.device)
 

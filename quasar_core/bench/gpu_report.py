@@ -5,7 +5,6 @@ also says what has been attempted: where a kernel takes the device or the proces
 behind that attempt.
 """
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from quasar_core.bench.environment import git_hash, package_versions
-from quasar_core.checkpoint.writer import write_json
+from quasar_core.files import read_json_if_there, write_json
 
 Row = dict[str, Any]
 Attempt = list[str]  # a part, and what of it
@@ -128,7 +127,7 @@ def is_lost() -> bool:
 def read_report(folder: Path) -> Row | None:
     """What a run wrote into a folder; None where there is nothing."""
     path = folder / FILE
-    content: Row | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    content: Row | None = read_json_if_there(path)
     return content
 
 

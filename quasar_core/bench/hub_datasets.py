@@ -4,14 +4,15 @@ Only plain JSON and JSONL files are read, so no dataset library is needed. Spec-
 GSM8K and CNN/DM from the same sources as the paper does.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quasar_core.errors import QuasarError
+from quasar_core.files import MAX_JSON_BYTES, parse_json, read_text
 from quasar_core.store.hub import hub_failure
+from quasar_core.typed import build
 
 MT_BENCH_CATEGORIES = frozenset(
     ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
@@ -74,16 +75,14 @@ def _fastchat_rows(file: HubFile, path: Path) -> Iterator[dict[str, Any]]:
     try:
         for row in _json_rows(path):
             yield {"category": row.get("category") or file.category, "turns": _turns(row)}
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise QuasarError(f"{file.path} of the hub dataset {file.repository} is not as expected: {error}.") from error
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".jsonl":
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    rows: list[dict[str, Any]] = json.loads(text)
-    return rows
+    text = read_text(path, MAX_JSON_BYTES)
+    lines = filter(str.strip, text.split("\n"))
+    return build(list[dict], [*map(parse_json, lines)] if path.suffix == ".jsonl" else parse_json(text))
 
 
 def _turns(row: dict[str, Any]) -> list[str]:

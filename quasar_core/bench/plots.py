@@ -8,7 +8,8 @@ from quasar_core.bench.arms import BASELINE
 from quasar_core.bench.metrics import measure
 from quasar_core.bench.results import Results
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.store.files import refuse_foreign, written_whole
+from quasar_core.foreign import foreign_errors
+from quasar_core.writing import refuse_foreign, written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,11 +49,8 @@ def new_figure(path: Path, flag: str) -> "Figure":
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a figure, PNG or SVG by the suffix, whole or not at all; it tells that quasar drew it."""
     kind = path.suffix.lower().removeprefix(".")
-    try:
-        with written_whole(path) as beside:
-            figure.savefig(beside, dpi=150, format=kind, metadata={"Software" if kind == "png" else "Creator": MARK})
-    except OSError as error:
-        raise QuasarError(f"{path} could not be written: {error.strerror}.") from error
+    with foreign_errors(f"{path} could not be written"), written_whole(path) as beside:
+        figure.savefig(beside, dpi=150, format=kind, metadata={"Software" if kind == "png" else "Creator": MARK})
 
 
 def _is_ours(path: Path) -> bool:

@@ -4,15 +4,17 @@ Every table is computed from this file alone. It appears whole: written beside i
 """
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from quasar_core.bench.config import BenchConfig
-from quasar_core.errors import QuasarError, UsageError
-from quasar_core.records import FinishReason, Stats
-from quasar_core.store.files import refuse_foreign, write_text
+from quasar_core.errors import UsageError
+from quasar_core.files import parse_json, read_json, read_text, write_json_lines
+from quasar_core.foreign import reason
+from quasar_core.records import FinishReason, Stats, without_derived
+from quasar_core.typed import build, known_part
+from quasar_core.writing import refuse_foreign
 
 FORMAT_VERSION = 1
 
@@ -44,9 +46,11 @@ class Row:
         return {**vars(self), "stats": self.stats.to_dict(logs=True) if self.stats else None}
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "Row":
-        """Rebuild from `to_dict`."""
-        return cls(**{**content, "stats": Stats.from_dict(content["stats"]) if content["stats"] else None})
+    def from_dict(cls, content: Any, where: str = "") -> "Row":
+        """Rebuild from `to_dict`; ValueError for what does not fit."""
+        if isinstance(content, dict):
+            content = {**content, "stats": without_derived(content.get("stats"))}
+        return build(cls, content, where)
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,13 @@ class Run:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Run":
-        """Rebuild from `to_dict`; ValueError for another format version."""
-        if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {content['format_version']}, where {FORMAT_VERSION} is read")
-        fields = {name: content[name] for name in cls.__dataclass_fields__}
-        return cls(**{**fields, "config": BenchConfig.from_dict(content["config"])})
+        """Rebuild from `to_dict`; ValueError for another format version and for what does not fit."""
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format version {version}, where {FORMAT_VERSION} is read")
+        for name, facts in build(dict[str, dict], content.get("datasets"), "datasets").items():
+            build(_Asked, known_part(_Asked, facts), f"datasets.{name}")
+        return build(cls, known_part(cls, content))
 
     def settings(self) -> dict[str, Any]:
         """Everything that may change a number, flat: setting → value."""
@@ -81,6 +87,14 @@ class Run:
         versions = {f"{package} version": version for package, version in self.versions.items()}
         machine = {"model": self.model, "verifier": self.verifier, "device": self.device, "dtype": self.dtype}
         return {**machine, **datasets, **versions, **json.loads(json.dumps(asdict(self.config)))}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is read of a dataset in a result file."""
+
+    questions: int
+    sha256: str
 
 
 def differing_settings(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
@@ -133,15 +147,7 @@ def write_results(results: Results, path: Path) -> None:
         "rows": [row.to_dict() for row in results.rows],
         "divergences": [asdict(divergence) for divergence in results.divergences],
     }
-    write_whole(path, [json.dumps(content, ensure_ascii=False)])
-
-
-def write_whole(path: Path, lines: Iterable[str]) -> None:
-    """Write lines, whole or not at all."""
-    try:
-        write_text(path, "".join(line + "\n" for line in lines))
-    except OSError as error:
-        raise QuasarError(f"{path} could not be written: {error.strerror}.") from error
+    write_json_lines(path, [content])
 
 
 def refuse_foreign_results(path: Path) -> None:
@@ -151,25 +157,23 @@ def refuse_foreign_results(path: Path) -> None:
 
 def is_result_file(path: Path) -> bool:
     """Whether a file tells of a run, as result files and the first line of their logs do."""
-    text = path.read_text("utf-8")
+    text = read_text(path)
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError:
-        content = json.loads(text.partition("\n")[0])
+        content = parse_json(text.partition("\n")[0])
     return isinstance(content, dict) and Run.__dataclass_fields__.keys() <= content.keys()
 
 
 def read_results(path: Path) -> Results:
     """Read a result file; UsageError, in one sentence, where it is none."""
+    content = read_json(path, UsageError)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = build(list[Any], content.get("rows"), "rows")
         return Results(
             Run.from_dict(content),
-            [Row.from_dict(row) for row in content["rows"]],
-            [Divergence(**divergence) for divergence in content["divergences"]],
+            [Row.from_dict(row, f"rows[{i}]") for i, row in enumerate(rows)],
+            build(list[Divergence], content.get("divergences"), "divergences"),
         )
-    except OSError as error:
-        raise UsageError(f"{path} could not be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise UsageError(f"{path} is not a result file of quasar bench: {reason}.") from error
+    except (ValueError, UsageError) as error:  # the config's own checks name the flag
+        raise UsageError(f"{path} is not a result file of quasar bench: {reason(error)}.") from error

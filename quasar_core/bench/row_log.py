@@ -4,9 +4,9 @@ The file stands beside the output as `NAME.partial.jsonl`: the run first, then a
 a list of rows, so a line that was cut off takes its whole conversation with it.
 """
 
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 from quasar_core.bench.results import (
     Divergence,
@@ -17,10 +17,11 @@ from quasar_core.bench.results import (
     read_results,
     refuse_foreign_results,
     write_results,
-    write_whole,
 )
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import is_file, json_line, opened, parse_json, write_json_lines
 from quasar_core.store.steps import reached
+from quasar_core.typed import build
 
 
 class RowLog:
@@ -36,16 +37,16 @@ class RowLog:
         self.run = run
         if not resume:
             refuse_foreign_results(self.path)
-        kept = self._kept() if resume and self.path.is_file() else []
+        kept = self._kept() if resume and is_file(self.path) else []
         self.rows = [row for conversation in kept for row in conversation]
-        write_whole(self.path, [json.dumps(run.to_dict()), *map(_line, kept)])
+        write_json_lines(self.path, [run.to_dict(), *map(_rows, kept)])
 
     def append(self, conversation: list[Row]) -> None:
         """Add the rows of one conversation, at once."""
         self.rows.extend(conversation)
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(conversation) + "\n")
+            with self.path.open("ab") as file:
+                file.write(json_line(_rows(conversation)))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -73,11 +74,12 @@ class RowLog:
         return not differing_settings(results.run, earlier) and len(results.rows) >= rows
 
     def _kept(self) -> list[list[Row]]:
-        header, *lines = self.path.read_text(encoding="utf-8").split("\n")
+        with opened(self.path) as file:
+            header, *lines = file.read().decode("utf-8", errors="replace").split("\n")  # the last may be cut
         try:
-            earlier = Run.from_dict(json.loads(header))
-            conversations = [[Row.from_dict(row) for row in json.loads(line)] for line in lines[:-1]]
-        except (ValueError, KeyError, TypeError) as error:
+            earlier = Run.from_dict(build(dict, parse_json(header)))
+            conversations = [[Row.from_dict(row) for row in build(list, parse_json(line))] for line in lines[:-1]]
+        except (ValueError, UsageError) as error:
             raise QuasarError(f"{self.path} is damaged; pass --no-resume to start anew.") from error
         differences = differing_settings(earlier, self.run)
         if differences and self._is_left_over(earlier, sum(map(len, conversations))):
@@ -91,5 +93,5 @@ class RowLog:
         return [conversation for conversation in conversations if not any(row.error for row in conversation)]
 
 
-def _line(conversation: list[Row]) -> str:
-    return json.dumps([row.to_dict() for row in conversation], ensure_ascii=False)
+def _rows(conversation: list[Row]) -> list[dict[str, Any]]:
+    return [row.to_dict() for row in conversation]

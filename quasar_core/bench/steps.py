@@ -16,12 +16,12 @@ import torch
 from quasar_core.bench.bandwidth import read_bandwidth
 from quasar_core.bench.environment import git_hash, package_versions
 from quasar_core.bench.step_lineup import Lineup, Subject, cache_bytes
-from quasar_core.checkpoint.writer import write_json
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import write_json
 from quasar_core.kernels.identity import device_name
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.records import Progress, no_progress
-from quasar_core.store.files import refuse_foreign
+from quasar_core.writing import refuse_foreign
 
 MOST_TOKENS = 256
 PROMPT_CHUNK = 256

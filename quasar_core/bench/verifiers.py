@@ -16,6 +16,7 @@ from quasar_core.decode.cost_records import CostRecord, stored_costs
 from quasar_core.decode.costs import PairCosts, PassCost
 from quasar_core.decode.rates import predict_rates
 from quasar_core.errors import QuasarError
+from quasar_core.files import is_folder
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.identity import measured_on
 from quasar_core.kernels.measure import ROWS
@@ -124,7 +125,7 @@ def _records_here(target: str | None, device: torch.device) -> list[CostRecord]:
 def _known_verifiers(checkpoint: VerifierCheckpoint, here: Sequence[CostRecord], dtype: str) -> list[_Verifier]:
     """This verifier and the recorded ones of its target whose costs are known in a dtype; this one first."""
     folders = {checkpoint.folder: checkpoint.folder.name}
-    folders.update({Path(pair.verifier): pair.name for pair in list_pairs() if Path(pair.verifier).is_dir()})
+    folders.update({Path(pair.verifier): pair.name for pair in list_pairs() if is_folder(Path(pair.verifier))})
     costs = {
         record.conditions["verifier"]: record
         for record in reversed(here)

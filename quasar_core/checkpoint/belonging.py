@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint, read_json
+from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.checkpoint.stored_layers import StoredLayer, stored_layers
 from quasar_core.errors import QuasarError
 from quasar_core.store.fingerprint import fingerprint
+from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import read_headers
 
 SAMPLE = 4096  # values of a tensor that are compared
@@ -23,7 +24,7 @@ ROUNDING, LEAST_COSINE = 2.0**-6, 0.7
 def refuse_other_target(checkpoint: VerifierCheckpoint, target: Path) -> None:
     """Refuse, with a reason, a verifier that was not made from the model in `target`, or that cannot be read."""
     folder = checkpoint.folder
-    if "quantization_config" in read_json(target / "config.json"):
+    if "quantization_config" in read_config(target):
         raise QuasarError(f"{target} is quantized itself; name the model that {folder} was made from.")
     layers = stored_layers(checkpoint)
     if not layers:

@@ -1,21 +1,24 @@
 """Read a verifier checkpoint, strictly: what does not fit the format is refused in one sentence."""
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from quasar_core.checkpoint.compressed_tensors import METHOD as COMPRESSED_TENSORS
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, PackedWeight
 from quasar_core.checkpoint.packing import PackedLayout, QuantizedWeight, told_by_shapes, unpack_weight
 from quasar_core.config import BITS
 from quasar_core.errors import QuasarError
+from quasar_core.files import is_file, is_folder, read_json, read_json_if_there, require_regular
+from quasar_core.foreign import foreign_errors
 from quasar_core.records import FidelityReport
-from quasar_core.store.safetensors_header import INDEX_NAME, read_headers, weight_files
+from quasar_core.store.model_config import read_config
+from quasar_core.store.safetensors_header import INDEX_NAME, read_headers, read_index, weight_files
+from quasar_core.typed import build, known_part
 
 CPU = torch.device("cpu")
 CARD_VERSION = 1  # of quasar.json
@@ -33,14 +36,14 @@ class TensorFiles:
         if not files:
             raise QuasarError(f"{folder} holds no safetensors files.")
         for path in files:
-            with _open(path) as file:
+            with open_tensors(path) as file:
                 self._where.update(dict.fromkeys(file.keys(), path))
         self._check_index()
 
     def _check_index(self) -> None:
         """A tensor that the index names and no file holds is lost; a verifier would be without it, unnoticed."""
         index = self.folder / INDEX_NAME
-        named = read_json(index)["weight_map"] if index.is_file() else {}
+        named = read_index(self.folder) if is_file(index) else {}
         lost = sorted(named.keys() - self._where.keys())
         if lost:
             raise QuasarError(f"{index} names the tensor {lost[0]}, and {named[lost[0]]} does not hold it.")
@@ -56,37 +59,72 @@ class TensorFiles:
         """One tensor, on the CPU."""
         if name not in self._where:
             raise QuasarError(f"{self.folder} holds no tensor {name}.")
-        with _open(self._where[name]) as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
+        with open_tensors(self._where[name]) as file:
+            return read_tensor(file, name, self._where[name])
 
     def load_many(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors file by file, each file opened once."""
         for path in sorted({self._where[name] for name in names}):
-            with _open(path) as file:
+            with open_tensors(path) as file:
                 for name in names:
                     if self._where[name] == path:
-                        yield name, file.get_tensor(name)
+                        yield name, read_tensor(file, name, path)
 
 
-def _open(path: Path) -> Any:
-    try:
+def open_tensors(path: Path) -> Any:
+    """A safetensors file, memory-mapped on the CPU."""
+    require_regular(path)
+    with foreign_errors(f"{path} is not a readable safetensors file"):
         return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise QuasarError(f"{path} is not a readable safetensors file ({error}).") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or one sentence that names the file."""
+def read_tensor(file: Any, name: str, path: Path) -> torch.Tensor:
+    """One tensor of an open file; `path` is where it lies, for the sentence of a failure."""
+    with foreign_errors(f"The tensor {name} in {path} cannot be read"):
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The model that a verifier was made from."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What is read of quantizing's report."""
+
+    fidelity: FidelityReport
+    layer_errors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Card:
+    """What is read of quasar.json; all of it may be missing in one that was written by hand."""
+
+    format_version: int = CARD_VERSION
+    target: _Target | None = None
+    calibration: dict[str, Any] | None = None
+    versions: dict[str, Any] | None = None
+    report: _Report | None = None
+
+
+def _read_card(path: Path) -> tuple[dict[str, Any], _Card]:
+    """The content of quasar.json, and what is read of it; empty where there is none."""
+    content = read_json_if_there(path) or {}
+    version = content.get("format_version", CARD_VERSION)
+    if version != CARD_VERSION:
+        raise QuasarError(f"{path} has format version {version}, which this version of quasar does not read.")
+    parts = {**content}
+    for name, kind in (("target", _Target), ("report", _Report)):
+        parts[name] = known_part(kind, content.get(name) or None)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise QuasarError(f"{path} does not exist.") from error
-    except (OSError, ValueError) as error:
-        raise QuasarError(f"{path} is not readable JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise QuasarError(f"{path} does not hold a JSON object.")
-    return content
+        return content, build(_Card, known_part(_Card, parts))
+    except ValueError as error:
+        raise QuasarError(f"{path} is damaged: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -134,7 +172,7 @@ class QuantizationFormat:
 def parse_format(folder: Path, config: dict[str, Any]) -> QuantizationFormat | CompressedTensorsFormat:
     """The format by config.json's `quantization_config`, or by quantize_config.json beside it."""
     section = config.get("quantization_config")
-    if section is None and (folder / "quantize_config.json").exists():
+    if section is None and is_file(folder / "quantize_config.json"):
         section = read_json(folder / "quantize_config.json")
     if section is None:
         raise QuasarError(f"{folder} is not a quantized checkpoint: its config has no quantization_config.")
@@ -155,18 +193,14 @@ class VerifierCheckpoint:
     """A quantized checkpoint's folder: config, format, packed layers, the tensors that stayed as they were."""
 
     def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise QuasarError(f"The verifier's folder {folder} does not exist.")
         self.folder = folder
-        self.config = read_json(folder / "config.json")
+        self.config = read_config(folder)
         self.format = parse_format(folder, self.config)
         self.tensors = TensorFiles(folder)
         self._refuse_parts()
-        card = folder / "quasar.json"
-        self.card: dict[str, Any] = read_json(card) if card.exists() else {}
-        version = self.card.get("format_version", CARD_VERSION)
-        if version != CARD_VERSION:
-            raise QuasarError(f"{card} has format version {version}, which this version of quasar does not read.")
+        self.card, self._card = _read_card(folder / "quasar.json")
 
     def _refuse_parts(self) -> None:
         """A layer of which the marker alone is missing would be taken for one that was never quantized."""
@@ -197,24 +231,12 @@ class VerifierCheckpoint:
     @property
     def fidelity(self) -> FidelityReport | None:
         """The report that quantizing wrote; None in a checkpoint of another tool."""
-        report = self.card.get("report")
-        if not report:
-            return None
-        try:
-            return FidelityReport.from_dict(report["fidelity"])
-        except (KeyError, TypeError) as error:
-            raise QuasarError(f"{self.folder / 'quasar.json'} holds no fidelity report ({error}).") from error
+        return self._card.report.fidelity if self._card.report else None
 
     @property
     def target_fingerprint(self) -> str | None:
         """The fingerprint of the target it was made from; None in a checkpoint of another tool."""
-        target = self.card.get("target")
-        if not target:
-            return None
-        if not isinstance(target, dict) or not isinstance(target.get("fingerprint"), str):
-            raise QuasarError(f"{self.folder / 'quasar.json'} names a target without its fingerprint.")
-        fingerprint: str = target["fingerprint"]
-        return fingerprint
+        return self._card.target.fingerprint if self._card.target else None
 
     def layer(self, name: str, device: torch.device = CPU) -> PackedWeight:
         """One layer's weight, unpacked and checked; GPTQ's codes on the device, since billions take a GPU no time."""

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from quasar_core.errors import QuasarError
-from quasar_core.store.files import sync, write_text, written_whole
+from quasar_core.files import is_file, write_json
+from quasar_core.foreign import foreign_errors
 from quasar_core.store.folders import KEPT_FILES
+from quasar_core.writing import sync, written_whole
 
 MAX_SHARD_BYTES = 4_000_000_000
 _DTYPE_NAMES = {
@@ -29,11 +31,6 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Indented JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
@@ -78,9 +75,10 @@ def _header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
 def copy_kept_files(source: Path, destination: Path) -> None:
     """Copy tokenizer, chat template and generation config."""
     for name in KEPT_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, destination / name)
-            sync(destination / name)
+        if is_file(source / name):
+            with foreign_errors(f"{source / name} could not be copied"):
+                shutil.copyfile(source / name, destination / name)
+                sync(destination / name)
 
 
 class ShardWriter:

@@ -6,16 +6,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from quasar_core.decode.costs import PairCosts, PassCost, measure_pass
 from quasar_core.errors import QuasarError
+from quasar_core.files import read_json_if_there, write_json
 from quasar_core.kernels.identity import measured_on
 from quasar_core.models.base import CausalLM
 from quasar_core.models.pair import Pair
 from quasar_core.store.home import home
-from quasar_core.store.json_file import read_object, write_object
+from quasar_core.typed import build
 
 Role = Literal["target", "verifier"]
 SHOWN = (1, 4, 8)  # tokens
@@ -45,6 +49,15 @@ class CostRecord:
         times = ", ".join(f"{1000 * self.cost(tokens):.3g}" for tokens in SHOWN)
         sizes = ", ".join(map(str, SHOWN))
         return f"the {self.conditions['role']}'s passes of {sizes} tokens take {times} ms, {self.when}"
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The content of a file of costs."""
+
+    conditions: dict[str, str]
+    measured_at: float
+    seconds: dict[str, float]
 
 
 def pair_costs(pair: Pair, with_verifier: bool, remeasure: bool = False) -> PairCosts:
@@ -117,18 +130,27 @@ def _path(conditions: dict[str, str]) -> Path:
 
 
 def _read(path: Path) -> CostRecord | None:
-    content = read_object(path)
+    content = read_json_if_there(path)
     if content is None:
         return None
     try:
-        sizes = tuple(int(size) for size in content["seconds"])
-        seconds = tuple(float(value) for value in content["seconds"].values())
+        stored = build(_Stored, content)
+        sizes, seconds = tuple(map(int, stored.seconds)), tuple(stored.seconds.values())
+        _check_conditions(stored.conditions)
         ordered = list(sizes) == sorted(set(sizes)) and list(seconds) == sorted(seconds)
-        if not sizes or not ordered or sizes[0] < 1 or not 0 < seconds[0] <= seconds[-1] < float("inf"):
+        figures = (stored.measured_at, *seconds)
+        if not sizes or not ordered or sizes[0] < 1 or not all(0 < figure < inf for figure in figures):
             raise ValueError("no costs")
-        return CostRecord(PassCost(sizes, seconds), dict(content["conditions"]), float(content["measured_at"]), True)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return CostRecord(PassCost(sizes, seconds), stored.conditions, stored.measured_at, True)
+    except ValueError as error:
         raise QuasarError(f"{path} is damaged.") from error
+
+
+def _check_conditions(conditions: dict[str, str]) -> None:
+    """ValueError where what others read of them is not there."""
+    needed = {"role", "products", "device", "dtype", *(["verifier"] if conditions.get("role") == "verifier" else [])}
+    if needed - conditions.keys() or not isinstance(getattr(torch, conditions["dtype"], None), torch.dtype):
+        raise ValueError("no conditions")
 
 
 def _keep(path: Path, record: CostRecord) -> CostRecord:
@@ -138,7 +160,7 @@ def _keep(path: Path, record: CostRecord) -> CostRecord:
         "seconds": dict(zip(map(str, record.cost.sizes), record.cost.seconds, strict=True)),
     }
     try:
-        write_object(path, content)
+        write_json(path, content)
     except QuasarError as error:
         return replace(record, trouble=f"not kept: {error}".rstrip("."))
     return record

@@ -25,14 +25,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from quasar_core.checkpoint.reader import TensorFiles, read_json
-from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files, write_json
+from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import write_json
 from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.products import block_products
 from quasar_core.models.shapes import SHAPES, shape_named
-from quasar_core.store.files import write_text
 from quasar_core.store.folders import begin_work, end_work, partial_folder, refuse_place
+from quasar_core.store.model_config import read_config
+from quasar_core.writing import write_text
 
 DEMO = Path(__file__).parent / "model"
 SHARD_BYTES = 1_000_000_000
@@ -222,7 +224,7 @@ def grow(
     if os.path.lexists(output):
         raise UsageError(f"{output} exists; name another folder.")
     refuse_place(output, source)
-    config = read_json(source / "config.json")
+    config = read_config(source)
     small = DecoderConfig.parse(config)
     grown = grown_config(config, shape, dtype)
     obstacle = why_not_grown(small, DecoderConfig.parse(shape))

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from quasar_core.errors import QuasarError
+from quasar_core.files import read_json_if_there, write_json
+from quasar_core.foreign import foreign_errors
 from quasar_core.kernels.base import Kernel, LayerShape
 from quasar_core.kernels.identity import measured_on
 from quasar_core.kernels.measure import ROWS, Times, time_kernel
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.home import home
-from quasar_core.store.json_file import read_object, write_object
+from quasar_core.typed import build
 
 
 class KernelTimes:
@@ -29,7 +31,7 @@ class KernelTimes:
         self.trouble: str | None = None
         self._times: dict[str, dict[str, Times]] = {}
         try:
-            self._times = _parse(path, read_object(path))
+            self._times = _parse(path, read_json_if_there(path))
         except QuasarError as error:
             self.trouble = f"measured anew: {error}"
 
@@ -47,7 +49,7 @@ class KernelTimes:
 
     def _keep(self) -> None:
         try:
-            write_object(self.path, {"measured_on": measured_on(self.device, self.dtype), "seconds": self._times})
+            write_json(self.path, {"measured_on": measured_on(self.device, self.dtype), "seconds": self._times})
         except QuasarError as error:
             self.trouble = f"not kept: {error}"
 
@@ -62,7 +64,8 @@ def kernel_times(device: torch.device, dtype: torch.dtype) -> KernelTimes:
 def forget_times() -> None:
     """Measure everything anew, on every device."""
     for path in (home() / "kernels").glob("times-*.json"):
-        path.unlink()
+        with foreign_errors(f"{path} cannot be removed"):
+            path.unlink()
     _opened.cache_clear()
 
 
@@ -82,11 +85,12 @@ def _parse(path: Path, content: dict[str, Any] | None) -> dict[str, dict[str, Ti
     if content is None:
         return {}
     try:
+        stored = build(dict[str, dict[str, dict[str, float]]], content.get("seconds"), "seconds")
         return {
             shape: {name: {rows: _positive(times[str(rows)]) for rows in ROWS} for name, times in kernels.items()}
-            for shape, kernels in content["seconds"].items()
+            for shape, kernels in stored.items()
         }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, ValueError) as error:
         raise QuasarError(f"{path} is damaged.") from error
 
 

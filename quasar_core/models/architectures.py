@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from quasar_core.errors import QuasarError
+from quasar_core.models.option_types import wrong_option
 from quasar_core.models.rope import ROPE_KINDS, RopeConfig
 
 Switch = bool | str  # or the option of config.json that says so
@@ -129,6 +130,9 @@ def why_not_lean(config: Mapping[str, Any]) -> str | None:
     missing = [key for key in REQUIRED if not config.get(key)]
     if missing:
         return f"config.json has no {missing[0]}"
+    wrong = wrong_option(config)
+    if wrong:
+        return f"in its config.json {wrong}"
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         return f"its MLP is gated by silu, not by {config['hidden_act']}"
     unknown = set(config.get("layer_types") or ()) - set(LAYER_TYPES)

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from quasar_core.checkpoint.reader import VerifierCheckpoint, read_json
+from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import fast_pass, loading, transformers_lm
 from quasar_core.models.base import CausalLM
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.loading import why_not_lean
 from quasar_core.records import Progress, no_progress
+from quasar_core.store.model_config import read_config
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def load_models(
     progress: Progress = no_progress,
 ) -> LoadedModels:
     """Load the target of `folder` (unless `use_target` is false) and the verifier of `checkpoint` (where given)."""
-    obstacle = why_not_lean(read_json(folder / "config.json"))
+    obstacle = why_not_lean(read_config(folder))
     library: Any = transformers_lm if obstacle else loading
     notes = [f"decoder: transformers, as {obstacle}" if obstacle else "decoder: our own"]
     stages = int(use_target) + int(checkpoint is not None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint, read_json
+from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.pages import empty_in_huge_pages
 from quasar_core.models.architectures import DecoderConfig, why_not_lean
@@ -28,13 +28,14 @@ from quasar_core.models.products import (
 from quasar_core.models.rope import RopeTables
 from quasar_core.models.upload import Upload
 from quasar_core.records import Progress, no_progress
+from quasar_core.store.model_config import read_config
 
 __all__ = ["attach_verifier", "build_target", "load_target", "load_verifier_alone", "why_not_lean"]
 
 
 def load_target(folder: Path, device: torch.device, dtype: torch.dtype) -> LeanDecoder:
     """The model of a folder, from safetensors only; QuasarError where `why_not_lean` has a reason."""
-    return build_target(DecoderConfig.parse(read_json(folder / "config.json")), TensorFiles(folder), device, dtype)
+    return build_target(DecoderConfig.parse(read_config(folder)), TensorFiles(folder), device, dtype)
 
 
 def build_target(config: DecoderConfig, files: TensorFiles, device: torch.device, dtype: torch.dtype) -> LeanDecoder:

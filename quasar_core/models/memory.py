@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from quasar_core.checkpoint.reader import VerifierCheckpoint, read_json
+from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures import DecoderConfig, why_not_lean
 from quasar_core.models.products import Product, block_products, head_product
+from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import read_headers
 
 PROMPT_CHUNK = 2048  # tokens of a prompt's pass on a GPU
@@ -44,7 +45,7 @@ def pair_need(
     folder: Path, checkpoint: VerifierCheckpoint | None, dtype: torch.dtype, use_target: bool = True
 ) -> MemoryNeed | None:
     """What the models of these folders take; None where our own decoder does not run them."""
-    stored = read_json(folder / "config.json")
+    stored = read_config(folder)
     if why_not_lean(stored):
         return None
     config = DecoderConfig.parse(stored)

@@ -5,12 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from quasar_core.checkpoint.reader import read_json
 from quasar_core.errors import QuasarError
+from quasar_core.files import read_json_if_there
+from quasar_core.foreign import foreign_errors
 from quasar_core.models.base import CausalLM, KVCache
+from quasar_core.models.skeleton import read_model_config
 from quasar_core.records import FidelityReport
+from quasar_core.typed import build
+
+# What configs call the number of positions; the first that one has counts.
+CONTEXT_OPTIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 @dataclass
@@ -51,26 +57,31 @@ class Pair:
         return cache
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise QuasarError(f"The tokenizer in {folder} could not be loaded: {first}") from error
+    with foreign_errors(f"The tokenizer in {folder} could not be loaded"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
-def context_limit(folder: Path) -> int:
-    """Positions that the model was made for."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    return int(config.max_position_embeddings)
+def context_limit(folder: Path, trust_remote_code: bool = False) -> int:
+    """Positions that the model was made for; QuasarError where its config does not tell."""
+    config = read_model_config(folder, trust_remote_code).get_text_config()
+    for name in CONTEXT_OPTIONS:
+        limit = getattr(config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    raise QuasarError(f"The config in {folder} names no number of positions ({', '.join(CONTEXT_OPTIONS)}).")
 
 
 def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends an answer: of the generation config, else of the model's config, else the tokenizer's."""
-    generation = folder / "generation_config.json"
-    stored = [read_json(path) for path in (generation, folder / "config.json") if path.exists()]
-    for ids in (*(content.get("eos_token_id") for content in stored), tokenizer.eos_token_id):
+    files = (folder / "generation_config.json", folder / "config.json")
+    places = {str(path): (read_json_if_there(path) or {}).get("eos_token_id") for path in files}
+    places[f"The tokenizer in {folder}"] = tokenizer.eos_token_id
+    for place, ids in places.items():
         if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
+            try:
+                return frozenset(build(list[int], ids if isinstance(ids, list) else [ids], "eos_token_id"))
+            except ValueError as error:
+                raise QuasarError(f"{place} names no tokens that end a text: {error}.") from error
     return frozenset()

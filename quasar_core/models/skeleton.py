@@ -10,39 +10,55 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from quasar_core.checkpoint.reader import TensorFiles, read_json
+from quasar_core.checkpoint.reader import TensorFiles
 from quasar_core.errors import QuasarError
+from quasar_core.foreign import foreign_errors
 from quasar_core.models.experts import separate_experts, stored_name
+from quasar_core.store.model_config import read_config
 
 _PANGU = "PanguEmbeddedForCausalLM"  # Llama by another name, which transformers does not know
 
 
-def read_model_config(folder: Path) -> PretrainedConfig:
-    """The config of a model's folder as transformers understands it, without a quantization section."""
-    content = read_json(folder / "config.json")
-    try:
-        if _PANGU in (content.get("architectures") or ()):
+def read_model_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a model's folder as transformers understands it, without a quantization section.
+
+    QuasarError where transformers refuses it, and for a model that needs code of its own without `trust_remote_code`.
+    """
+    content = read_config(folder)
+    is_pangu = _PANGU in (content.get("architectures") or ())
+    if not is_pangu:
+        _refuse_unknown(folder, content, trust_remote_code)
+    with foreign_errors(f"The config in {folder} is not one that transformers understands"):
+        if is_pangu:
             config: PretrainedConfig = _pangu_as_llama(content)
         else:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise QuasarError(f"The config in {folder} is not one that transformers understands: {first}") from error
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
+def _refuse_unknown(folder: Path, content: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """A model type that this transformers does not have: code of its own runs only if that was asked for."""
+    kind = content.get("model_type")
+    if kind is None or kind in CONFIG_MAPPING or (content.get("auto_map") and trust_remote_code):
+        return
+    if content.get("auto_map"):
+        raise QuasarError(
+            f"The model in {folder} brings Python code of its own (auto_map in its config.json); "
+            "it runs only with --trust-remote-code."
+        )
+    raise QuasarError(f"transformers {transformers.__version__} does not know the model type {kind} of {folder}.")
+
+
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config in evaluation mode, its weights on the meta device, experts apart, buffers on the CPU."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise QuasarError(f"transformers builds no causal language model from the config: {first}") from error
+    with foreign_errors("transformers builds no causal language model from the config"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     separate_experts(model)
     _compute_buffers(model)
     return cast(PreTrainedModel, model.eval())

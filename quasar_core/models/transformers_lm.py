@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
+from quasar_core.foreign import foreign_errors
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.experts import module_name, separate_experts
@@ -60,16 +61,15 @@ def load_target(
     bar_was_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # it would run beside our own
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise QuasarError(f"The model in {folder} could not be loaded: {_first_line(error)}") from error
+        with foreign_errors(f"The model in {folder} could not be loaded"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     finally:
         if bar_was_shown:
             logging.enable_progress_bar()
@@ -158,7 +158,3 @@ def _linear_named(model: torch.nn.Module, name: str, checkpoint: VerifierCheckpo
     if not isinstance(linear, torch.nn.Linear):
         raise QuasarError(f"{checkpoint.folder} quantizes {name}, which is no linear layer of the target.")
     return linear
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

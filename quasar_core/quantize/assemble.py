@@ -11,9 +11,10 @@ import torch
 
 from quasar_core.checkpoint import compressed_tensors
 from quasar_core.checkpoint.digest import KEY as DIGESTS
-from quasar_core.checkpoint.reader import CARD_VERSION, TensorFiles, read_json
-from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files, write_json
+from quasar_core.checkpoint.reader import CARD_VERSION, TensorFiles
+from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
 from quasar_core.config import QuantizeConfig
+from quasar_core.files import write_json, write_whole
 from quasar_core.models.skeleton import Weights
 from quasar_core.quantize.calibration import Calibration
 from quasar_core.quantize.card import model_card
@@ -21,8 +22,8 @@ from quasar_core.quantize.commits import Width, commit_files, committed_tensors,
 from quasar_core.quantize.job import Job, package_versions
 from quasar_core.quantize.layer_plan import HEAD
 from quasar_core.records import FidelityReport, QuantizeReport
-from quasar_core.store.files import write_text
 from quasar_core.store.folders import CARD
+from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import weight_files
 
 
@@ -43,7 +44,7 @@ def assemble(job: Job, names: Weights) -> dict[str, str]:
         if gptq
         else compressed_tensors.quantization_section(number)
     )
-    config = read_json(job.source / "config.json")
+    config = read_config(job.source)
     config["quantization_config"] = section
     if job.config.lm_head_bits < 16:
         config["tie_word_embeddings"] = False  # the packed head stands on its own
@@ -135,7 +136,7 @@ def describe(job: Job, report: QuantizeReport, calibration: Calibration, digests
         "report": {**asdict(report), "checkpoint": job.output.name},
     }
     smoothed = any(read_summary(path).own_tensors for path in commit_files(job.commits))
-    write_text(job.partial / "README.md", model_card(report, card, smoothed))
+    write_whole(job.partial / "README.md", model_card(report, card, smoothed).encode("utf-8"))
     write_json(job.partial / CARD, card)
 
 

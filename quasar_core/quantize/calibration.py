@@ -5,7 +5,7 @@ Letters: N samples of L tokens.
 
 import gzip
 import hashlib
-import json
+import io
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quasar_core.config import QuantizeConfig
+from quasar_core.decode.prompt import render_chat
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import is_file, opened, parse_json, read_text, require_characters
+from quasar_core.foreign import foreign_errors
 from quasar_core.quantize.self_text import write_self_text
 from quasar_core.records import Progress, no_progress
 
@@ -114,10 +117,11 @@ def encode(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerB
     """Token ids of a text, or of a conversation as the chat template writes it."""
     if isinstance(document, list):
         if tokenizer.chat_template:
-            document = str(tokenizer.apply_chat_template(document, tokenize=False))
+            document = render_chat(tokenizer, document)
         else:
             document = "\n".join(message["content"] for message in document)
-    return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+    with foreign_errors("The tokenizer cannot encode the calibration text"):
+        return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def read_documents(name: str, flag: str = "--calibration") -> Iterator[str | list[dict[str, str]]]:
@@ -126,17 +130,17 @@ def read_documents(name: str, flag: str = "--calibration") -> Iterator[str | lis
         yield from _read_hub_text(name)
         return
     path = Path(name)
-    if not path.is_file():
+    if not is_file(path):
         known = ", ".join([*(["self"] if flag == "--calibration" else []), *HUB_TEXTS])
         raise UsageError(f"{flag} must be a file or one of {known}; {name} is neither.")
-    try:
-        if path.suffix in (".jsonl", ".json"):
-            with path.open(encoding="utf-8") as file:
-                yield from _read_json_lines(file, path.name)
-        else:
-            yield path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{flag} {path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    if path.suffix not in (".jsonl", ".json"):
+        yield read_text(path, kind=UsageError)
+        return
+    with opened(path, kind=UsageError) as file:
+        try:
+            yield from _read_json_lines(io.TextIOWrapper(file, encoding="utf-8"), path.name)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
 def _read_hub_text(name: str) -> Iterator[str | list[dict[str, str]]]:
@@ -171,20 +175,20 @@ def _read_json_lines(lines: Any, where: str) -> Iterator[str | list[dict[str, st
 def _parse_document(line: str, where: str) -> str | list[dict[str, str]]:
     """{"text"}, chat {"messages"} or {"conversations"}, or FastChat {"turns"}."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
         if isinstance(record.get("text"), str):
-            return str(record["text"])
+            return require_characters(record["text"], where)
         if "messages" in record:
-            return [_message(m["role"], m["content"]) for m in record["messages"]]
+            return [_message(m["role"], m["content"], where) for m in record["messages"]]
         if "conversations" in record:
             roles = {"human": "user", "gpt": "assistant", "system": "system"}
-            return [_message(roles[m["from"]], m["value"]) for m in record["conversations"]]
-        return [_message("user", turn) for turn in record["turns"]]
+            return [_message(roles[m["from"]], m["value"], where) for m in record["conversations"]]
+        return [_message("user", turn, where) for turn in record["turns"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{where}: neither text, messages, conversations nor turns.") from error
 
 
-def _message(role: str, content: Any) -> dict[str, str]:
-    if not isinstance(content, str):
+def _message(role: Any, content: Any, where: str) -> dict[str, str]:
+    if not isinstance(role, str) or not isinstance(content, str):
         raise TypeError("a message is a text")
-    return {"role": role, "content": content}
+    return {"role": role, "content": require_characters(content, where)}

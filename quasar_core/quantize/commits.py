@@ -6,17 +6,19 @@ verifier holds in place of the target's or beside it. Its metadata hold, per lay
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, PackedWeight, stored_tensors
 from quasar_core.checkpoint.packing import QuantizedWeight, unpack_weight
+from quasar_core.checkpoint.reader import open_tensors, read_tensor
 from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.errors import QuasarError
+from quasar_core.files import parse_json
+from quasar_core.typed import build
 
 _FACTS = "quasar"  # the metadata's key
 Layout = Literal["gptq", "compressed-tensors"]
@@ -63,6 +65,27 @@ class CommitSummary:
     own_tensors: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """How to read a layer's codes, and what its report says."""
+
+    bits: int
+    group_size: int
+    suffixes: list[str]
+    weights: int
+    bytes: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a commit's metadata hold."""
+
+    layout: Layout
+    layers: dict[str, _Layer]
+    rounded: list[str]
+
+
 def block_file(commits: Path, index: int) -> Path:
     """The commit of a block."""
     return commits / f"block-{index:05d}.safetensors"
@@ -84,45 +107,45 @@ def write_commit(path: Path, block: QuantizedBlock) -> None:
     packed = {name: _pack(weight, block.layout) for name, weight in block.weights.items()}
     tensors = {f"{name}.{suffix}": tensor for name, parts in packed.items() for suffix, tensor in parts.items()}
     layers = {
-        name: {
-            "bits": weight.bits,
-            "group_size": weight.group_size,
-            "suffixes": list(packed[name]),
-            "weights": weight.in_features * weight.out_features,
-            "bytes": sum(tensor.numel() * tensor.element_size() for tensor in packed[name].values()),
-            "loss": block.losses.get(name),
-        }
+        name: _Layer(
+            bits=weight.bits,
+            group_size=weight.group_size,
+            suffixes=list(packed[name]),
+            weights=weight.in_features * weight.out_features,
+            bytes=sum(tensor.numel() * tensor.element_size() for tensor in packed[name].values()),
+            loss=block.losses.get(name),
+        )
         for name, weight in block.weights.items()
     }
-    facts = {"layout": block.layout, "layers": layers, "rounded": list(block.rounded)}
-    save_tensors(path, {**tensors, **block.tensors}, {_FACTS: json.dumps(facts)})
+    facts = _Facts(block.layout, layers, list(block.rounded))
+    save_tensors(path, {**tensors, **block.tensors}, {_FACTS: json.dumps(asdict(facts))})
 
 
 def read_commit(path: Path) -> QuantizedBlock:
     """What `write_commit` wrote."""
     with _opened(path) as file:
-        facts, names = _facts(file), set(file.keys())
+        facts, names = _facts(file, path), set(file.keys())
         weights = {}
-        for name, layer in facts["layers"].items():
-            parts = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in layer["suffixes"]}
-            weights[name] = _unpack(name, parts, layer, facts["layout"])
+        for name, layer in facts.layers.items():
+            parts = {suffix: read_tensor(file, f"{name}.{suffix}", path) for suffix in layer.suffixes}
+            weights[name] = _unpack(name, parts, layer, facts.layout)
             names -= {f"{name}.{suffix}" for suffix in parts}
-        others = {name: file.get_tensor(name) for name in sorted(names)}
-    return QuantizedBlock(weights, _losses(facts), others, tuple(facts["rounded"]), facts["layout"])
+        others = {name: read_tensor(file, name, path) for name in sorted(names)}
+    losses = {name: layer.loss for name, layer in facts.layers.items() if layer.loss is not None}
+    return QuantizedBlock(weights, losses, others, tuple(facts.rounded), facts.layout)
 
 
 def read_summary(path: Path) -> CommitSummary:
     """Losses and sizes alone."""
     with _opened(path) as file:
-        facts, names = _facts(file), set(file.keys())
-    layers = facts["layers"].values()
-    codes = {f"{name}.{suffix}" for name, layer in facts["layers"].items() for suffix in layer["suffixes"]}
+        facts, names = _facts(file, path), set(file.keys())
+    codes = {f"{name}.{suffix}" for name, layer in facts.layers.items() for suffix in layer.suffixes}
     return CommitSummary(
-        {name: layer["loss"] for name, layer in facts["layers"].items()},
-        tuple(facts["rounded"]),
-        {name: Width(layer["bits"], layer["group_size"]) for name, layer in facts["layers"].items()},
-        sum(layer["weights"] for layer in layers),
-        sum(layer["bytes"] for layer in layers),
+        {name: layer.loss for name, layer in facts.layers.items()},
+        tuple(facts.rounded),
+        {name: Width(layer.bits, layer.group_size) for name, layer in facts.layers.items()},
+        sum(layer.weights for layer in facts.layers.values()),
+        sum(layer.bytes for layer in facts.layers.values()),
         tuple(sorted(names - codes)),
     )
 
@@ -141,29 +164,26 @@ def _pack(weight: PackedWeight, layout: Layout) -> dict[str, torch.Tensor]:
     return weight.pack() if layout == "gptq" and isinstance(weight, QuantizedWeight) else stored_tensors(weight)
 
 
-def _unpack(name: str, parts: dict[str, torch.Tensor], layer: dict[str, Any], layout: Layout) -> PackedWeight:
+def _unpack(name: str, parts: dict[str, torch.Tensor], layer: _Layer, layout: Layout) -> PackedWeight:
     if layout == "compressed-tensors":
-        return CompressedTensorsFormat(layer["bits"], layer["group_size"]).unpack(name, parts)
-    return unpack_weight(name, parts, layer["bits"], layer["group_size"], zeros_offset=1)
+        return CompressedTensorsFormat(layer.bits, layer.group_size).unpack(name, parts)
+    return unpack_weight(name, parts, layer.bits, layer.group_size, zeros_offset=1)
 
 
 def _read(path: Path, name: str) -> torch.Tensor:
     with _opened(path) as file:
-        tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+        return read_tensor(file, name, path)
 
 
 def _opened(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise QuasarError(f"{path} is not readable ({error}): delete it, and it is made anew.") from error
+        return open_tensors(path)
+    except QuasarError as error:
+        raise QuasarError(f"{error} Delete it, and it is made anew.") from error
 
 
-def _facts(file: Any) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads(file.metadata()[_FACTS])
-    return facts
-
-
-def _losses(facts: dict[str, Any]) -> dict[str, float]:
-    return {name: layer["loss"] for name, layer in facts["layers"].items() if layer["loss"] is not None}
+def _facts(file: Any, path: Path) -> _Facts:
+    try:
+        return build(_Facts, parse_json((file.metadata() or {}).get(_FACTS, "")))
+    except ValueError as error:
+        raise QuasarError(f"{path} is no finished block ({error}): delete it, and it is made anew.") from error

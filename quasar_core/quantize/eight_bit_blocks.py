@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from quasar_core.checkpoint.reader import read_json
 from quasar_core.config import QuantizeConfig
 from quasar_core.models.architectures import why_not_lean
 from quasar_core.quantize.activations import Activations, run_block
@@ -21,6 +20,7 @@ from quasar_core.quantize.eight_bit_solver import round_to_nearest, solve_eight_
 from quasar_core.quantize.gptq import Solution, SolverConfig
 from quasar_core.quantize.layerwise import Preparation, replace_weight
 from quasar_core.quantize.smoothing import InputSample, fold_into_norm, search_smoothing
+from quasar_core.store.model_config import read_config
 
 SAMPLED_ROWS = 512  # of the calibration text, for the search
 # What takes up the factors, and the layers that read it, by their names in a block of the architecture table.
@@ -62,7 +62,7 @@ def eight_bit_method(config: QuantizeConfig, source: Path) -> EightBitMethod | N
     """What `--method` asks for of the model in a folder; None for GPTQ."""
     if config.method == "gptq":
         return None
-    known = why_not_lean(read_json(source / "config.json")) is None
+    known = why_not_lean(read_config(source)) is None
     number = Integers() if config.method == "w8a8" else Floats()
     return EightBitMethod(number, smooth=known, solved=config.rounding == "gptq")
 

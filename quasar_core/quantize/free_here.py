@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from quasar_core.files import exists
+
 MEMORY_INFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # Of a control group: its limit, what it holds of that, and what of this are files' pages that the system may drop.
 VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
@@ -23,7 +25,7 @@ def free_memory() -> int | None:
 def free_disk(output: Path) -> int:
     """Bytes free where the output will lie."""
     place = output.parent
-    while not place.exists():
+    while not exists(place):
         place = place.parent
     return shutil.disk_usage(place).free
 

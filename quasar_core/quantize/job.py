@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quasar_core.checkpoint.reader import read_json
-from quasar_core.checkpoint.writer import write_json
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import read_json, write_json
 from quasar_core.store.folders import COMMITS, IDENTITY, LOCK, partial_folder, refuse_foreign_work
 
 PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors")

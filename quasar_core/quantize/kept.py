@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from quasar_core.foreign import foreign_errors
 from quasar_core.quantize.products import product
 
 
@@ -121,7 +122,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, spill: Path | None) -> 
     if spill is None:
         return torch.empty(shape, dtype=dtype)
     size = torch.Size(shape).numel()
-    with spill.open("wb") as file:
+    with foreign_errors(f"{spill} could not be written"), spill.open("wb") as file:
         # Room that turns out to be missing later would end the process, so it is taken now where the system can.
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)

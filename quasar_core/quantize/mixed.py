@@ -4,24 +4,26 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import PreTrainedModel
 
-from quasar_core.checkpoint.reader import read_json
-from quasar_core.checkpoint.writer import write_json
 from quasar_core.config import QuantizeConfig
-from quasar_core.errors import UsageError
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import read_json, write_json
 from quasar_core.models.experts import SeparateExperts
 from quasar_core.quantize.activations import capture_first_inputs
 from quasar_core.quantize.agreement import smallest_budget
-from quasar_core.quantize.allocate import Choice, allocate
+from quasar_core.quantize.allocate import allocate
 from quasar_core.quantize.calibration import Calibration
 from quasar_core.quantize.job import Job
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.sensitivity import ROWS, LayerGroup, measure_widths
 from quasar_core.quantize.streaming import StreamedModel
 from quasar_core.records import Progress, no_progress
+from quasar_core.typed import build
 
+T = TypeVar("T")
 TryPlan = Callable[[LayerPlan, Path], float]  # quantizes into a folder of commits, and gives the agreement
 
 
@@ -51,12 +53,20 @@ def _search(job: Job, measure: Callable[[float, Path], float]) -> float:
         assert job.config.target_agreement is not None
         found = smallest_budget(job.config.target_agreement, lambda bits: measure(bits, _trial(job, bits)))
         write_json(job.budget, asdict(found))
-    bits = float(read_json(job.budget)["bits"])
+    bits = _stored(float, job.budget, "bits")
     for path in sorted(_trial(job, bits).glob("block-*.safetensors")):
         path.replace(job.commits / path.name)
     for folder in job.commits.glob("trial-*"):
         shutil.rmtree(folder)
     return bits
+
+
+def _stored(kind: type[T], path: Path, name: str) -> T:
+    """What an interrupted run kept under a name in one of its files."""
+    try:
+        return build(kind, read_json(path).get(name), name)
+    except ValueError as error:
+        raise QuasarError(f"{path} is damaged ({error}): delete it, and it is measured anew.") from error
 
 
 def _trial(job: Job, bits: float) -> Path:
@@ -76,10 +86,7 @@ def known_widths(
         activations = capture_first_inputs(model, calibration.samples[:ROWS], target.device)
         groups = measure_widths(model, activations, LayerPlan.of(job.config).default, progress)
         write_json(stored, {"groups": [asdict(group) for group in groups]})
-    content = read_json(stored)["groups"]
-    return [
-        LayerGroup(tuple(group["names"]), tuple(Choice(**choice) for choice in group["choices"])) for group in content
-    ]
+    return _stored(list[LayerGroup], stored, "groups")
 
 
 def spend(plan: LayerPlan, groups: Sequence[LayerGroup], bits: float) -> LayerPlan:

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.writer import save_tensors
-from quasar_core.errors import QuasarError
+from quasar_core.files import exists, require_regular
+from quasar_core.foreign import foreign_errors
 from quasar_core.quantize.activations import Activations, capture_first_inputs
 from quasar_core.quantize.agreement import CommittedModel
 from quasar_core.quantize.assemble import assemble, describe, make_report
@@ -117,7 +117,7 @@ def check_request(job: Job, target: StreamedModel, tokenizer: PreTrainedTokenize
     check_mixed(job.config, target.skeleton)
     if job.config.backend == "optimum":
         check_optimum(job.config)
-    if not job.calibration.exists():
+    if not exists(job.calibration):
         check_calibration_file(job.config)
 
 
@@ -148,10 +148,9 @@ def calibrate(
 
 
 def _read_text(file: Path) -> dict[str, torch.Tensor]:
-    try:
+    require_regular(file)
+    with foreign_errors(f"{file} is not readable, so pass --no-resume to begin anew"):
         return load_file(file)
-    except SafetensorError as error:
-        raise QuasarError(f"{file} is not readable ({error}): pass --no-resume to begin anew.") from error
 
 
 def quantize_layers(

@@ -7,12 +7,13 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel
 
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint, read_json
+from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.experts import module_name, separate_experts
 from quasar_core.models.skeleton import Weights, build_skeleton, clone_structure, read_model_config
 from quasar_core.models.transformers_lm import load_target
 from quasar_core.quantize.blocks import find_blocks
+from quasar_core.store.model_config import read_config
 
 
 class StreamedModel:
@@ -83,7 +84,7 @@ def open_target(
 ) -> StreamedModel:
     """The model of a folder, nothing of it read yet; one that transformers cannot build so is loaded as a whole."""
     files = TensorFiles(folder)
-    own_code = trust_remote_code and "auto_map" in read_json(folder / "config.json")
+    own_code = trust_remote_code and "auto_map" in read_config(folder)
     if not own_code:
         skeleton = build_skeleton(read_model_config(folder), dtype)
         missing = Weights(skeleton, files).missing(skeleton)

@@ -4,28 +4,16 @@ import hashlib
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from quasar_core.errors import QuasarError
+from quasar_core.foreign import reason
+from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import read_headers
 
 _SAMPLE_BYTES = 1024
 # Rewritten by tools that load and save the same model, so no part of what it is.
 _INCIDENTAL_KEYS = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The model's config.json; QuasarError if it is missing or is no JSON object."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise QuasarError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:
-        raise QuasarError(f"{path} is not valid JSON.") from error
-    if not isinstance(config, dict):
-        raise QuasarError(f"{path} is not a model's config.")
-    return config
 
 
 def fingerprint(folder: Path) -> str:
@@ -36,13 +24,16 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     essentials = {key: value for key, value in read_config(folder).items() if key not in _INCIDENTAL_KEYS}
     digest.update(json.dumps(essentials, sort_keys=True).encode())
-    with ExitStack() as stack:
-        opened: dict[Path, BinaryIO] = {}
-        for entry in read_headers(folder):
-            if entry.file not in opened:
-                opened[entry.file] = stack.enter_context(entry.file.open("rb"))
-            digest.update(json.dumps([entry.name, entry.dtype, entry.shape]).encode())
-            digest.update(_middle(opened[entry.file], entry.start, entry.size))
+    try:
+        with ExitStack() as stack:
+            files: dict[Path, BinaryIO] = {}
+            for entry in read_headers(folder):
+                if entry.file not in files:
+                    files[entry.file] = stack.enter_context(entry.file.open("rb"))
+                digest.update(json.dumps([entry.name, entry.dtype, entry.shape]).encode())
+                digest.update(_middle(files[entry.file], entry.start, entry.size))
+    except OSError as error:
+        raise QuasarError(f"The weights in {folder} cannot be read: {reason(error)}.") from error
     return digest.hexdigest()
 
 

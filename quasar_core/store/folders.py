@@ -1,6 +1,5 @@
 """What may be replaced and removed: the files that quasar wrote, in folders that carry its card, and nothing else."""
 
-import json
 import os
 import re
 import shutil
@@ -9,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.store.files import sync
+from quasar_core.files import exists, read_json
+from quasar_core.writing import sync
 
 CARD = "quasar.json"
 # In a folder of work in progress: held by the process that works there, and the mark by which quasar knows its own.
@@ -40,10 +40,10 @@ Relation = Literal["is", "holds", "lies in"]
 def read_card(folder: Path) -> dict[str, Any] | None:
     """The card of a verifier that quasar wrote; None for any other folder, whatever its quasar.json is."""
     try:
-        card = json.loads((folder / CARD).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        card = read_json(folder / CARD)
+    except QuasarError:
         return None
-    return card if isinstance(card, dict) and {"format_version", "target"} <= card.keys() else None
+    return card if {"format_version", "target"} <= card.keys() else None
 
 
 def is_verifier(folder: Path) -> bool:
@@ -109,7 +109,7 @@ def refuse_place(output: Path, source: Path) -> None:
 
 def refuse_existing(output: Path, force: bool) -> None:
     """An output that exists is replaced only with `--force`."""
-    if output.exists() and not force:
+    if exists(output) and not force:
         raise UsageError(f"{output} exists; pass --force to replace it, or --output for another place.")
 
 

@@ -4,6 +4,7 @@ import errno
 from pathlib import Path
 
 from quasar_core.errors import QuasarError
+from quasar_core.files import is_file
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 # Subfolders and `consolidated` files hold the same weights again in another layout.
@@ -21,7 +22,7 @@ def download_model(hub_id: str) -> Path:
         folder = Path(snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:  # what the client raises differs between its versions and shares no base class
         raise QuasarError(hub_failure(hub_id, error)) from error
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         raise QuasarError(f"{hub_id} on the hub holds no model: it has no config.json.")
     if not any(folder.glob("*.safetensors")):
         raise QuasarError(f"{hub_id} on the hub has no safetensors weights; pickled weights are never loaded.")

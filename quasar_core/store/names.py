@@ -7,6 +7,7 @@ from typing import Literal
 
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import absolute, is_file, is_folder, refuse_special_files
 from quasar_core.store.home import home
 from quasar_core.store.hub import download_model
 from quasar_core.store.safetensors_header import weight_files
@@ -72,10 +73,10 @@ def full_name(name: str) -> str:
         return DEMO
     if not name.strip():
         raise UsageError("The model's name is empty: give a folder, a hub id such as Qwen/Qwen3-8B, or demo.")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder.resolve())
-    if folder.is_file():
+    folder = absolute(Path(name))
+    if is_folder(folder):
+        return str(folder)
+    if is_file(folder):
         raise UsageError(f"{name} is a file; give the folder that holds the model.")
     return _hub_id(name)
 
@@ -102,7 +103,7 @@ def _hub_id(name: str) -> str:
 
 def check_model_folder(folder: Path) -> Path:
     """`folder`, if it holds a config and safetensors weights; else a QuasarError that says what is missing."""
-    if not (folder / "config.json").is_file():
+    if not is_file(folder / "config.json"):
         raise QuasarError(f"{folder} holds no model: it has no config.json.")
     if not weight_files(folder):
         if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
@@ -110,6 +111,7 @@ def check_model_folder(folder: Path) -> Path:
                 f"{folder} holds only pickled weights, which are never loaded; convert them to safetensors."
             )
         raise QuasarError(f"{folder} holds no weights: it has no *.safetensors file.")
+    refuse_special_files(folder)
     return folder
 
 

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.store.files import locked
+from quasar_core.files import absolute, is_folder, read_json_if_there, write_json
 from quasar_core.store.folders import CARD, is_verifier, relate, remove_verifier
 from quasar_core.store.home import home
-from quasar_core.store.json_file import read_object, write_object
+from quasar_core.typed import build
+from quasar_core.writing import locked
 
 FORMAT_VERSION = 1
 
@@ -25,6 +26,15 @@ class PairRecord:
     target: str
     verifier: str
     added: bool = False
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The content of pairs.json."""
+
+    pairs: list[PairRecord]
+    current: str | None
+    format_version: int = FORMAT_VERSION
 
 
 def list_pairs() -> list[PairRecord]:
@@ -49,7 +59,7 @@ def record_pair(target: str, verifier: Path, name: str | None = None, added: boo
     `target` is a ModelSource's name, so that it is found again from anywhere. The pair is named `name`, else after the
     verifier's folder, with a number where another pair has that name already.
     """
-    folder = str(verifier.expanduser().resolve())
+    folder = str(absolute(verifier))
     with _registry_held():
         others = [pair for pair in list_pairs() if pair.verifier != folder]
         record = PairRecord(_free_name(name or Path(folder).name, others), target, folder, added)
@@ -75,7 +85,7 @@ def remove_pair(name: str, delete_files: bool) -> PairRecord:
     with _registry_held():
         pairs, current = _read()
         record = _find(pairs, name)
-        if delete_files and Path(record.verifier).exists():
+        if delete_files and is_folder(Path(record.verifier)):
             _remove(record, pairs)
         kept = [pair for pair in pairs if pair != record]
         _write(kept, current if current != record.name else None)
@@ -131,15 +141,16 @@ def _free_name(wanted: str, others: Sequence[PairRecord]) -> str:
 
 def _read() -> tuple[list[PairRecord], str | None]:
     path = _path()
+    content = read_json_if_there(path)
+    if content is None:
+        return [], None
     try:
-        content = read_object(path)
-        if content is None:
-            return [], None
-        return [PairRecord(**pair) for pair in content["pairs"]], content["current"]
-    except (KeyError, TypeError) as error:
-        raise QuasarError(f"{path} is damaged: repair it, or delete it and quantize again.") from error
+        stored = build(_Stored, content)
+    except ValueError as error:
+        raise QuasarError(f"{path} is damaged ({error}): repair it, or delete it and quantize again.") from error
+    return stored.pairs, stored.current
 
 
 def _write(pairs: Sequence[PairRecord], current: str | None) -> None:
     listed = [{key: value for key, value in asdict(pair).items() if value is not False} for pair in pairs]
-    write_object(_path(), {"format_version": FORMAT_VERSION, "current": current, "pairs": listed}, alone=True)
+    write_json(_path(), {"format_version": FORMAT_VERSION, "current": current, "pairs": listed}, alone=True)

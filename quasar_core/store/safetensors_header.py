@@ -1,14 +1,19 @@
 """What a safetensors file holds, read from its header alone: no weights, no torch."""
 
-import json
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quasar_core.errors import QuasarError
+from quasar_core.files import is_file, opened, parse_json, read_json
+from quasar_core.foreign import reason
+from quasar_core.typed import build
 
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_FILE_BYTES = 1 << 50
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -26,21 +31,19 @@ class TensorEntry:
 
 def read_header(file: Path) -> list[TensorEntry]:
     """The tensors of one file, in the order of the header; QuasarError if it is not a whole safetensors file."""
+    with opened(file, _MAX_FILE_BYTES) as stream:
+        length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+        text = stream.read(length) if 2 <= length <= _MAX_HEADER_BYTES else b""
+        size = stream.seek(0, os.SEEK_END)
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-            if not 2 <= length <= _MAX_HEADER_BYTES:
-                raise ValueError("no header")
-            header: dict[str, Any] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
+        header = build(dict[str, Any], parse_json(text.decode("utf-8")))
+        build(dict[str, str], header.pop("__metadata__", None) or {}, "__metadata__")
         base = _LENGTH_BYTES + length
-        entries = [_entry(name, stored, file, base) for name, stored in header.items()]
-        if max((entry.start + entry.size for entry in entries), default=base) > file.stat().st_size:
-            raise ValueError("cut short")
-    except OSError as error:
-        raise QuasarError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise QuasarError(f"{file} is not a whole safetensors file.") from error
+        entries = [_entry(build(_Stored, stored, name), name, file, base) for name, stored in header.items()]
+        if max((entry.start + entry.size for entry in entries), default=base) > size:
+            raise ValueError("it is cut short")
+    except ValueError as error:
+        raise QuasarError(f"{file} is not a whole safetensors file ({reason(error)}).") from error
     return entries
 
 
@@ -50,14 +53,11 @@ def weight_files(folder: Path) -> list[Path]:
     A shard that the index names and the folder lacks is a QuasarError.
     """
     index = folder / INDEX_NAME
-    if not index.is_file():
+    if not is_file(index):
         return sorted(folder.glob("*.safetensors"))
-    try:
-        files = sorted({folder / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise QuasarError(f"{index} is not a safetensors index.") from error
+    files = sorted({folder / name for name in read_index(folder).values()})
     for file in files:
-        if not file.is_file():
+        if not is_file(file):
             raise QuasarError(f"The model in {folder} is incomplete: its index names {file.name}, which is not there.")
     return files
 
@@ -68,6 +68,33 @@ def read_headers(folder: Path) -> list[TensorEntry]:
     return sorted(entries, key=lambda entry: entry.name)
 
 
-def _entry(name: str, stored: dict[str, Any], file: Path, base: int) -> TensorEntry:
-    start, end = stored["data_offsets"]
-    return TensorEntry(name, stored["dtype"], tuple(stored["shape"]), file, base + start, end - start)
+def read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor, by the folder's index; QuasarError for one that names a file elsewhere."""
+    index = folder / INDEX_NAME
+    try:
+        files = build(dict[str, str], read_json(index).get("weight_map"), "weight_map")
+        for name in files.values():
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is not the name of a file")
+    except ValueError as error:
+        raise QuasarError(f"{index} is not a safetensors index ({error}).") from error
+    return files
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor as the header describes it."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+def _entry(stored: _Stored, name: str, file: Path, base: int) -> TensorEntry:
+    if len(stored.data_offsets) != 2 or not 0 <= stored.data_offsets[0] <= stored.data_offsets[1]:
+        raise ValueError(f"{name} has the offsets {stored.data_offsets}")
+    start, end = stored.data_offsets
+    elements, bits = math.prod(stored.shape), 8 * (end - start)
+    if min(stored.shape, default=1) < 0 or bool(elements) != bool(bits) or (elements and bits % elements):
+        raise ValueError(f"{name} has the shape {stored.shape} in {end - start} bytes")
+    return TensorEntry(name, stored.dtype, tuple(stored.shape), file, base + start, end - start)

@@ -1,6 +1,5 @@
 """Block shapes that were measured, kept in quasar's own folder: one file per device, Triton and PyTorch version."""
 
-import json
 import re
 from functools import cache
 from pathlib import Path
@@ -9,8 +8,9 @@ import torch
 import triton
 
 from quasar_core.errors import QuasarError
+from quasar_core.files import read_json_if_there, write_json
 from quasar_core.store.home import home
-from quasar_core.store.json_file import write_object
+from quasar_core.typed import build
 
 
 def tuned_blocks(device: torch.device, key: str) -> dict[str, int] | None:
@@ -23,7 +23,7 @@ def keep_tuned(device: torch.device, found: dict[str, dict[str, int]]) -> Path:
     path = _path(device)
     table = _table(path)
     table.update(found)
-    write_object(path, table)
+    write_json(path, table)
     return path
 
 
@@ -33,13 +33,10 @@ def _is_tunable(device: torch.device) -> bool:
 
 @cache
 def _table(path: Path) -> dict[str, dict[str, int]]:
-    if not path.exists():
-        return {}
     try:
-        table: dict[str, dict[str, int]] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return build(dict[str, dict[str, int]], read_json_if_there(path) or {})
+    except (QuasarError, ValueError) as error:
         raise QuasarError(f"{path} cannot be read ({error}): delete it, and blocks are tuned anew.") from error
-    return table
 
 
 @cache

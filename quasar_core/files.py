@@ -1,0 +1,211 @@
+"""Files of every kind: only regular ones are read, up to a size, JSON strictly; they are written whole or not at all.
+
+What is wrong with a file is one QuasarError, or the kind of it that the caller names; its sentence names the file.
+"""
+
+import json
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.foreign import foreign_errors, reason
+from quasar_core.writing import written_whole
+
+MAX_JSON_BYTES = 1 << 28
+MAX_TEXT_BYTES = 1 << 32
+MAX_DEPTH = 100  # of lists and objects within one another
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+# Looking
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; QuasarError where that cannot be told (no permission, a name too long)."""
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def exists(path: Path) -> bool:
+    """Whether anything is there; QuasarError as `is_folder`."""
+    return _mode(path) is not None
+
+
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there; QuasarError as `is_folder`, and for a pipe, a device or a socket."""
+    mode = _mode(path)
+    if mode is None or stat.S_ISDIR(mode):
+        return False
+    require_regular(path)
+    return True
+
+
+def absolute(path: Path) -> Path:
+    """The path with `~` and links resolved; UsageError for an unknown user, a loop of links, a null byte."""
+    try:
+        return path.expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{_shown(path)} is no path: {reason(error)}.") from error
+
+
+def require_regular(path: Path, kind: type[QuasarError] = QuasarError) -> int:
+    """The size of a regular file in bytes. Reading anything else could wait forever, or never end."""
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise kind(f"{path} does not exist.") from error
+    except (OSError, ValueError) as error:
+        raise kind(f"{_shown(path)} cannot be read: {reason(error)}.") from error
+    for is_kind, name in _KINDS:
+        if is_kind(found.st_mode):
+            raise kind(f"{path} is {name}, not a file.")
+    return found.st_size
+
+
+def refuse_special_files(folder: Path) -> None:
+    """QuasarError for a pipe, a socket or a device among the files of a folder, which other libraries will open."""
+    with foreign_errors(f"{folder} cannot be read"):
+        for path in sorted((*folder.iterdir(), *folder.glob("additional_chat_templates/*"))):
+            if path.exists() and not path.is_dir():
+                require_regular(path)
+
+
+def _mode(path: Path) -> int | None:
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise QuasarError(f"{_shown(path)} cannot be read: {reason(error)}.") from error
+
+
+def _shown(path: Path) -> str:
+    """A path in a sentence, cut where it is too long for one."""
+    text = str(path).replace("\0", "\\0")
+    return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
+
+
+# Reading
+
+
+@contextmanager
+def opened(path: Path, limit: int = MAX_TEXT_BYTES, kind: type[QuasarError] = QuasarError) -> Iterator[BinaryIO]:
+    """A regular file of at most `limit` bytes, open for reading; what the system refuses meanwhile is one sentence."""
+    size = require_regular(path, kind)
+    if size > limit:
+        raise kind(f"{path} has {size:,} bytes, and at most {limit:,} are read.")
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise kind(f"{path} cannot be read: {reason(error)}.") from error
+
+
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES, kind: type[QuasarError] = QuasarError) -> str:
+    """The text of a UTF-8 file, its line ends as \\n."""
+    with opened(path, limit, kind) as file:
+        content = file.read()
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise kind(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: Path, kind: type[QuasarError] = QuasarError) -> dict[str, Any]:
+    """The JSON object that a file holds."""
+    text = read_text(path, MAX_JSON_BYTES, kind)
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise kind(f"{path} is not readable JSON ({reason(error)}).") from error
+    if not isinstance(content, dict):
+        raise kind(f"{path} does not hold a JSON object.")
+    return content
+
+
+def read_json_if_there(path: Path) -> dict[str, Any] | None:
+    """As `read_json`; None where there is no file."""
+    return read_json(path) if is_file(path) else None
+
+
+def parse_json(text: str) -> Any:
+    """JSON strictly: ValueError also for a key that stands twice, and for lists and objects too deep in one another.
+
+    NaN and Infinity are read, since Python writes them and configs of models hold them.
+    """
+    try:
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} in line {error.lineno}, column {error.colno}") from error
+    if _is_deeper(content, MAX_DEPTH):
+        raise ValueError("it is nested too deeply")
+    return content
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return content
+
+
+def _is_deeper(content: Any, limit: int) -> bool:
+    level = [content]
+    for _ in range(limit):
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def require_characters(text: str, what: str, kind: type[QuasarError] = UsageError) -> str:
+    """The text; an error for half of a surrogate pair in it, which is no character: no tokenizer takes it."""
+    half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+    if half is not None:
+        raise kind(f"{what} is not Unicode text: it holds {ascii(half)[1:-1]}, half of a character.")
+    return text
+
+
+# Writing
+
+
+def write_json(path: Path, content: Any, alone: bool = False) -> None:
+    """Indented JSON, whole or not at all; `alone` as in `written_whole`."""
+    # A lone half of a character, such as of a folder's odd name, becomes the escape that JSON has for it.
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode("utf-8", errors="backslashreplace"), alone)
+
+
+def write_json_lines(path: Path, lines: Iterable[Any]) -> None:
+    """One JSON value a line, whole or not at all."""
+    write_whole(path, b"".join(map(json_line, lines)))
+
+
+def json_line(content: Any) -> bytes:
+    """A JSON value as a line of a file."""
+    return (json.dumps(content, ensure_ascii=False) + "\n").encode("utf-8", errors="backslashreplace")
+
+
+def write_whole(path: Path, content: bytes, alone: bool = False) -> None:
+    """A file, whole or not at all; QuasarError where it cannot be written, and for a device, which stays what it is."""
+    try:
+        if path.exists():
+            require_regular(path)
+        with written_whole(path, alone) as beside:
+            beside.write_bytes(content)
+    except (OSError, ValueError) as error:
+        raise QuasarError(f"{_shown(path)} cannot be written: {reason(error)}.") from error
