@@ -49,6 +49,14 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class Request:
+    """What one answer may ask for by itself; all else of a `GenerationConfig` is settled before the first."""
+
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     """One generation: its length, how it is verified, how it is drafted, how tokens are drawn."""
 
@@ -79,6 +87,11 @@ class GenerationConfig:
             f"--ngram-min ({self.ngram_min}) must be at least 1 and at most --ngram-max ({self.ngram_max}).",
         )
         _require(all(self.stop), "--stop must not be empty.")
+
+    @property
+    def request(self) -> Request:
+        """The request of an answer that asks for nothing by itself."""
+        return Request(self.max_new_tokens, self.sampling.seed)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tiny_models import generate, make_pair
 
 from quasar_core.config import SamplingConfig
 from quasar_core.decode.acceptance import accept_matching
-from quasar_core.decode.choices import choose_best
+from quasar_core.models.choices import choose_best
 from quasar_core.models.cuda_pass import CudaPass, length_bucket, pass_size, why_not
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.loading import attach_verifier, load_target
@@ -126,10 +126,9 @@ def test_choices_made_in_a_pass_are_those_of_its_logits(tmp_path: Path, drafted:
         offered = [*right[: 1 + differs], *[token ^ 1 for token in right[1 + differs :]]]
         cache.rollback(10)
         logits = decoder.forward(offered, cache)
-        expected = choose_best(logits, logits)
+        expected = choose_best(logits)
         cache.rollback(10)
         found = decoder.choose(offered, cache)
-        assert found is not None
         assert found.tokens == expected.tokens
         assert found.margins == pytest.approx(expected.margins)
         assert found.accepted == accept_matching(expected.tokens, offered[1:])[0] == differs
@@ -143,7 +142,6 @@ def test_tokens_that_fill_up_a_pass_are_not_accepted(tmp_path: Path) -> None:
     decoder.head.weight.zero_()  # type: ignore[union-attr]
     for count in (1, 3, 4, 5):
         found = decoder.choose([0] * count, decoder.new_cache(LENGTH))
-        assert found is not None
         assert (found.accepted, found.tokens, found.margins) == (count - 1, [0] * count, [0.0] * count)
 
 

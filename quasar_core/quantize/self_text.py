@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quasar_core.models.choices import refuse_odd_logits
 from quasar_core.models.kv_cache import PreallocatedCache
 from quasar_core.quantize.heap import return_freed_memory
 from quasar_core.records import Progress, no_progress
@@ -68,7 +69,10 @@ def write_self_text(
     progress: Progress = no_progress,
     stage: str = "writing calibration text",
 ) -> torch.Tensor:
-    """Token ids [rows, length] at temperature 1; with `greedy_from`, greedy from that position on."""
+    """Token ids [rows, length] at temperature 1; with `greedy_from`, greedy from that position on.
+
+    Raises QuasarError where the model's logits are not numbers.
+    """
     turns = turn_tokens(tokenizer)
     batches = []
     at_once = rows_at_once(model, length, model.device.type != "cpu")
@@ -118,6 +122,7 @@ def _write_batch(
     for inputs in written:
         logits = _next_logits(model, inputs, cache)
     while len(written) < length:
+        refuse_odd_logits(logits)
         if greedy_from is not None and len(written) >= greedy_from:
             chosen = logits.argmax(dim=-1)
         else:
