@@ -175,7 +175,7 @@ class Engine:
     def _extend(self, new: list[int]) -> None:
         """Append tokens, and move the cache to just before the last one."""
         if NO_TOKEN in new:
-            raise QuasarError(NOT_NUMBERS)
+            raise QuasarError(f"{NOT_NUMBERS}: try --dtype bfloat16 or float32.")
         self.tokens += new
         self.drafter.observe(new)
         self.cache.rollback(len(self.tokens) - 1)

@@ -15,7 +15,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.triton.kernel import why_not_triton
 
 NO_TOKEN = -1  # the choice of a row whose best logit is not a finite number
-NOT_NUMBERS = "The model's logits are not numbers: try --dtype bfloat16 or float32."
+NOT_NUMBERS = "The model's logits are not numbers"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def join_choices(parts: Sequence[Choices]) -> Choices:
 def refuse_odd_logits(logits: torch.Tensor) -> None:
     """Raise QuasarError where the best of a row of logits [T, V] is not a finite number."""
     if not logits.amax(dim=-1).isfinite().all():
-        raise QuasarError(NOT_NUMBERS)
+        raise QuasarError(f"{NOT_NUMBERS}.")
 
 
 @functools.cache
