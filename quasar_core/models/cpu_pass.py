@@ -61,14 +61,11 @@ class CpuPass:
     def run(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
         """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
         logits = torch.empty(len(tokens), self.config.vocab_size)
-        self._pass_over(tokens, cache, logits)
+        self.choose(tokens, cache, logits)
         return logits
 
-    def choose(self, tokens: Sequence[int], cache: DecoderCache) -> Choices:
-        """The same pass → the best token of each row with its margin; its logits are written nowhere."""
-        return self._pass_over(tokens, cache, None)
-
-    def _pass_over(self, tokens: Sequence[int], cache: DecoderCache, logits: torch.Tensor | None) -> Choices:
+    def choose(self, tokens: Sequence[int], cache: DecoderCache, logits: torch.Tensor | None = None) -> Choices:
+        """The same pass → the best token of each row with its margin; `logits` [T, V] are written where given."""
         count = len(tokens)
         if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
             raise IndexError(f"a token of {tokens} is not in a vocabulary of {self.config.vocab_size}")
