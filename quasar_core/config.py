@@ -63,6 +63,14 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class Request:
+    """What one answer may ask for by itself; all else of a `GenerationConfig` is settled before the first."""
+
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     """One generation: its length, how it is verified, how it is drafted, how tokens are drawn."""
 
@@ -96,6 +104,11 @@ class GenerationConfig:
         _require(all(self.stop), "--stop must not be empty.")
         for text in self.stop:
             require_characters(text, "--stop")
+
+    @property
+    def request(self) -> Request:
+        """The request of an answer that asks for nothing by itself."""
+        return Request(self.max_new_tokens, self.sampling.seed)
 
 
 @dataclass(frozen=True)

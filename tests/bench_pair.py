@@ -8,6 +8,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from quasar_core.models.base import CausalLM
 from quasar_core.models.pair import Pair
 
 VOCABULARY = 12
@@ -29,7 +30,7 @@ class TokenCache:
         del self.tokens[length:]
 
 
-class CountingModel:
+class CountingModel(CausalLM):
     """The best next token is the last one + 1, from 3 to 9 and round again; `wrong_after` it errs by one."""
 
     vocab_size = VOCABULARY

@@ -7,7 +7,7 @@ from decoder_cases import CASES, CPU, FLOAT, random_tokens, save_model
 from tiny_models import make_pair
 
 from quasar_core.bench.peers import TransformersPeer
-from quasar_core.config import GenerationConfig, SamplingConfig
+from quasar_core.config import GenerationConfig, Request, SamplingConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import UsageError
 from quasar_core.models.loading import load_target
@@ -43,8 +43,7 @@ def test_greedy_text_is_ours(pair: Pair, draft: str) -> None:
 def test_the_seed_decides_sampled_text(pair: Pair) -> None:
     peer = TransformersPeer(pair, GenerationConfig(20, "full", "none", sampling=SamplingConfig(1.0, seed=3)))
     first, again = (peer.generate(random_tokens(8)).token_ids for _ in range(2))
-    peer.config = GenerationConfig(20, "full", "none", sampling=SamplingConfig(1.0, seed=4))
-    assert first == again != peer.generate(random_tokens(8)).token_ids
+    assert first == again != peer.generate(random_tokens(8), request=Request(20, seed=4)).token_ids
 
 
 def test_the_end_of_text_ends_an_answer(pair: Pair) -> None:

@@ -113,11 +113,11 @@ class Interrupting:
     def __init__(self, at: int) -> None:
         self.left, self.generate = at, Generator.generate
 
-    def __call__(self, generator: Generator, *arguments: object) -> GenerationResult:
+    def __call__(self, generator: Generator, *given: object, **named: object) -> GenerationResult:
         self.left -= 1
         if self.left < 0:
             raise KeyboardInterrupt
-        return self.generate(generator, *arguments)  # type: ignore[arg-type]
+        return self.generate(generator, *given, **named)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     output = tmp_path / "results.json"
     with monkeypatch.context() as patched:
         interrupting = Interrupting(at=2 + 2 + 3)  # warm-up; question 1; question 2's first arm, and one turn more
-        patched.setattr(Generator, "generate", lambda *arguments: interrupting(*arguments))
+        patched.setattr(Generator, "generate", lambda *given, **named: interrupting(*given, **named))
         with pytest.raises(KeyboardInterrupt):
             run_bench(make_pair(), [DATASET], config(("vanilla", "ngram")), output)
     return output
@@ -139,7 +139,7 @@ def test_an_interrupted_run_goes_on(interrupted: Path, monkeypatch: pytest.Monke
     with log.open("a") as file:
         file.write('[{"dataset": "d", "quest')  # the machine went down in the middle of a line
     counting = Interrupting(at=99)
-    monkeypatch.setattr(Generator, "generate", lambda *arguments: counting(*arguments))
+    monkeypatch.setattr(Generator, "generate", lambda *given, **named: counting(*given, **named))
     results = run_bench(make_pair(), [DATASET], config(("vanilla", "ngram")), interrupted)
     assert 99 - counting.left == 2 + 2 + 2  # warm-up; question 2's second arm; question 3
     assert len(results.rows) == 8

@@ -1,6 +1,5 @@
 """The C++ pass computes what the plain pass computes, and a token's logits whatever passes beside it."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +25,8 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.kernels import cpu_library
 from quasar_core.models import fast_pass
-from quasar_core.models.base import choices_left
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.choices import NO_TOKEN, choose_best
+from quasar_core.models.decoder import DenseLinear, LeanDecoder
 from quasar_core.models.loading import attach_verifier, load_target
 
 BF16 = torch.bfloat16
@@ -131,7 +130,7 @@ def test_dynamic_rope_before_and_beyond_its_threshold(tmp_path: Path) -> None:
         assert_close(decoder.forward(tokens, caches[1]), plain.forward(tokens, caches[0]))
 
 
-@pytest.mark.parametrize("count", [1, 7, 40])
+@pytest.mark.parametrize("count", [1, 7, 40, 150])
 def test_what_it_chose_is_the_best_of_each_row(tmp_path: Path, threads: None, count: int) -> None:
     decoder = fast(tiny_target(tmp_path, "qwen3"))
     decoder.layers[-1].down.weight.zero_()  # type: ignore[attr-defined]
@@ -139,41 +138,54 @@ def test_what_it_chose_is_the_best_of_each_row(tmp_path: Path, threads: None, co
     head[50:60] = head[40:50]  # rows of equal logits: the first counts
     for team in (1, 2, 3):
         torch.set_num_threads(team)
-        logits = decoder.forward(random_tokens(count), decoder.new_cache(64))
-        left = choices_left(logits)
-        assert left is not None
+        logits = decoder.forward(random_tokens(count), decoder.new_cache(256))
+        found = decoder.choose(random_tokens(count), decoder.new_cache(256))
         best = logits.topk(2, dim=-1).values
-        assert left[0] == logits.argmax(dim=-1).tolist()
-        assert left[1] == (best[:, 0] - best[:, 1]).tolist()
-    logits += 1
-    assert choices_left(logits) is None
+        assert found.tokens == logits.argmax(dim=-1).tolist()
+        assert found.margins == (best[:, 0] - best[:, 1]).tolist()
 
 
-def test_inference_mode_gives_the_same_logits(tmp_path: Path) -> None:
+def test_inference_mode_gives_the_same_logits_and_choices(tmp_path: Path) -> None:
     decoder = fast(tiny_target(tmp_path, "qwen3"))
-    expected = decoder.forward([1, 2], decoder.new_cache(8))
+    expected = decoder.forward([1, 2], decoder.new_cache(8)), decoder.choose([1, 2], decoder.new_cache(8))
     with torch.inference_mode():
-        logits = decoder.forward([1, 2], decoder.new_cache(8))
-        assert choices_left(logits) is None
-    assert torch.equal(logits, expected)
+        assert torch.equal(decoder.forward([1, 2], decoder.new_cache(8)), expected[0])
+        assert decoder.choose([1, 2], decoder.new_cache(8)) == expected[1]
 
 
-def test_logits_that_are_no_numbers_are_told(tmp_path: Path) -> None:
-    decoder = fast(tiny_target(tmp_path, "llama"))
-    decoder.head.weight[7] = torch.nan  # type: ignore[attr-defined]
-    left = choices_left(decoder.forward([1, 2], decoder.new_cache(8)))
-    assert left is not None
-    assert all(map(math.isnan, left[1]))
+ALL = range(96)
 
 
-def test_longer_passes_and_prompts_run_as_before(tmp_path: Path) -> None:
-    decoder = fast(tiny_target(tmp_path, "llama"))
-    assert decoder.fast is not None
-    decoder.fast.run = None  # type: ignore[method-assign, assignment]
-    cache = decoder.new_cache(128)
-    assert decoder.forward(random_tokens(decoder.fast.longest + 1), cache).shape[0] == 65
+@pytest.mark.parametrize(
+    "spoiled",
+    [{7: torch.nan}, {95: torch.inf}, {7: torch.nan, 11: torch.inf}, dict.fromkeys(ALL, -torch.inf)],
+    ids=["NaN", "infinite", "both", "all minus infinite"],
+)
+def test_logits_that_are_no_numbers_yield_no_token(tmp_path: Path, spoiled: dict[int, float]) -> None:
+    decoder = tiny_target(tmp_path, "llama")
+    decoder.head = DenseLinear(decoder.head.weight, torch.zeros(96))  # type: ignore[attr-defined]
+    for token, value in spoiled.items():
+        decoder.head.bias[token] = value
+    for count in (1, 3):
+        assert fast(decoder).choose([1, 2, 3][:count], decoder.new_cache(8)).tokens == [NO_TOKEN] * count
+
+
+@pytest.mark.parametrize("count", [64, 65, 129, 200])
+def test_a_pass_of_any_length_runs_in_parts_of_the_same_bits(tmp_path: Path, count: int) -> None:
+    decoder = fast(tiny_target(tmp_path, "qwen3", BF16))
+    decoder._plain_pass = None  # type: ignore[method-assign, assignment]
+    tokens, cache = random_tokens(count), decoder.new_cache(count)
+    expected = in_passes(decoder, tokens, [1])
+    assert torch.equal(decoder.forward(tokens, cache), expected)
     cache.rollback(0)
-    assert decoder.forward(random_tokens(10), cache, last_only=True).shape[0] == 1
+    assert decoder.choose(tokens, cache) == choose_best(expected)
+    assert cache.length == count
+
+
+def test_prompts_run_in_pytorchs_operations(tmp_path: Path) -> None:
+    decoder = fast(tiny_target(tmp_path, "llama"))
+    decoder.fast.run = None  # type: ignore[method-assign, assignment, union-attr]
+    assert decoder.forward(random_tokens(10), decoder.new_cache(16), last_only=True).shape[0] == 1
 
 
 @pytest.mark.parametrize("case", ["qwen3", "mistral, window"])
@@ -181,7 +193,7 @@ def test_exact_text_is_that_of_plain_decoding_in_bf16_too(tmp_path: Path, case: 
     target = fast(tiny_target(tmp_path, case, BF16))
     pair = make_pair(target, fast(tiny_verifier(tmp_path, target, 4)))
     plain = Generator(pair, GenerationConfig(80, "full", "none")).generate(random_tokens(20)).token_ids
-    for drafts, window in ((1, 1), (4, 3), (8, 24)):
+    for drafts, window in ((1, 1), (4, 3), (8, 24), (64, 63), (64, 200)):
         for verify in ("full", "exact"):
             config = GenerationConfig(80, verify, num_draft_tokens=drafts, window=window)
             assert Generator(pair, config).generate(random_tokens(20)).token_ids == plain

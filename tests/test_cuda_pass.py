@@ -12,9 +12,9 @@ from tiny_models import generate, make_pair
 
 from quasar_core.config import SamplingConfig
 from quasar_core.decode.acceptance import accept_matching
-from quasar_core.decode.choices import choose_best
+from quasar_core.models.choices import NO_TOKEN, choose_best
 from quasar_core.models.cuda_pass import CudaPass, length_bucket, pass_size, why_not
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder import DenseLinear, LeanDecoder
 from quasar_core.models.loading import attach_verifier, load_target
 from quasar_core.models.pass_steps import TorchSteps
 
@@ -126,10 +126,9 @@ def test_choices_made_in_a_pass_are_those_of_its_logits(tmp_path: Path, drafted:
         offered = [*right[: 1 + differs], *[token ^ 1 for token in right[1 + differs :]]]
         cache.rollback(10)
         logits = decoder.forward(offered, cache)
-        expected = choose_best(logits, logits)
+        expected = choose_best(logits)
         cache.rollback(10)
         found = decoder.choose(offered, cache)
-        assert found is not None
         assert found.tokens == expected.tokens
         assert found.margins == pytest.approx(expected.margins)
         assert found.accepted == accept_matching(expected.tokens, offered[1:])[0] == differs
@@ -143,8 +142,29 @@ def test_tokens_that_fill_up_a_pass_are_not_accepted(tmp_path: Path) -> None:
     decoder.head.weight.zero_()  # type: ignore[union-attr]
     for count in (1, 3, 4, 5):
         found = decoder.choose([0] * count, decoder.new_cache(LENGTH))
-        assert found is not None
         assert (found.accepted, found.tokens, found.margins) == (count - 1, [0] * count, [0.0] * count)
+
+
+def test_a_longer_pass_is_several_recorded_ones(tmp_path: Path) -> None:
+    save_model(tmp_path, "Llama", {})
+    decoder = recorded(load_target(tmp_path, CPU, FLOAT))
+    decoder._plain_pass = None  # type: ignore[method-assign, assignment]
+    tokens, cache = random_tokens(100), decoder.new_cache(100)
+    expected = in_passes(decoder, tokens, [25])
+    assert_close(decoder.forward(tokens, cache), expected)
+    cache.rollback(0)
+    found = decoder.choose(tokens, cache)
+    assert (found.tokens, found.accepted) == (choose_best(expected).tokens, None)
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_yield_no_token_and_confirm_nothing(tmp_path: Path, odd: float) -> None:
+    save_model(tmp_path, "Llama", {})
+    decoder = recorded(load_target(tmp_path, CPU, FLOAT))
+    decoder.head = DenseLinear(decoder.head.weight, torch.zeros(96))  # type: ignore[union-attr]
+    decoder.head.bias[0] = odd
+    found = decoder.choose([0] * 3, decoder.new_cache(LENGTH))
+    assert (found.tokens, found.accepted) == ([NO_TOKEN] * 3, 0)
 
 
 def test_greedy_decoding_reads_no_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The generator: where an answer ends, what of the cache the next one reuses, which models a mode needs."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from tiny_models import (
     verifier_of,
 )
 
-from quasar_core.config import GenerationConfig, SamplingConfig
+from quasar_core.config import GenerationConfig, Request, SamplingConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, UsageError
 
@@ -112,6 +113,28 @@ def test_a_conversation_that_reuses_the_cache_reads_as_without_it(verify: str, v
         assert again.stats.prompt_tokens == len(prompt)
     kept.reset()
     assert kept.generate(PROMPT).stats.cached_tokens == 0
+
+
+def test_what_was_committed_behind_a_stop_text_is_not_kept() -> None:
+    """The next prompt is then passed in the same pieces, whatever the mode: in 16 bits its bits depend on them."""
+    expected = greedy_reference("qwen2", COUNT)
+    pair = make_pair(random_model("qwen2"), quantized_copy("qwen2", 8))
+    make_draft = drafter_factory("oracle", PROMPT + expected)
+    for drafts, window in ((1, 1), (6, 9)):
+        config = GenerationConfig(COUNT, "exact", num_draft_tokens=drafts, window=window, stop=(f"w{expected[6]}",))
+        generator = Generator(pair, config, make_draft)
+        generator.generate(PROMPT)
+        assert generator.generate(PROMPT + expected).stats.cached_tokens == len(PROMPT) + 6
+
+
+def test_a_request_stands_in_for_length_and_seed_and_changes_no_config() -> None:
+    config = GenerationConfig(COUNT, "full", num_draft_tokens=2, sampling=SamplingConfig(temperature=1.0, seed=3))
+    generator = Generator(make_pair(random_model("llama")), config)
+    fourth = replace(config, max_new_tokens=9, sampling=SamplingConfig(temperature=1.0, seed=4))
+    asked = generator.generate(PROMPT, request=Request(9, seed=4))
+    assert asked.token_ids == Generator(generator.pair, fourth).generate(PROMPT).token_ids
+    assert generator.config is config
+    assert generator.generate(PROMPT).token_ids == Generator(generator.pair, config).generate(PROMPT).token_ids
 
 
 class Interrupted(Exception):

@@ -26,6 +26,7 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.draft.ngram import NgramDrafter
+from quasar_core.models.base import CausalLM
 from quasar_core.models.pair import Pair
 from quasar_core.models.transformers_lm import TransformersLM, attach_verifier
 from quasar_core.quantize.grid import fit_grid, round_to_nearest
@@ -144,10 +145,11 @@ def greedy_reference(architecture: str, count: int, penalty: float = 1.0, prompt
     return list(output[0, ids.shape[1] :].tolist())
 
 
-class TableModel:
+class TableModel(CausalLM):
     """The logits are a fixed random function of the last two tokens: fast, and its distribution can be counted out."""
 
     device = CPU
+    vocab_size = VOCABULARY
 
     def __init__(self, vocabulary: int, seed: int, scale: float = 1.5) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -17,8 +17,8 @@ from quasar_core.bench.gpu_models import Bench, Plan, small_verifier, with_untun
 from quasar_core.bench.gpu_report import Report
 from quasar_core.bench.run import run_bench
 from quasar_core.decode.acceptance import accept_matching
-from quasar_core.decode.choices import choose_best
 from quasar_core.demo.grow import DEMO
+from quasar_core.models.choices import choose_best
 from quasar_core.models.cuda_overlap import POSITION, cache_at, differing_passes
 from quasar_core.models.cuda_pass import CudaPass, why_not_triton
 from quasar_core.models.decoder import LeanDecoder
@@ -189,7 +189,7 @@ def wrong_choices(decoder: LeanDecoder, first: int) -> int:
             offered = [*text[:right], *(token ^ 1 for token in text[right:])][:count]
             cache.rollback(0)
             logits = decoder.forward(offered, cache).cpu()
-            expected = choose_best(logits, logits)
+            expected = choose_best(logits)
             cache.rollback(0)
             accepted, _ = accept_matching(expected.tokens, offered[1:])
             wrong += decoder.choose(offered, cache) != replace(expected, accepted=accepted)

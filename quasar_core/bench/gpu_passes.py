@@ -79,7 +79,7 @@ def time_length(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache
     samples: list[tuple[float, float]] = []
     for number in range(bench.plan.rounds + 1):
         stand_at(cache, context)
-        sample = time_pass(partial(greedy_pass, model, tokens, cache), bench.plan.device)
+        sample = time_pass(partial(model.choose, tokens, cache), bench.plan.device)
         if number:  # the first one records the graph
             samples.append(sample)
     size = subject.weight_bytes + cache_bytes(model.config, context + count, model.dtype.itemsize)
@@ -98,12 +98,6 @@ def time_length(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache
         kernel=subject.kernel,
         dense=dense_choices(model, count),
     )
-
-
-def greedy_pass(model: LeanDecoder, tokens: Sequence[int], cache: DecoderCache) -> None:
-    """A pass as greedy decoding runs it."""
-    if model.choose(tokens, cache) is None:
-        model.forward(tokens, cache)
 
 
 def stand_at(cache: DecoderCache, length: int) -> None:

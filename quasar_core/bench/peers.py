@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from quasar_core.config import GenerationConfig
+from quasar_core.config import GenerationConfig, Request
 from quasar_core.errors import UsageError
 from quasar_core.models.pair import Pair
 from quasar_core.models.transformers_lm import load_target
@@ -33,12 +33,18 @@ class TransformersPeer:
     def reset(self) -> None:
         """Nothing is kept between answers."""
 
-    def generate(self, prompt_ids: Sequence[int], on_text: Callable[[str], None] | None = None) -> GenerationResult:
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        on_text: Callable[[str], None] | None = None,
+        request: Request | None = None,
+    ) -> GenerationResult:
         """One answer; the text comes whole at the end."""
+        request = request or self.config.request
         start = time.perf_counter()
         self._passes = 0
-        torch.manual_seed(self.config.sampling.seed)
-        room = min(self.config.max_new_tokens, self.pair.max_context - len(prompt_ids))
+        torch.manual_seed(request.seed)
+        room = min(request.max_new_tokens, self.pair.max_context - len(prompt_ids))
         ids = torch.tensor([list(prompt_ids)], device=self.pair.device)
         arrival = _FirstToken()
         with torch.inference_mode():

@@ -1,7 +1,7 @@
 """Run a bench: every arm on every question, interleaved, each answer a row."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from quasar_core.bench.arms import ARMS, Arm
@@ -12,6 +12,7 @@ from quasar_core.bench.environment import git_hash, package_versions
 from quasar_core.bench.peers import TransformersPeer
 from quasar_core.bench.results import Results, Row, Run, refuse_foreign_results
 from quasar_core.bench.row_log import RowLog
+from quasar_core.config import Request
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.prompt import encode_prompt
 from quasar_core.errors import QuasarError
@@ -83,15 +84,15 @@ def _warm_generators(
     pair: Pair, arms: Sequence[Arm], datasets: Sequence[Dataset], config: BenchConfig, progress: Progress
 ) -> dict[str, Answerer]:
     """A generator for each arm, after a few tokens that are not recorded: first passes pay for allocations."""
-    few = replace(config, max_new_tokens=min(WARM_UP_TOKENS, config.max_new_tokens))
+    few = Request(min(WARM_UP_TOKENS, config.max_new_tokens), config.seed)
     shortest = min((question.turns[0] for dataset in datasets for question in dataset.questions), key=len)
     prompt_ids = encode_prompt(pair.tokenizer, shortest)
     generators: dict[str, Answerer] = {}
     for done, arm in enumerate(arms):
         progress("warm-up", done, len(arms))
         answerer = TransformersPeer if arm.is_peer else Generator
-        generators[arm.name] = answerer(pair, few.generation(arm, config.seed))
-        generators[arm.name].generate(prompt_ids)
+        generators[arm.name] = answerer(pair, config.generation(arm, config.seed))
+        generators[arm.name].generate(prompt_ids, request=few)
     progress("warm-up", len(arms), len(arms))
     return generators
 
@@ -111,9 +112,9 @@ def lead(generator: Answerer, conversation: Conversation, config: BenchConfig) -
             rows.append(_row(conversation, turn, seed, error="an earlier turn failed"))
             continue
         messages.append({"role": "user", "content": text})
-        generator.config = config.generation(conversation.arm, seed)
+        request = Request(config.max_new_tokens, seed)
         try:
-            result = generator.generate(encode_prompt(generator.pair.tokenizer, messages))
+            result = generator.generate(encode_prompt(generator.pair.tokenizer, messages), request=request)
         except (QuasarError, RuntimeError) as error:
             rows.append(_row(conversation, turn, seed, error=f"{type(error).__name__}: {error}"))
             continue

@@ -12,13 +12,13 @@ import torch
 
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.acceptance import accept_matching, confirm_sampled
-from quasar_core.decode.choices import bring_over, choose_best, choose_in_pass
 from quasar_core.decode.draft_length import DraftLength
 from quasar_core.decode.sampling import distribution, draw, penalize_repetition
 from quasar_core.decode.window import WindowPolicy
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.errors import QuasarError
-from quasar_core.models.base import CausalLM, Choices, KVCache
+from quasar_core.models.base import CausalLM, KVCache
+from quasar_core.models.choices import NO_TOKEN, NOT_NUMBERS, Choices, best_tokens, bring_over, choose_best
 from quasar_core.models.memory import PROMPT_CHUNK
 from quasar_core.models.pair import Pair
 from quasar_core.records import Confirm, Stats, Step
@@ -132,9 +132,8 @@ class Engine:
     def _accept_window(self, window: Sequence[int]) -> tuple[int, int]:
         """Pass the window through the target → how many of its tokens are accepted, and the bonus token."""
         tokens, prefix = self.tokens[self.committed - 1 :], self.tokens[: self.committed]
-        choices = self._choose_in_pass(self.pair.primary, tokens)
-        if choices:
-            return _accept(choices, window)
+        if not self._reads_logits:
+            return _accept(self.pair.primary.choose(tokens, self.cache), window)
         logits = self.pair.primary.forward(tokens, self.cache)
         logits = penalize_repetition(logits, prefix, window, self.config.sampling.repetition_penalty)
         if self.config.sampling.greedy:
@@ -144,26 +143,21 @@ class Engine:
 
     def _pass(self, tokens: Sequence[int]) -> tuple[Choices, torch.Tensor | None]:
         """A verify pass over the last token and a draft; see `_choose`."""
-        choices = self._choose_in_pass(self.verifying, tokens)
-        if choices:
-            return choices, None
+        if not self._reads_logits:
+            return self.verifying.choose(tokens, self.cache), None
         return self._choose(self.verifying.forward(tokens, self.cache), tokens[1:])
-
-    def _choose_in_pass(self, model: CausalLM, tokens: Sequence[int]) -> Choices | None:
-        """One pass and the choices that the device made in it; None, and no pass, where logits must be read."""
-        return None if self._reads_logits else choose_in_pass(model, tokens, self.cache)
 
     def _choose(self, logits: torch.Tensor, draft: Sequence[int]) -> tuple[Choices, torch.Tensor | None]:
         """The pass's own token at each row, and when sampling the distributions it was drawn from.
 
         This is where the host waits for the device, once in a pass.
         """
-        margins_of = logits if self.window_policy.agreement else None
+        margins = best_tokens(logits)[1] if self.window_policy.agreement else None
         logits = penalize_repetition(logits, self.tokens, draft, self.config.sampling.repetition_penalty)
         if self.config.sampling.greedy:
-            return choose_best(logits, margins_of), None
+            return bring_over(best_tokens(logits)[0], margins), None
         probabilities = distribution(logits, self.config.sampling)
-        return bring_over(draw(probabilities, self.generator), margins_of), probabilities
+        return bring_over(draw(probabilities, self.generator), margins), probabilities
 
     def _remember(self, margins: Sequence[float], q: torch.Tensor | None) -> None:
         """Keep what a later confirm needs of the new tokens: how sure the verifier was of each, and its q of each."""
@@ -180,8 +174,8 @@ class Engine:
 
     def _extend(self, new: list[int]) -> None:
         """Append tokens, and move the cache to just before the last one."""
-        if any(token >= self.verifying.vocab_size for token in new):
-            raise QuasarError("The model's logits are not numbers: try --dtype bfloat16 or float32.")
+        if NO_TOKEN in new:
+            raise QuasarError(f"{NOT_NUMBERS}: try --dtype bfloat16 or float32.")
         self.tokens += new
         self.drafter.observe(new)
         self.cache.rollback(len(self.tokens) - 1)

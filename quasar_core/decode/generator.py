@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from quasar_core.config import GenerationConfig
+from quasar_core.config import GenerationConfig, Request
 from quasar_core.decode.cost_records import pair_costs
 from quasar_core.decode.costs import PairCosts
 from quasar_core.decode.draft_length import AdaptiveLength, DraftLength, FixedLength
@@ -43,24 +43,32 @@ class Generator:
         """Forget the conversation."""
         self._cached = []
 
-    def generate(self, prompt_ids: Sequence[int], on_text: Callable[[str], None] | None = None) -> GenerationResult:
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        on_text: Callable[[str], None] | None = None,
+        request: Request | None = None,
+    ) -> GenerationResult:
         """Generate after the prompt; `on_text` receives finished text as it comes.
 
-        Raises UsageError for an empty prompt and for one that leaves no room in the model's context.
+        A `request` stands in for the config's own length and seed. Raises UsageError for an empty prompt and for one
+        that leaves no room in the model's context.
         """
-        max_tokens = self._check_prompt(prompt_ids)
+        request = request or self.config.request
+        max_tokens = self._check_prompt(prompt_ids, request)
         start = time.perf_counter()
         cached = self._reuse_cache(prompt_ids, max_tokens)
-        engine = self._make_engine(max_tokens)
+        engine = self._make_engine(max_tokens, request)
         text = TextStream(self.pair.tokenizer, self.config.stop, on_text)
         _reset_peak_memory(self.pair.device)
         engine.prefill(prompt_ids, cached)
         engine.stats.ttft_s = time.perf_counter() - start
+        end = engine.max_tokens
         try:
             count, reason = self._run(engine, text, len(prompt_ids))
+            end = len(prompt_ids) + count
         finally:
-            self._cached = engine.tokens[: min(engine.committed - 1, engine.cache.length)]
-            engine.cache.rollback(len(self._cached))
+            self._keep_cache(engine, end)
         engine.stats.new_tokens = count
         engine.stats.peak_memory_bytes = _peak_memory(self.pair.device)
         new = engine.tokens[len(prompt_ids) : len(prompt_ids) + count]
@@ -82,14 +90,23 @@ class Generator:
                     return read - prompt_length, "length"
             engine.step()
 
-    def _check_prompt(self, prompt_ids: Sequence[int]) -> int:
+    def _keep_cache(self, engine: Engine, end: int) -> None:
+        """Keep the committed tokens that precede the answer's last one, which ends at `end`.
+
+        What was committed behind a stop text goes: how much that is depends on the mode, and the pass over the next
+        prompt must not.
+        """
+        self._cached = engine.tokens[: min(end - 1, engine.committed - 1, engine.cache.length)]
+        engine.cache.rollback(len(self._cached))
+
+    def _check_prompt(self, prompt_ids: Sequence[int], request: Request) -> int:
         """The number of tokens, prompt included, at which to end."""
         if not prompt_ids:
             raise UsageError("The prompt is empty.")
         limit = self.pair.max_context
         if len(prompt_ids) >= limit:
             raise UsageError(f"The prompt has {len(prompt_ids)} tokens, and the model's context holds {limit}.")
-        return min(len(prompt_ids) + self.config.max_new_tokens, limit)
+        return min(len(prompt_ids) + request.max_new_tokens, limit)
 
     def _reuse_cache(self, prompt_ids: Sequence[int], max_tokens: int) -> int:
         """Keep the cached tokens that begin the prompt too, but one at least is passed anew; their number."""
@@ -105,13 +122,13 @@ class Generator:
         self._cached = self._cached[:common]
         return common
 
-    def _make_engine(self, max_tokens: int) -> Engine:
+    def _make_engine(self, max_tokens: int, request: Request) -> Engine:
         assert self._cache is not None
-        generator = torch.Generator(self.pair.device).manual_seed(self.config.sampling.seed)
+        generator = torch.Generator(self.pair.device).manual_seed(request.seed)
         return Engine(
             self.pair,
             self._cache,
-            replace(self.config, verify="full") if self.target_alone else self.config,
+            replace(self.config, verify="full" if self.target_alone else self.config.verify),
             self._make_drafter(),
             self._choose_draft_length(),
             self._window,

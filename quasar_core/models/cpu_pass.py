@@ -16,7 +16,7 @@ from quasar_core.kernels import compile
 from quasar_core.kernels import cpu_library as cpp
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.vnni import VnniWeight
-from quasar_core.models.base import leave_choices
+from quasar_core.models.choices import Choices
 from quasar_core.models.decoder import DecoderLayer, DenseLinear, JoinedLinear, LeanDecoder, Linear
 from quasar_core.models.decoder_cache import DecoderCache
 
@@ -60,10 +60,15 @@ class CpuPass:
 
     def run(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
         """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
+        logits = torch.empty(len(tokens), self.config.vocab_size)
+        self.choose(tokens, cache, logits)
+        return logits
+
+    def choose(self, tokens: Sequence[int], cache: DecoderCache, logits: torch.Tensor | None = None) -> Choices:
+        """The same pass → the best token of each row with its margin; `logits` [T, V] are written where given."""
         count = len(tokens)
         if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
             raise IndexError(f"a token of {tokens} is not in a vocabulary of {self.config.vocab_size}")
-        logits = torch.empty(count, self.config.vocab_size)
         chosen, margins = (ctypes.c_int64 * count)(), (ctypes.c_float * count)()
         cos, sin = self._rotations(cache.length, cache.length + count)
         self._run(
@@ -76,14 +81,13 @@ class CpuPass:
             sin,
             cache.addresses,
             cache.capacity,
-            logits.data_ptr(),
+            None if logits is None else logits.data_ptr(),
             chosen,
             margins,
             torch.get_num_threads(),
         )
         cache.advance(count)
-        leave_choices(logits, list(chosen), list(margins))
-        return logits
+        return Choices(chosen[:], margins[:])
 
     def _rotations(self, start: int, end: int) -> tuple[int, int]:
         """Addresses of cosines and sines [T, D] in float32; tables are kept, as Python is slow after every pass."""

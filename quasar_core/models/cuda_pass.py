@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import torch
 
-from quasar_core.models.base import Choices
+from quasar_core.models.choices import Choices
 from quasar_core.models.cuda_graphs import Launcher, launcher
 from quasar_core.models.cuda_products import DenseChoices, tune_products
 from quasar_core.models.decoder import LeanDecoder
@@ -44,7 +44,7 @@ def choose(decoder: LeanDecoder, progress: Progress = no_progress) -> tuple["Cud
     if obstacle:
         return None, f"passes: PyTorch's operations, not recorded: {obstacle}"
     steps, why = choose_steps(decoder.device, decoder.dtype)
-    notes = [f"passes: of up to {LONGEST_PASS} tokens as CUDA graphs of {why}"]
+    notes = [f"passes: {LONGEST_PASS} tokens at a time as CUDA graphs of {why}"]
     if steps.name != "Triton":
         return CudaPass(decoder, steps), notes[0]
     notes.append(tune_products(decoder, progress))

@@ -15,7 +15,8 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.attention import Sight, attend, sight
-from quasar_core.models.base import Choices, ChoosingPass, FastPass
+from quasar_core.models.base import CausalLM, FastPass
+from quasar_core.models.choices import Choices, choose_best, join_choices
 from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.rope import RopeTables
 
@@ -76,8 +77,8 @@ class _Place:
     sights: dict[int | None, Sight]
 
 
-class LeanDecoder:
-    """Implements `models.base.CausalLM`."""
+class LeanDecoder(CausalLM):
+    """A pass over a prompt is a few PyTorch operations per layer; the passes of decoding are the fast pass's."""
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class LeanDecoder:
     ) -> None:
         self.config, self.embedding, self.layers = config, embedding, tuple(layers)
         self.norm, self.head, self.rope = norm, head, rope
-        self.fast: FastPass | None = None  # runs the short passes, where there is one
+        self.fast: FastPass | None = None  # runs the passes of decoding, where there is one
         self._windows = frozenset(config.windows)
         self._group = config.num_heads // config.num_kv_heads
         self._rotated_heads = config.num_heads + config.num_kv_heads
@@ -125,19 +126,23 @@ class LeanDecoder:
 
     @steered
     def forward(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool = False) -> torch.Tensor:
-        """One pass of T tokens → float32 logits [T, V] ([1, V] with `last_only`)."""
+        """One pass of T tokens → float32 logits [T, V] ([1, V] with `last_only`, as of a prompt).
+
+        The fast pass takes any number of tokens, in parts: what decoding writes depends on no limit of its own.
+        """
         cache.check_room(len(tokens))
-        if self.fast and len(tokens) <= self.fast.longest and not last_only:
-            return self.fast.run(tokens, cache)
-        return self._plain_pass(tokens, cache, last_only)
+        if self.fast is None or last_only:
+            return self._plain_pass(tokens, cache, last_only)
+        parts = [self.fast.run(part, cache) for part in _parts(tokens, self.fast.longest)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @steered
-    def choose(self, tokens: Sequence[int], cache: DecoderCache) -> Choices | None:
-        """See `models.base.ChoosingLM`: where the fast pass makes the choices itself."""
-        if not isinstance(self.fast, ChoosingPass) or len(tokens) > self.fast.longest:
-            return None
+    def choose(self, tokens: Sequence[int], cache: DecoderCache) -> Choices:
+        """One pass, and the best token of each row with its margin."""
         cache.check_room(len(tokens))
-        return self.fast.choose(tokens, cache)
+        if self.fast is None:
+            return choose_best(self._plain_pass(tokens, cache, last_only=False))
+        return join_choices([self.fast.choose(part, cache) for part in _parts(tokens, self.fast.longest)])
 
     @torch.inference_mode()
     def _plain_pass(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool) -> torch.Tensor:
@@ -181,3 +186,8 @@ class LeanDecoder:
     def _mlp(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
         gate, up = layer.gate_up(x).chunk(2, dim=-1)
         return layer.down(silu(gate) * up)
+
+
+def _parts(tokens: Sequence[int], longest: int) -> Iterator[Sequence[int]]:
+    """The tokens in order, at most `longest` at a time."""
+    return (tokens[begin : begin + longest] for begin in range(0, len(tokens), longest))

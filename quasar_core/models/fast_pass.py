@@ -1,7 +1,7 @@
 """A decoder's short passes brought near their floor, on the devices where quasar knows how.
 
-The plain pass of `decoder.py` is a few PyTorch operations per layer, on any device and for any number of tokens. A
-fast pass computes the same for a few tokens at a time.
+The plain pass of `decoder.py` is a few PyTorch operations per layer, on any device; prompts run on it. A fast pass
+computes the same for a few tokens at a time, and runs all passes of decoding.
 """
 
 from quasar_core.models import cpu_pass, cuda_pass
@@ -28,4 +28,4 @@ def choose(decoder: LeanDecoder, progress: Progress = no_progress) -> tuple[Fast
     if obstacle:
         return None, f"passes: PyTorch's operations, not the C++ pass: {obstacle}"
     fast = cpu_pass.CpuPass(decoder)
-    return fast, f"passes: of up to {fast.longest} tokens in C++{cpu_pass.remark()}"
+    return fast, f"passes: in C++, {fast.longest} tokens at a time{cpu_pass.remark()}"

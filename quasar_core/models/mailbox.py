@@ -7,16 +7,17 @@ most of them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from quasar_core.models.base import Choices
+from quasar_core.models.choices import Choices
 
 
 @dataclass(frozen=True)
 class Found:
     """What a pass chose, on the device: views of one buffer, of a pass's first T tokens or of all L."""
 
-    tokens: torch.Tensor  # [T] int64: the best of each row of logits
+    tokens: torch.Tensor  # [T] int64: the best of each row of logits, or `NO_TOKEN`
     best: torch.Tensor  # [T] float32: its logit
     second: torch.Tensor  # [T] float32: the next logit
     accepted: torch.Tensor  # [1] int64: drafted tokens that the choices confirm
@@ -59,4 +60,6 @@ class Mailbox:
         self._answer.copy_(self._out)
         words, longest = self._answer.numpy(), self._longest
         best, second = words[longest : 2 * longest].view("float32").reshape(2, longest)[:, :count]
-        return Choices(words[:count].tolist(), (best - second).tolist(), int(words[2 * longest]))
+        with np.errstate(invalid="ignore"):  # of two infinities
+            margins = (best - second).tolist()
+        return Choices(words[:count].tolist(), margins, int(words[2 * longest]))

@@ -14,6 +14,7 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from quasar_core.kernels.base import RoundedRows
 from quasar_core.models.attention import FOLDED_TOKENS, Sight, attend
+from quasar_core.models.choices import NO_TOKEN
 from quasar_core.models.decoder import Linear
 from quasar_core.models.mailbox import Found
 
@@ -79,7 +80,7 @@ class Steps(Protocol):
         ...
 
     def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, found: Found) -> None:
-        """The greedy choice of each row of logits [T, V], the first of equals, and how many of the `drafted` [1]
+        """The best token of each row of logits [T, V], as `models/choices.py` has it, and how many of the `drafted` [1]
         tokens behind the first of tokens [T] they confirm, into `found`.
         """
         ...
@@ -159,8 +160,8 @@ class TorchSteps:
 
     def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, found: Found) -> None:
         """See `Steps`."""
-        torch.argmax(logits, dim=-1, out=found.tokens)
         best = logits.topk(2, dim=-1).values
+        found.tokens.copy_(torch.where(best[:, 0].isfinite(), logits.argmax(dim=-1), NO_TOKEN))
         found.best.copy_(best[:, 0])
         found.second.copy_(best[:, 1])
         place = torch.arange(len(tokens) - 1, device=tokens.device)

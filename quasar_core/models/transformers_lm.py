@@ -13,14 +13,15 @@ from quasar_core.errors import QuasarError
 from quasar_core.foreign import foreign_errors
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
+from quasar_core.models.base import CausalLM
 from quasar_core.models.experts import module_name, separate_experts
 from quasar_core.models.kv_cache import PreallocatedCache
 from quasar_core.models.skeleton import Weights, build_skeleton, clone_structure, read_model_config
 from quasar_core.records import Progress, no_progress
 
 
-class TransformersLM:
-    """Implements `models.base.CausalLM` over a transformers model in evaluation mode."""
+class TransformersLM(CausalLM):
+    """A transformers model in evaluation mode."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()

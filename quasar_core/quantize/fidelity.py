@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from quasar_core.models.base import CausalLM, KVCache
+from quasar_core.models.choices import refuse_odd_logits
 from quasar_core.quantize.heap import return_freed_memory
 from quasar_core.quantize.token_kinds import KINDS
 from quasar_core.records import FidelityReport, FidelitySlice, KernelPrice, MarginTable, Progress, no_progress
@@ -69,7 +70,12 @@ class Tally:
     verifier_nll: float = 0.0
 
     def add(self, target: torch.Tensor, verifier: torch.Tensor, tokens: torch.Tensor, first: int) -> None:
-        """Logits [T, V] of both at positions that precede `tokens` [T], the first of which is at position `first`."""
+        """Logits [T, V] of both at positions that precede `tokens` [T], the first of which is at position `first`.
+
+        Raises QuasarError where they are not numbers.
+        """
+        refuse_odd_logits(target)
+        refuse_odd_logits(verifier)
         self.kl.append(kl_divergence(target, verifier).cpu())
         self.overlap.append(overlap(target, verifier).cpu())
         self.agreed.append((target.argmax(dim=-1) == verifier.argmax(dim=-1)).cpu())

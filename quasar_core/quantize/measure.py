@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.linear import PackedLinear
+from quasar_core.models.base import CausalLM
 from quasar_core.quantize.activations import Activations, blocks_replaced_by, capture_first_inputs, embedding_device
 from quasar_core.quantize.blocks import find_blocks
 from quasar_core.quantize.calibration import GREEDY_FROM, Calibration, calibration_name, encode, read_documents
@@ -24,8 +25,8 @@ KERNEL_ROWS = 4
 TEXT_LENGTH, TEXT_ROWS = 512, 64  # of a user's text
 
 
-class RowsRead:
-    """Implements `models.base.CausalLM` for passes over whole rows that the model has read."""
+class RowsRead(CausalLM):
+    """Runs passes over whole rows that the model has read."""
 
     def __init__(self, ends: PreTrainedModel, texts: Sequence[tuple[torch.Tensor, Activations]]) -> None:
         self._ends = ends

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quasar_core.models.choices import refuse_odd_logits
 from quasar_core.models.kv_cache import PreallocatedCache
 from quasar_core.quantize.heap import return_freed_memory
 from quasar_core.quantize.text_log import TextLog
@@ -75,6 +76,7 @@ def write_self_text(
     """Token ids [rows, length] at temperature 1; with `greedy_from`, greedy from that position on.
 
     In the folder `kept` it is kept as it is written: a call after one that was interrupted goes on, to the same text.
+    Raises QuasarError where the model's logits are not numbers.
     """
     turns = turn_tokens(tokenizer)
     batches = []
@@ -158,6 +160,7 @@ def _write_batch(
         for tokens in written:
             logits = _next_logits(model, tokens, cache)
     while len(written) < length:
+        refuse_odd_logits(logits)
         if greedy_from is not None and len(written) >= greedy_from:
             chosen = logits.argmax(dim=-1)
         else:

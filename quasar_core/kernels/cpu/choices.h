@@ -10,8 +10,8 @@
 namespace quasar {
 
 struct Choice {
-    int64_t token;
-    float margin;  // not a number where a logit is not one
+    int64_t token;  // -1 where a logit is not a number, or the best of them is infinite
+    float margin;
 };
 
 // What a thread has seen of one row, lane by lane.
@@ -48,7 +48,7 @@ struct alignas(64) Best {
         const int token = _mm512_mask_reduce_min_epi32(winners, where);
         const __mmask16 winner = _mm512_mask_cmp_epi32_mask(winners, where, _mm512_set1_epi32(token), _MM_CMPINT_EQ);
         const float second = _mm512_reduce_max_ps(_mm512_mask_mov_ps(best, winner, next));
-        return {token, odd ? std::nanf("") : largest - second};
+        return {odd || std::isinf(largest) ? -1 : token, largest - second};
     }
 };
 

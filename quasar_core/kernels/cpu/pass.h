@@ -134,7 +134,7 @@ public:
     explicit Pass(const Model& model) : m(model), layers(model.layer, model.layer + model.layers) {}
 
     // tokens [T] at `position`; cos and sin [T, D]; states: of each layer, keys then values, [2, heads, capacity, D];
-    // logits [T, vocabulary]; of each row the best token and its margin.
+    // logits [T, vocabulary], or null where nobody reads them; of each row the best token and its margin.
     void run(const int64_t* tokens, int count, int position, const float* cos, const float* sin, void* const* states,
              int capacity, float* logits, int64_t* chosen, float* margins, int threads) {
         reserve(count, threads);
@@ -162,7 +162,7 @@ public:
             }
             enter_normed(m.head, m.norm, count, team);
             multiply(m.head, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
-                store(logits + size_t(t) * m.head.out + o, value, lanes);
+                if (logits) store(logits + size_t(t) * m.head.out + o, value, lanes);
                 seen[size_t(team.thread) * count + t].see(o, lanes, value);
             });
         }

@@ -33,8 +33,8 @@ Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-
     `attention_workspace(device, tokens, heads, head_size)`.
 `choices`
     `argmax_and_margin(logits [T, V], tokens [T] int64, best [T] float32, second [T] float32)`: the first greatest logit
-    of a row, and the next. `accept_greedy(choices, tokens [T], drafted, accepted [1])`, all int64: how many of the
-    `drafted` tokens behind the pass's first one the choices confirm.
+    of a row (−1 where it is not a finite number), and the next. `accept_greedy(choices, tokens [T], drafted,
+    accepted [1])`, all int64: how many of the `drafted` tokens behind the pass's first one the choices confirm.
 `weights`
     `prepare_packed(weight: QuantizedWeight, device) -> TritonWeight`: codes in the kernel's order.
 `overlap`

@@ -68,11 +68,12 @@ def _choice(
     """Rows whose token, greatest or second logit differs from PyTorch's."""
     logits = randn(6, vocabulary, device=device, dtype=dtype)
     spoil(logits)
-    tokens = torch.full((6,), -1, device=device)
+    tokens = torch.full((6,), -2, device=device)
     best, second = (poisoned(6, device=device, dtype=torch.float32) for _ in range(2))
     argmax_and_margin(logits, tokens, best, second)
     top = logits.float().topk(2, dim=-1).values
-    right = (tokens == logits.float().argmax(-1)) & _same(best, top[:, 0]) & _same(second, top[:, 1])
+    expected = torch.where(top[:, 0].isfinite(), logits.float().argmax(-1), -1)
+    right = (tokens == expected) & _same(best, top[:, 0]) & _same(second, top[:, 1])
     return float((~right).sum()), 0.0
 
 

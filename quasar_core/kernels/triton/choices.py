@@ -13,7 +13,8 @@ _NONE = tl.constexpr(2147483647)  # no index
 def argmax_and_margin(logits: torch.Tensor, tokens: torch.Tensor, best: torch.Tensor, second: torch.Tensor) -> None:
     """logits [T, V] → tokens int64 [T], and the greatest and second greatest logits float32 [T].
 
-    Among equals the first wins, and NaN is greater than all, as `torch.argmax` and `torch.topk` have it.
+    Among equals the first wins, and NaN is greater than all, as `torch.argmax` and `torch.topk` have it. The token is
+    −1 where the greatest is not a finite number.
     """
     count, vocabulary = logits.shape
     blocks = triton.cdiv(vocabulary, _BLOCK)
@@ -84,7 +85,8 @@ def _merge_kernel(
     # What is left: the best of the other blocks, and the second of the block that held the greatest.
     left = tl.where(index == chosen, seconds, bests)
     second, _ = _first_greatest(left, block, known)
-    tl.store(tokens_ptr + row, chosen.to(tl.int64))
+    token = tl.where(tl.abs(best) < float("inf"), chosen, -1)  # of NaN the comparison is false too
+    tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(best_ptr + row, best)
     tl.store(second_ptr + row, second)
 
