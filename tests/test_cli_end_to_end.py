@@ -107,7 +107,6 @@ def test_costs_are_remembered_until_doctor_measures_again(place: Path, capsys: p
 def test_a_hub_model_is_quantized_into_the_home(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
     with HubServer({"Qwen/Qwen-tiny": place / "tiny"}) as hub:
         use_hub(monkeypatch, hub, tmp_path / "cache")
         assert run([*QUANTIZE, "Qwen-tiny", "--json"]) == 0

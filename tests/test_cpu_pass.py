@@ -1,7 +1,6 @@
 """The C++ pass computes what the plain pass computes, and a token's logits whatever passes beside it."""
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ from tiny_models import make_pair
 
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
-from quasar_core.kernels import cpu_library
 from quasar_core.models import fast_pass
 from quasar_core.models.base import choices_left
 from quasar_core.models.decoder import LeanDecoder
@@ -33,17 +31,7 @@ from quasar_core.models.loading import attach_verifier, load_target
 BF16 = torch.bfloat16
 SPLITS = ([1], [2], [12, 1, 4, 8], [33, 12])
 
-pytestmark = pytest.mark.skipif(
-    cpu_library.why_not_here() is not None, reason=f"the C++ pass: {cpu_library.why_not_here()}"
-)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Any change of the number of threads ends with the test."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("cpp_pass")
 
 
 def fast(decoder: LeanDecoder) -> LeanDecoder:
@@ -96,7 +84,7 @@ def test_a_verifier_that_was_unpacked_equals_its_plain_pass(tmp_path: Path) -> N
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 @pytest.mark.parametrize("kind", ["target", "verifier"])
 def test_logits_do_not_depend_on_the_pass_or_on_the_threads(
-    tmp_path: Path, threads: None, kind: str, dtype: torch.dtype
+    tmp_path: Path, kind: str, dtype: torch.dtype
 ) -> None:
     decoder = tiny_target(tmp_path, "qwen3, listed windows, biases", dtype)
     if kind == "verifier":
@@ -132,7 +120,7 @@ def test_dynamic_rope_before_and_beyond_its_threshold(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 7, 40])
-def test_what_it_chose_is_the_best_of_each_row(tmp_path: Path, threads: None, count: int) -> None:
+def test_what_it_chose_is_the_best_of_each_row(tmp_path: Path, count: int) -> None:
     decoder = fast(tiny_target(tmp_path, "qwen3"))
     decoder.layers[-1].down.weight.zero_()  # type: ignore[attr-defined]
     head = decoder.head.weight  # type: ignore[attr-defined]

@@ -37,9 +37,8 @@ class StandInKernel:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Measured]:
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Measured]:
     """Make kernels of these names take these microseconds at 4 rows; returns what is measured, in order."""
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
     times._opened.cache_clear()
 
     def kernels(refused: str = "", **microseconds: float) -> Measured:

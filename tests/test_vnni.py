@@ -2,7 +2,7 @@
 
 import ctypes
 import stat
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,7 @@ from quasar_core.kernels.select import select_kernel
 CPU = torch.device("cpu")
 KERNEL = vnni.VnniKernel()
 COMMON = LayerShape(256, 64, bits=4, group_size=64, trivial_groups=True)
-OBSTACLE = KERNEL.why_not(COMMON, CPU, torch.float32)
-usable = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
+usable = pytest.mark.usefixtures("cpp_pass")
 DTYPES = [torch.float32, torch.bfloat16]
 # in, out: one block of outputs, several, a part of one; steps of 16, 32, 64 and 128 inputs; short last groups.
 SIZES = [(128, 16), (256, 48), (384, 80), (160, 32), (96, 96), (32, 128), (48, 33), (1024, 72)]
@@ -95,14 +94,10 @@ def test_threads_change_nothing() -> None:
     weight = make_weight(4, 256, 200, 128)
     prepared = KERNEL.prepare(weight, CPU, torch.float32)
     x = torch.randn(9, 256, generator=torch.Generator().manual_seed(6))
-    before = torch.get_num_threads()
-    try:
-        products = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            products.append(KERNEL.multiply(x, prepared))
-    finally:
-        torch.set_num_threads(before)
+    products = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        products.append(KERNEL.multiply(x, prepared))
     assert torch.equal(products[0], products[1])
     assert torch.equal(products[0], products[2])
 
@@ -163,14 +158,14 @@ def test_what_it_does_not_run(shape: LayerShape, device: str, dtype: torch.dtype
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home without libraries, and nothing remembered of this machine."""
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
-    for remembered in (cpu_library.why_not_here, cpu_library.library):
-        remembered.cache_clear()
-    yield tmp_path
-    for remembered in (cpu_library.why_not_here, cpu_library.library):
-        remembered.cache_clear()
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing is known of this machine yet; afterwards all that was known is."""
+    library, why_not_here = (cache(known.__wrapped__) for known in (cpu_library.library, cpu_library.why_not_here))
+    for module in (cpu_library, vnni):
+        monkeypatch.setattr(module, "library", library)
+        monkeypatch.setattr(module, "why_not_here", why_not_here)
+    monkeypatch.delenv(cpu_library.SWITCH, raising=False)
+    return tmp_path
 
 
 def pretend_compiler(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
