@@ -13,6 +13,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in processes that tests start
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # processes that tests start run this checkout, anywhere
 os.environ["QUASAR_HOME"] = os.path.join(os.devnull, "home")  # nothing can be written while tests are collected
 FLUSHES = os.environ.get("QUASAR_TEST_DENORMALS") == "flush"
 
@@ -36,6 +37,7 @@ def _session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home of its own, `home` in the test's folder, which is not there yet; threads, seeds and denormals."""
+    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
     random.seed(0)
     if find_spec("torch"):
         import torch

@@ -14,7 +14,7 @@ from quasar_core.quantize.gptq import SolverConfig, solve_group
 from quasar_core.quantize.plan import SOLVER_RESERVE, Shape, solver_bytes
 
 # Inputs, and outputs of the layers that share them.
-SMALL = [(3072, (64,)), (1024, (1280, 256)), (1536, (512,))]
+SMALL = [(3072, (64,)), (1024, (1024, 64)), (1536, (512,))]
 LARGE = [(4096, (64,)), (1024, (8192, 8192))]
 
 

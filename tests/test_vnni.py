@@ -12,7 +12,7 @@ from test_packing import make_weight
 
 from quasar_core.errors import QuasarError
 from quasar_core.kernels import compile as compiling
-from quasar_core.kernels import cpu_library, vnni
+from quasar_core.kernels import cpu_library, select, vnni
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.select import select_kernel
 
@@ -178,9 +178,18 @@ def pretend_compiler(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_processor_without_vnni(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_library, "processor_flags", lambda: frozenset({"avx2", "avx512f"}))
+    monkeypatch.setattr(select, "PACKED_KERNELS", (KERNEL,))
     choice = select_kernel(COMMON, CPU, torch.bfloat16)
-    assert choice.kernel.name == "torch-int4-cpu"
-    assert choice.reason == "not vnni: it needs a processor with AVX-512 VNNI, and Linux"
+    assert choice.kernel.name == "dense"
+    assert choice.reason.startswith("not vnni: it needs a processor with AVX-512 VNNI, and Linux")
+    assert not (fresh / "home").exists()
+
+
+def test_it_is_switched_off_by_a_variable(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so are whole passes, which are in the same library; nothing is compiled."""
+    monkeypatch.setenv("QUASAR_CPU_PASS", "0")
+    assert KERNEL.why_not(COMMON, CPU, torch.float32) == "QUASAR_CPU_PASS is 0"
+    assert cpu_library.why_not_here() == "QUASAR_CPU_PASS is 0"
     assert not (fresh / "home").exists()
 
 
