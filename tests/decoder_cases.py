@@ -1,6 +1,7 @@
 """Tiny random models of every architecture that the lean decoder runs, and how its tests pass a text through them."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,13 @@ def save_model(folder: Path, name: str, options: dict[str, Any]) -> Any:
     return model
 
 
-def random_tokens(count: int = LENGTH) -> list[int]:
-    return torch.randint(3, 96, (count,), generator=torch.Generator().manual_seed(1)).tolist()
+def random_tokens(count: int = LENGTH, seed: int = 1) -> list[int]:
+    return torch.randint(3, 96, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def random_prompts(count: int, repeats: int = 1) -> Iterator[list[int]]:
+    """One after the other."""
+    return (random_tokens(count, seed) * repeats for seed in itertools.count(1))
 
 
 @torch.inference_mode()

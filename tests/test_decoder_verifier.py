@@ -15,9 +15,11 @@ from decoder_cases import (
     assert_close,
     assert_close_but_for_steps,
     in_passes,
+    random_prompts,
     random_tokens,
     save_model,
 )
+from near_ties import clear_prompt
 from safetensors.torch import load_file, save_file
 from tiny_models import make_pair
 
@@ -124,7 +126,7 @@ def test_target_and_verifier_share_a_cache(tmp_path: Path) -> None:
 def test_greedy_text_is_that_of_transformers(tmp_path: Path, name: str, verify: Any) -> None:
     model = save_model(tmp_path / "target", *CASES[name])
     checkpoint = quantize_layers(tmp_path / "target", tmp_path / "verifier", lambda name: 4)
-    prompt = random_tokens(20)
+    prompt = clear_prompt(model, random_prompts(20), ANSWER)
     options = {"do_sample": False, "max_new_tokens": ANSWER, "eos_token_id": None}
     expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 20), **options)[0, 20:].tolist()
     target = load_target(tmp_path / "target", CPU, FLOAT)
