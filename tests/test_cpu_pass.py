@@ -84,9 +84,7 @@ def test_a_verifier_that_was_unpacked_equals_its_plain_pass(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 @pytest.mark.parametrize("kind", ["target", "verifier"])
-def test_logits_do_not_depend_on_the_pass_or_on_the_threads(
-    tmp_path: Path, kind: str, dtype: torch.dtype
-) -> None:
+def test_logits_do_not_depend_on_the_pass_or_on_the_threads(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     decoder = tiny_target(tmp_path, "qwen3, listed windows, biases", dtype)
     if kind == "verifier":
         decoder = tiny_verifier(tmp_path, decoder)

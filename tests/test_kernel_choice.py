@@ -268,9 +268,7 @@ def test_random_codes_fill_their_bits() -> None:
     assert weight.dequantize().shape == (40, 96)
 
 
-def test_a_real_kernel_is_measured_and_its_times_are_read_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_real_kernel_is_measured_and_its_times_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that goes on by a microsecond whenever it is read."""
     StandInClock(monkeypatch, step=1e-6)
     shape = LayerShape(256, 256, 4, 128, True)

@@ -2,6 +2,7 @@
 
 import ctypes
 import stat
+import statistics
 from functools import cache
 from pathlib import Path
 
@@ -50,10 +51,13 @@ def test_products_of_1_to_17_rows(bits: int, group_size: int, dtype: torch.dtype
 @usable
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_error_on_a_common_layer_is_what_the_docstring_says(bits: int) -> None:
-    weight = symmetric(make_weight(bits, 1024, 512, 128))
-    x = torch.randn(16, 1024, generator=torch.Generator().manual_seed(2))
-    error = relative_error(KERNEL.multiply(x, KERNEL.prepare(weight, CPU, x.dtype)), x @ weight.dequantize().t())
-    assert 0.004 < error < 0.008
+    errors = []
+    for seed in range(5):
+        weight = symmetric(make_weight(bits, 1024, 512, 128, seed))
+        x = torch.randn(16, 1024, generator=torch.Generator().manual_seed(seed))
+        exact = x.double() @ weight.dequantize().double().t()
+        errors.append(relative_error(KERNEL.multiply(x, KERNEL.prepare(weight, CPU, x.dtype)), exact))
+    assert statistics.mean(errors) < 0.008
 
 
 @usable
