@@ -16,15 +16,52 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-QUICK = "factor gptq refine grid cpu_solver kernels products decoder decoder_verifier engine_exactness kept".split()
-COMPUTING = (
-    QUICK
-    + (
-        "acceptance asymmetric bench_peers cpu_pass cuda_pass eight_bit_solver engine_distribution fidelity generator grow int8 "
-        "kernel_choice layerwise mixed policies quantize_inputs quantize_moe quantize_plan quantize_resume quantize_run "
-        "rollback rope sampling self_text sensitivity smoothing solver_memory streaming study verifiers vnni"
-    ).split()
-)
+QUICK = [
+    "factor",
+    "gptq",
+    "refine",
+    "grid",
+    "cpu_solver",
+    "kernels",
+    "products",
+    "decoder",
+    "decoder_verifier",
+    "engine_exactness",
+    "kept",
+]
+COMPUTING = QUICK + [
+    "acceptance",
+    "asymmetric",
+    "bench_peers",
+    "cpu_pass",
+    "cuda_pass",
+    "eight_bit_solver",
+    "engine_distribution",
+    "fidelity",
+    "generator",
+    "grow",
+    "int8",
+    "kernel_choice",
+    "layerwise",
+    "mixed",
+    "policies",
+    "quantize_inputs",
+    "quantize_moe",
+    "quantize_plan",
+    "quantize_resume",
+    "quantize_run",
+    "rollback",
+    "rope",
+    "sampling",
+    "self_text",
+    "sensitivity",
+    "smoothing",
+    "solver_memory",
+    "streaming",
+    "study",
+    "verifiers",
+    "vnni",
+]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from quasar_core.quantize.grid import Grid, fit_grid, round_to_nearest
 from quasar_core.quantize.hessian import HessianAccumulator
 from quasar_core.quantize.lattice import Lattice
 
-
 pytestmark = pytest.mark.usefixtures("solver")
 SEEDS = range(5)
 

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from quasar_core.quantize.grid import SMALLEST_SCALE, Grid, fit_grid
 
-
 pytestmark = pytest.mark.usefixtures("solver")
 
 

@@ -10,7 +10,6 @@ from quasar_core.quantize.grid import fit_grid
 from quasar_core.quantize.lattice import Lattice
 from quasar_core.quantize.refine import Rounded, descend, fit_scales, refine, slope
 
-
 pytestmark = pytest.mark.usefixtures("solver")
 
 
