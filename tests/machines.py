@@ -16,52 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-QUICK = [
-    "factor",
-    "gptq",
-    "refine",
-    "grid",
-    "cpu_solver",
-    "kernels",
-    "products",
-    "decoder",
-    "decoder_verifier",
-    "engine_exactness",
-    "kept",
-]
-COMPUTING = QUICK + [
-    "acceptance",
-    "asymmetric",
-    "bench_peers",
-    "cpu_pass",
-    "cuda_pass",
-    "eight_bit_solver",
-    "engine_distribution",
-    "fidelity",
-    "generator",
-    "grow",
-    "int8",
-    "kernel_choice",
-    "layerwise",
-    "mixed",
-    "policies",
-    "quantize_inputs",
-    "quantize_moe",
-    "quantize_plan",
-    "quantize_resume",
-    "quantize_run",
-    "rollback",
-    "rope",
-    "sampling",
-    "self_text",
-    "sensitivity",
-    "smoothing",
-    "solver_memory",
-    "streaming",
-    "study",
-    "verifiers",
-    "vnni",
-]
+QUICK = ["factor", "gptq", "refine", "grid", "cpu_solver", "kernels", "products"]
+QUICK += ["decoder", "decoder_verifier", "engine_exactness", "kept"]
+OTHERS = ("bench", "demo_corpus", "gpu", "cuda_triton", "triton", "marlin")  # tables, texts, and kernels of GPUs
+
+
+def computing() -> list[str]:
+    """The files of tests that import PyTorch, but those whose names begin otherwise."""
+    found = [path for path in sorted(TESTS.glob("test_*.py")) if "\nimport torch\n" in path.read_text()]
+    names = [path.stem.removeprefix("test_") for path in found]
+    return [name for name in names if not name.startswith(OTHERS)]
 
 
 @dataclass(frozen=True)
@@ -125,7 +89,7 @@ def main() -> int:
     extent.add_argument("--all", action="store_true", help="every test")
     parser.add_argument("machines", nargs="*", metavar="MACHINE", help=", ".join(m.name for m in MACHINES))
     arguments = parser.parse_args()
-    names = [] if arguments.all else QUICK if arguments.quick else COMPUTING
+    names = [] if arguments.all else QUICK if arguments.quick else computing()
     chosen = [m for m in MACHINES if m.name in arguments.machines or not arguments.machines]
     failed: list[Run] = []
     print("| machine              |  passed | skipped |  failed |  errors |     s |", flush=True)
