@@ -9,11 +9,11 @@ AUTOGPTQ_STAMP := .venv-autogptq/.setup-stamp
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize check fmt interop gpu-bench clean
+.PHONY: help demo test test-slow test-here test-gpu test-machines sanitize check fmt interop gpu-bench clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do \
-		printf '%-10s %s\n' "$$name" "$$what"; done
+		printf '%-13s %s\n' "$$name" "$$what"; done
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -44,6 +44,18 @@ test: $(STAMP)  ## the tests
 
 sanitize: $(STAMP)  ## the C++ under the address and undefined-behaviour sanitizers, and its tests
 	$(BIN)/python tests/sanitized.py
+
+test-slow: $(STAMP)  ## property tests with many examples, and long runs
+	$(BIN)/python -m pytest -m slow
+
+test-here: $(STAMP)  ## what depends on this machine: times, memory, kills at random moments; on a quiet machine
+	$(BIN)/python -m pytest -m machine
+
+test-gpu: $(STAMP)  ## kernels on a GPU
+	$(BIN)/python -m pytest -m gpu
+
+test-machines: $(STAMP)  ## the tests as other machines run them: instruction sets, threads, denormals, no compiler
+	$(BIN)/python tests/machines.py $(ARGS)
 
 check: $(STAMP)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Fixtures of the command line's tests: a home of their own, loading and quantizing replaced by stand-ins."""
+"""Fixtures of the command line's tests: an empty folder, loading and quantizing replaced by stand-ins."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +12,7 @@ from quasar_core.records import QuantizeReport
 
 @pytest.fixture
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fresh QUASAR_HOME, an empty working folder, no colours."""
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
+    """An empty working folder, no colours."""
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.chdir(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of quantizing: a tiny model, short texts, a home of their own."""
+"""Fixtures of the tests of quantizing: a tiny model, short texts."""
 
 from pathlib import Path
 
@@ -9,9 +9,8 @@ from quasar_core.quantize import calibration
 
 
 @pytest.fixture
-def small_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A home of its own, few and short rows of held-out and greedy text."""
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
+def small_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few and short rows of held-out and greedy text."""
     monkeypatch.setattr(calibration, "HELD_OUT_ROWS", 3)
     monkeypatch.setattr(calibration, "GREEDY_LENGTH", 40)
 

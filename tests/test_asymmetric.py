@@ -130,6 +130,7 @@ def output_error(model: PreTrainedModel, commits: Path, reference: bool) -> floa
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_blocks_come_closer_to_the_full_precision_model(name: str, tmp_path: Path) -> None:
+    """Random models have 0.75 to 0.85 of the error left."""
     model = random_model(name).model
     assert output_error(model, tmp_path / "with", True) < 0.97 * output_error(model, tmp_path / "without", False)
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from decoder_cases import CASES, CPU, FLOAT, random_tokens, save_model
+from decoder_cases import CASES, CPU, FLOAT, random_prompts, random_tokens, save_model
+from near_ties import clear_prompt
 from tiny_models import make_pair
 
 from quasar_core.bench.peers import TransformersPeer
@@ -15,15 +16,20 @@ from quasar_core.models.pair import Pair
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Pair:
-    save_model(tmp_path, *CASES["qwen3"])
+def prompt(tmp_path: Path) -> list[int]:
+    """One after which the best token always leads clearly."""
+    model = save_model(tmp_path, *CASES["qwen3"])
+    return clear_prompt(model, random_prompts(8, repeats=3), 40)
+
+
+@pytest.fixture
+def pair(tmp_path: Path, prompt: list[int]) -> Pair:
     return make_pair(load_target(tmp_path, CPU, FLOAT), target_folder=tmp_path)
 
 
 @pytest.mark.parametrize("draft", ["none", "ngram"])
-def test_greedy_text_is_ours(pair: Pair, draft: str) -> None:
+def test_greedy_text_is_ours(pair: Pair, prompt: list[int], draft: str) -> None:
     config = GenerationConfig(40, "full", draft, ignore_eos=True)  # type: ignore[arg-type]
-    prompt = random_tokens(8) * 3
     pieces: list[str] = []
     ours = Generator(pair, config).generate(prompt)
     theirs = TransformersPeer(pair, config).generate(prompt, pieces.append)
@@ -46,12 +52,12 @@ def test_the_seed_decides_sampled_text(pair: Pair) -> None:
     assert first == again != peer.generate(random_tokens(8), request=Request(20, seed=4)).token_ids
 
 
-def test_the_end_of_text_ends_an_answer(pair: Pair) -> None:
+def test_the_end_of_text_ends_an_answer(pair: Pair, prompt: list[int]) -> None:
     config = GenerationConfig(40, "full", "none")
-    token = Generator(pair, config).generate(random_tokens(8)).token_ids[5]
+    token = Generator(pair, config).generate(prompt).token_ids[5]
     pair.eos_ids = frozenset({token})
-    ours = Generator(pair, config).generate(random_tokens(8))
-    theirs = TransformersPeer(pair, config).generate(random_tokens(8))
+    ours = Generator(pair, config).generate(prompt)
+    theirs = TransformersPeer(pair, config).generate(prompt)
     assert (theirs.token_ids, theirs.finish_reason) == (ours.token_ids, "eos")
 
 

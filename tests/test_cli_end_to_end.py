@@ -1,8 +1,8 @@
 """Quantize once, generate, chat, inspect, remove: the real commands on a tiny random model, and what they refuse."""
 
+import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,14 @@ from tiny_model import save_tiny_model
 
 from quasar_cli.main import run
 from quasar_core import store
+from quasar_core.decode import cost_records
+from quasar_core.decode.costs import PassCost
 
 QUANTIZE = ["quantize", "--group-size", "32", "--samples", "4", "--seq-len", "32"]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model `tiny`, its verifier, another model `other`, and the home that knows the pair."""
     folder = tmp_path_factory.mktemp("place")
     save_tiny_model(folder / "tiny", seed=0)
@@ -26,7 +28,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("QUASAR_HOME", str(folder / "home"))
         patch.chdir(folder)
         assert run([*QUANTIZE, "tiny"]) == 0
-        yield folder
+    return folder
+
+
+@pytest.fixture
+def place(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That folder as the working folder, and its home."""
+    monkeypatch.setenv("QUASAR_HOME", str(made / "home"))
+    monkeypatch.chdir(made)
+    return made
 
 
 def test_quantize_writes_beside_the_target_and_makes_the_pair_current(place: Path) -> None:
@@ -90,11 +100,16 @@ def test_inspect_the_current_pair(place: Path, capsys: pytest.CaptureFixture[str
     assert document["bits_per_weight"] == pytest.approx(document["report"]["bits_per_weight"], abs=0.001)
 
 
-def test_costs_are_remembered_until_doctor_measures_again(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_costs_are_remembered_until_doctor_measures_again(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The n-th measurement finds a pass to take n seconds, whatever it takes here."""
+    counted = itertools.count(1)
+    monkeypatch.setattr(cost_records, "measure_pass", lambda pair, model: PassCost((1, 33), (next(counted), 99.0)))
     assert run(["doctor", "--remeasure", "--json"]) == 0
     speed = json.loads(capsys.readouterr().out)["speed"]
     assert [verifier["name"] for verifier in speed["verifiers"]] == ["tiny-gptq-4bit-g32", "8 bits, not made yet"]
-    assert all(min(figures["ms"]) > 0 for figures in (speed["target"], speed["verifiers"][0]["passes"]))
+    assert {speed["target"]["ms"][0], speed["verifiers"][0]["passes"]["ms"][0]} == {1000.0, 2000.0}
     kept = {path: path.read_text() for path in (place / "home" / "costs").glob("*.json")}
     assert run(["generate", "--prompt", "abc", "--raw", "-n", "2", "-v"]) == 0
     shown = capsys.readouterr().err

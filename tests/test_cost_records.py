@@ -15,9 +15,8 @@ from quasar_core.errors import QuasarError
 
 
 @pytest.fixture
-def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A home of its own, and measuring replaced by figures: the n-th measurement gives a cost of n seconds."""
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Measuring replaced by figures: the n-th measurement gives a cost of n seconds."""
     models: list[Any] = []
 
     def measure(pair: Any, model: Any) -> PassCost:

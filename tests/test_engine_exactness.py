@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from near_ties import clear_prompt
 from tiny_models import (
     ARCHITECTURES,
     DRAFTERS,
@@ -135,7 +136,8 @@ def test_quantized_is_the_verifiers_text_after_the_targets_prompt() -> None:
 def test_the_demo_model_writes_what_transformers_writes() -> None:
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
     tokenizer = load_tokenizer(DEMO)
-    prompt = list(tokenizer("def read_lines(path):\n    ")["input_ids"])
+    texts = [f"def read_{what}(path):\n    " for what in ("lines", "words", "numbers", "names", "json", "keys")]
+    prompt = clear_prompt(model, (tokenizer(text)["input_ids"] for text in texts), COUNT)
     output = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),

@@ -55,7 +55,20 @@ def test_an_input_that_is_always_zero_counts_as_one_of_mean_size() -> None:
     torch.testing.assert_close(nothing.apply_(torch.eye(2)), torch.eye(2))
 
 
-@pytest.mark.parametrize("hessian", [[[1.0, 1e6], [1e6, 1.0]], [[-1.0, 0.0], [0.0, -1.0]], [[1e-45, 0], [0, 1.0]]])
-def test_a_hessian_without_a_factor_fails_in_one_sentence(hessian: list[list[float]]) -> None:
+WITHOUT_A_FACTOR = {
+    "eigenvalue -999999": [[1.0, 1e6], [1e6, 1.0]],
+    "negative": [[-1.0, 0.0], [0.0, -1.0]],
+    "denormal": [[1e-45, 0], [0, 1.0]],
+    "denormal pivot": [[1.2e-38, 1.19e-38], [1.19e-38, 1.2e-38]],
+}
+
+
+@pytest.mark.parametrize("flushed", [False, True], ids=["denormals", "denormals flushed"])
+@pytest.mark.parametrize("hessian", WITHOUT_A_FACTOR.values(), ids=WITHOUT_A_FACTOR)
+def test_a_hessian_without_a_factor_fails_in_one_sentence(hessian: list[list[float]], flushed: bool) -> None:
+    """Of a denormal the pivot, 1 ÷ 1e-45, is beyond float32; where denormals are flushed, it is a zero."""
+    torch.set_flush_denormal(False)
+    matrix = torch.tensor(hessian)
+    torch.set_flush_denormal(flushed)
     with pytest.raises(QuasarError, match=r"Hessian of up_proj has no Cholesky factor even with damping 0: use more"):
-        inverse_factor(torch.tensor(hessian), torch.arange(2), 0.0, "up_proj")
+        inverse_factor(matrix, torch.arange(2), 0.0, "up_proj")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from near_ties import assert_same_but_for_ties
 from tiny_models import (
     CONTEXT,
     DRAFTERS,
@@ -108,7 +109,7 @@ def test_a_conversation_that_reuses_the_cache_reads_as_without_it(verify: str, v
     other = [*longer[:14], 2, 7]
     for prompt in (longer, other, longer, PROMPT):
         again, fresh = kept.generate(prompt), Generator(pair, config).generate(prompt)
-        assert again.token_ids == fresh.token_ids
+        assert_same_but_for_ties(pair.target.model, [*prompt, *again.token_ids], [*prompt, *fresh.token_ids])
         assert again.stats.cached_tokens > 0
         assert again.stats.prompt_tokens == len(prompt)
     kept.reset()

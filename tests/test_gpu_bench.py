@@ -37,7 +37,6 @@ def new_report(folder: Path, seconds: float = 300.0) -> Report:
 
 @needs_demo
 def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(gpu_reference, "run_process", add_measured)  # in this process: it has torch already
     report = gpu_bench.run(PLAN, tmp_path / "out", 300.0)
     assert not report.failed, json.dumps(report.parts, indent=1)

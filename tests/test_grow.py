@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from decoder_cases import CPU, FLOAT, save_model
+from decoder_cases import CPU, FLOAT, random_prompts, save_model
+from near_ties import clear_prompt
 from transformers import AutoModelForCausalLM
 
 from quasar_core.checkpoint.reader import TensorFiles
@@ -55,13 +56,10 @@ def test_a_grown_model_computes_the_small_ones_function(name: str, source: Path,
 
 def test_transformers_reads_it_and_agrees(source: Path, tmp_path: Path) -> None:
     growing.grow(source, {**SMALL, **TARGETS["larger groups, untied"]}, tmp_path / "grown", dtype=FLOAT)
-    prompt = torch.tensor([[5, 17, 60, 8]])
-    texts = [
-        AutoModelForCausalLM.from_pretrained(folder, dtype=FLOAT).generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24
-        )
-        for folder in (source, tmp_path / "grown")
-    ]
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=FLOAT) for folder in (source, tmp_path / "grown")]
+    prompt = torch.tensor([clear_prompt(models[0], random_prompts(4), 24)])
+    options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": 24}
+    texts = [model.generate(prompt, eos_token_id=None, **options) for model in models]
     assert texts[0].tolist() == texts[1].tolist()
 
 
@@ -100,7 +98,9 @@ def test_the_demo_model_at_the_heads_and_width_of_qwen3(tmp_path: Path) -> None:
     assert_same_function(tmp_path / "grown", growing.DEMO, list(range(100, 164)), 1e-4)
     assert (tmp_path / "grown" / "tokenizer.json").exists()
     small, large = (load_target(folder, CPU, FLOAT) for folder in (growing.DEMO, tmp_path / "grown"))
-    assert greedy(small, [300, 301, 302], 32) == greedy(large, [300, 301, 302], 32)
+    model = AutoModelForCausalLM.from_pretrained(growing.DEMO, dtype=FLOAT)
+    prompt = clear_prompt(model, ([300 + n, 301 + n, 302 + n] for n in range(100)), 32)
+    assert greedy(small, prompt, 32) == greedy(large, prompt, 32)
 
 
 def greedy(model: Any, tokens: list[int], count: int) -> list[int]:

@@ -19,7 +19,6 @@ from quasar_core.store import push_folder, record_pair, resolve_model
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     with HubServer(uploads=tmp_path / "uploads") as server:
         use_hub(monkeypatch, server, tmp_path / "cache")
-        monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
         log_in(monkeypatch)
         yield server
 

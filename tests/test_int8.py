@@ -41,7 +41,7 @@ def test_an_integer_product_is_exact_but_for_the_rounded_rows(
     tolerance = 1e-6 if dtype == torch.float32 else 4e-3
     assert (y.double() - expected).norm() < tolerance * expected.norm()
     whole = x.double() @ weight.dequantize().double().t()
-    assert 1e-4 < (y.double() - whole).norm() / whole.norm() < 0.03
+    assert (y.double() - whole).norm() / whole.norm() < 0.03
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
@@ -88,7 +88,7 @@ def test_a_floating_point_product(dtype: torch.dtype) -> None:
     error = (layer(x).double() - expected).norm() / expected.norm()
     assert error < (1e-6 if dtype == torch.float32 else 4e-3)
     whole = x.double() @ weight.dequantize().double().t()
-    assert 1e-3 < (expected - whole).norm() / whole.norm() < 0.05
+    assert (expected - whole).norm() / whole.norm() < 2**-4, "half a step of three bits behind the point"
 
 
 def test_floating_point_weights_are_unpacked_where_no_unit_has_them() -> None:

@@ -13,7 +13,7 @@ from quasar_core.kernels.select import KERNELS, select_kernel
 from quasar_core.kernels.triton import kernel as triton_kernel
 
 CPU = torch.device("cpu")
-DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 # Relative error of a product, by dtype: a bfloat16 has 8 bits, and so has a scale or a zero that is rounded to it.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 # These round their input to 8 bits: test_vnni.py and test_int8.py hold them to what that costs.
@@ -50,16 +50,16 @@ def check(kernel: Kernel, weight: QuantizedWeight, device: torch.device, dtype: 
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("kernel", PRECISE, ids=PRECISE_NAMES)
-def test_products(kernel: Kernel, bits: int, group_size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("on", DEVICES)
+def test_products(on: str, kernel: Kernel, bits: int, group_size: int, dtype: torch.dtype) -> None:
     """Symmetric and not, on sizes that are no powers of two and whose last group may be short."""
-    checked = 0
-    for device in DEVICES:
-        for in_features, out_features in SIZES:
-            weight = make_weight(bits, in_features, out_features, group_size)
-            if kernel.why_not(LayerShape.of(weight), device, dtype) is None:
-                check(kernel, weight, device, dtype)
-                check(kernel, symmetric(weight), device, dtype)
-                checked += 1
+    checked, device = 0, torch.device(on)
+    for in_features, out_features in SIZES:
+        weight = make_weight(bits, in_features, out_features, group_size)
+        if kernel.why_not(LayerShape.of(weight), device, dtype) is None:
+            check(kernel, weight, device, dtype)
+            check(kernel, symmetric(weight), device, dtype)
+            checked += 1
     if not checked:
         pytest.skip(f"{kernel.name} runs no {bits}-bit layer in groups of {group_size} here")
 

@@ -12,7 +12,7 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode import cost_records
 from quasar_core.decode import costs as costs_module
 from quasar_core.decode.cost_records import pair_costs
-from quasar_core.decode.costs import PairCosts, PassCost, cost_from_samples, measure_pass
+from quasar_core.decode.costs import SIZES, PairCosts, PassCost, cost_from_samples, measure_pass
 from quasar_core.decode.draft_length import MAX_DRAFT, AdaptiveLength, FixedLength, best_length, expected_pass
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.rates import ALWAYS, pass_rate, plan_exact, predict_rates
@@ -49,11 +49,35 @@ class TestCosts:
         assert cost_from_samples(samples).seconds == tuple(true.values())
 
     def test_measuring_times_every_size_and_leaves_no_pass_behind(self) -> None:
+        cost, timed = self.measure({size: 1 + size / 16 for size in SIZES})
+        assert cost == PassCost(tuple(sorted(SIZES)), tuple(1 + size / 16 for size in sorted(SIZES)))
+        assert timed == [*SIZES] * 3
+
+    def measure(self, seconds: dict[int, float], limit: float = 1e9, **changes: Any) -> tuple[PassCost, list[int]]:
+        """Measure passes that take so many seconds by a clock of their own; the cost, and the sizes timed in turn."""
+        elapsed, timed = [0.0], list[int]()
+
+        def time_pass(model: Any, cache: Any, size: int) -> float:
+            assert cache.length == min(costs_module.CONTEXT, pair.max_context // 2), "a pass was left behind"
+            timed.append(size)
+            cache.tokens += [0] * size
+            elapsed[0] += seconds[size]
+            return seconds[size]
+
         model = TableModel(8, seed=0)
-        cost = measure_pass(make_pair(model), model, seconds=0.05)
-        assert cost.sizes == (1, 2, 4, 8, 9, 16, 17, 33)
-        assert list(cost.seconds) == sorted(cost.seconds)
-        assert min(cost.seconds) > 0
+        pair = make_pair(model, **changes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(costs_module, "_time_pass", time_pass)
+            patch.setattr(costs_module.time, "perf_counter", lambda: elapsed[0])
+            return measure_pass(pair, model, seconds=limit), timed
+
+    def test_a_pass_is_timed_by_the_clock_around_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        readings = iter([3.0, 3.25])
+        monkeypatch.setattr(costs_module, "clock", lambda device: lambda: next(readings))
+        model = TableModel(8, seed=0)
+        cache = model.new_cache(8)
+        assert costs_module._time_pass(model, cache, 4) == 0.25
+        assert cache.length == 4
 
     @pytest.mark.parametrize(("interrupted", "rounds"), [(0.0, 3), (0.4, 12)])
     def test_measuring_goes_on_until_the_best_times_repeat(
@@ -73,13 +97,12 @@ class TestCosts:
         assert len(timed) <= 8 * rounds
 
     def test_a_slow_model_is_timed_at_two_sizes_only(self) -> None:
-        model = TableModel(8, seed=0)
-        cost = measure_pass(make_pair(model), model, seconds=0.0)
-        assert cost.sizes == (1, 33)
+        cost, timed = self.measure(dict.fromkeys(SIZES, 1.0), limit=0.0)
+        assert (cost.sizes, timed) == ((1, 33), [1, 33])
 
     def test_a_short_context_bounds_the_sizes(self) -> None:
-        model = TableModel(8, seed=0)
-        assert measure_pass(make_pair(model, max_context=8), model, seconds=0.01).sizes == (1, 2, 4)
+        cost, _ = self.measure(dict.fromkeys(SIZES, 1.0), max_context=8)
+        assert cost.sizes == (1, 2, 4)
 
 
 class TestDraftLength:

@@ -189,4 +189,5 @@ def test_experts_are_watched_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, tm
     more, apart = hessians()
     assert (count, more) == (4, 2 + 4 + 1)
     assert together.keys() == apart.keys()
-    assert all(torch.equal(together[name], apart[name]) for name in together)
+    for name, hessian in together.items():
+        torch.testing.assert_close(hessian, apart[name], rtol=1e-4, atol=1e-5 * hessian.abs().max().item())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from quantize_cases import CONFIG, quantize
+from test_packing import make_weight
 from tiny_model import save_tiny_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -46,9 +47,10 @@ def test_the_checkpoint_is_as_large_as_planned(source: Path, changes: dict[str, 
 
 
 def test_packed_bytes_of_a_layer() -> None:
-    """64 × 128 at 4 bits in groups of 32: codes, 4 groups of scales and zeros, a group number for each input."""
-    assert packed_bytes(64, 128, 4, 32) == 64 * 128 // 2 + 4 * 64 * 2 + 4 * 64 // 2 + 4 * 128
-    assert packed_bytes(64, 100, 8, -1) == 64 * 100 + 64 * 3 + 400
+    """Those of the tensors that a layer is packed into."""
+    for out, columns, bits, group_size in ((64, 128, 4, 32), (64, 100, 8, -1), (32, 96, 3, 64), (16, 160, 2, 128)):
+        tensors = make_weight(bits, columns, out, group_size).pack().values()
+        assert packed_bytes(out, columns, bits, group_size) == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_memory_does_not_grow_with_the_layers_and_disk_does() -> None:
@@ -102,34 +104,38 @@ def layered(folder: Path, layers: int) -> Path:
     return folder
 
 
-def bytes_of_tensors() -> int:
-    """Bytes of all tensors alive, each storage once; what is mapped from a weights' file is no memory."""
+def tensors_alive() -> list[torch.Tensor]:
+    """What the garbage collector sees of them."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta]
+
+
+def bytes_of_tensors(others: list[torch.Tensor]) -> int:
+    """Bytes of all tensors alive but others', each storage once; what is mapped from a weights' file is no memory."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     mapped = [line.split()[0].split("-") for line in lines if line.endswith(".safetensors")]
     spans = [(int(begin, 16), int(end, 16)) for begin, end in mapped]
-    storages = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and not thing.is_meta:
-            address = thing.untyped_storage().data_ptr()
-            if not any(begin <= address < end for begin, end in spans):
-                storages[address] = thing.untyped_storage().nbytes()
-    return sum(storages.values())
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_alive()}
+    for tensor in others:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    in_memory = (address for address in storages if not any(begin <= address < end for begin, end in spans))
+    return sum(storages[address] for address in in_memory)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here to tell mapped memory by")
 @pytest.mark.usefixtures("small_texts")
 def test_what_is_in_memory_does_not_grow_with_the_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors alive when a block is about to be committed: the same at the last of eight blocks as at the first."""
-    original, alive = layerwise.write_commit, []
+    original, alive, others = layerwise.write_commit, [], tensors_alive()  # which stay, so that no address is taken
 
     def watch(path: Path, block: Any) -> None:
-        gc.collect()
-        alive.append(bytes_of_tensors())
+        alive.append(bytes_of_tensors(others))
         original(path, block)
 
     monkeypatch.setattr(layerwise, "write_commit", watch)
     quantize(layered(tmp_path / "eight", 8))
     assert len(alive) == 8
+    assert alive[0] > 4 * 264 * 64, "the embedding at least"
     assert max(alive) < 1.02 * alive[0]
 
 
@@ -246,7 +252,7 @@ def plan_row(name: str, label: str) -> str:
 @pytest.mark.parametrize(
     ("name", "label"), [("qwen3-8b", "Qwen3-8B"), ("qwen3-32b", "Qwen3-32B"), ("llama3-70b", "Llama-3-70B")]
 )
-def test_the_figures_in_the_docs_are_the_formulas(name: str, label: str) -> None:
+def test_the_docs_show_what_a_dry_run_says(name: str, label: str) -> None:
     assert plan_row(name, label) in DOCS.read_text()
 
 

@@ -43,8 +43,22 @@ def transformers_distribution(logits: torch.Tensor, config: SamplingConfig) -> t
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_distributions_are_those_of_transformers(config: SamplingConfig) -> None:
     ours, theirs = distribution(LOGITS, config), transformers_distribution(LOGITS, config)
-    assert torch.equal(ours > 0, theirs > 0)
-    assert torch.allclose(ours, theirs, atol=1e-6)
+    rows = ~on_an_edge(config)
+    assert rows.sum() > 30
+    assert torch.equal((ours > 0)[rows], (theirs > 0)[rows])
+    assert torch.allclose(ours[rows], theirs[rows], atol=1e-6)
+
+
+def on_an_edge(config: SamplingConfig) -> torch.Tensor:
+    """Rows in which a sum or a ratio lies within 1e-6 of where top-p or min-p cuts: rounding decides there."""
+    plain = (LOGITS.double() / config.temperature).softmax(dim=-1)
+    if config.top_k:
+        plain = plain * (plain >= plain.topk(min(config.top_k, 50)).values[:, -1:])
+        plain = plain / plain.sum(dim=-1, keepdim=True)
+    sums = plain.sort(dim=-1).values.cumsum(dim=-1)  # of those that may be cut
+    nucleus = (sums - (1 - config.top_p)).abs().amin(dim=-1) < 1e-6
+    share = (plain / plain.amax(dim=-1, keepdim=True) - config.min_p).abs().amin(dim=-1) < 1e-6
+    return (nucleus & (config.top_p < 1)) | (share & (config.min_p > 0))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -55,7 +55,7 @@ def test_the_search_finds_a_strength_that_pays() -> None:
         return sum(float((rounded @ w.t() - rows @ o.t()).square().sum()) for w, o in zip(kept, weights, strict=True))
 
     assert found.error == pytest.approx(error(found.factors), rel=1e-3)
-    assert found.error < 0.2 * error(torch.ones(64))
+    assert found.error < 0.2 * error(torch.ones(64)), "of random weights 0.05 to 0.08 is left"
 
 
 def test_nothing_is_smoothed_where_nothing_pays() -> None:

@@ -40,7 +40,6 @@ class AnyCodes(DenseKernel):
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A target, and its 4-bit verifier with a fidelity report, recorded as the current pair."""
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(select, "SMALLEST", 0)
     monkeypatch.setattr(select, "PACKED_KERNELS", (AnyCodes(),))

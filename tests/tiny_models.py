@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from bench_pair import TokenCache
+from near_ties import first_clear
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -48,7 +49,7 @@ _CLASSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 @cache
 def random_model(architecture: str, seed: int = 0) -> TransformersLM:
-    """Two layers in float32; weights are drawn wide, so that the best two logits are far apart."""
+    """Two layers in float32; weights are drawn wide, and such that after PROMPT the best token leads clearly."""
     config_class, model_class, options = _CLASSES[architecture]
     config = config_class(
         vocab_size=VOCABULARY,
@@ -64,8 +65,12 @@ def random_model(architecture: str, seed: int = 0) -> TransformersLM:
         pad_token_id=None,
         **options,
     )
-    torch.manual_seed(seed)
-    return TransformersLM(model_class(config))
+
+    def make(attempt: int) -> Any:
+        torch.manual_seed(100 * attempt + seed)
+        return model_class(config).eval()
+
+    return TransformersLM(first_clear(make, PROMPT, 48, penalties=(1.0, 1.4)))
 
 
 class RoundedCheckpoint:

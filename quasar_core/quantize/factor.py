@@ -52,13 +52,19 @@ def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damp: float, name
             _invert(matrix)
             diagonal = matrix.diagonal().clone()
             matrix /= diagonal[:, None]
-            if all(map(math.isfinite, torch.stack(torch.aminmax(matrix)).tolist())):
-                return InverseFactor(matrix, diagonal.square(), order)
+            pivots = diagonal.square_()
+            if _is_finite(matrix) and _is_finite(pivots):
+                return InverseFactor(matrix, pivots, order)
             break
     raise QuasarError(
         f"The Hessian of {name} has no Cholesky factor even with damping {damp * 10 ** (DAMP_RETRIES - 1):g}: "
         "use more calibration text, or a larger --damp."
     )
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all numbers are finite; of a matrix no second one is made."""
+    return all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist()))
 
 
 def _fill_damped(factor: torch.Tensor, hessian: torch.Tensor, order: torch.Tensor, damp: float) -> None:
@@ -67,8 +73,13 @@ def _fill_damped(factor: torch.Tensor, hessian: torch.Tensor, order: torch.Tenso
         end = min(begin + BLOCK, len(order))
         factor[begin:end, :end] = hessian[order[begin:end]][:, order[:end]]
     diagonal, mean = factor.diagonal(), hessian.diagonal().mean()
-    diagonal[diagonal == 0] = torch.where(mean > 0, mean, 1.0)
+    diagonal[_is_zero(diagonal)] = torch.where(mean > 0, mean, 1.0)
     diagonal += damp * mean
+
+
+def _is_zero(tensor: torch.Tensor) -> torch.Tensor:
+    """Which numbers are zero by their bits: compared, denormals are zero too where the processor flushes them."""
+    return tensor.view(torch.int64 if tensor.dtype == torch.float64 else torch.int32) == 0
 
 
 def _factorize(matrix: torch.Tensor) -> bool:

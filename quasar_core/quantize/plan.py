@@ -23,8 +23,11 @@ from quasar_core.quantize.self_text import cache_bytes
 # Measured with the packages of pyproject.toml: the interpreter with torch and transformers, before any weight.
 INTERPRETER_BYTES = 350_000_000
 # float32 copies at the solver's worst moment: of matrices [in, in] (the Hessian, and the drift or its factor), and of
-# the outputs and the factor's columns at work, what the C library keeps of freed memory included.
+# the outputs and the factor's columns at work, the reserve included.
 SQUARE_COPIES, ROW_COPIES = 2, 12
+# Of what the solver's tensors take at their worst moment, at least so much again is planned beside them: for workspaces
+# of linear algebra libraries and freed memory that the C library keeps.
+SOLVER_RESERVE = 0.1
 # 32-bit values per token of a batch, in units of the widest layer's inputs and outputs.
 BATCH_COPIES = 6
 # Of a piece's logits: each model's in the dtype of the passes and in 32 bits, and what comparing them makes.

@@ -1,0 +1,78 @@
+"""What every test starts from, so that none depends on the machine, on its user's files or on the tests before it.
+
+`tests/machines.py` varies it: OMP_NUM_THREADS is the number of threads, QUASAR_TEST_DENORMALS=flush flushes denormals.
+"""
+
+import os
+import random
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in processes that tests start
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # processes that tests start run this checkout, anywhere
+os.environ["QUASAR_HOME"] = os.path.join(os.devnull, "home")  # nothing can be written while tests are collected
+FLUSHES = os.environ.get("QUASAR_TEST_DENORMALS") == "flush"
+
+if find_spec("hypothesis"):  # which `make interop` does without
+    from hypothesis import settings
+
+    settings.register_profile("quasar", deadline=None, derandomize=True, database=None)
+    settings.load_profile("quasar")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The home of what modules share; and Matplotlib's."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("session")
+        patch.setenv("QUASAR_HOME", str(folder / "home"))
+        patch.setenv("MPLCONFIGDIR", str(folder / "matplotlib"))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home of its own, `home` in the test's folder, which is not there yet; threads, seeds and denormals."""
+    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
+    random.seed(0)
+    if find_spec("torch"):
+        import torch
+
+        torch.manual_seed(0)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        torch.set_flush_denormal(FLUSHES)
+
+
+@pytest.fixture(scope="session")
+def cpp_pass() -> None:
+    """Skips where the C++ library of passes and products does not run; compiles it, once."""
+    from quasar_core.kernels import cpu_library
+
+    if reason := cpu_library.why_not_here():
+        pytest.skip(f"the C++ pass: {reason}")
+
+
+@pytest.fixture(scope="session")
+def cpp_solver() -> None:
+    """Skips where the quantizer's loops in C++ do not run; compiles them, once."""
+    from quasar_core.kernels import cpu_solver
+
+    if reason := cpu_solver.why_not_here():
+        pytest.skip(f"the solver in C++: {reason}")
+
+
+@pytest.fixture(scope="module", params=["C++", "PyTorch"])
+def solver(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The quantizer's inner loops both ways; those in C++ only where they run."""
+    from quasar_core.kernels import cpu_solver
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "C++":
+            request.getfixturevalue("cpp_solver")
+        else:
+            patch.setattr(cpu_solver, "runs", lambda tensor: False)
+        yield request.param

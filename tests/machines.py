@@ -1,0 +1,112 @@
+"""Run the tests as other machines would: `python tests/machines.py [--quick | --all] [MACHINE …]`.
+
+Other instruction sets, numbers of threads and cores, denormals, no C++ compiler, no C++ pass. By default the tests
+that compute run, with `--all` every test, with `--quick` some of them on some machines. Prints a table of the runs, and
+what failed in full; exits with 1 where anything did.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+QUICK = ["factor", "gptq", "refine", "grid", "cpu_solver", "kernels", "products"]
+QUICK += ["decoder", "decoder_verifier", "engine_exactness", "kept"]
+OTHERS = ("bench", "demo_corpus", "gpu", "cuda_triton", "triton", "marlin")  # tables, texts, and kernels of GPUs
+
+
+def computing() -> list[str]:
+    """The files of tests that import PyTorch, but those whose names begin otherwise."""
+    found = [path for path in sorted(TESTS.glob("test_*.py")) if "\nimport torch\n" in path.read_text()]
+    names = [path.stem.removeprefix("test_") for path in found]
+    return [name for name in names if not name.startswith(OTHERS)]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine is like: variables of its environment, and a command that its programs run under."""
+
+    name: str
+    variables: dict[str, str] = field(default_factory=dict)
+    under: tuple[str, ...] = ()
+    quick: bool = False
+
+
+MACHINES = [
+    Machine("as it is"),
+    Machine("ATen without vectors", {"ATEN_CPU_CAPABILITY": "default"}, quick=True),
+    Machine("ATen with AVX2", {"ATEN_CPU_CAPABILITY": "avx2"}),
+    Machine("oneDNN with AVX2", {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
+    Machine("one thread", {"OMP_NUM_THREADS": "1"}),
+    Machine("four threads", {"OMP_NUM_THREADS": "4"}),
+    Machine("denormals flushed", {"QUASAR_TEST_DENORMALS": "flush"}, quick=True),
+    Machine("denormals honoured", {"QUASAR_TEST_DENORMALS": "honour"}),
+    Machine("one core", under=("taskset", "--cpu-list", str(min(os.sched_getaffinity(0))))),
+    Machine("no C++ compiler", {"CXX": "/no/compiler"}, quick=True),
+    Machine("no C++ pass", {"QUASAR_CPU_PASS": "0"}),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What pytest's last line counts, its exit status, and all that it printed."""
+
+    counts: dict[str, int]
+    status: int
+    seconds: float
+    output: str
+
+    def row(self, name: str) -> str:
+        """A line of the table."""
+        cells = [str(self.counts.get(what, 0)) for what in ("passed", "skipped", "failed", "error")]
+        return f"| {name:<20} | {' | '.join(f'{cell:>7}' for cell in cells)} | {self.seconds:>5.0f} |"
+
+
+def run_tests(machine: Machine, names: list[str]) -> Run:
+    """The tests of these files on that machine; of all files where none are named."""
+    files = [str(TESTS / f"test_{name}.py") for name in names] or [str(TESTS)]
+    command = [*machine.under, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=0", *files]
+    begin = time.perf_counter()
+    done = subprocess.run(
+        command, cwd=TESTS.parent, env={**os.environ, **machine.variables}, capture_output=True, text=True
+    )
+    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
+    counts = {what.removesuffix("s"): int(count) for count, what in re.findall(r"(\d+) (\w+)", last)}
+    return Run(counts, done.returncode, time.perf_counter() - begin, done.stdout + done.stderr)
+
+
+def main() -> int:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="some tests on some machines")
+    extent.add_argument("--all", action="store_true", help="every test")
+    parser.add_argument("machines", nargs="*", metavar="MACHINE", help=", ".join(m.name for m in MACHINES))
+    arguments = parser.parse_args()
+    names = [] if arguments.all else QUICK if arguments.quick else computing()
+    chosen = [m for m in MACHINES if m.name in arguments.machines or not arguments.machines]
+    failed: list[Run] = []
+    print("| machine              |  passed | skipped |  failed |  errors |     s |", flush=True)
+    print("|----------------------|---------|---------|---------|---------|-------|", flush=True)
+    for machine in chosen:
+        if arguments.quick and not machine.quick:
+            continue
+        if machine.under and shutil.which(machine.under[0]) is None:
+            print(f"| {machine.name:<20} | {machine.under[0]} is not here", flush=True)
+            continue
+        run = run_tests(machine, names)
+        print(run.row(machine.name), flush=True)
+        failed += [run] * bool(run.status)
+    for run in failed:
+        print(run.output, file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
