@@ -14,6 +14,7 @@ from quasar_core.checkpoint.belonging import refuse_other_target
 from quasar_core.checkpoint.reader import VerifierCheckpoint, read_json
 from quasar_core.config import QuantizeConfig, VerifyMode
 from quasar_core.decode.generator import Generator
+from quasar_core.decode.processors import read_processors
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.threads import describe_threads, most_threads, use_threads
 from quasar_core.models.device import choose_device, choose_dtype
@@ -233,6 +234,7 @@ def load_pair(
         target_folder=source.folder,
         target_fingerprint=fingerprint(source.folder),
         verifier_fingerprint=fingerprint(checkpoint.folder) if checkpoint else None,
+        processors=read_processors(source.folder),
         notes=[
             f"dtype: {str(precision).removeprefix('torch.')}, {reason}",
             f"device: {_describe_device(place)}",

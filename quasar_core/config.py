@@ -17,6 +17,7 @@ Rounding = Literal["gptq", "nearest"]
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
+LONGEST_NGRAM = 64  # every token enters the index of drafts once for each length
 
 
 def _require(holds: bool, sentence: str) -> None:
@@ -32,7 +33,7 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None  # None: the model's own, of its generation_config.json
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -40,7 +41,8 @@ class SamplingConfig:
         _require(self.top_k >= 0, f"--top-k must not be negative, not {self.top_k}.")
         _require(0 < self.top_p <= 1, f"--top-p must be above 0 and at most 1, not {self.top_p}.")
         _require(0 <= self.min_p < 1, f"--min-p must be at least 0 and below 1, not {self.min_p}.")
-        _require(self.repetition_penalty > 0, f"--repetition-penalty must be above 0, not {self.repetition_penalty}.")
+        penalty = self.repetition_penalty
+        _require(penalty is None or penalty > 0, f"--repetition-penalty must be above 0, not {penalty}.")
 
     @property
     def greedy(self) -> bool:
@@ -62,6 +64,7 @@ class GenerationConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    processors: bool = True  # whether the logits processors of the model's generation_config.json are applied
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
@@ -78,6 +81,7 @@ class GenerationConfig:
             1 <= self.ngram_min <= self.ngram_max,
             f"--ngram-min ({self.ngram_min}) must be at least 1 and at most --ngram-max ({self.ngram_max}).",
         )
+        _require(self.ngram_max <= LONGEST_NGRAM, f"--ngram-max must be at most {LONGEST_NGRAM}, not {self.ngram_max}.")
         _require(all(self.stop), "--stop must not be empty.")
 
 

@@ -8,6 +8,8 @@ from quasar_core.bench.arms import Arm, parse_arms
 from quasar_core.config import Auto, GenerationConfig, SamplingConfig
 from quasar_core.errors import UsageError
 
+MOST_REPEATS = 1000  # every answer is scheduled before the first
+
 
 @dataclass(frozen=True)
 class BenchConfig:
@@ -22,12 +24,13 @@ class BenchConfig:
     num_draft_tokens: int | Auto = "auto"
     window: int | Auto = "auto"
     ignore_eos: bool = False
+    processors: bool = True
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise UsageError(f"--limit must be at least 1, not {self.limit}.")
-        if self.repeats < 1:
-            raise UsageError(f"--repeats must be at least 1, not {self.repeats}.")
+        if not 1 <= self.repeats <= MOST_REPEATS:
+            raise UsageError(f"--repeats must be from 1 to {MOST_REPEATS}, not {self.repeats}.")
         for arm in parse_arms(",".join(self.arms)):
             self.generation(arm, self.seed)
 
@@ -41,6 +44,7 @@ class BenchConfig:
             window=self.window,
             sampling=SamplingConfig(temperature=self.temperature, seed=seed),
             ignore_eos=self.ignore_eos,
+            processors=self.processors,
         )
 
     def seed_of(self, dataset: str, question_id: int | str, turn: int, repeat: int) -> int:

@@ -1,5 +1,6 @@
 """A target and its verifier on one device, over one cache."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Pair:
     target_fingerprint: str | None = None
     verifier_fingerprint: str | None = None
     measured: dict[str, Any] = field(default_factory=dict, repr=False)
+    processors: Mapping[str, Any] = field(default_factory=dict)  # options of logits processors, by name
 
     @property
     def primary(self) -> CausalLM:
