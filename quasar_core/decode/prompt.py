@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from quasar_core.errors import QuasarError
+from quasar_core.decode.template import render
 
 
 def encode_prompt(
@@ -26,8 +26,5 @@ def encode_prompt(
     options: dict[str, Any] = {} if think is None else {"enable_thinking": think}
     if not tokenizer.chat_template:
         return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-    except Exception as error:  # a template raises whatever its author chose
-        raise QuasarError(f"The model's chat template refuses these messages: {error}") from error
+    text = render(tokenizer, messages, add_generation_prompt=True, **options)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -56,10 +56,13 @@ class Pair:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [""])[0]
+        first = (str(error).strip().splitlines() or [""])[0].rstrip(" :")
         raise QuasarError(f"The tokenizer in {folder} could not be loaded: {first}") from error
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise QuasarError(f"{folder} holds no tokenizer: the one that transformers makes of it knows no text.")
+    return tokenizer
 
 
 def context_limit(folder: Path) -> int:
@@ -70,9 +73,19 @@ def context_limit(folder: Path) -> int:
 
 def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends an answer: of the generation config, else of the model's config, else the tokenizer's."""
-    generation = folder / "generation_config.json"
-    stored = [read_json(path) for path in (generation, folder / "config.json") if path.exists()]
-    for ids in (*(content.get("eos_token_id") for content in stored), tokenizer.eos_token_id):
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        content = read_json(path) if path.exists() else {}
+        text_config = content.get("text_config")
+        for part in (content, text_config if isinstance(text_config, dict) else {}):
+            if part.get("eos_token_id") is not None:
+                return _token_ids(part["eos_token_id"], path)
+    end = tokenizer.eos_token_id
+    return frozenset() if end is None else frozenset([end])
+
+
+def _token_ids(value: Any, path: Path) -> frozenset[int]:
+    """The ids that one or a list of them name; QuasarError for anything else."""
+    ids = value if isinstance(value, list) else [value]
+    if not all(type(one) is int for one in ids):  # a bool is none
+        raise QuasarError(f"The eos_token_id of {path} must be a whole number or a list of them, not {value!r}.")
+    return frozenset(ids)

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quasar_core.config import QuantizeConfig
+from quasar_core.decode.template import render, text_of
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.quantize.self_text import write_self_text
 from quasar_core.records import Progress, no_progress
@@ -114,7 +115,7 @@ def encode(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerB
     """Token ids of a text, or of a conversation as the chat template writes it."""
     if isinstance(document, list):
         if tokenizer.chat_template:
-            document = str(tokenizer.apply_chat_template(document, tokenize=False))
+            document = render(tokenizer, document)
         else:
             document = "\n".join(message["content"] for message in document)
     return list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
@@ -169,7 +170,7 @@ def _read_json_lines(lines: Any, where: str) -> Iterator[str | list[dict[str, st
 
 
 def _parse_document(line: str, where: str) -> str | list[dict[str, str]]:
-    """{"text"}, chat {"messages"} or {"conversations"}, or FastChat {"turns"}."""
+    """{"text"}, chat {"messages"} or {"conversations"}, or FastChat {"turns"}; a message's content may be parts of text."""
     try:
         record = json.loads(line)
         if isinstance(record.get("text"), str):
@@ -181,10 +182,8 @@ def _parse_document(line: str, where: str) -> str | list[dict[str, str]]:
             return [_message(roles[m["from"]], m["value"]) for m in record["conversations"]]
         return [_message("user", turn) for turn in record["turns"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{where}: neither text, messages, conversations nor turns.") from error
+        raise UsageError(f"{where}: neither text, messages, conversations nor turns, all of them of text.") from error
 
 
 def _message(role: str, content: Any) -> dict[str, str]:
-    if not isinstance(content, str):
-        raise TypeError("a message is a text")
-    return {"role": role, "content": content}
+    return {"role": role, "content": text_of(content)}
