@@ -110,7 +110,9 @@ def test_messages_of_parts_are_read_as_their_text(tmp_path: Path) -> None:
 
 def test_a_template_that_wants_parts_is_calibrated_with_the_text() -> None:
     tokenizer = word_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{% for part in m.content %}{{ part.text }} {% endfor %}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }} {% endfor %}{% endfor %}"
+    )
     assert encode([{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}], tokenizer) == [3, 4]
 
 

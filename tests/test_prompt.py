@@ -96,9 +96,7 @@ def test_a_template_that_wants_parts_gets_parts(chat_template: str, tokenizer: P
     "chat_template",
     ["user: {{ messages[0].role }}", "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"],
 )
-def test_a_template_that_leaves_the_text_out_is_refused(
-    chat_template: str, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_template_that_leaves_the_text_out_is_refused(chat_template: str, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = chat_template
     with pytest.raises(QuasarError, match="leaves the text of the messages out"):
         encode_prompt(tokenizer, [{"role": "system", "content": "r"}, {"role": "user", "content": "user"}])

@@ -23,6 +23,7 @@ from quasar_core.draft.select import make_drafter
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.base import KVCache
 from quasar_core.models.pair import Pair
+from quasar_core.models.text_length import begin_text
 from quasar_core.records import FinishReason, GenerationResult
 
 
@@ -104,8 +105,9 @@ class Generator:
                 break
             common += 1
         self._cache.rollback(common)
-        self._cached = self._cached[:common]
-        return common
+        kept = begin_text(self._cache, len(prompt_ids), common)
+        self._cached = self._cached[:kept]
+        return kept
 
     def _make_engine(self, max_tokens: int) -> Engine:
         assert self._cache is not None

@@ -36,7 +36,7 @@ NOT_SERVED: dict[str, tuple[Any, ...]] = {
 class Text:
     """What a processor may depend on beside the tokens so far: `limit` is the most tokens, prompt included."""
 
-    prompt: torch.Tensor  # [1, P]
+    prompt: Any  # ids [1, P], which transformers types more narrowly than torch makes them
     begin: int  # the tokens before the first that is not forced: P, or 2 where the second of all is forced
     limit: int
     eos_ids: list[int]
@@ -45,7 +45,7 @@ class Text:
     @property
     def prompt_length(self) -> int:
         """P."""
-        return self.prompt.shape[1]
+        return int(self.prompt.shape[1])
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,7 @@ OPTIONS: dict[str, Option] = {
     "forced_eos_token_id": Option(
         lambda value, text: library.ForcedEOSTokenLogitsProcessor(text.limit, value, device=text.device)
     ),
-    "remove_invalid_values": Option(
-        lambda _, __: library.InfNanRemoveLogitsProcessor(), (False,), rows_at_once=True
-    ),
+    "remove_invalid_values": Option(lambda _, __: library.InfNanRemoveLogitsProcessor(), (False,), rows_at_once=True),
     "exponential_decay_length_penalty": Option(_decay, needs_eos=True),
     "suppress_tokens": Option(
         lambda value, text: library.SuppressTokensLogitsProcessor(value, device=text.device), rows_at_once=True

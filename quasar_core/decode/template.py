@@ -67,7 +67,9 @@ def text_of(content: Any) -> str:
         return content
     if not isinstance(content, list) or not content:
         raise TypeError("a message is a text or a list of parts")
-    parts = [part["text"] if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in content]
+    parts = [
+        part["text"] if isinstance(part, dict) and part.get("type", "text") == "text" else part for part in content
+    ]
     if not all(isinstance(part, str) for part in parts):
         raise TypeError("a part is a text")
     return "".join(parts)

@@ -129,5 +129,4 @@ class _Decoder:
         return bytes.fromhex(found.group(1)) if found is not None and is_byte else None
 
     def _decode(self, tokens: list[int]) -> str:
-        text: str = self._text_of(tokens, skip_special_tokens=True)
-        return text
+        return str(self._text_of(tokens, skip_special_tokens=True))

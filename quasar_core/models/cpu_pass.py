@@ -65,7 +65,7 @@ class CpuPass:
             raise IndexError(f"a token of {tokens} is not in a vocabulary of {self.config.vocab_size}")
         logits = torch.empty(count, self.config.vocab_size)
         chosen, margins = (ctypes.c_int64 * count)(), (ctypes.c_float * count)()
-        cos, sin = self._rotations(cache.length, cache.length + count)
+        cos, sin = self._rotations(cache.length, cache.length + count, cache.prompt_length)
         self._run(
             self._pass,
             self._is_bfloat16,
@@ -85,10 +85,10 @@ class CpuPass:
         leave_choices(logits, list(chosen), list(margins))
         return logits
 
-    def _rotations(self, start: int, end: int) -> tuple[int, int]:
+    def _rotations(self, start: int, end: int, prompt_length: int) -> tuple[int, int]:
         """Addresses of cosines and sines [T, D] in float32; tables are kept, as Python is slow after every pass."""
-        if self.rope.stretches_at(end):
-            self._stretched = self._widened(start, end)
+        if self.rope.stretches_at(end, prompt_length):
+            self._stretched = self._widened(start, end, prompt_length)
             cos, sin = self._stretched
             return cos.data_ptr(), sin.data_ptr()
         if end > self._reach:
@@ -99,8 +99,8 @@ class CpuPass:
         before = start * self.config.head_size * cos.element_size()
         return cos.data_ptr() + before, sin.data_ptr() + before
 
-    def _widened(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self.rope.rows(start, end)
+    def _widened(self, start: int, end: int, prompt_length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.rope.rows(start, end, prompt_length)
         return cos.float().contiguous(), sin.float().contiguous()
 
     def seconds(self) -> tuple[float, float]:

@@ -170,7 +170,7 @@ def _read_json_lines(lines: Any, where: str) -> Iterator[str | list[dict[str, st
 
 
 def _parse_document(line: str, where: str) -> str | list[dict[str, str]]:
-    """{"text"}, chat {"messages"} or {"conversations"}, or FastChat {"turns"}; a message's content may be parts of text."""
+    """{"text"}, chat {"messages"} or {"conversations"}, or FastChat {"turns"}; contents may be parts."""
     try:
         record = json.loads(line)
         if isinstance(record.get("text"), str):
