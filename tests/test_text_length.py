@@ -1,6 +1,7 @@
 """Rotary embeddings that depend on the text's length: decoding equals transformers' `generate` across the limit."""
 
 import copy
+import inspect
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 PROMPTS = (3, LIMIT - 9, LIMIT - 1, LIMIT, LIMIT + 1, LIMIT + 17)
 
 
+# In older versions `generate` of Phi-3 forgets the text at the limit where newer ones compute its keys anew.
+FORGETS = {"phi3", "phimoe"} if "next_sequence_length" not in inspect.getsource(Phi3ForCausalLM) else set()
+
+
 @cache
 def fresh(name: str) -> Any:
     config_class, model_class, options = MODELS[name]
@@ -92,6 +97,8 @@ def text_of(length: int, seed: int = 1) -> list[int]:
 @cache
 def reference(name: str, prompt: tuple[int, ...]) -> list[int]:
     """What a model that was just loaded writes: dynamic NTK remembers the longest text since."""
+    if name in FORGETS and len(prompt) <= LIMIT < len(prompt) + COUNT - 1:
+        pytest.skip("generate of this version of transformers forgets the text at the limit")
     ids = torch.tensor([prompt])
     model = copy.deepcopy(fresh(name))
     output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=COUNT)
@@ -110,13 +117,10 @@ def answer(generator: Generator, prompt: list[int]) -> list[int]:
     return list(generator.generate(prompt).token_ids)
 
 
-@pytest.mark.parametrize("chunk", [512, 7])
 @pytest.mark.parametrize("length", PROMPTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_decoding_equals_transformers_across_the_limit(
-    name: str, length: int, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(engine.PREFILL_CHUNK, "cpu", chunk)
+def test_decoding_equals_transformers_across_the_limit(name: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(engine.PREFILL_CHUNK, "cpu", 7)  # a prompt in several passes; in one below
     prompt = text_of(length)
     expected, pair = reference(name, tuple(prompt)), pair_of(name)
     plain = GenerationConfig(COUNT, "full", "none", num_draft_tokens=4)

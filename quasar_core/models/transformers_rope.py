@@ -5,7 +5,7 @@ loaded. See `text_length.py`.
 """
 
 import copy
-import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,9 +67,10 @@ class Rotation:
     def _config_that_is(self, beyond: bool) -> Any:
         """A config by which every text is beyond the limit or none: Phi-3.5-MoE reads it in each pass."""
         config = copy.copy(self.config)
-        limit = 0.5 if beyond else math.inf
-        given = {"attention_factor": 1.0}  # which would be computed of the limit
+        limit = 0 if beyond else sys.maxsize
+        given = {"factor": 1.0, "attention_factor": 1.0}  # which would be computed of the limit
         config.rope_parameters = {**config.rope_parameters, "original_max_position_embeddings": limit, **given}
+        config.original_max_position_embeddings = limit  # which goes before the other, where there is one
         return config
 
     @property
