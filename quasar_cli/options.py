@@ -157,7 +157,20 @@ MinP = Annotated[
     float, typer.Option("--min-p", help="Leave out tokens below this share of the best one.", rich_help_panel=_SAMPLING)
 ]
 RepetitionPenalty = Annotated[
-    float, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.", rich_help_panel=_SAMPLING)
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        help="Above 1 discourages repetition; default: the model's own, else 1.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+Processors = Annotated[
+    bool,
+    typer.Option(
+        "--processors/--no-processors",
+        help="Apply the logits processors of the model's generation_config.json, as transformers does.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Fixes every random choice.", rich_help_panel=_SAMPLING)]
 Stop = Annotated[
@@ -214,7 +227,8 @@ class DecodeOptions:
     top_k: TopK = 0
     top_p: TopP = 1.0
     min_p: MinP = 0.0
-    repetition_penalty: RepetitionPenalty = 1.0
+    repetition_penalty: RepetitionPenalty = None
+    processors: Processors = True
     seed: Seed = 0
 
     def config(self) -> GenerationConfig:
@@ -231,6 +245,7 @@ class DecodeOptions:
                 self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
             ),
             stop=tuple(self.stop or ()),
+            processors=self.processors,
         )
 
 

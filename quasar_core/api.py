@@ -14,6 +14,7 @@ from quasar_core.checkpoint.digest import check_digest as digest_found
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import QuantizeConfig, VerifyMode
 from quasar_core.decode.generator import Generator
+from quasar_core.decode.processors import read_processors
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_folder
 from quasar_core.kernels.threads import describe_threads, most_threads, use_threads
@@ -235,6 +236,7 @@ def load_pair(
         target_folder=source.folder,
         target_fingerprint=fingerprint(source.folder),
         verifier_fingerprint=fingerprint(checkpoint.folder) if checkpoint else None,
+        processors=read_processors(source.folder),
         notes=[
             f"dtype: {str(precision).removeprefix('torch.')}, {reason}",
             f"device: {_describe_device(place)}",

@@ -43,7 +43,7 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None  # None: the model's own, of its generation_config.json
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,9 +51,8 @@ class SamplingConfig:
         _require(self.top_k >= 0, f"--top-k must not be negative, not {self.top_k}.")
         _require(0 < self.top_p <= 1, f"--top-p must be above 0 and at most 1, not {self.top_p}.")
         _require(0 <= self.min_p < 1, f"--min-p must be at least 0 and below 1, not {self.min_p}.")
-        _require(
-            0 < self.repetition_penalty < inf, f"--repetition-penalty must be above 0, not {self.repetition_penalty}."
-        )
+        penalty = self.repetition_penalty
+        _require(penalty is None or 0 < penalty < inf, f"--repetition-penalty must be above 0, not {penalty}.")
         _check_seed(self.seed)
 
     @property
@@ -84,6 +83,7 @@ class GenerationConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    processors: bool = True  # whether the logits processors of the model's generation_config.json are applied
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")

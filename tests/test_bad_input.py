@@ -18,7 +18,6 @@ from quasar_cli.main import run
 from quasar_core.errors import QuasarError
 from quasar_core.files import parse_json, read_json, write_json, write_whole
 from quasar_core.foreign import foreign_errors
-from quasar_core.models.step_limit import limited_steps
 
 pytest_plugins = ["cli_fixtures"]
 pytestmark = pytest.mark.usefixtures("own_home")
@@ -334,21 +333,6 @@ def test_half_a_character(option: str, tiny: Path, capsys: pytest.CaptureFixture
 def test_templates_that_cannot_be(template: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tiny / "chat_template.jinja").write_text(template)
     assert "chat template" in refused(capsys, *GENERATE)
-
-
-@limited_steps("It", 1000)
-def _repeat_forever() -> None:
-    while True:
-        json.dumps({})
-
-
-def test_steps_are_counted_and_the_tracer_before_stays() -> None:
-    before = sys.gettrace()
-    with pytest.raises(QuasarError, match=r"^It does not come to an end within 1,000 steps\.$"):
-        _repeat_forever()
-    assert sys.gettrace() is before
-    with limited_steps("It", 1000):
-        json.dumps({})
 
 
 # One reader, one writer

@@ -1,5 +1,6 @@
 """transformers as arms of a bench: the same text, and honest counts."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tiny_models import make_pair
 from quasar_core.bench.peers import TransformersPeer
 from quasar_core.config import GenerationConfig, Request, SamplingConfig
 from quasar_core.decode.generator import Generator
+from quasar_core.decode.processors import read_processors
 from quasar_core.errors import UsageError
 from quasar_core.models.loading import load_target
 from quasar_core.models.pair import Pair
@@ -65,3 +67,17 @@ def test_without_files_there_is_no_peer(pair: Pair) -> None:
     pair.target_folder = None
     with pytest.raises(UsageError, match="needs the target's files"):
         TransformersPeer(pair, GenerationConfig())
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_processors_are_applied_or_left_out_in_every_arm(pair: Pair, tmp_path: Path, ignore_eos: bool) -> None:
+    options = {"repetition_penalty": 1.5, "min_new_tokens": 5, "exponential_decay_length_penalty": [1, 1.2]}
+    (tmp_path / "generation_config.json").write_text(json.dumps({**options, "eos_token_id": 2, "pad_token_id": 0}))
+    pair.processors, pair.eos_ids = read_processors(tmp_path), frozenset([2])
+    texts = []
+    for processors in (True, False):
+        config = GenerationConfig(16, "full", "ngram", num_draft_tokens=4, ignore_eos=ignore_eos, processors=processors)
+        ours = Generator(pair, config).generate(random_tokens(8)).token_ids
+        assert TransformersPeer(pair, config).generate(random_tokens(8)).token_ids == ours
+        texts.append(ours)
+    assert texts[0] != texts[1]

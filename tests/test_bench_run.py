@@ -201,6 +201,7 @@ def test_arms_by_name() -> None:
     [
         ({"limit": 0}, "--limit"),
         ({"repeats": 0}, "--repeats"),
+        ({"repeats": 10**9}, "--repeats"),
         ({"max_new_tokens": 0}, "--max-new-tokens"),
         ({"temperature": -1.0}, "--temperature"),
         ({"num_draft_tokens": 0}, "--num-draft-tokens"),

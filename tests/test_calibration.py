@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.quantize import calibration
-from quasar_core.quantize.calibration import Calibration, load_calibration
+from quasar_core.quantize.calibration import Calibration, encode, load_calibration, read_documents
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +95,25 @@ def test_json_lines_in_every_form(record: dict[str, object], tmp_path: Path) -> 
     (tmp_path / "lines.jsonl").write_text(json.dumps(record) + "\n\n" + json.dumps({"text": text_of(40, 40)}) + "\n")
     found = load(tmp_path / "lines.jsonl", seq_len=20)
     assert windows(torch.cat([found.samples, found.held_out])) == {0, 20, 40, 60}
+
+
+def test_messages_of_parts_are_read_as_their_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "w1 "}, {"type": "text", "text": "w2"}]
+    path = tmp_path / "parts.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": parts}]}))
+    assert list(read_documents(str(path))) == [[{"role": "user", "content": "w1 w2"}]]
+    picture = json.dumps({"messages": [{"role": "user", "content": [*parts, {"type": "image", "url": "x"}]}]})
+    path.write_text(picture)
+    with pytest.raises(UsageError, match=r"parts\.jsonl, line 1: neither text"):
+        list(read_documents(str(path)))
+
+
+def test_a_template_that_wants_parts_is_calibrated_with_the_text() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }} {% endfor %}{% endfor %}"
+    )
+    assert encode([{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}], tokenizer) == [3, 4]
 
 
 def test_conversations_go_through_the_chat_template(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
     decoding = (
         "--max-new-tokens 9 --verify quantized --draft none --num-draft-tokens 7 --ngram-max 5 --ngram-min 2 "
         "--window 6 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --seed 8 "
-        "--stop A --stop B"
+        "--stop A --stop B --no-processors"
     )
     models = (
         "--model org/m --verifier v --no-target --device cuda:1 --dtype float16 --kernel reference "
@@ -57,6 +57,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
     assert (config.max_new_tokens, config.verify, config.draft, config.num_draft_tokens) == (9, "quantized", "none", 7)
     assert (config.ngram_max, config.ngram_min, config.window, config.stop) == (5, 2, 6, ("A", "B"))
     assert tuple(vars(config.sampling).values()) == sampling
+    assert not config.processors
     stand_in_pair.asked.pop("progress")
     assert stand_in_pair.asked == {
         "model": "org/m",
@@ -70,6 +71,13 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
         "trust_remote_code": True,
         "check_digest": False,
     }
+
+
+def test_a_context_of_drafts_that_is_absurd_is_wrong_usage(
+    stand_in_pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "--prompt", "x", "--ngram-max", "1000000000"]) == 2
+    assert "--ngram-max must be at most 64, not 1000000000." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import TableModel, make_pair
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import engine as engine_module
 from quasar_core.decode.draft_length import FixedLength
 from quasar_core.decode.engine import Engine
-from quasar_core.decode.sampling import distribution, draw, penalize_repetition
+from quasar_core.decode.sampling import distribution, draw
 from quasar_core.decode.window import WindowPolicy
 from quasar_core.draft.base import Draft, Drafter, NoDrafter
 from quasar_core.draft.ngram import NgramDrafter
@@ -74,7 +75,7 @@ def continuations(runs: int, make_drafter: Callable[[], Drafter], verify: str, *
 def next_token(context: Sequence[int], sampling: SamplingConfig) -> list[float]:
     """The target's distribution after a context."""
     logits = TARGET.table[context[-2], context[-1]][None]
-    penalized = penalize_repetition(logits, context, [], sampling.repetition_penalty)
+    penalized = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty or 1.0)(torch.tensor([context]), logits)
     return distribution(penalized, sampling)[0].tolist()
 
 

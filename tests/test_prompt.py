@@ -1,10 +1,14 @@
 """Prompts: raw text, one user message, conversations, templates that know of thinking or refuse."""
 
+from typing import Any
+
 import pytest
 from tiny_models import words
 from transformers import PreTrainedTokenizerFast
 
+from quasar_core.decode import template
 from quasar_core.decode.prompt import encode_prompt
+from quasar_core.decode.template import render, text_of
 from quasar_core.demo.tokenizer import TURN_END, TURN_START, train_tokenizer
 from quasar_core.errors import QuasarError
 
@@ -64,11 +68,76 @@ def test_the_template_does_not_add_special_tokens_twice(tokenizer: PreTrainedTok
 
 @pytest.mark.parametrize(("think", "expected"), [(None, "unset"), (True, "True"), (False, "False")])
 def test_thinking_reaches_the_template(think: bool | None, expected: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = "{{ enable_thinking if enable_thinking is defined else 'unset' }}"
-    assert tokenizer.decode(encode_prompt(tokenizer, "hello", think=think)) == expected
+    tokenizer.chat_template = (
+        "{{ messages[0].content }} {{ enable_thinking if enable_thinking is defined else 'unset' }}"
+    )
+    assert tokenizer.decode(encode_prompt(tokenizer, "hello", think=think)) == f"hello {expected}"
 
 
 def test_a_template_that_refuses_is_one_sentence(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(QuasarError, match="refuses these messages: roles must alternate"):
         encode_prompt(tokenizer, "hello")
+
+
+PARTS = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %};{% endfor %}"
+FIRST_PART = "{% for m in messages %}{{ m.content[0].text }};{% endfor %}"
+STRICT_PARTS = "{% for m in messages %}{{ m.content[0]['text'] + ';' }}{% endfor %}"  # an error for a text
+
+
+@pytest.mark.parametrize("chat_template", [PARTS, FIRST_PART, STRICT_PARTS])
+def test_a_template_that_wants_parts_gets_parts(chat_template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = chat_template
+    assert tokenizer.decode(encode_prompt(tokenizer, CONVERSATION)) == "hello;there;hello there;"
+    assert tokenizer.decode(encode_prompt(tokenizer, "u")) == "u;"  # a text that stands in many a template
+
+
+@pytest.mark.parametrize(
+    "chat_template",
+    ["user: {{ messages[0].role }}", "{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"],
+)
+def test_a_template_that_leaves_the_text_out_is_refused(chat_template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = chat_template
+    with pytest.raises(QuasarError, match="leaves the text of the messages out"):
+        encode_prompt(tokenizer, [{"role": "system", "content": "r"}, {"role": "user", "content": "user"}])
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "expected"),
+    [
+        ("{{ messages | tojson }}", '[{"role": "user", "content": "say \\"a\\""}]'),
+        ("{{ messages[0].content | upper }}", 'SAY "A"'),
+    ],
+)
+def test_a_text_that_the_template_writes_in_another_way_is_not_lost(
+    chat_template: str, expected: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer.chat_template = chat_template
+    assert render(tokenizer, [{"role": "user", "content": 'say "a"'}]) == expected
+
+
+def test_loops_within_loops_of_a_template_end(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template, "MOST_LINES", 20_000)
+    loops = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = loops + "{{ messages[0].content }}"
+    with pytest.raises(QuasarError, match="more than 20000 lines"):
+        encode_prompt(tokenizer, "hello")
+    tokenizer.chat_template = "{% for i in range(900) %}{% if i == 0 %}{{ messages[0].content }}{% endif %}{% endfor %}"
+    assert tokenizer.decode(encode_prompt(tokenizer, "hello")) == "hello"
+
+
+def test_a_template_that_calls_itself_is_one_sentence(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"
+    with pytest.raises(QuasarError, match="refuses these messages: maximum recursion"):
+        encode_prompt(tokenizer, "hello")
+
+
+def test_the_text_of_parts() -> None:
+    assert text_of("a") == "a"
+    assert text_of([{"type": "text", "text": "a"}, "b", {"text": "c"}]) == "abc"
+    wrong: list[Any] = [None, 3, [], [3], [{"type": "image", "url": "x"}], [{"type": "text", "text": 3}]]
+    for content in wrong:
+        with pytest.raises(TypeError):
+            text_of(content)

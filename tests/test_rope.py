@@ -47,7 +47,7 @@ def test_heads_are_rotated_as_transformers_rotates_them(name: str, start: int, e
     x = torch.randn(1, 3, end - start, 64, generator=torch.Generator().manual_seed(0))
     cos, sin = theirs(x, torch.arange(start, end)[None])
     expected, _ = apply_rotary_pos_emb(x, x, cos, sin)
-    cos, sin = ours.rows(start, end)
+    cos, sin = ours.rows(start, end, prompt_length=end)  # one pass of the whole prompt
     heads = x[0].transpose(0, 1)
     torch.testing.assert_close(
         heads * cos + heads.roll(32, -1) * sin, expected[0].transpose(0, 1), atol=1e-3, rtol=1e-5

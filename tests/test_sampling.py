@@ -5,14 +5,13 @@ import torch
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from quasar_core.config import SamplingConfig
-from quasar_core.decode.sampling import distribution, draw, penalize_repetition
+from quasar_core.decode.sampling import distribution, draw
 
 LOGITS = 3 * torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
 
@@ -90,20 +89,6 @@ def test_top_p_keeps_the_smallest_nucleus(top_p: float) -> None:
 def test_a_tiny_temperature_is_greedy_and_finite() -> None:
     probabilities = distribution(LOGITS, SamplingConfig(temperature=1e-30))
     assert torch.equal(probabilities, torch.nn.functional.one_hot(LOGITS.argmax(dim=-1), 50).float())
-
-
-@pytest.mark.parametrize("penalty", [1.3, 0.8])
-def test_the_penalty_of_each_row_is_that_of_transformers(penalty: float) -> None:
-    prefix, continuation = [3, 9, 3], [11, 4, 11, 30]
-    rows = penalize_repetition(LOGITS[:5], prefix, continuation, penalty)
-    processor = RepetitionPenaltyLogitsProcessor(penalty)
-    for i in range(5):
-        ids = torch.tensor([prefix + continuation[:i]])
-        assert torch.equal(rows[i : i + 1], processor(ids, LOGITS[i : i + 1].clone()))
-
-
-def test_no_penalty_changes_nothing() -> None:
-    assert penalize_repetition(LOGITS, [1, 2], [3], 1.0) is LOGITS
 
 
 def test_draws_follow_the_probabilities_and_the_seed() -> None:

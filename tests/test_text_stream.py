@@ -3,10 +3,11 @@
 import random
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from quasar_core.decode.text import BROKEN, TextStream
 from quasar_core.demo.tokenizer import TURN_END, train_tokenizer
@@ -142,3 +143,96 @@ def test_text_without_a_listener_is_kept() -> None:
     for token in ids_of("kept"):
         assert not text.add(token)
     assert text.finish() == "kept"
+
+
+END = byte_level().convert_tokens_to_ids(TURN_END)
+
+
+@pytest.mark.parametrize(
+    ("stop", "tokens", "text", "taken"),
+    [
+        ((TURN_END,), [*ids_of("ab"), END, *ids_of("c")], "ab", 3),
+        ((f"b{TURN_END}",), [*ids_of("a"), END, *ids_of("b"), END, *ids_of("c")], "a", 4),
+        ((f"{TURN_END}\n",), [*ids_of("a"), END, *ids_of("b"), END, *ids_of("\n"), *ids_of("c")], "ab", 5),
+        (("d", TURN_END), [*ids_of("a"), END], "a", 2),
+        ((f"{TURN_END}{TURN_END}",), [*ids_of("a"), END, *ids_of("b"), END, END], "ab", 5),
+    ],
+)
+def test_a_stop_string_of_special_tokens_ends_the_text(
+    stop: tuple[str, ...], tokens: list[int], text: str, taken: int
+) -> None:
+    pieces, whole, count = stream(byte_level(), tokens, stop)
+    assert (whole, count) == (text, taken)
+    assert "".join(pieces) == text
+
+
+def test_special_tokens_that_no_stop_string_names_still_have_no_text() -> None:
+    tokens = [*ids_of("a"), END, *ids_of("b")]
+    assert stream(byte_level(), tokens, stop=("ab",))[1] == ""  # the text as it is shown
+    assert stream(byte_level(), tokens, stop=(f"{TURN_END}never",))[1] == "ab"
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"\x90G", f"{BROKEN}G"),
+        (b"K\x9e2", f"K{BROKEN}2"),
+        (b"\xcf\x9b\xf4", "\u03db"),
+        ("日本".encode(), "日本"),
+        (b"\xe6\x97A", f"{BROKEN}A"),
+    ],
+)
+def test_a_stray_byte_is_one_replacement_mark(raw: bytes, text: str) -> None:
+    """Tokens of bytes read as Python decodes the bytes, whatever stands beside them."""
+    tokens = with_byte_fallback().convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in raw])
+    assert stream(with_byte_fallback(), tokens)[1] == text  # broken bytes at the end are left out
+    word = with_byte_fallback().convert_tokens_to_ids(["▁the"])
+    expected = raw.decode(errors="replace")
+    assert stream(with_byte_fallback(), word + tokens + word)[1] == f"the{expected} the"
+
+
+def test_random_bytes_by_name_read_as_python_decodes_them() -> None:
+    luck = random.Random(2)
+    for _ in range(200):
+        raw = bytes(luck.choice((0x41, 0xE6, 0x97, 0xA5, 0xC3, 0x80, 0xF4)) for _ in range(8))
+        tokens = with_byte_fallback().convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in raw] + ["a"])
+        assert stream(with_byte_fallback(), tokens)[1] == raw.decode(errors="replace") + "a"
+
+
+def test_a_token_that_only_looks_like_a_byte_is_text() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<0x41>": 0, "b": 1}, "b")))
+    assert stream(tokenizer, [0, 1])[1] == "<0x41> b"
+
+
+class InPython(PreTrainedTokenizer):
+    """A tokenizer without a backend of its own: a token is a character, `<end>` a special one."""
+
+    def __init__(self, **options: Any) -> None:
+        self.letters = {letter: number for number, letter in enumerate("abc ")}
+        super().__init__(eos_token="<end>", **options)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.letters)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {**self.letters, **self.added_tokens_encoder}
+
+    def _tokenize(self, text: str, **options: Any) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.letters[token]
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return "abc "[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+
+def test_a_tokenizer_in_python_decodes_too() -> None:
+    tokenizer: Any = InPython()
+    tokens = [*tokenizer("a bca")["input_ids"], tokenizer.eos_token_id, *tokenizer("b")["input_ids"]]
+    assert stream(tokenizer, tokens)[1] == "a bcab"
+    assert stream(tokenizer, tokens, stop=("<end>",))[1] == "a bca"

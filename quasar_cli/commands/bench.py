@@ -15,6 +15,7 @@ from quasar_cli.options import (
     MaxNewTokens,
     ModelOptions,
     NumDraftTokens,
+    Processors,
     Seed,
     Temperature,
     Verbose,
@@ -58,6 +59,7 @@ class BenchOptions:
     num_draft_tokens: NumDraftTokens = "auto"
     window: Window = "auto"
     temperature: Temperature = 0.0
+    processors: Processors = True
     seed: Seed = 0
 
     def config(self) -> BenchConfig:
@@ -72,6 +74,7 @@ class BenchOptions:
             num_draft_tokens=parse_auto("--num-draft-tokens", self.num_draft_tokens),
             window=parse_auto("--window", self.window),
             ignore_eos=self.ignore_eos,
+            processors=self.processors,
         )
 
 

@@ -11,6 +11,8 @@ from quasar_core.typed import build
 
 MOST_REPEATS = 10_000
 
+MOST_REPEATS = 1000  # every answer is scheduled before the first
+
 
 @dataclass(frozen=True)
 class BenchConfig:
@@ -25,6 +27,7 @@ class BenchConfig:
     num_draft_tokens: int | Auto = "auto"
     window: int | Auto = "auto"
     ignore_eos: bool = False
+    processors: bool = True
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -44,6 +47,7 @@ class BenchConfig:
             window=self.window,
             sampling=SamplingConfig(temperature=self.temperature, seed=seed),
             ignore_eos=self.ignore_eos,
+            processors=self.processors,
         )
 
     def seed_of(self, dataset: str, question_id: int | str, turn: int, repeat: int) -> int:

@@ -14,6 +14,7 @@ from quasar_core.bench.datasets import Dataset
 from quasar_core.bench.results import Divergence, Row
 from quasar_core.decode.prompt import encode_prompt
 from quasar_core.models.pair import Pair
+from quasar_core.models.text_length import begin_text
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,11 @@ def _judge(pair: Pair, split: _Split, turns: Sequence[str]) -> Divergence:
         messages.append({"role": "user", "content": text})
         if row is not split.vanilla[-1]:
             messages.append({"role": "assistant", "content": row.text})
-    tokens = encode_prompt(pair.tokenizer, messages) + split.vanilla[-1].token_ids[: split.position]
-    logits = pair.primary.forward(tokens, pair.new_cache(len(tokens)), last_only=True)[0]
+    prompt = encode_prompt(pair.tokenizer, messages)
+    tokens = prompt + split.vanilla[-1].token_ids[: split.position]
+    cache = pair.new_cache(len(tokens))
+    begin_text(cache, len(prompt), 0)
+    logits = pair.primary.forward(tokens, cache, last_only=True)[0]
     best = logits.topk(2).values.tolist()
     return Divergence(
         dataset=split.row.dataset,

@@ -8,6 +8,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from quasar_core.config import GenerationConfig, Request
+from quasar_core.decode.processors import OPTIONS
 from quasar_core.errors import UsageError
 from quasar_core.models.pair import Pair
 from quasar_core.models.transformers_lm import load_target
@@ -27,8 +28,15 @@ class TransformersPeer:
             raise UsageError("The arm transformers needs the target's files.")
         self.pair, self.config = pair, config
         self.model: Any = load_target(pair.target_folder, pair.device, pair.dtype).model
+        self._leave_out_processors()
         self._passes = 0
         self.model.register_forward_hook(self._count)
+
+    def _leave_out_processors(self) -> None:
+        """Of the model's own, which `generate` applies: all, as asked, or those of an end of text that is ignored."""
+        for name in self.pair.processors:
+            if not self.config.processors or (self.config.ignore_eos and OPTIONS[name].needs_eos):
+                setattr(self.model.generation_config, name, None)
 
     def reset(self) -> None:
         """Nothing is kept between answers."""

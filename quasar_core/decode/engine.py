@@ -13,7 +13,8 @@ import torch
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.acceptance import accept_matching, confirm_sampled
 from quasar_core.decode.draft_length import DraftLength
-from quasar_core.decode.sampling import distribution, draw, penalize_repetition
+from quasar_core.decode.processors import Processors
+from quasar_core.decode.sampling import distribution, draw
 from quasar_core.decode.window import WindowPolicy
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.errors import QuasarError
@@ -47,8 +48,8 @@ class Engine:
         self.max_tokens = max_tokens  # prompt included
         self.confirms = config.verify == "exact"
         self.verifying = _verifying_model(pair, config.verify)
-        sampling = config.sampling
-        self._reads_logits = not sampling.greedy or sampling.repetition_penalty != 1.0  # beyond the best of each row
+        self.processors = Processors(pair.processors, config)
+        self._reads_logits = not config.sampling.greedy or bool(self.processors)  # beyond the best of each row
         self.eos_ids = frozenset() if config.ignore_eos else pair.eos_ids
         self.stats = Stats()
         self.tokens: list[int] = []
@@ -64,6 +65,7 @@ class Engine:
     def prefill(self, prompt: Sequence[int], cached: int = 0) -> None:
         """Run the prompt beyond the `cached` tokens through the target, in chunks; commit the token that follows."""
         start = time.perf_counter()
+        self.processors.begin(prompt, self.max_tokens, self.eos_ids, self.pair.primary.device)
         chunk = PREFILL_CHUNK[self.pair.primary.device.type]
         for begin in range(cached, len(prompt), chunk):
             logits = self.pair.primary.forward(prompt[begin : begin + chunk], self.cache, last_only=True)
@@ -135,7 +137,7 @@ class Engine:
         if not self._reads_logits:
             return _accept(self.pair.primary.choose(tokens, self.cache), window)
         logits = self.pair.primary.forward(tokens, self.cache)
-        logits = penalize_repetition(logits, prefix, window, self.config.sampling.repetition_penalty)
+        logits = self.processors(logits, prefix, window)
         if self.config.sampling.greedy:
             return _accept(choose_best(logits), window)
         p = distribution(logits, self.config.sampling)
@@ -153,7 +155,7 @@ class Engine:
         This is where the host waits for the device, once in a pass.
         """
         margins = best_tokens(logits)[1] if self.window_policy.agreement else None
-        logits = penalize_repetition(logits, self.tokens, draft, self.config.sampling.repetition_penalty)
+        logits = self.processors(logits, self.tokens, draft)
         if self.config.sampling.greedy:
             return bring_over(best_tokens(logits)[0], margins), None
         probabilities = distribution(logits, self.config.sampling)

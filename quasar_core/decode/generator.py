@@ -14,6 +14,7 @@ from quasar_core.decode.cost_records import pair_costs
 from quasar_core.decode.costs import PairCosts
 from quasar_core.decode.draft_length import AdaptiveLength, DraftLength, FixedLength
 from quasar_core.decode.engine import Engine
+from quasar_core.decode.processors import Processors, describe_processors
 from quasar_core.decode.rates import ALWAYS, plan_exact
 from quasar_core.decode.text import TextStream
 from quasar_core.decode.window import DEFAULT_WINDOW, TYPICAL_ACCEPTANCE, WindowPolicy
@@ -22,6 +23,7 @@ from quasar_core.draft.select import make_drafter
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.base import KVCache
 from quasar_core.models.pair import Pair
+from quasar_core.models.text_length import begin_text
 from quasar_core.records import FinishReason, GenerationResult
 
 
@@ -31,6 +33,7 @@ class Generator:
     def __init__(self, pair: Pair, config: GenerationConfig, make_draft: Callable[[], Drafter] | None = None) -> None:
         _check_models(pair, config)
         self.pair, self.config = pair, config
+        self._check_processors()
         self._make_drafter = make_draft or (lambda: make_drafter(config))
         self._costs: PairCosts | None = None
         self.target_alone = False  # whether the target verifies the drafts of `exact` itself: the same output, sooner
@@ -119,8 +122,9 @@ class Generator:
                 break
             common += 1
         self._cache.rollback(common)
-        self._cached = self._cached[:common]
-        return common
+        kept = begin_text(self._cache, len(prompt_ids), common)
+        self._cached = self._cached[:kept]
+        return kept
 
     def _make_engine(self, max_tokens: int, request: Request) -> Engine:
         assert self._cache is not None
@@ -135,6 +139,16 @@ class Generator:
             generator,
             max_tokens,
         )
+
+    def _check_processors(self) -> None:
+        """Refuse, before any work, options of the model's that cannot be applied to its logits; note the others."""
+        processors, device = Processors(self.pair.processors, self.config), self.pair.primary.device
+        if processors:
+            processors.begin([0], 2, self.pair.eos_ids, device)
+            processors(torch.zeros(1, self.pair.primary.vocab_size, device=device), [0], [])
+        note = describe_processors(self.pair.processors, self.config)
+        if note:
+            self._note(note)
 
     def _choose_draft_length(self) -> DraftLength:
         if self.config.draft == "none":

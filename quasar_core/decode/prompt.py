@@ -4,9 +4,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from quasar_core.decode.template import render
 from quasar_core.files import require_characters
 from quasar_core.foreign import foreign_errors
-from quasar_core.models.step_limit import limited_steps
 
 
 def encode_prompt(
@@ -28,14 +28,8 @@ def encode_prompt(
     options: dict[str, Any] = {} if think is None else {"enable_thinking": think}
     if not tokenizer.chat_template:
         return _encode(tokenizer, "\n".join(message["content"] for message in messages))
-    text = render_chat(tokenizer, messages, add_generation_prompt=True, **options)
+    text = render(tokenizer, messages, add_generation_prompt=True, **options)
     return _encode(tokenizer, text, add_special_tokens=False)
-
-
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options: Any) -> str:
-    """The text that the chat template makes of messages; QuasarError for whatever it raises, and if it never ends."""
-    with foreign_errors("The model's chat template refuses these messages"), limited_steps("The model's chat template"):
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:

@@ -1,31 +1,13 @@
 """From logits to a distribution to a token; pure. Letters: T rows, V vocabulary.
 
-The order is the field's: repetition penalty, temperature, top-k, top-p, min-p (as transformers' generate applies
-them). Target and verifier go through the same function, so p and q are compared after it.
+The order is the field's: logits processors (`processors.py`), temperature, top-k, top-p, min-p (as transformers'
+generate applies them). Target and verifier go through the same functions, so p and q are compared after them.
 """
-
-from collections.abc import Sequence
 
 import torch
 
 from quasar_core.config import SamplingConfig
 from quasar_core.models.choices import NO_TOKEN
-
-
-def penalize_repetition(
-    logits: torch.Tensor, prefix: Sequence[int], continuation: Sequence[int], penalty: float
-) -> torch.Tensor:
-    """Divide positive and multiply negative logits of tokens seen before (Keskar et al., 2019, CTRL).
-
-    Row i of logits [T, V] follows `prefix` and the first i tokens of `continuation`.
-    """
-    if penalty == 1.0:
-        return logits
-    seen = torch.zeros_like(logits, dtype=torch.bool)
-    seen[:, torch.tensor(prefix, dtype=torch.long, device=logits.device)] = True
-    for i, token in enumerate(continuation[: logits.shape[0] - 1]):
-        seen[i + 1 :, token] = True
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def distribution(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:

@@ -70,7 +70,7 @@ class CpuPass:
         if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
             raise IndexError(f"a token of {tokens} is not in a vocabulary of {self.config.vocab_size}")
         chosen, margins = (ctypes.c_int64 * count)(), (ctypes.c_float * count)()
-        cos, sin = self._rotations(cache.length, cache.length + count)
+        cos, sin = self._rotations(cache.length, cache.length + count, cache.prompt_length)
         self._run(
             self._pass,
             self._is_bfloat16,
@@ -89,10 +89,10 @@ class CpuPass:
         cache.advance(count)
         return Choices(chosen[:], margins[:])
 
-    def _rotations(self, start: int, end: int) -> tuple[int, int]:
+    def _rotations(self, start: int, end: int, prompt_length: int) -> tuple[int, int]:
         """Addresses of cosines and sines [T, D] in float32; tables are kept, as Python is slow after every pass."""
-        if self.rope.stretches_at(end):
-            self._stretched = self._widened(start, end)
+        if self.rope.stretches_at(end, prompt_length):
+            self._stretched = self._widened(start, end, prompt_length)
             cos, sin = self._stretched
             return cos.data_ptr(), sin.data_ptr()
         if end > self._reach:
@@ -103,8 +103,8 @@ class CpuPass:
         before = start * self.config.head_size * cos.element_size()
         return cos.data_ptr() + before, sin.data_ptr() + before
 
-    def _widened(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self.rope.rows(start, end)
+    def _widened(self, start: int, end: int, prompt_length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.rope.rows(start, end, prompt_length)
         return cos.float().contiguous(), sin.float().contiguous()
 
     def seconds(self) -> tuple[float, float]:

@@ -122,7 +122,11 @@ class LeanDecoder(CausalLM):
         """A cache for this model, and for any model of the same shape."""
         self.rope.reach(capacity)
         config = self.config
-        return DecoderCache(config.num_layers, config.num_kv_heads, config.head_size, capacity, self.device, self.dtype)
+        cache = DecoderCache(
+            config.num_layers, config.num_kv_heads, config.head_size, capacity, self.device, self.dtype
+        )
+        cache.limit = self.rope.limit
+        return cache
 
     @steered
     def forward(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool = False) -> torch.Tensor:
@@ -146,7 +150,7 @@ class LeanDecoder(CausalLM):
 
     @torch.inference_mode()
     def _plain_pass(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool) -> torch.Tensor:
-        place = self._place(cache.length, len(tokens))
+        place = self._place(cache, len(tokens))
         hidden = embedding(torch.tensor(tokens, device=self.device), self.embedding)
         for layer, states in zip(self.layers, cache.layers, strict=True):
             hidden += self._attention(layer, self._normed(hidden, layer.input_norm), states, place)
@@ -156,8 +160,9 @@ class LeanDecoder(CausalLM):
             hidden = hidden[-1:]
         return self.head(self._normed(hidden, self.norm)).float()
 
-    def _place(self, start: int, count: int) -> _Place:
-        cos, sin = self.rope.rows(start, start + count)
+    def _place(self, cache: DecoderCache, count: int) -> _Place:
+        start = cache.length
+        cos, sin = self.rope.rows(start, start + count, cache.prompt_length)
         sights = {w: sight(start, count, w, self._group, self.device, self.dtype) for w in self._windows}
         return _Place(start, start + count, cos, sin, sights)
 

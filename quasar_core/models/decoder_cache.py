@@ -9,9 +9,10 @@ import torch
 
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.pages import empty_in_huge_pages
+from quasar_core.models.text_length import PromptLength
 
 
-class DecoderCache:
+class DecoderCache(PromptLength):
     """Implements `models.base.KVCache`; a layer is one tensor [2, H, capacity, D], keys before values.
 
     The positions of a head lie next to each other, so attention reads it from end to end.

@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from quasar_core.errors import QuasarError
+from quasar_core.models.text_length import PromptLength
 
 
 class PreallocatedLayer(CacheLayerMixin):
@@ -58,10 +59,11 @@ class PreallocatedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-class PreallocatedCache(Cache):
+class PreallocatedCache(PromptLength, Cache):
     """One layer each for a model's decoder layers; implements `models.base.KVCache`."""
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
+    def __init__(self, num_layers: int, capacity: int, limit: int | None = None) -> None:
+        self.limit = limit
         self._layers = [PreallocatedLayer(capacity) for _ in range(num_layers)]
         super().__init__(layers=[*self._layers])
         self._capacity = capacity
@@ -92,3 +94,49 @@ class PreallocatedCache(Cache):
         """Refuse a pass that would not fit."""
         if self.length + count > self.capacity:
             raise QuasarError(f"The cache holds {self.capacity} tokens, and {self.length + count} are needed.")
+
+
+class TwoTableCache:
+    """For a model that computes all keys anew where a text grows beyond a limit: the short texts' keys, and the long.
+
+    Implements `models.base.KVCache`. Each buffer may lag behind the text; `in_use` is brought up to it before a pass.
+    """
+
+    def __init__(self, num_layers: int, capacity: int, limit: int) -> None:
+        self.limit, self.prompt_length = limit, 0
+        self.tokens: list[int] = []
+        self.writer: Any = None  # the model that brings a buffer up to the text
+        self._short = PreallocatedCache(num_layers, min(capacity, limit))
+        self._long = PreallocatedCache(num_layers, capacity)
+
+    @property
+    def length(self) -> int:
+        """Positions written."""
+        return len(self.tokens)
+
+    @property
+    def capacity(self) -> int:
+        """Positions there is room for."""
+        return self._long.capacity
+
+    def begin(self, prompt_length: int) -> int:
+        """See `TextCache`: a position depends on the tokens before it and the buffer only, so all of them stay."""
+        self.prompt_length = prompt_length
+        return self.length
+
+    def rollback(self, length: int) -> None:
+        """Move the length back; a length ahead of what is written is a defect of the caller."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot move a cache of {self.length} positions to {length}")
+        self.tokens = self.tokens[:length]
+        for buffer in (self._short, self._long):
+            buffer.rollback(min(length, buffer.length))
+
+    def make_room(self, count: int) -> None:
+        """Refuse a pass that would not fit."""
+        if self.length + count > self.capacity:
+            raise QuasarError(f"The cache holds {self.capacity} tokens, and {self.length + count} are needed.")
+
+    def buffer_for(self, text_length: int) -> PreallocatedCache:
+        """The keys of texts of that length."""
+        return self._long if text_length > self.limit else self._short

@@ -1,5 +1,6 @@
 """A target and its verifier on one device, over one cache."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Pair:
     target_fingerprint: str | None = None
     verifier_fingerprint: str | None = None
     measured: dict[str, Any] = field(default_factory=dict, repr=False)
+    processors: Mapping[str, Any] = field(default_factory=dict)  # options of logits processors, by name
 
     @property
     def primary(self) -> CausalLM:
@@ -60,7 +62,10 @@ class Pair:
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder."""
     with foreign_errors(f"The tokenizer in {folder} could not be loaded"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise QuasarError(f"{folder} holds no tokenizer: the one that transformers makes of it knows no text.")
+    return tokenizer
 
 
 def context_limit(folder: Path, trust_remote_code: bool = False) -> int:
@@ -75,13 +80,19 @@ def context_limit(folder: Path, trust_remote_code: bool = False) -> int:
 
 def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every token that ends an answer: of the generation config, else of the model's config, else the tokenizer's."""
-    files = (folder / "generation_config.json", folder / "config.json")
-    places = {str(path): (read_json_if_there(path) or {}).get("eos_token_id") for path in files}
-    places[f"The tokenizer in {folder}"] = tokenizer.eos_token_id
-    for place, ids in places.items():
-        if ids is not None:
-            try:
-                return frozenset(build(list[int], ids if isinstance(ids, list) else [ids], "eos_token_id"))
-            except ValueError as error:
-                raise QuasarError(f"{place} names no tokens that end a text: {error}.") from error
-    return frozenset()
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        content = read_json_if_there(path) or {}
+        text_config = content.get("text_config")
+        for part in (content, text_config if isinstance(text_config, dict) else {}):
+            if part.get("eos_token_id") is not None:
+                return _token_ids(part["eos_token_id"], path)
+    end = tokenizer.eos_token_id
+    return frozenset() if end is None else frozenset([end])
+
+
+def _token_ids(value: Any, path: Path) -> frozenset[int]:
+    """The ids that one or a list of them name; QuasarError for anything else."""
+    try:
+        return frozenset(build(list[int], value if isinstance(value, list) else [value], "eos_token_id"))
+    except ValueError as error:
+        raise QuasarError(f"{path} names no tokens that end a text: {error}.") from error

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from quasar_core.models.text_length import spans
+
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 FIRST_ROWS = 1024
 
@@ -111,19 +113,26 @@ class RopeTables:
             rows = max(end, 2 * self._cos.shape[0])
             self._cos, self._sin = self._compute(0, rows, self.rope.max_positions)
 
-    def rows(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [T, 1, D] of the positions of a pass.
+    @property
+    def limit(self) -> int | None:
+        """The longest text that has the frequencies of training; None where every text has them."""
+        return self.rope.max_positions if self.rope.kind == "dynamic" else None
 
-        Beyond its threshold, dynamic scaling depends on where the pass ends, and on nothing that went before.
+    def rows(self, start: int, end: int, prompt_length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [T, 1, D] of the positions of a pass in a text whose prompt has `prompt_length` tokens.
+
+        Beyond its limit, dynamic scaling rotates a token as the text that ends with it, and a prompt as a whole has it.
         """
-        if self.stretches_at(end):
-            return self._compute(start, end, end)
+        if self.stretches_at(end, prompt_length):
+            runs = spans(start, end, prompt_length, self.rope.max_positions)
+            cos, sin = zip(*(self._compute(*run) for run in runs), strict=True)
+            return torch.cat(cos), torch.cat(sin)
         self.reach(end)
         return self._cos[start:end], self._sin[start:end]
 
-    def stretches_at(self, end: int) -> bool:
-        """Whether the frequencies of a text that ends there are its own."""
-        return self.rope.kind == "dynamic" and end > self.rope.max_positions
+    def stretches_at(self, end: int, prompt_length: int = 0) -> bool:
+        """Whether some of the frequencies before `end` are not those of training."""
+        return self.limit is not None and max(end, prompt_length) > self.limit
 
     def _compute(self, start: int, end: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         frequencies, magnitude = inverse_frequencies(self.rope, positions)

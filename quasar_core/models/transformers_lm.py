@@ -15,9 +15,13 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.base import CausalLM
 from quasar_core.models.experts import module_name, separate_experts
-from quasar_core.models.kv_cache import PreallocatedCache
+from quasar_core.models.kv_cache import PreallocatedCache, TwoTableCache
 from quasar_core.models.skeleton import Weights, build_skeleton, clone_structure, read_model_config
+from quasar_core.models.transformers_rope import TextRope
 from quasar_core.records import Progress, no_progress
+
+AnyCache = PreallocatedCache | TwoTableCache
+PIECE = 512  # tokens of a pass that writes keys again
 
 
 class TransformersLM(CausalLM):
@@ -25,6 +29,7 @@ class TransformersLM(CausalLM):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
+        self.rope = TextRope.of(model)
 
     @property
     def vocab_size(self) -> int:
@@ -41,16 +46,56 @@ class TransformersLM(CausalLM):
         """Linear layers on packed codes; none in a target."""
         return (module for module in self.model.modules() if isinstance(module, PackedLinear))
 
-    def new_cache(self, capacity: int) -> PreallocatedCache:
-        """A cache for this model, and for any copy of it."""
-        return PreallocatedCache(self.model.config.get_text_config().num_hidden_layers, capacity)
+    def new_cache(self, capacity: int) -> AnyCache:
+        """A cache for this model, and for any copy of it; what must be computed anew in it, this model computes."""
+        layers = self.model.config.get_text_config().num_hidden_layers
+        if self.rope is None:
+            return PreallocatedCache(layers, capacity)
+        if not self.rope.recomputes:
+            return PreallocatedCache(layers, capacity, self.rope.limit)
+        cache = TwoTableCache(layers, capacity, self.rope.limit)
+        cache.writer = self
+        return cache
 
     @steered
     @torch.inference_mode()
-    def forward(self, tokens: Sequence[int], cache: PreallocatedCache, last_only: bool = False) -> torch.Tensor:
+    def forward(self, tokens: Sequence[int], cache: AnyCache, last_only: bool = False) -> torch.Tensor:
         """One pass of T tokens → float32 logits [T, V] ([1, V] with `last_only`)."""
         cache.make_room(len(tokens))
-        ids = torch.tensor([tokens], device=self.device)
+        if self.rope is None:
+            assert isinstance(cache, PreallocatedCache)
+            return self._pass(tokens, cache, last_only)
+        start = cache.length
+        logits = [
+            self._pass_within(self.rope, tokens[begin - start : end - start], cache, length, last_only)
+            for begin, end, length in self.rope.runs(start, start + len(tokens), cache.prompt_length)
+        ]
+        return logits[-1] if last_only else torch.cat(logits)
+
+    def _pass_within(
+        self, rope: TextRope, tokens: Sequence[int], cache: AnyCache, text_length: int, last_only: bool
+    ) -> torch.Tensor:
+        """A pass of tokens that are all rotated as a text of one length has it."""
+        with rope.held(text_length):
+            if isinstance(cache, PreallocatedCache):
+                return self._pass(tokens, cache, last_only)
+            buffer = cache.buffer_for(text_length)
+            if buffer.length < cache.length:
+                cache.writer.write_again(cache, buffer, text_length)
+            logits = self._pass(tokens, buffer, last_only)
+        cache.tokens += tokens
+        return logits
+
+    def write_again(self, cache: TwoTableCache, buffer: PreallocatedCache, text_length: int) -> None:
+        """Bring a buffer up to the text, as a text of that length has it."""
+        assert self.rope is not None
+        with self.rope.held(text_length):
+            while buffer.length < cache.length:
+                piece = cache.tokens[buffer.length : buffer.length + PIECE]
+                self._pass(piece, buffer, last_only=True)
+
+    def _pass(self, tokens: Sequence[int], cache: PreallocatedCache, last_only: bool) -> torch.Tensor:
+        ids = torch.tensor([list(tokens)], device=self.device)
         output = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1 if last_only else 0)
         return output.logits[0].float()  # type: ignore[no-any-return]
 

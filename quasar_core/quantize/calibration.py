@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quasar_core.config import QuantizeConfig
-from quasar_core.decode.prompt import render_chat
+from quasar_core.decode.template import render, text_of
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import is_file, opened, parse_json, read_text, require_characters
 from quasar_core.foreign import foreign_errors
@@ -117,7 +117,7 @@ def encode(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerB
     """Token ids of a text, or of a conversation as the chat template writes it."""
     if isinstance(document, list):
         if tokenizer.chat_template:
-            document = render_chat(tokenizer, document)
+            document = render(tokenizer, document)
         else:
             document = "\n".join(message["content"] for message in document)
     with foreign_errors("The tokenizer cannot encode the calibration text"):
@@ -173,7 +173,7 @@ def _read_json_lines(lines: Any, where: str) -> Iterator[str | list[dict[str, st
 
 
 def _parse_document(line: str, where: str) -> str | list[dict[str, str]]:
-    """{"text"}, chat {"messages"} or {"conversations"}, or FastChat {"turns"}."""
+    """{"text"}, chat {"messages"} or {"conversations"}, or FastChat {"turns"}; contents may be parts."""
     try:
         record = parse_json(line)
         if isinstance(record.get("text"), str):
@@ -185,10 +185,10 @@ def _parse_document(line: str, where: str) -> str | list[dict[str, str]]:
             return [_message(roles[m["from"]], m["value"], where) for m in record["conversations"]]
         return [_message("user", turn, where) for turn in record["turns"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{where}: neither text, messages, conversations nor turns.") from error
+        raise UsageError(f"{where}: neither text, messages, conversations nor turns, all of them of text.") from error
 
 
 def _message(role: Any, content: Any, where: str) -> dict[str, str]:
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise TypeError("a message is a text")
-    return {"role": role, "content": require_characters(content, where)}
+    if not isinstance(role, str):
+        raise TypeError("a role is a text")
+    return {"role": role, "content": require_characters(text_of(content), where)}

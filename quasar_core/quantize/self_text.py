@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quasar_core.decode.template import render
+from quasar_core.errors import QuasarError
 from quasar_core.models.choices import refuse_odd_logits
 from quasar_core.models.kv_cache import PreallocatedCache
 from quasar_core.quantize.heap import return_freed_memory
@@ -45,8 +47,11 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> TurnTokens | None:
         {"role": "assistant", "content": assistant},
         {"role": "user", "content": f"{_MARK}-3"},
     ]
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    asked = str(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True))
+    try:
+        text = render(tokenizer, messages)
+        asked = render(tokenizer, messages[:1], add_generation_prompt=True)
+    except QuasarError:  # what no conversation can be written with is written without one
+        return None
     if not (user in asked and user in text and assistant in text and messages[2]["content"] in text):
         return None
     opening = text.split(user)[0]
