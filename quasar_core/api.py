@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from quasar_core.bench.run import run_bench
-from quasar_core.checkpoint.digest import check_digest as digest_found
 from quasar_core.checkpoint.belonging import refuse_other_target
+from quasar_core.checkpoint.digest import check_digest as digest_found
 from quasar_core.checkpoint.reader import VerifierCheckpoint, read_json
 from quasar_core.config import QuantizeConfig, VerifyMode
 from quasar_core.decode.generator import Generator

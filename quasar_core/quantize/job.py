@@ -17,7 +17,7 @@ from quasar_core.checkpoint.reader import read_json
 from quasar_core.checkpoint.writer import write_json
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.store.folders import COMMITS, IDENTITY, LOCK, partial_folder, refuse_foreign_work
+from quasar_core.store.folders import COMMITS, IDENTITY, LOCK, partial_folder, refuse_foreign_work, remove_work
 
 PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors")
 
@@ -104,7 +104,7 @@ def working_folder(job: Job, resume: bool) -> Iterator[None]:
             ) from error
         finally:
             if job.partial.exists() and not anything_finished(job):
-                shutil.rmtree(job.partial)
+                remove_work(job.partial)
 
 
 def anything_finished(job: Job) -> bool:
