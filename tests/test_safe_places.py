@@ -1,5 +1,6 @@
 """What is never replaced, emptied or removed: the target, and every file and folder that quasar did not write."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from quasar_core.bench.run import run_bench
 from quasar_core.demo import grow, train
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.quantize import run as quantize_run
+from quasar_core.store import folders
 from quasar_core.store.folders import relate, remove_verifier
 
 pytest_plugins = ["quantize_fixtures"]
@@ -229,6 +231,58 @@ def test_a_removal_that_was_interrupted_can_be_repeated(tmp_path: Path, monkeypa
     assert (folder / "quasar.json").exists()
     assert remove_verifier(folder)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 3, 4, 5])
+def test_every_removal_that_was_interrupted_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """Of work in progress, of what it leaves in a verifier, of a verifier that was set aside, of a pair's verifier."""
+    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
+    partial, output = folders.partial_folder(tmp_path / "x"), tmp_path / "x"
+    aside, paired = folders.replaced_folder(output), tmp_path / "paired"
+    for folder in (partial, output, aside, paired):
+        (folder / "commits").mkdir(parents=True)
+        for name in ("lock", "config.json", "README.md", "commits/identity.json", "commits/block-00000.safetensors"):
+            (folder / name).touch()
+        if folder != partial:
+            write_card(folder)
+    store.record_pair("demo", paired)
+    removals = [
+        lambda: folders.begin_work(partial),
+        lambda: folders.clear_commits(output),
+        lambda: [remove_verifier(place) for place in folders.set_aside_before(output)],
+        lambda: store.remove_pair("paired", delete_files=True),
+    ]
+    for removal in removals:
+        with monkeypatch.context() as patch:
+            stop_after(patch, left)
+            with contextlib.suppress(KeyboardInterrupt):
+                removal()
+        if store.list_pairs() or removal is not removals[-1]:
+            removal()
+    assert os.listdir(partial) == ["lock"]
+    assert sorted(os.listdir(output)) == ["README.md", "config.json", "lock", "quasar.json"]
+    assert not aside.exists()
+    assert not paired.exists()
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let so many files and folders be removed, and no more."""
+    left = iter(range(count))
+
+    def limit(name: str) -> None:
+        original = getattr(os, name)
+
+        def removing(*args: object, **options: object) -> object:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return original(*args, **options)
+
+        monkeypatch.setattr(os, name, removing)
+
+    for name in ("unlink", "rmdir"):
+        limit(name)
 
 
 # bench, plots

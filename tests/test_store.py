@@ -242,6 +242,7 @@ def test_removing_a_pair_with_and_without_its_files(tmp_path: Path) -> None:
 def test_a_folder_that_quasar_did_not_write_is_not_deleted(tmp_path: Path) -> None:
     folder = _verifier(tmp_path)
     (folder / "quasar.json").unlink()
+    (folder / "notes.txt").touch()
     record = store.record_pair("demo", folder)
     with pytest.raises(QuasarError, match="not written by quasar"):
         store.remove_pair(record.name, delete_files=True)

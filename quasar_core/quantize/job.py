@@ -16,7 +16,7 @@ from typing import Any
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import read_json, write_json
-from quasar_core.store.folders import COMMITS, IDENTITY, LOCK, partial_folder, refuse_foreign_work
+from quasar_core.store.folders import COMMITS, IDENTITY, LOCK, partial_folder, refuse_foreign_work, remove_work
 
 PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors")
 
@@ -103,7 +103,7 @@ def working_folder(job: Job, resume: bool) -> Iterator[None]:
             ) from error
         finally:
             if job.partial.exists() and not anything_finished(job):
-                shutil.rmtree(job.partial)
+                remove_work(job.partial)
 
 
 def anything_finished(job: Job) -> bool:

@@ -79,7 +79,7 @@ def remove_verifier(folder: Path) -> bool:
 
 def clear_commits(folder: Path) -> None:
     """Remove the finished blocks that a verifier was put together from."""
-    if (folder / COMMITS / IDENTITY).is_file():
+    if is_marked(folder) and (folder / COMMITS).is_dir():
         shutil.rmtree(folder / COMMITS)
 
 
@@ -133,11 +133,22 @@ def is_marked(partial: Path) -> bool:
     return lock.is_file() and lock.stat().st_size <= _LONGEST_LOCK
 
 
+def remove_work(partial: Path) -> None:
+    """Remove a folder of work in progress; its mark goes last, so that it can be repeated."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    (partial / LOCK).unlink(missing_ok=True)
+    partial.rmdir()
+
+
 def begin_work(partial: Path) -> None:
     """An empty folder for work in progress; what an interrupted run left there is removed."""
     refuse_foreign_work(partial)
     if partial.exists():
-        shutil.rmtree(partial)
+        remove_work(partial)
     partial.mkdir(parents=True)
     (partial / LOCK).touch()
 
@@ -170,14 +181,14 @@ def set_aside(output: Path) -> None:
 def put_back(output: Path) -> None:
     """Where a run ended between setting the old verifier aside and naming the new one, the old one stands again."""
     for place in set_aside_before(output):
-        if not os.path.lexists(output):
+        if is_verifier(place) and not os.path.lexists(output):
             place.rename(output)
 
 
 def set_aside_before(output: Path) -> list[Path]:
-    """Verifiers that were set aside, the latest first."""
-    name = replaced_folder(output).name
-    return [place for place in sorted(output.parent.glob(f"{escape(name)}*"), reverse=True) if is_verifier(place)]
+    """Verifiers that were set aside, and what is left of one whose removal was interrupted, the latest first."""
+    places = sorted(output.parent.glob(f"{escape(replaced_folder(output).name)}*"), reverse=True)
+    return [place for place in places if may_be_replaced(place)]
 
 
 def relate(one: Path, other: Path) -> Relation | None:

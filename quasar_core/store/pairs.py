@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_folder, read_json_if_there, write_json
-from quasar_core.store.folders import CARD, is_verifier, relate, remove_verifier
+from quasar_core.store.folders import CARD, may_be_replaced, relate, remove_verifier
 from quasar_core.store.home import home
 from quasar_core.typed import build
 from quasar_core.writing import locked
@@ -96,7 +96,7 @@ def _remove(record: PairRecord, pairs: Sequence[PairRecord]) -> None:
     folder, instead = Path(record.verifier), f"`quasar models remove {record.name} --keep-files` forgets the pair alone"
     if record.added:
         raise QuasarError(f"{folder} was added and not made here, so it is not deleted; {instead}.")
-    if folder.is_symlink() or not is_verifier(folder):
+    if folder.is_symlink() or not may_be_replaced(folder):
         why = f"was not written by quasar (it has no {CARD} of its own)"
         raise QuasarError(f"{folder} {why}, so it is not deleted; {instead}.")
     targets = [Path(pair.target) for pair in pairs if Path(pair.target).is_absolute()]
