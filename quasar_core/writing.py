@@ -44,13 +44,14 @@ def write_text(path: Path, text: str, alone: bool = False) -> None:
 def refuse_foreign(path: Path, flag: str, kind: str, is_ours: Callable[[Path], bool]) -> None:
     """Refuse, before any work, an output that exists and that quasar did not write; `kind` is what it writes there.
 
-    UsageError that names the flag; `is_ours` looks into a file, and may raise OSError or ValueError for one of others.
+    UsageError that names the flag; `is_ours` looks into a file, and may raise OSError, ValueError or QuasarError for
+    one of others.
     """
     if not os.path.lexists(path):
         return
     try:
         ours = path.is_file() and (path.stat().st_size == 0 or is_ours(path))
-    except (OSError, ValueError):
+    except (OSError, ValueError, QuasarError):
         ours = False
     if not ours:
         raise UsageError(f"{path} exists and is not {kind}, so it is not replaced; name another {flag}.")

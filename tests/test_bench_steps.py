@@ -230,7 +230,7 @@ def test_markdown_has_a_row_for_each_length() -> None:
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert ask("--output", str(tmp_path / "file" / "steps.json")) == 1
-    assert "could not be written" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 Letters: T tokens of a pass.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from quasar_core.bench.bandwidth import read_bandwidth
 from quasar_core.bench.environment import git_hash, package_versions
 from quasar_core.bench.step_lineup import Lineup, Subject, cache_bytes
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.files import write_json
+from quasar_core.files import read_json, write_json
 from quasar_core.kernels.identity import device_name
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.records import Progress, no_progress
@@ -102,8 +101,8 @@ def refuse_foreign_report(path: Path) -> None:
 
 
 def _is_report(path: Path) -> bool:
-    content = json.loads(path.read_text("utf-8"))
-    return isinstance(content, dict) and {"bandwidth", "rows", "all_layers"} <= content.keys()
+    content = read_json(path)
+    return {"bandwidth", "rows", "all_layers"} <= content.keys()
 
 
 def measure_steps(lineup: Lineup, config: StepConfig, progress: Progress = no_progress) -> StepReport:

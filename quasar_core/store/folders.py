@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.files import exists, read_json
+from quasar_core.files import exists, is_folder, read_json
 from quasar_core.writing import sync
 
 CARD = "quasar.json"
@@ -120,7 +120,7 @@ def may_be_replaced(output: Path) -> bool:
 
 def refuse_foreign_work(partial: Path) -> None:
     """Work in progress is emptied and removed: refuse a folder of that name that quasar did not make."""
-    if partial.is_dir() and any(partial.iterdir()) and not is_marked(partial):
+    if is_folder(partial) and any(partial.iterdir()) and not is_marked(partial):
         raise UsageError(
             f"{partial} is where unfinished work would lie, and holds something else: move that away, or name another "
             "output."
