@@ -14,9 +14,10 @@ from quasar_core.checkpoint.float8 import LARGEST as LARGEST_FLOAT
 from quasar_core.checkpoint.packing import QuantizedWeight, trivial_groups
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.demo.grow import CPU, DEMO, GrownTensors, Growth, grown_config
+from quasar_core.kernels.triton.kernel import why_not_triton
 from quasar_core.models import fast_pass
 from quasar_core.models.architectures import DecoderConfig
-from quasar_core.models.cuda_pass import CudaPass, choose_steps, why_not_triton
+from quasar_core.models.cuda_pass import CudaPass, choose_steps
 from quasar_core.models.decoder import DenseLinear, LeanDecoder, Linear
 from quasar_core.models.loading import attach_verifier, build_target
 from quasar_core.models.products import Product, block_products, dense_rows, head_product

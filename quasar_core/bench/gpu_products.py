@@ -16,8 +16,9 @@ from quasar_core.bench.step_lineup import packed_bytes
 from quasar_core.kernels.base import LayerShape, TunableKernel
 from quasar_core.kernels.measure import random_weight
 from quasar_core.kernels.select import packed_kernels
+from quasar_core.kernels.triton.kernel import why_not_triton
 from quasar_core.models.cuda_graphs import record
-from quasar_core.models.cuda_pass import choose_steps, why_not_triton
+from quasar_core.models.cuda_pass import choose_steps
 from quasar_core.models.cuda_products import time_replay
 from quasar_core.models.products import block_products, head_product
 

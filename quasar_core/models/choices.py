@@ -72,7 +72,7 @@ def refuse_odd_logits(logits: torch.Tensor) -> None:
 @functools.cache
 def chooses_in_triton(device: torch.device) -> bool:
     """Whether one kernel finds choice and margin: PyTorch sorts for it."""
-    return why_not_triton(device, torch.bfloat16, (8, 0)) is None
+    return why_not_triton(device, torch.bfloat16) is None
 
 
 def _best_in_triton(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

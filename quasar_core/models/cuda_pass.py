@@ -9,11 +9,11 @@ Letters: T tokens of a pass, V vocabulary.
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from weakref import WeakSet
 
 import torch
 
+from quasar_core.kernels.triton.kernel import why_not_triton
 from quasar_core.models.choices import Choices
 from quasar_core.models.cuda_graphs import Launcher, launcher
 from quasar_core.models.cuda_products import DenseChoices, tune_products
@@ -66,19 +66,6 @@ def _choose_overlap(decoder: LeanDecoder, steps: Steps, progress: Progress) -> t
     found = choose_overlap(decoder, steps, TritonSteps(overlaps=True))
     progress("trying launches that overlap", 1, 1)
     return found
-
-
-def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why Triton's kernels cannot run a pass here, or None where they can."""
-    if device.type != "cuda":
-        return f"they run on CUDA, not on {device.type}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"they compute in 16 bits, not in {str(dtype).removeprefix('torch.')}"
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "they need compute capability 8.0"
-    return None
 
 
 def choose_steps(device: torch.device, dtype: torch.dtype) -> tuple[Steps, str]:

@@ -27,7 +27,7 @@ class TritonKernel:
 
     def why_not(self, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
         """Ordered groups of sixteens, bf16 or float16, on a GPU of the Ampere generation or later."""
-        obstacle = why_not_triton(device, dtype, (8, 0))
+        obstacle = why_not_triton(device, dtype)
         if obstacle:
             return obstacle
         if not shape.trivial_groups:
@@ -57,7 +57,7 @@ class TritonKernel:
         return out
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+def why_not_triton(device: torch.device, dtype: torch.dtype, capability: tuple[int, int] = (8, 0)) -> str | None:
     """Why a kernel in 16 bits that needs this compute capability cannot run here, or None where it can."""
     if device.type != "cuda":
         return f"it runs on CUDA, not on {device.type}"
