@@ -59,13 +59,20 @@ class Generator:
         try:
             count, reason = self._run(engine, text, len(prompt_ids))
         finally:
-            self._cached = engine.tokens[: min(engine.committed - 1, engine.cache.length)]
-            engine.cache.rollback(len(self._cached))
+            self._keep_cache(engine)
         engine.stats.new_tokens = count
         engine.stats.peak_memory_bytes = _peak_memory(self.pair.device)
         new = engine.tokens[len(prompt_ids) : len(prompt_ids) + count]
         verified_by: Literal["target", "verifier"] = "target" if engine.verifying is self.pair.target else "verifier"
         return GenerationResult(list(prompt_ids), new, text.finish(), reason, engine.stats, verified_by)
+
+    def _keep_cache(self, engine: Engine) -> None:
+        """Keep what the target has written, for a prompt that begins so."""
+        if self.pair.rolls_back:
+            self._cached = engine.tokens[: min(engine.committed - 1, engine.cache.length)]
+            engine.cache.rollback(len(self._cached))
+        else:
+            self._cache = None
 
     def _run(self, engine: Engine, text: TextStream, prompt_length: int) -> tuple[int, FinishReason]:
         """Step until something ends the answer; the number of its tokens, and what ended it."""
@@ -86,10 +93,23 @@ class Generator:
         """The number of tokens, prompt included, at which to end."""
         if not prompt_ids:
             raise UsageError("The prompt is empty.")
+        self._check_ids(prompt_ids)
         limit = self.pair.max_context
         if len(prompt_ids) >= limit:
             raise UsageError(f"The prompt has {len(prompt_ids)} tokens, and the model's context holds {limit}.")
         return min(len(prompt_ids) + self.config.max_new_tokens, limit)
+
+    def _check_ids(self, prompt_ids: Sequence[int]) -> None:
+        """QuasarError that names a token which has no row in the embedding."""
+        rows = self.pair.primary.vocab_size
+        wrong = next((token for token in prompt_ids if not 0 <= token < rows), None)
+        if wrong is not None:
+            text = self.pair.tokenizer.decode([wrong]) if wrong >= 0 else ""
+            named = f"{wrong} ({text})" if text else str(wrong)
+            raise QuasarError(
+                f"The prompt has the token {named}, and the model's embedding has {rows:,} rows: the tokenizer and the "
+                "model do not belong together."
+            )
 
     def _reuse_cache(self, prompt_ids: Sequence[int], max_tokens: int) -> int:
         """Keep the cached tokens that begin the prompt too, but one at least is passed anew; their number."""
@@ -166,6 +186,8 @@ def _check_models(pair: Pair, config: GenerationConfig) -> None:
         raise UsageError(f"--verify {config.verify} needs the target, and --no-target left it out.")
     if config.verify in ("quantized", "exact") and pair.verifier is None:
         raise QuasarError(f"--verify {config.verify} needs a verifier; make one with `quasar quantize`.")
+    if not pair.rolls_back and (config.verify != "full" or config.draft != "none"):
+        raise QuasarError(f"{pair.target_name} has recurrent layers: it needs --verify full --draft none.")
 
 
 def _reset_peak_memory(device: torch.device) -> None:

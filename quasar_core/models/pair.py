@@ -11,12 +11,8 @@ from quasar_core.errors import QuasarError
 from quasar_core.files import read_json_if_there
 from quasar_core.foreign import foreign_errors
 from quasar_core.models.base import CausalLM, KVCache
-from quasar_core.models.skeleton import read_model_config
 from quasar_core.records import FidelityReport
 from quasar_core.typed import build
-
-# What configs call the number of positions; the first that one has counts.
-CONTEXT_OPTIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 @dataclass
@@ -42,6 +38,7 @@ class Pair:
     target_fingerprint: str | None = None
     verifier_fingerprint: str | None = None
     measured: dict[str, Any] = field(default_factory=dict, repr=False)
+    rolls_back: bool = True  # whether its cache can; else it generates plainly
 
     @property
     def primary(self) -> CausalLM:
@@ -61,16 +58,6 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     """The tokenizer of a model's folder."""
     with foreign_errors(f"The tokenizer in {folder} could not be loaded"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-
-
-def context_limit(folder: Path, trust_remote_code: bool = False) -> int:
-    """Positions that the model was made for; QuasarError where its config does not tell."""
-    config = read_model_config(folder, trust_remote_code).get_text_config()
-    for name in CONTEXT_OPTIONS:
-        limit = getattr(config, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    raise QuasarError(f"The config in {folder} names no number of positions ({', '.join(CONTEXT_OPTIONS)}).")
 
 
 def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
