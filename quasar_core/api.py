@@ -12,16 +12,18 @@ from quasar_core.bench.run import run_bench
 from quasar_core.checkpoint.belonging import refuse_other_target
 from quasar_core.checkpoint.digest import check_digest as digest_found
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.config import QuantizeConfig, VerifyMode
+from quasar_core.config import DraftKind, QuantizeConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.processors import read_processors
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_folder
 from quasar_core.kernels.threads import describe_threads, most_threads, use_threads
+from quasar_core.models.context import UNLIMITED, context_limit
 from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.load import load_models
 from quasar_core.models.memory import pair_need, require_room
-from quasar_core.models.pair import Pair, context_limit, end_of_text_ids, load_tokenizer
+from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
+from quasar_core.models.recurrent import recurrent_layers_of, refuse_drafts
 from quasar_core.quantize.estimate import plan_here, seconds_here
 from quasar_core.quantize.handover import finish_earlier
 from quasar_core.quantize.job import Job
@@ -122,6 +124,7 @@ def _open_job(
     place = choose_device(device)
     _refuse_quantized(source)
     refuse_place(destination, source.folder)
+    refuse_drafts(source.label, source.folder, trust_remote_code)
     dtype, _ = _choose_dtype(source.folder, "auto", place)
     target = open_target(source.folder, place, dtype, trust_remote_code)
     computed = str(dtype).removeprefix("torch.")
@@ -186,6 +189,7 @@ def load_pair(
     verifier: str | None = None,
     *,
     verify: VerifyMode = "exact",
+    draft: DraftKind = "none",
     use_target: bool = True,
     device: str = "auto",
     dtype: str = "auto",
@@ -197,7 +201,8 @@ def load_pair(
 ) -> Pair:
     """Load target and verifier over one cache; what the mode does not need is left out.
 
-    Without `model` it is the current pair. With `check_digest` the verifier's files are read in full first, and a note
+    Without `model` it is the current pair. `draft` is what will be asked of it, so that a model which cannot have
+    drafts is refused before it is loaded. With `check_digest` the verifier's files are read in full first, and a note
     says what was found. Raises UsageError where there is no pair, or no verifier, and QuasarError for a verifier that
     was made from another target or whose files are damaged, and for a pair that a GPU's memory cannot hold.
     """
@@ -205,7 +210,9 @@ def load_pair(
         raise UsageError(f"--no-target goes with --verify quantized; --verify {verify} needs the target.")
     if max_context is not None and max_context < LEAST_CONTEXT:
         raise UsageError(f"--max-context must be at least {LEAST_CONTEXT}, not {max_context}.")
-    source, checkpoint = _find_pair(model, verifier, needs_verifier=verify != "full")
+    source, checkpoint = _find_pair(model, verifier, verify != "full", trust_remote_code)
+    if draft != "none":
+        refuse_drafts(source.label, source.folder, trust_remote_code)
     place = choose_device(device)
     precision, reason = _choose_dtype(source.folder, dtype, place)
     context = min(context_limit(source.folder, trust_remote_code), max_context or sys.maxsize)
@@ -237,11 +244,13 @@ def load_pair(
         target_fingerprint=fingerprint(source.folder),
         verifier_fingerprint=fingerprint(checkpoint.folder) if checkpoint else None,
         processors=read_processors(source.folder),
+        rolls_back=recurrent_layers_of(source.folder, trust_remote_code) is None,
         notes=[
             f"dtype: {str(precision).removeprefix('torch.')}, {reason}",
             f"device: {_describe_device(place)}",
             *digest,
             *room,
+            *(["context: no limit, as config.json names none"] if context == UNLIMITED else []),
             *models.notes,
         ],
     )
@@ -270,7 +279,7 @@ def _check_room(
 
 
 def _find_pair(
-    model: str | None, verifier: str | None, needs_verifier: bool
+    model: str | None, verifier: str | None, needs_verifier: bool, trust_remote_code: bool
 ) -> tuple[ModelSource, VerifierCheckpoint | None]:
     """The target's folder and its verifier's checkpoint, checked to belong together."""
     if model is None:
@@ -281,6 +290,7 @@ def _find_pair(
     source = resolve_model(model)
     if not needs_verifier:
         return source, None
+    refuse_drafts(source.label, source.folder, trust_remote_code)
     folder = absolute(Path(verifier)) if verifier else _known_verifier(source)
     if folder is None:
         raise UsageError(

@@ -63,6 +63,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
         "model": "org/m",
         "verifier": "v",
         "verify": "quantized",
+        "draft": "none",
         "use_target": False,
         "device": "cuda:1",
         "dtype": "float16",

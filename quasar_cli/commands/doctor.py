@@ -113,8 +113,8 @@ def describe_memory(target: str, verifier: Path) -> str:
     import torch
 
     from quasar_core.checkpoint.reader import VerifierCheckpoint
+    from quasar_core.models.context import context_limit
     from quasar_core.models.memory import describe, pair_need
-    from quasar_core.models.pair import context_limit
 
     try:
         folder = store.resolve_model(target).folder

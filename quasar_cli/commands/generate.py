@@ -116,6 +116,7 @@ def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
             models.model,
             models.verifier,
             verify=config.verify,
+            draft=config.draft,
             use_target=models.use_target,
             device=models.device,
             dtype=models.dtype,

@@ -110,16 +110,19 @@ def _plot(description: dict[str, Any], path: Path) -> None:
 def describe(checkpoint: "VerifierCheckpoint") -> dict[str, Any]:
     """The JSON form: from the configs, quasar.json and the headers of the safetensors files."""
     from quasar_core.checkpoint.marlin import describe_marlin
+    from quasar_core.checkpoint.reader import GPTQ_METHODS
     from quasar_core.checkpoint.stored_layers import stored_layers
+    from quasar_core.models.lean_files import check_fits
 
     sizes = {entry.name: entry for entry in store.read_headers(checkpoint.folder)}
     plain = set(checkpoint.plain_names)
     packed = {name: entry for name, entry in sizes.items() if name not in plain}
     packed_bytes = sum(entry.size for entry in packed.values())
     layers = stored_layers(checkpoint)
+    check_fits(checkpoint, layers)
     weights = sum(layer.weights for layer in layers)
     section = checkpoint.config.get("quantization_config") or {"bits": checkpoint.format.bits}
-    is_gptq = section.get("quant_method", "gptq") == "gptq"
+    is_gptq = section.get("quant_method", "gptq") in GPTQ_METHODS
     target = checkpoint.card.get("target") or {}
     return {
         "checkpoint": str(checkpoint.folder),
@@ -127,6 +130,7 @@ def describe(checkpoint: "VerifierCheckpoint") -> dict[str, Any]:
         "architecture": ", ".join(checkpoint.config.get("architectures") or ["unknown"]),
         "quantization": section,
         "marlin": describe_marlin(layers, section.get("sym", True)) if is_gptq else None,
+        "zeros": checkpoint.describe_zeros(),
         "packed_layers": len(checkpoint.layer_names),
         "layers": [_describe_layer(layer, packed) for layer in layers],
         "bits_per_weight": packed_bytes * 8 / weights if weights else 0.0,

@@ -60,6 +60,7 @@ def inspection_tables(description: dict[str, Any], verbose: bool) -> list[Render
         ("target", description["target"] or "not recorded"),
         ("architecture", description["architecture"]),
         ("codes", _codes(description["quantization"])),
+        *([("zeros", description["zeros"])] if description.get("zeros") else []),
         *([("runs on Marlin", description["marlin"])] if description["marlin"] else []),
         ("layers packed", str(description["packed_layers"])),
         ("bits per weight", f"{description['bits_per_weight']:.2f} of the packed layers"),

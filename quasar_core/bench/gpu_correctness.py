@@ -20,11 +20,12 @@ from quasar_core.decode.acceptance import accept_matching
 from quasar_core.demo.grow import DEMO
 from quasar_core.kernels.triton.kernel import why_not_triton
 from quasar_core.models.choices import choose_best
+from quasar_core.models.context import context_limit
 from quasar_core.models.cuda_overlap import POSITION, cache_at, differing_passes
 from quasar_core.models.cuda_pass import CudaPass
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.loading import load_target
-from quasar_core.models.pair import Pair, context_limit, end_of_text_ids, load_tokenizer
+from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
 from quasar_core.records import FidelityReport
 
 PART = "correctness"

@@ -95,6 +95,10 @@ class GrownFiles(TensorFiles):
         """All tensor names, sorted."""
         return sorted(self._shapes)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self._shapes[name]
+
     def load_many(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors in the order in which they are made."""
         for part in self._tensors.parts():

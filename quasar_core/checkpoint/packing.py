@@ -178,19 +178,25 @@ def _size_of_groups(in_features: int, groups: int, usual: int) -> int:
 
 
 def unpack_weight(
-    name: str, tensors: Mapping[str, torch.Tensor], bits: int, group_size: int, zeros_offset: int
+    name: str,
+    tensors: Mapping[str, torch.Tensor],
+    bits: int,
+    group_size: int,
+    zeros_offset: int,
+    symmetric: bool = False,
 ) -> QuantizedWeight:
-    """Read a layer's tensors strictly; `zeros_offset` is 1 for format version 1 and 0 for version 2."""
+    """Read a layer's tensors strictly; `zeros_offset` is 1 for format version 1 and 0 for version 2.
+
+    Of `symmetric` codes the zeros tell the version themselves (`offset_of_symmetric`).
+    """
     layout = told_by_shapes(name, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, bits, group_size)
-    in_features, out_features, bits, size = layout.in_features, layout.out_features, layout.bits, layout.group_size
+    bits, size = layout.bits, layout.group_size
     for what, tensor in tensors.items():
-        _check_dtype(name, what, tensor)
-    groups = count_groups(in_features, size)
-    _check_shape(name, "scales", tensors["scales"], (groups, out_features))
-    _check_shape(name, "qzeros", tensors["qzeros"], (groups, out_features * bits // 32))
-    zeros = unpack_columns(tensors["qzeros"], bits).to(torch.int32) + zeros_offset
-    g_idx = tensors.get("g_idx", trivial_groups(in_features, size)).to(torch.int32)
-    _check_shape(name, "g_idx", g_idx, (in_features,))
+        check_part(name, what, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), layout)
+    stored = unpack_columns(tensors["qzeros"], bits).to(torch.int32)
+    zeros = stored + (offset_of_symmetric(stored, bits, zeros_offset) if symmetric else zeros_offset)
+    g_idx = tensors.get("g_idx", trivial_groups(layout.in_features, size)).to(torch.int32)
+    groups = count_groups(layout.in_features, size)
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise QuasarError(f"The checkpoint's layer {name} has a g_idx outside its {groups} groups.")
     scales = tensors["scales"].to(torch.float16)
@@ -199,17 +205,29 @@ def unpack_weight(
     return QuantizedWeight(bits, size, unpack_rows(tensors["qweight"], bits), scales, zeros, g_idx)
 
 
-def _check_shape(name: str, what: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise QuasarError(f"The checkpoint's layer {name} has {what} of shape {tuple(tensor.shape)}, not {shape}.")
+def offset_of_symmetric(stored: torch.Tensor, bits: int, named: int) -> int:
+    """What to add to stored zeros whose meaning is the middle of the codes, 2^(bits − 1).
+
+    Some tools write version 2 under version 1's name. The named offset holds where the zeros are not all of one kind.
+    """
+    first, middle = int(stored.flatten()[0]), 2 ** (bits - 1)
+    return middle - first if first in (middle, middle - 1) and bool((stored == first).all()) else named
 
 
-def _check_dtype(name: str, what: str, tensor: torch.Tensor) -> None:
-    """Words are int32, group numbers integers, scales floating point of 16 bits and more."""
-    fits = {
-        "scales": tensor.dtype in SCALE_DTYPES,
-        "g_idx": tensor.dtype in (torch.int32, torch.int64),
-    }.get(what, tensor.dtype == torch.int32)
-    if not fits:
-        stored = str(tensor.dtype).removeprefix("torch.")
-        raise QuasarError(f"The checkpoint's layer {name} has {what} in {stored}, which this version does not read.")
+def check_part(name: str, what: str, shape: tuple[int, ...], dtype: str, layout: PackedLayout) -> None:
+    """QuasarError for a tensor of a layer whose shape or dtype does not fit; its header is enough.
+
+    Words are int32, group numbers integers, scales floating point of 16 bits and more.
+    """
+    groups = count_groups(layout.in_features, layout.group_size)
+    expected = {
+        "scales": (groups, layout.out_features),
+        "qzeros": (groups, layout.out_features * layout.bits // 32),
+        "g_idx": (layout.in_features,),
+    }.get(what, shape)
+    scales = tuple(str(kind).removeprefix("torch.") for kind in SCALE_DTYPES)
+    dtypes = {"scales": scales, "g_idx": ("int32", "int64")}.get(what, ("int32",))
+    if dtype not in dtypes:
+        raise QuasarError(f"The checkpoint's layer {name} has {what} in {dtype}, which this version does not read.")
+    if shape != expected:
+        raise QuasarError(f"The checkpoint's layer {name} has {what} of shape {shape}, not {expected}.")

@@ -10,18 +10,27 @@ from safetensors import safe_open
 
 from quasar_core.checkpoint.compressed_tensors import METHOD as COMPRESSED_TENSORS
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, PackedWeight
-from quasar_core.checkpoint.packing import PackedLayout, QuantizedWeight, told_by_shapes, unpack_weight
+from quasar_core.checkpoint.packing import (
+    PackedLayout,
+    QuantizedWeight,
+    check_part,
+    offset_of_symmetric,
+    told_by_shapes,
+    unpack_columns,
+    unpack_weight,
+)
 from quasar_core.config import BITS
 from quasar_core.errors import QuasarError
 from quasar_core.files import is_file, is_folder, read_json, read_json_if_there, require_regular
 from quasar_core.foreign import foreign_errors
 from quasar_core.records import FidelityReport
 from quasar_core.store.model_config import read_config
-from quasar_core.store.safetensors_header import INDEX_NAME, read_headers, read_index, weight_files
+from quasar_core.store.safetensors_header import INDEX_NAME, WEIGHTS_NAME, read_headers, read_index, weight_files
 from quasar_core.typed import build, known_part
 
 CPU = torch.device("cpu")
 CARD_VERSION = 1  # of quasar.json
+GPTQ_METHODS = ("gptq", "gptq_v2", "auto-round", "intel/auto-round")  # whose tensors have GPTQ's names
 _EIGHT_BITS = ("I8", "F8_E4M3")  # as safetensors names what a weight that was never quantized is not stored in
 PACKED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -31,14 +40,16 @@ class TensorFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._where: dict[str, Path] = {}
         files = weight_files(folder)
         if not files:
             raise QuasarError(f"{folder} holds no safetensors files.")
         for path in files:
-            with open_tensors(path) as file:
-                self._where.update(dict.fromkeys(file.keys(), path))
-        self._check_index()
+            with open_tensors(path):
+                pass  # the library's own checks of a header are stricter than ours
+        self._entries = {entry.name: entry for entry in read_headers(folder)}
+        self._where = {name: entry.file for name, entry in self._entries.items()}
+        if files != [folder / WEIGHTS_NAME]:
+            self._check_index()
 
     def _check_index(self) -> None:
         """A tensor that the index names and no file holds is lost; a verifier would be without it, unnoticed."""
@@ -55,12 +66,28 @@ class TensorFiles:
         """All tensor names, sorted."""
         return sorted(self._where)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from its file's header."""
+        if name not in self._entries:
+            raise QuasarError(f"{self.folder} holds no tensor {name}.")
+        return self._entries[name].shape
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """QuasarError where the stored tensor has another shape than the model's config gives it."""
+        stored = self.shape(name)
+        if stored != shape:
+            raise QuasarError(f"The tensor {name} in {self.folder} is {stored}, and by its config {shape}.")
+
     def load(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU."""
         if name not in self._where:
             raise QuasarError(f"{self.folder} holds no tensor {name}.")
         with open_tensors(self._where[name]) as file:
             return read_tensor(file, name, self._where[name])
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values."""
+        return self.shape(one) == self.shape(other) and torch.equal(self.load(one), self.load(other))
 
     def load_many(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors file by file, each file opened once."""
@@ -134,6 +161,7 @@ class QuantizationFormat:
     bits: int
     group_size: int
     zeros_offset: int
+    symmetric: bool = False  # so the zeros tell their version themselves
 
     marker = "qweight"  # every quantized layer has one
     suffixes = PACKED_SUFFIXES
@@ -155,10 +183,10 @@ class QuantizationFormat:
         packed = section.get("pack_dtype") or "int32"
         if packed != "int32":
             raise QuasarError(f"{folder} packs codes into {packed}, which this version does not read.")
-        version = "marlin" if section.get("is_marlin_format") else section.get("checkpoint_format") or "gptq"
+        version = named_version(folder, section)
         if version not in ("gptq", "gptq_v2"):
             raise QuasarError(f"{folder} has the checkpoint format {version}, which this version does not read.")
-        return cls(bits, group_size, 1 if version == "gptq" else 0)
+        return cls(bits, group_size, 1 if version == "gptq" else 0, bool(section.get("sym", True)))
 
     def layout(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> PackedLayout:
         """A layer's sizes, from the shapes of its tensors."""
@@ -166,7 +194,36 @@ class QuantizationFormat:
 
     def unpack(self, name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """Read a layer's tensors strictly."""
-        return unpack_weight(name, tensors, self.bits, self.group_size, self.zeros_offset)
+        return unpack_weight(name, tensors, self.bits, self.group_size, self.zeros_offset, self.symmetric)
+
+    def check_parts(self, name: str, parts: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+        """QuasarError where a layer's tensors, by shape and dtype, could not be unpacked."""
+        layout = self.layout(name, {part: shape for part, (shape, _) in parts.items()})
+        for part, (shape, dtype) in parts.items():
+            check_part(name, part, shape, dtype, layout)
+
+    def describe_zeros(self, stored: torch.Tensor, bits: int) -> str:
+        """Which version the stored zeros [G, out·bits/32] of a layer are read as, and why."""
+        offset, why = self.zeros_offset, "as its config names it"
+        if self.symmetric:
+            offset = offset_of_symmetric(unpack_columns(stored, bits), bits, self.zeros_offset)
+            if offset != self.zeros_offset:
+                why = f"as all are {2 ** (bits - 1) - offset}, though its config names version {2 - self.zeros_offset}"
+        return f"version {2 - offset}, {why}"
+
+
+def named_version(folder: Path, section: Mapping[str, Any]) -> str:
+    """The layout's name as writers have it: `checkpoint_format` (AutoGPTQ), `format` (GPTQModel), `packing_format`
+    (AutoRound), or AutoGPTQ's older flag; `gptq`, which is version 1, where none is given.
+    """
+    if section.get("is_marlin_format"):
+        return "marlin"
+    packing = str(section.get("packing_format") or "").removeprefix("auto_round:")
+    names = [section.get("checkpoint_format"), section.get("format"), {"auto_gptq": "gptq"}.get(packing, packing)]
+    given = [str(name) for name in names if name]
+    if len(set(given)) > 1:
+        raise QuasarError(f"The quantization_config of {folder} names two formats: {' and '.join(given)}.")
+    return given[0] if given else "gptq"
 
 
 def parse_format(folder: Path, config: dict[str, Any]) -> QuantizationFormat | CompressedTensorsFormat:
@@ -181,7 +238,7 @@ def parse_format(folder: Path, config: dict[str, Any]) -> QuantizationFormat | C
     method = section.get("quant_method") or "gptq"
     if method == COMPRESSED_TENSORS:
         return CompressedTensorsFormat.parse(folder, section)
-    if method != "gptq":
+    if method not in GPTQ_METHODS:
         raise QuasarError(
             f"{folder} is quantized by {method}, which this version does not read; "
             f"it reads gptq and {COMPRESSED_TENSORS}."
@@ -222,6 +279,16 @@ class VerifierCheckpoint:
         """Tensors that are not part of a packed weight: norms, biases, the embedding."""
         packed = {f"{layer}.{suffix}" for layer in self.layer_names for suffix in self.format.suffixes}
         return [name for name in self.tensors.names() if name not in packed]
+
+    def describe_zeros(self) -> str | None:
+        """How GPTQ's zeros are read, told by the first quantized layer; None in another format, or without layers."""
+        if not isinstance(self.format, QuantizationFormat) or not self.layer_names:
+            return None
+        name = self.layer_names[0]
+        shapes = {
+            part: self.tensors.shape(f"{name}.{part}") for part in PACKED_SUFFIXES if f"{name}.{part}" in self.tensors
+        }
+        return self.format.describe_zeros(self.tensors.load(f"{name}.qzeros"), self.format.layout(name, shapes).bits)
 
     @property
     def own_norms(self) -> bool:

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.reader import QuantizationFormat, VerifierCheckpoint
 from quasar_core.store.safetensors_header import TensorEntry, read_headers
+
+# As a safetensors header names what a layer's tensors may be, and as torch does.
+_DTYPES = {"I32": "int32", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ def stored_layers(checkpoint: VerifierCheckpoint) -> list[StoredLayer]:
 
 def _stored(entries: Mapping[str, TensorEntry], name: str, checkpoint: VerifierCheckpoint) -> StoredLayer:
     form = checkpoint.format
-    shapes = {s: entries[f"{name}.{s}"].shape for s in form.suffixes if f"{name}.{s}" in entries}
+    parts = {s: entries[f"{name}.{s}"] for s in form.suffixes if f"{name}.{s}" in entries}
+    if isinstance(form, QuantizationFormat):
+        form.check_parts(name, {s: (entry.shape, _DTYPES.get(entry.dtype, entry.dtype)) for s, entry in parts.items()})
+    shapes = {s: entry.shape for s, entry in parts.items()}
     layout = form.layout(name, shapes)
     return StoredLayer(name, layout.in_features, layout.out_features, layout.bits, layout.group_size)

@@ -63,10 +63,13 @@ class Engine:
         return self.tokens[self.committed :]
 
     def prefill(self, prompt: Sequence[int], cached: int = 0) -> None:
-        """Run the prompt beyond the `cached` tokens through the target, in chunks; commit the token that follows."""
+        """Run the prompt beyond the `cached` tokens through the target, in chunks; commit the token that follows.
+
+        Where layers are recurrent it is one pass, as in transformers, which may begin their state anew in each.
+        """
         start = time.perf_counter()
         self.processors.begin(prompt, self.max_tokens, self.eos_ids, self.pair.primary.device)
-        chunk = PREFILL_CHUNK[self.pair.primary.device.type]
+        chunk = PREFILL_CHUNK[self.pair.primary.device.type] if self.pair.rolls_back else len(prompt)
         for begin in range(cached, len(prompt), chunk):
             logits = self.pair.primary.forward(prompt[begin : begin + chunk], self.cache, last_only=True)
         self.tokens = list(prompt)

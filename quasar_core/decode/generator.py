@@ -99,6 +99,9 @@ class Generator:
         What was committed behind a stop text goes: how much that is depends on the mode, and the pass over the next
         prompt must not.
         """
+        if not self.pair.rolls_back:
+            self._cache = None
+            return
         self._cached = engine.tokens[: min(end - 1, engine.committed - 1, engine.cache.length)]
         engine.cache.rollback(len(self._cached))
 
@@ -106,10 +109,23 @@ class Generator:
         """The number of tokens, prompt included, at which to end."""
         if not prompt_ids:
             raise UsageError("The prompt is empty.")
+        self._check_ids(prompt_ids)
         limit = self.pair.max_context
         if len(prompt_ids) >= limit:
             raise UsageError(f"The prompt has {len(prompt_ids)} tokens, and the model's context holds {limit}.")
         return min(len(prompt_ids) + request.max_new_tokens, limit)
+
+    def _check_ids(self, prompt_ids: Sequence[int]) -> None:
+        """QuasarError that names a token which has no row in the embedding."""
+        rows = self.pair.primary.vocab_size
+        wrong = next((token for token in prompt_ids if not 0 <= token < rows), None)
+        if wrong is not None:
+            text = self.pair.tokenizer.decode([wrong]) if wrong >= 0 else ""
+            named = f"{wrong} ({text})" if text else str(wrong)
+            raise QuasarError(
+                f"The prompt has the token {named}, and the model's embedding has {rows:,} rows: the tokenizer and the "
+                "model do not belong together."
+            )
 
     def _reuse_cache(self, prompt_ids: Sequence[int], max_tokens: int) -> int:
         """Keep the cached tokens that begin the prompt too, but one at least is passed anew; their number."""
@@ -197,6 +213,8 @@ def _check_models(pair: Pair, config: GenerationConfig) -> None:
         raise UsageError(f"--verify {config.verify} needs the target, and --no-target left it out.")
     if config.verify in ("quantized", "exact") and pair.verifier is None:
         raise QuasarError(f"--verify {config.verify} needs a verifier; make one with `quasar quantize`.")
+    if not pair.rolls_back and (config.verify != "full" or config.draft != "none"):
+        raise QuasarError(f"{pair.target_name} has recurrent layers: it needs --verify full --draft none.")
 
 
 def _reset_peak_memory(device: torch.device) -> None:

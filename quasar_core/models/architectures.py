@@ -34,6 +34,7 @@ ROPE_OPTIONS = {
 class Architecture:
     """A row of the table. `defaults` are the options that hold where config.json does not name them."""
 
+    model_type: str  # by which transformers chooses the class
     qkv_bias: Switch = False
     out_bias: Switch = False
     mlp_bias: Switch = False
@@ -44,17 +45,25 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
-    "MistralForCausalLM": Architecture(windows="all", defaults={"sliding_window": 4096, "num_key_value_heads": 8}),
-    "Qwen2ForCausalLM": Architecture(qkv_bias=True, windows="listed", defaults={"num_key_value_heads": 32}),
+    "LlamaForCausalLM": Architecture(
+        "llama", qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"
+    ),
+    "MistralForCausalLM": Architecture(
+        "mistral", windows="all", defaults={"sliding_window": 4096, "num_key_value_heads": 8}
+    ),
+    "Qwen2ForCausalLM": Architecture(
+        "qwen2", qkv_bias=True, windows="listed", defaults={"sliding_window": 4096, "num_key_value_heads": 32}
+    ),
     "Qwen3ForCausalLM": Architecture(
+        "qwen3",
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         head_norms=True,
         windows="listed",
-        defaults={"head_dim": 128, "num_key_value_heads": 32},
+        defaults={"head_dim": 128, "sliding_window": 4096, "num_key_value_heads": 32},
     ),
     "SmolLM3ForCausalLM": Architecture(
+        "smollm3",
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         mlp_bias="mlp_bias",
@@ -62,8 +71,33 @@ ARCHITECTURES: dict[str, Architecture] = {
         skips_rope=True,
         defaults={"rope_theta": 2e6, "tie_word_embeddings": True, "num_key_value_heads": 4},
     ),
-    "PanguEmbeddedForCausalLM": Architecture(qkv_bias="bias", out_bias="bias"),
+    "PanguEmbeddedForCausalLM": Architecture("PanguEmbedded", qkv_bias="bias", out_bias="bias"),
 }
+
+# Options that transformers reads for any model, in its masks and caches, and the one value that the decoder has.
+ONLY_VALUES: dict[str, Any] = {"is_causal": True, "attention_chunk_size": None, "per_layer_config": None}
+# Options of the classes above that have no effect on a pass: training, files, generation, and names.
+WITHOUT_EFFECT = frozenset(
+    (
+        "attention_dropout",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "transformers_version",
+        "use_cache",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -133,12 +167,44 @@ def why_not_lean(config: Mapping[str, Any]) -> str | None:
     wrong = wrong_option(config)
     if wrong:
         return f"in its config.json {wrong}"
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        return f"its MLP is gated by silu, not by {config['hidden_act']}"
-    unknown = set(config.get("layer_types") or ()) - set(LAYER_TYPES)
-    if unknown:
-        return f"it has no layers of the type {sorted(unknown)[0]}"
-    return _why_not_rope({**ARCHITECTURES[name].defaults, **config})
+    row = ARCHITECTURES[name]
+    options = {**row.defaults, **config}
+    return _why_not_options(name, options) or _why_not_layers(row, options) or _why_not_rope(options)
+
+
+def _why_not_options(name: str, options: Mapping[str, Any]) -> str | None:
+    model_type = options.get("model_type", ARCHITECTURES[name].model_type)
+    if model_type != ARCHITECTURES[name].model_type:
+        return f"{name} is not of the model_type {model_type}"
+    if options.get("hidden_act", "silu") not in ("silu", "swish"):
+        return f"its MLP is gated by silu, not by {options['hidden_act']}"
+    other = next((key for key, value in ONLY_VALUES.items() if options.get(key, value) != value), None)
+    return f"it has no {other} of {options[other]}" if other else None
+
+
+def _why_not_layers(row: Architecture, options: Mapping[str, Any]) -> str | None:
+    """Lists of layers that contradict their number, and windows that the table's row does not have."""
+    for key in ("layer_types", "no_rope_layers"):
+        listed = options.get(key)
+        if listed and len(listed) != options["num_hidden_layers"]:
+            return f"config.json has {options['num_hidden_layers']} layers, and {len(listed)} {key}"
+    types = set(options.get("layer_types") or ())
+    if types - set(LAYER_TYPES):
+        return f"it has no layers of the type {sorted(map(str, types - set(LAYER_TYPES)))[0]}"
+    return _why_not_windows(row, options, types)
+
+
+def _why_not_windows(row: Architecture, options: Mapping[str, Any], types: set[str]) -> str | None:
+    window, slides = options.get("sliding_window"), "sliding_attention" in types
+    if row.windows == "none":
+        narrow = window is not None and window < options["max_position_embeddings"]
+        return f"{row.model_type} has no windows, and config.json has a sliding_window" if narrow else None
+    if row.windows == "all":
+        usual = "full_attention" if window is None else "sliding_attention"
+        return f"layers of {row.model_type} are of one type, and config.json lists others" if types - {usual} else None
+    if slides and (window is None or not options.get("use_sliding_window")):
+        return "config.json has sliding layers, and no window in use"
+    return None
 
 
 def _why_not_rope(options: Mapping[str, Any]) -> str | None:

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-_MIXTRAL_STORED = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-_MIXTRAL_MODULE = {stored: name for name, stored in _MIXTRAL_STORED.items()}
+_MIXTRAL_MODULE = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _EXPERT = re.compile(r"(\.experts\.\d+\.)(\w+)")
 
 
@@ -68,16 +67,8 @@ def is_fused(module: torch.nn.Module) -> bool:
     return gate is None or gate.__name__ == "_default_apply_gate"
 
 
-def stored_name(name: str, mixtral: bool) -> str:
-    """The name in the files of a parameter or layer of the model; Mixtral's files have names of their own."""
-    if not mixtral:
-        return name
-    name = name.replace(".mlp.", ".block_sparse_moe.")
-    return _EXPERT.sub(lambda found: found[1] + _MIXTRAL_STORED.get(found[2], found[2]), name)
-
-
 def module_name(name: str) -> str:
-    """The model's name of a layer in the files: the inverse of `stored_name`."""
+    """The model's name of a layer in the files; Mixtral's files have names of their own."""
     if ".block_sparse_moe." not in name:
         return name
     name = name.replace(".block_sparse_moe.", ".mlp.")

@@ -12,9 +12,9 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import fast_pass, loading, transformers_lm
 from quasar_core.models.base import CausalLM
 from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.loading import why_not_lean
+from quasar_core.models.lean_files import why_folder_not_lean
+from quasar_core.models.transformers_lm import TransformersLM
 from quasar_core.records import Progress, no_progress
-from quasar_core.store.model_config import read_config
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def load_models(
     progress: Progress = no_progress,
 ) -> LoadedModels:
     """Load the target of `folder` (unless `use_target` is false) and the verifier of `checkpoint` (where given)."""
-    obstacle = why_not_lean(read_config(folder))
+    obstacle = why_folder_not_lean(folder)
     library: Any = transformers_lm if obstacle else loading
     notes = [f"decoder: transformers, as {obstacle}" if obstacle else "decoder: our own"]
     stages = int(use_target) + int(checkpoint is not None)
@@ -47,16 +47,25 @@ def load_models(
         progress("loading", 0, stages)
         options = {"trust_remote_code": trust_remote_code} if obstacle else {}
         target = library.load_target(folder, device, dtype, **options)
+        notes += describe_left_out(target)
     if checkpoint is not None:
         progress("loading", stages - 1, stages)
         if target is None:
             verifier = library.load_verifier_alone(checkpoint, device, dtype, kernel, progress)
         else:
             verifier = library.attach_verifier(target, checkpoint, kernel, progress)
+        zeros = checkpoint.describe_zeros()
+        notes += [f"zeros: {zeros}"] if zeros else []
         notes += describe_kernels_in_use(verifier.packed_layers)
     notes += describe_passes({"target": target, "verifier": verifier}, progress)
     progress("loading", stages, stages)
     return LoadedModels(target, verifier, notes)
+
+
+def describe_left_out(target: CausalLM) -> list[str]:
+    """A note of stored tensors that transformers has no place for, and leaves out of the model."""
+    names = target.left_out if isinstance(target, TransformersLM) else ()
+    return [f"weights: {len(names)} stored tensors are not of this model, such as {names[0]}"] if names else []
 
 
 def describe_passes(models: Mapping[str, CausalLM | None], progress: Progress = no_progress) -> list[str]:

@@ -30,6 +30,8 @@ from quasar_core.models.upload import Upload
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.model_config import read_config
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head"
+
 __all__ = ["attach_verifier", "build_target", "load_target", "load_verifier_alone", "why_not_lean"]
 
 
@@ -39,12 +41,24 @@ def load_target(folder: Path, device: torch.device, dtype: torch.dtype) -> LeanD
 
 
 def build_target(config: DecoderConfig, files: TensorFiles, device: torch.device, dtype: torch.dtype) -> LeanDecoder:
-    """The model of a config, from these files."""
+    """The model of a config, from these files; QuasarError where a tensor is missing or of another shape."""
+    config = tied_as_stored(config, files)
     filling = Filling(files, device, dtype)
     decoder = _build(config, filling, dense_only)
-    filling.refuse_unknown(config)
+    filling.refuse_unknown(config, files.names())
     filling.fill()
     return decoder
+
+
+def tied_as_stored(config: DecoderConfig, files: TensorFiles) -> DecoderConfig:
+    """Head and embedding are one where the config says so, and apart where the files hold two that differ.
+
+    So it is in transformers, with a warning.
+    """
+    names = EMBEDDING, f"{HEAD}.weight"
+    if config.tied and all(name in files for name in names) and not files.equal(*names):
+        return replace(config, tied=False)
+    return config
 
 
 def load_verifier_alone(
@@ -55,11 +69,13 @@ def load_verifier_alone(
     progress: Progress = no_progress,
 ) -> LeanDecoder:
     """The verifier without its target: what it does not hold in codes comes from the checkpoint too."""
-    config = DecoderConfig.parse(checkpoint.config)
+    config = tied_as_stored(DecoderConfig.parse(checkpoint.config), checkpoint.tensors)
     packing = Packing(checkpoint, device, dtype, kernel, progress)
     packing.refuse_unknown(config)
     filling = Filling(checkpoint.tensors, device, dtype)
     decoder = _build(config, filling, packing)
+    biases = {f"{name}.bias" for name in packing.names}  # which some tools store where the architecture has none
+    filling.refuse_unknown(config, [name for name in checkpoint.plain_names if name not in biases])
     filling.fill()
     return decoder
 
@@ -90,25 +106,34 @@ def attach_verifier(
     return LeanDecoder(target.config, target.embedding, layers, target.norm, head, target.rope)
 
 
+def has_no_effect(name: str) -> bool:
+    """Whether a stored tensor is a buffer that models compute from their config; older tools stored those."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
 class Filling:
     """Tensors that were allocated and wait for their content."""
 
     def __init__(self, files: TensorFiles, device: torch.device, dtype: torch.dtype) -> None:
         self.files, self.device, self.dtype = files, device, dtype
-        self._waiting: dict[str, tuple[torch.Tensor, tuple[int, ...]]] = {}  # its place, the shape it is stored in
+        self._waiting: dict[str, torch.Tensor] = {}  # its place
 
     def tensor(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> torch.Tensor:
         """One tensor [sum of rows, *columns], whose rows are the stored tensors of these names, in order."""
+        for name, count in zip(names, rows, strict=True):
+            self.files.check_shape(name, (count, *columns))  # before anything is allocated
         whole = self._empty(sum(rows), *columns)
         for name, place in zip(names, whole.split(list(rows)), strict=True):
-            self._waiting[name] = place, tuple(place.shape)
+            self._waiting[name] = place
         return whole
 
     def repeated(self, names: Sequence[str], times: Sequence[int], size: int) -> torch.Tensor:
         """One tensor [sum of times, size], in which each stored vector [size] stands as often as asked."""
+        for name in names:
+            self.files.check_shape(name, (size,))
         whole = self._empty(sum(times), size)
         for name, place in zip(names, whole.split(list(times)), strict=True):
-            self._waiting[name] = place, (size,)
+            self._waiting[name] = place
         return whole
 
     def linear(self, product: Product) -> DenseLinear:
@@ -117,26 +142,18 @@ class Filling:
         names = [f"{name}.bias" for name in product.names]
         return DenseLinear(weight, self.tensor(names, product.rows) if product.bias else None)
 
-    def refuse_unknown(self, config: DecoderConfig) -> None:
+    def refuse_unknown(self, config: DecoderConfig, names: Sequence[str]) -> None:
         """A stored tensor that the architecture has no place for would be left out of the model: refuse it."""
-        for name in self.files.names():
-            known = name in self._waiting or name.endswith("rotary_emb.inv_freq")  # which older tools stored
-            if name.startswith("model.") and not known:
+        shared = {EMBEDDING, f"{HEAD}.weight"} if config.tied else set()
+        for name in names:
+            if name not in self._waiting and name not in shared and not has_no_effect(name):
                 raise QuasarError(f"{self.files.folder} holds {name}, which {config.architecture} does not have.")
 
     def fill(self) -> None:
-        """Copy everything from the files, file by file; QuasarError where a tensor is missing or of another shape."""
-        absent = [name for name in self._waiting if name not in self.files]
-        if absent:
-            raise QuasarError(f"{self.files.folder} holds no tensor {absent[0]}.")
+        """Copy everything from the files, file by file."""
         with Upload(self.device) as upload:
             for name, stored in self.files.load_many(list(self._waiting)):
-                place, shape = self._waiting[name]
-                if tuple(stored.shape) != shape:
-                    raise QuasarError(
-                        f"The tensor {name} in {self.files.folder} is {tuple(stored.shape)}, and by its config {shape}."
-                    )
-                upload.copy(place, stored)
+                upload.copy(self._waiting[name], stored)
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return empty_in_huge_pages(*shape, device=self.device, dtype=self.dtype)
@@ -144,7 +161,8 @@ class Filling:
 
 def _build(config: DecoderConfig, filling: Filling, make: Callable[[Product, Dense], Linear]) -> LeanDecoder:
     """The decoder, its tensors allocated and not yet filled."""
-    embedding = filling.tensor(["model.embed_tokens.weight"], [config.vocab_size], config.hidden_size)
+    shared = config.tied and EMBEDDING not in filling.files  # by the head's name alone, as transformers 4 wrote many
+    embedding = filling.tensor([f"{HEAD}.weight" if shared else EMBEDDING], [config.vocab_size], config.hidden_size)
     layers = [_build_layer(config, index, filling, make) for index in range(config.num_layers)]
     norm = filling.tensor(["model.norm.weight"], [config.hidden_size])
     own_head: Dense = (lambda _: DenseLinear(embedding)) if config.tied else filling.linear

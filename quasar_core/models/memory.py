@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
-from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
-from quasar_core.models.architectures import DecoderConfig, why_not_lean
+from quasar_core.models.architectures import DecoderConfig
+from quasar_core.models.lean_files import why_folder_not_lean
+from quasar_core.models.loading import tied_as_stored
 from quasar_core.models.products import Product, block_products, head_product
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import read_headers
@@ -45,10 +47,9 @@ def pair_need(
     folder: Path, checkpoint: VerifierCheckpoint | None, dtype: torch.dtype, use_target: bool = True
 ) -> MemoryNeed | None:
     """What the models of these folders take; None where our own decoder does not run them."""
-    stored = read_config(folder)
-    if why_not_lean(stored):
+    if why_folder_not_lean(folder):
         return None
-    config = DecoderConfig.parse(stored)
+    config = tied_as_stored(DecoderConfig.parse(read_config(folder)), TensorFiles(folder))
     plain = sum(tensor_elements(config).values()) * dtype.itemsize
     target = plain if use_target else 0
     verifier = 0

@@ -12,12 +12,8 @@ from quasar_core.errors import QuasarError
 from quasar_core.files import read_json_if_there
 from quasar_core.foreign import foreign_errors
 from quasar_core.models.base import CausalLM, KVCache
-from quasar_core.models.skeleton import read_model_config
 from quasar_core.records import FidelityReport
 from quasar_core.typed import build
-
-# What configs call the number of positions; the first that one has counts.
-CONTEXT_OPTIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 @dataclass
@@ -44,6 +40,7 @@ class Pair:
     verifier_fingerprint: str | None = None
     measured: dict[str, Any] = field(default_factory=dict, repr=False)
     processors: Mapping[str, Any] = field(default_factory=dict)  # options of logits processors, by name
+    rolls_back: bool = True  # whether its cache can; else it generates plainly
 
     @property
     def primary(self) -> CausalLM:
@@ -66,16 +63,6 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
         raise QuasarError(f"{folder} holds no tokenizer: the one that transformers makes of it knows no text.")
     return tokenizer
-
-
-def context_limit(folder: Path, trust_remote_code: bool = False) -> int:
-    """Positions that the model was made for; QuasarError where its config does not tell."""
-    config = read_model_config(folder, trust_remote_code).get_text_config()
-    for name in CONTEXT_OPTIONS:
-        limit = getattr(config, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    raise QuasarError(f"The config in {folder} names no number of positions ({', '.join(CONTEXT_OPTIONS)}).")
 
 
 def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -59,6 +59,10 @@ class RandomTensors(TensorFiles):
         """All tensor names, sorted."""
         return sorted(self._shapes)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape."""
+        return self._shapes[name]
+
     def load(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU; another one each time."""
         values = self._pool.take(*self._shapes[name])

@@ -4,6 +4,7 @@ Weights are put in later, part by part, from memory-mapped files. Buffers, which
 """
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,9 +18,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from quasar_core.checkpoint.reader import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.foreign import foreign_errors
-from quasar_core.models.experts import separate_experts, stored_name
+from quasar_core.models.experts import separate_experts
+from quasar_core.models.stored_names import StoredNames
 from quasar_core.store.model_config import read_config
 
+LARGEST_BUFFER = 2**32  # bytes of what a config may ask to be computed
 _PANGU = "PanguEmbeddedForCausalLM"  # Llama by another name, which transformers does not know
 
 
@@ -37,6 +40,7 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> Pretrain
             config: PretrainedConfig = _pangu_as_llama(content)
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    _refuse_foreign_windows(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -55,13 +59,39 @@ def _refuse_unknown(folder: Path, content: Mapping[str, Any], trust_remote_code:
     raise QuasarError(f"transformers {transformers.__version__} does not know the model type {kind} of {folder}.")
 
 
+def _refuse_foreign_windows(config: PretrainedConfig) -> None:
+    """QuasarError for a window that the architecture does not have.
+
+    The model would attend to everything, and transformers' cache drop what is behind the window: its text would depend
+    on the passes that made it.
+    """
+    text = config.get_text_config()
+    known, positions = inspect.signature(type(text)).parameters, getattr(text, "max_position_embeddings", None)
+    for option in ("sliding_window", "attention_chunk_size"):
+        window = getattr(text, option, None)
+        if option not in known and window is not None and not (positions and window >= positions):
+            raise QuasarError(f"config.json has {option} {window}, which {text.model_type} does not have: take it out.")
+
+
 def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of a config in evaluation mode, its weights on the meta device, experts apart, buffers on the CPU."""
-    with foreign_errors("transformers builds no causal language model from the config"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = build_empty(config, dtype)
     separate_experts(model)
     _compute_buffers(model)
     return cast(PreTrainedModel, model.eval())
+
+
+def build_empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config as transformers has it, on the meta device.
+
+    QuasarError where its buffers, which are computed from the config, are too large to be meant.
+    """
+    with foreign_errors("transformers builds no causal language model from the config"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for name, buffer in model.named_buffers():
+        if buffer.nbytes > LARGEST_BUFFER:
+            raise QuasarError(f"By its config the model has a buffer {name} of {buffer.nbytes / 1e9:,.0f} GB.")
+    return cast(PreTrainedModel, model)
 
 
 def clone_structure(module: torch.nn.Module) -> torch.nn.Module:
@@ -75,22 +105,60 @@ def clone_structure(module: torch.nn.Module) -> torch.nn.Module:
     return clone
 
 
+def emptied(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a loaded model whose weights wait for their content again; the model stays as it is."""
+    clone = cast(PreTrainedModel, clone_structure(model))
+    for module in clone.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to("meta")
+    return clone
+
+
 class Weights:
     """The files of a model, by the names that its modules have."""
 
     def __init__(self, model: PreTrainedModel, files: TensorFiles) -> None:
         self.files = files
-        self._mixtral = any(".block_sparse_moe." in name for name in files.names())
-        self._tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        self.names = StoredNames(model, files.names(), str(files.folder))
+        self.tied = self._tie(model)
 
     def stored(self, name: str) -> str:
-        """The name in the files of a parameter or layer."""
-        return stored_name(name, self._mixtral)
+        """The name in the files of a parameter, a layer, or a part of a packed layer."""
+        return self.names.stored(name)
+
+    def _tie(self, model: PreTrainedModel) -> Mapping[str, str]:
+        """Parameters that are another one, by name, as transformers has it when it loads.
+
+        Of two that the config ties the one that is stored counts, and both where they are stored and differ: those are
+        untied in the model as well.
+        """
+        tied: dict[str, str] = {}
+        for name, source in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+            own, shared = self.stored(name), self.stored(source)
+            if own in self.files and shared in self.files and not self.files.equal(own, shared):
+                model.all_tied_weights_keys.pop(name)
+                put(model, name, torch.empty_like(model.get_parameter(name)))
+            elif own in self.files and shared not in self.files:
+                tied[source] = name
+            else:
+                tied[name] = source
+        return tied
+
+    def check_shapes(self, model: PreTrainedModel) -> None:
+        """QuasarError where a stored tensor has another shape than in the model; from the files' headers alone."""
+        for name, tensor in waiting(model):
+            stored = self.stored(name)
+            if stored in self.files:
+                self.files.check_shape(stored, tuple(tensor.shape))
 
     def missing(self, model: PreTrainedModel) -> list[str]:
         """Parameters and stored buffers that the files do not hold under their name."""
         names = [name for name, _ in waiting(model)]
-        return [name for name in names if name not in self._tied and self.stored(name) not in self.files]
+        return [name for name in names if name not in self.tied and self.stored(name) not in self.files]
 
     def fill(self, module: torch.nn.Module, prefix: str, device: torch.device) -> None:
         """Put the module's weights in, and move what it holds already; on the CPU the files stay memory-mapped.
@@ -99,19 +167,16 @@ class Weights:
         another shape.
         """
         empty = {prefix + name: tensor for name, tensor in waiting(module)}
-        places = {self.stored(name): name for name in empty if name not in self._tied}
+        places = {self.stored(name): name for name in empty if name not in self.tied}
         absent = [stored for stored in places if stored not in self.files]
         if absent:
             raise QuasarError(f"{self.files.folder} holds no tensor {absent[0]}.")
+        for stored, name in places.items():
+            self.files.check_shape(stored, tuple(empty[name].shape))
         for stored, tensor in self.files.load_many(list(places)):
-            own = empty[places[stored]]
-            if tensor.shape != own.shape:
-                raise QuasarError(
-                    f"The tensor {stored} in {self.files.folder} is {tuple(tensor.shape)}, and by its config "
-                    f"{tuple(own.shape)}."
-                )
-            put(module, places[stored].removeprefix(prefix), tensor.to(device, own.dtype))
-        for name, source in self._tied.items():
+            name = places[stored]
+            put(module, name.removeprefix(prefix), tensor.to(device, empty[name].dtype))
+        for name, source in self.tied.items():
             if name in empty:
                 put(module, name.removeprefix(prefix), module.get_parameter(source.removeprefix(prefix)))
         _move(module, device)

@@ -4,6 +4,8 @@ Letters: N rows of L tokens, B rows of a batch, H hidden.
 """
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,12 @@ from quasar_core.quantize.products import FastPasses
 
 # As many tokens as a processor's caches, and a little memory, hold between two operations; at most so many.
 BATCH_TOKENS, BATCH_VALUES = 2048, 2**21
+
+
+# How a block gives its hidden states [B, L, H].
+Form = Callable[[torch.Tensor], Any]
+# Arguments of blocks that concern the cache, by the names that architectures give them.
+_OF_THE_CACHE = ("past_key_values", "past_key_value", "layer_past", "use_cache")
 
 
 class Stop(Exception):
@@ -78,8 +86,7 @@ class Activations:
 
     def first_row(self) -> Batch:
         """A batch of one row."""
-        whole = self._batch(slice(0, min(self._rows, len(self.hidden))))
-        return Batch(slice(0, 1), whole.hidden[:1], _first_row(whole.kwargs))
+        return Batch(slice(0, 1), self.hidden[:1].to(self.device), self._kwargs[1][self.block])
 
     def advance(self, block: torch.nn.Module) -> None:
         """Replace what enters a block by what leaves it; the block after it comes next."""
@@ -134,6 +141,8 @@ def capture_first_inputs(
             )
     if hidden is None:
         raise QuasarError("The calibration text has no rows.")
+    if 1 not in kwargs:
+        kwargs[1] = [_moved(block, place) for block in _enter(model, samples[:1].to(home))[1]]
     return Activations(hidden, kwargs, place, spill)
 
 
@@ -148,27 +157,43 @@ def _enter(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, lis
     entered: list[torch.Tensor] = []
     taken: list[dict[str, Any]] = []
 
-    def pass_through(
-        hidden_states: torch.Tensor, *others: Any, past_key_values: Any = None, use_cache: Any = None, **kwargs: Any
-    ) -> torch.Tensor:
-        if others:
-            raise QuasarError(f"{type(model).__name__} gives its blocks inputs by position: it cannot be quantized.")
+    def pass_on(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         entered.append(hidden_states)
-        taken.append(kwargs)
+        taken.append({name: value for name, value in kwargs.items() if name not in _OF_THE_CACHE})
         if len(entered) == len(blocks):
             raise Stop
         return hidden_states
 
-    with blocks_replaced_by(blocks, pass_through), contextlib.suppress(Stop):
+    with blocks_replaced_by(blocks, pass_on, output_form(model)), contextlib.suppress(Stop):
         model(input_ids=ids, use_cache=False)
     return entered[0], taken
 
 
+def output_form(model: PreTrainedModel) -> Form:
+    """What the model expects of a block: the hidden states [B, L, H] alone, or as the first of a tuple.
+
+    Of the model, its ends are enough. QuasarError where its blocks cannot be run one by one.
+    """
+    blocks = find_blocks(model)[1]
+    ids = torch.zeros(1, 3, dtype=torch.long, device=embedding_device(model))
+    forms: tuple[Form, ...] = (lambda hidden: hidden, lambda hidden: (hidden, None))
+    for form in forms:
+        with (
+            blocks_replaced_by(blocks, lambda hidden, **_: hidden, form),
+            contextlib.suppress(IndexError, RuntimeError, TypeError, ValueError),
+        ):
+            if model(input_ids=ids, use_cache=False).logits.shape[:2] == ids.shape:
+                return form
+    raise QuasarError(
+        f"{type(model).__name__} hands its blocks more than hidden states: it cannot be quantized block by block."
+    )
+
+
 @contextlib.contextmanager
-def blocks_replaced_by(blocks: torch.nn.ModuleList, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Let all blocks run another function."""
+def blocks_replaced_by(blocks: torch.nn.ModuleList, forward: Callable[..., torch.Tensor], form: Form) -> Iterator[None]:
+    """Let all blocks run another function, which takes all but the hidden states by name."""
     for block in blocks:
-        block.forward = forward
+        block.forward = functools.partial(_call_by_name, type(block).forward, forward, form)
     try:
         yield
     finally:
@@ -176,10 +201,13 @@ def blocks_replaced_by(blocks: torch.nn.ModuleList, forward: Callable[..., torch
             del block.forward  # the class's own again
 
 
-def _first_row(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Block arguments for one row: a mask has the batch's rows, rotary tables may have one for all."""
-    mask = kwargs.get("attention_mask")
-    return {**kwargs, "attention_mask": mask[:1]} if isinstance(mask, torch.Tensor) else kwargs
+def _call_by_name(
+    own: Callable[..., Any], forward: Callable[..., torch.Tensor], form: Form, *args: Any, **kwargs: Any
+) -> Any:
+    """Call `forward` with the arguments of a block's own function, given by position or by name."""
+    first, *names = list(inspect.signature(own).parameters)[1:]
+    hidden = args[0] if args else kwargs.pop(first)
+    return form(forward(hidden, **dict(zip(names, args[1:], strict=False)), **kwargs))
 
 
 def _moved(value: Any, device: torch.device) -> Any:

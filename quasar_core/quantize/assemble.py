@@ -63,6 +63,9 @@ def verifier_tensors(job: Job, names: Weights) -> Iterator[tuple[str, torch.Tens
         yield stored, load()
     source = TensorFiles(job.source)
     yield from source.load_many([name for name in source.names() if name not in replaced])
+    for name, kept in names.tied.items():  # an embedding that is stored as the head alone, which has codes now
+        if names.stored(kept) in replaced and names.stored(name) not in source:
+            yield name, source.load(names.stored(kept))
 
 
 def quantized_names(job: Job) -> list[str]:

@@ -9,10 +9,12 @@ from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
-    """The list of decoder blocks and its name, such as `model.layers`."""
+    """The list of decoder blocks and its name, such as `model.layers`; a vision tower has another of its own."""
     count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count:
+    inside = set(map(id, model.get_decoder().modules()))
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
+    for name, module in lists:
+        if len(module) == count and id(module) in inside:
             return name, module
     raise QuasarError(f"No list of {count} decoder blocks was found in {type(model).__name__}.")
 

@@ -8,6 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from quasar_core.checkpoint.reader import TensorFiles
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError
+from quasar_core.foreign import reason
+from quasar_core.models.skeleton import Weights, emptied
+from quasar_core.quantize.activations import capture_first_inputs, run_block
 from quasar_core.quantize.calibration import HUB_TEXTS, Calibration, read_documents
 from quasar_core.quantize.streaming import StreamedModel
 from quasar_core.records import Progress, no_progress
@@ -25,6 +28,29 @@ def check_dtypes(folder: Path, model: StreamedModel) -> None:
                 f"The tensor {entry.name} in {entry.file} is stored as {entry.dtype}: a target has weights of 16 or "
                 "32 bits, so name the model that this one was made from."
             )
+
+
+def check_names(model: StreamedModel) -> None:
+    """Refuse a model whose files do not hold its tensors one by one: a verifier is written under their names."""
+    if model.whole_because is None:
+        return
+    empty = emptied(model.skeleton)
+    files = model.weights.files
+    missing = Weights(empty, files).missing(empty)
+    if missing:
+        raise QuasarError(f"{files.folder} holds no tensor {missing[0]} of its own, so its verifier cannot be written.")
+
+
+@torch.inference_mode()
+def check_blocks(model: StreamedModel) -> None:
+    """Run a few tokens through the first block on its own; QuasarError where the architecture does not allow it."""
+    tokens = torch.zeros(2, 4, dtype=torch.long)
+    states = capture_first_inputs(model.ends(torch.device("cpu")), tokens, model.device)
+    try:
+        run_block(model.block(0), states.first_row())
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        name = type(model.skeleton).__name__
+        raise QuasarError(f"The blocks of {name} do not run one by one ({reason(error)}).") from error
 
 
 def check_finite(files: TensorFiles, progress: Progress = no_progress) -> None:

@@ -12,7 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.base import CausalLM
-from quasar_core.quantize.activations import Activations, blocks_replaced_by, capture_first_inputs, embedding_device
+from quasar_core.models.context import UNLIMITED, position_limit
+from quasar_core.quantize.activations import (
+    Activations,
+    blocks_replaced_by,
+    capture_first_inputs,
+    embedding_device,
+    output_form,
+)
 from quasar_core.quantize.blocks import find_blocks
 from quasar_core.quantize.calibration import GREEDY_FROM, Calibration, calibration_name, encode, read_documents
 from quasar_core.quantize.fidelity import measure_fidelity, price_of_kernel
@@ -29,7 +36,7 @@ class RowsRead(CausalLM):
     """Runs passes over whole rows that the model has read."""
 
     def __init__(self, ends: PreTrainedModel, texts: Sequence[tuple[torch.Tensor, Activations]]) -> None:
-        self._ends = ends
+        self._ends, self._form = ends, output_form(ends)
         self._finished = {
             tuple(row.tolist()): states.hidden[index : index + 1]
             for rows, states in texts
@@ -66,7 +73,7 @@ class RowsRead(CausalLM):
 
         for begin in range(first, len(tokens), size):
             ids = torch.tensor([list(tokens[begin : begin + size])], device=self.device)
-            with blocks_replaced_by(blocks, finished):
+            with blocks_replaced_by(blocks, finished, self._form):
                 logits = self._ends(input_ids=ids, use_cache=False).logits[0]
             yield logits.float()
 
@@ -172,7 +179,7 @@ def measure_on_text(
             f"The checkpoint has {verifier.vocab_size} tokens and the model {target.vocab_size}: "
             "they do not belong together."
         )
-    rows = _cut_rows(text, tokenizer, int(target.skeleton.config.get_text_config().max_position_embeddings))
+    rows = _cut_rows(text, tokenizer, position_limit(target.skeleton.config.get_text_config()) or UNLIMITED)
     p = read_rows(target, [rows[:, :-1]], "measuring fidelity: target", progress)
     q = read_rows(verifier, [rows[:, :-1]], "measuring fidelity: verifier", progress)
     kinds = token_kinds(tokenizer, target.vocab_size)

@@ -15,16 +15,19 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.files import exists, require_regular
 from quasar_core.foreign import foreign_errors
+from quasar_core.models.context import UNLIMITED, position_limit
 from quasar_core.quantize.activations import Activations, capture_first_inputs
 from quasar_core.quantize.agreement import CommittedModel
 from quasar_core.quantize.assemble import assemble, describe, make_report
 from quasar_core.quantize.blocks import quantized_layers
 from quasar_core.quantize.calibration import Calibration, calibration_name, load_calibration
 from quasar_core.quantize.checks import (
+    check_blocks,
     check_calibration,
     check_calibration_file,
     check_dtypes,
     check_finite,
+    check_names,
     check_tokenizer,
 )
 from quasar_core.quantize.commits import block_file, write_commit
@@ -112,9 +115,11 @@ def _work(
 def check_request(job: Job, target: StreamedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse, before any work, what cannot be quantized."""
     check_dtypes(job.source, target)
+    check_names(target)
     check_tokenizer(tokenizer, target.vocab_size)
     quantized_layers(target.skeleton, LayerPlan.of(job.config))
     check_mixed(job.config, target.skeleton)
+    check_blocks(target)
     if job.config.backend == "optimum":
         check_optimum(job.config)
     if not exists(job.calibration):
@@ -134,8 +139,7 @@ def calibrate(
         name = calibration_name(job.config.calibration)
         return Calibration(name, rows["samples"], rows["held_out"], rows["greedy"], job.config.seed)
     check_finite(target.weights.files, progress)
-    positions = getattr(target.skeleton.config.get_text_config(), "max_position_embeddings", None)
-    limit = int(positions or job.config.calibration_length)
+    limit = position_limit(target.skeleton.config.get_text_config()) or UNLIMITED
     calibration = load_calibration(target.whole(device), tokenizer, job.config, limit, progress, job.written_text)
     check_calibration(calibration, target.vocab_size)
     save_tensors(

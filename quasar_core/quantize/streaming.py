@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.models.experts import module_name, separate_experts
-from quasar_core.models.skeleton import Weights, build_skeleton, clone_structure, read_model_config
+from quasar_core.models.experts import separate_experts
+from quasar_core.models.skeleton import Weights, build_skeleton, clone_structure, emptied, read_model_config
 from quasar_core.models.transformers_lm import load_target
 from quasar_core.quantize.blocks import find_blocks
 from quasar_core.store.model_config import read_config
@@ -34,7 +34,8 @@ class StreamedModel:
         self.prefix, self._blocks = find_blocks(skeleton)
         self.count = len(self._blocks)
         self._checkpoint, self._kernel = checkpoint, kernel
-        self._packed = {module_name(name): name for name in checkpoint.layer_names} if checkpoint else {}
+        own = self.weights.names.of_layer
+        self._packed = {own(name): name for name in checkpoint.layer_names} if checkpoint else {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,7 +88,9 @@ def open_target(
     own_code = trust_remote_code and "auto_map" in read_config(folder)
     if not own_code:
         skeleton = build_skeleton(read_model_config(folder), dtype)
-        missing = Weights(skeleton, files).missing(skeleton)
+        weights = Weights(skeleton, files)
+        weights.check_shapes(skeleton)
+        missing = weights.missing(skeleton)
         if not missing:
             return StreamedModel(skeleton, files, device)
     reason = "it runs code of its own" if own_code else f"its files name {missing[0]} otherwise"
@@ -98,5 +101,8 @@ def open_target(
 
 def open_verifier(checkpoint: VerifierCheckpoint, target: StreamedModel, kernel: str = "dense") -> StreamedModel:
     """The verifier as its checkpoint was written, its products on one kind of kernel; nothing of it is read yet."""
-    skeleton = build_skeleton(read_model_config(checkpoint.folder), target.dtype)
+    if target.whole_because:  # as code of its own builds it
+        skeleton = emptied(target.skeleton)
+    else:
+        skeleton = build_skeleton(read_model_config(checkpoint.folder), target.dtype)
     return StreamedModel(skeleton, checkpoint.tensors, target.device, checkpoint=checkpoint, kernel=kernel)

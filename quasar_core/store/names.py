@@ -10,7 +10,9 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_file, is_folder, refuse_special_files
 from quasar_core.store.home import home
 from quasar_core.store.hub import download_model
+from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import weight_files
+from quasar_core.store.sizes import check_counts
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -105,6 +107,8 @@ def check_model_folder(folder: Path) -> Path:
     """`folder`, if it holds a config and safetensors weights; else a QuasarError that says what is missing."""
     if not is_file(folder / "config.json"):
         raise QuasarError(f"{folder} holds no model: it has no config.json.")
+    if "transformers_weights" in read_config(folder):
+        raise QuasarError(f"{folder}/config.json names its weights by transformers_weights, which is not supported.")
     if not weight_files(folder):
         if any(next(folder.glob(pattern), None) for pattern in _PICKLES):
             raise QuasarError(
@@ -112,6 +116,7 @@ def check_model_folder(folder: Path) -> Path:
             )
         raise QuasarError(f"{folder} holds no weights: it has no *.safetensors file.")
     refuse_special_files(folder)
+    check_counts(folder)
     return folder
 
 

@@ -14,6 +14,7 @@ from quasar_core.typed import build
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_FILE_BYTES = 1 << 50
+WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -48,13 +49,22 @@ def read_header(file: Path) -> list[TensorEntry]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, sorted: those of its index, else every one that lies there.
+    """The safetensors files of a model folder, sorted, as transformers chooses them.
 
-    A shard that the index names and the folder lacks is a QuasarError.
+    `model.safetensors` alone where there is one, else those of the index, else every one that lies there (older GPTQ
+    checkpoints have names of their own). A shard that the index names and the folder lacks is a QuasarError.
     """
+    indexed, whole = _indexed_files(folder), folder / WEIGHTS_NAME
+    if is_file(whole):
+        return [whole]
+    return indexed or sorted(folder.glob("*.safetensors"))
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    """The files that the folder's index names; none without an index."""
     index = folder / INDEX_NAME
     if not is_file(index):
-        return sorted(folder.glob("*.safetensors"))
+        return []
     files = sorted({folder / name for name in read_index(folder).values()})
     for file in files:
         if not is_file(file):
@@ -63,9 +73,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_headers(folder: Path) -> list[TensorEntry]:
-    """Every tensor of a model folder, sorted by name."""
-    entries = [entry for file in weight_files(folder) for entry in read_header(file)]
-    return sorted(entries, key=lambda entry: entry.name)
+    """Every tensor of a model folder, sorted by name; QuasarError where two files hold one of the same name."""
+    entries: dict[str, TensorEntry] = {}
+    for file in weight_files(folder):
+        for entry in read_header(file):
+            other = entries.setdefault(entry.name, entry)
+            if other is not entry:
+                raise QuasarError(
+                    f"The tensor {entry.name} is in both {other.file.name} and {file.name} of {folder}: remove the "
+                    "file that does not belong to the model."
+                )
+    return [entries[name] for name in sorted(entries)]
 
 
 def read_index(folder: Path) -> dict[str, str]:

@@ -1,0 +1,33 @@
+"""How many positions a model was made for, by the names that architectures give this option."""
+
+from pathlib import Path
+from typing import Any
+
+from quasar_core.errors import QuasarError
+from quasar_core.models.skeleton import read_model_config
+
+POSITION_OPTIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_sequence_length",
+    "n_ctx",
+)
+UNLIMITED = 2**31 - 1  # positions of a model whose config names no limit, such as one without position embeddings
+
+
+def position_limit(config: Any) -> int | None:
+    """The limit that a text model's config names; None for one that names none."""
+    for option in POSITION_OPTIONS:
+        limit = getattr(config, option, None)
+        if isinstance(limit, int) and not isinstance(limit, bool):
+            if limit < 1:
+                raise QuasarError(f"config.json has {limit} for {option}: a model has one position at least.")
+            return limit
+    return None
+
+
+def context_limit(folder: Path, trust_remote_code: bool = False) -> int:
+    """Positions that the model of a folder was made for; `UNLIMITED` where its config does not say."""
+    return position_limit(read_model_config(folder, trust_remote_code).get_text_config()) or UNLIMITED
