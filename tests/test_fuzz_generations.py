@@ -1,11 +1,10 @@
 """Many generations by tiny random models: `full` and `exact` write what plain decoding writes, whatever is guessed.
 
 In float32 plain decoding is transformers' greedy `generate`; in bfloat16 it is one token a pass through the C++ kernel,
-and windows and drafts are longer than a part of that pass. A few generations run by default; with QUASAR_FUZZ=full
-5,000 in float32 and 2,000 in bfloat16.
+and windows and drafts are longer than a part of that pass. A few generations run by default; among the slow tests 5,000
+in float32 and 2,000 in bfloat16.
 """
 
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,9 +27,7 @@ from quasar_core.kernels import cpu_library
 from quasar_core.models import fast_pass
 from quasar_core.models.loading import attach_verifier, load_target
 
-FULL = os.environ.get("QUASAR_FUZZ") == "full"
-IN_FLOAT32, IN_BFLOAT16 = (5000, 2000) if FULL else (60, 40)
-OF_ONE_MODEL, OF_ONE_PROMPT = (20, 5) if FULL else (5, 5)
+OF_ONE_PROMPT = 5
 CONTEXT, VOCABULARY = 320, 96
 INNER = (32, 96, 160)
 # Nearer to a tie, in nats, another order of summation may choose another token.
@@ -166,15 +163,16 @@ def reference(model: Any, prompt: Sequence[int], length: int) -> tuple[list[int]
 
 
 def models(count: int, seed: int) -> Iterator[tuple[str, str, random.Random]]:
-    """Architecture, verifier and dice of each model, until `count` generations have their models."""
+    """Architecture, verifier and dice of each of `count` models."""
     kinds = zip(cycle(CASES), cycle([*VERIFIERS, *VERIFIERS[::-1], VERIFIERS[0]]), strict=False)
-    for number, (case, verifier) in zip(range(-(-count // OF_ONE_MODEL)), kinds, strict=False):
+    for number, (case, verifier) in zip(range(count), kinds, strict=False):
         yield case, verifier, random.Random(1000 * seed + number)
 
 
-def test_float32_equals_transformers(tmp_path: Path) -> None:
-    done = 0
-    for number, (case, kind, dice) in enumerate(models(IN_FLOAT32, seed=1)):
+@pytest.mark.parametrize(("count", "runs"), [(12, 5), pytest.param(250, 20, marks=pytest.mark.slow)])
+def test_float32_equals_transformers(tmp_path: Path, count: int, runs: int) -> None:
+    """So many models, each with so many runs."""
+    for number, (case, kind, dice) in enumerate(models(count, seed=1)):
         folder = tmp_path / str(number)
         model = save_random_model(folder, case, dice.choice(INNER), dice)
         target = load_target(folder, CPU, torch.float32)
@@ -183,7 +181,7 @@ def test_float32_equals_transformers(tmp_path: Path) -> None:
         if fast:
             fast_pass.attach(target), fast_pass.attach(verifier)
         pair = make_pair(target, verifier, max_context=CONTEXT)
-        for run in range(OF_ONE_MODEL):
+        for run in range(runs):
             if run % OF_ONE_PROMPT == 0:
                 longest = longest_answer(kind, dice, 32, 16)
                 prompt, text = prompt_far_from_ties(model, longest, dice)
@@ -191,17 +189,14 @@ def test_float32_equals_transformers(tmp_path: Path) -> None:
             expected = text[: drawn.length]
             ends = some_ends(dice, expected)
             assert answer(pair, drawn, expected, run, ends) == until(expected, ends), (case, kind, fast, drawn, ends)
-            done += 1
-        if FULL:
-            print(f"{done} of {IN_FLOAT32} in float32", flush=True)
-    assert done >= IN_FLOAT32
 
 
-def test_bfloat16_equals_plain_decoding(tmp_path: Path) -> None:
-    if cpu_library.why_not_here():
-        pytest.skip(f"the C++ pass: {cpu_library.why_not_here()}")
-    longest_pass = done = 0
-    for number, (case, kind, dice) in enumerate(models(IN_BFLOAT16, seed=2)):
+@pytest.mark.usefixtures("cpp_pass")
+@pytest.mark.parametrize(("count", "runs"), [(8, 5), pytest.param(100, 20, marks=pytest.mark.slow)])
+def test_bfloat16_equals_plain_decoding(tmp_path: Path, count: int, runs: int) -> None:
+    """So many models, each with so many runs."""
+    longest_window = 0
+    for number, (case, kind, dice) in enumerate(models(count, seed=2)):
         folder = tmp_path / str(number)
         save_random_model(folder, case, dice.choice(INNER), dice)
         target = load_target(folder, CPU, torch.bfloat16)
@@ -210,7 +205,7 @@ def test_bfloat16_equals_plain_decoding(tmp_path: Path) -> None:
         assert target.fast is not None
         assert verifier.fast is not None
         pair = make_pair(target, verifier, max_context=CONTEXT, dtype=torch.bfloat16)
-        for run in range(OF_ONE_MODEL):
+        for run in range(runs):
             longest = longest_answer(kind, dice, 250, 88)
             drawn = random_case(dice, random_prompt(dice), longest, ("full", "exact", "exact", "quantized"))
             plain = GenerationConfig(drawn.length, "quantized" if drawn.verify == "quantized" else "full", "none")
@@ -218,9 +213,5 @@ def test_bfloat16_equals_plain_decoding(tmp_path: Path) -> None:
             expected = Generator(pair, plain).generate(drawn.prompt).token_ids
             ends = some_ends(dice, expected)
             assert answer(pair, drawn, expected, run, ends) == until(expected, ends), (case, kind, drawn, ends)
-            longest_pass = max(longest_pass, min(drawn.window, drawn.length))
-            done += 1
-        if FULL:
-            print(f"{done} of {IN_BFLOAT16} in bfloat16", flush=True)
-    assert done >= IN_BFLOAT16
-    assert longest_pass > target.fast.longest
+            longest_window = max(longest_window, min(drawn.window, drawn.length))
+    assert longest_window > target.fast.longest
