@@ -5,6 +5,7 @@
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,6 +46,9 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(0)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         torch.set_flush_denormal(FLUSHES)
+    if threads := sys.modules.get("quasar_core.kernels.threads"):  # where a test chose a number, the next has none
+        for name in ("steering", "own", "set"):
+            monkeypatch.setattr(threads._Choice, name, None)
 
 
 @pytest.fixture(scope="session")
