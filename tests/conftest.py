@@ -25,6 +25,14 @@ if find_spec("hypothesis"):  # which `make interop` does without
     settings.load_profile("quasar")
 
 
+def pytest_collection_finish() -> None:
+    """Collecting tests compiles nothing: a file that asks for a library while it is imported is a defect."""
+    for name in ("cpu_library", "cpu_solver"):
+        module = sys.modules.get(f"quasar_core.kernels.{name}")
+        if module is not None and module.why_not_here.cache_info().currsize:
+            raise pytest.UsageError(f"a test asks {name} for its library while it is collected: ask in a fixture")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The home of what modules share; and Matplotlib's."""

@@ -37,7 +37,6 @@ INNER = (32, 96, 160)
 NEAR_TIE = 1e-4
 VERIFIERS = ("2 bits", "4 bits", "8 bits", "mixed", "the target", "another model")
 DRAFTERS = ("ngram", "oracle", "wrong", "mixed")
-NO_CPU_PASS = cpu_library.why_not_here()
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def test_float32_equals_transformers(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         model = save_random_model(folder, case, dice.choice(INNER), dice)
         target = load_target(folder, CPU, torch.float32)
-        fast = NO_CPU_PASS is None and dice.random() < 0.7
+        fast = dice.random() < 0.7 and cpu_library.why_not_here() is None
         verifier = verifier_of(kind, folder, target, case, dice, "vnni" if fast else "dense")
         if fast:
             fast_pass.attach(target), fast_pass.attach(verifier)
@@ -198,7 +197,7 @@ def test_float32_equals_transformers(tmp_path: Path) -> None:
     assert done >= IN_FLOAT32
 
 
-@pytest.mark.skipif(NO_CPU_PASS is not None, reason=f"the C++ pass: {NO_CPU_PASS}")
+@pytest.mark.usefixtures("cpp_pass")
 def test_bfloat16_equals_plain_decoding(tmp_path: Path) -> None:
     longest_pass = done = 0
     for number, (case, kind, dice) in enumerate(models(IN_BFLOAT16, seed=2)):
