@@ -5,6 +5,7 @@
 
 import os
 import random
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,14 @@ if find_spec("hypothesis"):  # which `make interop` does without
 
     settings.register_profile("quasar", deadline=None, derandomize=True, database=None)
     settings.load_profile("quasar")
+
+
+def pytest_collection_finish() -> None:
+    """Collecting tests compiles nothing: a file that asks for a library while it is imported is a defect."""
+    for name in ("cpu_library", "cpu_solver"):
+        module = sys.modules.get(f"quasar_core.kernels.{name}")
+        if module is not None and module.why_not_here.cache_info().currsize:
+            raise pytest.UsageError(f"a test asks {name} for its library while it is collected: ask in a fixture")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,6 +54,9 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(0)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         torch.set_flush_denormal(FLUSHES)
+    if threads := sys.modules.get("quasar_core.kernels.threads"):  # where a test chose a number, the next has none
+        for name in ("steering", "own", "set"):
+            monkeypatch.setattr(threads._Choice, name, None)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from quasar_core.errors import QuasarError, UsageError
 KILLS = int(os.environ.get("QUASAR_KILLS", "4"))
 
 
+@pytest.mark.machine
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks its runs")
 def test_every_killed_bench_goes_on_to_the_same_answers(tmp_path: Path) -> None:
     tests = Path(__file__).parent

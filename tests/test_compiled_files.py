@@ -5,7 +5,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,6 @@ SEVEN = {"seven": []}
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source of one function, and a home without libraries."""
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(compiling, "_rebuilt", {})
     path = tmp_path / "seven.cpp"
     path.write_text('extern "C" int seven() { return 7; }\n')
@@ -31,14 +30,11 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def forgotten() -> Iterator[None]:
-    """Nothing is remembered of the two libraries, before the test and after it."""
-    remembered = [getattr(module, name) for module in (cpu_library, cpu_solver) for name in ("why_not_here", "library")]
-    for function in remembered:
-        function.cache_clear()
-    yield
-    for function in remembered:
-        function.cache_clear()
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of the two libraries yet; afterwards all that was known is."""
+    for module in (cpu_library, cpu_solver):
+        for name in ("why_not_here", "library"):
+            monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
 
 
 def mode(path: Path) -> int:
@@ -213,7 +209,6 @@ def _environment() -> dict[str, str]:
 def test_the_switch_turns_off_what_is_compiled_without_a_compiler(
     module: object, forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("QUASAR_CPU_PASS", "0")
     monkeypatch.setenv("CXX", "/nowhere")
     assert module.why_not_here() == "QUASAR_CPU_PASS=0 switches it off"  # type: ignore[attr-defined]

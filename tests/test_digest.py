@@ -22,7 +22,7 @@ GENERATE = ["generate", "--prompt", "abc", "--raw", "-n", "2", "--no-stats"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and its verifier."""
     folder = tmp_path_factory.mktemp("made")
     save_tiny_model(folder / "tiny", seed=0)
@@ -30,12 +30,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("QUASAR_HOME", str(folder / "home"))
         patch.chdir(folder)
         assert run(["quantize", "--group-size", "32", "--samples", "4", "--seq-len", "32", "tiny"]) == 0
-        yield folder
+    return folder
 
 
 @pytest.fixture
-def verifier(made: Path) -> Iterator[Path]:
-    """The verifier, restored after the test."""
+def verifier(made: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The verifier, restored after the test; the home that knows it."""
+    monkeypatch.setenv("QUASAR_HOME", str(made / "home"))
+    monkeypatch.chdir(made)
     folder, kept = made / NAME, made / "kept"
     shutil.copytree(folder, kept)
     yield folder

@@ -44,7 +44,6 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Copies of these, and a home without pairs."""
     for name in ("tiny", "gptq", "w8a8", "other"):
         shutil.copytree(made / name, tmp_path / name)
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -126,7 +126,6 @@ COMMANDS = {"generate --verify full --prompt abc": SENTENCE, "quantize --samples
 def test_the_command_line_says_so_and_exits_with_1(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
     source = save_tiny_model(tmp_path / "model")
     weights = load_file(source / "model.safetensors")
     weights["model.norm.weight"].fill_(3e38)  # finite, and too large for the head's products

@@ -15,11 +15,6 @@ from quasar_core.errors import QuasarError
 RECORDINGS = int(os.environ.get("QUASAR_RECORDINGS", "24"))
 
 
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks its processes")
 def test_parallel_recordings_are_all_kept(tmp_path: Path) -> None:
     tests = Path(__file__).parent

@@ -183,7 +183,6 @@ def test_how_folders_lie_to_each_other(tmp_path: Path) -> None:
 
 
 def test_only_a_verifiers_own_files_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
     folder = tmp_path / "v"
     texts(folder)
     write_card(folder)
@@ -197,7 +196,6 @@ def test_only_a_verifiers_own_files_are_removed(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("as_target", [False, True])
 def test_a_target_and_a_link_are_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_target: bool) -> None:
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
     folder = texts(tmp_path / "v")
     write_card(folder)
     store.record_pair(str(folder) if as_target else "demo", folder)

@@ -1,8 +1,8 @@
 """How many threads passes run in: followed on machines that are made up, and set in one place on this one."""
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,13 +125,14 @@ class Model:
     def __init__(self, seconds: dict[int, float]) -> None:
         self.seconds = seconds
         self.seen: list[int] = []
+        self.now = 0.0
 
     @threads.steered
     def forward(self, tokens: list[int], cache: object, last_only: bool = False) -> int:
         self.seen.append(torch.get_num_threads())
         if not tokens:
             raise ValueError("nothing to pass")
-        time.sleep(self.seconds[self.seen[-1]])
+        self.now += self.seconds[self.seen[-1]]
         return len(tokens)
 
 
@@ -153,6 +154,8 @@ def test_passes_wait_for_a_core_in_fewer_threads(own: int, monkeypatch: pytest.M
     threads.use_threads("auto")
     assert threads.describe_threads() == "threads: 2 of 2"
     model = Model({1: 0.01, 2: 0.08})
+    clocks = SimpleNamespace(perf_counter=lambda: model.now, thread_time=lambda: 0.0)
+    monkeypatch.setattr(threads, "time", clocks)
     for _ in range(30):
         model.forward([1], None, last_only=False)
     assert model.seen[-1] == 1
@@ -241,7 +244,6 @@ def test_every_command_that_computes_takes_threads(
 def test_generate_computes_in_as_many_threads_and_writes_the_same(
     own: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
     folder = tmp_path / "tiny"
     save_tiny_model(folder, seed=0)
     texts = []

@@ -168,7 +168,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for module in (cpu_library, vnni):
         monkeypatch.setattr(module, "library", library)
         monkeypatch.setattr(module, "why_not_here", why_not_here)
-    monkeypatch.delenv(cpu_library.SWITCH, raising=False)
+    monkeypatch.delenv(compiling.SWITCH, raising=False)
     return tmp_path
 
 
@@ -186,14 +186,6 @@ def test_a_processor_without_vnni(fresh: Path, monkeypatch: pytest.MonkeyPatch) 
     choice = select_kernel(COMMON, CPU, torch.bfloat16)
     assert choice.kernel.name == "dense"
     assert choice.reason.startswith("not vnni: it needs a processor with AVX-512 VNNI, and Linux")
-    assert not (fresh / "home").exists()
-
-
-def test_it_is_switched_off_by_a_variable(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And so are whole passes, which are in the same library; nothing is compiled."""
-    monkeypatch.setenv("QUASAR_CPU_PASS", "0")
-    assert KERNEL.why_not(COMMON, CPU, torch.float32) == "QUASAR_CPU_PASS is 0"
-    assert cpu_library.why_not_here() == "QUASAR_CPU_PASS is 0"
     assert not (fresh / "home").exists()
 
 
