@@ -17,13 +17,13 @@ from quasar_cli.main import run
 from quasar_core import store
 from quasar_core.bench.verifiers import compare_verifiers
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.decode import cost_records
-from quasar_core.decode.cost_records import pair_costs
-from quasar_core.decode.costs import PairCosts, PassCost
-from quasar_core.decode.rates import predict_rates
+from quasar_core.decode import costs as costs_module
+from quasar_core.decode.costs import PairCosts, PassCost, pair_costs
+from quasar_core.decode.policy import predict_rates
 from quasar_core.errors import QuasarError
 from quasar_core.kernels import select, times
 from quasar_core.kernels.dense import DenseKernel
+from quasar_core.timing import Timing
 
 TARGET = PassCost((1, 33), (10e-3, 42e-3))  # a millisecond for every further token
 VERIFIER = PassCost((1, 33), (2e-3, 18e-3))
@@ -43,7 +43,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(select, "SMALLEST", 0)
     monkeypatch.setattr(select, "PACKED_KERNELS", (AnyCodes(),))
-    monkeypatch.setattr(times, "time_kernel", lambda kernel, shape, *_: dict.fromkeys((1, 4, 8), time_of(shape.bits)))
+    monkeypatch.setattr(
+        times, "time_kernel", lambda kernel, shape, *_: dict.fromkeys((1, 4, 8), Timing((time_of(shape.bits),) * 3))
+    )
     save_model(tmp_path / "target", "Qwen3", {"head_dim": 32})
     verifier = quantize_layers(tmp_path / "target", tmp_path / "v4", lambda name: 16 if "lm_head" in name else 4)
     card = {
@@ -68,7 +70,7 @@ def measure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
         pair.target_fingerprint = VerifierCheckpoint(folder).target_fingerprint
         pair.verifier_fingerprint = store.fingerprint(folder)
         monkeypatch.setattr(
-            cost_records, "measure_pass", lambda pair, model: TARGET if model is pair.target else VERIFIER
+            costs_module, "measure_pass", lambda pair, model: (TARGET if model is pair.target else VERIFIER, None)
         )
         pair_costs(pair, with_verifier=True)
 

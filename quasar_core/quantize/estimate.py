@@ -15,12 +15,12 @@ from quasar_core.models.skeleton import build_skeleton
 from quasar_core.quantize.blocks import find_blocks, quantized_layers
 from quasar_core.quantize.calibration import HELD_OUT_ROWS
 from quasar_core.quantize.duration import count_work, measure_rates
-from quasar_core.quantize.free_here import free_disk, free_memory
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.plan import Plan, Shape, make_plan
 from quasar_core.quantize.self_text import rows_at_once, token_bytes
 from quasar_core.quantize.streaming import StreamedModel
 from quasar_core.store.safetensors_header import read_headers
+from quasar_core.system import free_disk, free_memory
 
 SHARE_OF_MEMORY = 2  # hidden states may fill one part in so many of what is free, unless --max-memory says otherwise
 
