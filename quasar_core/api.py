@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.load import load_models
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.pair import Pair, context_limit, end_of_text_ids, load_tokenizer
-from quasar_core.quantize.estimate import plan_here, seconds_here
+from quasar_core.quantize.estimate import plan_here, with_seconds
 from quasar_core.quantize.handover import finish_earlier
 from quasar_core.quantize.job import Job
 from quasar_core.quantize.measure import measure_on_text
@@ -110,7 +109,7 @@ def plan_quantize(
     source, job, target = _open_job(model, config, output, device, trust_remote_code)
     check_request(job, target, load_tokenizer(source.folder, trust_remote_code))
     plan = plan_here(source.folder, target, config, job.output, max_memory)
-    return replace(plan, seconds=seconds_here(target, config, plan))
+    return with_seconds(target, config, plan)
 
 
 def _open_job(

@@ -43,9 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setattr(select, "SMALLEST", 0)
     monkeypatch.setattr(select, "PACKED_KERNELS", (AnyCodes(),))
-    monkeypatch.setattr(
-        times, "time_kernel", lambda kernel, shape, *_: dict.fromkeys((1, 4, 8), Timing((time_of(shape.bits),) * 3))
-    )
+    monkeypatch.setattr(times, "time_kernel", lambda kernel, shape, *_: dict.fromkeys((1, 4, 8), time_of(shape.bits)))
     save_model(tmp_path / "target", "Qwen3", {"head_dim": 32})
     verifier = quantize_layers(tmp_path / "target", tmp_path / "v4", lambda name: 16 if "lm_head" in name else 4)
     card = {
@@ -57,8 +55,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return verifier.folder
 
 
-def time_of(bits: int) -> float:
-    return KERNEL_SECONDS[bits]
+def time_of(bits: int) -> Timing:
+    return Timing((KERNEL_SECONDS[bits],) * 3)
 
 
 @pytest.fixture
