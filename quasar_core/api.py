@@ -21,7 +21,8 @@ from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.load import load_models
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.pair import Pair, context_limit, end_of_text_ids, load_tokenizer
-from quasar_core.quantize.estimate import plan_here, with_seconds
+from quasar_core.quantize.estimate import over_whole_run, plan_here, with_seconds
+from quasar_core.quantize.eta import WholeRun
 from quasar_core.quantize.handover import finish_earlier
 from quasar_core.quantize.job import Job
 from quasar_core.quantize.measure import measure_on_text
@@ -90,7 +91,11 @@ def quantize(
     refuse_what_cannot_fit(plan, job.output)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     text_device = target.device if plan.text_on_device else torch.device("cpu")
-    return quantize_checkpoint(job, target, tokenizer, record, resume, plan.spilled, text_device, progress)
+    whole = over_whole_run(target, config, plan, progress)
+    report = quantize_checkpoint(job, target, tokenizer, record, resume, plan.spilled, text_device, whole)
+    if isinstance(whole, WholeRun):
+        whole.finish()
+    return report
 
 
 def plan_quantize(

@@ -1,7 +1,7 @@
 """Run a bench: every arm on every question, interleaved, each answer a row."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quasar_core.bench.arms import ARMS, Arm

@@ -33,17 +33,25 @@ from quasar_core.store.model_config import read_config
 __all__ = ["attach_verifier", "build_target", "load_target", "load_verifier_alone", "why_not_lean"]
 
 
-def load_target(folder: Path, device: torch.device, dtype: torch.dtype) -> LeanDecoder:
+def load_target(
+    folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress = no_progress
+) -> LeanDecoder:
     """The model of a folder, from safetensors only; QuasarError where `why_not_lean` has a reason."""
-    return build_target(DecoderConfig.parse(read_config(folder)), TensorFiles(folder), device, dtype)
+    return build_target(DecoderConfig.parse(read_config(folder)), TensorFiles(folder), device, dtype, progress)
 
 
-def build_target(config: DecoderConfig, files: TensorFiles, device: torch.device, dtype: torch.dtype) -> LeanDecoder:
+def build_target(
+    config: DecoderConfig,
+    files: TensorFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = no_progress,
+) -> LeanDecoder:
     """The model of a config, from these files."""
     filling = Filling(files, device, dtype)
     decoder = _build(config, filling, dense_only)
     filling.refuse_unknown(config)
-    filling.fill()
+    filling.fill(progress)
     return decoder
 
 
@@ -60,7 +68,7 @@ def load_verifier_alone(
     packing.refuse_unknown(config)
     filling = Filling(checkpoint.tensors, device, dtype)
     decoder = _build(config, filling, packing)
-    filling.fill()
+    filling.fill(progress)
     return decoder
 
 
@@ -124,19 +132,21 @@ class Filling:
             if name.startswith("model.") and not known:
                 raise QuasarError(f"{self.files.folder} holds {name}, which {config.architecture} does not have.")
 
-    def fill(self) -> None:
+    def fill(self, progress: Progress = no_progress) -> None:
         """Copy everything from the files, file by file; QuasarError where a tensor is missing or of another shape."""
         absent = [name for name in self._waiting if name not in self.files]
         if absent:
             raise QuasarError(f"{self.files.folder} holds no tensor {absent[0]}.")
         with Upload(self.device) as upload:
-            for name, stored in self.files.load_many(list(self._waiting)):
+            for done, (name, stored) in enumerate(self.files.load_many(list(self._waiting))):
+                progress("reading weights", done, len(self._waiting))
                 place, shape = self._waiting[name]
                 if tuple(stored.shape) != shape:
                     raise QuasarError(
                         f"The tensor {name} in {self.files.folder} is {tuple(stored.shape)}, and by its config {shape}."
                     )
                 upload.copy(place, stored)
+        progress("reading weights", len(self._waiting), len(self._waiting))
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return empty_in_huge_pages(*shape, device=self.device, dtype=self.dtype)

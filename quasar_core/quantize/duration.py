@@ -5,6 +5,7 @@ and the launches of its many small steps. The count is a pure formula; the rates
 Letters: N rows of L tokens, in and out a layer's sizes.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
@@ -99,21 +100,35 @@ def _block(name: str) -> str:
     return name.split(".layers.")[-1].split(".")[0]
 
 
-def measure_rates(shape: Shape, config: QuantizeConfig, device: torch.device, dtype: torch.dtype, rows: int) -> Rates:
+def measure_rates(
+    shape: Shape,
+    config: QuantizeConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    now: Callable[[], float] = time.perf_counter,
+) -> Rates:
     """What products of the model's largest layer reach, with the rows that the work has; and a small operation."""
     size = max((size for name, size in shape.layers.items() if name != HEAD), key=lambda size: size[0] * size[1])
     most = batch_tokens(shape.hidden, device.type != "cpu")
     batch = min(most, config.samples * config.calibration_length)
     small = torch.ones(8, 8, device=device)
     return Rates(
-        passes=_rate(batch, size, device, dtype, shape.weights),
-        steps=_rate(rows, size, device, dtype, shape.weights),
-        matrices=_rate(size[1], (size[1], batch), device, torch.float32, 0),
-        launch=_seconds(lambda: [small.add_(1) for _ in range(100)], device) / 100,
+        passes=_rate(batch, size, device, dtype, shape.weights, now),
+        steps=_rate(rows, size, device, dtype, shape.weights, now),
+        matrices=_rate(size[1], (size[1], batch), device, torch.float32, 0, now),
+        launch=_seconds(lambda: [small.add_(1) for _ in range(100)], device, now) / 100,
     )
 
 
-def _rate(rows: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype, weights: int) -> float:
+def _rate(
+    rows: int,
+    size: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: int,
+    now: Callable[[], float],
+) -> float:
     """Multiply-adds a second of [rows, in] × [out, in], whose weights come from memory where the model's do.
 
     A busy CPU leaves a product alone only if it is short: there a few rows and outputs stand for all.
@@ -126,10 +141,10 @@ def _rate(rows: int, size: tuple[int, int], device: torch.device, dtype: torch.d
     copies = max(1, min(weights, UNCACHED_BYTES // dtype.itemsize) // one)
     matrices = [torch.randn(size, device=device).to(dtype) for _ in range(copies)]
     x, turns = torch.randn(rows, columns, device=device).to(dtype), cycle(matrices)
-    return rows * one / _seconds(lambda: torch.nn.functional.linear(x, next(turns)), device)
+    return rows * one / _seconds(lambda: torch.nn.functional.linear(x, next(turns)), device, now)
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def _seconds(call: Callable[[], object], device: torch.device, now: Callable[[], float]) -> float:
     """The fastest of many calls, after one that pays for what is done once."""
 
     def finished() -> None:
@@ -137,7 +152,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    return time_one(timed(finished), MEASURED_SECONDS, warm_up=True).samples[0]
+    return time_one(timed(finished, now), MEASURED_SECONDS, warm_up=True, now=now).samples[0]
 
 
 def about(seconds: float) -> str:
