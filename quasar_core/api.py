@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from quasar_core.models.load import load_models
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
 from quasar_core.models.recurrent import recurrent_layers_of, refuse_drafts
-from quasar_core.quantize.estimate import plan_here, seconds_here
+from quasar_core.quantize.estimate import over_whole_run, plan_here, with_seconds
+from quasar_core.quantize.eta import WholeRun
 from quasar_core.quantize.handover import finish_earlier
 from quasar_core.quantize.job import Job
 from quasar_core.quantize.measure import measure_on_text
@@ -93,7 +93,11 @@ def quantize(
     refuse_what_cannot_fit(plan, job.output)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     text_device = target.device if plan.text_on_device else torch.device("cpu")
-    return quantize_checkpoint(job, target, tokenizer, record, resume, plan.spilled, text_device, progress)
+    whole = over_whole_run(target, config, plan, progress)
+    report = quantize_checkpoint(job, target, tokenizer, record, resume, plan.spilled, text_device, whole)
+    if isinstance(whole, WholeRun):
+        whole.finish()
+    return report
 
 
 def plan_quantize(
@@ -112,7 +116,7 @@ def plan_quantize(
     source, job, target = _open_job(model, config, output, device, trust_remote_code)
     check_request(job, target, load_tokenizer(source.folder, trust_remote_code))
     plan = plan_here(source.folder, target, config, job.output, max_memory)
-    return replace(plan, seconds=seconds_here(target, config, plan))
+    return with_seconds(target, config, plan)
 
 
 def _open_job(

@@ -19,6 +19,7 @@ from quasar_core.errors import UsageError
 from quasar_core.models import random_weights, shapes
 from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.random_weights import random_pair
+from quasar_core.timing import Timing
 
 TINY = {
     **shapes.SHAPES["qwen3-0.6b"],
@@ -82,12 +83,13 @@ def test_a_window_bounds_the_bytes_of_the_cache() -> None:
 
 def test_rows_by_hand() -> None:
     subjects = {"target": Subject(model=None, kernel="torch linear", weight_bytes=900)}  # type: ignore[arg-type]
-    samples = {("target", 1): [0.004, 0.002, 0.003], ("target", 8): [0.005]}
+    samples = {("target", 1): Timing((0.002, 0.003, 0.004)), ("target", 8): Timing((0.005,))}
     first, second = step_rows(samples, subjects, {1: 100, 8: 300}, (1e6, 5e5), {("target", 8): 0.25})
     assert (first.ms, first.bytes, first.floor_ms, first.slow_floor_ms) == (3.0, 1000, 1.0, 2.0)
     assert first.ratio == 3.0
     assert (second.tokens, second.bytes, second.floor_ms) == (8, 1200, 1.2)
     assert (first.outside, second.outside) == (None, 0.25)
+    assert (first.spread, second.spread) == (pytest.approx(0.5), None)
 
 
 # Timing
@@ -121,7 +123,9 @@ def test_passes_are_interleaved_behind_the_same_context() -> None:
     samples = time_passes(models, StepConfig(tokens=(1, 4), context=300, rounds=2))
     assert log[:4] == [("a", 0, 256), ("a", 256, 44), ("b", 0, 256), ("b", 256, 44)]
     assert log[4:] == [("a", 300, 1), ("b", 300, 1), ("a", 300, 4), ("b", 300, 4)] * 3
-    assert {place: len(seconds) for place, seconds in samples.items()} == {(m, t): 2 for m in "ab" for t in (1, 4)}
+    assert {place: len(timing.samples) for place, timing in samples.items()} == {
+        (m, t): 2 for m in "ab" for t in (1, 4)
+    }
 
 
 def test_the_probe_gives_bytes_per_second() -> None:
@@ -204,9 +208,10 @@ def test_tables_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_markdown_has_a_row_for_each_length() -> None:
+    taken = {("target", 1): 0.002, ("target", 16): 0.25, ("transformers", 1): 0.004, ("transformers", 16): 2.0}
     rows = list(
         step_rows(
-            {("target", 1): [0.002], ("target", 16): [0.25], ("transformers", 1): [0.004], ("transformers", 16): [2.0]},
+            {place: Timing((seconds,)) for place, seconds in taken.items()},
             {name: Subject(None, "k", 10**6) for name in ("target", "transformers")},  # type: ignore[arg-type]
             {1: 0, 16: 0},
             (1e9, 2e9),

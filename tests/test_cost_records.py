@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from tiny_models import TableModel, make_pair
 
-from quasar_core.decode import cost_records
-from quasar_core.decode.cost_records import cost_record, stored_costs
-from quasar_core.decode.costs import PassCost
+from quasar_core.decode import costs
+from quasar_core.decode.costs import PassCost, cost_record, forget_cost, stored_costs
 from quasar_core.errors import QuasarError
+
+# By the number of the measurement.
+TROUBLE: dict[int, str] = {}
 
 
 @pytest.fixture
@@ -19,11 +21,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Measuring replaced by figures: the n-th measurement gives a cost of n seconds."""
     models: list[Any] = []
 
-    def measure(pair: Any, model: Any) -> PassCost:
+    def measure(pair: Any, model: Any) -> tuple[PassCost, str | None]:
         models.append(model)
-        return PassCost((1, 33), (float(len(models)), 50.0))
+        return PassCost((1, 33), (float(len(models)), 50.0)), TROUBLE.get(len(models))
 
-    monkeypatch.setattr(cost_records, "measure_pass", measure)
+    monkeypatch.setattr(costs, "measure_pass", measure)
     return models
 
 
@@ -34,7 +36,7 @@ def stored_pair(**changes: Any) -> Any:
 
 
 def the_file(tmp_path: Path) -> Path:
-    (path,) = (tmp_path / "home" / "costs").glob("*.json")
+    (path,) = (tmp_path / "home" / "measured").glob("passes-*.json")
     return path
 
 
@@ -67,8 +69,8 @@ def test_another_device_or_version_is_measured_anew(
     measured: list[Any], condition: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cost_record(stored_pair(), "target")
-    own = cost_records.measured_on
-    monkeypatch.setattr(cost_records, "measured_on", lambda *where: {**own(*where), condition: "another"})
+    own = costs.measured_on
+    monkeypatch.setattr(costs, "measured_on", lambda *where: {**own(*where), condition: "another"})
     assert not cost_record(stored_pair(), "target").remembered
 
 
@@ -85,9 +87,7 @@ def test_measuring_again_replaces_what_was_kept(measured: list[Any]) -> None:
         ("", "is not readable JSON (Expecting value in line 1, column 1)"),
         ("[]", "does not hold a JSON object"),
         ('{"conditions": {}}', "is damaged"),
-        ('{"conditions": {}, "measured_at": NaN, "seconds": {"1": 1}}', "is damaged"),
-        ('{"conditions": {}, "measured_at": 1, "seconds": {"1": -1}}', "is damaged"),
-        ('{"conditions": {}, "measured_at": 1, "seconds": {"4": 1, "1": 2}}', "is damaged"),
+        ('{"conditions": {}, "values": {"cost": {"measured_at": 1.0, "value": {"1": 1.0}}}}', "is damaged"),
     ],
 )
 def test_a_damaged_file_is_measured_anew_and_said(
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_measured_anew_and_said(
     path = the_file(tmp_path)
     path.write_text(content)
     record = cost_record(stored_pair(), "target")
-    assert record.when == f"measured now (anew, as {path} {reason})"
+    assert record.when == f"measured now (measured anew: {path} {reason})"
     assert len(measured) == 2
     assert cost_record(stored_pair(), "target").remembered
 
@@ -121,9 +121,9 @@ def test_models_without_files_are_measured_in_each_run(measured: list[Any], tmp_
 def test_the_stored_costs_come_latest_first(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     for age, name in ((90_000, "a"), (7_200, "b")):
-        monkeypatch.setattr(cost_records.time, "time", lambda age=age: now - age)
+        monkeypatch.setattr(costs.time, "time", lambda age=age: now - age)
         cost_record(stored_pair(target_fingerprint=name), "target")
-    monkeypatch.setattr(cost_records.time, "time", lambda: now)
+    monkeypatch.setattr(costs.time, "time", lambda: now)
     records = list(stored_costs())
     assert [record.conditions["target"] for record in records] == ["b", "a"]
     assert [record.when for record in records] == ["remembered from 2 hours ago", "remembered from 1 day ago"]
@@ -134,3 +134,32 @@ def test_a_damaged_store_is_an_error_for_who_lists_it(measured: list[Any], tmp_p
     the_file(tmp_path).write_text("{")
     with pytest.raises(QuasarError, match="is not readable JSON"):
         list(stored_costs())
+
+
+@pytest.mark.parametrize(
+    "value", [{}, {"1": -1.0}, {"4": 1.0, "1": 2.0}, {"1": 2.0, "4": 1.0}, {"one": 1.0}, {"1": "1"}, [1.0]]
+)
+def test_values_that_are_no_costs_are_damage(measured: list[Any], tmp_path: Path, value: Any) -> None:
+    cost_record(stored_pair(), "target")
+    content = json.loads(the_file(tmp_path).read_text())
+    content["values"]["cost"]["value"] = value
+    the_file(tmp_path).write_text(json.dumps(content))
+    assert "is damaged" in cost_record(stored_pair(), "target").when
+
+
+def test_what_a_busy_machine_gave_is_used_said_and_not_kept(
+    measured: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TROUBLE, 1, "the machine was busy: other programs took 53 % of the cores")
+    record = cost_record(stored_pair(), "target")
+    assert record.cost(1) == 1.0
+    assert record.when == ("measured now (not kept, as the machine was busy: other programs took 53 % of the cores)")
+    assert not (tmp_path / "home").exists()
+    assert not cost_record(stored_pair(), "target").remembered
+    assert cost_record(stored_pair(), "target").remembered
+
+
+def test_what_was_wrong_is_forgotten(measured: list[Any]) -> None:
+    cost_record(stored_pair(), "target")
+    forget_cost(stored_pair(), "target")
+    assert not cost_record(stored_pair(), "target").remembered

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from quasar_core.quantize.duration import Rates, Work, about, count_work, measur
 from quasar_core.quantize.estimate import shape_of
 from quasar_core.quantize.plan import Shape
 from quasar_core.quantize.streaming import open_target
+from quasar_core.system import Load
+from quasar_core.timing import Timing
 
 pytest_plugins = ["quantize_fixtures"]
 CONFIG = QuantizeConfig(samples=8, seq_len=64)
@@ -92,26 +96,24 @@ def test_no_more_digits_than_are_known(seconds: float, said: str) -> None:
     assert about(seconds) == said
 
 
-def test_rates_are_those_of_the_largest_layers_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock on which everything takes a second: 6 copies of up_proj fill the model's 14,312 weights.
+def test_rates_are_those_of_the_largest_layers_products() -> None:
+    """By a clock on which everything takes a second.
 
     A pass has 512 tokens, a step 40 rows; matrices are 32 × 32 by 32 × 512; and a launch is one of a hundred.
     """
     clock = itertools.count()
-    monkeypatch.setattr(duration.time, "perf_counter", lambda: float(next(clock)))
-    rates = measure_rates(shape(), CONFIG, torch.device("cpu"), torch.float32, 40)
+    rates = measure_rates(shape(), CONFIG, torch.device("cpu"), torch.float32, 40, lambda: float(next(clock)))
     up_proj = 2048
-    assert rates == Rates(512 * up_proj * 6, 40 * up_proj * 6, 32 * 32 * 512, 0.01)
+    assert rates == Rates(512 * up_proj, 40 * up_proj, 32 * 32 * 512, 0.01)
 
 
-def test_the_fastest_of_the_calls_within_the_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_of_the_calls_within_the_time_counts() -> None:
     now, lengths = [0.0], iter([9.0, 0.1, 0.04, 0.2, 5.0])
-    monkeypatch.setattr(duration.time, "perf_counter", lambda: now[0])
 
     def call() -> None:
         now[0] += next(lengths)
 
-    assert duration._seconds(call, torch.device("cpu")) == pytest.approx(0.04)
+    assert duration._seconds(call, torch.device("cpu"), lambda: now[0]) == pytest.approx(0.04)
 
 
 def test_a_dry_run_says_about_how_long(
@@ -128,6 +130,48 @@ def test_a_dry_run_says_about_how_long(
     assert seconds == pytest.approx(rates.seconds_of(work))
     assert run(arguments) == 0
     assert about(seconds) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("others", "said"), [(0.02, "if nothing else runs"), (0.53, "other programs took 53 %")])
+def test_a_busy_machine_is_said_beside_the_time(
+    source: Path, others: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = Rates(passes=1e9, steps=1e9, matrices=1e9, launch=1e-6)
+    monkeypatch.setattr(estimate, "measure_rates", lambda *_: rates)
+    monkeypatch.setattr(estimate.LoadMeter, "read", lambda self: Load(others))
+    assert run(["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run"]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_rates_are_those_of_the_products_that_were_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine of ten products are interrupted, for up to fifty times as long as they take: the rate is the same."""
+    luck = random.Random(0)
+
+    def interrupted(work: Any, now: Any) -> Any:
+        return lambda: 1e-3 * (1 if luck.random() < 0.1 else 1 + 50 * luck.random())
+
+    monkeypatch.setattr(duration, "timed", interrupted)
+    monkeypatch.setattr(duration, "MEASURED_SECONDS", 0.0)
+    one_second = lambda sampler, *_, **named: Timing(tuple(sorted(sampler() for _ in range(200))))  # noqa: E731
+    monkeypatch.setattr(duration, "time_one", one_second)
+    rates = measure_rates(shape(), CONFIG, torch.device("cpu"), torch.float32, 40)
+    assert rates.steps == pytest.approx(40 * 64 * 32 / 1e-3)
+    assert rates.launch == pytest.approx(1e-5)
+
+
+def test_a_product_that_is_timed_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+    linear = torch.nn.functional.linear
+
+    def counted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        timed.append(x.numel() * len(weight))
+        return linear(x, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    monkeypatch.setattr(duration, "MEASURED_SECONDS", 0.0)
+    large = Shape({"model.layers.0.mlp.down_proj": (1024, 4096)}, 1000, 800, 1024, 100)
+    measure_rates(large, QuantizeConfig(), torch.device("cpu"), torch.float32, 100)
+    assert max(timed) <= duration.SHORT_PRODUCT
 
 
 def test_what_is_not_counted_gets_no_time(source: Path) -> None:

@@ -18,10 +18,9 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import engine as engine_module
-from quasar_core.decode.draft_length import FixedLength
 from quasar_core.decode.engine import Engine
+from quasar_core.decode.policy import FixedLength, WindowPolicy
 from quasar_core.decode.sampling import distribution, draw
-from quasar_core.decode.window import WindowPolicy
 from quasar_core.draft.base import Draft, Drafter, NoDrafter
 from quasar_core.draft.ngram import NgramDrafter
 

@@ -26,10 +26,9 @@ from transformers import AutoModelForCausalLM
 
 import quasar_core.demo
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode.draft_length import FixedLength
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.window import WindowPolicy
+from quasar_core.decode.policy import FixedLength, WindowPolicy
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.models.transformers_lm import TransformersLM, attach_verifier

@@ -16,7 +16,7 @@ from quasar_core.kernels.int8 import Int8Kernel, quantize_rows
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.measure import random_weight, time_kernel
 from quasar_core.kernels.select import select_kernel
-from quasar_core.kernels.times import shape_key
+from quasar_core.kernels.times import KernelFigures, shape_key
 from quasar_core.kernels.triton.eight_bit_kernel import TRITON_FLOAT8, TRITON_INT8
 from quasar_core.quantize.eight_bit import Floats, Integers
 
@@ -161,11 +161,9 @@ def test_products_of_floating_point_compete(monkeypatch: pytest.MonkeyPatch) -> 
     asked: list[str] = []
 
     class Times:
-        trouble = None
-
-        def of(self, kernels: Any, shape: LayerShape, progress: Any) -> dict[str, dict[int, float]]:
+        def of(self, kernels: Any, shape: LayerShape, progress: Any) -> KernelFigures:
             asked.append(shape_key(shape))
-            return {kernel.name: dict.fromkeys((1, 4, 8), seconds[kernel.name]) for kernel in kernels}
+            return KernelFigures({kernel.name: dict.fromkeys((1, 4, 8), seconds[kernel.name]) for kernel in kernels})
 
     monkeypatch.setattr(select, "kernel_times", lambda device, dtype: Times())
     choice = select_kernel(shape, CPU, torch.bfloat16)

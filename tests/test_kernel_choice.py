@@ -14,11 +14,18 @@ from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.dense import DenseKernel
 from quasar_core.kernels.measure import ROWS, random_weight, time_kernel
 from quasar_core.kernels.select import choose_fastest, describe_kernels, select_kernel
-from quasar_core.kernels.times import KernelTimes, forget_times, kernel_times, shape_key
+from quasar_core.kernels.times import forget_times, kernel_times, shape_key
+from quasar_core.system import QUIET, Load
+from quasar_core.timing import Timing
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 LARGE = LayerShape(1024, 4096, bits=4, group_size=128, trivial_groups=True)
 Measured = list[tuple[str, str]]
+
+
+def steady(seconds: float, load: Load = QUIET) -> Timing:
+    """Three times the same."""
+    return Timing((seconds,) * 3, load)
 
 
 class StandInKernel:
@@ -38,15 +45,18 @@ class StandInKernel:
 
 
 class StandInClock:
-    """In the place of the device's clock: stands still but for `now += …`, and goes on by a step at each reading."""
+    """A clock that stands still but for `now += …`, and goes on by a step at each reading."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: float = 0.0) -> None:
+    def __init__(self, step: float = 0.0) -> None:
         self.now, self.step = 0.0, step
-        monkeypatch.setattr("quasar_core.kernels.measure.clock", lambda device: self.read)
 
-    def read(self) -> float:
+    def __call__(self) -> float:
         self.now += self.step
         return self.now
+
+
+def seconds_of(timings: dict[int, Timing]) -> dict[int, float]:
+    return {rows: timing.seconds for rows, timing in timings.items()}
 
 
 @pytest.fixture
@@ -57,9 +67,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Measured]:
     def kernels(refused: str = "", **microseconds: float) -> Measured:
         measured: Measured = []
 
-        def time_by_hand(kernel: Any, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> dict[int, float]:
+        def time_by_hand(kernel: Any, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> dict[int, Timing]:
             measured.append((kernel.name, shape_key(shape)))
-            return {rows: microseconds[kernel.name] * 1e-6 * (rows / 4 if rows > 4 else 1) for rows in ROWS}
+            return {rows: steady(microseconds[kernel.name] * 1e-6 * (rows / 4 if rows > 4 else 1)) for rows in ROWS}
 
         named = [StandInKernel(name) for name in microseconds if name != "dense"]
         no = [StandInKernel("broken", refused)] if refused else []
@@ -162,23 +172,35 @@ def test_other_conditions_measure_anew(machine: Callable[..., Measured], monkeyp
         ("", "is not readable JSON (Expecting value in line 1, column 1)"),
         ("[1]", "does not hold a JSON object"),
         ("{}", "is damaged"),
-        ('{"seconds": {"a": {"b": 1}}}', "is damaged"),
-        ('{"seconds": {"1024x4096-4bit-g128": {"slow": {"4": 1}}}}', "is damaged"),
-        ('{"seconds": {"1024x4096-4bit-g128": {"slow": {"1": 1, "4": -1, "8": 1}}}}', "is damaged"),
+        ('{"conditions": {}, "values": {}}', "is damaged"),
     ],
 )
 def test_a_damaged_file_is_measured_anew_and_said(machine: Callable[..., Measured], content: str, reason: str) -> None:
     measured = machine(slow=216.0, dense=553.0)
-    path = kernel_times(CPU, BF16).path
+    path = kernel_times(CPU, BF16).kept.path
     path.parent.mkdir(parents=True)
     path.write_text(content)
     times._opened.cache_clear()
     choice = select_kernel(LARGE, CPU, BF16)
-    assert choice.reason.endswith(f"; measured anew: {path} {reason}.")
+    assert choice.reason.endswith(f"; measured anew: {path} {reason}")
     assert len(measured) == 2
-    assert set(json.loads(path.read_text())["seconds"]["1024x4096-4bit-g128"]) == {"slow", "dense"}
+    assert set(json.loads(path.read_text())["values"]) == {
+        f"1024x4096-4bit-g128 on {name}" for name in ("slow", "dense")
+    }
     times._opened.cache_clear()
     assert "damaged" not in select_kernel(LARGE, CPU, BF16).reason
+
+
+@pytest.mark.parametrize("value", [{"4": 1.0}, {"1": 1.0, "4": -1.0, "8": 1.0}, {"1": 1.0, "4": "1", "8": 1.0}, 1.0])
+def test_values_that_are_no_times_are_damage(machine: Callable[..., Measured], value: Any) -> None:
+    machine(slow=216.0, dense=553.0)
+    select_kernel(LARGE, CPU, BF16)
+    path = kernel_times(CPU, BF16).kept.path
+    content = json.loads(path.read_text())
+    next(iter(content["values"].values()))["value"] = value
+    path.write_text(json.dumps(content))
+    times._opened.cache_clear()
+    assert "is damaged" in select_kernel(LARGE, CPU, BF16).reason
 
 
 def test_what_cannot_be_kept_is_used_and_said(machine: Callable[..., Measured], tmp_path: Path) -> None:
@@ -218,23 +240,23 @@ def test_measuring_times_every_row_count_of_a_part_of_a_large_layer(monkeypatch:
             clock.now += 1e-6 * len(x)
             return x
 
-    clock = StandInClock(monkeypatch)
-    seconds = time_kernel(Recording("r"), LayerShape(1024, 150_000, 4, 128, True), CPU, BF16)
+    clock = StandInClock()
+    seconds = time_kernel(Recording("r"), LayerShape(1024, 150_000, 4, 128, True), CPU, BF16, clock)
     assert prepared == [2048]
-    assert seconds == pytest.approx({rows: rows * 1e-6 * 150_000 / 2048 for rows in ROWS})
+    assert seconds_of(seconds) == pytest.approx({rows: rows * 1e-6 * 150_000 / 2048 for rows in ROWS})
 
 
-def test_the_median_of_the_calls_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_calls_do_not_count() -> None:
     """Every third call is interrupted by a second of something else."""
-    calls, clock = itertools.count(), StandInClock(monkeypatch)
+    calls, clock = itertools.count(), StandInClock()
 
     class Interrupted(StandInKernel):
         def multiply(self, x: torch.Tensor, prepared: torch.Tensor) -> torch.Tensor:
             clock.now += 5e-6 + (next(calls) % 3 == 0)
             return x
 
-    seconds = time_kernel(Interrupted("i"), LayerShape(64, 256, 4, 32, True), CPU, BF16)
-    assert seconds == pytest.approx(dict.fromkeys(ROWS, 5e-6))
+    seconds = time_kernel(Interrupted("i"), LayerShape(64, 256, 4, 32, True), CPU, BF16, clock)
+    assert seconds_of(seconds) == pytest.approx(dict.fromkeys(ROWS, 5e-6))
 
 
 def test_a_kernel_with_shapes_to_choose_chooses_them_before_it_is_timed() -> None:
@@ -267,11 +289,51 @@ def test_random_codes_fill_their_bits() -> None:
     assert weight.dequantize().shape == (40, 96)
 
 
-def test_a_real_kernel_is_measured_and_its_times_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_kernel_is_measured() -> None:
     """By a clock that goes on by a microsecond whenever it is read."""
-    StandInClock(monkeypatch, step=1e-6)
-    shape = LayerShape(256, 256, 4, 128, True)
-    seconds = KernelTimes(tmp_path / "times.json", CPU, BF16).of([DenseKernel()], shape)
-    assert seconds["dense"] == pytest.approx(dict.fromkeys(ROWS, 1e-6))
-    monkeypatch.setattr(times, "time_kernel", lambda *_: pytest.fail("it is measured again"))
-    assert KernelTimes(tmp_path / "times.json", CPU, BF16).of([DenseKernel()], shape) == seconds
+    timings = time_kernel(DenseKernel(), LayerShape(256, 256, 4, 128, True), CPU, BF16, StandInClock(1e-6))
+    assert seconds_of(timings) == pytest.approx(dict.fromkeys(ROWS, 1e-6))
+
+
+class TestTrouble:
+    """Measuring that was disturbed: what is chosen, said, and kept."""
+
+    @pytest.fixture
+    def timings(self, machine: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch) -> dict[str, Timing]:
+        machine(slow=216.0, fast=61.0, dense=553.0)
+        found = {name: steady(seconds) for name, seconds in (("slow", 216e-6), ("fast", 61e-6), ("dense", 553e-6))}
+        monkeypatch.setattr(times, "time_kernel", lambda kernel, *_: dict.fromkeys(ROWS, found[kernel.name]))
+        return found
+
+    def test_what_a_busy_machine_gave_is_used_said_and_not_kept(self, timings: dict[str, Timing]) -> None:
+        for name, timing in timings.items():
+            timings[name] = Timing(timing.samples, Load(0.53))
+        choice = select_kernel(LARGE, CPU, BF16)
+        assert choice.kernel.name == "fast"
+        assert choice.reason.endswith("; not kept, as the machine was busy: other programs took 53 % of the cores")
+        assert not kernel_times(CPU, BF16).kept.path.exists()
+
+    def test_a_later_quiet_run_measures_again_and_keeps_that(self, timings: dict[str, Timing]) -> None:
+        timings["fast"] = steady(32.7e-3, Load(0.9))
+        assert select_kernel(LARGE, CPU, BF16).kernel.name == "slow"
+        timings["fast"] = steady(0.06e-3)
+        times._opened.cache_clear()  # another process
+        choice = select_kernel(LARGE, CPU, BF16)
+        assert (choice.kernel.name, "not kept" in choice.reason) == ("fast", False)
+        assert len(json.loads(kernel_times(CPU, BF16).kept.path.read_text())["values"]) == 3
+
+    def test_times_that_do_not_repeat_are_refused(self, timings: dict[str, Timing]) -> None:
+        timings["fast"] = Timing((61e-6, 95e-6, 300e-6))
+        choice = select_kernel(LARGE, CPU, BF16)
+        assert choice.kernel.name == "slow"
+        assert choice.reason == (
+            "the first of 3 in their order, as the times of fast do not repeat here; "
+            "not kept, as its best times differ by 56 %"
+        )
+
+    def test_doctor_says_it_of_a_guess(self, timings: dict[str, Timing], monkeypatch: pytest.MonkeyPatch) -> None:
+        timings["fast"] = Timing((0.8e-3, 32.7e-3, 33e-3))
+        monkeypatch.setattr(select, "KERNELS", (*select.PACKED_KERNELS, select.DENSE, select.REFERENCE))
+        reasons = {report.name: report.reason for report in describe_kernels(CPU, BF16)}
+        assert "(a guess: its times do not repeat); not kept, as its best times differ by 3988 %" in reasons["fast"]
+        assert ": chosen" in reasons["slow"]

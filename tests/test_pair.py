@@ -41,7 +41,8 @@ def test_every_token_that_ends_a_text_is_known(files: dict[str, Any], expected: 
 @pytest.mark.parametrize("name", ["generation_config", "config"])
 def test_an_end_of_text_of_a_strange_type_is_one_sentence(name: str, value: Any, tmp_path: Path) -> None:
     write(tmp_path, **{name: {"eos_token_id": value}})
-    with pytest.raises(QuasarError, match=rf"{name}\.json names no tokens that end a text: eos_token_id\[\d\] must be a whole number"):
+    sentence = rf"{name}\.json names no tokens that end a text: eos_token_id\[\d\] must be a whole number"
+    with pytest.raises(QuasarError, match=sentence):
         end_of_text_ids(tmp_path, TOKENIZER)
 
 

@@ -9,16 +9,28 @@ import torch
 from tiny_models import TableModel, make_pair
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode import cost_records
 from quasar_core.decode import costs as costs_module
-from quasar_core.decode.cost_records import pair_costs
-from quasar_core.decode.costs import SIZES, PairCosts, PassCost, cost_from_samples, measure_pass
-from quasar_core.decode.draft_length import MAX_DRAFT, AdaptiveLength, FixedLength, best_length, expected_pass
+from quasar_core.decode.costs import SIZES, PairCosts, PassCost, cost_from_timings, measure_pass, pair_costs
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.rates import ALWAYS, pass_rate, plan_exact, predict_rates
-from quasar_core.decode.window import DEFAULT_WINDOW, AgreementCurve, WindowPolicy, best_window
+from quasar_core.decode.policy import (
+    ALWAYS,
+    DEFAULT_WINDOW,
+    MAX_DRAFT,
+    AdaptiveLength,
+    AgreementCurve,
+    FixedLength,
+    WindowPolicy,
+    Windows,
+    best_length,
+    expected_pass,
+    pass_rate,
+    plan_exact,
+    predict_rates,
+    windows_of,
+)
 from quasar_core.draft.base import Draft
 from quasar_core.records import FidelityReport, MarginTable
+from quasar_core.timing import Timing
 
 FLAT = PassCost((1, 16), (1.0, 1.0))
 STEEP = PassCost((1, 16), (1.0, 16.0))
@@ -39,14 +51,16 @@ class TestCosts:
         assert PassCost((1,), (2.0,))(9) == 2.0
 
     def test_the_best_sample_counts_and_a_longer_pass_bounds_a_shorter(self) -> None:
-        samples = {1: [1.4, 1.2], 2: [9.0, 1.1], 4: [3.0, 2.0], 8: [2.5]}
-        assert cost_from_samples(samples) == PassCost((1, 2, 4, 8), (1.1, 1.1, 2.0, 2.5))
+        samples = {1: (1.2, 1.4), 2: (1.1, 9.0), 4: (2.0, 3.0), 8: (2.5,)}
+        timings = {size: Timing(taken) for size, taken in samples.items()}
+        assert cost_from_timings(timings) == PassCost((1, 2, 4, 8), (1.1, 1.1, 2.0, 2.5))
 
     def test_noise_that_only_adds_leaves_drafting_on(self) -> None:
         """Every second pass is preempted: the best of interleaved rounds does not notice."""
         true = {1: 1.0, 2: 1.02, 4: 1.05, 8: 1.1, 16: 1.3}
-        samples = {size: [seconds * (1 + (i + size) % 2) for i in range(4)] for size, seconds in true.items()}
-        assert cost_from_samples(samples).seconds == tuple(true.values())
+        samples = {size: (seconds, seconds, 2 * seconds, 2 * seconds) for size, seconds in true.items()}
+        timings = {size: Timing(taken) for size, taken in samples.items()}
+        assert cost_from_timings(timings).seconds == tuple(true.values())
 
     def test_measuring_times_every_size_and_leaves_no_pass_behind(self) -> None:
         cost, timed = self.measure({size: 1 + size / 16 for size in SIZES})
@@ -57,27 +71,27 @@ class TestCosts:
         """Measure passes that take so many seconds by a clock of their own; the cost, and the sizes timed in turn."""
         elapsed, timed = [0.0], list[int]()
 
-        def time_pass(model: Any, cache: Any, size: int) -> float:
-            assert cache.length == min(costs_module.CONTEXT, pair.max_context // 2), "a pass was left behind"
-            timed.append(size)
-            cache.tokens += [0] * size
-            elapsed[0] += seconds[size]
-            return seconds[size]
+        def sampler(model: Any, cache: Any, size: int, now: Any) -> Any:
+            def sample() -> float:
+                assert cache.length == min(costs_module.CONTEXT, pair.max_context // 2), "a pass was left behind"
+                timed.append(size)
+                elapsed[0] += seconds[size]
+                return seconds[size]
+
+            return sample
 
         model = TableModel(8, seed=0)
         pair = make_pair(model, **changes)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(costs_module, "_time_pass", time_pass)
-            patch.setattr(costs_module.time, "perf_counter", lambda: elapsed[0])
-            return measure_pass(pair, model, seconds=limit), timed
+            patch.setattr(costs_module, "pass_sampler", sampler)
+            return measure_pass(pair, model, seconds=limit, now=lambda: elapsed[0])[0], timed
 
-    def test_a_pass_is_timed_by_the_clock_around_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_pass_is_timed_by_the_clock_around_it_and_leaves_nothing_behind(self) -> None:
         readings = iter([3.0, 3.25])
-        monkeypatch.setattr(costs_module, "clock", lambda device: lambda: next(readings))
         model = TableModel(8, seed=0)
         cache = model.new_cache(8)
-        assert costs_module._time_pass(model, cache, 4) == 0.25
-        assert cache.length == 4
+        assert costs_module.pass_sampler(model, cache, 4, now=lambda: next(readings))() == 0.25
+        assert cache.length == 0
 
     @pytest.mark.parametrize(("interrupted", "rounds"), [(0.0, 3), (0.4, 12)])
     def test_measuring_goes_on_until_the_best_times_repeat(
@@ -85,20 +99,22 @@ class TestCosts:
     ) -> None:
         luck, timed = random.Random(0), list[int]()
 
-        def time_pass(model: Any, cache: Any, size: int) -> float:
-            timed.append(size)
-            cache.tokens += [0] * size
-            return (1 + size / 16) * (1 + 3 * (luck.random() < interrupted) + 0.01 * luck.random())
+        def sampler(model: Any, cache: Any, size: int, now: Any) -> Any:
+            def sample() -> float:
+                timed.append(size)
+                return (1 + size / 16) * (1 + 3 * (luck.random() < interrupted) + 0.01 * luck.random())
 
-        monkeypatch.setattr(costs_module, "_time_pass", time_pass)
+            return sample
+
+        monkeypatch.setattr(costs_module, "pass_sampler", sampler)
         model = TableModel(8, seed=0)
-        cost = measure_pass(make_pair(model), model)
+        cost, _ = measure_pass(make_pair(model), model)
         assert cost.seconds == pytest.approx([1 + size / 16 for size in cost.sizes], rel=0.02)
         assert len(timed) <= 8 * rounds
 
     def test_a_slow_model_is_timed_at_two_sizes_only(self) -> None:
         cost, timed = self.measure(dict.fromkeys(SIZES, 1.0), limit=0.0)
-        assert (cost.sizes, timed) == ((1, 33), [1, 33])
+        assert (cost.sizes, timed) == ((1, 33), [1, 33, 1, 33])
 
     def test_a_short_context_bounds_the_sizes(self) -> None:
         cost, _ = self.measure(dict.fromkeys(SIZES, 1.0), max_context=8)
@@ -157,7 +173,8 @@ class TestDraftLength:
         while tokens := adaptive.cut(DRAFT).tokens:
             adaptive.learn(Draft(tokens, 2), 0)
         waited = 1
-        while not adaptive.cut(DRAFT).tokens:
+        while not (adaptive.limit and adaptive.cut(DRAFT).tokens):
+            adaptive.learn(Draft(), 0)
             waited += 1
         assert 3 < waited < 50
 
@@ -171,7 +188,8 @@ class TestDraftLength:
             cost, luck = PassCost((1, 33), (1.0, 1.0 + 32 * slope)), random.Random(0)
             adaptive, seconds, tokens = AdaptiveLength(cost), 0.0, 0
             while tokens < 500:
-                draft = adaptive.cut(Draft(tuple(range(15)), luck.choice(match_lengths)))
+                offered = Draft(tuple(range(15)), luck.choice(match_lengths))
+                draft = adaptive.cut(offered) if adaptive.limit else Draft()
                 accepted = 0
                 while accepted < len(draft.tokens) and luck.random() < acceptance:
                     accepted += 1
@@ -216,7 +234,7 @@ class TestWindow:
 
     def test_a_perfect_verifier_gets_long_windows_and_a_bad_one_short(self) -> None:
         costs = PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (3.0,)))
-        limits = [best_window(curve(a), costs)[0].limit for a in (0.3, 0.9, 0.9999)]
+        limits = [Windows(curve(a)).best(costs)[0].limit for a in (0.3, 0.9, 0.9999)]
         assert limits == sorted(limits)
         assert limits[0] <= 2
         assert limits[-1] == 32
@@ -224,11 +242,12 @@ class TestWindow:
     def test_cheaper_confirms_make_shorter_windows(self) -> None:
         verify = PassCost((1,), (1.0,))
         dear, cheap = (PairCosts(verify, PassCost((1,), (s,))) for s in (10.0, 0.2))
-        assert best_window(curve(0.9), cheap)[0].limit < best_window(curve(0.9), dear)[0].limit
+        windows = Windows(curve(0.9))
+        assert windows.best(cheap)[0].limit < windows.best(dear)[0].limit
 
     def test_margins_that_tell_right_from_wrong_set_a_threshold(self) -> None:
         telling = AgreementCurve(MarginTable([1.0], [2000, 8000], [600, 7990]))
-        policy, _ = best_window(telling, PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (3.0,))))
+        policy, _ = Windows(telling).best(PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (3.0,))))
         assert policy.is_due(1, policy.survival(0.1))
         assert not policy.is_due(1, policy.survival(5.0))
         assert policy.limit > 4
@@ -247,18 +266,18 @@ class TestRates:
     def test_the_rate_of_a_perfect_verifier_by_hand(self) -> None:
         """Without drafts a window of 32 takes 32 verifies and a confirm, and commits 33 tokens."""
         costs = PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (8.0,)))
-        window, rate = best_window(AgreementCurve(ALWAYS), costs, acceptance=0.0)
+        window, rate = windows_of(ALWAYS).best(costs, acceptance=0.0)
         assert window.limit == 32
         assert rate == pytest.approx(33 / (32 + 8), rel=1e-6)
 
     def test_a_cheap_verifier_is_used_and_a_dear_one_is_not(self) -> None:
-        assert not plan_exact(self.CHEAP, self.GOOD).target_alone
-        plan = plan_exact(self.EQUAL, ALWAYS)
+        assert not plan_exact(self.CHEAP, windows_of(self.GOOD)).target_alone
+        plan = plan_exact(self.EQUAL, windows_of(ALWAYS))
         assert plan.target_alone
         assert plan.rate == pass_rate(self.EQUAL.confirm, 1 / 3)
 
     def test_a_verifier_that_is_mostly_wrong_is_not_used_however_cheap(self) -> None:
-        assert plan_exact(self.CHEAP, MarginTable([], [1000], [10])).target_alone
+        assert plan_exact(self.CHEAP, windows_of(MarginTable([], [1000], [10]))).target_alone
 
     def test_rates_of_all_modes(self) -> None:
         rates = predict_rates(self.CHEAP, self.GOOD)
@@ -280,9 +299,9 @@ class TestGeneratorsChoice:
         """A verify costs a quarter of a confirm."""
         self.seconds = {"target": PassCost((1,), (4.0,)), "verifier": PassCost((1,), (1.0,))}
         monkeypatch.setattr(
-            cost_records,
+            costs_module,
             "measure_pass",
-            lambda pair, model: self.seconds["target" if model is pair.target else "verifier"],
+            lambda pair, model: (self.seconds["target" if model is pair.target else "verifier"], None),
         )
 
     def window_of(self, pair: Any, **options: Any) -> WindowPolicy:
@@ -329,8 +348,8 @@ class TestGeneratorsChoice:
         self.seconds["verifier"] = self.seconds["target"]
         target = TableModel(8, 0)
         pair = make_pair(target, target.disturbed(0.5), fidelity=fidelity(MarginTable([1.0], [20, 80], [19, 80])))
-        alone = Generator(pair, GenerationConfig(40)).generate([0, 1])
-        full = Generator(pair, GenerationConfig(40, "full")).generate([0, 1])
+        alone = Generator(pair, GenerationConfig(40, num_draft_tokens=4)).generate([0, 1])
+        full = Generator(pair, GenerationConfig(40, "full", num_draft_tokens=4)).generate([0, 1])
         windows = Generator(pair, GenerationConfig(40, window=4)).generate([0, 1])
         assert alone.token_ids == full.token_ids == windows.token_ids
         assert (alone.verified_by, alone.stats.confirms) == ("target", 0)

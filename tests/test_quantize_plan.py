@@ -17,10 +17,10 @@ from quasar_cli.console import show
 from quasar_cli.main import run
 from quasar_cli.render.checkpoint import rounded_facts
 from quasar_cli.render.quantize_plan import plan_table
-from quasar_core import api
+from quasar_core import api, system
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.quantize import estimate, free_here, layerwise
+from quasar_core.quantize import estimate, layerwise
 from quasar_core.quantize.estimate import published_shape
 from quasar_core.quantize.plan import (
     Shape,
@@ -229,15 +229,15 @@ def test_what_a_container_allows_is_all_that_is_free(
     (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 5000000 kB\n")
     (tmp_path / "cgroup").write_text(f"9:pids:/\n{line}\n")
     for attribute, name in (("MEMORY_INFO", "meminfo"), ("OWN_GROUPS", "cgroup"), ("GROUPS", "groups")):
-        monkeypatch.setattr(free_here, attribute, tmp_path / name)
-    assert free_here.free_memory() == 5_000_000 * 1024
+        monkeypatch.setattr(system, attribute, tmp_path / name)
+    assert system.free_memory() == 5_000_000 * 1024
     for name, content in GROUP_FILES[line].items():
         (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "groups" / name).write_text(content)
-    assert free_here.free_memory() == 3_000_000 - 2_000_000 + 400_000
+    assert system.free_memory() == 3_000_000 - 2_000_000 + 400_000
     (tmp_path / "groups" / next(iter(GROUP_FILES[line]))).write_text("max")
     if line.startswith("0"):
-        assert free_here.free_memory() == 5_000_000 * 1024
+        assert system.free_memory() == 5_000_000 * 1024
 
 
 def plan_row(name: str, label: str) -> str:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from quasar_core.errors import QuasarError
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.triton import kernel as triton_kernel
@@ -79,11 +78,11 @@ def test_it_is_chosen_for_what_pytorchs_kernel_cannot_run(monkeypatch: pytest.Mo
 @pytest.fixture
 def shapes_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The tuned shapes of a device, the CPU in its place."""
-    path = tmp_path / "kernels" / "blocks.json"
-    monkeypatch.setattr(tuned, "_path", lambda device: path)
+    monkeypatch.setenv("QUASAR_HOME", str(tmp_path))
+    monkeypatch.setattr(tuned, "_device_name", lambda device: "a GPU")
     monkeypatch.setattr(tuned, "_is_tunable", lambda device: True)
-    tuned._table.cache_clear()
-    return path
+    tuned._kept.cache_clear()
+    return tuned._kept(CPU).path
 
 
 def test_the_fastest_shape_is_kept_and_used(shapes_file: Path) -> None:
@@ -114,7 +113,7 @@ def test_only_shapes_that_are_not_known_are_tuned(shapes_file: Path) -> None:
     note = tune_missing(two_shapes(), torch.float16, timer)
     assert note.startswith("block shapes of Triton's products: 2 tuned in ")
     assert note.endswith("1 remembered")
-    tuned._table.cache_clear()  # as in another process
+    tuned._kept.cache_clear()  # as in another process
     timed.clear()
     assert tune_missing(two_shapes(), torch.float16, timer) == "block shapes of Triton's products: 3 remembered"
     assert not timed
@@ -233,7 +232,7 @@ def test_tuning_ends_with_its_time(shapes_file: Path, monkeypatch: pytest.Monkey
     assert note == "block shapes of Triton's products: 2 tuned in 4.0 s"
     assert packed_blocks(weights[0], CPU) == second
     shapes_file.unlink()
-    tuned._table.cache_clear()
+    tuned._kept.cache_clear()
     timed.clear()
     tune_missing(two_shapes(), torch.float16, timer, seconds=0.0)
     assert len(timed) == 3
@@ -254,7 +253,7 @@ def test_a_shape_that_does_not_fit_the_gpu_is_passed_over(shapes_file: Path) -> 
 
 def test_shapes_that_cannot_be_kept_are_used_and_said(shapes_file: Path) -> None:
     shapes_file.parent.write_text("a file where the folder should be")
-    tuned._table.cache_clear()
+    tuned._kept.cache_clear()
     weight = two_shapes()[0]
     slowest_first, times = candidates(weight), iter(range(1000, 0, -1))
     note = tune_missing([weight], torch.float16, lambda launch: float(next(times)))
@@ -276,11 +275,14 @@ def test_nothing_is_tuned_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TritonKernel().tune([two_shapes()[0]], torch.float16) == ""
 
 
-def test_a_damaged_file_of_shapes_is_named(shapes_file: Path) -> None:
+def test_a_damaged_file_of_shapes_is_tuned_anew_and_said(shapes_file: Path) -> None:
     shapes_file.parent.mkdir()
     shapes_file.write_text("{")
-    with pytest.raises(QuasarError, match="json cannot be read"):
-        packed_blocks(prepare_packed(random_weight(4, 64, 64, 32, symmetric=True), CPU), CPU)
+    tuned._kept.cache_clear()
+    note = tune_missing(two_shapes()[:1], torch.float16, lambda launch: 1.0)
+    assert note.endswith(f", measured anew: {shapes_file} is damaged")
+    tuned._kept.cache_clear()
+    assert tune_missing(two_shapes()[:1], torch.float16) == "block shapes of Triton's products: 1 remembered"
 
 
 def test_every_shape_computes_the_same() -> None:

@@ -17,13 +17,13 @@ from quasar_cli.main import run
 from quasar_core import store
 from quasar_core.bench.verifiers import compare_verifiers
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.decode import cost_records
-from quasar_core.decode.cost_records import pair_costs
-from quasar_core.decode.costs import PairCosts, PassCost
-from quasar_core.decode.rates import predict_rates
+from quasar_core.decode import costs as costs_module
+from quasar_core.decode.costs import PairCosts, PassCost, pair_costs
+from quasar_core.decode.policy import predict_rates
 from quasar_core.errors import QuasarError
 from quasar_core.kernels import select, times
 from quasar_core.kernels.dense import DenseKernel
+from quasar_core.timing import Timing
 
 TARGET = PassCost((1, 33), (10e-3, 42e-3))  # a millisecond for every further token
 VERIFIER = PassCost((1, 33), (2e-3, 18e-3))
@@ -55,8 +55,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return verifier.folder
 
 
-def time_of(bits: int) -> float:
-    return KERNEL_SECONDS[bits]
+def time_of(bits: int) -> Timing:
+    return Timing((KERNEL_SECONDS[bits],) * 3)
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def measure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
         pair.target_fingerprint = VerifierCheckpoint(folder).target_fingerprint
         pair.verifier_fingerprint = store.fingerprint(folder)
         monkeypatch.setattr(
-            cost_records, "measure_pass", lambda pair, model: TARGET if model is pair.target else VERIFIER
+            costs_module, "measure_pass", lambda pair, model: (TARGET if model is pair.target else VERIFIER, None)
         )
         pair_costs(pair, with_verifier=True)
 

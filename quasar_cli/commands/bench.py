@@ -229,7 +229,8 @@ def _present(results: "Results", path: Path, markdown: bool, as_csv: bool, as_js
     else:
         _show_grids(render.result_grids(results), markdown)
         console.note_plain(f"{render.LEGEND}\n{render.describe_run(results)}.\nThe result file is {path}.")
-    for sentence in (render.describe_divergences(results), render.describe_errors(results)):
+    said = render.describe_conditions(results), render.describe_divergences(results), render.describe_errors(results)
+    for sentence in said:
         if sentence:
             console.note_plain(sentence)
 
@@ -246,7 +247,7 @@ def _show_grids(grids: list[Any], markdown: bool) -> None:
 def _as_document(results: "Results", path: Path) -> dict[str, Any]:
     """The JSON form: the run, the metrics by dataset and by category, the means, the failures."""
     from quasar_cli.render.bench import as_record
-    from quasar_core.bench.metrics import mean_over_datasets, measure
+    from quasar_core.bench.metrics import conditions, mean_over_datasets, measure
 
     metrics = measure(results)
     return {
@@ -254,6 +255,7 @@ def _as_document(results: "Results", path: Path) -> dict[str, Any]:
         "run": results.run.to_dict(),
         "metrics": [as_record(metric) for metric in metrics],
         "categories": [as_record(metric) for metric in measure(results, by_category=True)],
+        "conditions": {**asdict(conditions(results)), "was_busy": conditions(results).was_busy},
         "means": [asdict(mean) for mean in mean_over_datasets(metrics)],
         "divergences": [{**asdict(one), "near_tie": one.near_tie} for one in results.divergences],
         "errors": [

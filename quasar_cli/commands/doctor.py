@@ -15,6 +15,7 @@ from quasar_cli.options import Json, Threads, Verbose, use_threads
 from quasar_core import store
 from quasar_core.errors import QuasarError
 from quasar_core.records import Progress
+from quasar_core.system import processor_flags
 
 _PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 _OPTIONAL = ("optimum", "gptqmodel", "triton", "matplotlib", "vllm")
@@ -48,7 +49,7 @@ def doctor(
 def measure_again() -> None:
     """Time the kernels for the current pair's layers and its passes anew; without a pair, what `examine` times."""
     from quasar_core import api
-    from quasar_core.decode.cost_records import pair_costs
+    from quasar_core.decode.costs import pair_costs
     from quasar_core.kernels.times import forget_times
 
     forget_times()
@@ -128,12 +129,7 @@ def describe_memory(target: str, verifier: Path) -> str:
 
 def _cpu_features() -> list[str]:
     """The instruction sets of interest that this processor has; empty where the system does not tell."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return []
-    lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))]
-    flags = set(lines[0].split()) if lines else set()
-    return [feature for feature in _CPU_FEATURES if feature in flags]
+    return [feature for feature in _CPU_FEATURES if feature in processor_flags()]
 
 
 def _gpu() -> dict[str, Any] | None:

@@ -18,14 +18,16 @@ from rich.text import Text
 from quasar_cli.render import as_ratio
 from quasar_core.bench.arms import BASELINE
 from quasar_core.bench.compare import Comparison
-from quasar_core.bench.metrics import ArmMetrics, mean_over_datasets, measure
+from quasar_core.bench.metrics import ArmMetrics, conditions, mean_over_datasets, measure
 from quasar_core.bench.results import Results
-from quasar_core.bench.speedup import Estimate
+from quasar_core.bench.speedup import FEWEST, Estimate
 
 DATASETS_PER_TABLE = 5  # what fits into 100 columns
 
+DOUBT = "?"  # behind a speedup that the run does not show
 LEGEND = (
-    "speedup: mean over questions of tokens/s ÷ vanilla's, the prompt's pass left out\n"
+    "speedup: total tokens ÷ total seconds, by vanilla's; the prompt's pass left out\n"
+    f"{DOUBT}: not shown, as its 95 % interval spans 1 or there are fewer than {FEWEST} questions\n"
     "len: acceptance length, new tokens ÷ steps; plain decoding is 1.00"
 )
 
@@ -75,7 +77,7 @@ def _main_grid(metrics: Sequence[ArmMetrics], datasets: Sequence[str], with_mean
     for mean in mean_over_datasets(metrics):
         row = [mean.arm]
         for metric in (by_place.get((mean.arm, dataset)) for dataset in datasets):
-            row += [_times(metric.speedup_mean), as_ratio(metric.acceptance_length)] if metric else ["–", "–"]
+            row += [_speedup(metric), as_ratio(metric.acceptance_length)] if metric else ["–", "–"]
         if with_mean:
             row += [as_ratio(mean.speedup, unit="×"), as_ratio(mean.acceptance_length)]
         rows.append(row)
@@ -84,22 +86,22 @@ def _main_grid(metrics: Sequence[ArmMetrics], datasets: Sequence[str], with_mean
 
 def speed_grid(metrics: Sequence[ArmMetrics]) -> Grid:
     """Speed in both definitions, and on how many questions the text is vanilla's."""
-    heads = ["tokens/s", "speedup", "95 % interval", "of totals", "95 % interval", "= vanilla"]
+    heads = ["tokens/s", "speedup", "95 % interval", "by question", "95 % interval", "= vanilla"]
     columns = [Column("dataset", number=False), Column("arm", number=False), *map(Column, heads)]
     rows = [
         [
             metric.dataset,
             metric.arm,
             as_ratio(metric.tokens_per_s, 1),
-            _times(metric.speedup_mean),
-            _interval(metric, metric.speedup_mean),
-            _times(metric.speedup_total),
+            _speedup(metric),
             _interval(metric, metric.speedup_total),
+            _times(metric, metric.speedup_mean),
+            _interval(metric, metric.speedup_mean),
             _identical(metric),
         ]
         for metric in metrics
     ]
-    return Grid("Speed (of totals: total tokens ÷ total seconds)", columns, rows)
+    return Grid("Speed (by question: mean over questions of tokens/s ÷ vanilla's)", columns, rows)
 
 
 def acceptance_grid(metrics: Sequence[ArmMetrics]) -> Grid:
@@ -136,7 +138,7 @@ def category_grid(dataset: str, metrics: Sequence[ArmMetrics]) -> Grid:
         of_arm = {metric.arm: metric for metric in metrics if metric.category == category}
         row = [str(category), str(max(metric.questions for metric in of_arm.values()))]
         for metric in map(of_arm.get, arms):
-            row += [_times(metric.speedup_mean), as_ratio(metric.acceptance_length)] if metric else ["–", "–"]
+            row += [_speedup(metric), as_ratio(metric.acceptance_length)] if metric else ["–", "–"]
         rows.append(row)
     return Grid(f"{dataset} by category", columns, rows)
 
@@ -207,6 +209,7 @@ def as_record(metric: ArmMetrics) -> dict[str, Any]:
         estimate: Estimate | None = getattr(metric, name)
         low, high = estimate.interval if estimate and estimate.interval else (None, None)
         record |= {name: estimate.value if estimate else None, f"{name}_low": low, f"{name}_high": high}
+        record[f"{name}_shown"] = estimate.is_shown if estimate else None
     return record
 
 
@@ -243,6 +246,22 @@ def describe_run(results: Results) -> str:
     return f"{run.model}{verifier}, {run.dtype} on {run.device}, temperature {run.config.temperature:g}"
 
 
+def describe_conditions(results: Results) -> str:
+    """How busy the machine was, its cores' frequency, and how much vanilla's speed varied; empty where not known."""
+    found = conditions(results)
+    parts = []
+    if found.others is not None and found.most_others is not None:
+        parts.append(
+            f"other programs took {100 * found.others:.0f} % of the cores, at most {100 * found.most_others:.0f}"
+        )
+    if found.mhz:
+        parts.append("cores at {:.0f} to {:.0f} MHz".format(*found.mhz))
+    if found.reference_spread is not None:
+        parts.append(f"vanilla's speed varied by {100 * found.reference_spread:.0f} % between answers")
+    busy = f"The machine was busy during {found.busy} of {found.answers} answers: measure again on a quiet one. "
+    return (busy if found.was_busy else "") + ("Conditions: " + "; ".join(parts) + "." if parts else "")
+
+
 def _datasets(metrics: Sequence[ArmMetrics]) -> list[str]:
     return list(dict.fromkeys(metric.dataset for metric in metrics))
 
@@ -253,8 +272,16 @@ def _setting(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _times(estimate: Estimate | None) -> str:
-    return "–" if estimate is None else f"{estimate.value:.2f}×"
+def _speedup(metric: ArmMetrics) -> str:
+    """The headline: of total tokens ÷ total seconds."""
+    return _times(metric, metric.speedup_total)
+
+
+def _times(metric: ArmMetrics, estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    doubt = "" if estimate.is_shown or metric.arm == BASELINE else DOUBT
+    return f"{estimate.value:.2f}×{doubt}"
 
 
 def _interval(metric: ArmMetrics, estimate: Estimate | None) -> str:

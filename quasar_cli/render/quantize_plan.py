@@ -5,6 +5,7 @@ from rich.table import Table
 from quasar_cli.render import as_bytes, facts_table
 from quasar_core.quantize.duration import about
 from quasar_core.quantize.plan import Plan
+from quasar_core.system import Load
 
 
 def plan_table(plan: Plan) -> Table:
@@ -22,7 +23,7 @@ def plan_table(plan: Plan) -> Table:
         ("the model writes", _what_is_written(plan)),
     ]
     if plan.seconds is not None:
-        facts.append(("time", f"{about(plan.seconds)}, if nothing else runs"))
+        facts.append(("time", f"{about(plan.seconds)}, {_on_what_machine(plan)}"))
     if plan.whole_because:
         facts.append(("held as a whole", f"yes, since {plan.whole_because}"))
     return facts_table(facts)
@@ -34,6 +35,13 @@ def _what_is_written(plan: Plan) -> str:
         return f"{text}, on the GPU, which holds it as a whole"
     spare = ": --calibration FILE spares most of it" if plan.writes_calibration else ""
     return f"{text}, on the CPU, from its files; slow where memory cannot cache them{spare}"
+
+
+def _on_what_machine(plan: Plan) -> str:
+    load = Load(plan.others)
+    if not load.is_busy:
+        return "if nothing else runs"
+    return f"as far as a busy machine can tell ({load.describe()})"
 
 
 def _free(count: int | None) -> str:

@@ -37,7 +37,7 @@ class Comparison:
 SPEED = "tokens/s"
 QUANTITIES: dict[str, Callable[[ArmMetrics], float | None]] = {
     SPEED: lambda metric: metric.tokens_per_s,
-    "speedup": lambda metric: metric.speedup_mean.value if metric.speedup_mean else None,
+    "speedup": lambda metric: metric.speedup_total.value if metric.speedup_total else None,
     "acceptance length": lambda metric: metric.acceptance_length,
 }
 

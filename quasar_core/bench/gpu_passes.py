@@ -15,6 +15,7 @@ from quasar_core.models.cuda_graphs import PlainLauncher
 from quasar_core.models.cuda_pass import CudaPass, choose_steps, pass_size
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.timing import time_one
 
 PART, LAUNCHES = "passes", "launches"
 COUNTED_TOKENS = (1, 8)  # of the passes whose launches are counted
@@ -76,14 +77,17 @@ def time_model(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache,
 def time_length(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache, count: int, context: int) -> None:
     """The median of repeated passes: of the host's clock until the choices are there, and of the device's own."""
     subject, tokens = lean_subject(model), random_tokens(count)
-    samples: list[tuple[float, float]] = []
-    for number in range(bench.plan.rounds + 1):
+    device: list[float] = []
+
+    def sample() -> float:
         stand_at(cache, context)
-        sample = time_pass(partial(model.choose, tokens, cache), bench.plan.device)
-        if number:  # the first one records the graph
-            samples.append(sample)
+        host_s, device_s = time_pass(partial(model.choose, tokens, cache), bench.plan.device)
+        device.append(device_s)
+        return host_s
+
+    timing = time_one(sample, rounds=bench.plan.rounds, warm_up=True)  # the first one records the graph
     size = subject.weight_bytes + cache_bytes(model.config, context + count, model.dtype.itemsize)
-    ms, device_ms = (1000 * statistics.median(column) for column in zip(*samples, strict=True))
+    ms, device_ms = 1000 * timing.median, 1000 * statistics.median(device[1:])
     floor = 1000 * size / bench.bandwidth
     bench.report.add(
         PART,

@@ -15,6 +15,7 @@ from quasar_core.bench.arms import BASELINE
 from quasar_core.bench.results import Results, Row
 from quasar_core.bench.speedup import Estimate, estimate, mean_of_ratios, ratio_of_totals
 from quasar_core.records import Stats
+from quasar_core.system import Load
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,10 @@ class ArmMetrics:
     """One arm on one dataset, or on one category of it; None where a number does not exist.
 
     `acceptance_length` is total new tokens ÷ total steps, the prompt's token left out; `acceptance_length_mean` is the
-    mean of the questions' own. `speedup_mean` is Spec-Bench's, the mean over questions of the ratio of tokens per
-    second; `speedup_total` is the ratio of total tokens ÷ total seconds. `identical` counts the questions whose every
-    answer is vanilla's, token for token; sampled text differs by design, so there it does not exist.
+    mean of the questions' own. `speedup_total`, the headline, is the ratio of total tokens ÷ total seconds;
+    `speedup_mean` is Spec-Bench's, the mean over questions of the ratio of tokens per second. `identical` counts the
+    questions whose every answer is vanilla's, token for token; sampled text differs by design, so there it does not
+    exist.
     """
 
     dataset: str
@@ -54,6 +56,46 @@ class ArmMean:
     arm: str
     speedup: float | None
     acceptance_length: float | None
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How far the machine was the run's own; None where the system did not tell.
+
+    `others` and `most_others` are the mean and the largest share of the cores that other programs took during an
+    answer, `busy` the answers during which that was too much to trust their seconds. `mhz` is the range of the cores'
+    frequency. `reference_spread` is that of vanilla's tokens per second: the half of its answers in the middle, high ÷
+    low − 1.
+    """
+
+    answers: int
+    busy: int
+    others: float | None
+    most_others: float | None
+    mhz: tuple[float, float] | None
+    reference_spread: float | None
+
+    @property
+    def was_busy(self) -> bool:
+        """Whether enough answers were disturbed to doubt the seconds."""
+        return 10 * self.busy > self.answers
+
+
+def conditions(results: Results) -> Conditions:
+    """What the rows say of the machine; answers that an older version wrote say nothing."""
+    others = [row.others for row in results.rows if row.others is not None]
+    mhz = [row.mhz for row in results.rows if row.mhz is not None]
+    speeds = [row.stats.tokens_per_s for row in results.rows if row.arm == BASELINE and row.stats]
+    known = [speed for speed in speeds if speed]
+    low, high = np.quantile(known, (0.25, 0.75)) if len(known) > 1 else (1.0, 1.0)
+    return Conditions(
+        answers=len(results.rows),
+        busy=sum(Load(share).is_busy for share in others),
+        others=fmean(others) if others else None,
+        most_others=max(others, default=None),
+        mhz=(min(mhz), max(mhz)) if mhz else None,
+        reference_spread=float(high / low - 1) if len(known) > 1 else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +177,7 @@ def mean_over_datasets(metrics: Sequence[ArmMetrics]) -> list[ArmMean]:
     return [
         ArmMean(
             arm,
-            _mean([metric.speedup_mean.value if metric.speedup_mean else None for metric in of_arm]),
+            _mean([metric.speedup_total.value if metric.speedup_total else None for metric in of_arm]),
             _mean([metric.acceptance_length for metric in of_arm]),
         )
         for arm, of_arm in by_arm.items()

@@ -66,9 +66,9 @@ def _draw_speedups(axes: "Axes", results: Results) -> None:
     arms = [arm for arm in results.run.config.arms if arm != BASELINE]
     places = _bar_places(len(arms))
     for number, arm in enumerate(arms):
-        drawn = [metric for metric in metrics if metric.arm == arm and metric.speedup_mean is not None]
+        drawn = [metric for metric in metrics if metric.arm == arm and metric.speedup_total is not None]
         at = [datasets.index(metric.dataset) + places[number] for metric in drawn]
-        estimates = [metric.speedup_mean for metric in drawn if metric.speedup_mean is not None]
+        estimates = [metric.speedup_total for metric in drawn if metric.speedup_total is not None]
         heights = [estimate.value for estimate in estimates]
         # With few questions a skewed interval may lie beside its value.
         ends = [estimate.interval or (estimate.value, estimate.value) for estimate in estimates]

@@ -35,6 +35,8 @@ class Row:
     finish_reason: FinishReason | None
     stats: Stats | None
     error: str | None = None
+    others: float | None = None  # the share of the cores that other programs took meanwhile
+    mhz: float | None = None  # the cores' frequency after it
 
     @property
     def conversation(self) -> tuple[str, int | str, int, str]:

@@ -1,7 +1,7 @@
 """Run a bench: every arm on every question, interleaved, each answer a row."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quasar_core.bench.arms import ARMS, Arm
@@ -19,6 +19,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.identity import device_name
 from quasar_core.models.pair import Pair
 from quasar_core.records import GenerationResult, Progress, no_progress
+from quasar_core.system import LoadMeter, frequency
 
 WARM_UP_TOKENS = 16
 
@@ -113,13 +114,14 @@ def lead(generator: Answerer, conversation: Conversation, config: BenchConfig) -
             continue
         messages.append({"role": "user", "content": text})
         request = Request(config.max_new_tokens, seed)
+        meter = LoadMeter()
         try:
             result = generator.generate(encode_prompt(generator.pair.tokenizer, messages), request=request)
         except (QuasarError, RuntimeError) as error:
             rows.append(_row(conversation, turn, seed, error=f"{type(error).__name__}: {error}"))
             continue
         messages.append({"role": "assistant", "content": result.text})
-        rows.append(_row(conversation, turn, seed, result))
+        rows.append(replace(_row(conversation, turn, seed, result), others=meter.read().others, mhz=frequency()))
     return rows
 
 

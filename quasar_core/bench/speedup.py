@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 SAMPLES = 2000
 CONFIDENCE = 0.95
+FEWEST = 8  # questions: of fewer, a bootstrap's interval is too narrow
 
 Floats = npt.NDArray[np.float64]
 Statistic = Callable[[Floats, Floats], Floats]
@@ -18,10 +19,19 @@ Statistic = Callable[[Floats, Floats], Floats]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A speedup and its 95 % interval; no interval from fewer than two questions."""
+    """A speedup over so many questions and its 95 % interval; no interval from fewer than two questions."""
 
     value: float
     interval: tuple[float, float] | None
+    questions: int
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the run shows that the arm is faster, or slower: the interval of enough questions leaves 1 out."""
+        if self.interval is None or self.questions < FEWEST:
+            return False
+        low, high = self.interval
+        return low > 1 or high < 1
 
 
 def mean_of_ratios(arm: Floats, vanilla: Floats) -> Floats:
@@ -40,8 +50,8 @@ def estimate(statistic: Statistic, arm: Floats, vanilla: Floats) -> Estimate:
     """A statistic of all n questions, and its interval when n are drawn with replacement, pairs kept together."""
     value, count = float(statistic(arm, vanilla)), len(arm)
     if count < 2:
-        return Estimate(value, None)
+        return Estimate(value, None, count)
     drawn = np.random.default_rng(0).integers(0, count, size=(SAMPLES, count))
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(statistic(arm[drawn], vanilla[drawn]), (tail, 1 - tail))
-    return Estimate(value, (float(low), float(high)))
+    return Estimate(value, (float(low), float(high)), count)

@@ -3,7 +3,6 @@
 Letters: T tokens of a pass.
 """
 
-import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,13 +19,14 @@ from quasar_core.files import read_json, write_json
 from quasar_core.kernels.identity import device_name
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.records import Progress, no_progress
+from quasar_core.timing import Sampler, Timing, time_in_turn
 from quasar_core.writing import refuse_foreign
 
 MOST_TOKENS = 256
 PROMPT_CHUNK = 256
 PASSES_FOR_SHARES = 3
 
-Samples = dict[tuple[str, int], list[float]]  # seconds of the passes of a model over T tokens
+Samples = dict[tuple[str, int], Timing]  # of the passes of a model over T tokens
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,8 @@ class StepConfig:
 class StepRow:
     """One model's pass over T tokens. The floor is that of the higher bandwidth; `slow_floor_ms` of the lower.
 
-    `outside` is the share of the pass outside its matrix products, None where the pass does not tell.
+    `outside` is the share of the pass outside its matrix products, None where the pass does not tell; `spread` that of
+    its best times.
     """
 
     model: str
@@ -61,6 +62,7 @@ class StepRow:
     slow_floor_ms: float
     kernel: str
     outside: float | None = None
+    spread: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -82,6 +84,7 @@ class StepReport:
     git: str | None
     bandwidth: tuple[float, float]
     rows: list[StepRow]
+    others: float | None = None  # the share of the cores that other programs took while passes were timed
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, ratios included."""
@@ -126,6 +129,7 @@ def measure_steps(lineup: Lineup, config: StepConfig, progress: Progress = no_pr
         git=git_hash(),
         bandwidth=bandwidth,
         rows=list(step_rows(samples, lineup.subjects, states, bandwidth, outside)),
+        others=next(iter(samples.values())).load.others,
     )
 
 
@@ -137,36 +141,45 @@ def step_rows(
     outside: Mapping[tuple[str, int], float],
 ) -> Iterator[StepRow]:
     """The rows behind samples; `states` are the bytes of keys and values by T."""
-    for (name, tokens), seconds in samples.items():
+    for (name, tokens), timing in samples.items():
         size = subjects[name].weight_bytes + states[tokens]
         yield StepRow(
             model=name,
             tokens=tokens,
-            ms=1000 * statistics.median(seconds),
+            ms=1000 * timing.median,
             bytes=size,
             floor_ms=1000 * size / max(bandwidth),
             slow_floor_ms=1000 * size / min(bandwidth),
             kernel=subjects[name].kernel,
             outside=outside.get((name, tokens)),
+            spread=timing.spread if len(timing.samples) > 1 else None,
         )
 
 
 def time_passes(models: Mapping[str, CausalLM], config: StepConfig, progress: Progress = no_progress) -> Samples:
-    """Seconds of each pass: in every round each length, for each length each model; a first round is not counted."""
+    """The timing of each pass: in every round each length, for each length each model; a first round is not counted."""
     vocabulary = min(model.vocab_size for model in models.values())
     text = torch.randint(vocabulary, (config.context,), generator=torch.Generator().manual_seed(0)).tolist()
     caches = {name: _filled_cache(model, text, max(config.tokens)) for name, model in models.items()}
-    samples: Samples = {(name, count): [] for name in models for count in config.tokens}
-    for round_number in range(config.rounds + 1):
-        progress("passes", round_number, config.rounds + 1)
-        for count in config.tokens:
-            for name, model in models.items():
-                seconds = _time_pass(model, caches[name], (text * count)[:count])
-                caches[name].rollback(config.context)
-                if round_number:
-                    samples[name, count].append(seconds)
+    turns = [(name, count) for count in config.tokens for name in models]
+    done = 0
+
+    def sampler(name: str, count: int) -> Sampler:
+        tokens = (text * count)[:count]
+
+        def sample() -> float:
+            nonlocal done
+            progress("passes", done // len(turns), config.rounds + 1)
+            done += 1
+            seconds = _time_pass(models[name], caches[name], tokens)
+            caches[name].rollback(config.context)
+            return seconds
+
+        return sample
+
+    timings = time_in_turn({turn: sampler(*turn) for turn in turns}, rounds=config.rounds, warm_up=True)
     progress("passes", config.rounds + 1, config.rounds + 1)
-    return samples
+    return {(name, count): timings[name, count] for name in models for count in config.tokens}
 
 
 def shares_outside_products(models: Mapping[str, CausalLM], config: StepConfig) -> dict[tuple[str, int], float]:

@@ -12,9 +12,8 @@ import torch
 
 from quasar_core.bench.step_lineup import packed_bytes, weight_bytes
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.decode.cost_records import CostRecord, stored_costs
-from quasar_core.decode.costs import PairCosts, PassCost
-from quasar_core.decode.rates import predict_rates
+from quasar_core.decode.costs import CostRecord, PairCosts, PassCost, stored_costs
+from quasar_core.decode.policy import predict_rates
 from quasar_core.errors import QuasarError
 from quasar_core.files import is_folder
 from quasar_core.kernels.base import LayerShape
@@ -198,7 +197,7 @@ class _Comparer:
         for product in self.blocks:
             shape = LayerShape(product.columns, sum(product.rows), bits, group_size, trivial_groups=True)
             kernel = select_kernel(shape, self.device, self.dtype).kernel
-            times = remembered.of([kernel], shape)[kernel.name]
+            times = remembered.of([kernel], shape).seconds[kernel.name]
             for rows in ROWS:
                 total[rows] += times[rows]
         return total

@@ -6,16 +6,15 @@ has confirmed them. Letters: k draft tokens, W window tokens, V vocabulary.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.acceptance import accept_matching, confirm_sampled
-from quasar_core.decode.draft_length import DraftLength
+from quasar_core.decode.policy import NO_DRAFT, DraftLength, WindowPolicy
 from quasar_core.decode.processors import Processors
 from quasar_core.decode.sampling import distribution, draw
-from quasar_core.decode.window import WindowPolicy
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import CausalLM, KVCache
@@ -26,6 +25,10 @@ from quasar_core.records import Confirm, Stats, Step
 
 # Tokens of a prompt's pass: enough to be bound by arithmetic, few enough that their activations are small.
 PREFILL_CHUNK = {"cpu": 512, "cuda": PROMPT_CHUNK}
+
+
+# Told the tokens and seconds of a confirm pass; when to confirm from now on.
+Replan = Callable[[int, float], WindowPolicy]
 
 
 class Engine:
@@ -41,15 +44,20 @@ class Engine:
         window: WindowPolicy,
         generator: torch.Generator,
         max_tokens: int,
+        replan: Replan | None = None,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.pair, self.cache, self.config = pair, cache, config
         self.drafter, self.draft_length, self.window_policy = drafter, draft_length, window
         self.generator = generator
         self.max_tokens = max_tokens  # prompt included
+        self._replan, self._now = replan, now
         self.confirms = config.verify == "exact"
         self.verifying = _verifying_model(pair, config.verify)
         self.processors = Processors(pair.processors, config)
         self._reads_logits = not config.sampling.greedy or bool(self.processors)  # beyond the best of each row
+        # What is drawn depends on how drafts are cut: a seed would fix nothing if that followed the clock.
+        self._learns_costs = config.sampling.greedy
         self.eos_ids = frozenset() if config.ignore_eos else pair.eos_ids
         self.stats = Stats()
         self.tokens: list[int] = []
@@ -67,7 +75,7 @@ class Engine:
 
         Where layers are recurrent it is one pass, as in transformers, which may begin their state anew in each.
         """
-        start = time.perf_counter()
+        start = self._now()
         self.processors.begin(prompt, self.max_tokens, self.eos_ids, self.pair.primary.device)
         chunk = PREFILL_CHUNK[self.pair.primary.device.type] if self.pair.rolls_back else len(prompt)
         for begin in range(cached, len(prompt), chunk):
@@ -76,39 +84,46 @@ class Engine:
         choices, _ = self._choose(logits, [])
         self.drafter.observe(self.tokens)
         self._extend(choices.tokens)
+        self.drafter.propose(1)  # so that indexing the prompt is part of its own time
         self.committed = len(self.tokens)
         self.stats.prompt_tokens, self.stats.cached_tokens = len(prompt), cached
         self.stats.prefill_tokens = 1
-        self.stats.prefill_s = time.perf_counter() - start
+        self.stats.prefill_s = self._now() - start
 
     def step(self) -> None:
         """Draft, verify, and confirm when it is due."""
-        start = time.perf_counter()
+        start = self._now()
         draft = self._draft()
-        drafted = time.perf_counter()
-        self._verify(draft)
-        verified = time.perf_counter()
+        drafted = self._now()
+        self._verify(draft, drafted - start)
+        verified = self._now()
         self.stats.draft_s += drafted - start
         self.stats.verify_s += verified - drafted
         if self.confirms and self._confirm_is_due():
             self._confirm()
-            self.stats.confirm_s += time.perf_counter() - verified
-        self.stats.decode_s += time.perf_counter() - start
+            self.stats.confirm_s += self._now() - verified
+        self.stats.decode_s += self._now() - start
 
     def _draft(self) -> Draft:
         room = self.max_tokens - len(self.tokens) - 1  # the bonus token needs a place
-        return self.draft_length.cut(self.drafter.propose(min(self.draft_length.limit, room)))
+        limit = min(self.draft_length.limit, room)
+        return self.draft_length.cut(self.drafter.propose(limit)) if limit > 0 else NO_DRAFT
 
-    def _verify(self, draft: Draft) -> None:
+    def _verify(self, draft: Draft, drafting_s: float) -> None:
         """One pass over the last token and the draft; accepted tokens and the bonus join the text."""
+        start = self._now()
         choices, q = self._pass([self.tokens[-1], *draft.tokens])
+        pass_s = self._now() - start
         accepted, bonus = _accept(choices, draft.tokens)
         new = self._cut_at_eos([*draft.tokens[:accepted], bonus])
         accepted = min(accepted, len(new))
         if self.confirms:
             self._remember(choices.margins[: len(new)], None if q is None else q[: len(new)])
         self.stats.step_log.append(Step(len(draft.tokens), accepted, draft.match_length))
-        self.draft_length.learn(draft, accepted)
+        if self._learns_costs:
+            self.draft_length.learn(draft, accepted, drafting_s, pass_s)
+        else:
+            self.draft_length.learn(draft, accepted)
         self._extend(new)
         if not self.confirms:
             self.committed = len(self.tokens)
@@ -122,9 +137,11 @@ class Engine:
 
     def _confirm(self) -> None:
         """One target pass over the window; what it accepts is committed with its bonus token, the rest taken back."""
-        window = self.window
+        window, start = self.window, self._now()
         self.cache.rollback(self.committed - 1)
         accepted, bonus = self._accept_window(window)
+        if self._replan and self._learns_costs:
+            self.window_policy = self._replan(len(window) + 1, self._now() - start)
         self.stats.confirm_log.append(Confirm(len(window), accepted))
         self.drafter.forget(len(window) - accepted)
         self.tokens = self.tokens[: self.committed + accepted]

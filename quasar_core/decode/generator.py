@@ -10,14 +10,22 @@ from typing import Literal
 import torch
 
 from quasar_core.config import GenerationConfig, Request
-from quasar_core.decode.cost_records import pair_costs
-from quasar_core.decode.costs import PairCosts
-from quasar_core.decode.draft_length import AdaptiveLength, DraftLength, FixedLength
+from quasar_core.decode.costs import KNOWN, LiveCost, PairCosts, Role, forget_cost, pair_costs, pass_sampler
 from quasar_core.decode.engine import Engine
+from quasar_core.decode.policy import (
+    ALWAYS,
+    DEFAULT_WINDOW,
+    TYPICAL_ACCEPTANCE,
+    AdaptiveLength,
+    DraftLength,
+    FixedLength,
+    WindowPolicy,
+    Windows,
+    plan_exact,
+    windows_of,
+)
 from quasar_core.decode.processors import Processors, describe_processors
-from quasar_core.decode.rates import ALWAYS, plan_exact
 from quasar_core.decode.text import TextStream
-from quasar_core.decode.window import DEFAULT_WINDOW, TYPICAL_ACCEPTANCE, WindowPolicy
 from quasar_core.draft.base import Drafter
 from quasar_core.draft.select import make_drafter
 from quasar_core.errors import QuasarError, UsageError
@@ -25,20 +33,33 @@ from quasar_core.models.base import KVCache
 from quasar_core.models.pair import Pair
 from quasar_core.models.text_length import begin_text
 from quasar_core.records import FinishReason, GenerationResult
+from quasar_core.system import Load, LoadMeter
+
+REPLANNED = 8  # confirm passes
+CHECKED_TOKENS = 16  # room of the cache that passes are checked over
 
 
 class Generator:
     """Generates with one pair and one config. A prompt that begins as the last conversation did reuses its cache."""
 
-    def __init__(self, pair: Pair, config: GenerationConfig, make_draft: Callable[[], Drafter] | None = None) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        config: GenerationConfig,
+        make_draft: Callable[[], Drafter] | None = None,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
         _check_models(pair, config)
         self.pair, self.config = pair, config
         self._check_processors()
         self._make_drafter = make_draft or (lambda: make_drafter(config))
+        self._now = now
         self._costs: PairCosts | None = None
+        self._live: dict[Role, LiveCost] = {}
+        self._windows: Windows | None = None
         self.target_alone = False  # whether the target verifies the drafts of `exact` itself: the same output, sooner
         self._window = self._choose_window()
-        self._choose_draft_length()  # what it measures is no part of the first answer's time
+        self._draft_length = self._choose_draft_length()
         self._cache: KVCache | None = None
         self._cached: list[int] = []
 
@@ -59,19 +80,21 @@ class Generator:
         """
         request = request or self.config.request
         max_tokens = self._check_prompt(prompt_ids, request)
-        start = time.perf_counter()
+        meter = LoadMeter()
+        start = self._now()
         cached = self._reuse_cache(prompt_ids, max_tokens)
         engine = self._make_engine(max_tokens, request)
         text = TextStream(self.pair.tokenizer, self.config.stop, on_text)
         _reset_peak_memory(self.pair.device)
         engine.prefill(prompt_ids, cached)
-        engine.stats.ttft_s = time.perf_counter() - start
+        engine.stats.ttft_s = self._now() - start
         end = engine.max_tokens
         try:
             count, reason = self._run(engine, text, len(prompt_ids))
             end = len(prompt_ids) + count
         finally:
             self._keep_cache(engine, end)
+            self._forget_what_was_wrong(meter.read())
         engine.stats.new_tokens = count
         engine.stats.peak_memory_bytes = _peak_memory(self.pair.device)
         new = engine.tokens[len(prompt_ids) : len(prompt_ids) + count]
@@ -145,15 +168,19 @@ class Generator:
     def _make_engine(self, max_tokens: int, request: Request) -> Engine:
         assert self._cache is not None
         generator = torch.Generator(self.pair.device).manual_seed(request.seed)
+        if isinstance(self._draft_length, AdaptiveLength):
+            self._draft_length.begin()
         return Engine(
             self.pair,
             self._cache,
             replace(self.config, verify="full" if self.target_alone else self.config.verify),
             self._make_drafter(),
-            self._choose_draft_length(),
+            self._draft_length,
             self._window,
             generator,
             max_tokens,
+            replan=self._replan if self._windows else None,
+            now=self._now,
         )
 
     def _check_processors(self) -> None:
@@ -170,17 +197,20 @@ class Generator:
         if self.config.draft == "none":
             return FixedLength(0)
         if self.config.num_draft_tokens == "auto":
-            costs = self._measured_costs()
-            return AdaptiveLength(costs.confirm if self.target_alone else costs.verify)
+            self._measured_costs()
+            live = self._live["target" if self.target_alone else self._verifying_role]
+            return AdaptiveLength(live if self.config.sampling.greedy else live.known)  # as the engine times passes
         return FixedLength(self.config.num_draft_tokens)
 
     def _choose_window(self) -> WindowPolicy:
         """The window of `exact`; its `auto` may also find that the target had better verify the drafts itself."""
         if self.config.verify != "exact" or self.config.window != "auto":
             return WindowPolicy(DEFAULT_WINDOW if self.config.window == "auto" else self.config.window)
-        acceptance = 0.0 if self.config.draft == "none" else TYPICAL_ACCEPTANCE
         fidelity = self.pair.fidelity
-        plan = plan_exact(self._measured_costs(), fidelity.margins if fidelity else ALWAYS, acceptance)
+        windows, costs = windows_of(fidelity.margins if fidelity else ALWAYS), self._measured_costs()
+        plan = plan_exact(costs, windows, self._acceptance)
+        if plan.target_alone and self._check_memory():
+            plan = plan_exact(costs, windows, self._acceptance)
         self.target_alone = plan.target_alone
         if plan.target_alone:
             self._note("exact: the target verifies alone, as confirming the verifier's tokens would take longer here")
@@ -191,16 +221,63 @@ class Generator:
                 f"window: at most {plan.window.limit} tokens, confirmed below a survival of "
                 f"{plan.window.threshold:.2f}, as the measured costs and the verifier's margins advise"
             )
+            self._windows = windows
             return plan.window
         return WindowPolicy(DEFAULT_WINDOW)
 
+    @property
+    def _acceptance(self) -> float:
+        return 0.0 if self.config.draft == "none" else TYPICAL_ACCEPTANCE
+
+    def _replan(self, tokens: int, seconds: float) -> WindowPolicy:
+        """The window after a confirm pass, by what passes have cost lately; looked at again after every few."""
+        assert self._windows is not None
+        confirm = self._live["target"]
+        confirm.observe(tokens, seconds)
+        if confirm.passes % REPLANNED == 0:
+            self._window, _ = self._windows.best(self._measured_costs(), self._acceptance)
+        return self._window
+
     def _measured_costs(self) -> PairCosts:
+        """What is known of the models' passes, corrected by those of this generator."""
         if self._costs is None:
             known = set(self.pair.measured)
-            self._costs = pair_costs(self.pair, with_verifier=self.config.verify != "full")
+            costs = pair_costs(self.pair, with_verifier=self.config.verify != "full")
             for role in sorted(self.pair.measured.keys() - known):
                 self._note(f"cost: {self.pair.measured[role].describe()}")
+            verify = self._live[self._verifying_role] = LiveCost(costs.verify)
+            if "target" in self.pair.measured:
+                self._live.setdefault("target", LiveCost(costs.confirm))
+            self._costs = PairCosts(verify, self._live.get("target", verify))
         return self._costs
+
+    @property
+    def _verifying_role(self) -> Role:
+        """Whose passes verify, unless the target does so alone."""
+        uses_verifier = self.pair.target is None or (self.config.verify != "full" and self.pair.verifier is not None)
+        return "verifier" if uses_verifier else "target"
+
+    def _check_memory(self) -> bool:
+        """Time a few passes of both models where their costs are remembered; whether that was done.
+
+        A verifier that a wrong memory calls dear would never run, and so never be corrected.
+        """
+        remembered: list[Role] = [role for role in self._live if self.pair.measured[role].remembered]
+        for role in remembered:
+            model = self.pair.target if role == "target" else self.pair.verifier
+            assert model is not None
+            cache = self.pair.new_cache(CHECKED_TOKENS)
+            sample = pass_sampler(model, cache, 1, self._now)
+            for _ in range(KNOWN):
+                self._live[role].observe(1, sample())
+        return bool(remembered)
+
+    def _forget_what_was_wrong(self, load: Load) -> None:
+        """What passes of this run contradict is measured anew by the next; a busy machine contradicts nothing."""
+        for role, live in self._live.items():
+            if live.contradicts and not load.is_busy and self.pair.measured[role].remembered:
+                forget_cost(self.pair, role)
+                self._note(f"cost: what was remembered of the {role}'s passes was wrong, and is measured next time")
 
     def _note(self, sentence: str) -> None:
         """Several generators of one pair say the same only once."""

@@ -21,30 +21,33 @@ class NgramDrafter:
         self._replaced: list[list[tuple[_Gram, int | None]]] = []
 
     def observe(self, tokens: Sequence[int]) -> None:
-        """Index the n-grams that end before each new token."""
-        for token in tokens:
-            position = len(self.context)
-            entries = []
-            for size in self.sizes:
-                if size <= position:
-                    gram = tuple(self.context[-size:])
-                    entries.append((gram, self._next_position.get(gram)))
-                    self._next_position[gram] = position
-            self._replaced.append(entries)
-            self.context.append(token)
+        """Take note of the new tokens; they are indexed when a draft is asked for, so that following costs nothing."""
+        self.context.extend(tokens)
 
     def forget(self, count: int) -> None:
         """Undo the last `count` observations."""
-        for _ in range(count):
-            self.context.pop()
+        del self.context[len(self.context) - count :]
+        while len(self._replaced) > len(self.context):
             for gram, previous in self._replaced.pop():
                 if previous is None:
                     del self._next_position[gram]
                 else:
                     self._next_position[gram] = previous
 
+    def _index(self) -> None:
+        """Enter the n-grams that end before each token that is new."""
+        for position in range(len(self._replaced), len(self.context)):
+            entries = []
+            for size in self.sizes:
+                if size <= position:
+                    gram = tuple(self.context[position - size : position])
+                    entries.append((gram, self._next_position.get(gram)))
+                    self._next_position[gram] = position
+            self._replaced.append(entries)
+
     def propose(self, limit: int) -> Draft:
         """Copy from behind the match; a copy that reaches the end of the text goes on with itself (as in LZ77)."""
+        self._index()
         for size in self.sizes:
             start = self._next_position.get(tuple(self.context[-size:])) if size <= len(self.context) else None
             if start is not None and limit > 0:

@@ -21,6 +21,7 @@ import torch
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels import private_files
 from quasar_core.store.home import home
+from quasar_core.system import processor_flags
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 SWITCH = "QUASAR_CPU_PASS"
@@ -103,16 +104,6 @@ def find_compiler() -> str | None:
     """The path of the C++ compiler: the one that CXX names, else a common one."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     return next((path for path in map(shutil.which, names) if path), None)
-
-
-def processor_flags() -> frozenset[str]:
-    """The instruction sets of this processor as Linux names them; none on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    listed = next((line for line in lines if line.startswith("flags")), "")
-    return frozenset(listed.partition(":")[2].split())
 
 
 def _key(source: Path, compiler: str) -> str:

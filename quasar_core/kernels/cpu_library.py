@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from quasar_core.errors import QuasarError
-from quasar_core.kernels.compile import load_library, processor_flags, why_switched_off
+from quasar_core.kernels.compile import load_library, why_switched_off
+from quasar_core.system import processor_flags
 
 SOURCE = Path(__file__).parent / "cpu" / "quasar.cpp"
 MOST_PARTS = 3

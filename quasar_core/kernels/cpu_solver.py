@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from quasar_core.errors import QuasarError
-from quasar_core.kernels.compile import load_library, processor_flags, remark, why_switched_off
+from quasar_core.kernels.compile import load_library, remark, why_switched_off
+from quasar_core.system import processor_flags
 
 SOURCE = Path(__file__).parent / "cpu" / "solver.cpp"
 MOST_COLUMNS = 128

@@ -1,9 +1,8 @@
 """The dense path: dequantized once, at load, then a plain product: no memory is saved, many rows are fast."""
 
-from pathlib import Path
-
 import torch
 
+from quasar_core import system
 from quasar_core.checkpoint.packing import QuantizedWeight
 from quasar_core.kernels.base import LayerShape
 
@@ -38,8 +37,4 @@ def why_no_room(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    lines = meminfo.read_text().splitlines() if meminfo.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else system.free_memory()

@@ -1,13 +1,13 @@
 """What a measured time depends on beside what was measured: the device, its threads, PyTorch, quasar's own kernels."""
 
 import hashlib
-import platform
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from quasar_core.kernels.threads import most_threads
+from quasar_core.system import processor_name
 
 
 def device_name(device: torch.device) -> str:
@@ -15,7 +15,7 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = most_threads()
-    return f"{_processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{processor_name()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def measured_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -37,13 +37,3 @@ def sources_hash() -> str:
         digest.update(f"{path.relative_to(folder).as_posix()}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-@cache
-def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -6,7 +6,7 @@ memory in use, a small one's from a cache. Of a large layer only some outputs ar
 """
 
 import copy
-import statistics
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,6 +18,8 @@ from quasar_core.checkpoint.compressed_tensors import PackedWeight
 from quasar_core.checkpoint.float8 import FLOAT8, Float8Weight
 from quasar_core.checkpoint.packing import QuantizedWeight, count_groups, trivial_groups
 from quasar_core.kernels.base import Kernel, LayerShape, TunableKernel
+from quasar_core.system import QUIET
+from quasar_core.timing import Sampler, Timing, time_one
 
 ROWS = (1, 4, 8)
 Times = dict[int, float]  # seconds by rows
@@ -28,20 +30,20 @@ _UNCACHED = {"cpu": 64_000_000, "cuda": 200_000_000}  # bytes
 # A GPU's product of fewer weights is over before all of its processors work.
 _TIMED_WEIGHTS = {"cpu": 2**21, "cuda": 2**26}
 _BLOCK = 256  # outputs that are timed are a multiple of it, whatever blocks a kernel works in
-_CALLS = 24
+_SECONDS = 0.1  # for one number of rows, where times do not repeat sooner
+_CALLS = 24  # that a GPU runs back to back
 _POOL = 1_000_003  # a prime, so that no two outputs get the same codes
 _SLEEP = 20_000_000  # cycles of a GPU in which the host enqueues all calls, so that launching them costs nothing
-# On a busy CPU most work is interrupted by other programs: a thread's own clock stands still meanwhile.
-_THREAD_CLOCK_IS_FINE = time.get_clock_info("thread_time").resolution < 1e-5
 
 
-def clock(device: torch.device) -> Callable[[], float]:
-    """Seconds that pass for work on the device: on the CPU those in which this thread runs."""
-    return time.thread_time if device.type == "cpu" and _THREAD_CLOCK_IS_FINE else time.perf_counter
-
-
-def time_kernel(kernel: Kernel, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> Times:
-    """Seconds of one product, by its rows."""
+def time_kernel(
+    kernel: Kernel,
+    shape: LayerShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    now: Callable[[], float] = time.perf_counter,
+) -> dict[int, Timing]:
+    """The timing of one product, by its rows."""
     timed = _timed_part(shape, device)
     first = kernel.prepare(random_weight(timed, device), device, dtype)
     scale = shape.out_features / timed.out_features
@@ -50,7 +52,7 @@ def time_kernel(kernel: Kernel, shape: LayerShape, device: torch.device, dtype: 
     weights = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
     if isinstance(kernel, TunableKernel):
         kernel.tune(weights, dtype)
-    return {rows: scale * _time_rows(kernel, weights, _activations(rows, shape, device, dtype)) for rows in ROWS}
+    return {rows: _time_rows(kernel, weights, _activations(rows, shape, device, dtype), scale, now) for rows in ROWS}
 
 
 def random_weight(shape: LayerShape, device: torch.device = CPU) -> PackedWeight:
@@ -93,30 +95,38 @@ def _activations(rows: int, shape: LayerShape, device: torch.device, dtype: torc
     return x.to(device, dtype)
 
 
-def _time_rows(kernel: Kernel, weights: list[Any], x: torch.Tensor) -> float:
-    """Seconds of a product, after one that is not counted: the first pays for compiling and allocating."""
+def _time_rows(kernel: Kernel, weights: list[Any], x: torch.Tensor, scale: float, now: Callable[[], float]) -> Timing:
+    """Of a product, after one that is not counted: the first pays for compiling and allocating."""
     kernel.multiply(x, weights[0])
-    calls = [weights[number % len(weights)] for number in range(max(_CALLS, len(weights)))]
-    return (_time_on_gpu if x.is_cuda else _time_on_cpu)(kernel, calls, x)
+    sample = _sampler_on_gpu(kernel, weights, x) if x.is_cuda else _sampler_on_cpu(kernel, weights, x, now)
+    timing = time_one(lambda: scale * sample(), _SECONDS, now=now)
+    return replace(timing, load=QUIET) if x.is_cuda else timing  # a busy host delays no GPU's products
 
 
-def _time_on_cpu(kernel: Kernel, calls: list[Any], x: torch.Tensor) -> float:
-    """The median, which a few interruptions do not move."""
-    now, samples = clock(x.device), []
-    for weight in calls:
-        start = now()
+def _sampler_on_cpu(kernel: Kernel, weights: list[Any], x: torch.Tensor, now: Callable[[], float]) -> Sampler:
+    """One product, with the next of the weights at each call."""
+    turns = itertools.cycle(weights)
+
+    def sample() -> float:
+        weight, start = next(turns), now()
         kernel.multiply(x, weight)
-        samples.append(now() - start)
-    return statistics.median(samples)
+        return now() - start
+
+    return sample
 
 
-def _time_on_gpu(kernel: Kernel, calls: list[Any], x: torch.Tensor) -> float:
+def _sampler_on_gpu(kernel: Kernel, weights: list[Any], x: torch.Tensor) -> Sampler:
     """The mean of calls that the GPU runs back to back, as it runs those of a graph."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_SLEEP)
-    start.record()
-    for weight in calls:
-        kernel.multiply(x, weight)
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1000 / len(calls)
+    calls = [weights[number % len(weights)] for number in range(max(_CALLS, len(weights)))]
+
+    def sample() -> float:
+        torch.cuda._sleep(_SLEEP)
+        start.record()
+        for weight in calls:
+            kernel.multiply(x, weight)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000 / len(calls)
+
+    return sample

@@ -14,7 +14,7 @@ from quasar_core.kernels.int8 import Int8Kernel
 from quasar_core.kernels.marlin import MarlinKernel
 from quasar_core.kernels.measure import Times
 from quasar_core.kernels.reference import ReferenceKernel
-from quasar_core.kernels.times import kernel_times
+from quasar_core.kernels.times import KernelFigures, kernel_times
 from quasar_core.kernels.triton.eight_bit_kernel import TRITON_FLOAT8, TRITON_INT8
 from quasar_core.kernels.triton.kernel import TritonKernel
 from quasar_core.kernels.vnni import VnniKernel
@@ -91,19 +91,22 @@ def select_kernel(
         able.append(DENSE)
     if len(able) == 1:
         return KernelChoice(able[0], "; ".join([*refused, "the only one left"]))
-    remembered = kernel_times(device, dtype)
-    return _fastest(able, refused, shape, remembered.of(able, shape, progress), remembered.trouble)
+    return _fastest(able, refused, shape, kernel_times(device, dtype).of(able, shape, progress))
 
 
-def _fastest(
-    able: Sequence[Kernel], refused: Sequence[str], shape: LayerShape, times: dict[str, Times], trouble: str | None
-) -> KernelChoice:
+def _fastest(able: Sequence[Kernel], refused: Sequence[str], shape: LayerShape, figures: KernelFigures) -> KernelChoice:
+    """By times that repeat; where some do not, the first in the order, since nothing is known."""
+    times, trouble = figures.seconds, figures.trouble
+    if figures.guesses:
+        names = ", ".join(sorted(figures.guesses))
+        why = f"the first of {len(able)} in their order, as the times of {names} do not repeat here"
+        return KernelChoice(able[0], "; ".join([*refused, why, *([trouble] if trouble else [])]))
     chosen, why = choose_fastest(able, times)
     others = sorted((kernel for kernel in able if kernel is not chosen), key=lambda k: times[k.name][DECISIVE_ROWS])
-    figures = ", ".join(f"{kernel.name} {microseconds(times[kernel.name])}" for kernel in others)
+    slower = ", ".join(f"{kernel.name} {microseconds(times[kernel.name])}" for kernel in others)
     measured = (
         f"{why} of {len(able)} for {shape.in_features} → {shape.out_features}: "
-        f"{microseconds(times[chosen.name])} µs at {DECISIVE_ROWS} rows, {figures}"
+        f"{microseconds(times[chosen.name])} µs at {DECISIVE_ROWS} rows, {slower}"
     )
     return KernelChoice(chosen, "; ".join([*refused, measured, *([trouble] if trouble else [])]))
 
@@ -156,22 +159,26 @@ def _requested_kernel(name: str, shape: LayerShape, device: torch.device, dtype:
 def describe_kernels(device: torch.device, dtype: torch.dtype, progress: Progress = no_progress) -> list[KernelReport]:
     """What each kernel says of a 4096 × 4096 layer of 4 bits in groups of 128, measured where it competes."""
     able = [*_candidates(COMMON, device, dtype)[0], DENSE]
-    times = kernel_times(device, dtype).of(able, COMMON, progress)
-    chosen, _ = choose_fastest(able, times)
-    return [_report(kernel, times.get(kernel.name), kernel is chosen, device, dtype) for kernel in KERNELS]
+    figures = kernel_times(device, dtype).of(able, COMMON, progress)
+    chosen = able[0] if figures.guesses else choose_fastest(able, figures.seconds)[0]
+    return [_report(kernel, figures, kernel is chosen, device, dtype) for kernel in KERNELS]
 
 
 def _report(
-    kernel: Kernel, times: Times | None, is_chosen: bool, device: torch.device, dtype: torch.dtype
+    kernel: Kernel, figures: KernelFigures, is_chosen: bool, device: torch.device, dtype: torch.dtype
 ) -> KernelReport:
     obstacle = kernel.why_not(COMMON, device, dtype)
     if obstacle:
         return KernelReport(kernel.name, False, obstacle, None)
+    times = figures.seconds.get(kernel.name)
     if times is None:
         reason = "only by --kernel: unpacks the codes again for every product; the others are tested against it"
         return KernelReport(kernel.name, True, reason, None)
     layer = f"{COMMON.in_features} × {COMMON.out_features} layer of {COMMON.bits} bits"
-    reason = f"{microseconds(times)} µs at {DECISIVE_ROWS} rows of a {layer}" + (": chosen" if is_chosen else "")
+    reason = f"{microseconds(times)} µs at {DECISIVE_ROWS} rows of a {layer}"
+    reason += " (a guess: its times do not repeat)" if kernel.name in figures.guesses else ""
+    reason += ": chosen" if is_chosen else ""
+    reason += f"; {figures.trouble}" if figures.trouble else ""
     if kernel is DENSE:
         reason += "; unpacked once, at load, so as large as the target's, and taken where no other kernel is as fast"
     return KernelReport(kernel.name, True, reason, times[DECISIVE_ROWS])

@@ -5,9 +5,8 @@ as PyTorch's own kernels take no part in it. It must change no result: a pass th
 bit, with the same kernels launched one after the other.
 """
 
-import statistics
-import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -16,6 +15,7 @@ from quasar_core.models.cuda_pass import SHORTEST_BUCKET, CudaPass
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.pass_steps import Steps
+from quasar_core.timing import time_in_turn, timed
 
 COUNTS = (1, 8)  # tokens of the passes that are tried: plain decoding's, and a verify's
 POSITION = 500
@@ -59,18 +59,16 @@ def differing_passes(decoder: LeanDecoder, plain: Steps, joined: CudaPass, cache
 
 def time_passes(passes: Sequence[CudaPass], cache: DecoderCache) -> list[float]:
     """Seconds of each, the medians of all counts added up; they take turns."""
-    seconds = [0.0] * len(passes)
-    for count in COUNTS:
-        samples: list[list[float]] = [[] for _ in passes]
-        for number in range(ROUNDS + 1):
-            for fast, taken in zip(passes, samples, strict=True):
-                start = time.perf_counter()
-                fast.choose([0] * count, cache)
-                if number:  # the first one records
-                    taken.append(time.perf_counter() - start)
-                cache.rollback(POSITION)
-        seconds = [whole + statistics.median(taken) for whole, taken in zip(seconds, samples, strict=True)]
-    return seconds
+
+    def choose(number: int, count: int) -> None:
+        cache.rollback(POSITION)
+        passes[number].choose([0] * count, cache)
+
+    turns = [(number, count) for count in COUNTS for number in range(len(passes))]
+    samplers = {turn: timed(partial(choose, *turn)) for turn in turns}
+    timings = time_in_turn(samplers, rounds=ROUNDS, warm_up=True)  # the first pass of a size records it
+    cache.rollback(POSITION)
+    return [sum(timings[number, count].median for count in COUNTS) for number in range(len(passes))]
 
 
 def cache_at(decoder: LeanDecoder, length: int) -> DecoderCache:

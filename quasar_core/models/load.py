@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.kernels import cpu_library
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import fast_pass, loading, transformers_lm
 from quasar_core.models.base import CausalLM
@@ -41,24 +42,28 @@ def load_models(
     obstacle = why_folder_not_lean(folder)
     library: Any = transformers_lm if obstacle else loading
     notes = [f"decoder: transformers, as {obstacle}" if obstacle else "decoder: our own"]
-    stages = int(use_target) + int(checkpoint is not None)
+    if device.type == "cpu":
+        progress("compiling kernels", 0, 1)
+        cpu_library.why_not_here()  # compiles them where they are not there yet
+        progress("compiling kernels", 1, 1)
     target = verifier = None
     if use_target:
-        progress("loading", 0, stages)
-        options = {"trust_remote_code": trust_remote_code} if obstacle else {}
+        if obstacle:
+            progress("reading weights", 0, 1)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if obstacle else {"progress": progress}
         target = library.load_target(folder, device, dtype, **options)
         notes += describe_left_out(target)
     if checkpoint is not None:
-        progress("loading", stages - 1, stages)
+        progress("reading the verifier", 0, 1)
         if target is None:
             verifier = library.load_verifier_alone(checkpoint, device, dtype, kernel, progress)
         else:
             verifier = library.attach_verifier(target, checkpoint, kernel, progress)
+        progress("reading the verifier", 1, 1)
         zeros = checkpoint.describe_zeros()
         notes += [f"zeros: {zeros}"] if zeros else []
         notes += describe_kernels_in_use(verifier.packed_layers)
     notes += describe_passes({"target": target, "verifier": verifier}, progress)
-    progress("loading", stages, stages)
     return LoadedModels(target, verifier, notes)
 
 

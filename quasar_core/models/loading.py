@@ -35,18 +35,26 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head"
 __all__ = ["attach_verifier", "build_target", "load_target", "load_verifier_alone", "why_not_lean"]
 
 
-def load_target(folder: Path, device: torch.device, dtype: torch.dtype) -> LeanDecoder:
+def load_target(
+    folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress = no_progress
+) -> LeanDecoder:
     """The model of a folder, from safetensors only; QuasarError where `why_not_lean` has a reason."""
-    return build_target(DecoderConfig.parse(read_config(folder)), TensorFiles(folder), device, dtype)
+    return build_target(DecoderConfig.parse(read_config(folder)), TensorFiles(folder), device, dtype, progress)
 
 
-def build_target(config: DecoderConfig, files: TensorFiles, device: torch.device, dtype: torch.dtype) -> LeanDecoder:
+def build_target(
+    config: DecoderConfig,
+    files: TensorFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = no_progress,
+) -> LeanDecoder:
     """The model of a config, from these files; QuasarError where a tensor is missing or of another shape."""
     config = tied_as_stored(config, files)
     filling = Filling(files, device, dtype)
     decoder = _build(config, filling, dense_only)
     filling.refuse_unknown(config, files.names())
-    filling.fill()
+    filling.fill(progress)
     return decoder
 
 
@@ -76,7 +84,7 @@ def load_verifier_alone(
     decoder = _build(config, filling, packing)
     biases = {f"{name}.bias" for name in packing.names}  # which some tools store where the architecture has none
     filling.refuse_unknown(config, [name for name in checkpoint.plain_names if name not in biases])
-    filling.fill()
+    filling.fill(progress)
     return decoder
 
 
@@ -149,11 +157,13 @@ class Filling:
             if name not in self._waiting and name not in shared and not has_no_effect(name):
                 raise QuasarError(f"{self.files.folder} holds {name}, which {config.architecture} does not have.")
 
-    def fill(self) -> None:
+    def fill(self, progress: Progress = no_progress) -> None:
         """Copy everything from the files, file by file."""
         with Upload(self.device) as upload:
-            for name, stored in self.files.load_many(list(self._waiting)):
+            for done, (name, stored) in enumerate(self.files.load_many(list(self._waiting))):
+                progress("reading weights", done, len(self._waiting))
                 upload.copy(self._waiting[name], stored)
+        progress("reading weights", len(self._waiting), len(self._waiting))
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return empty_in_huge_pages(*shape, device=self.device, dtype=self.dtype)

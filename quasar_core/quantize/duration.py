@@ -8,6 +8,7 @@ Letters: N rows of L tokens, in and out a layer's sizes.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 
@@ -16,6 +17,7 @@ from quasar_core.quantize.activations import batch_tokens
 from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS
 from quasar_core.quantize.layer_plan import HEAD
 from quasar_core.quantize.plan import Shape
+from quasar_core.timing import time_one, timed
 
 # Layers that read what another one reads: Hessian and factor are the other's.
 SHARED = ("k_proj", "v_proj", "up_proj")
@@ -26,6 +28,8 @@ SOLVER_PRODUCTS, SEARCH_OPERATIONS = 8, 400
 # attends to, and a draw for each logit; in launches of the smallest operation, a block's step.
 ATTENTION_COST, DRAW_COST, LAUNCHES = 8, 1500, 400
 MEASURED_SECONDS, UNCACHED_BYTES = 0.2, 64_000_000
+# On a CPU, of a product that stands for a larger one: multiply-adds, rows at most and outputs at least.
+SHORT_PRODUCT, SHORT_ROWS, SHORT_OUTPUTS = 2**27, 512, 64
 
 
 @dataclass(frozen=True)
@@ -96,44 +100,59 @@ def _block(name: str) -> str:
     return name.split(".layers.")[-1].split(".")[0]
 
 
-def measure_rates(shape: Shape, config: QuantizeConfig, device: torch.device, dtype: torch.dtype, rows: int) -> Rates:
+def measure_rates(
+    shape: Shape,
+    config: QuantizeConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    now: Callable[[], float] = time.perf_counter,
+) -> Rates:
     """What products of the model's largest layer reach, with the rows that the work has; and a small operation."""
     size = max((size for name, size in shape.layers.items() if name != HEAD), key=lambda size: size[0] * size[1])
     most = batch_tokens(shape.hidden, device.type != "cpu")
     batch = min(most, config.samples * config.calibration_length)
     small = torch.ones(8, 8, device=device)
     return Rates(
-        passes=_rate(batch, size, device, dtype, shape.weights),
-        steps=_rate(rows, size, device, dtype, shape.weights),
-        matrices=_rate(size[1], (size[1], batch), device, torch.float32, 0),
-        launch=_seconds(lambda: [small.add_(1) for _ in range(100)], device) / 100,
+        passes=_rate(batch, size, device, dtype, shape.weights, now),
+        steps=_rate(rows, size, device, dtype, shape.weights, now),
+        matrices=_rate(size[1], (size[1], batch), device, torch.float32, 0, now),
+        launch=_seconds(lambda: [small.add_(1) for _ in range(100)], device, now) / 100,
     )
 
 
-def _rate(rows: int, size: tuple[int, int], device: torch.device, dtype: torch.dtype, weights: int) -> float:
-    """Multiply-adds a second of [rows, in] × [out, in], whose weights come from memory where the model's do."""
-    one = size[0] * size[1]
+def _rate(
+    rows: int,
+    size: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: int,
+    now: Callable[[], float],
+) -> float:
+    """Multiply-adds a second of [rows, in] × [out, in], whose weights come from memory where the model's do.
+
+    A busy CPU leaves a product alone only if it is short: there a few rows and outputs stand for all.
+    """
+    columns = size[1]
+    if device.type == "cpu":
+        rows = min(rows, SHORT_ROWS)
+        size = min(size[0], max(SHORT_PRODUCT // (rows * columns), SHORT_OUTPUTS)), columns
+    one = size[0] * columns
     copies = max(1, min(weights, UNCACHED_BYTES // dtype.itemsize) // one)
     matrices = [torch.randn(size, device=device).to(dtype) for _ in range(copies)]
-    x = torch.randn(rows, size[1], device=device).to(dtype)
-    return rows * one * copies / _seconds(lambda: [torch.nn.functional.linear(x, w) for w in matrices], device)
+    x, turns = torch.randn(rows, columns, device=device).to(dtype), cycle(matrices)
+    return rows * one / _seconds(lambda: torch.nn.functional.linear(x, next(turns)), device, now)
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """The fastest of a few calls, after one that pays for what is done once."""
+def _seconds(call: Callable[[], object], device: torch.device, now: Callable[[], float]) -> float:
+    """The fastest of many calls, after one that pays for what is done once."""
 
-    def timed() -> float:
-        begin = time.perf_counter()
+    def finished() -> None:
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - begin
 
-    timed()
-    best, deadline = timed(), time.perf_counter() + MEASURED_SECONDS
-    while time.perf_counter() < deadline:
-        best = min(best, timed())
-    return best
+    return time_one(timed(finished, now), MEASURED_SECONDS, warm_up=True, now=now).samples[0]
 
 
 def about(seconds: float) -> str:

@@ -15,12 +15,14 @@ from quasar_core.models.skeleton import build_skeleton
 from quasar_core.quantize.blocks import find_blocks, quantized_layers
 from quasar_core.quantize.calibration import HELD_OUT_ROWS
 from quasar_core.quantize.duration import count_work, measure_rates
-from quasar_core.quantize.free_here import free_disk, free_memory
+from quasar_core.quantize.eta import WholeRun, stage_seconds
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.plan import Plan, Shape, make_plan
 from quasar_core.quantize.self_text import rows_at_once, token_bytes
 from quasar_core.quantize.streaming import StreamedModel
+from quasar_core.records import Progress
 from quasar_core.store.safetensors_header import read_headers
+from quasar_core.system import LoadMeter, free_disk, free_memory
 
 SHARE_OF_MEMORY = 2  # hidden states may fill one part in so many of what is free, unless --max-memory says otherwise
 
@@ -38,19 +40,34 @@ def plan_here(
     return replace(plan, free_host=memory, free_disk=free_disk(output))
 
 
-def seconds_here(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> float | None:
-    """About how long the run would take here; None for what is not counted: widths by layer, another backend."""
+def with_seconds(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> Plan:
+    """A plan that says how long it would take here; not where that is not counted: widths by layer, another backend."""
     if config.mixed or config.backend != "native":
-        return None
+        return plan
     shape = shape_of(target.skeleton, config, element=target.dtype.itemsize)
     writer = target.device if plan.text_on_device else torch.device("cpu")
-    fitting = rows_at_once(target.skeleton, config.calibration_length, plan.text_on_device)
-    rows = min(fitting, config.samples + HELD_OUT_ROWS)
+    rows = _rows_written(target, config, plan)
+    meter = LoadMeter()
     rates = measure_rates(shape, config, target.device, target.dtype, rows)
     if writer != target.device:
         steps = measure_rates(shape, config, writer, target.dtype, rows)
         rates = replace(rates, steps=steps.steps, launch=steps.launch)
-    return rates.seconds_of(count_work(shape, config, rows))
+    load = meter.read()
+    return replace(plan, seconds=rates.seconds_of(count_work(shape, config, rows)), others=load.others)
+
+
+def over_whole_run(target: StreamedModel, config: QuantizeConfig, plan: Plan, progress: Progress) -> Progress:
+    """A progress that also tells how far the whole run has come; the one given where that is not counted."""
+    if config.mixed or config.backend != "native":
+        return progress
+    shape = shape_of(target.skeleton, config, element=target.dtype.itemsize)
+    return WholeRun(progress, stage_seconds(shape, config, _rows_written(target, config, plan)))
+
+
+def _rows_written(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> int:
+    """Rows of text that the model writes at once."""
+    fitting = rows_at_once(target.skeleton, config.calibration_length, plan.text_on_device)
+    return min(fitting, config.samples + HELD_OUT_ROWS)
 
 
 def published_shape(name: str, config: QuantizeConfig) -> Shape:

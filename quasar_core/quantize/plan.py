@@ -78,6 +78,7 @@ class Plan:
     free_disk: int | None = None
     free_device: int | None = None
     seconds: float | None = None  # of the whole run, where they were estimated
+    others: float | None = None  # the share of the cores that other programs took while they were
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""

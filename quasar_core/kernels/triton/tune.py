@@ -13,7 +13,6 @@ import torch
 from triton.errors import TritonError
 from triton.runtime import driver
 
-from quasar_core.errors import QuasarError
 from quasar_core.kernels.triton.blocks import (
     Blocks,
     dense_blocks,
@@ -25,9 +24,10 @@ from quasar_core.kernels.triton.blocks import (
 from quasar_core.kernels.triton.eight_bit import LARGEST, multiply_w8a8
 from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
 from quasar_core.kernels.triton.scratch import scratch
-from quasar_core.kernels.triton.tuned import keep_tuned, tuned_blocks
+from quasar_core.kernels.triton.tuned import keep_tuned, trouble_with_file, tuned_blocks
 from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
 from quasar_core.records import Progress, no_progress
+from quasar_core.timing import time_one
 
 Plain = TritonWeight | torch.Tensor  # packed codes; values [out, in] of 16 bits, or of 8, whose rows have 8 too
 Timer = Callable[[Callable[[], None]], float]
@@ -65,17 +65,16 @@ def tune_missing(
     for weight in weights:
         groups.setdefault(_key(weight), []).append(weight)
     missing = [group for key, group in groups.items() if tuned_blocks(_device(group[0]), key) is None]
-    begin, trouble = time.perf_counter(), ""
+    begin = time.perf_counter()
     for done, group in enumerate(missing):
         progress("tuning kernels", done, len(missing))
         share = (begin + seconds - time.perf_counter()) / (len(missing) - done)
-        try:
-            tune(_uncached(group), dtype, timer, min(share, _MOST_SECONDS))
-        except QuasarError as error:
-            trouble = f", not kept: {error}"
+        tune(_uncached(group), dtype, timer, min(share, _MOST_SECONDS))
     if missing:
         progress("tuning kernels", len(missing), len(missing))
-    return _summary(len(missing), len(groups) - len(missing), time.perf_counter() - begin) + trouble
+    trouble = trouble_with_file(_device(missing[0][0])) if missing else None
+    summary = _summary(len(missing), len(groups) - len(missing), time.perf_counter() - begin)
+    return f"{summary}, {trouble}" if trouble else summary
 
 
 def _summary(tuned: int, remembered: int, seconds: float) -> str:
@@ -189,15 +188,16 @@ def replay_seconds(launch: Callable[[], None]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launch()
-    times: list[float] = []
-    for _ in range(_REPLAYS):
+
+    def replay() -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return min(times)
+        return float(begin.elapsed_time(end)) / 1e3
+
+    return time_one(replay, rounds=_REPLAYS).samples[0]
 
 
 def _plain(weight: Weight) -> Plain:

@@ -1,30 +1,32 @@
-"""Block shapes that were measured, kept in quasar's own folder: one file per device, Triton and PyTorch version."""
+"""Block shapes that were measured on a GPU, kept in quasar's own folder."""
 
-import re
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
-from quasar_core.errors import QuasarError
-from quasar_core.files import read_json_if_there, write_json
-from quasar_core.store.home import home
+from quasar_core.kernels.identity import sources_hash
+from quasar_core.store.measured import Measured, measured_file
 from quasar_core.typed import build
+
+KIND, FIELDS = "blocks", ("outputs", "inputs", "splits", "stages")
 
 
 def tuned_blocks(device: torch.device, key: str) -> dict[str, int] | None:
     """The measured shape of a product, or None where it has not been tuned on this device."""
-    return _table(_path(device)).get(key) if _is_tunable(device) else None
+    known = _kept(device).get(key) if _is_tunable(device) else None
+    return known.value if known else None
 
 
-def keep_tuned(device: torch.device, found: dict[str, dict[str, int]]) -> Path:
-    """Add measured shapes to those in use, and to the device's file; QuasarError where that cannot be written."""
-    path = _path(device)
-    table = _table(path)
-    table.update(found)
-    write_json(path, table)
-    return path
+def keep_tuned(device: torch.device, found: dict[str, dict[str, int]]) -> None:
+    """Add measured shapes to those in use, and to the device's file."""
+    _kept(device).keep(found)
+
+
+def trouble_with_file(device: torch.device) -> str | None:
+    """Why the device's file could not be read or written; None where nothing was wrong."""
+    return _kept(device).trouble if _is_tunable(device) else None
 
 
 def _is_tunable(device: torch.device) -> bool:
@@ -32,15 +34,18 @@ def _is_tunable(device: torch.device) -> bool:
 
 
 @cache
-def _table(path: Path) -> dict[str, dict[str, int]]:
-    try:
-        return build(dict[str, dict[str, int]], read_json_if_there(path) or {})
-    except (QuasarError, ValueError) as error:
-        raise QuasarError(f"{path} cannot be read ({error}): delete it, and blocks are tuned anew.") from error
+def _kept(device: torch.device) -> Measured[dict[str, int]]:
+    versions = {"triton": triton.__version__, "torch": torch.__version__, "kernels": sources_hash()}
+    conditions = {"device": _device_name(device), **versions}
+    return Measured(measured_file(KIND, conditions), conditions, _parse)
 
 
-@cache
-def _path(device: torch.device) -> Path:
-    name = torch.cuda.get_device_name(device)
-    parts = f"{name} triton {triton.__version__} torch {torch.__version__}"
-    return home() / "kernels" / f"blocks-{re.sub(r'[^A-Za-z0-9.]+', '-', parts)}.json"
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+def _parse(content: Any) -> dict[str, int]:
+    blocks = build(dict[str, int], content)
+    if blocks.keys() != set(FIELDS) or min(blocks.values()) < 1:
+        raise ValueError("no blocks")
+    return blocks

@@ -1,0 +1,335 @@
+"""What decoding does next, by what passes cost and how drafts and verified tokens have fared.
+
+How long to draft, and whether at all; when to confirm; whether a verifier pays; what rates may be expected of it all.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quasar_core.decode.costs import DOUBTFUL, KNOWN, Cost, LiveCost, PairCosts
+from quasar_core.draft.base import Draft
+from quasar_core.records import MarginTable
+
+MAX_DRAFT = 15
+PRIOR_TRIALS = 4.0
+PRIOR_ACCEPTANCE = {1: 0.4, 2: 0.6, 3: 0.75}
+# Costs are measured to a few percent: plain decoding must look faster by more than that to be preferred.
+COST_ERROR = 0.03
+# Old trials fade, as texts change; while a drafter does not pay they fade too, so that it is tried again.
+FADING = 0.99
+FADING_UNTRIED = 0.99
+# What trying may lose, in passes of one token: a share of each, and so many at once; what drafts gain, they may lose.
+ALLOWANCE = 0.01
+FIRST_CREDIT, LEAST_CREDIT, MAX_CREDIT = 1.5, 0.5, 8.0
+MAX_DEBT = 1.5  # paid off in 150 passes: charges may be another program's doing
+# What a pass of unknown cost may be charged at most: its time may be another program's.
+MAX_CHARGE = 4.0
+# Of so many passes one has no draft: of the more, the more drafts yield.
+PLAIN_EVERY, PLAIN_AT_LEAST = 4, 64
+PROBED = 3  # tokens of a draft that is tried for what its pass costs
+
+MAX_WINDOW = 32
+DEFAULT_WINDOW = 8
+LIMITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+CYCLES = 1000
+# Of a token that n-grams draft, where the pass of any draft costs the same: 1.5 tokens a verify. The choice of the
+# window depends on it weakly.
+TYPICAL_ACCEPTANCE = 1 / 3
+ALWAYS = MarginTable([], [10**9], [10**9])  # of a verifier that always agrees: no real one does better
+
+NO_DRAFT = Draft()
+
+
+# How long to draft
+
+
+class DraftLength(Protocol):
+    """How many tokens of a draft to verify."""
+
+    @property
+    def limit(self) -> int:
+        """The longest draft worth asking for now; with 0 the drafter is left in peace."""
+        ...
+
+    def cut(self, draft: Draft) -> Draft:
+        """The draft, shortened to what pays."""
+        ...
+
+    def learn(self, draft: Draft, accepted: int, drafting_s: float = 0.0, pass_s: float | None = None) -> None:
+        """`accepted` tokens of the verified draft were right; seconds of drafting, and of the pass if timed."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedLength:
+    """Always the same length."""
+
+    limit: int
+
+    def cut(self, draft: Draft) -> Draft:
+        """Drafts come no longer than asked for."""
+        return draft
+
+    def learn(self, draft: Draft, accepted: int, drafting_s: float = 0.0, pass_s: float | None = None) -> None:
+        """Nothing to learn."""
+
+
+class AdaptiveLength:
+    """Estimates P(next draft token is right | match length) and maximises expected tokens ÷ cost of the pass.
+
+    A draft of k tokens of acceptance a yields 1 + a + … + a^k tokens for cost(k + 1). Estimates err, so an account is
+    kept of what drafts, and drafting itself, have cost beyond plain decoding: while it is overdrawn nothing is drafted,
+    whatever is promised. With a LiveCost, which passes correct, some must be made without a draft, the first ones
+    among them: they are the measure of all others.
+    """
+
+    def __init__(self, cost: Cost) -> None:
+        self._is_timed = isinstance(cost, LiveCost)
+        self.cost = cost if isinstance(cost, LiveCost) else LiveCost(cost)
+        self._right: dict[int, float] = {}
+        self._tried: dict[int, float] = {}
+        self._credit = FIRST_CREDIT  # in passes of one token
+        self._yield = 0.0  # draft tokens that a pass accepts, lately
+        self._measure = self.cost(1)  # by which drafts were charged
+        self._rested = 0  # steps in which nothing was asked of the drafter
+
+    def begin(self) -> None:
+        """Another text begins: drafts may be tried again, if only a little."""
+        self._credit = max(self._credit, LEAST_CREDIT)
+
+    @property
+    def limit(self) -> int:
+        """None while the account is overdrawn, and where a pass without a draft is due."""
+        return 0 if self._credit <= 0 or self._plain_is_due() else MAX_DRAFT
+
+    def acceptance(self, match_length: int) -> float:
+        """The running estimate, which starts at the prior."""
+        prior = PRIOR_ACCEPTANCE.get(match_length, PRIOR_ACCEPTANCE[3])
+        right = self._right.get(match_length, 0.0) + prior * PRIOR_TRIALS
+        return right / (self._tried.get(match_length, 0.0) + PRIOR_TRIALS)
+
+    def cut(self, draft: Draft) -> Draft:
+        """Keep the length of the best expected rate; none where plain decoding is as fast, or drafts have lost much."""
+        if not draft.tokens or self._credit <= 0:
+            return NO_DRAFT
+        if self._rested:
+            for match_length in list(self._tried):
+                self._fade(match_length, FADING_UNTRIED**self._rested)
+            self._rested = 0
+        longest = self._affordable(len(draft.tokens))
+        best = best_length(self.acceptance(draft.match_length), self.cost, longest)
+        if best == 0:
+            self._fade(draft.match_length, FADING_UNTRIED)
+            best = self._probe(longest)
+        return Draft(draft.tokens[:best], draft.match_length)
+
+    def learn(self, draft: Draft, accepted: int, drafting_s: float = 0.0, pass_s: float | None = None) -> None:
+        """A refused token is one trial more; tokens behind it were never tried."""
+        if pass_s is not None:
+            self.cost.observe(len(draft.tokens) + 1, pass_s)
+        self._credit += ALLOWANCE
+        self._forgive()
+        if drafting_s:
+            self._credit -= min(drafting_s / self.cost(1), MAX_CHARGE)
+        else:
+            self._rested += not draft.tokens
+        if draft.tokens:
+            self._count(draft, accepted)
+            self._credit += accepted + 1 - self._charge(len(draft.tokens) + 1, pass_s)
+        self._credit = min(max(self._credit, -MAX_DEBT), MAX_CREDIT)
+
+    def _plain_is_due(self) -> bool:
+        """Until passes without a draft are known; then now and again."""
+        often = min(PLAIN_EVERY * (1 + self._yield) ** 2, PLAIN_AT_LEAST)
+        return self._is_timed and (self.cost.seen(1) < KNOWN or self.cost.since_single >= often)
+
+    def _affordable(self, longest: int) -> int:
+        """The longest draft that, all of it refused, overdraws the account by no more than a pass.
+
+        Where plain passes cost something else than what was remembered, longer ones are tried step by step: no more
+        than twice the tokens of what is known.
+        """
+        if self._is_timed and self.cost.is_doubtful:
+            known = 1
+            while known <= longest and self.cost.seen(known) >= KNOWN:
+                known *= 2
+            longest = min(longest, max(known - 1, 1))
+        most = (2 + self._credit) * self.cost(1)
+        while longest > 1 and self.cost(longest + 1) > most:
+            longest -= 1
+        return longest
+
+    def _probe(self, longest: int) -> int:
+        """A short draft although none seems to pay, where nothing is owed and its cost was not seen for long."""
+        length = min(PROBED, longest)
+        is_due = self._is_timed and self._credit >= LEAST_CREDIT and self.cost.seen(length + 1) < KNOWN
+        return length if is_due else 0
+
+    def _charge(self, tokens: int, pass_s: float | None) -> float:
+        """What a pass cost, in passes of one token; of sizes that are not known yet its own time counts."""
+        plain = self.cost(1)
+        expected = self.cost(tokens) / plain
+        if pass_s is None or self.cost.seen(tokens) >= KNOWN:
+            return expected
+        return min(pass_s / plain, MAX_CHARGE)
+
+    def _forgive(self) -> None:
+        """Where the machine has become slower or faster as a whole, charges were made by the wrong measure."""
+        if not 1 / DOUBTFUL <= self.cost(1) / self._measure <= DOUBTFUL:
+            self._measure, self._credit = self.cost(1), max(self._credit, LEAST_CREDIT)
+
+    def _count(self, draft: Draft, accepted: int) -> None:
+        self._yield += 0.1 * (accepted - self._yield)
+        self._fade(draft.match_length, FADING)
+        self._right[draft.match_length] += accepted
+        self._tried[draft.match_length] += accepted + (accepted < len(draft.tokens))
+
+    def _fade(self, match_length: int, factor: float) -> None:
+        for counts in (self._right, self._tried):
+            counts[match_length] = counts.get(match_length, 0.0) * factor
+
+
+def best_length(acceptance: float, cost: Cost, longest: int) -> int:
+    """The k from 0 to `longest` that maximises (1 + a + … + a^k) ÷ cost(k + 1); 0 must win by more than COST_ERROR."""
+    best, best_rate, expected, power = 0, (1.0 - COST_ERROR) / cost(1), 1.0, 1.0
+    for k in range(1, longest + 1):
+        power *= acceptance
+        expected += power
+        rate = expected / cost(k + 1)
+        if rate > best_rate:
+            best, best_rate = k, rate
+    return best
+
+
+def expected_pass(acceptance: float, cost: Cost, longest: int = MAX_DRAFT) -> tuple[float, float]:
+    """Tokens and seconds of a pass whose draft has the best length for this acceptance."""
+    length = best_length(acceptance, cost, longest)
+    return sum(acceptance**i for i in range(length + 1)), cost(length + 1)
+
+
+# When to confirm
+
+
+@dataclass(frozen=True)
+class WindowPolicy:
+    """Confirm when the product of P(agree) falls below `threshold`, or at `limit` tokens."""
+
+    limit: int
+    threshold: float = 0.0
+    agreement: "AgreementCurve | None" = None
+
+    def survival(self, margin: float) -> float:
+        """P(agree) of a token verified with this margin; 1 where nothing is known."""
+        return self.agreement(margin) if self.agreement else 1.0
+
+    def is_due(self, tokens: int, survival: float) -> bool:
+        """Whether a window of this many tokens, right with probability `survival`, should be confirmed."""
+        return tokens >= self.limit or survival < self.threshold
+
+
+class AgreementCurve:
+    """P(agree | margin) from a margin table; each bin smoothed by one agreement and one disagreement."""
+
+    def __init__(self, table: MarginTable) -> None:
+        self.edges = np.array(table.edges)
+        self.values = (np.array(table.agreed) + 1.0) / (np.array(table.counts) + 2.0)
+        self.weights = np.array(table.counts) / max(sum(table.counts), 1)
+
+    def __call__(self, margin: float) -> float:
+        """The agreement of the bin that holds the margin."""
+        return float(self.values[np.searchsorted(self.edges, margin, side="right")])
+
+    def sample(self, shape: tuple[int, int], seed: int = 0) -> NDArray[np.float64]:
+        """Agreements of tokens drawn as often as their margins occurred."""
+        rng = np.random.default_rng(seed)
+        return self.values[rng.choice(len(self.values), size=shape, p=self.weights)]
+
+
+class Windows:
+    """All limits and thresholds for an agreement curve: what a cycle commits, and how many tokens it holds.
+
+    Found once, by simulating cycles; for which costs which is best is then a matrix product. A cycle whose window
+    holds n tokens of agreements p_1 … p_n commits p_1 + p_1·p_2 + … + p_1⋯p_n tokens and the bonus.
+    """
+
+    def __init__(self, curve: AgreementCurve) -> None:
+        alive = np.cumprod(curve.sample((CYCLES, MAX_WINDOW)), axis=1)
+        gained = np.cumsum(alive, axis=1) + 1.0
+        self.policies: list[WindowPolicy] = []
+        committed, lengths = [], []
+        for limit in LIMITS:
+            for threshold in np.linspace(0.0, 0.95, 20):
+                below = alive[:, :limit] < threshold
+                last = np.where(below.any(axis=1), below.argmax(axis=1), limit - 1)
+                self.policies.append(WindowPolicy(limit, float(threshold), curve))
+                committed.append(gained[np.arange(CYCLES), last].mean())
+                lengths.append(np.bincount(last, minlength=MAX_WINDOW) / CYCLES)
+        self._committed, self._lengths = np.array(committed), np.array(lengths)  # [policies], [policies, n − 1]
+
+    def best(self, costs: PairCosts, acceptance: float = TYPICAL_ACCEPTANCE) -> tuple[WindowPolicy, float]:
+        """The window of the most committed tokens per second, and that rate.
+
+        A window of n tokens takes n ÷ (tokens of a verify) verify passes and a confirm of n + 1 tokens.
+        """
+        sizes = np.arange(1, MAX_WINDOW + 1)
+        confirm = np.array([costs.confirm(int(size) + 1) for size in sizes])
+        verified, verify = expected_pass(acceptance, costs.verify)
+        rates = self._committed / (self._lengths @ (np.ceil(sizes / verified) * verify + confirm))
+        best = int(rates.argmax())
+        return self.policies[best], float(rates[best])
+
+
+# What to expect
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens per second: plain decoding, drafts verified by the target, by the verifier, and confirmed.
+
+    `exact` is None where the verifier's margins are not known.
+    """
+
+    plain: float
+    full: float
+    quantized: float
+    exact: float | None
+
+
+@dataclass(frozen=True)
+class ExactPlan:
+    """How `exact` decodes: in windows of this policy, or with the target verifying the drafts itself."""
+
+    window: WindowPolicy
+    target_alone: bool
+    rate: float
+
+
+def pass_rate(cost: Cost, acceptance: float) -> float:
+    """Tokens per second where one model's passes are all there is."""
+    tokens, seconds = expected_pass(acceptance, cost)
+    return tokens / seconds
+
+
+def plan_exact(costs: PairCosts, windows: Windows, acceptance: float = TYPICAL_ACCEPTANCE) -> ExactPlan:
+    """The faster of two ways to the same output."""
+    window, rate = windows.best(costs, acceptance)
+    alone = pass_rate(costs.confirm, acceptance)
+    return ExactPlan(window, alone >= rate, max(alone, rate))
+
+
+def windows_of(margins: MarginTable) -> Windows:
+    """The windows of a verifier with these margins."""
+    return Windows(AgreementCurve(margins))
+
+
+def predict_rates(costs: PairCosts, margins: MarginTable | None, acceptance: float = TYPICAL_ACCEPTANCE) -> Rates:
+    """What the modes may be expected to reach, at an acceptance that is typical of n-gram drafts."""
+    return Rates(
+        plain=1.0 / costs.confirm(1),
+        full=pass_rate(costs.confirm, acceptance),
+        quantized=pass_rate(costs.verify, acceptance),
+        exact=plan_exact(costs, windows_of(margins), acceptance).rate if margins else None,
+    )
