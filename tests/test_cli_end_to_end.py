@@ -12,7 +12,7 @@ from tiny_model import save_tiny_model
 
 from quasar_cli.main import run
 from quasar_core import store
-from quasar_core.decode import cost_records
+from quasar_core.decode import costs
 from quasar_core.decode.costs import PassCost
 
 QUANTIZE = ["quantize", "--group-size", "32", "--samples", "4", "--seq-len", "32"]
@@ -105,12 +105,12 @@ def test_costs_are_remembered_until_doctor_measures_again(
 ) -> None:
     """The n-th measurement finds a pass to take n seconds, whatever it takes here."""
     counted = itertools.count(1)
-    monkeypatch.setattr(cost_records, "measure_pass", lambda pair, model: PassCost((1, 33), (next(counted), 99.0)))
+    monkeypatch.setattr(costs, "measure_pass", lambda pair, model: (PassCost((1, 33), (next(counted), 99.0)), None))
     assert run(["doctor", "--remeasure", "--json"]) == 0
     speed = json.loads(capsys.readouterr().out)["speed"]
     assert [verifier["name"] for verifier in speed["verifiers"]] == ["tiny-gptq-4bit-g32", "8 bits, not made yet"]
     assert {speed["target"]["ms"][0], speed["verifiers"][0]["passes"]["ms"][0]} == {1000.0, 2000.0}
-    kept = {path: path.read_text() for path in (place / "home" / "costs").glob("*.json")}
+    kept = {path: path.read_text() for path in (place / "home" / "measured").glob("passes-*.json")}
     assert run(["generate", "--prompt", "abc", "--raw", "-n", "2", "-v"]) == 0
     shown = capsys.readouterr().err
     assert shown.count("remembered from") == 2
