@@ -143,6 +143,29 @@ def test_a_busy_machine_is_said_beside_the_time(
     assert said in " ".join(capsys.readouterr().out.split())
 
 
+def test_on_a_busy_machine_one_thread_is_measured_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that wait for one another reach a fiftieth of what one does alone."""
+    threads: list[int] = []
+
+    def measured(*_: Any) -> Rates:
+        threads.append(torch.get_num_threads())
+        return Rates(1e9, 1e9, 1e9, 1e-6) if threads[-1] == 1 else Rates(2e7, 2e7, 2e7, 1e-6)
+
+    monkeypatch.setattr(estimate, "measure_rates", measured)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    config, seconds = QuantizeConfig(group_size=32), []
+    try:
+        for others in (0.0, 0.8):
+            monkeypatch.setattr(estimate.LoadMeter, "read", lambda self, others=others: Load(others))
+            seconds.append(api.plan_quantize(str(source), config, device="cpu").seconds)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [2, 2, 1]
+    assert seconds[1] < seconds[0] / 10
+
+
 def test_rates_are_those_of_the_products_that_were_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nine of ten products are interrupted, for up to fifty times as long as they take: the rate is the same."""
     luck = random.Random(0)

@@ -6,10 +6,11 @@ obeyed. What the C++ computes does not depend on it, to the last bit; PyTorch's 
 number of tokens.
 """
 
+import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -47,6 +48,17 @@ def use_threads(number: int | Auto = "auto", steer: bool = True) -> None:
     most = _Choice.own or 1 if number == "auto" else number
     _Choice.steering = Steering(most, free_threads(most)) if number == "auto" and steer and most > 1 else None
     _set(_Choice.steering.now if _Choice.steering else most)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread for a while: it waits for no other one, however busy the cores are."""
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)
 
 
 def most_threads() -> int:

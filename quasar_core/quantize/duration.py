@@ -51,6 +51,11 @@ class Rates:
     matrices: float
     launch: float
 
+    def at_least(self, other: "Rates") -> "Rates":
+        """The faster of each: what disturbed one measurement may have left the other alone."""
+        faster = {name: max(getattr(self, name), getattr(other, name)) for name in ("passes", "steps", "matrices")}
+        return Rates(**faster, launch=min(self.launch, other.launch))
+
     def seconds_of(self, work: Work) -> float:
         """One kind of work after the other."""
         products = work.passes / self.passes + work.steps / self.steps + work.matrices / self.matrices

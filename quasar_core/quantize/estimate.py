@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from quasar_core.config import QuantizeConfig
+from quasar_core.kernels.threads import one_thread
 from quasar_core.models.experts import SeparateExperts
 from quasar_core.models.shapes import shape_named
 from quasar_core.models.skeleton import build_skeleton
@@ -53,6 +54,9 @@ def with_seconds(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> P
         steps = measure_rates(shape, config, writer, target.dtype, rows)
         rates = replace(rates, steps=steps.steps, launch=steps.launch)
     load = meter.read()
+    if load.is_busy and target.device.type == "cpu":  # threads that wait for one another are slowed many times over
+        with one_thread():
+            rates = rates.at_least(measure_rates(shape, config, target.device, target.dtype, rows))
     return replace(plan, seconds=rates.seconds_of(count_work(shape, config, rows)), others=load.others)
 
 
