@@ -105,23 +105,13 @@ def test_costs_are_remembered_until_doctor_measures_again(
 ) -> None:
     """The n-th measurement finds a pass to take n seconds, whatever it takes here."""
     counted = itertools.count(1)
-<<<<<<< HEAD
-    monkeypatch.setattr(
-        costs, "measure_pass", lambda pair, model: (PassCost((1, 33), (next(counted), 99.0)), None)
-    )
-=======
     monkeypatch.setattr(costs, "measure_pass", lambda pair, model: (PassCost((1, 33), (next(counted), 99.0)), None))
->>>>>>> w/costs
     assert run(["doctor", "--remeasure", "--json"]) == 0
     speed = json.loads(capsys.readouterr().out)["speed"]
     assert [verifier["name"] for verifier in speed["verifiers"]] == ["tiny-gptq-4bit-g32", "8 bits, not made yet"]
     assert {speed["target"]["ms"][0], speed["verifiers"][0]["passes"]["ms"][0]} == {1000.0, 2000.0}
-<<<<<<< HEAD
-    kept = {path: path.read_text() for path in (place / "home" / "measured").rglob("*.json")}
-    assert len(kept) == 2
-=======
     kept = {path: path.read_text() for path in (place / "home" / "measured").glob("passes-*.json")}
->>>>>>> w/costs
+    assert len(kept) == 2
     assert run(["generate", "--prompt", "abc", "--raw", "-n", "2", "-v"]) == 0
     shown = capsys.readouterr().err
     assert shown.count("remembered from") == 2
