@@ -20,8 +20,7 @@ from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.cuda_pass import CudaPass, choose_steps
 from quasar_core.models.decoder import DenseLinear, LeanDecoder, Linear
 from quasar_core.models.loading import attach_verifier, build_target
-from quasar_core.models.products import Product, block_products, dense_rows, head_product
-from quasar_core.models.random_weights import stored_shapes
+from quasar_core.models.products import Product, block_products, dense_rows, head_product, stored_shapes
 from quasar_core.models.shapes import shape_named
 from quasar_core.quantize.eight_bit import channel_scales
 from quasar_core.quantize.grid import fit_grid

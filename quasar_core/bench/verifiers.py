@@ -22,8 +22,7 @@ from quasar_core.kernels.measure import ROWS
 from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.times import kernel_times
 from quasar_core.models.architectures import DecoderConfig, why_not_lean
-from quasar_core.models.products import head_product
-from quasar_core.models.random_weights import all_block_products
+from quasar_core.models.products import all_block_products, head_product
 from quasar_core.store import fingerprint, list_pairs, read_headers
 
 SHOWN = (1, 4, 8)  # tokens

@@ -9,7 +9,7 @@ from quasar_core.checkpoint.stored_layers import StoredLayer
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures import DecoderConfig, why_not_lean
 from quasar_core.models.loading import HEAD, has_no_effect
-from quasar_core.models.random_weights import stored_shapes
+from quasar_core.models.products import stored_shapes
 from quasar_core.store.model_config import read_config
 
 

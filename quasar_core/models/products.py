@@ -151,3 +151,28 @@ def dense_rows(own: Linear, product: Product, part: Product) -> Linear:
     begin = sum(product.rows[:index])
     rows = slice(begin, begin + product.rows[index])
     return DenseLinear(own.weight[rows], None if own.bias is None else own.bias[rows])
+
+
+def all_block_products(config: DecoderConfig) -> list[Product]:
+    """The products of all blocks, in order."""
+    return [product for index in range(config.num_layers) for product in block_products(config, index).values()]
+
+
+def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a model of this config stores."""
+    hidden = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for product in [*all_block_products(config), *([] if config.tied else [head_product(config)])]:
+        for name, rows in zip(product.names, product.rows, strict=True):
+            shapes[f"{name}.weight"] = (rows, product.columns)
+            if product.bias:
+                shapes[f"{name}.bias"] = (rows,)
+    for index in range(config.num_layers):
+        prefix = f"model.layers.{index}"
+        shapes |= {f"{prefix}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+        if config.head_norms:
+            shapes |= {f"{prefix}.self_attn.{name}.weight": (config.head_size,) for name in ("q_norm", "k_norm")}
+    return shapes

@@ -19,7 +19,7 @@ from quasar_core.errors import UsageError
 from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.loading import attach_verifier, build_target
-from quasar_core.models.products import Product, block_products, head_product
+from quasar_core.models.products import all_block_products, head_product, stored_shapes
 from quasar_core.models.transformers_lm import TransformersLM
 from quasar_core.records import Progress, no_progress
 
@@ -137,28 +137,3 @@ def random_transformers_model(shape: Mapping[str, Any], device: torch.device, dt
         raise UsageError(f"--reference transformers: transformers has no {shape['model_type']}.") from error
     with device:  # billions of random numbers: made where they are used
         return TransformersLM(AutoModelForCausalLM.from_config(config, dtype=dtype))
-
-
-def all_block_products(config: DecoderConfig) -> list[Product]:
-    """The products of all blocks, in order."""
-    return [product for index in range(config.num_layers) for product in block_products(config, index).values()]
-
-
-def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a model of this config stores."""
-    hidden = config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for product in [*all_block_products(config), *([] if config.tied else [head_product(config)])]:
-        for name, rows in zip(product.names, product.rows, strict=True):
-            shapes[f"{name}.weight"] = (rows, product.columns)
-            if product.bias:
-                shapes[f"{name}.bias"] = (rows,)
-    for index in range(config.num_layers):
-        prefix = f"model.layers.{index}"
-        shapes |= {f"{prefix}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-        if config.head_norms:
-            shapes |= {f"{prefix}.self_attn.{name}.weight": (config.head_size,) for name in ("q_norm", "k_norm")}
-    return shapes
