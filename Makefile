@@ -73,7 +73,7 @@ interop: $(INTEROP_STAMP) $(AUTOGPTQ_STAMP)  ## our checkpoints in other package
 
 gpu-bench: export PYTHONPATH := $(CURDIR)
 gpu-bench:  ## what only a GPU can answer, in eight minutes, by the PYTHON given; results in OUT, else gpu-bench-out/
-	$(PYTHON) -m quasar_core.bench.gpu_bench $(ARGS)
+	$(PYTHON) -m tools.gpu_bench.supervise $(ARGS)
 
 clean:  ## remove what the targets made
 	rm -rf .venv .venv-interop .venv-autogptq demo-out gpu-bench-out build dist *.egg-info

@@ -19,18 +19,17 @@ from quasar_core.files import absolute, is_folder
 from quasar_core.kernels.threads import describe_threads, most_threads, use_threads
 from quasar_core.models.context import UNLIMITED, context_limit
 from quasar_core.models.device import choose_device, choose_dtype
-from quasar_core.models.load import load_models
+from quasar_core.models.hf.recurrent import recurrent_layers_of, refuse_drafts
+from quasar_core.models.loading import load_models
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
-from quasar_core.models.recurrent import recurrent_layers_of, refuse_drafts
-from quasar_core.quantize.estimate import over_whole_run, plan_here, with_seconds
-from quasar_core.quantize.eta import WholeRun
+from quasar_core.quantize.blocks.streaming import StreamedModel, open_target, open_verifier
+from quasar_core.quantize.estimate import WholeRun, over_whole_run, plan_here, with_seconds
 from quasar_core.quantize.handover import finish_earlier
 from quasar_core.quantize.job import Job
-from quasar_core.quantize.measure import measure_on_text
+from quasar_core.quantize.measure_fidelity import measure_on_text
 from quasar_core.quantize.plan import Plan, refuse_what_cannot_fit
 from quasar_core.quantize.run import check_request, quantize_checkpoint
-from quasar_core.quantize.streaming import StreamedModel, open_target, open_verifier
 from quasar_core.records import FidelityReport, Progress, QuantizeReport, no_progress
 from quasar_core.store import (
     ModelSource,

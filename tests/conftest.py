@@ -14,7 +14,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in processes that tests start
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # processes that tests start run this checkout, anywhere
+HERE = Path(__file__).parent
+os.environ["PYTHONPATH"] = f"{HERE.parent}{os.pathsep}{HERE}"  # processes that tests start run this checkout
 os.environ["QUASAR_HOME"] = os.path.join(os.devnull, "home")  # nothing can be written while tests are collected
 FLUSHES = os.environ.get("QUASAR_TEST_DENORMALS") == "flush"
 
@@ -62,29 +63,29 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def cpp_pass() -> None:
     """Skips where the C++ library of passes and products does not run; compiles it, once."""
-    from quasar_core.kernels import cpu_library
+    from quasar_core.kernels.cpu import library
 
-    if reason := cpu_library.why_not_here():
+    if reason := library.why_not_here():
         pytest.skip(f"the C++ pass: {reason}")
 
 
 @pytest.fixture(scope="session")
 def cpp_solver() -> None:
     """Skips where the quantizer's loops in C++ do not run; compiles them, once."""
-    from quasar_core.kernels import cpu_solver
+    from quasar_core.quantize.solve import cpp
 
-    if reason := cpu_solver.why_not_here():
+    if reason := cpp.why_not_here():
         pytest.skip(f"the solver in C++: {reason}")
 
 
 @pytest.fixture(scope="module", params=["C++", "PyTorch"])
 def solver(request: pytest.FixtureRequest) -> Iterator[str]:
     """The quantizer's inner loops both ways; those in C++ only where they run."""
-    from quasar_core.kernels import cpu_solver
+    from quasar_core.quantize.solve import cpp
 
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "C++":
             request.getfixturevalue("cpp_solver")
         else:
-            patch.setattr(cpu_solver, "runs", lambda tensor: False)
+            patch.setattr(cpp, "runs", lambda tensor: False)
         yield request.param

@@ -23,7 +23,7 @@ OTHERS = ("bench", "demo_corpus", "gpu", "cuda_triton", "triton", "marlin")  # t
 
 def computing() -> list[str]:
     """The files of tests that import PyTorch, but those whose names begin otherwise."""
-    found = [path for path in sorted(TESTS.glob("test_*.py")) if "\nimport torch\n" in path.read_text()]
+    found = [path for path in sorted(TESTS.rglob("test_*.py")) if "\nimport torch\n" in path.read_text()]
     names = [path.stem.removeprefix("test_") for path in found]
     return [name for name in names if not name.startswith(OTHERS)]
 
@@ -70,7 +70,7 @@ class Run:
 
 def run_tests(machine: Machine, names: list[str]) -> Run:
     """The tests of these files on that machine; of all files where none are named."""
-    files = [str(TESTS / f"test_{name}.py") for name in names] or [str(TESTS)]
+    files = [str(path) for name in names for path in TESTS.rglob(f"test_{name}.py")] or [str(TESTS)]
     command = [*machine.under, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=0", *files]
     begin = time.perf_counter()
     done = subprocess.run(

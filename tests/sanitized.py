@@ -13,14 +13,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/test_vnni.py", "tests/test_cpu_pass.py", "tests/test_cpu_solver.py")
+TESTS = ("tests/kernels/test_vnni.py", "tests/models/test_cpu_pass.py", "tests/quantize/test_cpu_solver.py")
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 BEYOND = "int planted(int i) { int* volatile four = new int[4](); int read = four[i]; delete[] four; return read; }"
 SHIFT = "int planted(int i) { return 1 << (i * 10); }"
 PLANTED = {BEYOND: "AddressSanitizer", SHIFT: "runtime error: shift exponent 40"}
 CALL = """
 import sys, pathlib
-from quasar_core.kernels.compile import load_library
+from quasar_core.kernels.cpu.library import load_library
 print(load_library(pathlib.Path(sys.argv[1]), {"planted": []}).planted(4))
 """
 

@@ -24,8 +24,7 @@ from quasar_cli.options import (
     takes_groups,
     use_threads,
 )
-from quasar_core.bench.arms import ARMS, DEFAULT_ARMS, parse_arms
-from quasar_core.bench.config import BenchConfig
+from quasar_core.bench.arms import ARMS, DEFAULT_ARMS, BenchConfig, parse_arms
 from quasar_core.config import VerifyMode
 from quasar_core.errors import UsageError
 from quasar_core.records import Progress

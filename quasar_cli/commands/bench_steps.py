@@ -15,8 +15,7 @@ from quasar_core.errors import UsageError
 from quasar_core.records import Progress
 
 if TYPE_CHECKING:
-    from quasar_core.bench.step_lineup import Lineup, RandomShape
-    from quasar_core.bench.steps import StepConfig, StepReport
+    from quasar_core.bench.steps import Lineup, RandomShape, StepConfig, StepReport
 
 _SHAPE = "Random weights"
 _REFERENCES = ("none", "transformers")
@@ -85,7 +84,7 @@ class RandomOptions:
 
     def parse(self) -> "RandomShape":
         """The checked shape; UsageError for a value that cannot be."""
-        from quasar_core.bench.step_lineup import RandomShape
+        from quasar_core.bench.steps import RandomShape
 
         bits, group_size = default_codes(self.method)
         codes = QuantizeConfig(
@@ -128,7 +127,7 @@ def steps(
     if output is not None:
         report.write(output)
     if plot is not None:
-        from quasar_core.bench.step_plot import draw_steps
+        from quasar_core.bench.plots import draw_steps
 
         draw_steps(report, plot)
     if verbose:
@@ -139,7 +138,7 @@ def steps(
 
 def _gather(placement: Placement, random: RandomOptions, with_reference: bool, progress: Progress) -> "Lineup":
     """The models of --shape, or of --model, or of the current pair."""
-    from quasar_core.bench.step_lineup import pair_lineup, random_lineup
+    from quasar_core.bench.steps import pair_lineup, random_lineup
 
     place: dict[str, Any] = {"device": placement.device, "dtype": placement.dtype, "kernel": placement.kernel}
     if random.shape is not None:

@@ -66,10 +66,10 @@ def examine(progress: Progress) -> dict[str, Any]:
     """The JSON form of everything that `doctor` knows; what has not been measured yet is."""
     import torch
 
-    from quasar_core.bench.bandwidth import read_bandwidth
-    from quasar_core.kernels.cpu_solver import describe_loops
-    from quasar_core.kernels.identity import device_name
+    from quasar_core.bench.steps import read_bandwidth
     from quasar_core.kernels.select import describe_kernels
+    from quasar_core.kernels.times import device_name
+    from quasar_core.quantize.solve.cpp import describe_loops
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16
@@ -97,8 +97,8 @@ def describe_speed(verifier: Path, bandwidth: float | None = None) -> dict[str, 
     """The JSON form of what the verifiers of one target cost and yield here, or the sentence why that is not known."""
     import torch
 
-    from quasar_core.bench.bandwidth import read_bandwidth
-    from quasar_core.bench.verifiers import compare_verifiers
+    from quasar_core.bench.compare_verifiers import compare_verifiers
+    from quasar_core.bench.steps import read_bandwidth
     from quasar_core.checkpoint.reader import VerifierCheckpoint
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

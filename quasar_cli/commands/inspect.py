@@ -14,8 +14,8 @@ from quasar_core.errors import UsageError
 from quasar_core.files import absolute, is_folder
 
 if TYPE_CHECKING:
+    from quasar_core.checkpoint.headers import StoredLayer
     from quasar_core.checkpoint.reader import VerifierCheckpoint
-    from quasar_core.checkpoint.stored_layers import StoredLayer
 
 
 def inspect(
@@ -64,8 +64,8 @@ def inspect(
         console.print_json(description)
         return
 
-    from quasar_cli.render.checkpoint import inspection_tables
-    from quasar_cli.render.verifiers import speed_tables
+    from quasar_cli.render.doctor import speed_tables
+    from quasar_cli.render.quantize import inspection_tables
 
     console.show(*inspection_tables(description, verbose), *speed_tables(description["speed"]))
     if "measured" in description:
@@ -95,7 +95,7 @@ def _measure(model: str, folder: Path, text: str, device: str, trust_remote_code
 
 def _plot(description: dict[str, Any], path: Path) -> None:
     """Draw what was measured just now, else what quantizing measured."""
-    from quasar_core.bench.fidelity_plot import plot_fidelity
+    from quasar_core.bench.plots import plot_fidelity
     from quasar_core.records import FidelityReport
 
     report = description["report"] or {}
@@ -109,9 +109,8 @@ def _plot(description: dict[str, Any], path: Path) -> None:
 
 def describe(checkpoint: "VerifierCheckpoint") -> dict[str, Any]:
     """The JSON form: from the configs, quasar.json and the headers of the safetensors files."""
-    from quasar_core.checkpoint.marlin import describe_marlin
+    from quasar_core.checkpoint.headers import describe_marlin, stored_layers
     from quasar_core.checkpoint.reader import GPTQ_METHODS
-    from quasar_core.checkpoint.stored_layers import stored_layers
     from quasar_core.models.lean_files import check_fits
 
     sizes = {entry.name: entry for entry in store.read_headers(checkpoint.folder)}

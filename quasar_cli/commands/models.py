@@ -33,7 +33,7 @@ def list_pairs(context: typer.Context, verbose: Verbose = False, as_json: Json =
         listed = [{**asdict(pair), "current": pair == current} for pair in pairs]
         console.print_json({"pairs": listed})
     elif pairs:
-        from quasar_cli.render.checkpoint import pairs_table
+        from quasar_cli.render.quantize import pairs_table
 
         console.show(pairs_table(pairs, current))
     else:

@@ -170,7 +170,7 @@ def quantize(
         console.print_json({**asdict(report), **pushed})
         return
 
-    from quasar_cli.render.checkpoint import report_tables
+    from quasar_cli.render.quantize import report_tables
 
     console.show(*report_tables(report, verbose))
     if verbose:
@@ -180,8 +180,8 @@ def quantize(
 
 def _say_how_it_computed() -> None:
     """On stderr: the solver's loops on the processor, and the threads."""
-    from quasar_core.kernels.cpu_solver import describe_loops
     from quasar_core.kernels.threads import describe_threads
+    from quasar_core.quantize.solve.cpp import describe_loops
 
     console.note_plain(f"- loops of the solver on the CPU: {describe_loops()}\n- {describe_threads()}")
 
@@ -249,7 +249,7 @@ def _show_plan(
     if as_json:
         console.print_json(plan.to_dict())
     else:
-        from quasar_cli.render.quantize_plan import plan_table
+        from quasar_cli.render.quantize import plan_table
 
         console.show(plan_table(plan))
     refuse_what_cannot_fit(plan, output)

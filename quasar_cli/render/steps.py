@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 from quasar_cli.render import as_bytes, as_ratio
 from quasar_cli.render.bench import Column, Grid
-from quasar_core.bench.step_lineup import REFERENCE
-from quasar_core.bench.steps import StepReport, StepRow
+from quasar_core.bench.steps import REFERENCE, StepReport, StepRow
 
 LEGEND = (
     "ms: median of interleaved rounds, all logits included\n"

@@ -1,21 +1,69 @@
-"""From a result file to the numbers of a table: acceptance, speed, speedup, equality with vanilla.
+"""Compute a table's numbers from a result file: acceptance, speed, equality with vanilla, and speedup with intervals.
 
-Pure: knows nothing of models. A question's turns and repeats are pooled, and the ratios of the pooled counts are
-those of `records.Stats`, each defined there. A question of which an arm failed any turn counts as failed for that
-arm, and is left out of its other numbers.
+Pure: knows nothing of models. A question's turns and repeats are pooled, and the ratios of the pooled counts are those
+of `records.Stats`, each defined there. A question of which an arm failed any turn counts as failed for that arm, and
+is left out of its other numbers. Speedup has two definitions, each with a bootstrap interval over questions; arrays
+[n, 2] hold a row for each question: the tokens that its steps yielded, and the seconds they took.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
 
 import numpy as np
+import numpy.typing as npt
 
 from quasar_core.bench.arms import BASELINE
 from quasar_core.bench.results import Results, Row
-from quasar_core.bench.speedup import Estimate, estimate, mean_of_ratios, ratio_of_totals
 from quasar_core.records import Stats
 from quasar_core.system import Load
+
+SAMPLES = 2000
+CONFIDENCE = 0.95
+FEWEST = 8  # questions: of fewer, a bootstrap's interval is too narrow
+
+Floats = npt.NDArray[np.float64]
+Statistic = Callable[[Floats, Floats], Floats]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A speedup over so many questions and its 95 % interval; no interval from fewer than two questions."""
+
+    value: float
+    interval: tuple[float, float] | None
+    questions: int
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the run shows that the arm is faster, or slower: the interval of enough questions leaves 1 out."""
+        if self.interval is None or self.questions < FEWEST:
+            return False
+        low, high = self.interval
+        return low > 1 or high < 1
+
+
+def mean_of_ratios(arm: Floats, vanilla: Floats) -> Floats:
+    """Spec-Bench's: the mean over questions of the ratio of tokens per second; [..., n, 2] twice to [...]."""
+    speed, speed_of_vanilla = arm[..., 0] / arm[..., 1], vanilla[..., 0] / vanilla[..., 1]
+    return np.asarray((speed / speed_of_vanilla).mean(axis=-1))
+
+
+def ratio_of_totals(arm: Floats, vanilla: Floats) -> Floats:
+    """The ratio of total tokens ÷ total seconds; [..., n, 2] twice to [...]."""
+    total, total_of_vanilla = arm.sum(axis=-2), vanilla.sum(axis=-2)
+    return np.asarray((total[..., 0] / total[..., 1]) / (total_of_vanilla[..., 0] / total_of_vanilla[..., 1]))
+
+
+def estimate(statistic: Statistic, arm: Floats, vanilla: Floats) -> Estimate:
+    """A statistic of all n questions, and its interval when n are drawn with replacement, pairs kept together."""
+    value, count = float(statistic(arm, vanilla)), len(arm)
+    if count < 2:
+        return Estimate(value, None, count)
+    drawn = np.random.default_rng(0).integers(0, count, size=(SAMPLES, count))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(statistic(arm[drawn], vanilla[drawn]), (tail, 1 - tail))
+    return Estimate(value, (float(low), float(high)), count)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from quasar_core.config import GenerationConfig, Request
 from quasar_core.decode.processors import OPTIONS
 from quasar_core.errors import UsageError
+from quasar_core.models.hf.causal_lm import load_target
 from quasar_core.models.pair import Pair
-from quasar_core.models.transformers_lm import load_target
 from quasar_core.records import FinishReason, GenerationResult, Stats, Step
 
 PROMPT_LOOKUP_TOKENS = 10  # as transformers' documentation advises

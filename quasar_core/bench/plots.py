@@ -1,15 +1,18 @@
-"""A figure of a result file: speedup with intervals, and how many tokens a step accepted. Needs matplotlib."""
+"""Draw figures, with matplotlib: of a bench's results, of a verifier's fidelity, and of the costs of passes."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quasar_core.bench.arms import BASELINE
 from quasar_core.bench.metrics import measure
 from quasar_core.bench.results import Results
+from quasar_core.bench.steps import REFERENCE, StepReport
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import refuse_foreign, written_whole
 from quasar_core.foreign import foreign_errors
-from quasar_core.writing import refuse_foreign, written_whole
+from quasar_core.records import FidelityReport, FidelitySlice, MarginTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,3 +121,75 @@ def accepted_per_step(results: Results, arm: str) -> Counter[int]:
     """How many steps of `arm` accepted 0, 1, 2, … tokens; empty for an arm that never drafted."""
     steps = [step for row in results.rows if row.arm == arm and row.stats for step in row.stats.step_log]
     return Counter(step.accepted for step in steps) if any(step.drafted for step in steps) else Counter()
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plot_fidelity(fidelity: FidelityReport, losses: Mapping[str, float], name: str, path: Path) -> None:
+    """Draw the figure into `path`, PNG or SVG by its suffix; raises as `plots.plot` does."""
+    figure = new_figure(path, "--plot")
+    figure.set_size_inches(11, 8)
+    (top_left, top_right), (low_left, low_right) = figure.subplots(2, 2)
+    _draw_margins(top_left, fidelity.margins)
+    _draw_slices(top_right, "by position of the token", fidelity.by_position)
+    _draw_slices(low_left, "by kind of token", fidelity.by_kind)
+    _draw_losses(low_right, losses)
+    figure.suptitle(f"{name} · agreement {fidelity.agreement:.4f} · mean KL {fidelity.kl_mean:.4f} nats")
+    save_figure(figure, path)
+
+
+def _draw_margins(axes: "Axes", margins: MarginTable) -> None:
+    """P(agree | margin), each bin at its lower edge."""
+    points = [
+        (low, agreed / count)
+        for low, count, agreed in zip([0.0, *margins.edges], margins.counts, margins.agreed, strict=True)
+        if count
+    ]
+    axes.step([low for low, _ in points], [share for _, share in points], where="post")
+    axes.set(xlabel="margin of the verifier's two best logits (nats)", ylabel="P(agree)", title="margin curve")
+
+
+def _draw_slices(axes: "Axes", title: str, slices: list[FidelitySlice]) -> None:
+    """A bar of mean KL for each part."""
+    axes.bar([part.name for part in slices], [part.kl_mean for part in slices])
+    axes.tick_params(axis="x", rotation=30)
+    axes.set(ylabel="mean KL (nats)", title=f"KL {title}")
+
+
+def _draw_losses(axes: "Axes", losses: Mapping[str, float]) -> None:
+    """The relative error of every layer, in the order of the model; a line for each kind of layer."""
+    kinds: dict[str, list[float]] = {}
+    for name, loss in losses.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(loss)
+    for kind, values in kinds.items():
+        axes.plot(range(len(values)), values, marker=".", label=kind)
+    if kinds:
+        axes.set_yscale("log")
+        axes.legend(fontsize="small")
+    axes.set(xlabel="block", ylabel="relative error", title="error by layer")
+
+
+def draw_steps(report: StepReport, path: Path) -> None:
+    """Milliseconds by tokens, a line for each model and a band for its floor, into `path` (PNG or SVG)."""
+    figure = new_figure(path, "--plot")
+    axes = figure.subplots()
+    for number, name in enumerate(dict.fromkeys(row.model for row in report.rows)):
+        rows = sorted((row for row in report.rows if row.model == name), key=lambda row: row.tokens)
+        tokens = [row.tokens for row in rows]
+        axes.plot(tokens, [row.ms for row in rows], marker="o", color=f"C{number}", label=_label(name, rows[0].kernel))
+        if name != REFERENCE:  # its floor is the target's
+            floors = [row.floor_ms for row in rows], [row.slow_floor_ms for row in rows]
+            axes.fill_between(tokens, *floors, color=f"C{number}", alpha=0.3, label=f"floor of the {name}")
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(report.config.tokens)
+    axes.set_xlabel("tokens of a pass")
+    axes.set_ylabel("ms")
+    axes.legend(frameon=False)
+    axes.set_title(f"{report.name} · {report.dtype} · {report.device} · context {report.config.context}")
+    save_figure(figure, path)
+
+
+def _label(model: str, kernel: str) -> str:
+    return kernel if model == REFERENCE else f"{model} ({kernel})"

@@ -4,19 +4,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quasar_core.bench.arms import ARMS, Arm
-from quasar_core.bench.config import BenchConfig
+from quasar_core.bench.arms import ARMS, Arm, BenchConfig
 from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.divergence import find_divergences
 from quasar_core.bench.environment import git_hash, package_versions
 from quasar_core.bench.peers import TransformersPeer
-from quasar_core.bench.results import Results, Row, Run, refuse_foreign_results
-from quasar_core.bench.row_log import RowLog
+from quasar_core.bench.results import Results, Row, RowLog, Run, refuse_foreign_results
 from quasar_core.config import Request
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.prompt import encode_prompt
 from quasar_core.errors import QuasarError
-from quasar_core.kernels.identity import device_name
+from quasar_core.kernels.times import device_name
 from quasar_core.models.pair import Pair
 from quasar_core.records import GenerationResult, Progress, no_progress
 from quasar_core.system import LoadMeter, frequency

@@ -1,21 +1,21 @@
-"""The compressed-tensors format, as vLLM, SGLang and transformers read it: 8 bits for weights and activations.
+"""Read and write the compressed-tensors format of vLLM, SGLang and transformers: 8-bit weights and activations.
 
-A layer of `in` inputs and `out` outputs holds `weight` [out, in] (int8, or float8 e4m3) and `weight_scale` [out, 1],
-with W = weight · weight_scale; activations are rounded per token when the model runs, and nothing is stored for them.
-Written: `int-quantized` and `float-quantized`, one scale per output. Read besides: one scale per tensor or per group,
-zero points, and `pack-quantized` integers (codes of 2 to 8 bits along the inputs, as one little-endian bit stream).
-Activations are rounded by the kernel that runs here, whatever the section says of them.
+A layer of `in` inputs and `out` outputs holds `weight` [out, in] (int8, or float8 e4m3, the format of arXiv
+2209.05433) and `weight_scale` [out, 1], with W = weight · weight_scale. Activations are rounded per token when the
+model runs, and nothing is stored for them. Written: `int-quantized` and `float-quantized`, one scale per output. Read
+besides: one scale per tensor or per group, zero points, and `pack-quantized` integers (codes of 2 to 8 bits along the
+inputs, as one little-endian bit stream). The kernel that runs here rounds activations its own way, whatever the
+section says.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from quasar_core.checkpoint.float8 import FLOAT8, Float8Weight
-from quasar_core.checkpoint.packing import (
+from quasar_core.checkpoint.gptq_format import (
     SCALE_DTYPES,
     PackedLayout,
     QuantizedWeight,
@@ -27,6 +27,42 @@ from quasar_core.checkpoint.packing import (
 )
 from quasar_core.config import BITS
 from quasar_core.errors import QuasarError
+
+FLOAT8 = torch.float8_e4m3fn
+LARGEST = 448.0  # that e4m3 holds
+
+
+@dataclass(frozen=True)
+class Float8Weight:
+    """A linear layer: W[o, i] = scales[o] · values[o, i]."""
+
+    values: torch.Tensor  # [out, in] float8
+    scales: torch.Tensor  # [out] float32
+
+    bits = 8
+    group_size = -1
+
+    @property
+    def in_features(self) -> int:
+        """Columns."""
+        return self.values.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows."""
+        return self.values.shape[0]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight as `torch.nn.Linear` holds it, [out, in]; computed in float32, then rounded."""
+        return (self.scales[:, None] * self.values.float()).to(dtype)
+
+
+def concatenate_float8(weights: Sequence[Float8Weight]) -> Float8Weight:
+    """Layers of one input as one layer, output after output."""
+    # As bytes: not every device concatenates this dtype.
+    values = torch.cat([weight.values.view(torch.uint8) for weight in weights]).view(FLOAT8)
+    return Float8Weight(values, torch.cat([weight.scales for weight in weights]))
+
 
 METHOD = "compressed-tensors"
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized")

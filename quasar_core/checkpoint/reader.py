@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from quasar_core.checkpoint.compressed_tensors import METHOD as COMPRESSED_TENSORS
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, PackedWeight
-from quasar_core.checkpoint.packing import (
+from quasar_core.checkpoint.gptq_format import (
     PackedLayout,
     QuantizedWeight,
     check_part,

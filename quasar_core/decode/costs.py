@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from quasar_core.kernels.identity import measured_on
+from quasar_core.kernels.times import measured_on
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.models.pair import Pair
 from quasar_core.store.measured import Measured, measured_file, positive, stored

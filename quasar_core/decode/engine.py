@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from quasar_core.config import GenerationConfig, VerifyMode
-from quasar_core.decode.acceptance import accept_matching, confirm_sampled
 from quasar_core.decode.policy import NO_DRAFT, DraftLength, WindowPolicy
 from quasar_core.decode.processors import Processors
-from quasar_core.decode.sampling import distribution, draw
+from quasar_core.decode.sampling import accept_matching, confirm_sampled, distribution, draw
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import CausalLM, KVCache

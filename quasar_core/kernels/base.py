@@ -9,8 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from quasar_core.checkpoint.compressed_tensors import PackedWeight
-from quasar_core.checkpoint.float8 import Float8Weight
+from quasar_core.checkpoint.compressed_tensors import Float8Weight, PackedWeight
 
 
 @dataclass(frozen=True)

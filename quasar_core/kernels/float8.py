@@ -7,7 +7,7 @@ Letters: T rows of a pass, in and out the layer's sizes.
 
 import torch
 
-from quasar_core.checkpoint.float8 import FLOAT8, LARGEST, Float8Weight
+from quasar_core.checkpoint.compressed_tensors import FLOAT8, LARGEST, Float8Weight
 from quasar_core.kernels.base import LayerShape
 
 CAPABILITY = (8, 9)  # the first with e4m3 units: Ada, then Hopper

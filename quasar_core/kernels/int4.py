@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quasar_core.checkpoint.packing import QuantizedWeight
+from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.kernels.base import LayerShape
 
 GROUPS = (32, 64, 128, 256)

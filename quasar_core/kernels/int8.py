@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from quasar_core.checkpoint.packing import QuantizedWeight
+from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.kernels.base import LayerShape
 
 LARGEST = 127  # the steps are symmetric: −128 has no use

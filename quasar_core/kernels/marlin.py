@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from quasar_core.checkpoint.marlin import why_not_marlin
-from quasar_core.checkpoint.packing import QuantizedWeight
+from quasar_core.checkpoint.gptq_format import QuantizedWeight
+from quasar_core.checkpoint.headers import why_not_marlin
 from quasar_core.kernels.base import LayerShape
 
 

@@ -7,17 +7,15 @@ import torch
 
 from quasar_core.errors import UsageError
 from quasar_core.kernels.base import Kernel, LayerShape
-from quasar_core.kernels.dense import DenseKernel, why_no_room
+from quasar_core.kernels.cpu.vnni import VnniKernel
+from quasar_core.kernels.dense import DenseKernel, ReferenceKernel, why_no_room
 from quasar_core.kernels.float8 import Float8Kernel
 from quasar_core.kernels.int4 import CpuInt4Kernel, CudaInt4Kernel
 from quasar_core.kernels.int8 import Int8Kernel
 from quasar_core.kernels.marlin import MarlinKernel
-from quasar_core.kernels.measure import Times
-from quasar_core.kernels.reference import ReferenceKernel
-from quasar_core.kernels.times import KernelFigures, kernel_times
+from quasar_core.kernels.times import KernelFigures, Times, kernel_times
+from quasar_core.kernels.triton.adapters import TritonKernel
 from quasar_core.kernels.triton.eight_bit_kernel import TRITON_FLOAT8, TRITON_INT8
-from quasar_core.kernels.triton.kernel import TritonKernel
-from quasar_core.kernels.vnni import VnniKernel
 from quasar_core.records import Progress, no_progress
 
 # In the order in which they are taken where nothing is measured. Dense and reference support everything: dense unpacks

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from quasar_core.errors import QuasarError
-from quasar_core.kernels.triton.kernel import why_not_triton
+from quasar_core.kernels.triton.adapters import why_not_triton
 
 NO_TOKEN = -1  # the choice of a row whose best logit is not a finite number
 NOT_NUMBERS = "The model's logits are not numbers"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from quasar_core.errors import QuasarError
-from quasar_core.models.skeleton import read_model_config
+from quasar_core.models.hf.skeleton import read_model_config
 
 POSITION_OPTIONS = (
     "max_position_embeddings",

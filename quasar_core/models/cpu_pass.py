@@ -12,13 +12,12 @@ from collections.abc import Sequence
 
 import torch
 
-from quasar_core.kernels import compile
-from quasar_core.kernels import cpu_library as cpp
+from quasar_core.kernels.cpu import library
+from quasar_core.kernels.cpu import library as cpp
+from quasar_core.kernels.cpu.vnni import VnniWeight
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.kernels.vnni import VnniWeight
 from quasar_core.models.choices import Choices
-from quasar_core.models.decoder import DecoderLayer, DenseLinear, JoinedLinear, LeanDecoder, Linear
-from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.decoder import DecoderCache, DecoderLayer, DenseLinear, JoinedLinear, LeanDecoder, Linear
 
 BITS_OF = {torch.bfloat16: 16, torch.float32: 32}
 KERNELS = frozenset({"vnni", "dense"})  # whose weights it reads as they prepared them
@@ -40,7 +39,7 @@ def why_not(decoder: LeanDecoder) -> str | None:
 
 def remark() -> str:
     """What is to be said of the C++ library beside that it runs, to be appended to a sentence."""
-    return compile.remark(cpp.SOURCE)
+    return library.remark(cpp.SOURCE)
 
 
 class CpuPass:

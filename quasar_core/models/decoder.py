@@ -1,24 +1,123 @@
-"""The lean decoder: RMS norms, rotary grouped-query attention, a gated MLP, and nothing in between.
+"""The lean decoder: RMS norms, rotary grouped-query attention over a KV cache, a gated MLP, and nothing in between.
 
 It knows tensors and a cache; nothing of files or text. A pass over T tokens is a few operations per layer, whose only
-moving part is the cache's length. Letters: T tokens of a pass, H key-value heads, G query heads per key-value head,
-D head size, V vocabulary.
+moving part is the cache's length: the cache is allocated once, and rolled back by moving that length. Letters: T
+tokens of a pass, L positions that it sees, H key-value heads, G query heads per key-value head, D head size, V
+vocabulary.
 """
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import embedding, linear, rms_norm, silu
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
 
+from quasar_core.errors import QuasarError
+from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.architectures import DecoderConfig
-from quasar_core.models.attention import Sight, attend, sight
 from quasar_core.models.base import CausalLM, FastPass
 from quasar_core.models.choices import Choices, choose_best, join_choices
-from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.rope import RopeTables
+from quasar_core.models.text_length import PromptLength
+
+# Up to here the query heads of a group are rows of one product, so that keys and values are read once for all of them.
+FOLDED_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which positions the tokens of a pass see: from `first` to `end`, less what the mask takes away."""
+
+    first: int
+    end: int
+    causal: bool  # a prompt from position 0, which needs no mask
+    mask: torch.Tensor | None  # [T, L], or [T·G, L] for folded groups: 0 or −∞, added to the scores
+
+
+def sight(start: int, count: int, window: int | None, group: int, device: torch.device, dtype: torch.dtype) -> Sight:
+    """For `count` tokens at position `start`; a window counts the token's own position."""
+    end = start + count
+    first = 0 if window is None else max(0, start - window + 1)
+    if count == 1:
+        return Sight(first, end, causal=False, mask=None)
+    if start == 0 and (window is None or count <= window):
+        return Sight(first, end, causal=True, mask=None)
+    if device.type == "cuda" and window is None and count > FOLDED_TOKENS:
+        # A later chunk of a prompt. Flash attention takes no tensor for a mask, but it takes "causal, and the last
+        # query sees the last key", which is what this one says.
+        return Sight(0, end, causal=False, mask=causal_lower_right(count, end))
+    own = torch.arange(start, end, device=device)[:, None]
+    seen = torch.arange(first, end, device=device)
+    hidden = seen > own
+    if window is not None:
+        hidden |= seen <= own - window
+    mask = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return Sight(first, end, causal=False, mask=mask.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else mask)
+
+
+def attend(queries: torch.Tensor, states: torch.Tensor, sight: Sight) -> torch.Tensor:
+    """Queries [T, H·G, D] over a layer's keys and values [2, H, capacity, D] → [T, H·G·D]."""
+    keys, values = states[:, None, :, sight.first : sight.end].unbind()
+    count, heads, size = queries.shape
+    if sight.causal or count > FOLDED_TOKENS:
+        mixed = scaled_dot_product_attention(
+            queries.transpose(0, 1)[None],
+            keys,
+            values,
+            attn_mask=sight.mask,
+            is_causal=sight.causal,
+            enable_gqa=heads != keys.shape[1],
+        )
+        return mixed[0].transpose(0, 1).reshape(count, -1)
+    groups = queries.view(count, keys.shape[1], -1, size)  # [T, H, G, D]
+    rows = groups.transpose(0, 1).reshape(1, keys.shape[1], -1, size)  # [1, H, T·G, D]
+    mixed = scaled_dot_product_attention(rows, keys, values, attn_mask=sight.mask)
+    return mixed.view(keys.shape[1], count, -1, size).transpose(0, 1).reshape(count, -1)
+
+
+class DecoderCache(PromptLength):
+    """Implements `models.base.KVCache`; a layer is one tensor [2, H, capacity, D], keys before values.
+
+    The positions of a head lie next to each other, so attention reads it from end to end.
+    """
+
+    def __init__(
+        self, num_layers: int, num_heads: int, head_size: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (num_layers, 2, num_heads, capacity, head_size)
+        self.layers = empty_in_huge_pages(*shape, device=device, dtype=dtype).unbind()
+        self.addresses = (ctypes.c_void_p * num_layers)(*(states.data_ptr() for states in self.layers))
+        self._length, self._capacity = 0, capacity
+
+    @property
+    def length(self) -> int:
+        """Positions written."""
+        return self._length
+
+    @property
+    def capacity(self) -> int:
+        """Positions there is room for."""
+        return self._capacity
+
+    def check_room(self, count: int) -> None:
+        """Refuse a pass that would not fit."""
+        if self._length + count > self._capacity:
+            raise QuasarError(f"The cache holds {self._capacity} tokens, and {self._length + count} are needed.")
+
+    def advance(self, count: int) -> None:
+        """Count a finished pass of `count` positions."""
+        self._length += count
+
+    def rollback(self, length: int) -> None:
+        """Move the length back; a length ahead of what is written is a defect of the caller."""
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot move a cache of {self._length} positions to {length}")
+        self._length = length
+
 
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] → [T, out]
 

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from quasar_core.checkpoint.headers import StoredLayer
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
-from quasar_core.checkpoint.stored_layers import StoredLayer
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures import DecoderConfig, why_not_lean
-from quasar_core.models.loading import HEAD, has_no_effect
-from quasar_core.models.products import stored_shapes
+from quasar_core.models.lean_weights import HEAD, has_no_effect
+from quasar_core.models.linear import stored_shapes
 from quasar_core.store.model_config import read_config
 
 

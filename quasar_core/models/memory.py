@@ -14,8 +14,8 @@ from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.lean_files import why_folder_not_lean
-from quasar_core.models.loading import tied_as_stored
-from quasar_core.models.products import Product, block_products, head_product
+from quasar_core.models.lean_weights import tied_as_stored
+from quasar_core.models.linear import Product, block_products, head_product
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import read_headers
 

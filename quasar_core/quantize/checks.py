@@ -9,10 +9,10 @@ from quasar_core.checkpoint.reader import TensorFiles
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError
 from quasar_core.foreign import reason
-from quasar_core.models.skeleton import Weights, emptied
-from quasar_core.quantize.activations import capture_first_inputs, run_block
+from quasar_core.models.hf.skeleton import Weights, emptied
+from quasar_core.quantize.blocks.activations import capture_first_inputs, run_block
+from quasar_core.quantize.blocks.streaming import StreamedModel
 from quasar_core.quantize.calibration import HUB_TEXTS, Calibration, read_documents
-from quasar_core.quantize.streaming import StreamedModel
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.safetensors_header import read_headers
 

@@ -1,4 +1,4 @@
-"""How faithful a verifier is: agreement, divergence, perplexity, P(agree | margin); by position and by kind of token.
+"""Compute how faithful a verifier is: agreement, divergence, perplexity, P(agree | margin); by position and kind.
 
 Letters: T rows, V vocabulary.
 """
@@ -9,12 +9,35 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.models.choices import refuse_odd_logits
-from quasar_core.quantize.heap import return_freed_memory
-from quasar_core.quantize.token_kinds import KINDS
+from quasar_core.quantize.malloc import return_freed_memory
 from quasar_core.records import FidelityReport, FidelitySlice, KernelPrice, MarginTable, Progress, no_progress
+
+KINDS = ("letters", "digits", "punctuation", "whitespace", "part of a character", "special")
+
+
+def token_kinds(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> torch.Tensor:
+    """For each of `vocab_size` ids an index into `KINDS`; ids that the tokenizer does not know count as special."""
+    known = min(vocab_size, len(tokenizer))
+    texts = tokenizer.batch_decode([[token] for token in range(known)], clean_up_tokenization_spaces=False)
+    special = set(tokenizer.all_special_ids)
+    names = ["special" if token in special else kind_of(text) for token, text in enumerate(texts)]
+    return torch.tensor([KINDS.index(name) for name in names + ["special"] * (vocab_size - known)])
+
+
+def kind_of(text: str) -> str:
+    """A token with a letter counts as letters, else one with a digit as digits."""
+    if "\ufffd" in text:
+        return "part of a character"
+    if any(character.isalpha() for character in text):
+        return "letters"
+    if any(character.isdigit() for character in text):
+        return "digits"
+    return "punctuation" if text.strip() else "whitespace"
+
 
 MARGIN_BINS = 16
 PIECE = 64  # tokens compared at once: a large vocabulary makes many copies of their logits

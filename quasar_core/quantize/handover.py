@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import sync
 from quasar_core.quantize.job import Job, take_lock
 from quasar_core.records import QuantizeReport
 from quasar_core.store import list_pairs
@@ -22,7 +23,6 @@ from quasar_core.store.folders import (
     set_aside_before,
 )
 from quasar_core.store.steps import reached
-from quasar_core.writing import sync
 
 Record = Callable[[], object]
 

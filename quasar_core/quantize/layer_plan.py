@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from quasar_core.config import QuantizeConfig
-from quasar_core.quantize.gptq import SolverConfig
+from quasar_core.quantize.solve.gptq import SolverConfig
 
 HEAD = "lm_head"
 

@@ -19,12 +19,12 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from quasar_core.checkpoint.packing import QuantizedWeight
+from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.quantize.activations import BATCH_TOKENS
-from quasar_core.quantize.blocks import find_blocks
-from quasar_core.quantize.commits import QuantizedBlock
+from quasar_core.quantize.blocks.activations import BATCH_TOKENS
+from quasar_core.quantize.blocks.streaming import find_blocks
+from quasar_core.quantize.job import QuantizedBlock
 from quasar_core.records import Progress, no_progress
 
 REQUIRED = ("optimum", "gptqmodel")

@@ -12,13 +12,12 @@ from typing import Any
 
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.quantize.activations import batch_tokens
-from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS
-from quasar_core.quantize.factor import BLOCK as FACTOR_COLUMNS
+from quasar_core.quantize.blocks.activations import batch_tokens
+from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS, cache_bytes
 from quasar_core.quantize.fidelity import PIECE
-from quasar_core.quantize.gptq import solver_rows
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
-from quasar_core.quantize.self_text import cache_bytes
+from quasar_core.quantize.solve.factor import BLOCK as FACTOR_COLUMNS
+from quasar_core.quantize.solve.gptq import solver_rows
 
 # Measured with the packages of pyproject.toml: the interpreter with torch and transformers, before any weight.
 INTERPRETER_BYTES = 350_000_000

@@ -16,10 +16,11 @@ from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.files import exists, require_regular
 from quasar_core.foreign import foreign_errors
 from quasar_core.models.context import UNLIMITED, position_limit
-from quasar_core.quantize.activations import Activations, capture_first_inputs
-from quasar_core.quantize.agreement import CommittedModel
 from quasar_core.quantize.assemble import assemble, describe, make_report
-from quasar_core.quantize.blocks import quantized_layers
+from quasar_core.quantize.blocks.activations import Activations, capture_first_inputs
+from quasar_core.quantize.blocks.eight_bit import eight_bit_method, kernel_of_method
+from quasar_core.quantize.blocks.layerwise import leave_block, quantize_blocks, quantize_head
+from quasar_core.quantize.blocks.streaming import StreamedModel, open_verifier, quantized_layers
 from quasar_core.quantize.calibration import Calibration, calibration_name, load_calibration
 from quasar_core.quantize.checks import (
     check_blocks,
@@ -30,17 +31,13 @@ from quasar_core.quantize.checks import (
     check_names,
     check_tokenizer,
 )
-from quasar_core.quantize.commits import block_file, write_commit
-from quasar_core.quantize.eight_bit_blocks import eight_bit_method, kernel_of_method
+from quasar_core.quantize.fidelity import token_kinds
 from quasar_core.quantize.handover import Record, hand_over, whole_report
-from quasar_core.quantize.job import Job, clear_all_but_commits, working_folder
+from quasar_core.quantize.job import Job, block_file, clear_all_but_commits, working_folder, write_commit
 from quasar_core.quantize.layer_plan import LayerPlan
-from quasar_core.quantize.layerwise import leave_block, quantize_blocks, quantize_head
-from quasar_core.quantize.measure import measure, measure_kernel
-from quasar_core.quantize.mixed import check_mixed, choose_plan
+from quasar_core.quantize.measure_fidelity import measure, measure_kernel
+from quasar_core.quantize.mixed_precision import CommittedModel, check_mixed, choose_plan
 from quasar_core.quantize.optimum_backend import check_optimum, quantize_with_optimum
-from quasar_core.quantize.streaming import StreamedModel, open_verifier
-from quasar_core.quantize.token_kinds import token_kinds
 from quasar_core.records import Progress, QuantizeReport, no_progress
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load, load_file, save
 
 from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.errors import QuasarError
-from quasar_core.models.kv_cache import PreallocatedCache
-from quasar_core.writing import sync
+from quasar_core.files import sync
+from quasar_core.models.hf.cache import PreallocatedCache
 
 SECONDS = 2.0  # of work that may be lost
 SHARE = 20  # of the time goes at most one part in so many into keeping

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.files import exists, is_folder, read_json
-from quasar_core.writing import sync
+from quasar_core.files import exists, is_folder, read_json, sync
 
 CARD = "quasar.json"
 # In a folder of work in progress: held by the process that works there, and the mark by which quasar knows its own.

@@ -1,10 +1,15 @@
-"""Models from the Hugging Face hub: safetensors, configs and tokenizers only, and every failure as one sentence."""
+"""Download models from the Hugging Face hub, and upload verifiers; every failure becomes one sentence.
+
+Only safetensors, configs and tokenizers are downloaded.
+"""
 
 import errno
+import re
 from pathlib import Path
 
-from quasar_core.errors import QuasarError
+from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import is_file
+from quasar_core.store.folders import CARD, is_verifier, own_files
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 # Subfolders and `consolidated` files hold the same weights again in another layout.
@@ -51,3 +56,72 @@ def hub_failure(hub_id: str, error: Exception) -> str:
         return f"{hub_id} is not in the hub's cache here, and the hub cannot be reached: check the connection."
     what = (str(error).strip().splitlines() or [""])[0].rstrip(".")
     return f"{hub_id} could not be downloaded ({type(error).__name__}: {what})."
+
+
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")  # without an owner it is one's own
+
+
+def check_can_push(repository: str) -> None:
+    """Refuse, before hours of work, what cannot be pushed to: a name that is none, or nobody logged in."""
+    from huggingface_hub import HfApi, get_token
+
+    if not _HUB_ID.fullmatch(repository):
+        raise UsageError(f"{repository} is not a hub id, such as my-name/Qwen3-8B-gptq-4bit-g128.")
+    if get_token() is None:
+        raise UsageError("Nobody is logged in to the hub here: run `hf auth login`, or set HF_TOKEN.")
+    try:
+        HfApi().whoami()
+    except Exception as error:  # what the client raises differs between its versions and shares no base class
+        raise QuasarError(push_failure(repository, error)) from error
+
+
+def push_folder(folder: Path, repository: str, private: bool = False) -> str:
+    """Upload a verifier's folder as one model and return its address; the repository is made if need be.
+
+    A repository that is there keeps its visibility; a new one is public unless `private` (or its organisation says so).
+    The verifier's own files replace those of the same name, and nothing else is uploaded or touched. UsageError for a
+    folder that quasar did not write; QuasarError where the hub or the connection refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if not is_verifier(folder):
+        raise UsageError(f"{folder} was not written by quasar (it has no {CARD} of its own), so it is not pushed.")
+    check_can_push(repository)
+    bars_were_shown = not are_progress_bars_disabled()
+    disable_progress_bars()  # they would run beside our own
+    try:
+        api = HfApi(library_name="quasar-cli")
+        created = api.create_repo(repository, private=private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=created.repo_id,
+            folder_path=folder,
+            commit_message=f"Upload {folder.name}",
+            allow_patterns=own_files(folder),
+        )
+    except Exception as error:  # as above
+        raise QuasarError(push_failure(repository, error)) from error
+    finally:
+        if bars_were_shown:
+            enable_progress_bars()
+    return str(created)
+
+
+def push_failure(repository: str, error: Exception) -> str:
+    """One sentence for whatever the hub client raised while uploading."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "The hub does not know this token: log in again with `hf auth login`, or set HF_TOKEN."
+    if status == 403:
+        return f"This account may not write to {repository} on the hub: check the name, and the token's rights."
+    if isinstance(error, OSError) and error.errno == errno.EACCES:
+        return f"{repository} could not be uploaded: {error.filename} cannot be read."
+    if isinstance(error, errors.HFValidationError):
+        return f"{repository} is not a hub id."
+    connection = (ConnectionError, TimeoutError, errors.OfflineModeIsEnabled)
+    if isinstance(error, connection) or type(error).__name__ in ("ConnectError", "ConnectTimeout", "ReadTimeout"):
+        return f"{repository} could not be uploaded: the hub cannot be reached; check the connection."
+    what = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    return f"{repository} could not be uploaded ({type(error).__name__}: {what})."

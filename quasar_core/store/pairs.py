@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.files import absolute, is_folder, read_json_if_there, write_json
+from quasar_core.files import absolute, is_folder, locked, read_json_if_there, write_json
 from quasar_core.store.folders import CARD, may_be_replaced, relate, remove_verifier
 from quasar_core.store.home import home
 from quasar_core.typed import build
-from quasar_core.writing import locked
 
 FORMAT_VERSION = 1
 

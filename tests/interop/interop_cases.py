@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import save_tiny_model
+from helpers.tiny_model import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quasar_core import api
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import QuantizeConfig
-from quasar_core.models.loading import load_verifier_alone
+from quasar_core.models.lean_weights import load_verifier_alone
 from quasar_core.quantize import calibration
 from quasar_core.store.names import demo_folder
 

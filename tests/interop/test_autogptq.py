@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from quasar_core.quantize.gptq import SolverConfig, solve
+from quasar_core.quantize.solve.gptq import SolverConfig, solve
 
 pytestmark = [
     pytest.mark.interop,

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.models.transformers_lm import TransformersLM
+from quasar_core.models.hf.causal_lm import TransformersLM
 from quasar_core.quantize.calibration import GREEDY_FROM
 from quasar_core.quantize.fidelity import measure_fidelity
-from quasar_core.quantize.gptq import SolverConfig
-from quasar_core.quantize.study import Study, Variant, with_weights
+from quasar_core.quantize.solve.gptq import SolverConfig
 from quasar_core.store.names import demo_folder
+from tools.study.study import Study, Variant, with_weights
 
 pytestmark = [
     pytest.mark.interop,

@@ -5,15 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from interop_cases import (
-    ARCHITECTURES,
-    CPU,
-    logits_of,
-    missing,
-    our_logits,
-    quantize,
-    save_model,
-)
+from interop.interop_cases import ARCHITECTURES, CPU, logits_of, missing, our_logits, quantize, save_model
 from transformers import AutoModelForCausalLM
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint

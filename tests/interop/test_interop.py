@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from interop_cases import (
+from interop.interop_cases import (
     ARCHITECTURES,
     DEMO,
     VOCABULARY,

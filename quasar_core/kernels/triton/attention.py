@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from quasar_core.kernels.triton.blocks import multiprocessors
-from quasar_core.kernels.triton.language import matrix_product
-from quasar_core.kernels.triton.overlap import overlap, wait
+from quasar_core.kernels.triton.language import matrix_product, overlap, wait
 
 MOST_SHARES = 64
 _BLOCK = 64  # positions of a step

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quasar_core.kernels.triton.scratch import scratch
+from quasar_core.kernels.triton.language import scratch
 
 _BLOCK = 2048
 _NONE = tl.constexpr(2147483647)  # no index

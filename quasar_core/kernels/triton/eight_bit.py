@@ -5,10 +5,8 @@ import triton
 import triton.language as tl
 
 from quasar_core.kernels.triton.blocks import Blocks, dense_blocks
-from quasar_core.kernels.triton.epilogue import finish
-from quasar_core.kernels.triton.language import INTERPRETED, ROWS
-from quasar_core.kernels.triton.overlap import fetch_rows, overlap, wait
-from quasar_core.kernels.triton.scratch import scratch
+from quasar_core.kernels.triton.language import INTERPRETED, ROWS, fetch_rows, overlap, scratch, wait
+from quasar_core.kernels.triton.products import finish
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 

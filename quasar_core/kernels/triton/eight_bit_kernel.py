@@ -13,7 +13,7 @@ import torch
 from quasar_core.kernels.base import LayerShape, RoundedRows
 from quasar_core.kernels.float8 import CAPABILITY, Float8Kernel
 from quasar_core.kernels.int8 import Int8Kernel
-from quasar_core.kernels.triton.kernel import tune_shape, why_not_triton
+from quasar_core.kernels.triton.adapters import tune_shape, why_not_triton
 
 _MULTIPLE = 16  # of both sizes: rows begin where 16 bytes do
 _SKINNY = 16  # rows of one launch; more are PyTorch's business

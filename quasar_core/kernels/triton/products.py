@@ -1,8 +1,9 @@
 """Products of 1 to 16 rows with weights that are read once: packed codes, or 16-bit numbers.
 
-The weights are the tall operand of the tensor cores and the rows of the pass the narrow one, filled up to 16: reading
-the weights is the cost, and a row's result is the same for every T. Where the outputs alone would not keep the device
-busy, the inputs are split among programs, and the last of a block's programs adds their sums (`epilogue.py`).
+The weights are the tall operand of the tensor cores and the rows of the pass the narrow one, padded to 16: reading the
+weights is the cost, and a row's result is the same for every T. Where the outputs alone would not keep the device
+busy, the inputs are split among programs, and the last of a block's programs adds their sums in order; bias, residual
+and one rounding follow. A gated product's block holds as many gates as up-projections, and stores silu(gate) · up.
 """
 
 import torch
@@ -10,11 +11,108 @@ import triton
 import triton.language as tl
 
 from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, packed_blocks
-from quasar_core.kernels.triton.epilogue import finish, outputs_of
-from quasar_core.kernels.triton.language import INTERPRETED, ROWS, matrix_product, subtract_pairs
-from quasar_core.kernels.triton.overlap import fetch_lines, fetch_rows, overlap, wait
-from quasar_core.kernels.triton.scratch import scratch
+from quasar_core.kernels.triton.language import (
+    INTERPRETED,
+    ROWS,
+    fetch_lines,
+    fetch_rows,
+    matrix_product,
+    overlap,
+    scratch,
+    subtract_pairs,
+    wait,
+)
 from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
+
+
+@triton.jit
+def finish(
+    acc,  # [BLOCK, ROWS] float32
+    block,
+    split,
+    outputs,  # [BLOCK]
+    rows,  # [ROWS]
+    out_ptr,
+    bias_ptr,
+    residual_ptr,
+    partials_ptr,
+    counters_ptr,
+    count,
+    out_features,
+    SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Each program leaves its part; the last to arrive at a block adds all parts, in order, whoever it is.
+
+    So sums do not depend on which program is last, and the counter is zero again for the next call.
+    """
+    places = rows[None, :] * out_features + outputs[:, None]
+    inside = (rows[None, :] < count) & (outputs[:, None] < out_features)
+    if SPLITS == 1:
+        store(
+            acc, places, inside, block, outputs, rows, out_ptr, bias_ptr, residual_ptr, count, out_features, HAS_BIAS,
+            HAS_RESIDUAL, GATED,
+        )  # fmt: skip
+    else:
+        part = count * out_features
+        tl.store(partials_ptr + split * part + places, acc, mask=inside)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        arrived = tl.atomic_add(counters_ptr + block, 1, sem="acq_rel")
+        if arrived == SPLITS - 1:
+            total = tl.zeros_like(acc)
+            for i in range(SPLITS):
+                total += tl.load(partials_ptr + i * part + places, mask=inside, other=0.0, cache_modifier=".cg")
+            store(
+                total, places, inside, block, outputs, rows, out_ptr, bias_ptr, residual_ptr, count, out_features,
+                HAS_BIAS, HAS_RESIDUAL, GATED,
+            )  # fmt: skip
+            tl.store(counters_ptr + block, 0)
+
+
+@triton.jit
+def store(
+    total,
+    places,
+    inside,
+    block,
+    outputs,
+    rows,
+    out_ptr,
+    bias_ptr,
+    residual_ptr,
+    count,
+    out_features,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Bias and residual added in float32, and the gate in float32 too."""
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + outputs, mask=outputs < out_features, other=0.0)
+        total += bias.to(tl.float32)[:, None]
+    if HAS_RESIDUAL:
+        total += tl.load(residual_ptr + places, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        half: tl.constexpr = total.shape[0] // 2
+        gate, up = tl.split(tl.permute(tl.reshape(total, (2, half, total.shape[1])), (1, 2, 0)))
+        columns = block * half + tl.arange(0, half)
+        places = rows[None, :] * (out_features // 2) + columns[:, None]
+        inside = (rows[None, :] < count) & (columns[:, None] < out_features // 2)
+        total = gate / (1 + tl.exp(-gate)) * up
+    tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def outputs_of(block, out_features, SIZE: tl.constexpr, GATED: tl.constexpr):
+    """Which outputs a program has: SIZE neighbours; or half as many gates, then the outputs that these gate."""
+    line = tl.arange(0, SIZE)
+    if GATED:
+        half: tl.constexpr = SIZE // 2
+        return block * half + line % half + line // half * (out_features // 2)
+    return block * SIZE + line
+
 
 LONGEST = 16  # rows
 _MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}  # 128 and 1024: the last bit is worth 1

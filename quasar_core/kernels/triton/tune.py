@@ -18,13 +18,15 @@ from quasar_core.kernels.triton.blocks import (
     dense_blocks,
     dense_key,
     even_splits,
+    keep_tuned,
     packed_blocks,
     packed_key,
+    trouble_with_file,
+    tuned_blocks,
 )
 from quasar_core.kernels.triton.eight_bit import LARGEST, multiply_w8a8
+from quasar_core.kernels.triton.language import scratch
 from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
-from quasar_core.kernels.triton.scratch import scratch
-from quasar_core.kernels.triton.tuned import keep_tuned, trouble_with_file, tuned_blocks
 from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
 from quasar_core.records import Progress, no_progress
 from quasar_core.timing import time_one

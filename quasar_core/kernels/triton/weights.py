@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from quasar_core.checkpoint.packing import QuantizedWeight
+from quasar_core.checkpoint.gptq_format import QuantizedWeight
 
 BLOCK = 64  # outputs stored together: what four warps multiply at once
 LARGEST_CHUNK, SMALLEST_CHUNK = 128, 16

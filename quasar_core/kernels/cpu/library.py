@@ -1,0 +1,239 @@
+"""Compile and load the C++ library of the CPU, and declare its functions and structures.
+
+It needs a processor with AVX-512 VNNI, Linux and a C++ compiler, which builds it on first use. The shared library is
+kept in quasar's own folder, named by what it depends on (sources, flags, compiler, processor, PyTorch), so that a
+change of any of them compiles anew, and nothing is loaded that was built for another machine.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.kernels.cpu import private_files
+from quasar_core.store.home import home
+from quasar_core.system import processor_flags
+
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+SWITCH = "QUASAR_CPU_PASS"
+_PATIENCE = 120  # seconds
+_BUILDING = "building-"
+_rebuilt: dict[Path, str] = {}  # by source: what was wrong with the library that was there
+
+
+def load_library(source: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:
+    """Load the library of a C++ source, compiled where it is not there yet or damaged; `functions` are their arguments.
+
+    QuasarError, with a reason, where it cannot be compiled or loaded, or lacks one of the functions.
+    """
+    path = shared_library(source)
+    try:
+        library = private_files.load(path)
+    except (OSError, QuasarError) as error:
+        raise QuasarError(f"its library could not be loaded: {error}") from error
+    for name, arguments in functions.items():
+        try:
+            getattr(library, name).argtypes = list(arguments)
+        except AttributeError:
+            raise QuasarError(f"its library {path} has no function {name}: delete it, and it is made anew") from None
+    return library
+
+
+def shared_library(source: Path) -> Path:
+    """The library of a C++ source and the headers beside it, compiled where it is not there yet or damaged.
+
+    QuasarError, with a reason, where it cannot be.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise QuasarError("no C++ compiler was found (g++, or one that CXX names)")
+    library = home() / "kernels" / _key(source, compiler) / f"{source.stem}.so"
+    kernels = library.parent.parent
+    try:
+        private_files.make_private(kernels)
+        with _alone_in(kernels):
+            if library.parent.exists():
+                wrong = private_files.damage(library)
+                if wrong is None:
+                    return library
+                _rebuilt[source] = wrong
+            _compile(compiler, source, library)
+    except OSError as error:
+        raise QuasarError(f"its library could not be written to {library.parent}: {error}") from error
+    return library
+
+
+def remark(source: Path) -> str:
+    """What is to be said of a library beside that it runs: that it was compiled anew, and why; else nothing."""
+    return f", compiled anew since {_rebuilt[source]}" if source in _rebuilt else ""
+
+
+def why_switched_off() -> str | None:
+    """A reason where the user has switched off all that is compiled: the pass, packed products, the solver's loops."""
+    value = os.environ.get(SWITCH) or "1"
+    if value not in ("0", "1"):
+        raise UsageError(f"{SWITCH} must be 0 or 1, not {value}.")
+    return f"{SWITCH}=0 switches it off" if value == "0" else None
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process compiles here; what a killed one left is cleared."""
+    import fcntl  # not on every system, and nothing is compiled where it is missing
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for left in folder.glob(f"{_BUILDING}*"):
+            shutil.rmtree(left)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def find_compiler() -> str | None:
+    """The path of the C++ compiler: the one that CXX names, else a common one."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def _key(source: Path, compiler: str) -> str:
+    processor = " ".join(sorted(processor_flags()))
+    sources = [path.read_text(encoding="utf-8") for path in sorted(source.parent.glob("*.[ch]*"))]
+    parts = (*sources, *FLAGS, os.path.realpath(compiler), processor, torch.__version__)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, source: Path, library: Path) -> None:
+    """Whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=library.parent.parent, prefix=_BUILDING) as folder:
+        built = Path(folder) / library.parent.name / library.name
+        private_files.make_private(built.parent)
+        command = [compiler, *FLAGS, str(source), "-o", str(built)]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            raise QuasarError(f"{compiler} did not compile {source.name} within {_PATIENCE} seconds") from error
+        if run.returncode:
+            first = next((line for line in run.stderr.splitlines() if "error" in line), "no message")
+            raise QuasarError(f"{compiler} could not compile {source.name}: {first.strip()}")
+        private_files.install(built, library)
+
+
+SOURCE = Path(__file__).parent / "quasar.cpp"
+MOST_PARTS = 3
+_NEEDED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})
+
+
+class Product(ctypes.Structure):
+    """A linear layer: weights of 16 or 32 bits row after row, or a stream of codes of 2, 4 or 8 bits."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),  # float32 [out], or null
+        ("bits", ctypes.c_int),
+        ("inputs", ctypes.c_int),
+        ("outputs", ctypes.c_int),
+        ("groups", ctypes.c_int),
+    )
+
+
+class Joined(ctypes.Structure):
+    """Products of one input, whose outputs stand beside one another."""
+
+    _fields_ = (
+        ("parts", Product * MOST_PARTS),
+        ("count", ctypes.c_int),
+        ("inputs", ctypes.c_int),
+        ("outputs", ctypes.c_int),
+    )
+
+
+class Layer(ctypes.Structure):
+    """A block: norms in float32, products, the positions that it sees (0: all), whether it rotates."""
+
+    _fields_ = (
+        ("input_norm", ctypes.c_void_p),
+        ("mlp_norm", ctypes.c_void_p),
+        ("head_norms", ctypes.c_void_p),
+        ("qkv", Joined),
+        ("out", Joined),
+        ("gate_up", Joined),
+        ("down", Joined),
+        ("window", ctypes.c_int),
+        ("rotates", ctypes.c_int),
+    )
+
+
+class Model(ctypes.Structure):
+    """A decoder; the embedding is bfloat16 or float32, as the cache is."""
+
+    _fields_ = (
+        ("hidden", ctypes.c_int),
+        ("heads", ctypes.c_int),
+        ("kv_heads", ctypes.c_int),
+        ("head_size", ctypes.c_int),
+        ("layers", ctypes.c_int),
+        ("is_bfloat16", ctypes.c_int),
+        ("eps", ctypes.c_float),
+        ("embedding", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("head", Joined),
+        ("layer", ctypes.POINTER(Layer)),
+    )
+
+
+@cache
+def why_not_here() -> str | None:
+    """Why this machine cannot run the library, found out once: its processor, its compiler, the build, or the user."""
+    if off := why_switched_off():
+        return off
+    if not processor_flags() >= _NEEDED:
+        return "it needs a processor with AVX-512 VNNI, and Linux"
+    try:
+        library()
+    except QuasarError as error:
+        return str(error)
+    return None
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled library; QuasarError where it cannot be built or loaded."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    functions = load_library(
+        SOURCE,
+        {
+            "quasar_multiply_codes": [pointer] * 3 + [number] * 7,
+            "quasar_pass_new": [ctypes.POINTER(Model)],
+            "quasar_pass_delete": [pointer, number],
+            "quasar_pass_run": [
+                pointer,
+                number,
+                pointer,
+                *[number] * 2,
+                *[pointer] * 3,
+                number,
+                *[pointer] * 3,
+                number,
+            ],
+            "quasar_pass_seconds": [pointer, number, pointer],
+            "quasar_size_of_model": [],
+            "quasar_size_of_layer": [],
+        },
+    )
+    functions.quasar_pass_new.restype = pointer
+    sizes = functions.quasar_size_of_model(), functions.quasar_size_of_layer()
+    if sizes != (ctypes.sizeof(Model), ctypes.sizeof(Layer)):
+        raise QuasarError("its library describes models in other bytes than this version of quasar")
+    return functions

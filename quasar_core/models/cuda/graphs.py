@@ -1,0 +1,133 @@
+"""Record launches once and replay them as CUDA graphs, with one small copy each way between host and device.
+
+A graph holds the addresses that it was recorded with, so the buffers of its inputs and outputs stay where they are.
+Whatever a launch allocates comes from one pool that all graphs of a device share: graphs run one after the other, and
+a graph's last step copies its results out of the pool. On other devices the same interface launches plainly. Letters:
+T tokens of a pass, L the most of them.
+"""
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from quasar_core.models.choices import Choices
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a pass chose, on the device: views of one buffer, of a pass's first T tokens or of all L."""
+
+    tokens: torch.Tensor  # [T] int64: the best of each row of logits, or `NO_TOKEN`
+    best: torch.Tensor  # [T] float32: its logit
+    second: torch.Tensor  # [T] float32: the next logit
+    accepted: torch.Tensor  # [1] int64: drafted tokens that the choices confirm
+
+    def first(self, count: int) -> "Found":
+        """Of so many tokens."""
+        return Found(self.tokens[:count], self.best[:count], self.second[:count], self.accepted)
+
+
+class Mailbox:
+    """Position, number of drafted tokens and tokens go in; choices, their logits and what they confirm come out."""
+
+    def __init__(self, longest: int, device: torch.device) -> None:
+        self._longest = longest
+        on_cuda = device.type == "cuda"
+        self._in = torch.zeros(2 + longest, dtype=torch.int64, device=device)
+        self._out = torch.zeros(2 * longest + 1, dtype=torch.int64, device=device)
+        self._letter = torch.zeros(2 + longest, dtype=torch.int64, pin_memory=on_cuda)
+        self._answer = torch.zeros(2 * longest + 1, dtype=torch.int64, pin_memory=on_cuda)
+        self._fetched = torch.cuda.Event() if on_cuda else None
+        self.position, self.drafted, self.tokens = self._in[:1], self._in[1:2], self._in[2:]
+        logits = self._out[longest : 2 * longest].view(torch.float32)
+        self.found = Found(self._out[:longest], logits[:longest], logits[longest:], self._out[2 * longest :])
+
+    def send(self, position: int, tokens: Sequence[int], filled: int) -> None:
+        """Where the pass stands and its tokens, the first of them not drafted; `filled` more, which count for nothing.
+
+        Waits for nothing but the copy of the last letter, which is written over.
+        """
+        if self._fetched:
+            self._fetched.synchronize()
+        words = [position, len(tokens) - 1, *tokens, *[tokens[-1]] * filled]
+        self._letter.numpy()[: len(words)] = words
+        self._in[: len(words)].copy_(self._letter[: len(words)], non_blocking=True)
+        if self._fetched:
+            self._fetched.record(torch.cuda.current_stream(self._in.device))
+
+    def fetch(self, count: int) -> Choices:
+        """What the pass chose at its first `count` tokens; this is where the host waits for the device."""
+        self._answer.copy_(self._out)
+        words, longest = self._answer.numpy(), self._longest
+        best, second = words[longest : 2 * longest].view("float32").reshape(2, longest)[:, :count]
+        with np.errstate(invalid="ignore"):  # of two infinities
+            margins = (best - second).tolist()
+        return Choices(words[:count].tolist(), margins, int(words[2 * longest]))
+
+
+Launch = Callable[[], Any]  # reads and writes tensors that outlive it; waits for nothing
+
+
+class Launcher(Protocol):
+    """Runs launches, each kind of them many times."""
+
+    def run(self, owner: Any, kind: Hashable, launch: Launch) -> None:
+        """Run `launch`; those of one `owner` and `kind` must do the same on the same tensors, which stay alive."""
+        ...
+
+
+class PlainLauncher:
+    """Launches every time."""
+
+    def run(self, owner: Any, kind: Hashable, launch: Launch) -> None:
+        """See `Launcher`."""
+        launch()
+
+
+class GraphLauncher:
+    """The first launch of a kind runs plainly, so that kernels are compiled and chosen, and is then recorded.
+
+    An owner's graphs are let go of with it: they hold the addresses of its tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._graphs: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
+
+    def run(self, owner: Any, kind: Hashable, launch: Launch) -> None:
+        """See `Launcher`."""
+        graphs = self._graphs.setdefault(owner, {})
+        if kind in graphs:
+            graphs[kind].replay()
+        else:
+            launch()
+            graphs[kind] = record(launch, self.device)
+
+
+def record(launch: Launch, device: torch.device) -> Any:
+    """The CUDA graph of a launch that has run before; recording does not run it."""
+    return _record(launch, device, _pool_keeper(device).pool())
+
+
+def _record(launch: Launch, device: torch.device, pool: Any) -> Any:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
+        launch()
+    return graph
+
+
+@functools.cache
+def _pool_keeper(device: torch.device) -> Any:
+    """The first graph of a device, which does next to nothing: its pool must not be given up between the others."""
+    word = torch.zeros(1, device=device)
+    return _record(word.zero_, device, pool=None)
+
+
+def launcher(device: torch.device) -> Launcher:
+    """Graphs on CUDA, plain launches elsewhere."""
+    return GraphLauncher(device) if device.type == "cuda" else PlainLauncher()

@@ -1,0 +1,168 @@
+"""The steps of a short pass whose position is read from the device, so that one recording of them serves any position.
+
+Two makers of the same steps: PyTorch's operations, which run anywhere, and Triton's kernels (`triton_steps.py`), a
+handful of launches per layer. Every step allocates its result and never waits for the device. Letters: T tokens of a
+pass, H key-value heads, G query heads per key-value head, D head size, C capacity of the cache, I size of the MLP.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import linear, rms_norm, silu
+
+from quasar_core.kernels.base import RoundedRows
+from quasar_core.models.choices import NO_TOKEN
+from quasar_core.models.cuda.graphs import Found
+from quasar_core.models.decoder import FOLDED_TOKENS, Linear, Sight, attend
+
+Rows = torch.Tensor | RoundedRows  # [T, in]
+Gated = Callable[[Rows], Rows]
+
+
+class Steps(Protocol):
+    """What a pass is made of, beside the products that have kernels of their own."""
+
+    name: str
+
+    def launching(self) -> AbstractContextManager[None]:
+        """The context in which the steps of a pass are launched."""
+        ...
+
+    def normed(
+        self,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        number: torch.dtype | None = None,
+    ) -> Rows:
+        """Add `delta` to `hidden` [T, in] in place, then its RMS norm times `weight` → [T, in].
+
+        Where the product that reads it takes rows in an 8-bit `number`, it may come rounded to that.
+        """
+        ...
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        head_norms: torch.Tensor | None,
+        tables: tuple[torch.Tensor, torch.Tensor] | None,
+        position: torch.Tensor,
+        states: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        """Norm and rotate queries and keys of qkv [T, (H·G + 2·H)·D], write keys and values into states [2, H, C, D]
+        at `position` [1] and behind it → queries [T, H·G, D]. `tables` are cosines and sines [positions, D].
+        """
+        ...
+
+    def sight(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
+        """What `count` tokens at `position` see of the first `length` positions; made once for a pass."""
+        ...
+
+    def attend(self, queries: torch.Tensor, states: torch.Tensor, sight: Any) -> torch.Tensor:
+        """Queries [T, H·G, D] over states [2, H, C, D] → [T, H·G·D]."""
+        ...
+
+    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> Rows:
+        """silu(gate) · up of gate_up [T, 2·I] → [T, I]; of `number` as in `normed`."""
+        ...
+
+    def gated_product(self, product: Linear, rows: int) -> Gated | None:
+        """x [rows, in] → [rows, I] in one launch: a product of gates and what they gate, and the gate; None without."""
+        ...
+
+    def dense_products(self, rows: int) -> dict[str, Any]:
+        """Ways to multiply x [rows, in] by a weight [out, in] (and add a bias [out]) in 16 or 32 bits, by name."""
+        ...
+
+    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, found: Found) -> None:
+        """The best token of each row of logits [T, V], as `models/choices.py` has it, and how many of the `drafted` [1]
+        tokens behind the first of tokens [T] they confirm, into `found`.
+        """
+        ...
+
+
+class TorchSteps:
+    """PyTorch's operations. Attention reads all of `length`, masked beyond the position."""
+
+    name = "PyTorch's operations"
+
+    def launching(self) -> AbstractContextManager[None]:
+        """Nothing special."""
+        return nullcontext()
+
+    def normed(
+        self,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        number: torch.dtype | None = None,
+    ) -> Rows:
+        """See `Steps`; never rounded."""
+        if delta is not None:
+            hidden += delta
+        return rms_norm(hidden, weight.shape, weight, eps)
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        head_norms: torch.Tensor | None,
+        tables: tuple[torch.Tensor, torch.Tensor] | None,
+        position: torch.Tensor,
+        states: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        """See `Steps`."""
+        kv_heads, size = states.shape[1], states.shape[-1]
+        heads = qkv.view(qkv.shape[0], -1, size)  # [T, H·G + 2·H, D]
+        rotated = x = heads[:, :-kv_heads]
+        places = position + torch.arange(qkv.shape[0], device=qkv.device)
+        if head_norms is not None:
+            rotated = x = rms_norm(x, (size,), None, eps) * head_norms
+        if tables is not None:
+            cos, sin = (table.index_select(0, places)[:, None] for table in tables)
+            rotated = torch.addcmul(x * cos, x.roll(size // 2, -1), sin)
+        written = torch.stack((rotated[:, -kv_heads:], heads[:, -kv_heads:]))  # [2, T, H, D]
+        states.index_copy_(2, places, written.transpose(1, 2))
+        return rotated[:, :-kv_heads]
+
+    def sight(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
+        """A mask over the whole length."""
+        own = (position + torch.arange(count, device=position.device))[:, None]
+        seen = torch.arange(length, device=position.device)
+        visible = seen <= own
+        if window is not None:
+            visible &= seen > own - window
+        mask = visible.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else visible
+        return Sight(0, length, causal=False, mask=mask)
+
+    def attend(self, queries: torch.Tensor, states: torch.Tensor, sight: Any) -> torch.Tensor:
+        """See `Steps`."""
+        return attend(queries, states, sight)
+
+    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> Rows:
+        """See `Steps`; never rounded."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return silu(gate) * up
+
+    def gated_product(self, product: Linear, rows: int) -> Gated | None:
+        """There is none."""
+        return None
+
+    def dense_products(self, rows: int) -> dict[str, Any]:
+        """PyTorch's own: cuBLAS on CUDA."""
+        return {"torch": linear}
+
+    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, found: Found) -> None:
+        """See `Steps`."""
+        best = logits.topk(2, dim=-1).values
+        found.tokens.copy_(torch.where(best[:, 0].isfinite(), logits.argmax(dim=-1), NO_TOKEN))
+        found.best.copy_(best[:, 0])
+        found.second.copy_(best[:, 1])
+        place = torch.arange(len(tokens) - 1, device=tokens.device)
+        confirmed = (found.tokens[:-1] == tokens[1:]) & (place < drafted)
+        found.accepted.copy_(confirmed.cumprod(0).sum())

@@ -1,0 +1,166 @@
+"""The steps of a short pass as Triton's kernels: one launch each, and two for attention.
+
+Letters: T tokens of a pass, H key-value heads, G query heads per key-value head, D head size.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from quasar_core.kernels.base import RoundedRows
+from quasar_core.kernels.linear import PackedLinear
+from quasar_core.kernels.triton.attention import attend, attention_workspace
+from quasar_core.kernels.triton.blocks import why_not_gated
+from quasar_core.kernels.triton.choices import accept_greedy, argmax_and_margin
+from quasar_core.kernels.triton.elementwise import (
+    rms_norm_residual,
+    rotate_and_store,
+    silu_multiply,
+    silu_multiply_rounded,
+)
+from quasar_core.kernels.triton.language import overlapping
+from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
+from quasar_core.kernels.triton.weights import TritonWeight
+from quasar_core.models.cuda.graphs import Found
+from quasar_core.models.cuda.torch_steps import Gated, Rows
+from quasar_core.models.decoder import DenseLinear, Linear
+
+WIDEST = 16  # tokens of one launch of these kernels; a longer pass takes several
+
+
+@dataclass(frozen=True)
+class TritonSight:
+    """Where the pass stands: the position of each launch's first token, on the device, and a bound on the length."""
+
+    positions: tuple[torch.Tensor, ...]
+    length: int
+    window: int | None
+
+
+class TritonSteps:
+    """Implements `pass_steps.Steps` in 16 bits; a launch may begin before the one before it has ended."""
+
+    name = "Triton"
+
+    def __init__(self, overlaps: bool = False) -> None:
+        self.overlaps = overlaps
+
+    def launching(self) -> AbstractContextManager[None]:
+        """See `kernels/triton/language.py`."""
+        return overlapping(self.overlaps)
+
+    def normed(
+        self,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        number: torch.dtype | None = None,
+    ) -> Rows:
+        """One launch, however many tokens."""
+        if number is None:
+            out = torch.empty_like(hidden)
+            rms_norm_residual(hidden, delta, weight, eps, out)
+            return out
+        rows = _empty_rows(hidden.shape[0], hidden.shape[1], number, hidden.device)
+        rms_norm_residual(hidden, delta, weight, eps, rows.codes, rows.steps)
+        return rows
+
+    def rotate_and_store(
+        self,
+        qkv: torch.Tensor,
+        head_norms: torch.Tensor | None,
+        tables: tuple[torch.Tensor, torch.Tensor] | None,
+        position: torch.Tensor,
+        states: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        """One launch, however many tokens."""
+        keys, values = states.unbind()
+        size = keys.shape[-1]
+        queries = qkv.new_empty(qkv.shape[0], qkv.shape[1] // size - 2 * keys.shape[0], size)
+        cos, sin = tables or (None, None)
+        rotate_and_store(qkv, head_norms, cos, sin, position, keys, values, queries, eps)
+        return queries
+
+    def sight(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
+        """A position for every sixteen tokens."""
+        positions = (position + begin if begin else position for begin in range(0, count, WIDEST))
+        return TritonSight(tuple(positions), length, window)
+
+    def attend(self, queries: torch.Tensor, states: torch.Tensor, sight: Any) -> torch.Tensor:
+        """Two launches for every sixteen tokens."""
+        count, heads, size = queries.shape
+        keys, values = states.unbind()
+        out = queries.new_empty(count, heads * size)
+        for position, rows, part in zip(sight.positions, queries.split(WIDEST), out.split(WIDEST), strict=True):
+            workspace = attention_workspace(queries.device, rows.shape[0], heads, size)
+            attend(rows, keys, values, position, sight.window, workspace, part, sight.length)
+        return out
+
+    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> Rows:
+        """One launch."""
+        count, inner = gate_up.shape[0], gate_up.shape[1] // 2
+        if number is None:
+            out = gate_up.new_empty(count, inner)
+            silu_multiply(gate_up, out)
+            return out
+        rows = _empty_rows(count, inner, number, gate_up.device)
+        silu_multiply_rounded(gate_up, rows.codes, rows.steps)
+        return rows
+
+    def gated_product(self, product: Linear, rows: int) -> Gated | None:
+        """For 16 bits and packed codes, up to sixteen tokens."""
+        weight = gated_part(product)
+        if weight is None or rows > WIDEST:
+            return None
+        assert isinstance(product, DenseLinear | PackedLinear)
+        multiply = multiply_packed if isinstance(weight, TritonWeight) else multiply_dense
+        return partial(_multiply_gated, multiply, weight, product.bias)
+
+    def dense_products(self, rows: int) -> dict[str, Any]:
+        """cuBLAS, and for few rows Triton's product."""
+        return {"cublas": linear, "triton": _multiply_dense} if rows <= WIDEST else {"cublas": linear}
+
+    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, found: Found) -> None:
+        """Three launches."""
+        argmax_and_margin(logits, found.tokens, found.best, found.second)
+        accept_greedy(found.tokens, tokens, drafted, found.accepted)
+
+
+def _empty_rows(count: int, size: int, number: torch.dtype, device: torch.device) -> RoundedRows:
+    codes = torch.empty(count, size, dtype=number, device=device)
+    return RoundedRows(codes, torch.empty(count, dtype=torch.float32, device=device))
+
+
+def gated_part(product: Linear) -> TritonWeight | torch.Tensor | None:
+    """The weight of gates and what they gate, where one product can end with the gate; None where none can."""
+    weight: TritonWeight | torch.Tensor
+    if isinstance(product, DenseLinear):
+        weight, outputs = product.weight, product.weight.shape[0]
+    elif isinstance(product, PackedLinear) and isinstance(product.prepared, TritonWeight):
+        weight, outputs = product.prepared, product.out_features
+    else:
+        return None
+    return None if why_not_gated(outputs) else weight
+
+
+def _multiply_gated(
+    multiply: Callable[..., None], weight: TritonWeight | torch.Tensor, bias: torch.Tensor | None, x: Rows
+) -> torch.Tensor:
+    assert isinstance(x, torch.Tensor)  # a product that takes rounded rows is none of these
+    outputs = weight.out_features if isinstance(weight, TritonWeight) else weight.shape[0]
+    out = x.new_empty(x.shape[0], outputs // 2)
+    multiply(x, weight, out, bias, gated=True)
+    return out
+
+
+def _multiply_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    multiply_dense(x, weight, out, bias)
+    return out

@@ -1,0 +1,190 @@
+"""Bring a model of the architecture table from its files to the device, each weight once.
+
+A tensor is allocated first, fused ones whole, and then filled from the memory-mapped files, so that no weight is held
+twice. A verifier takes from its target all that it does not hold in codes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.errors import QuasarError
+from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
+from quasar_core.models.architectures import DecoderConfig, why_not_lean
+from quasar_core.models.decoder import DecoderLayer, DenseLinear, LeanDecoder, Linear
+from quasar_core.models.linear import Dense, Packing, Product, block_products, dense_only, dense_rows, head_product
+from quasar_core.models.rope import RopeTables
+from quasar_core.models.upload import Upload
+from quasar_core.records import Progress, no_progress
+from quasar_core.store.model_config import read_config
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head"
+
+__all__ = ["attach_verifier", "build_target", "load_target", "load_verifier_alone", "why_not_lean"]
+
+
+def load_target(
+    folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress = no_progress
+) -> LeanDecoder:
+    """The model of a folder, from safetensors only; QuasarError where `why_not_lean` has a reason."""
+    return build_target(DecoderConfig.parse(read_config(folder)), TensorFiles(folder), device, dtype, progress)
+
+
+def build_target(
+    config: DecoderConfig,
+    files: TensorFiles,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = no_progress,
+) -> LeanDecoder:
+    """The model of a config, from these files; QuasarError where a tensor is missing or of another shape."""
+    config = tied_as_stored(config, files)
+    filling = Filling(files, device, dtype)
+    decoder = _build(config, filling, dense_only)
+    filling.refuse_unknown(config, files.names())
+    filling.fill(progress)
+    return decoder
+
+
+def tied_as_stored(config: DecoderConfig, files: TensorFiles) -> DecoderConfig:
+    """Head and embedding are one where the config says so, and apart where the files hold two that differ.
+
+    So it is in transformers, with a warning.
+    """
+    names = EMBEDDING, f"{HEAD}.weight"
+    if config.tied and all(name in files for name in names) and not files.equal(*names):
+        return replace(config, tied=False)
+    return config
+
+
+def load_verifier_alone(
+    checkpoint: VerifierCheckpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel: str = "auto",
+    progress: Progress = no_progress,
+) -> LeanDecoder:
+    """The verifier without its target: what it does not hold in codes comes from the checkpoint too."""
+    config = tied_as_stored(DecoderConfig.parse(checkpoint.config), checkpoint.tensors)
+    packing = Packing(checkpoint, device, dtype, kernel, progress)
+    packing.refuse_unknown(config)
+    filling = Filling(checkpoint.tensors, device, dtype)
+    decoder = _build(config, filling, packing)
+    biases = {f"{name}.bias" for name in packing.names}  # which some tools store where the architecture has none
+    filling.refuse_unknown(config, [name for name in checkpoint.plain_names if name not in biases])
+    filling.fill(progress)
+    return decoder
+
+
+def attach_verifier(
+    target: LeanDecoder, checkpoint: VerifierCheckpoint, kernel: str = "auto", progress: Progress = no_progress
+) -> LeanDecoder:
+    """The verifier over the target's own embedding, norms and head, which are held once."""
+    packing = Packing(checkpoint, target.device, target.dtype, kernel, progress)
+    packing.refuse_unknown(target.config)
+
+    def attached(product: Product, own: Linear) -> Linear:
+        return packing(product, lambda part: dense_rows(own, product, part))
+
+    def attached_layer(index: int, layer: DecoderLayer) -> DecoderLayer:
+        fields = block_products(target.config, index)
+        products: dict[str, Any] = {name: attached(fields[name], getattr(layer, name)) for name in fields}
+        prefix = f"model.layers.{index}"
+        return replace(
+            layer,
+            input_norm=packing.norm(f"{prefix}.input_layernorm.weight", layer.input_norm),
+            mlp_norm=packing.norm(f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm),
+            **products,
+        )
+
+    layers = [attached_layer(index, layer) for index, layer in enumerate(target.layers)]
+    head = attached(head_product(target.config), target.head)
+    return LeanDecoder(target.config, target.embedding, layers, target.norm, head, target.rope)
+
+
+def has_no_effect(name: str) -> bool:
+    """Whether a stored tensor is a buffer that models compute from their config; older tools stored those."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+class Filling:
+    """Tensors that were allocated and wait for their content."""
+
+    def __init__(self, files: TensorFiles, device: torch.device, dtype: torch.dtype) -> None:
+        self.files, self.device, self.dtype = files, device, dtype
+        self._waiting: dict[str, torch.Tensor] = {}  # its place
+
+    def tensor(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> torch.Tensor:
+        """One tensor [sum of rows, *columns], whose rows are the stored tensors of these names, in order."""
+        for name, count in zip(names, rows, strict=True):
+            self.files.check_shape(name, (count, *columns))  # before anything is allocated
+        whole = self._empty(sum(rows), *columns)
+        for name, place in zip(names, whole.split(list(rows)), strict=True):
+            self._waiting[name] = place
+        return whole
+
+    def repeated(self, names: Sequence[str], times: Sequence[int], size: int) -> torch.Tensor:
+        """One tensor [sum of times, size], in which each stored vector [size] stands as often as asked."""
+        for name in names:
+            self.files.check_shape(name, (size,))
+        whole = self._empty(sum(times), size)
+        for name, place in zip(names, whole.split(list(times)), strict=True):
+            self._waiting[name] = place
+        return whole
+
+    def linear(self, product: Product) -> DenseLinear:
+        """A product in 16 or 32 bits."""
+        weight = self.tensor([f"{name}.weight" for name in product.names], product.rows, product.columns)
+        names = [f"{name}.bias" for name in product.names]
+        return DenseLinear(weight, self.tensor(names, product.rows) if product.bias else None)
+
+    def refuse_unknown(self, config: DecoderConfig, names: Sequence[str]) -> None:
+        """A stored tensor that the architecture has no place for would be left out of the model: refuse it."""
+        shared = {EMBEDDING, f"{HEAD}.weight"} if config.tied else set()
+        for name in names:
+            if name not in self._waiting and name not in shared and not has_no_effect(name):
+                raise QuasarError(f"{self.files.folder} holds {name}, which {config.architecture} does not have.")
+
+    def fill(self, progress: Progress = no_progress) -> None:
+        """Copy everything from the files, file by file."""
+        with Upload(self.device) as upload:
+            for done, (name, stored) in enumerate(self.files.load_many(list(self._waiting))):
+                progress("reading weights", done, len(self._waiting))
+                upload.copy(self._waiting[name], stored)
+        progress("reading weights", len(self._waiting), len(self._waiting))
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return empty_in_huge_pages(*shape, device=self.device, dtype=self.dtype)
+
+
+def _build(config: DecoderConfig, filling: Filling, make: Callable[[Product, Dense], Linear]) -> LeanDecoder:
+    """The decoder, its tensors allocated and not yet filled."""
+    shared = config.tied and EMBEDDING not in filling.files  # by the head's name alone, as transformers 4 wrote many
+    embedding = filling.tensor([f"{HEAD}.weight" if shared else EMBEDDING], [config.vocab_size], config.hidden_size)
+    layers = [_build_layer(config, index, filling, make) for index in range(config.num_layers)]
+    norm = filling.tensor(["model.norm.weight"], [config.hidden_size])
+    own_head: Dense = (lambda _: DenseLinear(embedding)) if config.tied else filling.linear
+    head = make(head_product(config), own_head)
+    return LeanDecoder(config, embedding, layers, norm, head, RopeTables(config.rope, filling.device, filling.dtype))
+
+
+def _build_layer(
+    config: DecoderConfig, index: int, filling: Filling, make: Callable[[Product, Dense], Linear]
+) -> DecoderLayer:
+    prefix, hidden = f"model.layers.{index}", config.hidden_size
+    head_norms = None
+    if config.head_norms:
+        names = [f"{prefix}.self_attn.{name}.weight" for name in ("q_norm", "k_norm")]
+        head_norms = filling.repeated(names, (config.num_heads, config.num_kv_heads), config.head_size)
+    return DecoderLayer(
+        input_norm=filling.tensor([f"{prefix}.input_layernorm.weight"], [hidden]),
+        head_norms=head_norms,
+        mlp_norm=filling.tensor([f"{prefix}.post_attention_layernorm.weight"], [hidden]),
+        window=config.windows[index],
+        rotates=config.rotates[index],
+        **{name: make(product, filling.linear) for name, product in block_products(config, index).items()},
+    )

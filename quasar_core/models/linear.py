@@ -1,0 +1,177 @@
+"""The linear layers of a decoder as it multiplies them: those of one input fused, in 16 or 32 bits or on codes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from quasar_core.checkpoint.compressed_tensors import Float8Weight, PackedWeight, concatenate_float8
+from quasar_core.checkpoint.gptq_format import QuantizedWeight
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.errors import QuasarError
+from quasar_core.kernels.linear import PackedLinear
+from quasar_core.models.architectures import DecoderConfig
+from quasar_core.models.decoder import DenseLinear, JoinedLinear, Linear
+from quasar_core.records import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class Product:
+    """The stored layers that one product fuses, with the rows (outputs) of each; all have the same inputs."""
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    columns: int
+    bias: bool
+
+    def part(self, index: int) -> "Product":
+        """One of its layers alone."""
+        return replace(self, names=(self.names[index],), rows=(self.rows[index],))
+
+
+def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
+    """The products of block `index`, by their field in `DecoderLayer`."""
+    queries, states = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
+    hidden, inner = config.hidden_size, config.intermediate_size
+
+    def product(names: str, rows: tuple[int, ...], columns: int, bias: bool) -> Product:
+        return Product(tuple(f"model.layers.{index}.{name}" for name in names.split()), rows, columns, bias)
+
+    return {
+        "qkv": product(
+            "self_attn.q_proj self_attn.k_proj self_attn.v_proj", (queries, states, states), hidden, config.qkv_bias
+        ),
+        "out": product("self_attn.o_proj", (hidden,), queries, config.out_bias),
+        "gate_up": product("mlp.gate_proj mlp.up_proj", (inner, inner), hidden, config.mlp_bias),
+        "down": product("mlp.down_proj", (hidden,), inner, config.mlp_bias),
+    }
+
+
+def head_product(config: DecoderConfig) -> Product:
+    """The head as a product."""
+    return Product(("lm_head",), (config.vocab_size,), config.hidden_size, bias=False)
+
+
+Dense = Callable[[Product], Linear]  # a product, or a part of one, in 16 or 32 bits
+
+
+def dense_only(product: Product, dense: Dense) -> Linear:
+    """The target's way: nothing is packed."""
+    return dense(product)
+
+
+class Packing:
+    """The verifier's way: products on a checkpoint's packed codes, and in 16 or 32 bits where it has none."""
+
+    def __init__(
+        self,
+        checkpoint: VerifierCheckpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernel: str,
+        progress: Progress = no_progress,
+    ) -> None:
+        self.checkpoint, self.device, self.dtype, self.kernel = checkpoint, device, dtype, kernel
+        self.progress = progress  # of measuring kernels
+        self.names = frozenset(checkpoint.layer_names)
+
+    def __call__(self, product: Product, dense: Dense) -> Linear:
+        """A product, fused where its codes allow it."""
+        packed = [name in self.names for name in product.names]
+        if not any(packed):
+            return dense(product)
+        if all(packed):
+            weights = [self._weight(product.part(index)) for index in range(len(packed))]
+            if _agree(weights):
+                place = self.device, self.dtype, self.kernel, self.progress
+                return PackedLinear.build(concatenate(weights), self._bias(product), *place)
+        return JoinedLinear(tuple(self(product.part(index), dense) for index in range(len(packed))))
+
+    def refuse_unknown(self, config: DecoderConfig) -> None:
+        """Codes that no product takes are an error."""
+        known = set(head_product(config).names)
+        for index in range(config.num_layers):
+            known.update(*(product.names for product in block_products(config, index).values()))
+        unknown = sorted(self.names - known)
+        if unknown:
+            raise QuasarError(f"The target has no layer {unknown[0]}, which {self.checkpoint.folder} quantizes.")
+
+    def norm(self, name: str, own: torch.Tensor) -> torch.Tensor:
+        """A norm's weight: the checkpoint's where smoothing may have changed it, else the target's own."""
+        if not self.checkpoint.own_norms or name not in self.checkpoint.tensors:
+            return own
+        return self.checkpoint.tensors.load(name).to(own)
+
+    def _weight(self, part: Product) -> PackedWeight:
+        (name,), (rows,) = part.names, part.rows
+        weight = self.checkpoint.layer(name, self.device)
+        shape = (weight.out_features, weight.in_features)
+        if shape != (rows, part.columns):
+            raise QuasarError(f"Layer {name} of {self.checkpoint.folder} is {shape}, and the target's is not.")
+        return weight
+
+    def _bias(self, product: Product) -> torch.Tensor | None:
+        """The stored biases; some tools store zeros where the architecture has none."""
+        names = [f"{name}.bias" for name in product.names]
+        if not product.bias and not any(name in self.checkpoint.tensors for name in names):
+            return None
+        return torch.cat([self.checkpoint.tensors.load(name) for name in names]).to(self.device, self.dtype)
+
+
+def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Layers of one input as one layer, output after output."""
+    if len(weights) == 1:
+        return weights[0]
+    floats = [weight for weight in weights if isinstance(weight, Float8Weight)]
+    if floats:
+        return concatenate_float8(floats)
+    integers = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    return replace(
+        integers[0],
+        codes=torch.cat([weight.codes for weight in integers], dim=1),
+        scales=torch.cat([weight.scales for weight in integers], dim=1),
+        zeros=torch.cat([weight.zeros for weight in integers], dim=1),
+    )
+
+
+def _agree(weights: Sequence[PackedWeight]) -> bool:
+    """Whether layers differ in nothing but their outputs."""
+    layouts = {(type(weight), weight.bits, weight.group_size) for weight in weights}
+    orders = [weight.g_idx for weight in weights if isinstance(weight, QuantizedWeight)]
+    return len(layouts) == 1 and all(torch.equal(order, orders[0]) for order in orders)
+
+
+def dense_rows(own: Linear, product: Product, part: Product) -> Linear:
+    """The rows of a product in 16 or 32 bits that are a part of it; the product itself where the part is all of it."""
+    if part == product:
+        return own
+    assert isinstance(own, DenseLinear)
+    index = product.names.index(part.names[0])
+    begin = sum(product.rows[:index])
+    rows = slice(begin, begin + product.rows[index])
+    return DenseLinear(own.weight[rows], None if own.bias is None else own.bias[rows])
+
+
+def all_block_products(config: DecoderConfig) -> list[Product]:
+    """The products of all blocks, in order."""
+    return [product for index in range(config.num_layers) for product in block_products(config, index).values()]
+
+
+def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a model of this config stores."""
+    hidden = config.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for product in [*all_block_products(config), *([] if config.tied else [head_product(config)])]:
+        for name, rows in zip(product.names, product.rows, strict=True):
+            shapes[f"{name}.weight"] = (rows, product.columns)
+            if product.bias:
+                shapes[f"{name}.bias"] = (rows,)
+    for index in range(config.num_layers):
+        prefix = f"model.layers.{index}"
+        shapes |= {f"{prefix}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+        if config.head_norms:
+            shapes |= {f"{prefix}.self_attn.{name}.weight": (config.head_size,) for name in ("q_norm", "k_norm")}
+    return shapes

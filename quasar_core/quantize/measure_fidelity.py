@@ -1,0 +1,199 @@
+"""Fidelity without either model in memory: the rows go through the blocks of one model, then of the other.
+
+Both then answer `fidelity.measure_fidelity` as any model does, on those rows alone. Letters: T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.kernels.linear import PackedLinear
+from quasar_core.models.base import CausalLM
+from quasar_core.models.context import UNLIMITED, position_limit
+from quasar_core.quantize.blocks.activations import (
+    Activations,
+    blocks_replaced_by,
+    capture_first_inputs,
+    embedding_device,
+    output_form,
+)
+from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks
+from quasar_core.quantize.calibration import GREEDY_FROM, Calibration, calibration_name, encode, read_documents
+from quasar_core.quantize.fidelity import measure_fidelity, price_of_kernel, token_kinds
+from quasar_core.quantize.malloc import return_freed_memory
+from quasar_core.records import FidelityReport, KernelPrice, Progress, no_progress
+
+KERNEL_ROWS = 4
+TEXT_LENGTH, TEXT_ROWS = 512, 64  # of a user's text
+
+
+class RowsRead(CausalLM):
+    """Runs passes over whole rows that the model has read."""
+
+    def __init__(self, ends: PreTrainedModel, texts: Sequence[tuple[torch.Tensor, Activations]]) -> None:
+        self._ends, self._form = ends, output_form(ends)
+        self._finished = {
+            tuple(row.tolist()): states.hidden[index : index + 1]
+            for rows, states in texts
+            for index, row in enumerate(rows)
+        }
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return int(self._ends.config.get_text_config().vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the logits are computed."""
+        return embedding_device(self._ends)
+
+    def new_cache(self, capacity: int) -> "NothingKept":
+        """A cache that such passes do not need."""
+        return NothingKept(capacity)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Sequence[int], cache: "NothingKept", last_only: bool = False) -> torch.Tensor:
+        """Float32 logits [T, V] of a row ([1, V] with `last_only`); a defect where it was not read."""
+        return next(self.pieces(tokens, len(tokens) - 1 if last_only else 0, len(tokens)))
+
+    @torch.inference_mode()
+    def pieces(self, tokens: Sequence[int], first: int, size: int) -> Iterator[torch.Tensor]:
+        """Float32 logits [size, V] of a row, from position `first` on; the last piece may be shorter."""
+        hidden = self._finished[tuple(tokens)].to(self.device)
+        blocks = find_blocks(self._ends)[1]
+
+        def finished(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            return hidden[:, begin : begin + size]
+
+        for begin in range(first, len(tokens), size):
+            ids = torch.tensor([list(tokens[begin : begin + size])], device=self.device)
+            with blocks_replaced_by(blocks, finished, self._form):
+                logits = self._ends(input_ids=ids, use_cache=False).logits[0]
+            yield logits.float()
+
+
+class NothingKept:
+    """Stands for a cache where every pass is a whole row."""
+
+    length = 0
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+
+    def rollback(self, length: int) -> None:
+        """Nothing was written."""
+
+
+class Readable(Protocol):
+    """A model that can be had block by block."""
+
+    count: int
+    device: torch.device
+
+    def block(self, index: int) -> torch.nn.Module:
+        """The block of that number."""
+        ...
+
+    def ends(self, device: torch.device | None = None) -> PreTrainedModel:
+        """Embedding, final norm and head."""
+        ...
+
+
+@torch.inference_mode()
+def read_rows(model: Readable, texts: Sequence[torch.Tensor], stage: str, progress: Progress = no_progress) -> RowsRead:
+    """Let every row of texts [n, T] pass through the blocks, each of which is in memory once."""
+    on_host = model.ends(torch.device("cpu"))
+    states = [capture_first_inputs(on_host, rows, model.device) for rows in texts]
+    for index in range(model.count):
+        progress(stage, index, model.count)
+        block = model.block(index)
+        for activations in states:
+            activations.advance(block)
+        return_freed_memory()
+    progress(stage, model.count, model.count)
+    return RowsRead(model.ends(), list(zip(texts, states, strict=True)))
+
+
+def measure(
+    target: Readable,
+    verifier: Readable,
+    calibration: Calibration,
+    progress: Progress = no_progress,
+    kinds: torch.Tensor | None = None,
+) -> FidelityReport:
+    """Fidelity of a verifier on held-out rows and on the target's own greedy text; `kinds` [V]: the kind of a token."""
+    texts = [calibration.held_out[:, :-1], calibration.greedy[:, :-1]]  # the last token is only predicted
+    p = read_rows(target, texts, "measuring fidelity: target", progress)
+    q = read_rows(verifier, texts, "measuring fidelity: verifier", progress)
+    return measure_fidelity(
+        p,
+        q,
+        p.new_cache(max(rows.shape[1] for rows in texts)),
+        calibration.held_out,
+        calibration.greedy,
+        GREEDY_FROM,
+        calibration.name,
+        progress,
+        kinds,
+    )
+
+
+def measure_kernel(
+    target: Readable,
+    exact: Readable,
+    in_use: Readable,
+    calibration: Calibration,
+    progress: Progress = no_progress,
+) -> KernelPrice | None:
+    """What the kernel that decoding runs adds, on a few held-out rows; None where it is the unpacked product itself."""
+    packed = [module for module in in_use.block(0).modules() if isinstance(module, PackedLinear)]
+    names = sorted({module.choice.kernel.name for module in packed})
+    if names == ["dense"]:
+        return None
+    rows = calibration.held_out[:KERNEL_ROWS]
+    stage = "measuring the kernel in use"
+    p, q, r = (read_rows(model, [rows[:, :-1]], stage, progress) for model in (target, exact, in_use))
+    return price_of_kernel(p, q, r, p.new_cache(rows.shape[1]), rows, ", ".join(names))
+
+
+def measure_on_text(
+    target: StreamedModel,
+    verifier: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    progress: Progress = no_progress,
+) -> FidelityReport:
+    """Fidelity of a verifier, of any tool's making, on a user's text: a file, or a name that the hub serves.
+
+    Raises UsageError for a text that is missing, unreadable or too short, QuasarError where the two models have
+    vocabularies of different sizes.
+    """
+    if verifier.vocab_size != target.vocab_size:
+        raise QuasarError(
+            f"The checkpoint has {verifier.vocab_size} tokens and the model {target.vocab_size}: "
+            "they do not belong together."
+        )
+    rows = _cut_rows(text, tokenizer, position_limit(target.skeleton.config.get_text_config()) or UNLIMITED)
+    p = read_rows(target, [rows[:, :-1]], "measuring fidelity: target", progress)
+    q = read_rows(verifier, [rows[:, :-1]], "measuring fidelity: verifier", progress)
+    kinds = token_kinds(tokenizer, target.vocab_size)
+    name = calibration_name(text)
+    return measure_fidelity(p, q, p.new_cache(rows.shape[1]), rows, None, 1, name, progress, kinds)
+
+
+def _cut_rows(text: str, tokenizer: PreTrainedTokenizerBase, context: int) -> torch.Tensor:
+    """The text's first tokens in rows [n, L] of at most `TEXT_LENGTH`; a text of less is one row."""
+    tokens: list[int] = []
+    for document in read_documents(text, "--text"):
+        tokens += encode(document, tokenizer)
+        if len(tokens) >= TEXT_ROWS * TEXT_LENGTH:
+            break
+    length = min(TEXT_LENGTH, context, len(tokens))
+    if length < 2:
+        raise UsageError(f"--text {text} holds {len(tokens)} tokens; at least 2 are needed.")
+    count = min(TEXT_ROWS, len(tokens) // length)
+    return torch.tensor(tokens[: count * length]).view(count, length)

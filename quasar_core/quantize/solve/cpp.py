@@ -1,0 +1,122 @@
+"""The quantizer's inner loops in C++ (`kernels/cpu/solver.cpp`): the search for scales, and columns taken in turn.
+
+They need a processor with AVX-512, Linux and a C++ compiler, which builds them on first use; tensors are float32, on
+the CPU. Elsewhere `quantize/` does the same with PyTorch's operations. Letters: C columns of a block, r outputs of a
+piece, G groups; in a piece a column's outputs lie beside one another.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from quasar_core.errors import QuasarError
+from quasar_core.kernels.cpu.library import load_library, remark, why_switched_off
+from quasar_core.system import processor_flags
+
+SOURCE = Path(__file__).parents[2] / "kernels" / "cpu" / "solver.cpp"
+MOST_COLUMNS = 128
+_NEEDED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+
+
+@cache
+def why_not_here() -> str | None:
+    """Why this machine cannot run the loops, found out once: its processor, its compiler, the build, or the user."""
+    if off := why_switched_off():
+        return off
+    if not processor_flags() >= _NEEDED:
+        return "it needs a processor with AVX-512, and Linux"
+    try:
+        library()
+    except QuasarError as error:
+        return str(error)
+    return None
+
+
+def describe_loops() -> str:
+    """Which loops the quantizer runs on this processor, and why."""
+    obstacle = why_not_here()
+    return f"PyTorch's operations, not C++: {obstacle}" if obstacle else f"in C++{remark(SOURCE)}"
+
+
+def runs(tensor: torch.Tensor) -> bool:
+    """Whether the loops take a tensor of this kind, here."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and why_not_here() is None
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled library; QuasarError where it cannot be built or loaded."""
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    return load_library(
+        SOURCE,
+        {
+            "quasar_search_grids": [pointer] * 3 + [ctypes.c_int64] + [number] * 4 + [ctypes.c_float] * 2 + [number],
+            "quasar_round_columns": [pointer] * 8 + [number] * 4,
+            "quasar_descend_columns": [pointer] * 10 + [number] * 4,
+        },
+    )
+
+
+def search_grids(
+    groups: torch.Tensor, bits: int, sym: bool, steps: int, smallest: float, exponent: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros [n] of groups [n, size]: of ranges shrunk in steps, that of the least Σ |error|^exponent."""
+    groups = groups.contiguous()
+    scales, zeros = groups.new_empty(len(groups)), groups.new_empty(len(groups))
+    numbers = (*groups.shape, bits, sym, steps, smallest, exponent, torch.get_num_threads())
+    library().quasar_search_grids(groups.data_ptr(), scales.data_ptr(), zeros.data_ptr(), *numbers)
+    return scales, zeros
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A block of columns in the order of the visit, and the grid [G, r] that they are rounded to, all contiguous.
+
+    `groups` [C] int32 are the columns' groups. Where `backwards`, blocks of a piece lie in memory the other way round.
+    """
+
+    scales: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    groups: torch.Tensor
+    backwards: bool = False
+
+    def round(self, weight: torch.Tensor, kernel: torch.Tensor, steps: torch.Tensor, errors: torch.Tensor) -> None:
+        """Round weight [C, r], each column's error times `kernel` [C, C] taken off those visited later.
+
+        Fills steps and errors [C, r].
+        """
+        pieces = [self._first(weight), kernel.data_ptr(), *self._grid(), self._first(steps), self._first(errors)]
+        library().quasar_round_columns(*pieces, *self._sizes(weight))
+
+    def descend(
+        self,
+        gradient: torch.Tensor,
+        kernel: torch.Tensor,
+        curvature: torch.Tensor,
+        steps: torch.Tensor,
+        moves: torch.Tensor,
+        gains: torch.Tensor,
+    ) -> None:
+        """Move steps [C, r] down the gradient [C, r] in turn; `kernel` [C, C] is −H, `curvature` [C] its diagonal.
+
+        Fills moves [C, r] and adds the losses' changes to gains [r].
+        """
+        pieces = [self._first(gradient), kernel.data_ptr(), curvature.data_ptr(), *self._grid()]
+        pieces += [self._first(steps), self._first(moves), gains.data_ptr()]
+        library().quasar_descend_columns(*pieces, *self._sizes(gradient))
+
+    def _grid(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in (self.scales, self.low, self.high, self.groups)]
+
+    def _first(self, block: torch.Tensor) -> int:
+        """The address of the column that is visited first."""
+        assert block.is_contiguous()
+        return block[-1 if self.backwards else 0].data_ptr()
+
+    def _sizes(self, block: torch.Tensor) -> tuple[int, int, int, int]:
+        count, outputs = block.shape
+        return count, outputs, -outputs if self.backwards else outputs, torch.get_num_threads()

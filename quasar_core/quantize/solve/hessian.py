@@ -1,0 +1,126 @@
+"""The Hessian of a layer's squared output error, H = (2 / n) · Σ x xᵀ over n inputs x, and the weight to aim at.
+
+Asymmetric calibration aims at what the full-precision model computes, not at the layer's own weight. A layer of the
+verifier reads inputs x that earlier layers have disturbed; the full-precision model's layer reads x̄. The weight that
+turns x into the outputs W x̄ as well as a weight can is the least-squares solution
+
+    W* = W + (W · Σ (x̄ − x) xᵀ + ½ · Σ (r̄ − r) xᵀ) · (Σ x xᵀ + λI)⁻¹,
+
+which then takes W's place in the solver. The first term is GPTAQ's (Li et al., 2025, arXiv 2504.02692), who fold it
+into each column's update; rounding W* needs no solver of its own. The second, ours, asks the same of the residual
+stream r that the outputs are added to; half of it did better than all. The inverse is the solver's own factor, and λ
+its damping.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from quasar_core.errors import QuasarError
+from quasar_core.quantize.solve.matmul import product
+
+# Float32 values of a batch that are copied at a time: 16 MB.
+COPIED_VALUES = 2**22
+# Rows of a tile, and their number: only the tiles on and below the diagonal of H are computed.
+TILE_ROWS, TILES = 128, 8
+
+
+class HessianAccumulator:
+    """Adds up inputs [..., in] into H [in, in], in float32, whatever the model's dtype."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)  # the lower triangle
+        self.error_sum: torch.Tensor | None = None
+        self.count = 0
+
+    def add(self, inputs: torch.Tensor, errors: torch.Tensor | None = None) -> None:
+        """Take the inputs of one batch; beside them errors [..., k] where they are known."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        beside = None if errors is None else errors.reshape(len(rows), -1)
+        at_once = max(1, COPIED_VALUES // rows.shape[1])
+        for begin in range(0, len(rows), at_once):
+            part = slice(begin, begin + at_once)
+            self._add(rows[part], None if beside is None else beside[part])
+        self.count += len(rows)
+
+    def _add(self, rows: torch.Tensor, errors: torch.Tensor | None) -> None:
+        columns = _columns(rows)
+        for tile in _tiles(len(columns)):
+            self.sum[tile, : tile.stop] += product(columns[tile], columns[: tile.stop])
+        if errors is not None:
+            self.error_sum = _add_product(self.error_sum, _columns(errors), columns)
+
+    def errors(self) -> torch.Tensor | None:
+        """(2 / n) · Σ e xᵀ [k, in]; None where no errors were known. Asked once."""
+        found, self.error_sum = self.error_sum, None
+        return None if found is None else found.mul_(2.0 / self.count)
+
+    def finish(self, name: str) -> torch.Tensor:
+        """H, checked: one sentence that names the layer where it is empty or not finite. Asked once."""
+        if self.count == 0:
+            raise QuasarError(f"Layer {name} saw no calibration input.")
+        hessian = self.sum.mul_(2.0 / self.count)  # in place: the matrix may be half a gigabyte
+        for tile in _tiles(len(hessian)):
+            hessian[: tile.start, tile] = hessian[tile, : tile.start].t()
+        if not all(bool(torch.isfinite(hessian[tile]).all()) for tile in _tiles(len(hessian))):
+            raise QuasarError(
+                f"Layer {name} has inputs that are not finite: the model's weights or the dtype overflow on this text."
+            )
+        return hessian
+
+
+def shrunk(hessian: torch.Tensor, count: int) -> torch.Tensor:
+    """H of `count` rows as though `in` rows of white noise of the same size had been read besides; in place.
+
+    What few rows say of single directions is chance, and the solver would fit it: the fewer rows a layer has read for
+    its inputs, the more H becomes a multiple of the identity, under which solving is rounding to nearest. Ledoit and
+    Wolf (2004) shrink covariances so; dev/log.md has the error on other text. An input that is always 0 stays so.
+    """
+    diagonal = hessian.diagonal()
+    diagonal += (diagonal > 0) * (len(hessian) / count * diagonal.mean())
+    return hessian
+
+
+def _tiles(rows: int) -> list[slice]:
+    """The rows of a matrix, a tile at a time."""
+    at_once = max(TILE_ROWS, -(-rows // TILES))
+    return [slice(begin, min(begin + at_once, rows)) for begin in range(0, rows, at_once)]
+
+
+def _columns(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [n, k] in float32, as [k, n]: a product runs along them."""
+    return torch.empty(rows.shape[1], rows.shape[0], dtype=torch.float32, device=rows.device).copy_(rows.t())
+
+
+def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Total [k, in] + left [k, n] · rightᵀ [n, in]."""
+    if total is None:
+        total = left.new_zeros(len(left), len(right))
+    for tile in _tiles(len(left)):
+        total[tile] += product(left[tile], right)
+    return total
+
+
+STREAM_SHARE = 0.5
+PIECE = 512  # outputs
+
+
+def lone_errors(weight: torch.Tensor, drift: torch.Tensor, stream_error: torch.Tensor | None) -> torch.Tensor:
+    """What a layer's outputs lack [..., out], of x̄ − x [..., in] and, where it is known, r̄ − r [..., out]."""
+    lacking = product(drift, weight)
+    return lacking if stream_error is None else lacking.add_(stream_error, alpha=STREAM_SHARE)
+
+
+def lacking_outputs(weights: Mapping[str, torch.Tensor], errors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The brackets [out, in] of layers [out, in] by name: the sum of a lone layer's errors; else W times the drift."""
+    if len(weights) == 1:
+        return dict.fromkeys(weights, errors)
+    return {name: _weighted(weight, errors) for name, weight in weights.items()}
+
+
+def _weighted(weight: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
+    """W [out, in] times the drift [in, in], some outputs at a time: the weight may be of 16 bits."""
+    lacking = torch.empty(weight.shape, device=weight.device)
+    for rows, some in zip(lacking.split(PIECE), weight.split(PIECE), strict=True):
+        torch.mm(some.float(), drift, out=rows)
+    return lacking

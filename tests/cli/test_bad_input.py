@@ -1,0 +1,491 @@
+"""Input that cannot be right, a kind a test: each ends in one sentence and the exit code 1 or 2, and nothing hangs."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.tiny_model import save_tiny_model
+
+from quasar_cli.main import run
+from quasar_core.errors import QuasarError
+from quasar_core.files import parse_json, read_json, write_json, write_whole
+from quasar_core.foreign import foreign_errors
+
+pytest_plugins = ["helpers.cli_fixtures"]
+pytestmark = pytest.mark.usefixtures("own_home")
+
+GENERATE = ["generate", "--prompt", "abc", "-n", "2", "--verify", "full", "--draft", "none", "--model", "tiny"]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A model in the working folder."""
+    return save_tiny_model(tmp_path / "tiny")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The sentence that a command ends in."""
+    code = run(arguments)
+    shown = capsys.readouterr().err
+    said = [line for line in shown.splitlines() if line.startswith("Error: ") or "Invalid value for" in line]
+    assert code in (1, 2)
+    assert len(said) == 1
+    assert "Internal error" not in said[0]
+    assert len(said[0]) > 10
+    return said[0]
+
+
+def change_config(folder: Path, **options: Any) -> None:
+    """Set options of config.json; a value of None takes one away."""
+    path = folder / "config.json"
+    content = {**json.loads(path.read_text()), **options}
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+
+
+# What stands in a config
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model_type": "nobody-has-it"}, "does not know the model type nobody-has-it"),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "it runs only with --trust-remote-code."),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, not 0"),
+        ({"vocab_size": -5}, "vocab_size must be at least 1, not -5"),
+        ({"hidden_size": "64"}, "hidden_size must be a whole number or a list or null, not a text"),
+        ({"hidden_size": 10**30}, "hidden_size is a number of more than 64 bits"),
+        ({"architectures": "Qwen3ForCausalLM"}, "architectures must be a list or null, not a text"),
+        ({"text_config": 3}, "text_config must be an object or null, not a whole number"),
+        ({"attention_dropout": "much"}, "is not one that transformers understands"),
+        ({"layer_types": ["full_attention"]}, "is not one that transformers understands"),
+        ({"eos_token_id": {"x": 1}}, "eos_token_id"),
+        ({"eos_token_id": "<eos>"}, "eos_token_id"),
+        ({"rope_parameters": {"rope_type": "nobody-has-it"}}, "config"),
+    ],
+)
+def test_a_config_that_cannot_be(
+    tiny: Path, options: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny / "generation_config.json").unlink()
+    change_config(tiny, **options)
+    assert words in refused(capsys, *GENERATE)
+
+
+@pytest.mark.parametrize("eos", [{"x": 1}, "<eos>", True, [0, None], 2**70])
+def test_a_token_that_ends_texts_and_is_none(tiny: Path, eos: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    assert "generation_config.json" in refused(capsys, *GENERATE)
+
+
+def test_code_of_a_models_own_runs_where_it_was_asked_for(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_config(tiny, model_type="own", auto_map={"AutoConfig": "own.Config"})
+    (tiny / "own.py").write_text(
+        "from transformers import PretrainedConfig\n"
+        "open('it-ran', 'w').close()\n"
+        "class Config(PretrainedConfig):\n    model_type = 'own'\n"
+    )
+    assert "it runs only with --trust-remote-code." in refused(capsys, *GENERATE)
+    assert not Path("it-ran").exists()
+    run([*GENERATE, "--trust-remote-code"])
+    assert Path("it-ran").exists()
+
+
+def test_no_code_is_run_without_asking_for_a_tokenizer(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads((tiny / "tokenizer_config.json").read_text())
+    content |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tiny / "tokenizer_config.json").write_text(json.dumps(content))
+    (tiny / "own.py").write_text("open('it-ran', 'w').close()\nclass Own: pass\n")
+    run(GENERATE)
+    assert not Path("it-ran").exists()
+    assert "Internal" not in capsys.readouterr().err
+
+
+# Files of other kinds
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def listening(path: Path) -> None:
+    os.chdir(path.parent)  # the name of a socket is short
+    socket.socket(socket.AF_UNIX).bind(path.name)
+
+
+@pytest.mark.parametrize("kind", [pipe, zeros, listening, folder])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny/config.json",
+        "tiny/generation_config.json",
+        "tiny/tokenizer.json",
+        "tiny/tokenizer_config.json",
+        "tiny/chat_template.jinja",
+        "tiny/model.safetensors",
+        "tiny/model.safetensors.index.json",
+    ],
+)
+def test_no_file_of_a_model(
+    tiny: Path, name: str, kind: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tiny.parent / name
+    place.unlink(missing_ok=True)
+    kind(place)
+    os.chdir(tiny.parent)
+    with unblocked(place):
+        code = run(GENERATE)
+    said = capsys.readouterr().err
+    assert "Internal error" not in said
+    assert code in (1, 2) or (kind is folder and code == 0)  # where the file may be missing, too
+    if kind is not folder:
+        assert f"{name} is a " in said
+
+
+@contextmanager
+def unblocked(place: Path) -> Iterator[None]:
+    """Let whoever waits for a pipe's other end go on after a minute: a failure then, and no hang."""
+
+    def open_other_end() -> None:
+        os.close(os.open(place, os.O_RDWR | os.O_NONBLOCK))
+
+    timer = threading.Timer(60, open_other_end)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@pytest.mark.parametrize("kind", [pipe, zeros, listening, folder])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--prompt-file", "it"],
+        ["bench", "show", "it"],
+        ["bench", "compare", "it", "it"],
+        ["bench", "--dataset", "it", "--model", "demo"],
+        ["quantize", "demo", "--dry-run", "--calibration", "it"],
+        ["models"],
+    ],
+)
+def test_no_file_of_a_users(
+    arguments: list[str], kind: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "home" / "pairs.json" if arguments == ["models"] else tmp_path / "it"
+    place.parent.mkdir(exist_ok=True)
+    kind(place)
+    os.chdir(tmp_path)
+    if kind is folder and "--calibration" in arguments:
+        assert "must be a file" in refused(capsys, *arguments)
+    elif kind is folder and "--dataset" in arguments:
+        assert "the path of a JSONL file" in refused(capsys, *arguments)
+    elif kind is not folder or arguments != ["models"]:
+        assert "not a file" in refused(capsys, *arguments)
+
+
+def test_a_prompt_from_the_shells_own_pipe(
+    stand_in_pair: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--prompt-file <(command)` names a pipe that this process holds open."""
+    reading, writing = os.pipe()
+    os.write(writing, b"a prompt")
+    os.close(writing)
+    assert run(["generate", "--prompt-file", f"/dev/fd/{reading}", "-n", "2"]) == 0
+    os.close(reading)
+
+
+# Names
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--prompt", "x", "--model", "{}"],
+        ["generate", "--prompt", "x", "--model", "demo", "--verifier", "{}"],
+        ["generate", "--prompt-file", "{}"],
+        ["quantize", "{}"],
+        ["quantize", "demo", "--output", "{}", "--dry-run"],
+        ["quantize", "demo", "--calibration", "{}", "--dry-run"],
+        ["inspect", "{}"],
+        ["models", "use", "{}"],
+        ["models", "remove", "{}"],
+        ["bench", "show", "{}"],
+        ["bench", "compare", "{}", "{}"],
+        ["bench", "--dataset", "{}", "--model", "demo"],
+        ["bench", "plot", "{}"],
+    ],
+)
+@pytest.mark.parametrize("name", [LONG, f"{'y' * 300}/x", "a\0b", "~nobody-has-this-name/x", "\udcff", "", "loop"])
+def test_names_that_cannot_be(arguments: list[str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("loop").symlink_to("loop")
+    if "--output" in arguments and name == "\udcff":
+        pytest.skip("such a folder can be made")
+    command = [argument.format(name) for argument in arguments]
+    if arguments[:2] != ["quantize", "demo"] or "--output" not in arguments:
+        refused(capsys, *command)
+    else:
+        assert run(command) in (0, 1, 2)
+        assert "Internal error" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["QUASAR_HOME", "QUASAR_DATA"])
+@pytest.mark.parametrize("value", ["it", "it/below", LONG, "~nobody-has-this-name", "loop", "/dev/null"])
+def test_variables_that_cannot_be(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("it").write_text("")
+    Path("loop").symlink_to("loop")
+    monkeypatch.setenv(variable, value)
+    if variable == "QUASAR_HOME":
+        for arguments in (["models"], ["inspect"], ["models", "use", "x"], ["generate", "--prompt", "x"]):
+            refused(capsys, *arguments)
+    else:
+        refused(capsys, "bench", "--dataset", "mt-bench", "--model", "demo")
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--prompt", "x", "--seed", str(2**64)],
+        ["generate", "--prompt", "x", "--seed", str(-(2**70))],
+        ["quantize", "demo", "--dry-run", "--seed", str(2**64)],
+        ["bench", "--dataset", "demo", "--seed", str(2**64)],
+        ["generate", "--prompt", "x", "--ngram-max", "1000000000"],
+        ["generate", "--prompt", "x", "--temperature", "inf"],
+        ["generate", "--prompt", "x", "--temperature", "nan"],
+        ["generate", "--prompt", "x", "--repetition-penalty", "inf"],
+        ["generate", "--prompt", "x", "--repetition-penalty", "nan"],
+        ["generate", "--prompt", "x", "--top-p", "nan"],
+        ["generate", "--prompt", "x", "--min-p", "nan"],
+        ["generate", "--prompt", "x", "--max-new-tokens", "0"],
+        ["generate", "--prompt", "x", "--max-context", "0", "--model", "demo"],
+        ["generate", "--prompt", "x", "--max-context", "-5", "--model", "demo"],
+        ["bench", "--dataset", "demo", "--repeats", "1000000000"],
+        ["bench", "--dataset", "demo", "--limit", "0"],
+        ["quantize", "demo", "--dry-run", "--samples", "0"],
+        ["quantize", "demo", "--dry-run", "--samples", str(10**400)],
+        ["quantize", "demo", "--dry-run", "--seq-len", str(10**30)],
+        ["quantize", "demo", "--dry-run", "--bits", "nan"],
+        ["quantize", "demo", "--dry-run", "--bits", "inf"],
+        ["quantize", "demo", "--dry-run", "--bits", "1e300"],
+        ["quantize", "demo", "--dry-run", "--damp", "nan"],
+        ["quantize", "demo", "--dry-run", "--target-agreement", "nan"],
+        ["quantize", "demo", "--dry-run", "--max-memory", "1e999GB"],
+        ["quantize", "demo", "--dry-run", "--max-memory", "-1GB"],
+        ["quantize", "demo", "--dry-run", "--max-memory", "nan"],
+        ["generate", "--prompt", "x", "--model", "demo", "--device", "cuda:99999999999999999999"],
+        ["generate", "--prompt", "x", "--model", "demo", "--device", "meta"],
+        ["generate", "--prompt", "x", "--model", "demo", "--device", "cpu:7"],
+        ["generate", "--prompt", "x", "--model", "demo", "--dtype", "int8"],
+        ["generate", "--prompt", "x", "--model", "demo", "--verify", "full", "--kernel", "magic", "--verifier", "x"],
+    ],
+)
+def test_numbers_that_cannot_be(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if "magic" not in arguments:
+        refused(capsys, *arguments)
+
+
+# Texts
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--system", "--stop"])
+def test_half_a_character(option: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentence = refused(capsys, *GENERATE, *([] if option == "--prompt" else ["--draft", "none"]), option, "a\udcffb")
+    assert "half of a character" in sentence
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
+        "{% macro again(x) %}{{ again(x) }}{{ again(x) }}{% endmacro %}{{ again(1) }}",
+        "{% for",
+        "{{ messages[0].nothing.at.all }}",
+        "{{ 1 / 0 }}",
+        "{{ range(10 ** 30) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ raise_exception('no') }}",
+        "{% include 'other' %}",
+    ],
+)
+def test_templates_that_cannot_be(template: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tiny / "chat_template.jinja").write_text(template)
+    assert "chat template" in refused(capsys, *GENERATE)
+
+
+# One reader, one writer
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ("[" * 200 + "]" * 200, "nested too deeply"),
+        ('{"a":' * 200 + "1" + "}" * 200, "nested too deeply"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands twice"),
+        ("1" * 5000, "digits"),
+        ("", "line 1, column 1"),
+        ('{"a": "\n"}', "line 1, column 8"),
+    ],
+)
+def test_json_is_read_strictly(text: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_json(text)
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(QuasarError, match=r"x\.json is not readable JSON \("):
+        read_json(tmp_path / "x.json")
+
+
+def test_depth_is_bounded_where_it_says() -> None:
+    assert parse_json("[" * 100 + "]" * 100)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json("[" * 101 + "]" * 101)
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    content = {"a": [1, 2.5, None, True, float("inf")], "é": "\udcff \U0001f600 \u2028"}
+    write_json(tmp_path / "deep" / "x.json", content)
+    assert read_json(tmp_path / "deep" / "x.json") == content
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.json"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_full_disk_leaves_what_was_there(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole(tmp_path / "x", b"before")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(QuasarError, match=r"x cannot be written: No space left on device\.$"):
+        write_whole(tmp_path / "x", b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_bytes() == b"before"
+
+
+def test_a_device_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("/dev/null")
+    with pytest.raises(QuasarError, match=r"x is a device, not a file"):
+        write_whole(tmp_path / "x", b"content")
+    assert (tmp_path / "x").is_symlink()
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.json").write_text("{}")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(QuasarError, match=r"x\.json cannot be read: Permission denied\.$"):
+        read_json(tmp_path / "x.json")
+
+
+# Errors of others
+
+
+class PanicException(BaseException):
+    """As PyO3 names a panic of Rust."""
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(13, "Permission denied"), "Permission denied"),
+        (KeyError("model"), "'model' is missing"),
+        (RecursionError("maximum recursion"), "it is nested too deeply"),
+        (ValueError(""), "ValueError"),
+        (ValueError("first:\n  second\nthird"), "first: second"),
+        (ValueError("first.\nsecond"), "first"),
+        (ValueError("x" * 1000), "x" * 300 + "..."),
+        (PanicException("index out of bounds"), "index out of bounds"),
+    ],
+)
+def test_an_error_of_another_library_is_one_sentence(error: BaseException, reason: str) -> None:
+    with pytest.raises(QuasarError) as caught, foreign_errors("It failed"):
+        raise error
+    assert str(caught.value) == f"It failed: {reason}."
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), QuasarError("Ours."), MemoryError(), SystemExit(3)])
+def test_interrupts_and_our_own_errors_pass(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught, foreign_errors("It failed"):
+        raise error
+    assert caught.value is error
+
+
+# Streams
+
+
+def run_in_a_process(shell: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process whose streams `shell` redirects."""
+    command = f'"$0" -m quasar_cli.main "$@" {shell}'
+    return subprocess.run(
+        ["bash", "-c", command, sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+    )
+
+
+@pytest.mark.parametrize("arguments", [["models", "--json"], ["--help"]])
+def test_an_output_that_is_full(arguments: list[str]) -> None:
+    done = run_in_a_process("> /dev/full", *arguments)
+    assert (done.returncode, done.stderr) == (1, "Error: The output cannot be written: No space left on device.\n")
+
+
+def test_an_output_that_nobody_reads() -> None:
+    done = run_in_a_process("| true; exit ${PIPESTATUS[0]}", "models", "--json")
+    assert (done.returncode, done.stderr) in ((0, ""), (1, ""))  # written before or after the reader has gone
+
+
+@pytest.mark.parametrize("stream", ["<&-", ">&-"])
+def test_streams_that_are_closed(stream: str) -> None:
+    done = run_in_a_process(stream, "generate", "--model", "demo", "--prompt", "-")
+    assert (done.returncode, done.stderr) == (2, "Error: The prompt is empty.\n")
+
+
+def test_a_variable_of_the_hubs_client_that_is_no_number() -> None:
+    done = run_in_a_process("", "models", HF_HUB_DOWNLOAD_TIMEOUT="soon")
+    sentence = "Error: HF_HUB_DOWNLOAD_TIMEOUT must be a whole number of seconds, not soon.\n"
+    assert (done.returncode, done.stderr) == (2, sentence)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": ["x"]}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": []}},
+        {"rms_norm_eps": "x"},
+        {"sliding_window": "x", "use_sliding_window": True},
+        {"tie_word_embeddings": "x"},
+        {"layer_types": [1, 2]},
+    ],
+)
+def test_options_of_another_type(changes: dict[str, Any], tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_config(tiny, **changes)
+    refused(capsys, *GENERATE)

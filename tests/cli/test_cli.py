@@ -1,0 +1,182 @@
+"""The command line: starting, exit codes, one clear sentence for each bad input, progress.
+
+`run(arguments)` is the entry point without the exit.
+"""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from quasar_cli.main import run
+from quasar_core import store
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.records import no_progress
+
+pytest_plugins = ["helpers.cli_fixtures"]
+pytestmark = pytest.mark.usefixtures("own_home")
+
+# Starting
+
+
+SLOW_TO_IMPORT = {"torch", "transformers", "huggingface_hub", "numpy", "matplotlib"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["models"]], ids=" ".join)
+def test_what_computes_nothing_loads_no_torch(arguments: list[str]) -> None:
+    program = f"import sys; from quasar_cli.main import run; code = run({arguments}); "
+    program += f"print(code, *sorted({SLOW_TO_IMPORT} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "0"
+
+
+@pytest.mark.machine
+def test_help_answers_in_half_a_second() -> None:
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "quasar_cli.main", "--help"], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    assert min(seconds() for _ in range(2)) < 0.5
+
+
+@pytest.mark.parametrize(
+    "command", ["quantize", "generate", "chat", "bench", "models", "models use", "models remove", "inspect", "doctor"]
+)
+def test_every_command_has_help_and_takes_verbose_and_json(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command.split(), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--verbose" in shown
+    assert "--json" in shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("quasar ")
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (QuasarError("It failed."), 1, "Error: It failed.\n"),
+        (UsageError("--bits is [wrong]."), 2, "Error: --bits is [wrong].\n"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), 1, "Error: The GPU's memory is too small"),
+        (MemoryError(), 1, "Error: This machine's memory is too small"),
+        (
+            ValueError("first\nsecond"),
+            1,
+            "Error: Internal error: ValueError: first second; run again with -v",
+        ),
+    ],
+)
+def test_an_error_is_one_sentence_on_stderr(
+    error: Exception,
+    code: int,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(store, "list_pairs", fail)
+    assert run(["models"]) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(sentence)
+    assert shown.err.count("\n") == 1
+    assert run(["models", "-v"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "list_pairs", interrupt)
+    assert run(["models"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quantize", "demo", "--bits", "5"], "--bits must be one of 2, 3, 4, 8, not 5."),
+        (["quantize", "demo", "--group-size", "100"], "--group-size must be one of 32, 64, 128, -1, not 100."),
+        (["quantize", "demo", "--backend", "magic"], "--backend must be native or optimum, not magic."),
+        (["quantize", "nobody-knows-it"], "nobody-knows-it is neither a folder here nor a model whose organisation"),
+        (["generate", "--prompt", "x", "--model", "./nowhere"], "There is no folder ./nowhere."),
+        (["generate"], "Give the prompt with exactly one of --prompt and --prompt-file."),
+        (["generate", "--prompt", "x", "--prompt-file", "y"], "Give the prompt with exactly one of"),
+        (["generate", "--prompt", " \n"], "The prompt is empty."),
+        (["generate", "--prompt-file", "missing.txt"], "missing.txt does not exist."),
+        (["generate", "--prompt", "x", "--raw", "--system", "s"], "--system is part of the chat template"),
+        (
+            ["generate", "--prompt", "x", "--verify", "maybe"],
+            "--verify must be one of full, quantized, exact, not maybe.",
+        ),
+        (["generate", "--prompt", "x", "--window", "wide"], "--window must be auto or a whole number, not wide."),
+        (["generate", "--prompt", "x", "--num-draft-tokens", "0"], "--num-draft-tokens must be auto or from 1 to 64"),
+        (["generate", "--prompt", "x", "--top-p", "2"], "--top-p must be above 0 and at most 1, not 2.0."),
+        (["chat", "--temperature", "-1"], "--temperature must not be negative, not -1.0."),
+        (["inspect"], "No pair is current: name a CHECKPOINT"),
+        (["inspect", "nothing"], "There is no pair nothing; the recorded pairs: none."),
+        (["models", "use", "nothing"], "There is no pair nothing; the recorded pairs: none."),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"Error: {words}")
+    assert shown.err.count("\n") == 1
+
+
+def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "--promt", "x"]) == 2
+    assert "No such option: --promt" in capsys.readouterr().err
+
+
+def test_the_process_exits_with_the_code() -> None:
+    command = [sys.executable, "-m", "quasar_cli.main", "quantize", "demo", "--bits", "5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "Error: --bits must be one of 2, 3, 4, 8, not 5.\n"
+
+
+# The console
+
+
+def test_progress_is_a_line_per_stage_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from quasar_cli.console import progress_bar
+
+    with progress_bar() as progress:
+        for stage, done in (("layers", 0), ("layers", 1), ("packing", 0), ("packing", 1)):
+            progress(stage, done, 1)
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "layers ...\npacking ...\n")
+
+
+def test_progress_in_a_terminal_has_a_bar_with_an_eta(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from quasar_cli.console import progress_bar
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_bar() as progress:
+        progress("layers", 3, 12)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    for part in ("layers", "3/12", "ETA"):
+        assert part in shown.err
+
+
+def test_progress_that_nobody_watches_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    no_progress("layers", 0, 1)
+    assert capsys.readouterr() == ("", "")

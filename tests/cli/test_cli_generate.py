@@ -1,0 +1,205 @@
+"""`quasar generate` and `quasar chat`, with a stand-in for the models: what is asked of them, what is printed where."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.stand_ins import StandInGenerator, type_lines
+
+from quasar_cli.main import run
+from quasar_core.config import GenerationConfig
+from quasar_core.errors import UsageError
+from quasar_core.records import GenerationResult
+
+pytest_plugins = ["helpers.cli_fixtures"]
+pytestmark = pytest.mark.usefixtures("own_home")
+
+# generate
+
+
+def test_generate_streams_text_to_stdout_and_statistics_to_stderr(
+    stand_in_pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "--prompt", "abc"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "[bold]Hé 4\n"
+    assert "loading ...\n" in shown.err
+    for fact in ("7 (end of text)", "12.0 tokens/s", "3.00 (2 steps)", "0.75 (3 of 4 draft tokens)", "5 of 6 tokens"):
+        assert fact in shown.err
+    assert "exact: the full-precision model's own output" in shown.err
+    assert "dtype: why" not in shown.err
+
+
+def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[GenerationConfig] = []
+
+    class Watched(StandInGenerator):
+        def __init__(self, pair: Any, config: GenerationConfig) -> None:
+            seen.append(config)
+            super().__init__(pair, config)
+
+    monkeypatch.setattr("quasar_core.decode.generator.Generator", Watched)
+    decoding = (
+        "--max-new-tokens 9 --verify quantized --draft none --num-draft-tokens 7 --ngram-max 5 --ngram-min 2 "
+        "--window 6 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --seed 8 "
+        "--stop A --stop B --no-processors"
+    )
+    models = (
+        "--model org/m --verifier v --no-target --device cuda:1 --dtype float16 --kernel reference "
+        "--max-context 77 --trust-remote-code"
+    )
+    assert run(["generate", "--prompt", "x", *decoding.split(), *models.split()]) == 0
+    config = seen[0]
+    sampling = (0.5, 3, 0.9, 0.1, 1.2, 8)
+    assert (config.max_new_tokens, config.verify, config.draft, config.num_draft_tokens) == (9, "quantized", "none", 7)
+    assert (config.ngram_max, config.ngram_min, config.window, config.stop) == (5, 2, 6, ("A", "B"))
+    assert tuple(vars(config.sampling).values()) == sampling
+    assert not config.processors
+    stand_in_pair.asked.pop("progress")
+    assert stand_in_pair.asked == {
+        "model": "org/m",
+        "verifier": "v",
+        "verify": "quantized",
+        "draft": "none",
+        "use_target": False,
+        "device": "cuda:1",
+        "dtype": "float16",
+        "kernel": "reference",
+        "max_context": 77,
+        "trust_remote_code": True,
+        "check_digest": False,
+    }
+
+
+def test_a_context_of_drafts_that_is_absurd_is_wrong_usage(
+    stand_in_pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "--prompt", "x", "--ngram-max", "1000000000"]) == 2
+    assert "--ngram-max must be at most 64, not 1000000000." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens"), [(["--raw"], 3), (["--chat"], 4), (["--system", "12345"], 8), (["--no-stream"], 4)]
+)
+def test_how_the_prompt_is_encoded(
+    stand_in_pair: SimpleNamespace, capsys: pytest.CaptureFixture[str], options: list[str], tokens: int
+) -> None:
+    assert run(["generate", "--prompt", "abc", "--no-stats", *options]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"[bold]Hé {tokens}\n"
+    assert "tokens/s" not in shown.err
+
+
+def test_the_prompt_comes_from_stdin_or_a_file(
+    stand_in_pair: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_lines(monkeypatch, "12345")
+    (tmp_path / "prompt.txt").write_text("1234567")
+    assert run(["generate", "--prompt", "-", "--raw"]) == 0
+    assert run(["generate", "--prompt-file", "prompt.txt", "--raw"]) == 0
+    assert capsys.readouterr().out == "[bold]Hé 5\n[bold]Hé 7\n"
+
+
+def test_generate_json_is_one_document_with_counts_and_seconds(
+    stand_in_pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "--prompt", "abc", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    names = "model verifier verify verified_by draft prompt_token_ids token_ids text finish_reason stats"
+    assert list(document) == names.split()
+    assert (document["model"], document["verifier"]) == ("demo", "demo-gptq-4bit-g128")
+    assert (document["prompt_token_ids"], document["token_ids"]) == ([1, 1, 1, 1], [5, 6, 7])
+    assert (document["text"], document["finish_reason"]) == ("[bold]Hé 4", "eos")
+    counts = {"new_tokens": 7, "steps": 2, "drafted": 4, "accepted": 3, "confirms": 1, "confirm_accepted": 5}
+    seconds = {"prefill_s": 0.1, "decode_s": 0.5, "ttft_s": 0.1, "peak_memory_bytes": 1_500_000}
+    derived = {"acceptance_length": 3.0, "acceptance_rate": 0.75, "tokens_per_s": 12.0}
+    assert document["stats"].items() >= (counts | seconds | derived).items()
+
+
+def test_the_lossy_mode_is_never_shown_without_its_agreement(
+    stand_in_pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "--prompt", "abc", "--verify", "quantized"]) == 0
+    assert "not lossless; measured agreement with the target 0.947" in capsys.readouterr().err
+    assert run(["generate", "--prompt", "abc", "--verify", "quantized", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["agreement"] == 0.9471
+    stand_in_pair.fidelity = None
+    assert run(["generate", "--prompt", "abc", "--verify", "quantized"]) == 0
+    assert "its agreement with the target was not measured" in capsys.readouterr().err
+
+
+def test_verbose_says_what_was_chosen(stand_in_pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "--prompt", "abc", "-v"]) == 0
+    assert "- dtype: why\n" in capsys.readouterr().err
+
+
+def test_the_hub_id_of_a_bare_name_is_printed(
+    stand_in_pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "--prompt", "abc", "--model", "Qwen3-8B"]) == 0
+    assert "Qwen3-8B is Qwen/Qwen3-8B.\n" in capsys.readouterr().err
+
+
+# chat
+
+
+def test_chat_keeps_the_conversation_until_reset(
+    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resets = StandInGenerator.resets
+    type_lines(monkeypatch, "abc\n\nde\n/reset\nf\n/help\n/exit\nnever\n")
+    assert run(["chat", "--system", "12"]) == 0
+    shown = capsys.readouterr()
+    # 2 + 3; with the answer `[bold]Hé 5` (10) and the message `de` 17; after /reset 2 + 1
+    assert shown.out == "[bold]Hé 5\n[bold]Hé 17\n[bold]Hé 3\n"
+    assert "/reset forgets the conversation" in shown.err
+    assert StandInGenerator.resets == resets + 1
+
+
+def test_chat_json_lists_the_turns(
+    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_lines(monkeypatch, "abc\nde\n")
+    assert run(["chat", "--json"]) == 0
+    turns = json.loads(capsys.readouterr().out)["turns"]
+    assert [turn["text"] for turn in turns] == ["[bold]Hé 3", "[bold]Hé 15"]
+
+
+def test_ctrl_c_stops_the_answer_only(
+    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(StandInGenerator):
+        def generate(self, prompt_ids: Sequence[int], on_text: Callable[[str], None]) -> GenerationResult:
+            if len(prompt_ids) == 3:
+                on_text("half")
+                raise KeyboardInterrupt
+            return super().generate(prompt_ids, on_text)
+
+    monkeypatch.setattr("quasar_core.decode.generator.Generator", Interrupted)
+    resets = StandInGenerator.resets
+    type_lines(monkeypatch, "abc\nde\n")
+    assert run(["chat"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "half[bold]Hé 9\n"  # 3 + the half answer's 4 + 2
+    assert "(stopped)" in shown.err
+    assert StandInGenerator.resets == resets + 1
+
+
+def test_a_turn_that_does_not_fit_leaves_the_chat_going(
+    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(StandInGenerator):
+        def generate(self, prompt_ids: Sequence[int], on_text: Callable[[str], None]) -> GenerationResult:
+            if len(prompt_ids) > 5:
+                raise UsageError("The prompt has too many tokens.")
+            return super().generate(prompt_ids, on_text)
+
+    monkeypatch.setattr("quasar_core.decode.generator.Generator", Full)
+    type_lines(monkeypatch, "abcdefg\nab\n")
+    assert run(["chat"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "[bold]Hé 2\n"
+    assert "Error: The prompt has too many tokens. /reset starts a new conversation.\n" in shown.err

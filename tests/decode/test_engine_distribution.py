@@ -1,0 +1,197 @@
+"""Sampling: what `full` and `exact` write is distributed as what plain sampling writes.
+
+Two tests of it: all continuations of three tokens, counted out; and the transitions of a long text, which depend on
+the last two tokens only. A right decoder is suspected by chance once in a million runs;
+what is broken on purpose gets a p-value a thousand times smaller.
+"""
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import TableModel, make_pair
+from transformers import RepetitionPenaltyLogitsProcessor
+
+from quasar_core.config import GenerationConfig, SamplingConfig
+from quasar_core.decode import engine as engine_module
+from quasar_core.decode.engine import Engine
+from quasar_core.decode.policy import FixedLength, WindowPolicy
+from quasar_core.decode.sampling import distribution, draw
+from quasar_core.draft.base import Draft, Drafter, NoDrafter
+from quasar_core.draft.ngram import NgramDrafter
+
+VOCABULARY = 5
+PROMPT = [1, 2, 1, 2]
+TARGET = TableModel(VOCABULARY, seed=0)
+GOOD, BAD = TARGET.disturbed(0.3), TableModel(VOCABULARY, seed=1)
+PLAIN = SamplingConfig(temperature=1.0)
+SUSPICIOUS, IMPOSSIBLE = 1e-6, 1e-9
+Text = tuple[int, ...]
+
+
+class RandomDrafter(NoDrafter):
+    """Drafts tokens at random."""
+
+    def __init__(self) -> None:
+        self.random = random.Random(0)
+
+    def propose(self, limit: int) -> Draft:
+        return Draft(tuple(self.random.randrange(VOCABULARY) for _ in range(max(limit, 0))), 1)
+
+
+def run_engine(
+    verify: str,
+    generator: torch.Generator,
+    count: int,
+    verifier: TableModel,
+    drafter: Drafter,
+    window: int = 2,
+    sampling: SamplingConfig = PLAIN,
+) -> Text:
+    """`count` tokens after PROMPT."""
+    config = GenerationConfig(count, verify, sampling=sampling)  # type: ignore[arg-type]
+    pair, longest = make_pair(TARGET, verifier), len(PROMPT) + count
+    engine = Engine(
+        pair, pair.new_cache(longest), config, drafter, FixedLength(2), WindowPolicy(window), generator, longest
+    )
+    engine.prefill(PROMPT)
+    while engine.committed < longest:
+        engine.step()
+    return tuple(engine.tokens[len(PROMPT) :])
+
+
+def continuations(runs: int, make_drafter: Callable[[], Drafter], verify: str, **options: Any) -> Iterator[Text]:
+    """Three tokens, many times."""
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(runs):
+        yield run_engine(verify, generator, 3, drafter=make_drafter(), **options)
+
+
+def next_token(context: Sequence[int], sampling: SamplingConfig) -> list[float]:
+    """The target's distribution after a context."""
+    logits = TARGET.table[context[-2], context[-1]][None]
+    penalized = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty or 1.0)(torch.tensor([context]), logits)
+    return distribution(penalized, sampling)[0].tolist()
+
+
+def enumerate_continuations(sampling: SamplingConfig) -> dict[Text, float]:
+    """The probability of every text of three tokens after PROMPT under plain sampling."""
+    return {
+        text: next_token(PROMPT, sampling)[text[0]]
+        * next_token([*PROMPT, text[0]], sampling)[text[1]]
+        * next_token([*PROMPT, *text[:2]], sampling)[text[2]]
+        for text in itertools.product(range(VOCABULARY), repeat=3)
+    }
+
+
+def chi_square(cells: list[tuple[float, float]]) -> tuple[float, int]:
+    """The statistic and the number of cells of (observed, expected) pairs; rare cells are merged."""
+    common = [cell for cell in cells if cell[1] >= 5]
+    rare = [cell for cell in cells if 0 < cell[1] < 5]
+    if rare:
+        common.append((sum(o for o, _ in rare), sum(e for _, e in rare)))
+    return sum((o - e) ** 2 / e for o, e in common), len(common)
+
+
+def p_value(statistic: float, freedom: int) -> float:
+    """P(a chi-square variable of so many degrees of freedom is larger)."""
+    halves = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(halves[0], halves[1]))
+
+
+def p_of_continuations(texts: Iterator[Text], sampling: SamplingConfig = PLAIN) -> float:
+    """How likely counts as far from plain sampling's are; 0 for a text that plain sampling never writes."""
+    counts, expected = Counter(texts), enumerate_continuations(sampling)
+    if any(expected[text] == 0 for text in counts):
+        return 0.0
+    total = sum(counts.values())
+    statistic, cells = chi_square([(counts[text], total * p) for text, p in expected.items()])
+    return p_value(statistic, cells - 1)
+
+
+def p_of_transitions(text: Sequence[int], sampling: SamplingConfig = PLAIN) -> float:
+    """The same for the tokens that follow each pair of tokens in a long text."""
+    whole = [*PROMPT, *text]
+    counts = Counter(zip(whole[2:], whole[3:], whole[4:], strict=False))
+    statistic, freedom = 0.0, 0
+    for pair in itertools.product(range(VOCABULARY), repeat=2):
+        observed = [counts[(*pair, token)] for token in range(VOCABULARY)]
+        expected = [sum(observed) * p for p in next_token(pair, sampling)]
+        if any(o > 0 and e == 0 for o, e in zip(observed, expected, strict=True)):
+            return 0.0
+        if sum(observed) >= 20:
+            value, cells = chi_square(list(zip(observed, expected, strict=True)))
+            statistic, freedom = statistic + value, freedom + cells - 1
+    return p_value(statistic, freedom)
+
+
+@pytest.mark.parametrize("make_drafter", [NgramDrafter, RandomDrafter])
+@pytest.mark.parametrize(("verify", "verifier"), [("full", BAD), ("exact", GOOD), ("exact", BAD)])
+def test_continuations_are_distributed_as_plain_samplings(
+    verify: str, verifier: TableModel, make_drafter: Callable[[], Drafter]
+) -> None:
+    assert p_of_continuations(continuations(6000, make_drafter, verify, verifier=verifier)) > SUSPICIOUS
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingConfig(temperature=0.6),
+        SamplingConfig(temperature=1.0, top_k=3),
+        SamplingConfig(temperature=1.0, top_p=0.8),
+        SamplingConfig(temperature=1.2, min_p=0.15),
+        SamplingConfig(temperature=1.0, repetition_penalty=1.5),
+    ],
+    ids=str,
+)
+def test_every_option_is_applied_to_target_and_verifier_alike(sampling: SamplingConfig) -> None:
+    texts = continuations(1200, NgramDrafter, "exact", verifier=BAD, sampling=sampling)
+    assert p_of_continuations(texts, sampling) > SUSPICIOUS
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 8])
+@pytest.mark.parametrize("verifier", [GOOD, BAD])
+def test_a_long_text_has_plain_samplings_transitions(window: int, verifier: TableModel) -> None:
+    generator = torch.Generator().manual_seed(window)
+    text = run_engine("exact", generator, 1500, verifier, NgramDrafter(), window)
+    assert p_of_transitions(text) > SUSPICIOUS
+
+
+@pytest.mark.parametrize("make_drafter", [NoDrafter, NgramDrafter, RandomDrafter])
+def test_full_has_plain_samplings_transitions(make_drafter: Callable[[], Drafter]) -> None:
+    text = run_engine("full", torch.Generator().manual_seed(0), 2500, BAD, make_drafter())
+    assert p_of_transitions(text) > SUSPICIOUS
+
+
+def test_the_verifiers_own_distribution_is_another() -> None:
+    """Without confirms (`quantized`) a bad verifier shows: the tests above can fail."""
+    texts = continuations(600, NgramDrafter, "quantized", verifier=BAD)
+    assert p_of_continuations(texts) < IMPOSSIBLE
+    text = run_engine("quantized", torch.Generator().manual_seed(0), 1000, BAD, NgramDrafter())
+    assert p_of_transitions(text) < IMPOSSIBLE
+
+
+def accept_everything(p: torch.Tensor, q: torch.Tensor, window: Sequence[int], generator: Any) -> tuple[int, int]:
+    return len(window), int(draw(p[-1:], generator))
+
+
+def forget_the_residual(p: torch.Tensor, q: torch.Tensor, window: Sequence[int], generator: Any) -> tuple[int, int]:
+    for i, token in enumerate(window):
+        if torch.rand((), generator=generator) * q[i, token] >= p[i, token]:
+            return i, int(draw(p[i : i + 1], generator))
+    return accept_everything(p, q, window, generator)
+
+
+@pytest.mark.parametrize("broken", [accept_everything, forget_the_residual])
+def test_a_broken_confirm_is_detected(broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "confirm_sampled", broken)
+    assert p_of_continuations(continuations(1500, NgramDrafter, "exact", verifier=BAD)) < IMPOSSIBLE
+
+
+def test_a_broken_acceptance_of_drafts_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "accept_matching", lambda choices, offered: (len(offered), choices[-1]))
+    assert p_of_continuations(continuations(600, RandomDrafter, "full", verifier=BAD)) < IMPOSSIBLE

@@ -1,0 +1,217 @@
+"""Many generations by tiny random models: `full` and `exact` write what plain decoding writes, whatever is guessed.
+
+In float32 plain decoding is transformers' greedy `generate`; in bfloat16 it is one token a pass through the C++ kernel,
+and windows and drafts are longer than a part of that pass. A few generations run by default; among the slow tests 5,000
+in float32 and 2,000 in bfloat16.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers.decoder_cases import CASES, CPU, SIZES
+from helpers.quantized_decoder import quantize_layers
+from helpers.tiny_models import OracleDrafter, make_pair
+
+from quasar_core.config import GenerationConfig
+from quasar_core.decode.generator import Generator
+from quasar_core.draft.base import Drafter
+from quasar_core.draft.ngram import NgramDrafter
+from quasar_core.kernels.cpu import library
+from quasar_core.models import loading
+from quasar_core.models.lean_weights import attach_verifier, load_target
+
+OF_ONE_PROMPT = 5
+CONTEXT, VOCABULARY = 320, 96
+INNER = (32, 96, 160)
+# Nearer to a tie, in nats, another order of summation may choose another token.
+NEAR_TIE = 1e-4
+VERIFIERS = ("2 bits", "4 bits", "8 bits", "mixed", "the target", "another model")
+DRAFTERS = ("ngram", "oracle", "wrong", "mixed")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One generation."""
+
+    prompt: tuple[int, ...]
+    length: int
+    verify: str
+    window: int
+    drafts: int
+    drafter: str
+
+
+class MixedDrafter(OracleDrafter):
+    """Right up to a random place of each draft, wrong behind it."""
+
+    def __init__(self, text: Sequence[int], seed: int) -> None:
+        super().__init__(text, vocabulary=VOCABULARY)
+        self.random = random.Random(seed)
+
+    def propose(self, limit: int) -> Any:
+        draft = super().propose(limit)
+        right = self.random.randint(0, len(draft.tokens))
+        wrong = tuple((token + 1) % VOCABULARY for token in draft.tokens[right:])
+        return type(draft)(draft.tokens[:right] + wrong, draft.match_length)
+
+
+def drafter_of(kind: str, text: Sequence[int], seed: int) -> Callable[[], Drafter]:
+    if kind == "ngram":
+        return NgramDrafter
+    if kind == "mixed":
+        return lambda: MixedDrafter(text, seed)
+    return lambda: OracleDrafter(text, int(kind == "wrong"), VOCABULARY)
+
+
+def save_random_model(folder: Path, case: str, inner: int, dice: random.Random) -> Any:
+    """A model of one architecture with an MLP of `inner`, of random weights, that ends no text; transformers' model."""
+    name, options = CASES[case]
+    shape = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "eos_token_id": None}
+    shape |= {"intermediate_size": inner, "initializer_range": dice.choice([0.1, 0.2])}
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **shape, **options})
+    torch.manual_seed(dice.randrange(2**31))
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key or "bias" in key:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    return model
+
+
+def verifier_of(kind: str, folder: Path, target: Any, case: str, dice: random.Random, kernel: str) -> Any:
+    """A verifier over the target; of "another model", the codes of a stranger of the same shape."""
+    if kind == "the target":
+        return target
+    bits = {"2 bits": (2,), "4 bits": (4,), "8 bits": (8,)}.get(kind, (2, 3, 4, 8))
+    source = folder
+    if kind == "another model":
+        source = folder / "another"
+        save_random_model(source, case, target.config.intermediate_size, dice)
+    widths = cycle(bits)
+    checkpoint = quantize_layers(source, folder / kind.replace(" ", "-"), lambda name: next(widths))
+    return attach_verifier(target, checkpoint, kernel)
+
+
+def random_prompt(dice: random.Random) -> tuple[int, ...]:
+    """Text that repeats itself, so that n-grams match."""
+    pattern = [dice.randrange(3, VOCABULARY) for _ in range(dice.randint(1, 30))]
+    return tuple((pattern * 3)[: dice.randint(1, 60)])
+
+
+def random_case(dice: random.Random, prompt: tuple[int, ...], longest: int, modes: Sequence[str]) -> Case:
+    length, window = dice.randint(1, longest), dice.choice([1, 2, 7, 31, 63, 64, 65, 100, 150, 200])
+    drafts = dice.choice([1, 3, 8, 16, 33, 63, 64])
+    return Case(prompt, length, dice.choice(modes), window, drafts, dice.choice(DRAFTERS))
+
+
+def longest_answer(verifier: str, dice: random.Random, of_faithful: int, of_others: int) -> int:
+    """Tokens; a verifier that is mostly wrong verifies a whole window for each of them."""
+    return of_faithful if verifier in ("the target", "8 bits") else dice.choice([of_others, of_others // 4])
+
+
+def answer(pair: Any, case: Case, text: Sequence[int], seed: int, ends: frozenset[int]) -> list[int]:
+    pair.eos_ids = ends
+    config = GenerationConfig(case.length, case.verify, num_draft_tokens=case.drafts, window=case.window)  # type: ignore[arg-type]
+    generator = Generator(pair, config, drafter_of(case.drafter, [*case.prompt, *text], seed))
+    return list(generator.generate(case.prompt).token_ids)
+
+
+def until(text: Sequence[int], ends: frozenset[int]) -> list[int]:
+    """The text up to its first token of `ends`, that one included."""
+    for place, token in enumerate(text):
+        if token in ends:
+            return list(text[: place + 1])
+    return list(text)
+
+
+def some_ends(dice: random.Random, text: Sequence[int]) -> frozenset[int]:
+    """A token that ends a text, from the middle of this one, for a third of the cases."""
+    return frozenset([dice.choice(text)]) if dice.random() < 1 / 3 else frozenset()
+
+
+def prompt_far_from_ties(model: Any, length: int, dice: random.Random) -> tuple[tuple[int, ...], list[int]]:
+    """A prompt, and what transformers' greedy `generate` writes behind it, nowhere near a tie."""
+    while True:
+        prompt = random_prompt(dice)
+        text, nearest = reference(model, prompt, length)
+        if nearest > NEAR_TIE:
+            return prompt, text
+
+
+def reference(model: Any, prompt: Sequence[int], length: int) -> tuple[list[int], float]:
+    """What transformers' greedy `generate` writes, and the smallest margin of a token."""
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=length,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    best = torch.cat(output.logits).float().topk(2, dim=-1).values
+    return output.sequences[0, len(prompt) :].tolist(), float((best[:, 0] - best[:, 1]).min())
+
+
+def models(count: int, seed: int) -> Iterator[tuple[str, str, random.Random]]:
+    """Architecture, verifier and dice of each of `count` models."""
+    kinds = zip(cycle(CASES), cycle([*VERIFIERS, *VERIFIERS[::-1], VERIFIERS[0]]), strict=False)
+    for number, (case, verifier) in zip(range(count), kinds, strict=False):
+        yield case, verifier, random.Random(1000 * seed + number)
+
+
+@pytest.mark.parametrize(("count", "runs"), [(12, 5), pytest.param(250, 20, marks=pytest.mark.slow)])
+def test_float32_equals_transformers(tmp_path: Path, count: int, runs: int) -> None:
+    """So many models, each with so many runs."""
+    for number, (case, kind, dice) in enumerate(models(count, seed=1)):
+        folder = tmp_path / str(number)
+        model = save_random_model(folder, case, dice.choice(INNER), dice)
+        target = load_target(folder, CPU, torch.float32)
+        fast = dice.random() < 0.7 and library.why_not_here() is None
+        verifier = verifier_of(kind, folder, target, case, dice, "vnni" if fast else "dense")
+        if fast:
+            loading.attach(target), loading.attach(verifier)
+        pair = make_pair(target, verifier, max_context=CONTEXT)
+        for run in range(runs):
+            if run % OF_ONE_PROMPT == 0:
+                longest = longest_answer(kind, dice, 32, 16)
+                prompt, text = prompt_far_from_ties(model, longest, dice)
+            drawn = random_case(dice, prompt, longest, ("full", "exact", "exact"))
+            expected = text[: drawn.length]
+            ends = some_ends(dice, expected)
+            assert answer(pair, drawn, expected, run, ends) == until(expected, ends), (case, kind, fast, drawn, ends)
+
+
+@pytest.mark.usefixtures("cpp_pass")
+@pytest.mark.parametrize(("count", "runs"), [(8, 5), pytest.param(100, 20, marks=pytest.mark.slow)])
+def test_bfloat16_equals_plain_decoding(tmp_path: Path, count: int, runs: int) -> None:
+    """So many models, each with so many runs."""
+    longest_window = 0
+    for number, (case, kind, dice) in enumerate(models(count, seed=2)):
+        folder = tmp_path / str(number)
+        save_random_model(folder, case, dice.choice(INNER), dice)
+        target = load_target(folder, CPU, torch.bfloat16)
+        verifier = verifier_of(kind, folder, target, case, dice, "vnni")
+        loading.attach(target), loading.attach(verifier)
+        assert target.fast is not None
+        assert verifier.fast is not None
+        pair = make_pair(target, verifier, max_context=CONTEXT, dtype=torch.bfloat16)
+        for run in range(runs):
+            longest = longest_answer(kind, dice, 250, 88)
+            drawn = random_case(dice, random_prompt(dice), longest, ("full", "exact", "exact", "quantized"))
+            plain = GenerationConfig(drawn.length, "quantized" if drawn.verify == "quantized" else "full", "none")
+            pair.eos_ids = frozenset()
+            expected = Generator(pair, plain).generate(drawn.prompt).token_ids
+            ends = some_ends(dice, expected)
+            assert answer(pair, drawn, expected, run, ends) == until(expected, ends), (case, kind, drawn, ends)
+            longest_window = max(longest_window, min(drawn.window, drawn.length))
+    assert longest_window > target.fast.longest

@@ -1,0 +1,377 @@
+"""How long to draft and when to confirm, under costs and agreements made by hand."""
+
+import dataclasses
+import random
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_models import TableModel, make_pair
+
+from quasar_core.config import GenerationConfig
+from quasar_core.decode import costs as costs_module
+from quasar_core.decode.costs import SIZES, PairCosts, PassCost, cost_from_timings, measure_pass, pair_costs
+from quasar_core.decode.generator import Generator
+from quasar_core.decode.policy import (
+    ALWAYS,
+    DEFAULT_WINDOW,
+    MAX_DRAFT,
+    AdaptiveLength,
+    AgreementCurve,
+    FixedLength,
+    WindowPolicy,
+    Windows,
+    best_length,
+    expected_pass,
+    pass_rate,
+    plan_exact,
+    predict_rates,
+    windows_of,
+)
+from quasar_core.draft.base import Draft
+from quasar_core.records import FidelityReport, MarginTable
+from quasar_core.timing import Timing
+
+FLAT = PassCost((1, 16), (1.0, 1.0))
+STEEP = PassCost((1, 16), (1.0, 16.0))
+DRAFT = Draft(tuple(range(10)), 2)
+
+
+def curve(agreement: float) -> AgreementCurve:
+    """Every token of the same margin, agreeing as often as said."""
+    return AgreementCurve(MarginTable([1.0], [0, 10_000], [0, round(10_000 * agreement)]))
+
+
+class TestCosts:
+    def test_between_sizes_costs_are_linear_and_beyond_them_along_the_last_slope(self) -> None:
+        cost = PassCost((1, 4, 8), (1.0, 4.0, 5.0))
+        assert [cost(1), cost(2), cost(4), cost(6), cost(8), cost(12)] == [1.0, 2.0, 4.0, 4.5, 5.0, 6.0]
+
+    def test_one_size_is_a_constant(self) -> None:
+        assert PassCost((1,), (2.0,))(9) == 2.0
+
+    def test_the_best_sample_counts_and_a_longer_pass_bounds_a_shorter(self) -> None:
+        samples = {1: (1.2, 1.4), 2: (1.1, 9.0), 4: (2.0, 3.0), 8: (2.5,)}
+        timings = {size: Timing(taken) for size, taken in samples.items()}
+        assert cost_from_timings(timings) == PassCost((1, 2, 4, 8), (1.1, 1.1, 2.0, 2.5))
+
+    def test_noise_that_only_adds_leaves_drafting_on(self) -> None:
+        """Every second pass is preempted: the best of interleaved rounds does not notice."""
+        true = {1: 1.0, 2: 1.02, 4: 1.05, 8: 1.1, 16: 1.3}
+        samples = {size: (seconds, seconds, 2 * seconds, 2 * seconds) for size, seconds in true.items()}
+        timings = {size: Timing(taken) for size, taken in samples.items()}
+        assert cost_from_timings(timings).seconds == tuple(true.values())
+
+    def test_measuring_times_every_size_and_leaves_no_pass_behind(self) -> None:
+        cost, timed = self.measure({size: 1 + size / 16 for size in SIZES})
+        assert cost == PassCost(tuple(sorted(SIZES)), tuple(1 + size / 16 for size in sorted(SIZES)))
+        assert timed == [*SIZES] * 3
+
+    def measure(self, seconds: dict[int, float], limit: float = 1e9, **changes: Any) -> tuple[PassCost, list[int]]:
+        """Measure passes that take so many seconds by a clock of their own; the cost, and the sizes timed in turn."""
+        elapsed, timed = [0.0], list[int]()
+
+        def sampler(model: Any, cache: Any, size: int, now: Any) -> Any:
+            def sample() -> float:
+                assert cache.length == min(costs_module.CONTEXT, pair.max_context // 2), "a pass was left behind"
+                timed.append(size)
+                elapsed[0] += seconds[size]
+                return seconds[size]
+
+            return sample
+
+        model = TableModel(8, seed=0)
+        pair = make_pair(model, **changes)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(costs_module, "pass_sampler", sampler)
+            return measure_pass(pair, model, seconds=limit, now=lambda: elapsed[0])[0], timed
+
+    def test_a_pass_is_timed_by_the_clock_around_it_and_leaves_nothing_behind(self) -> None:
+        readings = iter([3.0, 3.25])
+        model = TableModel(8, seed=0)
+        cache = model.new_cache(8)
+        assert costs_module.pass_sampler(model, cache, 4, now=lambda: next(readings))() == 0.25
+        assert cache.length == 0
+
+    @pytest.mark.parametrize(("interrupted", "rounds"), [(0.0, 3), (0.4, 12)])
+    def test_measuring_goes_on_until_the_best_times_repeat(
+        self, interrupted: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        luck, timed = random.Random(0), list[int]()
+
+        def sampler(model: Any, cache: Any, size: int, now: Any) -> Any:
+            def sample() -> float:
+                timed.append(size)
+                return (1 + size / 16) * (1 + 3 * (luck.random() < interrupted) + 0.01 * luck.random())
+
+            return sample
+
+        monkeypatch.setattr(costs_module, "pass_sampler", sampler)
+        model = TableModel(8, seed=0)
+        cost, _ = measure_pass(make_pair(model), model)
+        assert cost.seconds == pytest.approx([1 + size / 16 for size in cost.sizes], rel=0.02)
+        assert len(timed) <= 8 * rounds
+
+    def test_a_slow_model_is_timed_at_two_sizes_only(self) -> None:
+        cost, timed = self.measure(dict.fromkeys(SIZES, 1.0), limit=0.0)
+        assert (cost.sizes, timed) == ((1, 33), [1, 33, 1, 33])
+
+    def test_a_short_context_bounds_the_sizes(self) -> None:
+        cost, _ = self.measure(dict.fromkeys(SIZES, 1.0), max_context=8)
+        assert cost.sizes == (1, 2, 4)
+
+
+class TestDraftLength:
+    def test_where_passes_cost_the_same_the_longest_draft_is_best(self) -> None:
+        assert best_length(0.5, FLAT, 10) == 10
+
+    def test_where_a_token_costs_a_pass_only_certain_tokens_pay(self) -> None:
+        assert best_length(0.9, STEEP, 10) == 0
+        assert best_length(1.0, STEEP, 10) > 0
+
+    def test_the_best_length_is_the_maximum_of_the_rate(self) -> None:
+        cost = PassCost((1, 3, 4, 16), (1.0, 1.1, 3.0, 15.0))
+        rates = {k: sum(0.7**i for i in range(k + 1)) / cost(k + 1) for k in range(1, 9)}
+        assert best_length(0.7, cost, 8) == max(rates, key=lambda k: rates[k]) == 2
+
+    @pytest.mark.parametrize("noise", [0.98, 1.02])
+    def test_noise_of_a_few_percent_does_not_switch_drafting_off(self, noise: float) -> None:
+        cost = PassCost((1, 2), (1.0, 1.4 * noise))
+        assert best_length(0.4, cost, 1) == 1
+
+    def test_a_clear_loss_does(self) -> None:
+        assert best_length(0.4, PassCost((1, 2), (1.0, 1.6)), 1) == 0
+
+    def test_a_fixed_length_asks_for_it_and_cuts_nothing(self) -> None:
+        fixed = FixedLength(7)
+        fixed.learn(DRAFT, 0)
+        assert (fixed.limit, fixed.cut(DRAFT)) == (7, DRAFT)
+
+    def test_longer_matches_are_trusted_more_at_first(self) -> None:
+        adaptive = AdaptiveLength(FLAT)
+        assert adaptive.limit == MAX_DRAFT
+        assert adaptive.acceptance(1) < adaptive.acceptance(2) < adaptive.acceptance(3) == adaptive.acceptance(9)
+
+    def test_what_was_refused_lowers_the_estimate_and_what_was_accepted_raises_it(self) -> None:
+        adaptive = AdaptiveLength(FLAT)
+        before = adaptive.acceptance(2)
+        adaptive.learn(DRAFT, 10)
+        assert adaptive.acceptance(2) == pytest.approx((10 + 4 * before) / 14)
+        other = AdaptiveLength(FLAT)
+        other.learn(DRAFT, 3)
+        assert other.acceptance(2) == pytest.approx((3 + 4 * before) / 8)  # 3 right of 4 tried
+        assert other.acceptance(3) == AdaptiveLength(FLAT).acceptance(3)
+
+    def test_an_empty_draft_teaches_nothing(self) -> None:
+        adaptive = AdaptiveLength(STEEP)
+        adaptive.learn(Draft(), 0)
+        assert adaptive.cut(Draft()) == Draft()
+        assert adaptive.acceptance(0) == AdaptiveLength(STEEP).acceptance(0)
+
+    def test_drafting_stops_when_it_does_not_pay_and_is_tried_again_later(self) -> None:
+        adaptive = AdaptiveLength(PassCost((1, 16), (1.0, 4.0)))
+        while tokens := adaptive.cut(DRAFT).tokens:
+            adaptive.learn(Draft(tokens, 2), 0)
+        waited = 1
+        while not (adaptive.limit and adaptive.cut(DRAFT).tokens):
+            adaptive.learn(Draft(), 0)
+            waited += 1
+        assert 3 < waited < 50
+
+    @pytest.mark.parametrize("match_lengths", [(1,), (2,), (3,), (1, 2, 3)])
+    @pytest.mark.parametrize("acceptance", [0.0, 0.05, 0.15, 0.3])
+    def test_drafts_that_do_not_help_cost_less_than_three_percent(
+        self, acceptance: float, match_lengths: tuple[int, ...]
+    ) -> None:
+        """The drafter always has something to say, which is never or rarely right; every slope of costs."""
+        for slope in (0.01, 0.03, 0.05, 0.1, 0.2, 0.4, 1.0):
+            cost, luck = PassCost((1, 33), (1.0, 1.0 + 32 * slope)), random.Random(0)
+            adaptive, seconds, tokens = AdaptiveLength(cost), 0.0, 0
+            while tokens < 500:
+                offered = Draft(tuple(range(15)), luck.choice(match_lengths))
+                draft = adaptive.cut(offered) if adaptive.limit else Draft()
+                accepted = 0
+                while accepted < len(draft.tokens) and luck.random() < acceptance:
+                    accepted += 1
+                adaptive.learn(draft, accepted)
+                seconds += cost(1 + len(draft.tokens))
+                tokens += 1 + accepted
+            assert seconds / tokens <= 1.03, f"costs that grow by {slope} a token"
+
+    def test_a_drafter_that_becomes_right_is_soon_used(self) -> None:
+        adaptive = AdaptiveLength(PassCost((1, 16), (1.0, 4.0)))
+        for _ in range(300):
+            adaptive.learn(adaptive.cut(DRAFT), 0)
+        lengths = []
+        for _ in range(100):
+            draft = adaptive.cut(DRAFT)
+            lengths.append(len(draft.tokens))
+            adaptive.learn(draft, len(draft.tokens))
+        assert lengths.index(10) < 60
+        assert lengths[-1] == 10
+
+    def test_a_draft_that_pays_is_cut_to_its_best_length(self) -> None:
+        adaptive = AdaptiveLength(PassCost((1, 3, 4, 16), (1.0, 1.1, 3.0, 15.0)))
+        assert adaptive.cut(DRAFT) == Draft((0, 1), 2)
+
+
+class TestWindow:
+    def test_a_window_is_due_when_full_or_probably_wrong(self) -> None:
+        policy = WindowPolicy(4, 0.5)
+        assert not policy.is_due(3, 0.5)
+        assert policy.is_due(3, 0.49)
+        assert policy.is_due(4, 1.0)
+        assert policy.survival(0.1) == 1.0
+
+    def test_agreement_is_that_of_the_margins_bin_smoothed(self) -> None:
+        agreement = AgreementCurve(MarginTable([0.5, 2.0], [8, 18, 0], [3, 18, 0]))
+        assert [agreement(m) for m in (0.0, 0.49, 0.5, 1.99, 2.0, 9.0)] == [0.4, 0.4, 0.95, 0.95, 0.5, 0.5]
+
+    def test_margins_are_drawn_as_often_as_they_occurred(self) -> None:
+        drawn = AgreementCurve(MarginTable([1.0], [1, 3], [0, 3])).sample((4000, 1))
+        assert set(drawn.ravel()) == {1 / 3, 0.8}
+        assert (drawn == 0.8).mean() == pytest.approx(0.75, abs=0.03)
+
+    def test_a_perfect_verifier_gets_long_windows_and_a_bad_one_short(self) -> None:
+        costs = PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (3.0,)))
+        limits = [Windows(curve(a)).best(costs)[0].limit for a in (0.3, 0.9, 0.9999)]
+        assert limits == sorted(limits)
+        assert limits[0] <= 2
+        assert limits[-1] == 32
+
+    def test_cheaper_confirms_make_shorter_windows(self) -> None:
+        verify = PassCost((1,), (1.0,))
+        dear, cheap = (PairCosts(verify, PassCost((1,), (s,))) for s in (10.0, 0.2))
+        windows = Windows(curve(0.9))
+        assert windows.best(cheap)[0].limit < windows.best(dear)[0].limit
+
+    def test_margins_that_tell_right_from_wrong_set_a_threshold(self) -> None:
+        telling = AgreementCurve(MarginTable([1.0], [2000, 8000], [600, 7990]))
+        policy, _ = Windows(telling).best(PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (3.0,))))
+        assert policy.is_due(1, policy.survival(0.1))
+        assert not policy.is_due(1, policy.survival(5.0))
+        assert policy.limit > 4
+
+
+class TestRates:
+    CHEAP = PairCosts(verify=PassCost((1, 33), (1.0, 2.0)), confirm=PassCost((1, 33), (4.0, 5.0)))
+    EQUAL = PairCosts(CHEAP.confirm, CHEAP.confirm)
+    GOOD = MarginTable([1.0], [100, 900], [80, 899])
+
+    def test_the_expected_pass_has_the_draft_of_the_best_rate(self) -> None:
+        cost = PassCost((1, 3, 4, 16), (1.0, 1.1, 3.0, 15.0))
+        assert expected_pass(0.7, cost) == (pytest.approx(1 + 0.7 + 0.49), pytest.approx(1.1))
+        assert expected_pass(0.0, cost) == (1.0, 1.0)
+
+    def test_the_rate_of_a_perfect_verifier_by_hand(self) -> None:
+        """Without drafts a window of 32 takes 32 verifies and a confirm, and commits 33 tokens."""
+        costs = PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (8.0,)))
+        window, rate = windows_of(ALWAYS).best(costs, acceptance=0.0)
+        assert window.limit == 32
+        assert rate == pytest.approx(33 / (32 + 8), rel=1e-6)
+
+    def test_a_cheap_verifier_is_used_and_a_dear_one_is_not(self) -> None:
+        assert not plan_exact(self.CHEAP, windows_of(self.GOOD)).target_alone
+        plan = plan_exact(self.EQUAL, windows_of(ALWAYS))
+        assert plan.target_alone
+        assert plan.rate == pass_rate(self.EQUAL.confirm, 1 / 3)
+
+    def test_a_verifier_that_is_mostly_wrong_is_not_used_however_cheap(self) -> None:
+        assert plan_exact(self.CHEAP, windows_of(MarginTable([], [1000], [10]))).target_alone
+
+    def test_rates_of_all_modes(self) -> None:
+        rates = predict_rates(self.CHEAP, self.GOOD)
+        assert rates.plain == 0.25
+        assert rates.exact is not None
+        assert rates.plain < rates.full < rates.exact < rates.quantized
+        assert predict_rates(self.CHEAP, None).exact is None
+        worst = predict_rates(self.EQUAL, self.GOOD)
+        assert worst.exact == worst.full == worst.quantized
+
+
+def fidelity(margins: MarginTable) -> FidelityReport:
+    return FidelityReport("text", 100, 0.9, 0.9, 0.9, 0.1, 0.2, 5.0, 5.1, margins)
+
+
+class TestGeneratorsChoice:
+    @pytest.fixture(autouse=True)
+    def costs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A verify costs a quarter of a confirm."""
+        self.seconds = {"target": PassCost((1,), (4.0,)), "verifier": PassCost((1,), (1.0,))}
+        monkeypatch.setattr(
+            costs_module,
+            "measure_pass",
+            lambda pair, model: (self.seconds["target" if model is pair.target else "verifier"], None),
+        )
+
+    def window_of(self, pair: Any, **options: Any) -> WindowPolicy:
+        return Generator(pair, GenerationConfig(num_draft_tokens=2, **options))._window
+
+    def test_a_window_that_was_asked_for_is_taken(self) -> None:
+        pair = make_pair(TableModel(8, 0), TableModel(8, 1))
+        assert self.window_of(pair, window=5) == WindowPolicy(5)
+
+    def test_without_a_margin_table_the_window_is_fixed_and_the_reason_noted(self) -> None:
+        pair = make_pair(TableModel(8, 0), TableModel(8, 1))
+        assert self.window_of(pair) == WindowPolicy(DEFAULT_WINDOW)
+        assert "no margin table" in pair.notes[-1]
+
+    def test_with_one_the_window_follows_costs_and_margins(self) -> None:
+        pair = make_pair(TableModel(8, 0), TableModel(8, 1), fidelity=fidelity(MarginTable([1.0], [20, 80], [6, 80])))
+        policy = self.window_of(pair)
+        assert policy.agreement is not None
+        assert policy.agreement(0.5) == pytest.approx(7 / 22)
+        assert f"at most {policy.limit} tokens" in pair.notes[-1]
+
+    def test_notes_tell_the_costs_once(self) -> None:
+        pair = make_pair(TableModel(8, 0), TableModel(8, 1))
+        for _ in range(2):
+            self.window_of(pair)
+        assert pair.notes[:2] == [
+            "cost: the target's passes of 1, 4, 8 tokens take 4e+03, 4e+03, 4e+03 ms, measured now",
+            "cost: the verifier's passes of 1, 4, 8 tokens take 1e+03, 1e+03, 1e+03 ms, measured now",
+        ]
+        assert len(pair.notes) == 3
+
+    def test_each_model_of_a_mode_is_measured_once(self) -> None:
+        pair = make_pair(TableModel(8, 0), TableModel(8, 1))
+        assert pair_costs(pair, with_verifier=False) == PairCosts(self.seconds["target"], self.seconds["target"])
+        assert set(pair.measured) == {"target"}
+        both = PairCosts(self.seconds["verifier"], self.seconds["target"])
+        self.seconds = dict.fromkeys(self.seconds, FLAT)
+        assert pair_costs(pair, with_verifier=True) == PairCosts(FLAT, both.confirm)
+        assert pair_costs(pair, with_verifier=True, remeasure=True) == PairCosts(FLAT, FLAT)
+        alone = make_pair(None, TableModel(8, 1))
+        assert pair_costs(alone, with_verifier=True) == PairCosts(FLAT, FLAT)
+
+    def test_where_a_verify_costs_as_much_as_a_confirm_the_target_verifies_alone(self) -> None:
+        self.seconds["verifier"] = self.seconds["target"]
+        target = TableModel(8, 0)
+        pair = make_pair(target, target.disturbed(0.5), fidelity=fidelity(MarginTable([1.0], [20, 80], [19, 80])))
+        alone = Generator(pair, GenerationConfig(40, num_draft_tokens=4)).generate([0, 1])
+        full = Generator(pair, GenerationConfig(40, "full", num_draft_tokens=4)).generate([0, 1])
+        windows = Generator(pair, GenerationConfig(40, window=4)).generate([0, 1])
+        assert alone.token_ids == full.token_ids == windows.token_ids
+        assert (alone.verified_by, alone.stats.confirms) == ("target", 0)
+        assert (windows.verified_by, windows.stats.confirms > 0) == ("verifier", True)
+        assert alone.stats.steps == full.stats.steps
+        assert any(note.startswith("exact: the target verifies alone") for note in pair.notes)
+
+    def test_a_mode_without_confirms_keeps_its_verifier(self) -> None:
+        self.seconds["verifier"] = self.seconds["target"]
+        pair = make_pair(TableModel(8, 0), TableModel(8, 1))
+        assert Generator(pair, GenerationConfig(4, "quantized")).generate([0, 1]).verified_by == "verifier"
+
+    def test_a_window_closes_at_a_token_of_small_margin(self) -> None:
+        """The verifier is sure of every token but one: the window is confirmed there, long before it is full."""
+        model = TableModel(8, 0)
+        rows = torch.arange(8)
+        model.table = torch.zeros(8, 8, 8)
+        model.table[:, rows, (rows + 1) % 8] = 9.0  # counts upwards
+        model.table[:, 3, 5] = 8.9  # after a 3, a 5 is nearly as good as the 4
+        pair = make_pair(model, model, fidelity=fidelity(MarginTable([1.0], [100, 900], [10, 900])))
+        generator = Generator(pair, GenerationConfig(17, draft="none", window=30))
+        generator._window = dataclasses.replace(WindowPolicy(30, 0.5), agreement=AgreementCurve(pair.fidelity.margins))
+        result = generator.generate([0, 1])
+        assert result.token_ids == [(2 + i) % 8 for i in range(17)]
+        assert [confirm.window for confirm in result.stats.confirm_log][:2] == [2, 7]

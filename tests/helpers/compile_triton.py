@@ -1,0 +1,106 @@
+"""A program: compiles the launches of every Triton kernel for Hopper, without a GPU, and prints one JSON line of each.
+
+The interpreter accepts what the compiler refuses, so kernels that only run interpreted prove nothing about a GPU.
+"""
+
+import json
+import re
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from quasar_core.kernels.triton import blocks
+from quasar_core.kernels.triton.weights import prepare_packed
+from tools.gpu_bench.checks import random_weight
+
+HOPPER = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
+}
+OPTIONS = ("num_warps", "num_stages", "launch_pdl")
+CPU = torch.device("cpu")
+
+
+def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
+    """In place of a launch: types as Triton would find them, with aligned pointers and sizes."""
+    options = {key: named.pop(key) for key in OPTIONS if key in named}
+    values = {**dict(zip(self.arg_names, args, strict=False)), **named}
+    signature, constants, aligned = {}, {}, {}
+    for index, (name, parameter) in enumerate(zip(self.arg_names, self.params, strict=True)):
+        value = values[name]
+        if parameter.is_constexpr or value is None or value is True or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], aligned[(index,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                aligned[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(self, signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=HOPPER, options=options).asm
+    ttgir, ptx = compiled["ttgir"], compiled["ptx"]
+    # An operand of a product that is not where the tensor cores want it is converted, or goes through shared memory.
+    moved = [line for line in ttgir.splitlines() if re.search(r"convert_layout .*dot_op|local_alloc %", line)]
+    found = {"kernel": self.__name__, "wgmma": "warp_group_dot" in ttgir, "moved": len(moved)}
+    found |= {"overlaps": bool(options.get("launch_pdl")), "waits": ptx.count("griddepcontrol.wait")}
+    print(json.dumps(found))
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(*shape).to(dtype)
+
+
+def main() -> None:
+    JITFunction.run = compile_launch
+    blocks.multiprocessors = lambda device: 132
+    from quasar_core.kernels.triton.language import overlapping
+
+    for wanted in (False, True):
+        with overlapping(wanted):
+            launch_all()
+
+
+def launch_all() -> None:
+    from quasar_core.kernels.triton import attention, choices, eight_bit, elementwise, products
+
+    x, out, steps = zeros(4, 4096), zeros(4, 256), zeros(4, dtype=torch.float32)
+    for bits, symmetric in ((4, True), (4, False), (8, False), (2, True)):
+        weight = prepare_packed(random_weight(bits, 4096, 256, 128, symmetric), CPU)
+        products.multiply_packed(x, weight, out, residual=out)
+        products.multiply_packed(x.half(), weight, out.half(), bias=out[0].half())
+    products.multiply_dense(x, zeros(256, 4096), out, bias=out[0])
+    products.multiply_packed(x, weight, out[:, :128], gated=True)
+    products.multiply_dense(x, zeros(256, 4096), out[:, :128], gated=True)
+    elementwise.rms_norm_residual(x, x, x[0], 1e-6, x)
+    elementwise.silu_multiply(x, zeros(4, 2048))
+    states, queries, position = zeros(8, 1024, 128), zeros(4, 32, 128), zeros(1, dtype=torch.int64)
+    tables = zeros(1024, 128), zeros(1024, 128)
+    elementwise.rotate_and_store(zeros(4, 48 * 128), zeros(40, 128), *tables, position, states, states, queries, 1e-6)
+    workspace = attention.attention_workspace(CPU, 4, 32, 128)
+    attention.attend(queries, states, states, position, 512, workspace, x, 1024)
+    tokens = zeros(4, dtype=torch.int64)
+    choices.argmax_and_margin(zeros(4, 151936), tokens, steps, steps)
+    choices.accept_greedy(tokens, tokens, tokens[:1], tokens[:1])
+    for kind in (torch.int8, torch.float8_e4m3fn):
+        codes = zeros(4, 4096, dtype=kind)
+        eight_bit.quantize_rows(x, codes, steps)
+        elementwise.rms_norm_residual(x, x, x[0], 1e-6, codes, steps)
+        elementwise.silu_multiply_rounded(zeros(4, 8192), codes, steps)
+        eight_bit.multiply_w8a8(codes, steps, zeros(256, 4096, dtype=kind), zeros(256, dtype=torch.float32), out)
+
+
+if __name__ == "__main__":
+    main()

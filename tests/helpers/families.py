@@ -1,0 +1,106 @@
+"""Tiny random models of families that run through transformers, with a byte-level tokenizer each."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from helpers.tiny_model import save_tiny_model
+
+BLOCKS = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64}
+TEXT = {"vocab_size": 264, "eos_token_id": 0, "bos_token_id": None}
+SIZES: dict[str, Any] = {
+    **TEXT,
+    **BLOCKS,
+    "intermediate_size": 64,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 128,
+}
+OLD_SIZES: dict[str, Any] = {**TEXT, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 2}
+VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,  # as many as the text has
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+LINEAR = {f"linear_{name}_head_dim": 16 for name in ("key", "value")} | {
+    f"linear_num_{name}_heads": 2 for name in ("key", "value")
+}
+
+
+CONFIGS = {"Qwen3_5": "Qwen3_5Text"}  # where a config is not named as its model
+
+
+def make(name: str, **options: Any) -> Any:
+    """The model of a family's class, with these options of its config."""
+    config = getattr(transformers, f"{CONFIGS.get(name, name)}Config")(**options)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def gemma3_with_vision() -> Any:
+    config = transformers.Gemma3Config(
+        text_config={**SIZES, "head_dim": 32, "model_type": "gemma3_text"},
+        vision_config=VISION,
+        mm_tokens_per_image=4,
+        boi_token_index=250,
+        eoi_token_index=251,
+        image_token_index=252,
+        eos_token_id=0,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+# By position or in a tuple, with biases of their own or a tower beside them: all of them can be quantized.
+QUANTIZED: dict[str, Callable[[], Any]] = {
+    "falcon": lambda: make("Falcon", **TEXT, **BLOCKS),
+    "falcon, new": lambda: make("Falcon", **TEXT, **BLOCKS, new_decoder_architecture=True, num_kv_heads=1),
+    "mpt": lambda: make("Mpt", d_model=64, n_heads=2, n_layers=2, max_seq_len=128, vocab_size=264, eos_token_id=0),
+    "bloom": lambda: make("Bloom", hidden_size=64, n_layer=2, n_head=2, **TEXT),
+    "starcoder": lambda: make("GPTBigCode", **OLD_SIZES),
+    "starcoder2": lambda: make("Starcoder2", **SIZES),
+    "gptj": lambda: make("GPTJ", rotary_dim=16, **OLD_SIZES),
+    "gptneox": lambda: make("GPTNeoX", **TEXT, **BLOCKS, intermediate_size=64, max_position_embeddings=128),
+    "gemma3, vision": gemma3_with_vision,
+}
+
+RECURRENT: dict[str, Callable[[], Any]] = {
+    "lfm2": lambda: make("Lfm2", **SIZES, layer_types=["conv", "full_attention"]),
+    "qwen3.5": lambda: make(
+        "Qwen3_5", **SIZES, **LINEAR, head_dim=32, layer_types=["linear_attention", "full_attention"]
+    ),
+    "falcon-h1": lambda: make(
+        "FalconH1", **SIZES, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1
+    ),
+    "mamba": lambda: make("Mamba", vocab_size=264, hidden_size=64, num_hidden_layers=2, eos_token_id=0),
+}
+
+
+def save_family(folder: Path, build: Callable[[], Any]) -> Any:
+    """The model in a folder, its matrices drawn wide so that the best two logits are far apart; the model."""
+    save_tiny_model(folder)
+    torch.manual_seed(1)
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    return model
+
+
+def greedy(model: Any, ids: list[int], count: int) -> list[int]:
+    """What transformers' own greedy `generate` writes after the prompt."""
+    prompt = torch.tensor([ids])
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return list(output[0, len(ids) :].tolist())

@@ -1,0 +1,33 @@
+"""What the tests of quantizing share: a tiny model's folder, and one call that quantizes it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers.tiny_model import save_tiny_model
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from quasar_core import api
+from quasar_core.config import QuantizeConfig
+from quasar_core.records import QuantizeReport
+
+CONFIG = QuantizeConfig(group_size=32, samples=6, seq_len=24)
+
+
+def save_model(folder: Path, tied: bool) -> Path:
+    """The tiny model with a vocabulary padded to 264, which a packed head can have."""
+    save_tiny_model(folder)
+    config = Qwen3Config.from_pretrained(folder)
+    config.vocab_size, config.tie_word_embeddings, config.initializer_range = 264, tied, 0.2
+    torch.manual_seed(1)
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def quantize(source: Path, config: QuantizeConfig = CONFIG, **options: Any) -> QuantizeReport:
+    return api.quantize(str(source), config, device="cpu", **options)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")

@@ -1,0 +1,239 @@
+"""What is loaded as code: whose it is, whether it is whole, and what is said where it is not."""
+
+import ctypes
+import os
+import stat
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.kernels.cpu import library, private_files
+from quasar_core.kernels.cpu import library as compiling
+from quasar_core.quantize.solve import cpp
+
+NO_COMPILER = compiling.find_compiler() is None
+compiled = pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler was found")
+SEVEN = {"seven": []}
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source of one function, and a home without libraries."""
+    monkeypatch.setattr(compiling, "_rebuilt", {})
+    path = tmp_path / "seven.cpp"
+    path.write_text('extern "C" int seven() { return 7; }\n')
+    return path
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known of the two libraries yet; afterwards all that was known is."""
+    for module in (library, cpp):
+        for name in ("why_not_here", "library"):
+            monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@compiled
+def test_a_library_lies_in_folders_of_the_user_alone_with_its_digest(source: Path) -> None:
+    old = os.umask(0)
+    try:
+        library = compiling.shared_library(source)
+    finally:
+        os.umask(old)
+    assert {mode(library.parent), mode(library.parent.parent)} == {0o700}
+    assert mode(library) == 0o600
+    assert sorted(path.name for path in library.parent.iterdir()) == ["seven.so", "seven.so.sha256"]
+    assert compiling.load_library(source, SEVEN).seven() == 7
+    assert compiling.remark(source) == ""
+
+
+@compiled
+def test_an_open_folder_is_closed(source: Path) -> None:
+    library = compiling.shared_library(source)
+    for folder in (library.parent, library.parent.parent):
+        folder.chmod(0o777)
+    assert compiling.load_library(source, SEVEN).seven() == 7
+    assert {mode(library.parent), mode(library.parent.parent)} == {0o700}
+
+
+def cut(library: Path) -> None:
+    library.write_bytes(library.read_bytes()[:5000])
+
+
+def empty(library: Path) -> None:
+    library.write_bytes(b"")
+
+
+def fill_with_garbage(library: Path) -> None:
+    library.write_bytes(bytes(range(256)) * 64)
+
+
+def change_one_bit(library: Path) -> None:
+    content = bytearray(library.read_bytes())
+    content[len(content) // 2] ^= 1
+    library.write_bytes(content)
+
+
+def remove(library: Path) -> None:
+    library.unlink()
+
+
+def remove_digest(library: Path) -> None:
+    private_files._digest_file(library).unlink()
+
+
+def spoil_digest(library: Path) -> None:
+    private_files._digest_file(library).write_bytes(b"\xff\xfe")
+
+
+def link(library: Path) -> None:
+    library.rename(library.with_suffix(".elsewhere"))
+    library.symlink_to(library.with_suffix(".elsewhere"))
+
+
+def stand_a_pipe_in_its_place(library: Path) -> None:
+    library.unlink()
+    os.mkfifo(library)
+
+
+def let_others_write(library: Path) -> None:
+    library.chmod(0o666)
+
+
+DAMAGES = [
+    cut,
+    empty,
+    fill_with_garbage,
+    change_one_bit,
+    remove,
+    remove_digest,
+    spoil_digest,
+    link,
+    stand_a_pipe_in_its_place,
+    let_others_write,
+]
+
+
+@compiled
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_library_is_compiled_anew_and_that_is_said(source: Path, damage: object) -> None:
+    library = compiling.shared_library(source)
+    assert callable(damage)
+    damage(library)
+    with pytest.raises(QuasarError):
+        private_files.load(library)
+    assert compiling.load_library(source, SEVEN).seven() == 7
+    assert compiling.remark(source).startswith(f", compiled anew since {library} ")
+    assert sorted(path.name for path in library.parent.iterdir()) == ["seven.so", "seven.so.sha256"]
+
+
+@compiled
+def test_what_a_killed_compiler_left_is_cleared(source: Path) -> None:
+    kernels = compiling.shared_library(source).parent.parent
+    left = kernels / "building-x"
+    left.mkdir()
+    (left / "seven.so").write_text("half")
+    compiling.shared_library(source)
+    assert not left.exists()
+
+
+def test_a_folder_of_another_user_is_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "find_compiler", lambda: "/bin/false")
+    mine = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+    with pytest.raises(QuasarError, match=r"kernels, which belongs to another user"):
+        compiling.shared_library(source)
+
+
+def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "library.so"
+    library.write_text("x")
+    monkeypatch.setattr(private_files, "make_private", lambda folder: None)
+    mine = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
+    assert private_files.damage(library) == f"{library} belongs to another user, or others may write it"
+
+
+def test_a_folder_that_is_a_link_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "find_compiler", lambda: "/bin/false")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "kernels").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(QuasarError, match="kernels, which is not a folder"):
+        compiling.shared_library(source)
+
+
+@compiled
+def test_a_missing_function_is_a_reason(source: Path) -> None:
+    with pytest.raises(QuasarError, match=r"its library .*seven\.so has no function eight: delete it"):
+        compiling.load_library(source, {"seven": [], "eight": []})
+
+
+@compiled
+def test_two_libraries_are_two(source: Path, tmp_path: Path) -> None:
+    """The loader knows a library by its path."""
+    other = tmp_path / "other" / "seven.cpp"
+    other.parent.mkdir()
+    other.write_text('extern "C" int seven() { return 8; }\n')
+    both = [compiling.load_library(path, SEVEN) for path in (source, other)]
+    assert [library.seven() for library in both] == [7, 8]
+
+
+@compiled
+def test_processes_that_compile_at_once_all_load_it(source: Path) -> None:
+    program = (
+        "from pathlib import Path; from quasar_core.kernels.cpu.library import load_library\n"
+        f"print(load_library(Path({str(source)!r}), {{'seven': []}}).seven())"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=_environment())
+        for _ in range(3)
+    ]
+    assert [run.communicate()[0].strip() for run in runs] == ["7", "7", "7"]
+
+
+def _environment() -> dict[str, str]:
+    root = str(Path(compiling.__file__).parents[3])
+    return {**os.environ, "PYTHONPATH": root}
+
+
+@pytest.mark.parametrize("module", [library, cpp])
+def test_the_switch_turns_off_what_is_compiled_without_a_compiler(
+    module: object, forgotten: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QUASAR_CPU_PASS", "0")
+    monkeypatch.setenv("CXX", "/nowhere")
+    assert module.why_not_here() == "QUASAR_CPU_PASS=0 switches it off"  # type: ignore[attr-defined]
+    assert not cpp.runs(torch.zeros(1))
+    assert cpp.describe_loops() == "PyTorch's operations, not C++: QUASAR_CPU_PASS=0 switches it off"
+    assert not (tmp_path / "home").exists()
+
+
+def test_other_values_of_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUASAR_CPU_PASS", "off")
+    with pytest.raises(UsageError, match="QUASAR_CPU_PASS must be 0 or 1, not off"):
+        compiling.why_switched_off()
+    for value in ("1", ""):
+        monkeypatch.setenv("QUASAR_CPU_PASS", value)
+        assert compiling.why_switched_off() is None
+
+
+def test_descriptions_of_other_bytes_are_refused(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(ctypes.Structure):
+        _fields_ = (("x", ctypes.c_int),)
+
+    if library.why_not_here() is not None:
+        pytest.skip(str(library.why_not_here()))
+    library.library.cache_clear()
+    monkeypatch.setattr(library, "Layer", Other)
+    with pytest.raises(QuasarError, match="describes models in other bytes"):
+        library.library()

@@ -1,0 +1,42 @@
+"""Every Triton kernel compiles for Hopper, here too, where there is no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def why_not_compiled() -> str | None:
+    """Triton's compiler for NVIDIA comes with its wheel for Linux, and not with every build."""
+    found = find_spec("triton")
+    if found is None or found.origin is None:
+        return "Triton is not installed"
+    assembler = Path(found.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    return None if assembler.exists() else f"this Triton has no {assembler.name}"
+
+
+@pytest.mark.skipif(why_not_compiled() is not None, reason=str(why_not_compiled()))
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "compile_triton.py")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = defaultdict(list)
+    for line in run.stdout.splitlines():
+        launch = json.loads(line)
+        found[launch["kernel"]].append(launch)
+    assert len(found) == 12, sorted(found)
+    for launch in (*found["_packed_kernel"], *found["_dense_kernel"], *found["_w8a8_kernel"]):
+        assert launch["wgmma"], "the product is not on Hopper's tensor cores"
+    for launch in (launch for launches in found.values() for launch in launches):
+        assert launch["waits"] == launch["overlaps"], "a launch that may begin early waits, once"
+    for launch in found["_packed_kernel"]:
+        assert launch["moved"] == 0, "codes do not stay in the registers that they were unpacked in"

@@ -1,0 +1,63 @@
+"""What the table of architectures reads from config.json, and what it says of models that it does not know."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from helpers.decoder_cases import CPU, FLOAT, SIZES
+
+from quasar_core.errors import QuasarError
+from quasar_core.models.architectures import ARCHITECTURES, REQUIRED, DecoderConfig, why_not_lean
+from quasar_core.models.lean_weights import load_target
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], **SIZES}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not in its table of architectures"),
+        ({"architectures": None}, "no architecture is not in its table of architectures"),
+        ({"hidden_size": None}, "config.json has no hidden_size"),
+        ({"hidden_act": "gelu"}, "its MLP is gated by silu, not by gelu"),
+        ({"partial_rotary_factor": 0.5}, "it rotates whole heads, and config.json has a partial_rotary_factor"),
+        ({"rope_scaling": {"type": "longrope"}}, "it has no rope scaling of the type longrope"),
+        ({"rope_scaling": {"type": "linear"}}, "its linear rope scaling has no factor"),
+        ({"layer_types": ["chunked_attention"] * 4}, "it has no layers of the type chunked_attention"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+            "its rotary embedding is the same in all layers, and config.json has one per layer type",
+        ),
+    ],
+)
+def test_what_the_decoder_does_not_do_is_said(changes: dict[str, Any], reason: str | None) -> None:
+    assert why_not_lean({**LLAMA, **changes}) == reason
+
+
+def parse_without_rope_options(content: dict[str, Any]) -> DecoderConfig:
+    config = DecoderConfig.parse(content)
+    return replace(config, rope=replace(config.rope, options={}))
+
+
+@pytest.mark.parametrize("given", [{}, {"use_sliding_window": True, "sliding_window": 16}], ids=["sizes", "windows"])
+@pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"PanguEmbeddedForCausalLM"}))
+def test_options_that_are_left_out_have_the_values_that_transformers_gives_them(
+    name: str, given: dict[str, Any]
+) -> None:
+    sizes = {key: value for key, value in SIZES.items() if key in REQUIRED} | {"num_attention_heads": 64}
+    if given and ARCHITECTURES[name].windows == "none":
+        pytest.skip("has no windows")
+    sizes |= {"hidden_size": 1024, "num_hidden_layers": 32, **given}
+    complete = getattr(transformers, name.replace("ForCausalLM", "Config"))(**sizes).to_dict()
+    architecture = {"architectures": [name]}
+    assert parse_without_rope_options(sizes | architecture) == parse_without_rope_options(complete | architecture)
+
+
+def test_a_model_that_is_not_in_the_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["OtherForCausalLM"]}))
+    with pytest.raises(QuasarError, match="does not run this model: OtherForCausalLM is not in its table"):
+        load_target(tmp_path, CPU, FLOAT)

@@ -1,0 +1,156 @@
+"""Every option that transformers' config classes have is used, known to be without effect, or a reason against lean."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers.decoder_cases import (
+    CPU,
+    FLOAT,
+    SIZES,
+    YARN,
+    assert_close,
+    fresh_logits,
+    in_passes,
+    random_tokens,
+    save_model,
+)
+
+from quasar_core.errors import QuasarError
+from quasar_core.files import read_json
+from quasar_core.models.architectures import ARCHITECTURES, REQUIRED, WITHOUT_EFFECT, why_not_lean
+from quasar_core.models.context import context_limit
+from quasar_core.models.lean_weights import load_target
+from quasar_core.models.loading import load_models
+
+KNOWN = sorted(set(ARCHITECTURES) - {"PanguEmbeddedForCausalLM"})
+NAMES = [name.removesuffix("ForCausalLM") for name in KNOWN]
+SLIDING = ["full_attention", "sliding_attention"] * 2
+# Another value than SIZES have for each option that a row may read; sizes themselves are in the shapes of the weights.
+OTHER: dict[str, Any] = {
+    "attention_bias": True,
+    "head_dim": 32,
+    "hidden_act": "gelu",
+    "layer_types": SLIDING,
+    "max_window_layers": 1,
+    "mlp_bias": True,
+    "no_rope_layer_interval": 2,
+    "no_rope_layers": [1, 0, 0, 1],
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 0.1,
+    "rope_parameters": YARN,
+    "sliding_window": 7,
+    "tie_word_embeddings": True,
+    "use_sliding_window": True,
+}
+# Keys that no class names, but that transformers keeps and reads in masks, caches and rotary embeddings.
+SHARED: dict[str, Any] = {
+    "attention_chunk_size": 8,
+    "is_causal": False,
+    "layer_types": SLIDING,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 100.0,
+    "sliding_window": 7,
+    "use_sliding_window": True,
+}
+
+
+def reloaded_logits(folder: Path) -> torch.Tensor:
+    """Of what transformers makes of the files: a config that is read may differ from the one that was written."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=FLOAT)
+    return fresh_logits(model, random_tokens())
+
+
+def fields(name: str) -> set[str]:
+    """What the class takes by name: in transformers 5 its parameters are those of all its bases."""
+    parameters = inspect.signature(getattr(transformers, f"{name}Config")).parameters
+    return {key for key, kind in parameters.items() if kind.kind is not kind.VAR_KEYWORD}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_of_a_config_class_is_accounted_for(name: str) -> None:
+    unknown = fields(name) - WITHOUT_EFFECT - OTHER.keys() - set(REQUIRED) - {"architectures", "torch_dtype"}
+    assert not unknown, f"{name}Config has {sorted(unknown)}: used, without effect, or a reason not to run lean?"
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, option) for name in NAMES for option in sorted((fields(name) & OTHER.keys()) | SHARED.keys())],
+)
+def test_an_option_is_used_or_a_reason_or_without_effect(name: str, option: str, tmp_path: Path) -> None:
+    """Alone, and beside a window: in each case logits equal transformers', or our decoder says why it steps back."""
+    for number, others in enumerate(({}, {"sliding_window": 5}, {"sliding_window": 5, "use_sliding_window": True})):
+        value = OTHER.get(option, SHARED.get(option))
+        options = {"sliding_window": None, **others, option: value}
+        folder = tmp_path / str(number)
+        try:
+            save_model(folder, name, options)
+            expected = reloaded_logits(folder)
+        except (ValueError, TypeError, KeyError):
+            continue  # transformers itself does not run it
+        if why_not_lean(read_json(folder / "config.json")) is None:
+            assert_close(in_passes(load_target(folder, CPU, FLOAT), random_tokens(), [20, 1, 4]), expected)
+
+
+@pytest.mark.parametrize("option", sorted(WITHOUT_EFFECT & {"attention_dropout", "initializer_range", "use_cache"}))
+def test_options_without_effect_have_none(option: str, tmp_path: Path) -> None:
+    changed = {"attention_dropout": 0.5, "initializer_range": 0.3, "use_cache": False}[option]
+    model = save_model(tmp_path, "Llama", {option: changed})
+    assert_close(
+        in_passes(load_target(tmp_path, CPU, FLOAT), random_tokens(), [45]), fresh_logits(model, random_tokens())
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        (
+            "Mistral",
+            {"sliding_window": 7, "layer_types": SLIDING},
+            "layers of mistral are of one type, and config.json lists others",
+        ),
+        (
+            "Mistral",
+            {"sliding_window": None, "layer_types": SLIDING},
+            "layers of mistral are of one type, and config.json lists others",
+        ),
+        ("SmolLM3", {"sliding_window": 7, "layer_types": SLIDING}, "has sliding layers, and no window in use"),
+        ("Llama", {"sliding_window": 7}, "llama has no windows, and config.json has a sliding_window"),
+        ("Llama", {"is_causal": False}, "it has no is_causal of False"),
+        ("Qwen3", {"layer_types": SLIDING[:3]}, "config.json has 4 layers, and 3 layer_types"),
+        ("SmolLM3", {"no_rope_layers": [1, 0]}, "config.json has 4 layers, and 2 no_rope_layers"),
+        ("Llama", {"model_type": "mistral"}, "LlamaForCausalLM is not of the model_type mistral"),
+    ],
+)
+def test_what_a_row_ignores_is_a_reason(name: str, changes: dict[str, Any], reason: str) -> None:
+    content = {"architectures": [f"{name}ForCausalLM"], **SIZES, **changes}
+    assert reason in str(why_not_lean(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SmolLM3", {"sliding_window": 7, "layer_types": SLIDING}),
+        ("Mistral", {"sliding_window": 7, "layer_types": ["full_attention"] * 4}),
+    ],
+)
+def test_transformers_runs_what_our_decoder_steps_back_from(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    save_model(tmp_path, name, options)
+    expected = reloaded_logits(tmp_path)
+    models = load_models(tmp_path, None, CPU, torch.float32)
+    assert models.notes[0].startswith("decoder: transformers, as ")
+    assert_close(in_passes(models.target, random_tokens(), [45]), expected)
+
+
+@pytest.mark.parametrize("option", ["sliding_window", "attention_chunk_size"])
+def test_a_window_that_the_architecture_does_not_have_is_refused(option: str, tmp_path: Path) -> None:
+    """transformers' cache would drop keys that the model attends to: the text would depend on the passes."""
+    save_model(tmp_path, "Llama", {option: 7})
+    with pytest.raises(QuasarError, match=rf"config.json has {option} 7, which llama does not have: take it out"):
+        context_limit(tmp_path)
+    save_model(tmp_path, "Llama", {"sliding_window": 128})  # as many positions as the model has
+    assert context_limit(tmp_path) == 128
+    assert load_models(tmp_path, None, CPU, FLOAT).notes[0] == "decoder: our own"

@@ -1,0 +1,216 @@
+"""The C++ pass computes what the plain pass computes, and a token's logits whatever passes beside it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.decoder_cases import (
+    CASES,
+    CPU,
+    DYNAMIC,
+    FLOAT,
+    LENGTH,
+    assert_close,
+    assert_close_but_for_steps,
+    exact_logits,
+    fresh_logits,
+    in_passes,
+    random_tokens,
+    relative_error,
+    save_model,
+)
+from helpers.quantized_decoder import mixed_bits, quantize_layers
+from helpers.tiny_models import make_pair
+
+from quasar_core.config import GenerationConfig
+from quasar_core.decode.generator import Generator
+from quasar_core.models import loading
+from quasar_core.models.choices import NO_TOKEN, choose_best
+from quasar_core.models.decoder import DenseLinear, LeanDecoder
+from quasar_core.models.lean_weights import attach_verifier, load_target
+
+BF16 = torch.bfloat16
+SPLITS = ([1], [2], [12, 1, 4, 8], [33, 12])
+
+pytestmark = pytest.mark.usefixtures("cpp_pass")
+
+
+def fast(decoder: LeanDecoder) -> LeanDecoder:
+    note = loading.attach(decoder)
+    assert decoder.fast is not None, note
+    return decoder
+
+
+def tiny_target(folder: Path, case: str, dtype: torch.dtype = FLOAT) -> LeanDecoder:
+    save_model(folder, *CASES[case])
+    return load_target(folder, CPU, dtype)
+
+
+def tiny_verifier(folder: Path, target: LeanDecoder, bits: int | None = None, kernel: str = "vnni") -> LeanDecoder:
+    """Over the target whose files lie in `folder`; of mixed bits where none are given."""
+    checkpoint = quantize_layers(folder, folder / "verifier", mixed_bits if bits is None else lambda name: bits)
+    return attach_verifier(target, checkpoint, kernel)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_transformers(tmp_path: Path, case: str) -> None:
+    expected = fresh_logits(save_model(tmp_path, *CASES[case]), random_tokens())
+    decoder = fast(load_target(tmp_path, CPU, FLOAT))
+    for sizes in SPLITS:
+        assert_close(in_passes(decoder, random_tokens(), sizes), expected)
+
+
+@pytest.mark.parametrize("case", ["llama, all biases", "qwen3, listed windows, biases", "smollm3, windows"])
+def test_bf16_costs_a_few_roundings_of_cache_and_embedding(tmp_path: Path, case: str) -> None:
+    """Between products all is float32, so that four blocks of two roundings each stay within six of bfloat16's."""
+    expected = exact_logits(save_model(tmp_path, *CASES[case]), random_tokens(), BF16)
+    logits = in_passes(fast(load_target(tmp_path, CPU, BF16)), random_tokens(), [12, 4])
+    assert relative_error(logits, expected) <= 6 * 2**-8
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, None])
+def test_a_verifier_equals_its_plain_pass(tmp_path: Path, bits: int | None) -> None:
+    verifier = tiny_verifier(tmp_path, tiny_target(tmp_path, "qwen3, listed windows, biases"), bits)
+    expected = in_passes(verifier, random_tokens(), [12, 4])
+    assert_close_but_for_steps(in_passes(fast(verifier), random_tokens(), [12, 4]), expected)
+
+
+def test_a_verifier_that_was_unpacked_equals_its_plain_pass(tmp_path: Path) -> None:
+    verifier = tiny_verifier(tmp_path, tiny_target(tmp_path, "qwen3, listed windows, biases"), kernel="dense")
+    expected = in_passes(verifier, random_tokens(), [12, 4])
+    assert_close(in_passes(fast(verifier), random_tokens(), [12, 4]), expected)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
+@pytest.mark.parametrize("kind", ["target", "verifier"])
+def test_logits_do_not_depend_on_the_pass_or_on_the_threads(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    decoder = tiny_target(tmp_path, "qwen3, listed windows, biases", dtype)
+    if kind == "verifier":
+        decoder = tiny_verifier(tmp_path, decoder)
+    tokens = random_tokens(100)
+    torch.set_num_threads(1)
+    expected = in_passes(fast(decoder), tokens, [1])
+    for threads, sizes in ((2, [2]), (3, [3, 17]), (2, [8]), (3, [13, 5, 31]), (2, [64, 36])):
+        torch.set_num_threads(threads)
+        assert torch.equal(in_passes(decoder, tokens, sizes), expected)
+
+
+def test_a_long_context_equals_the_plain_pass(tmp_path: Path) -> None:
+    save_model(tmp_path, "Llama", {"max_position_embeddings": 2048})
+    decoder = load_target(tmp_path, CPU, FLOAT)
+    cache, tokens = decoder.new_cache(1100), random_tokens(1040)
+    decoder.forward(tokens[:1001], cache, last_only=True)
+    expected = decoder.forward(tokens[1001:], cache)
+    cache.rollback(1001)
+    assert_close(fast(decoder).forward(tokens[1001:], cache), expected)
+    assert cache.length == 1040
+
+
+def test_dynamic_rope_before_and_beyond_its_threshold(tmp_path: Path) -> None:
+    save_model(tmp_path, "Llama", {"max_position_embeddings": 32, "rope_parameters": DYNAMIC})
+    plain, decoder = load_target(tmp_path, CPU, FLOAT), fast(load_target(tmp_path, CPU, FLOAT))
+    caches = plain.new_cache(64), decoder.new_cache(64)
+    for start, count in ((0, 20), (20, 8), (28, 10), (10, 5), (15, 30), (20, 3)):
+        for cache in caches:
+            cache.rollback(start)
+        tokens = random_tokens(count)
+        assert_close(decoder.forward(tokens, caches[1]), plain.forward(tokens, caches[0]))
+
+
+@pytest.mark.parametrize("count", [1, 7, 40, 150])
+def test_what_it_chose_is_the_best_of_each_row(tmp_path: Path, count: int) -> None:
+    decoder = fast(tiny_target(tmp_path, "qwen3"))
+    decoder.layers[-1].down.weight.zero_()  # type: ignore[attr-defined]
+    head = decoder.head.weight  # type: ignore[attr-defined]
+    head[50:60] = head[40:50]  # rows of equal logits: the first counts
+    for team in (1, 2, 3):
+        torch.set_num_threads(team)
+        logits = decoder.forward(random_tokens(count), decoder.new_cache(256))
+        found = decoder.choose(random_tokens(count), decoder.new_cache(256))
+        best = logits.topk(2, dim=-1).values
+        assert found.tokens == logits.argmax(dim=-1).tolist()
+        assert found.margins == (best[:, 0] - best[:, 1]).tolist()
+
+
+def test_inference_mode_gives_the_same_logits_and_choices(tmp_path: Path) -> None:
+    decoder = fast(tiny_target(tmp_path, "qwen3"))
+    expected = decoder.forward([1, 2], decoder.new_cache(8)), decoder.choose([1, 2], decoder.new_cache(8))
+    with torch.inference_mode():
+        assert torch.equal(decoder.forward([1, 2], decoder.new_cache(8)), expected[0])
+        assert decoder.choose([1, 2], decoder.new_cache(8)) == expected[1]
+
+
+ALL = range(96)
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [{7: torch.nan}, {95: torch.inf}, {7: torch.nan, 11: torch.inf}, dict.fromkeys(ALL, -torch.inf)],
+    ids=["NaN", "infinite", "both", "all minus infinite"],
+)
+def test_logits_that_are_no_numbers_yield_no_token(tmp_path: Path, spoiled: dict[int, float]) -> None:
+    decoder = tiny_target(tmp_path, "llama")
+    decoder.head = DenseLinear(decoder.head.weight, torch.zeros(96))  # type: ignore[attr-defined]
+    for token, value in spoiled.items():
+        decoder.head.bias[token] = value
+    for count in (1, 3):
+        assert fast(decoder).choose([1, 2, 3][:count], decoder.new_cache(8)).tokens == [NO_TOKEN] * count
+
+
+@pytest.mark.parametrize("count", [64, 65, 129, 200])
+def test_a_pass_of_any_length_runs_in_parts_of_the_same_bits(tmp_path: Path, count: int) -> None:
+    decoder = fast(tiny_target(tmp_path, "qwen3", BF16))
+    decoder._plain_pass = None  # type: ignore[method-assign, assignment]
+    tokens, cache = random_tokens(count), decoder.new_cache(count)
+    expected = in_passes(decoder, tokens, [1])
+    assert torch.equal(decoder.forward(tokens, cache), expected)
+    cache.rollback(0)
+    assert decoder.choose(tokens, cache) == choose_best(expected)
+    assert cache.length == count
+
+
+def test_prompts_run_in_pytorchs_operations(tmp_path: Path) -> None:
+    decoder = fast(tiny_target(tmp_path, "llama"))
+    decoder.fast.run = None  # type: ignore[method-assign, assignment, union-attr]
+    assert decoder.forward(random_tokens(10), decoder.new_cache(16), last_only=True).shape[0] == 1
+
+
+@pytest.mark.parametrize("case", ["qwen3", "mistral, window"])
+def test_exact_text_is_that_of_plain_decoding_in_bf16_too(tmp_path: Path, case: str) -> None:
+    target = fast(tiny_target(tmp_path, case, BF16))
+    pair = make_pair(target, fast(tiny_verifier(tmp_path, target, 4)))
+    plain = Generator(pair, GenerationConfig(80, "full", "none")).generate(random_tokens(20)).token_ids
+    for drafts, window in ((1, 1), (4, 3), (8, 24), (64, 63), (64, 200)):
+        for verify in ("full", "exact"):
+            config = GenerationConfig(80, verify, num_draft_tokens=drafts, window=window)
+            assert Generator(pair, config).generate(random_tokens(20)).token_ids == plain
+
+
+def test_what_it_does_not_run_says_why(tmp_path: Path) -> None:
+    target = tiny_target(tmp_path, "llama")
+    reference = attach_verifier(target, quantize_layers(tmp_path, tmp_path / "verifier", lambda name: 4), "reference")
+    assert loading.choose(reference) == (
+        None,
+        "passes: PyTorch's operations, not the C++ pass: it runs packed products on vnni or dense, and this verifier "
+        "has some on reference",
+    )
+    half = load_target(tmp_path, CPU, torch.float16)
+    assert loading.choose(half)[1].endswith("it takes bfloat16 and float32, not float16")
+    save_model(tmp_path / "odd", "Llama", {"intermediate_size": 72})
+    odd = load_target(tmp_path / "odd", CPU, FLOAT)
+    assert loading.choose(odd)[1].endswith("hidden, intermediate and head sizes must be multiples of 16")
+
+
+def test_a_pass_beyond_the_caches_end_is_refused(tmp_path: Path) -> None:
+    decoder = fast(tiny_target(tmp_path, "llama"))
+    cache = decoder.new_cache(LENGTH)
+    decoder.forward(random_tokens(40), cache)
+    with pytest.raises(Exception, match="The cache holds 45 tokens, and 46 are needed"):
+        decoder.forward([1] * 6, cache)
+
+
+@pytest.mark.parametrize("token", [-1, 96])
+def test_a_token_outside_the_vocabulary_is_refused(tmp_path: Path, token: int) -> None:
+    decoder = fast(tiny_target(tmp_path, "llama"))
+    with pytest.raises(IndexError, match="is not in a vocabulary of 96"):
+        decoder.forward([1, token], decoder.new_cache(8))

@@ -1,0 +1,71 @@
+"""Launches overlap where that is faster and changes nothing, and what decided it is told."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.decoder_cases import CPU, FLOAT, save_model
+
+from quasar_core.models.cuda import graph_pass
+from quasar_core.models.cuda.graph_pass import ROUNDS, choose_overlap
+from quasar_core.models.cuda.torch_steps import TorchSteps
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.lean_weights import load_target
+
+
+@pytest.fixture
+def decoder(tmp_path: Path) -> LeanDecoder:
+    save_model(tmp_path, "Llama", {"num_hidden_layers": 1})
+    return load_target(tmp_path, CPU, FLOAT)
+
+
+class Wrong(TorchSteps):
+    """Steps of which every third pass of one token comes out differently, as where a launch began too soon."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> torch.Tensor:
+        self.passes += len(gate_up) == 1
+        gated = super().gated(gate_up, number)
+        assert isinstance(gated, torch.Tensor)
+        return gated * 1.01 if len(gated) == 1 and self.passes % 3 == 0 else gated
+
+
+class Failing(TorchSteps):
+    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> torch.Tensor:
+        raise RuntimeError("CUDA error: not permitted\nwhen capturing")
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_the_faster_pass_is_taken(decoder: LeanDecoder, faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [2e-3, 1e-3] if faster else [1e-3, 2e-3]
+    monkeypatch.setattr(graph_pass, "time_passes", lambda passes, cache: times)
+    apart, joined = TorchSteps(), TorchSteps()
+    chosen, why = choose_overlap(decoder, apart, joined)
+    assert chosen.steps is (joined if faster else apart)
+    if faster:
+        assert why == "launches overlap: 1000 µs for passes of 1 and 8, 2000 without"
+    else:
+        assert why == "launches do not overlap: with it 2000 µs for passes of 1 and 8, 1000 without"
+
+
+def test_both_are_timed(decoder: LeanDecoder) -> None:
+    chosen, why = choose_overlap(decoder, TorchSteps(), TorchSteps())
+    assert chosen.decoder is decoder
+    assert "µs" in why
+
+
+def test_a_pass_that_comes_out_differently_is_not_taken(decoder: LeanDecoder) -> None:
+    plain = TorchSteps()
+    chosen, why = choose_overlap(decoder, plain, Wrong())
+    assert chosen.steps is plain
+    assert why.endswith(f"of {2 * ROUNDS} passes differed")
+    assert not why.startswith("launches do not overlap: 0")
+
+
+def test_a_pass_that_fails_is_not_taken(decoder: LeanDecoder) -> None:
+    plain = TorchSteps()
+    chosen, why = choose_overlap(decoder, plain, Failing())
+    assert chosen.steps is plain
+    assert why == "launches do not overlap: it failed here (CUDA error: not permitted)"

@@ -1,0 +1,133 @@
+"""The memory formula equals what decoders, verifiers and caches hold."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.decoder_cases import CASES, CPU, FLOAT, save_model
+from helpers.quantized_decoder import quantize_layers
+
+from quasar_cli.commands import doctor
+from quasar_core import api
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.models.decoder import DenseLinear, LeanDecoder
+from quasar_core.models.lean_weights import attach_verifier, load_target, load_verifier_alone
+from quasar_core.models.memory import MemoryNeed, advice, describe, pair_need, require_room
+
+GB = 1_000_000_000
+
+
+def held_bytes(decoder: LeanDecoder) -> int:
+    """Storage of every tensor in 32 bits, each once; packed layers left out."""
+    tensors = [decoder.embedding, decoder.norm]
+    for layer in decoder.layers:
+        tensors += [layer.input_norm, layer.mlp_norm, *([] if layer.head_norms is None else [layer.head_norms])]
+    for product in (*(product for layer in decoder.layers for product in layer.linears), decoder.head):
+        if isinstance(product, DenseLinear):
+            tensors += [product.weight, *([] if product.bias is None else [product.bias])]
+        else:
+            bias: Any = product.bias  # type: ignore[attr-defined]
+            tensors += [] if bias is None else [bias]
+    return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_targets_share_is_what_it_holds(tmp_path: Path, name: str) -> None:
+    save_model(tmp_path, *CASES[name])
+    need = pair_need(tmp_path, None, FLOAT)
+    assert need is not None
+    assert need.target == held_bytes(load_target(tmp_path, CPU, FLOAT))
+    assert need.verifier == 0
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "qwen3, yarn, tied"])
+def test_the_verifiers_share_is_its_codes_and_alone_what_it_holds_beside_them(tmp_path: Path, name: str) -> None:
+    source = tmp_path / "source"
+    save_model(source, *CASES[name])
+    checkpoint = quantize_layers(source, tmp_path / "codes", lambda layer: 4)
+    beside = pair_need(source, checkpoint, FLOAT)
+    alone = pair_need(source, checkpoint, FLOAT, use_target=False)
+    assert beside is not None
+    assert alone is not None
+    codes = sum(
+        tensor.nbytes
+        for layer in checkpoint.layer_names
+        for part in ("qweight", "qzeros", "scales", "g_idx")
+        if (tensor := checkpoint.tensors.load(f"{layer}.{part}")) is not None
+    )
+    assert beside.verifier == codes
+    assert alone.target == 0
+    assert alone.verifier == codes + held_bytes(load_verifier_alone(checkpoint, CPU, FLOAT, "reference"))
+    target = load_target(source, CPU, FLOAT)
+    assert attach_verifier(target, checkpoint, "reference").embedding is target.embedding
+
+
+def test_a_token_takes_what_the_cache_and_the_rotary_tables_hold(tmp_path: Path) -> None:
+    save_model(tmp_path, *CASES["qwen3"])
+    decoder, need = load_target(tmp_path, CPU, FLOAT), pair_need(tmp_path, None, FLOAT)
+    assert need is not None
+    cache = decoder.new_cache(100)
+    tables = sum(table.nbytes for table in decoder.rope.rows(0, 100))
+    assert 100 * need.per_token == sum(layer.nbytes for layer in cache.layers) + tables
+
+
+NEED = MemoryNeed(target=16 * GB, verifier=4 * GB, workspace=GB, per_token=150_000)
+ALONE = MemoryNeed(target=0, verifier=7 * GB, workspace=GB, per_token=150_000)
+
+
+def test_a_context_that_fits_is_advised_first() -> None:
+    assert NEED.total(1000) == 21 * GB + 150_000_000
+    assert NEED.tokens_in(21 * GB + 100_000_000) == 512
+    assert NEED.tokens_in(20 * GB) == 0
+    assert "--max-context 512 would fit" in advice(NEED, ALONE, 21 * GB + 100_000_000, 1024)
+
+
+def test_then_the_verifier_alone_then_a_smaller_head() -> None:
+    assert "--verify quantized --no-target would fit (8.2 GB)" in advice(NEED, ALONE, 12 * GB, 1024)
+    assert "--lm-head-bits 4" in advice(NEED, ALONE, 6 * GB, 1024)
+    assert "The GPU has 6.0 GB free, and the pair needs 21.2 GB" in advice(NEED, None, 6 * GB, 1024)
+
+
+def test_the_note_says_how_long_a_context_fits() -> None:
+    note = describe(NEED, 24 * GB, 40_960)
+    assert "21.0 GB (target 16.0, verifier 4.0, workspace 1.0) and 150 KB per token" in note
+    assert "enough for 19968 of 40960 tokens" in note
+
+
+def test_a_pair_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * GB, 24 * GB))
+    with pytest.raises(QuasarError, match="--no-target would fit"):
+        require_room(NEED, ALONE, torch.device("cuda"), 40_960)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (22 * GB, 24 * GB))
+    assert "memory: 21.0 GB" in require_room(NEED, ALONE, torch.device("cuda"), 40_960)
+
+
+def test_doctor_tells_the_pairs_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    save_model(source, *CASES["qwen3"])
+    quantize_layers(source, tmp_path / "codes", lambda layer: 4)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (12 * GB, 24 * GB))
+    assert "12.0 GB are free, enough for 128 of 128 tokens" in doctor.describe_memory(str(source), tmp_path / "codes")
+    assert doctor.describe_memory(str(source), tmp_path / "none").startswith("not known: The verifier's folder")
+
+
+def test_a_pair_is_checked_before_loading_and_its_context_capped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    save_model(source, *CASES["qwen3"])
+    checkpoint = quantize_layers(source, tmp_path / "codes", lambda layer: 4)
+    asked: list[tuple[MemoryNeed, int]] = []
+
+    def record(need: MemoryNeed, alone: MemoryNeed, device: torch.device, tokens: int) -> str:
+        asked.append((need, tokens))
+        return "memory: enough"
+
+    monkeypatch.setattr(api, "require_room", record)
+    notes = api._check_room(source, checkpoint, torch.device("cuda"), FLOAT, True, 64)
+    assert notes == ["memory: enough"]
+    assert asked == [(pair_need(source, checkpoint, FLOAT), 64)]
+    assert api._check_room(source, checkpoint, CPU, FLOAT, True, 64) == []
+    with pytest.raises(UsageError, match="--max-context must be at least 16, not 3"):
+        api.load_pair(str(source), max_context=3)

@@ -1,0 +1,78 @@
+"""What a pair reads of a model's folder beside the weights: the tokenizer, and the tokens that end a text."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_model import save_tiny_model
+from helpers.tiny_models import (
+    PROMPT,
+    drafter_factory,
+    generate,
+    greedy_reference,
+    make_pair,
+    quantized_copy,
+    random_model,
+)
+
+from quasar_core.errors import QuasarError
+from quasar_core.models.pair import end_of_text_ids, load_tokenizer
+
+TOKENIZER: Any = SimpleNamespace(eos_token_id=9)
+
+
+def write(folder: Path, **files: Any) -> Path:
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"generation_config": {"eos_token_id": [3, 4]}, "config": {"eos_token_id": 5}}, {3, 4}),
+        ({"generation_config": {"eos_token_id": 3}, "config": {"eos_token_id": [5]}}, {3}),
+        ({"generation_config": {}, "config": {"eos_token_id": [5, 6]}}, {5, 6}),
+        ({"config": {"text_config": {"eos_token_id": [5, 6]}}}, {5, 6}),
+        ({"config": {"eos_token_id": None}}, {9}),
+        ({"generation_config": {"eos_token_id": []}}, set()),
+    ],
+)
+def test_every_token_that_ends_a_text_is_known(files: dict[str, Any], expected: set[int], tmp_path: Path) -> None:
+    assert end_of_text_ids(write(tmp_path, **files), TOKENIZER) == expected
+
+
+@pytest.mark.parametrize("value", ["</s>", 2.5, True, [1, "2"], [[1]], {"id": 1}])
+@pytest.mark.parametrize("name", ["generation_config", "config"])
+def test_an_end_of_text_of_a_strange_type_is_one_sentence(name: str, value: Any, tmp_path: Path) -> None:
+    write(tmp_path, **{name: {"eos_token_id": value}})
+    sentence = rf"{name}\.json names no tokens that end a text: eos_token_id\[\d\] must be a whole number"
+    with pytest.raises(QuasarError, match=sentence):
+        end_of_text_ids(tmp_path, TOKENIZER)
+
+
+@pytest.mark.parametrize("verify", ["full", "exact"])
+def test_the_first_of_several_ends_ends_the_text_as_in_transformers(verify: str) -> None:
+    text = greedy_reference("llama", 20)
+    ids = torch.tensor([PROMPT])
+    for ends in ([text[9], text[5]], [96, text[7]], text[12:15]):
+        output = random_model("llama").model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, eos_token_id=ends,
+            pad_token_id=0,
+        )  # fmt: skip
+        expected = output[0, len(PROMPT) :].tolist()
+        pair = make_pair(random_model("llama"), quantized_copy("llama"), eos_ids=frozenset(ends))
+        make_draft = drafter_factory("oracle", PROMPT + text)
+        assert generate(pair, verify, 6, 9, 20, make_draft).token_ids == expected
+
+
+@pytest.mark.parametrize("files", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
+def test_a_tokenizer_that_is_missing_is_named(files: list[str], tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path)
+    for name in files:
+        (folder / name).unlink()
+    with pytest.raises(QuasarError, match=r"could not be loaded: \w.*[^: ]$|holds no tokenizer"):
+        load_tokenizer(folder)

@@ -1,0 +1,124 @@
+"""The solver's loops in C++ against PyTorch's: the same grids and codes but for ties within float32's rounding."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import pytest
+import torch
+from helpers.layers import make_hessian, make_layer
+from quantize.test_gptq import assert_same_solution, share_of_same
+
+from quasar_core.quantize.solve import cpp
+from quasar_core.quantize.solve.factor import inverse_factor
+from quasar_core.quantize.solve.gptq import SolverConfig, column_order, round_columns, solve
+from quasar_core.quantize.solve.grid import (
+    SEARCH_EXPONENT,
+    SEARCH_STEPS,
+    SMALLEST_SCALE,
+    Lattice,
+    fit_grid,
+    search_grids,
+)
+from quasar_core.quantize.solve.refine import descend, slope
+
+pytestmark = pytest.mark.usefixtures("cpp_solver")
+T = TypeVar("T")
+ODD = [(1, 40, 32), (63, 130, 64), (65, 300, 128), (130, 257, -1), (16, 1, 128)]  # outputs, inputs, group size
+
+
+def both(monkeypatch: pytest.MonkeyPatch, run: Callable[[], T]) -> tuple[T, T]:
+    """What C++ gives, and what PyTorch gives."""
+    ours = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(cpp, "runs", lambda tensor: False)
+        return ours, run()
+
+
+def errors(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    """Σ |error|^2.4 in float64."""
+    groups, scales, zeros = groups.double(), scales.double()[:, None], zeros.double()[:, None]
+    steps = torch.round(groups / scales).clamp(-zeros, 2**bits - 1 - zeros)
+    return (groups - scales * steps).abs().pow(2.4).sum(dim=1)
+
+
+@pytest.mark.parametrize("size", [128, 32, 37, 1])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_search_finds_the_same_grids(bits: int, sym: bool, size: int) -> None:
+    """Where the two differ, their errors do not."""
+    groups = torch.randn(500, size, generator=torch.Generator().manual_seed(bits))
+    groups[0], groups[1, 0], groups[2] = 0, 9.0, 1e-9
+    theirs = search_grids(groups, bits, sym)
+    ours = cpp.search_grids(groups, bits, sym, SEARCH_STEPS, SMALLEST_SCALE, SEARCH_EXPONENT)
+    same = (ours[0] == theirs[0]) & (ours[1] == theirs[1])
+    assert same.float().mean() > 0.9
+    assert torch.equal(ours[0], ours[0].half().float())
+    torch.testing.assert_close(errors(groups, *ours, bits), errors(groups, *theirs, bits), rtol=1e-4, atol=1e-12)
+
+
+def lattice_of(weight: torch.Tensor, size: int, bits: int = 3) -> Lattice:
+    """A grid of its own zeros."""
+    return Lattice.of(fit_grid(weight, bits, size, sym=False), weight.shape[1] if size == -1 else size)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "size"), ODD)
+@pytest.mark.parametrize("act_order", [True, False])
+def test_columns_are_rounded_to_the_same_steps(
+    outputs: int, inputs: int, size: int, act_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, rows = make_layer(outputs, inputs)
+    hessian, lattice = make_hessian(rows), lattice_of(weight, size)
+    factor = inverse_factor(hessian, column_order(hessian, act_order), 0.05, "the layer")
+    ours, theirs = both(monkeypatch, lambda: round_columns(weight.t().contiguous(), lattice, factor))
+    assert share_of_same(ours, theirs) > 0.9  # a tie moves the columns after it
+    torch.testing.assert_close(
+        *(slope(s, lattice, weight.t(), hessian)[1].sum() for s in (ours, theirs)), rtol=0.02, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "size"), ODD)
+def test_descent_takes_the_same_steps(outputs: int, inputs: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, rows = make_layer(outputs, inputs)
+    rows[:, inputs // 2] = 0  # an input that is always 0
+    hessian, lattice = make_hessian(rows), lattice_of(weight, size)
+    weight = weight.t().contiguous()
+    start = lattice.nearest(weight)
+    gradient = slope(start, lattice, weight, hessian)[0]
+    ours, theirs = both(monkeypatch, lambda: descend(start, gradient.clone(), lattice, hessian))
+    same = (ours[0] == theirs[0]).all(dim=0)
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(ours[1].sum(), theirs[1].sum(), rtol=0.02, atol=1e-5)
+    torch.testing.assert_close(ours[1][same], theirs[1][same], rtol=1e-3, atol=1e-5)
+    assert inputs == 1 or not torch.equal(ours[0], start)
+
+
+def test_a_whole_layer_is_solved_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, rows = make_layer(96, 256)
+    hessian = make_hessian(rows)
+    ours, theirs = both(monkeypatch, lambda: solve(weight, hessian, SolverConfig()))
+    assert_same_solution(ours, theirs)
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    weight, rows = make_layer(300, 160)
+    hessian = make_hessian(rows)
+    lattice, start = lattice_of(weight, 64), torch.zeros(160, 300)
+    factor = inverse_factor(hessian, column_order(hessian, True), 0.05, "the layer")
+    gradient = slope(start, lattice, weight.t(), hessian)[0]
+    found = []
+    errors, moves = torch.empty(128, 300), torch.empty(128, 300)
+    block, kernel, curvature = lattice.block(range(128)), hessian[:128, :128].contiguous(), hessian.diagonal()[:128]
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        steps, gains = torch.empty(128, 300), torch.zeros(300)
+        block.round(weight.t()[:128].contiguous(), factor.unit[:128, :128].contiguous(), steps, errors)
+        moved = start[:128].clone()
+        block.descend(gradient[:128].clone(), kernel.neg(), curvature.contiguous(), moved, moves, gains)
+        found.append((lattice_of(weight, 64).scales, steps, errors.clone(), moved, moves.clone(), gains))
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+def test_other_tensors_are_left_to_pytorch() -> None:
+    assert cpp.runs(torch.zeros(1))
+    assert not cpp.runs(torch.zeros(1, dtype=torch.float64))
+    assert not cpp.runs(torch.zeros(1, device="meta"))

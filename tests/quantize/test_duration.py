@@ -1,0 +1,201 @@
+"""The time that a dry run promises: a pure count of operations, rates of this machine, and rounding that is honest."""
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quasar_cli.main import run
+from quasar_core import api
+from quasar_core.config import QuantizeConfig
+from quasar_core.quantize import estimate
+from quasar_core.quantize.blocks.streaming import open_target
+from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS
+from quasar_core.quantize.estimate import Rates, Work, about, count_work, measure_rates, shape_of
+from quasar_core.quantize.plan import Shape
+from quasar_core.system import Load
+from quasar_core.timing import Timing
+
+pytest_plugins = ["helpers.quantize_fixtures"]
+CONFIG = QuantizeConfig(samples=8, seq_len=64)
+BLOCK = {"q_proj": (32, 32), "k_proj": (16, 32), "o_proj": (32, 32), "up_proj": (64, 32), "down_proj": (32, 64)}
+
+
+def shape(blocks: int = 2) -> Shape:
+    layers = {f"model.layers.{i}.{name}": size for i in range(blocks) for name, size in BLOCK.items()}
+    return Shape(layers, other_weights=1000, ends_weights=800, hidden=32, vocabulary=100)
+
+
+def test_passes_and_matrices_counted_by_hand() -> None:
+    """Two models read 512 tokens of calibration, 2,048 held out and 8,192 greedy; one Hessian for q and k.
+
+    A block has 6,656 weights, the head 3,200; a token attends to 64 others in 32 values, twice. Of the solvers, 8
+    products [in, in] × [in, out] and 400 operations a weight: q and o 671,744 each, k 335,872, up 1,343,488 and down
+    1,867,776. Three Hessians of 512 rows, half again for the drift: 4,718,592; o and down add to the stream: 1,572,864;
+    three factors of in³ ÷ 3: 109,227. Text takes 64 steps for 40 rows at once and 256 for the 32 greedy ones.
+    """
+    assert (HELD_OUT_ROWS, GREEDY_LENGTH) == (32, 256)
+    work = count_work(shape(1), CONFIG, rows=40)
+    assert work.passes == 2 * 10_752 * (6_656 + 4_096) + 2 * 10_240 * 3_200 == 296_747_008
+    solvers = 2 * 671_744 + 335_872 + 1_343_488 + 1_867_776
+    assert work.matrices == pytest.approx(solvers + 4_718_592 + 1_572_864 + 109_227, abs=1)
+    assert work.launches == 320 * 400
+    assert work.steps == 10_752 * (6_656 + 3_200 + 8 * 2_048 + 1_500 * 100)
+
+
+def test_work_grows_with_what_there_is_to_do() -> None:
+    one, two = (count_work(shape(blocks), CONFIG, 40) for blocks in (1, 2))
+    assert two.matrices == 2 * one.matrices
+    assert two.launches == 2 * one.launches
+    assert one.passes < two.passes < 2 * one.passes  # the head is there once
+    longer = count_work(shape(1), replace(CONFIG, samples=80), 40)
+    assert longer.matrices > one.matrices
+    assert longer.launches == one.launches + 2 * 64 * estimate.LAUNCHES  # 112 rows, 40 at a time
+    foreign = count_work(shape(1), replace(CONFIG, calibration="text.txt"), 40)
+    assert foreign.passes == one.passes
+    assert foreign.steps < one.steps  # the greedy text alone
+
+
+def test_experts_read_their_share() -> None:
+    layers = {
+        f"model.layers.0.mlp.experts.{i}.{name}": BLOCK[name] for i in range(8) for name in ("up_proj", "down_proj")
+    }
+    experts = replace(shape(1), layers=layers)
+    all_of_it, a_quarter = (count_work(replace(experts, routed=share), CONFIG, 40) for share in (1.0, 0.25))
+    ends = 2 * HELD_OUT_ROWS * (64 + GREEDY_LENGTH) * 100 * 32
+    assert a_quarter.passes - ends == 0.25 * (all_of_it.passes - ends)
+    assert a_quarter.matrices < all_of_it.matrices
+
+
+def test_seconds_are_work_by_rates() -> None:
+    work = Work(passes=100, steps=30, matrices=10, launches=1000)
+    assert Rates(passes=10, steps=10, matrices=1, launch=0.002).seconds_of(work) == 10 + 3 + 10 + 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (1.2, "about 10 s"),
+        (26, "about 30 s"),
+        (84, "about 80 s"),
+        (95, "about 2 min"),
+        (725, "about 12 min"),
+        (33 * 60, "about 35 min"),
+        (5500, "about 2 h"),
+        (11 * 3600, "about 11 h"),
+        (52 * 3600, "about 50 h"),
+    ],
+)
+def test_no_more_digits_than_are_known(seconds: float, said: str) -> None:
+    assert about(seconds) == said
+
+
+def test_rates_are_those_of_the_largest_layers_products() -> None:
+    """By a clock on which everything takes a second.
+
+    A pass has 512 tokens, a step 40 rows; matrices are 32 × 32 by 32 × 512; and a launch is one of a hundred.
+    """
+    clock = itertools.count()
+    rates = measure_rates(shape(), CONFIG, torch.device("cpu"), torch.float32, 40, lambda: float(next(clock)))
+    up_proj = 2048
+    assert rates == Rates(512 * up_proj, 40 * up_proj, 32 * 32 * 512, 0.01)
+
+
+def test_the_fastest_of_the_calls_within_the_time_counts() -> None:
+    now, lengths = [0.0], iter([9.0, 0.1, 0.04, 0.2, 5.0])
+
+    def call() -> None:
+        now[0] += next(lengths)
+
+    assert estimate._seconds(call, torch.device("cpu"), lambda: now[0]) == pytest.approx(0.04)
+
+
+def test_a_dry_run_says_about_how_long(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = Rates(passes=1e9, steps=1e9, matrices=1e9, launch=1e-6)
+    monkeypatch.setattr(estimate, "measure_rates", lambda *_: rates)
+    arguments = ["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run"]
+    assert run([*arguments, "--json"]) == 0
+    seconds = json.loads(capsys.readouterr().out)["seconds"]
+    target = open_target(source, torch.device("cpu"), torch.float32)
+    config = QuantizeConfig(group_size=32)
+    work = count_work(shape_of(target.skeleton, config), config, rows=config.samples + HELD_OUT_ROWS)
+    assert seconds == pytest.approx(rates.seconds_of(work))
+    assert run(arguments) == 0
+    assert about(seconds) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("others", "said"), [(0.02, "if nothing else runs"), (0.53, "other programs took 53 %")])
+def test_a_busy_machine_is_said_beside_the_time(
+    source: Path, others: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = Rates(passes=1e9, steps=1e9, matrices=1e9, launch=1e-6)
+    monkeypatch.setattr(estimate, "measure_rates", lambda *_: rates)
+    monkeypatch.setattr(estimate.LoadMeter, "read", lambda self: Load(others))
+    assert run(["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run"]) == 0
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_on_a_busy_machine_one_thread_is_measured_too(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that wait for one another reach a fiftieth of what one does alone."""
+    threads: list[int] = []
+
+    def measured(*_: Any) -> Rates:
+        threads.append(torch.get_num_threads())
+        return Rates(1e9, 1e9, 1e9, 1e-6) if threads[-1] == 1 else Rates(2e7, 2e7, 2e7, 1e-6)
+
+    monkeypatch.setattr(estimate, "measure_rates", measured)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    config, seconds = QuantizeConfig(group_size=32), []
+    try:
+        for others in (0.0, 0.8):
+            monkeypatch.setattr(estimate.LoadMeter, "read", lambda self, others=others: Load(others))
+            seconds.append(api.plan_quantize(str(source), config, device="cpu").seconds)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [2, 2, 1]
+    assert seconds[1] < seconds[0] / 10
+
+
+def test_rates_are_those_of_the_products_that_were_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine of ten products are interrupted, for up to fifty times as long as they take: the rate is the same."""
+    luck = random.Random(0)
+
+    def interrupted(work: Any, now: Any) -> Any:
+        return lambda: 1e-3 * (1 if luck.random() < 0.1 else 1 + 50 * luck.random())
+
+    monkeypatch.setattr(estimate, "timed", interrupted)
+    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.0)
+    one_second = lambda sampler, *_, **named: Timing(tuple(sorted(sampler() for _ in range(200))))  # noqa: E731
+    monkeypatch.setattr(estimate, "time_one", one_second)
+    rates = measure_rates(shape(), CONFIG, torch.device("cpu"), torch.float32, 40)
+    assert rates.steps == pytest.approx(40 * 64 * 32 / 1e-3)
+    assert rates.launch == pytest.approx(1e-5)
+
+
+def test_a_product_that_is_timed_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+    linear = torch.nn.functional.linear
+
+    def counted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        timed.append(x.numel() * len(weight))
+        return linear(x, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.0)
+    large = Shape({"model.layers.0.mlp.down_proj": (1024, 4096)}, 1000, 800, 1024, 100)
+    measure_rates(large, QuantizeConfig(), torch.device("cpu"), torch.float32, 100)
+    assert max(timed) <= estimate.SHORT_PRODUCT
+
+
+def test_what_is_not_counted_gets_no_time(source: Path) -> None:
+    for config in (QuantizeConfig(mean_bits=4.25, group_size=32), QuantizeConfig(target_agreement=0.9, group_size=32)):
+        assert api.plan_quantize(str(source), config, device="cpu").seconds is None

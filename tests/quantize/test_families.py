@@ -1,0 +1,164 @@
+"""What transformers runs is quantized, or refused in one sentence before any work; what is written is loaded again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers.families import QUANTIZED, RECURRENT, SIZES, greedy, make, save_family
+from helpers.quantize_cases import CONFIG
+from safetensors.torch import load_file, save_file
+
+from quasar_cli.main import run
+from quasar_core import api
+from quasar_core.config import GenerationConfig
+from quasar_core.decode.generator import Generator
+from quasar_core.errors import QuasarError
+from quasar_core.models.pair import Pair
+
+pytest_plugins = ["helpers.quantize_fixtures"]
+pytestmark = pytest.mark.usefixtures("small_texts")
+IDS = list(range(40, 60))
+LENGTH = 24
+
+
+def load(folder: Path, verify: str, **options: Any) -> Pair:
+    return api.load_pair(str(folder), verify=verify, device="cpu", dtype="float32", **options)  # type: ignore[arg-type]
+
+
+def generate(pair: Pair, verify: str, draft: str = "ngram", ids: list[int] = IDS) -> list[int]:
+    config = GenerationConfig(LENGTH, verify, draft, num_draft_tokens=3, window=4, ignore_eos=True)  # type: ignore[arg-type]
+    return list(Generator(pair, config).generate(ids).token_ids)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_a_family_is_quantized_and_its_verifier_generates_the_targets_own_text(name: str, tmp_path: Path) -> None:
+    expected = greedy(save_family(tmp_path / "m", QUANTIZED[name]), IDS, LENGTH)
+    api.plan_quantize(str(tmp_path / "m"), CONFIG, device="cpu")
+    report = api.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
+    stored = load_file(Path(report.checkpoint) / "model.safetensors")
+    assert len([name for name in stored if name.endswith(".qweight")]) == len(report.layer_errors) > 0
+    pair = load(tmp_path / "m", "exact")
+    assert generate(pair, "exact") == expected
+    assert generate(pair, "full") == expected
+    alone = load(tmp_path / "m", "quantized", use_target=False)
+    assert len(generate(alone, "quantized")) == LENGTH
+
+
+def llama(**options: Any) -> Any:
+    return make("Llama", **{**SIZES, **options})
+
+
+def rename(folder: Path, change: Any, **metadata: str) -> None:
+    """Write the weights again under other names; `None` leaves a tensor out."""
+    tensors = load_file(folder / "model.safetensors")
+    named = {change(name): tensor for name, tensor in tensors.items() if change(name) is not None}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt", **metadata})
+
+
+@pytest.mark.parametrize("head_bits", [16, 8])
+def test_a_tied_model_whose_matrix_is_stored_as_the_head_alone(head_bits: int, tmp_path: Path) -> None:
+    model = save_family(tmp_path / "m", lambda: llama(tie_word_embeddings=True))
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    rename(tmp_path / "m", lambda name: head if name == embedding else name, **{embedding: head})
+    expected = greedy(model, IDS, LENGTH)
+    config = type(CONFIG)(group_size=32, samples=6, seq_len=24, lm_head_bits=head_bits)
+    api.quantize(str(tmp_path / "m"), config, device="cpu")
+    pair = load(tmp_path / "m", "exact")
+    assert "decoder: our own" in pair.notes
+    assert generate(pair, "exact") == expected
+    assert len(generate(load(tmp_path / "m", "quantized", use_target=False), "quantized")) == LENGTH
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_without_the_base_models_prefix(tied: bool, tmp_path: Path) -> None:
+    model = save_family(tmp_path / "m", lambda: llama(tie_word_embeddings=tied))
+    rename(tmp_path / "m", lambda name: name.removeprefix("model."))
+    expected = greedy(model, IDS, LENGTH)
+    report = api.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
+    assert "layers.0.mlp.up_proj.qweight" in load_file(Path(report.checkpoint) / "model.safetensors")
+    pair = load(tmp_path / "m", "exact")
+    reason = "its files hold embed_tokens.weight, which LlamaForCausalLM does not have"
+    assert f"decoder: transformers, as {reason}" in pair.notes
+    assert generate(pair, "exact") == expected
+    assert len(generate(load(tmp_path / "m", "quantized", use_target=False), "quantized")) == LENGTH
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_head_of_its_own_counts_where_the_config_ties_it(equal: bool, tmp_path: Path) -> None:
+    """As in transformers: what is stored and differs from the embedding is used, however the config has it."""
+    save_family(tmp_path / "m", lambda: llama(tie_word_embeddings=True))
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone() if equal else embedding.flip(0).contiguous()
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    expected = greedy(theirs, IDS, LENGTH)
+    api.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
+    pair: Any = load(tmp_path / "m", "exact")
+    assert (pair.target.head.weight is pair.target.embedding) == equal
+    assert generate(pair, "exact") == expected
+    alone: Any = load(tmp_path / "m", "quantized", use_target=False)
+    assert torch.equal(alone.verifier.head.weight, tensors["lm_head.weight"])
+
+
+def test_a_tensor_beside_the_model_is_left_to_transformers_and_said(tmp_path: Path) -> None:
+    model = save_family(tmp_path / "m", llama)
+    tensors = load_file(tmp_path / "m" / "model.safetensors") | {"lm_head.bias": torch.ones(264)}
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    pair = load(tmp_path / "m", "full")
+    assert "decoder: transformers, as its files hold lm_head.bias, which LlamaForCausalLM does not have" in pair.notes
+    assert "weights: 1 stored tensors are not of this model, such as lm_head.bias" in pair.notes
+    assert generate(pair, "full") == greedy(model, IDS, LENGTH)
+
+
+def test_buffers_that_older_tools_stored_have_no_effect(tmp_path: Path) -> None:
+    save_family(tmp_path / "m", llama)
+    stale = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(16), "rotary_emb.inv_freq": torch.zeros(16)}
+    save_file(load_file(tmp_path / "m" / "model.safetensors") | stale, tmp_path / "m" / "model.safetensors")
+    assert "decoder: our own" in load(tmp_path / "m", "full").notes
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_generate_plainly_and_nothing_else(name: str, tmp_path: Path) -> None:
+    model = save_family(tmp_path / "m", RECURRENT[name])
+    pair = load(tmp_path / "m", "full")
+    generator = Generator(pair, GenerationConfig(LENGTH, "full", "none", ignore_eos=True))
+    for ids in (IDS, [*IDS, *IDS[:7]], IDS[:5]):  # another prompt begins anew, whatever it shares with the last
+        assert list(generator.generate(ids).token_ids) == greedy(model, ids, LENGTH)
+    with pytest.raises(QuasarError, match="recurrent layers: it needs --verify full --draft none"):
+        generate(pair, "full")
+    sentence = r"m has recurrent layers .*whose state cannot be moved back .* with --verify full --draft none\.$"
+    for refused in (
+        lambda: load(tmp_path / "m", "full", draft="ngram"),
+        lambda: load(tmp_path / "m", "exact"),
+        lambda: api.plan_quantize(str(tmp_path / "m"), CONFIG, device="cpu"),
+        lambda: api.quantize(str(tmp_path / "m"), CONFIG, device="cpu"),
+    ):
+        with pytest.raises(QuasarError, match=sentence):
+            refused()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"], "nothing was begun"
+
+
+def test_recurrent_layers_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_family(tmp_path / "m", RECURRENT["lfm2"])
+    command = ["generate", "--model", str(tmp_path / "m"), "--raw", "--prompt", "abcabc", "--max-new-tokens", "8"]
+    command += ["--dtype", "float32", "--json", "--verify", "full"]
+    assert run([*command, "--draft", "none"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    expected = greedy(model, answer["prompt_token_ids"], 8)
+    assert answer["token_ids"] == expected[: len(answer["token_ids"])]
+    assert run(command) == 1
+    assert "cannot be moved back" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gpt2"])
+def test_a_family_without_linear_layers_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
+    sizes = {"n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 264, "eos_token_id": 0}
+    save_family(tmp_path / "m", lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)))
+    for start in (api.plan_quantize, api.quantize):
+        with pytest.raises(QuasarError, match="has no linear layers in its blocks"):
+            start(str(tmp_path / "m"), CONFIG, device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]

@@ -1,0 +1,117 @@
+"""Products and causal attention of the passes against PyTorch's in float64, and what is left to PyTorch."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from quasar_core.quantize.solve import hessian as hessian_module
+from quasar_core.quantize.solve import matmul
+from quasar_core.quantize.solve.hessian import HessianAccumulator
+from quasar_core.quantize.solve.matmul import FastPasses, causal_attention, product
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was computed by PyTorch's own functions, and with how many queries."""
+    noted: list[str] = []
+
+    def note_linear(*args: Any) -> torch.Tensor:
+        noted.append("linear")
+        return linear(*args)
+
+    def note_attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        noted.append(f"attention {query.shape[-2]}")
+        return scaled_dot_product_attention(query, *args, **kwargs)
+
+    monkeypatch.setattr(matmul, "linear", note_linear)
+    monkeypatch.setattr(matmul, "scaled_dot_product_attention", note_attention)
+    return noted
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 7), (64, 130)], ids=str)
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_in_float32(shape: tuple[int, ...], biased: bool, calls: list[str]) -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(*shape), torch.randn(9, shape[-1])
+    bias = torch.randn(9) if biased else None
+    exact = linear(left.double(), right.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(product(left, right, bias).double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        product(left.mT.contiguous().mT, right, bias) if left.dim() > 1 else exact, exact, check_dtype=False
+    )
+    if torch.backends.mkldnn.is_available():
+        assert calls == []
+
+
+@pytest.mark.parametrize("what", ["bfloat16", "empty", "strided", "no oneDNN"])
+def test_what_is_left_to_pytorch(what: str, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(0 if what == "empty" else 4, 6), torch.randn(3, 6)
+    if what == "bfloat16":
+        left, right = left.bfloat16(), right.bfloat16()
+    if what == "strided":
+        right = torch.randn(6, 3).t()
+    if what == "no oneDNN":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    torch.testing.assert_close(product(left, right), left @ right.t())
+    assert calls == ["linear"]
+
+
+@pytest.mark.parametrize("length", [1, 64, 150])
+def test_causal_attention_takes_a_few_queries_at_a_time(length: int, calls: list[str]) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, length, 8), torch.randn(2, 2, length, 8), torch.randn(2, 2, length, 8)
+    options: dict[str, Any] = {"is_causal": True, "scale": 0.3, "enable_gqa": True}
+    exact = scaled_dot_product_attention(query.double(), key.double(), value.double(), **options)
+    del options["is_causal"]
+    found = causal_attention(query, key, value, **options)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    assert calls == [f"attention {min(64, length - begin)}" for begin in range(0, length, 64)]
+
+
+@pytest.mark.parametrize("what", ["mask", "not causal", "bfloat16", "other keys"])
+def test_other_attention_is_left_alone(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(matmul, "causal_attention", lambda *args, **_: (calls.append(True), args[0])[1])
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 2, 70, 8), torch.randn(1, 2, 80 if what == "other keys" else 70, 8)
+    mask = torch.ones(70, 70, dtype=torch.bool).tril(3) if what == "mask" else None
+    if what == "bfloat16":
+        query, key = query.bfloat16(), key.bfloat16()
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": what in ("bfloat16", "other keys")}
+    expected = scaled_dot_product_attention(query, key, key, **options)
+    with FastPasses():
+        torch.testing.assert_close(scaled_dot_product_attention(query, key, key, **options), expected)
+        assert calls == []
+        scaled_dot_product_attention(*[torch.randn(1, 2, 70, 8)] * 3, is_causal=True)
+    assert calls == [True]
+
+
+def test_linear_layers_inside_a_module() -> None:
+    torch.manual_seed(0)
+    module, rows = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3, bias=False)), torch.randn(4, 6)
+    with FastPasses(), torch.inference_mode():
+        found = module(rows)
+    first, second = module
+    exact = product(product(rows.double(), first.weight.double(), first.bias.double()), second.weight.double())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [40, 130, 300])
+@pytest.mark.parametrize("copied", [2**22, 1000], ids=["at once", "in parts"])
+def test_tiles_and_parts_make_the_hessian(columns: int, copied: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the errors' sum: against the sums by hand in float64."""
+    monkeypatch.setattr(hessian_module, "COPIED_VALUES", copied)
+    torch.manual_seed(0)
+    rows, errors = torch.randn(2, 25, columns), torch.randn(2, 25, 7)
+    accumulator = HessianAccumulator(columns, rows.device)
+    for batch in range(2):
+        accumulator.add(rows[batch], errors[batch])
+    x, e = (each.flatten(0, 1).double() for each in (rows, errors))
+    beside, found = accumulator.errors(), accumulator.finish("x")
+    assert beside is not None
+    for got, sum_of in ((found, x.t() @ x), (beside, e.t() @ x)):
+        torch.testing.assert_close(got.double(), 2 / 50 * sum_of, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(found, found.t(), rtol=1e-4, atol=1e-6)

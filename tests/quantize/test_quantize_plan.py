@@ -1,0 +1,280 @@
+"""The plan of a quantization against what it then writes and holds; what it refuses; the figures in the docs."""
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.packed_weights import make_weight
+from helpers.quantize_cases import CONFIG, quantize
+from helpers.tiny_model import save_tiny_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from quasar_cli.console import show
+from quasar_cli.main import run
+from quasar_cli.render.quantize import plan_table, rounded_facts
+from quasar_core import api, system
+from quasar_core.config import QuantizeConfig
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.quantize import estimate
+from quasar_core.quantize.blocks import layerwise
+from quasar_core.quantize.estimate import published_shape
+from quasar_core.quantize.plan import (
+    Shape,
+    activation_bytes,
+    make_plan,
+    packed_bytes,
+    parse_bytes,
+    refuse_what_cannot_fit,
+)
+
+pytest_plugins = ["helpers.quantize_fixtures"]
+DOCS = Path(__file__).parents[2] / "docs" / "quantizing.md"
+SMALL = Shape({"model.layers.0.up": (64, 32), "model.layers.1.up": (64, 32)}, 1000, 800, 32, 100)
+
+
+@pytest.mark.parametrize("changes", [{}, {"bits": 8, "group_size": -1}, {"bits": 3, "lm_head_bits": 8}], ids=str)
+def test_the_checkpoint_is_as_large_as_planned(source: Path, changes: dict[str, Any]) -> None:
+    config = replace(CONFIG, **changes)
+    plan = api.plan_quantize(str(source), config, device="cpu")
+    report = quantize(source, config)
+    header = 25_000  # names and offsets of some tens of tensors
+    assert plan.checkpoint <= report.bytes_after <= plan.checkpoint + header
+    assert plan.bits_per_weight == report.bits_per_weight
+
+
+def test_packed_bytes_of_a_layer() -> None:
+    """Those of the tensors that a layer is packed into."""
+    for out, columns, bits, group_size in ((64, 128, 4, 32), (64, 100, 8, -1), (32, 96, 3, 64), (16, 160, 2, 128)):
+        tensors = make_weight(bits, columns, out, group_size).pack().values()
+        assert packed_bytes(out, columns, bits, group_size) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_memory_does_not_grow_with_the_layers_and_disk_does() -> None:
+    more = replace(SMALL, layers={f"model.layers.{i}.up": (64, 32) for i in range(8)})
+    few, many = make_plan(SMALL, CONFIG), make_plan(more, CONFIG)
+    assert (many.host, many.device) == (few.host, 0)
+    assert many.disk > few.disk
+    assert many.checkpoint > few.checkpoint
+
+
+def test_smoothing_holds_a_block_in_float32_too() -> None:
+    eight = replace(CONFIG, bits=8, group_size=-1)
+    plain, smoothed = (make_plan(SMALL, replace(eight, method=method), True) for method in ("gptq", "w8a8"))
+    assert smoothed.device - plain.device == (4 + 2) * 64 * 32
+
+
+def test_hidden_states_are_spilled_beyond_max_memory() -> None:
+    states = activation_bytes(SMALL, CONFIG)
+    kept, spilled = (make_plan(SMALL, CONFIG, max_memory=limit) for limit in (states, states - 1))
+    assert (kept.spilled, spilled.spilled) == (False, True)
+    assert spilled.disk - kept.disk == states
+
+
+def test_a_model_that_is_converted_or_loaded_whole_is_held_whole() -> None:
+    large = replace(SMALL, other_weights=10**9)
+    mapped = make_plan(large, CONFIG).host
+    assert make_plan(replace(large, element=4), CONFIG).host - mapped > 3 * 10**9
+    assert make_plan(replace(large, whole_because="it says so"), CONFIG).host - mapped > 10**9
+
+
+def test_a_gpu_writes_the_text_where_it_holds_the_model() -> None:
+    large = replace(SMALL, other_weights=10**10, ends_weights=10**9)
+    roomy, tight = (make_plan(large, CONFIG, True, free_device=gb * 10**9) for gb in (80, 8))
+    assert (roomy.text_on_device, tight.text_on_device) == (True, False)
+    assert roomy.device > 2 * 10**10 > tight.device
+
+
+def test_the_same_codes_whether_hidden_states_lie_in_memory_or_in_a_file(source: Path) -> None:
+    inside = Path(quantize(source, output=source.parent / "inside").checkpoint)
+    outside = Path(quantize(source, output=source.parent / "outside", max_memory=1).checkpoint)
+    assert (inside / "model.safetensors").read_bytes() == (outside / "model.safetensors").read_bytes()
+    assert not (outside / "activations").exists()
+
+
+def layered(folder: Path, layers: int) -> Path:
+    """A tiny model of so many layers."""
+    save_tiny_model(folder)
+    config = Qwen3Config.from_pretrained(folder)
+    config.num_hidden_layers, config.layer_types, config.vocab_size = layers, None, 264
+    Qwen3ForCausalLM(Qwen3Config(**config.to_dict())).save_pretrained(folder)
+    return folder
+
+
+def tensors_alive() -> list[torch.Tensor]:
+    """What the garbage collector sees of them."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor) and not thing.is_meta]
+
+
+def bytes_of_tensors(others: list[torch.Tensor]) -> int:
+    """Bytes of all tensors alive but others', each storage once; what is mapped from a weights' file is no memory."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split()[0].split("-") for line in lines if line.endswith(".safetensors")]
+    spans = [(int(begin, 16), int(end, 16)) for begin, end in mapped]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors_alive()}
+    for tensor in others:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    in_memory = (address for address in storages if not any(begin <= address < end for begin, end in spans))
+    return sum(storages[address] for address in in_memory)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc here to tell mapped memory by")
+@pytest.mark.usefixtures("small_texts")
+def test_what_is_in_memory_does_not_grow_with_the_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors alive when a block is about to be committed: the same at the last of eight blocks as at the first."""
+    original, alive, others = layerwise.write_commit, [], tensors_alive()  # which stay, so that no address is taken
+
+    def watch(path: Path, block: Any) -> None:
+        alive.append(bytes_of_tensors(others))
+        original(path, block)
+
+    monkeypatch.setattr(layerwise, "write_commit", watch)
+    quantize(layered(tmp_path / "eight", 8))
+    assert len(alive) == 8
+    assert alive[0] > 4 * 264 * 64, "the embedding at least"
+    assert max(alive) < 1.02 * alive[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8 * 10**9), ("500 mb", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("8e9", 8 * 10**9)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes("--max-memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "much", "-1GB", "0", "inf", "nan"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match="--max-memory must be a size such as 8GB or 500MB, not"):
+        parse_bytes("--max-memory", text)
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(source.parent.rglob("*"))
+    assert run(["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["checkpoint"] > 0
+    assert plan["free_disk"] > 0
+    assert run(["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "disk at the most" in shown
+    assert "free here" in shown
+    assert sorted(source.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        ("free_disk", r"This needs \d\.\d MB of disk, and 0\.0 MB are free here: free some"),
+        ("free_memory", r"This needs \d\.\d GB of memory, and 0\.0 MB are free here: use fewer --samples"),
+    ],
+)
+def test_what_cannot_fit_is_refused(
+    source: Path,
+    function: str,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(estimate, function, lambda *_: 1000)
+    with pytest.raises(QuasarError, match=sentence):
+        quantize(source)
+    assert not (source.parent / "tiny-gptq-4bit-g32.partial").exists()
+    assert run(["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run"]) == 1
+    shown = capsys.readouterr()
+    assert "checkpoint" in shown.out, "the plan is shown before it is refused"
+    assert "are free here" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--calibration", "nowhere.txt"], "--calibration must be a file or one of"),
+        (["--group-size", "48"], "--group-size must be"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses_before_any_work(
+    options: list[str], sentence: str, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["quantize", str(source), "--device", "cpu", "--dry-run", *options]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert sentence in " ".join(shown.err.split())
+
+
+def test_a_spill_that_does_not_fit_may_be_made_smaller() -> None:
+    plan = make_plan(SMALL, replace(CONFIG, samples=10**6), max_memory=1)
+    with pytest.raises(QuasarError, match=r"GB of disk, .*free some, or name another --output or use fewer --samples"):
+        refuse_what_cannot_fit(replace(plan, free_disk=10**9), None)
+
+
+GROUP_FILES = {
+    "0::/": {"memory.max": "3000000", "memory.current": "2000000", "memory.stat": "file 9\ninactive_file 400000\n"},
+    "4:memory:/job/step": {
+        "memory/job/memory.limit_in_bytes": "3000000",
+        "memory/job/memory.usage_in_bytes": "2000000",
+        "memory/job/memory.stat": "inactive_file 1\ntotal_inactive_file 400000\n",
+    },
+}
+
+
+@pytest.mark.parametrize("line", GROUP_FILES)
+def test_what_a_container_allows_is_all_that_is_free(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both versions of control groups, and from the group above, too; without a limit, what the machine has."""
+    (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 5000000 kB\n")
+    (tmp_path / "cgroup").write_text(f"9:pids:/\n{line}\n")
+    for attribute, name in (("MEMORY_INFO", "meminfo"), ("OWN_GROUPS", "cgroup"), ("GROUPS", "groups")):
+        monkeypatch.setattr(system, attribute, tmp_path / name)
+    assert system.free_memory() == 5_000_000 * 1024
+    for name, content in GROUP_FILES[line].items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(content)
+    assert system.free_memory() == 3_000_000 - 2_000_000 + 400_000
+    (tmp_path / "groups" / next(iter(GROUP_FILES[line]))).write_text("max")
+    if line.startswith("0"):
+        assert system.free_memory() == 5_000_000 * 1024
+
+
+def plan_row(name: str, label: str) -> str:
+    """A row of the docs' table, in GB."""
+    config = QuantizeConfig()
+    shape = published_shape(name, config)
+    cpu, gpu = make_plan(shape, config), make_plan(shape, config, True, free_device=0)
+    cells = [2 * shape.weights, cpu.checkpoint, cpu.disk, cpu.activations, cpu.host, gpu.host, gpu.device]
+    return f"| {label} | " + " | ".join(f"{cell / 1e9:.1f}" for cell in cells) + " |"
+
+
+@pytest.mark.parametrize(
+    ("name", "label"), [("qwen3-8b", "Qwen3-8B"), ("qwen3-32b", "Qwen3-32B"), ("llama3-70b", "Llama-3-70B")]
+)
+def test_the_docs_show_what_a_dry_run_says(name: str, label: str) -> None:
+    assert plan_row(name, label) in DOCS.read_text()
+
+
+def test_the_plan_as_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = replace(make_plan(SMALL, CONFIG, True, max_memory=1, free_device=80 * 10**9), free_device=80 * 10**9)
+    show(plan_table(replace(plan, whole_because="it runs code of its own")))
+    shown = capsys.readouterr().out
+    words = ("80.0 GB free here), on one GPU", "in a file", "on the GPU, which holds it as a whole", "code of its own")
+    assert all(expected in shown for expected in words)
+    show(plan_table(make_plan(SMALL, CONFIG)))
+    shown = capsys.readouterr().out
+    assert "GPU memory" not in shown
+    assert "its calibration and its greedy text, on the CPU, from its files" in shown
+    show(plan_table(make_plan(SMALL, replace(CONFIG, calibration="text.txt"))))
+    shown = capsys.readouterr().out
+    assert "its greedy text, on the CPU" in shown
+    assert "--calibration" not in shown, "which was given"
+
+
+def test_layers_that_were_rounded_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(5)]
+    assert rounded_facts([], verbose=True) == []
+    ((_, few),), ((_, all_of_them),) = rounded_facts(names, verbose=False), rounded_facts(names, verbose=True)
+    assert few == f"5 layers of experts that read too little text: {', '.join(names[:3])}, …"
+    assert names[4] in all_of_them

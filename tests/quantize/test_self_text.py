@@ -1,0 +1,112 @@
+"""Text that a model writes for its own calibration: turns off the template, forced tokens, seeds, greedy parts."""
+
+import pytest
+import torch
+from helpers.chat_text import ASSISTANT, BEGIN, CHATML, END, NEWLINE, SYSTEM, USER, chat_tokenizer
+from helpers.near_ties import assert_same_but_for_ties
+from helpers.tiny_models import random_model, words
+
+from quasar_core.quantize import calibration
+from quasar_core.quantize.calibration import rows_at_once, turn_tokens, write_self_text
+
+WITH_SYSTEM = "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nw50<|im_end|>\n' }}{%- endif %}" + CHATML
+
+
+class ScriptedModel(torch.nn.Module):
+    """Says `w90`, and ends every turn after `turn_length` of its own tokens since the last mark."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, turn_length: int) -> None:
+        super().__init__()
+        self.config = random_model("qwen3").model.config
+        self.turn_length = turn_length
+        self.said: list[list[int]] = []
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: object, **_: object) -> object:
+        assert input_ids.shape[1] == 1, "of several tokens, the head is copied for every row"
+        self.said = [
+            before + row for before, row in zip(self.said or [[]] * len(input_ids), input_ids.tolist(), strict=True)
+        ]
+        logits = torch.full((len(input_ids), 1, 97), -1e9)
+        for row, tokens in enumerate(self.said):
+            tail = tokens[-self.turn_length :]
+            logits[row, 0, END if tail == [90] * self.turn_length else 90] = 0
+        return type("Output", (), {"logits": logits})
+
+
+def test_turns_are_read_off_a_template() -> None:
+    turns = turn_tokens(chat_tokenizer(CHATML))
+    assert turns.opening == [BEGIN, USER, NEWLINE]
+    assert turns.after_user == [NEWLINE, BEGIN, ASSISTANT, NEWLINE]
+    assert turns.after_assistant == [NEWLINE, BEGIN, USER, NEWLINE]
+    assert turns.ends == {END}
+
+
+def test_a_default_system_prompt_belongs_to_the_opening() -> None:
+    turns = turn_tokens(chat_tokenizer(WITH_SYSTEM))
+    assert turns.opening == [BEGIN, SYSTEM, NEWLINE, 50, END, NEWLINE, BEGIN, USER, NEWLINE]
+    assert turns.after_assistant == [NEWLINE, BEGIN, USER, NEWLINE]
+
+
+@pytest.mark.parametrize("template", [None, "{{ 'w7' }}"])
+def test_no_turns_without_a_template_or_where_it_hides_the_messages(template: str | None) -> None:
+    assert turn_tokens(chat_tokenizer(template)) is None
+
+
+def test_the_templates_tokens_follow_where_a_turn_ends() -> None:
+    """User: two words; the template opens the assistant's turn; two words; it opens the user's."""
+    rows = write_self_text(ScriptedModel(2), chat_tokenizer(CHATML), 2, 20, seed=0)
+    user = [BEGIN, USER, NEWLINE, 90, 90, END]
+    assistant = [NEWLINE, BEGIN, ASSISTANT, NEWLINE, 90, 90, END]
+    again = [NEWLINE, BEGIN, USER, NEWLINE, 90, 90, END]
+    assert rows.tolist() == [user + assistant + again] * 2
+
+
+def test_a_row_shorter_than_the_opening_is_the_openings_beginning() -> None:
+    rows = write_self_text(ScriptedModel(2), chat_tokenizer(WITH_SYSTEM), 2, 4, seed=0)
+    assert rows.tolist() == [[BEGIN, SYSTEM, NEWLINE, 50]] * 2
+
+
+def test_seeds_reproduce_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "CACHE_BYTES", 3 * 20 * 2 * 2 * 2 * 16 * 4)  # three rows at once
+    model = random_model("qwen3").model
+    assert rows_at_once(model, 20, on_device=False) == 3
+    first, again, other = (write_self_text(model, words(), 7, 20, seed) for seed in (5, 5, 6))
+    assert first.shape == (7, 20)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len({tuple(row) for row in first.tolist()}) == 7, "rows differ, across batches too"
+
+
+def test_a_base_model_starts_from_a_drawn_token_and_samples_its_own_distribution() -> None:
+    """The mean log-likelihood of the sampled tokens is the model's negative entropy, within chance."""
+    model = random_model("llama").model
+    rows = write_self_text(model, words(), 64, 24, seed=0)
+    assert len(set(rows[:, 0].tolist())) > 20
+    with torch.no_grad():
+        log_p = model(input_ids=rows).logits[:, :-1].float().log_softmax(dim=-1)
+    likelihood = log_p.gather(2, rows[:, 1:, None])[..., 0]
+    entropy = -(log_p.exp() * log_p).sum(dim=-1)
+    spread = likelihood.std().item() / likelihood.numel() ** 0.5
+    assert abs((likelihood + entropy).mean().item()) < 6 * spread
+    flatter = (log_p / 1.3).log_softmax(dim=-1)
+    of_flatter = flatter.gather(2, rows[:, 1:, None])[..., 0] - (flatter.exp() * flatter).sum(dim=-1)
+    assert of_flatter.mean().abs().item() > 6 * spread, "another temperature would show"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])
+def test_the_greedy_part_is_transformers_greedy_continuation(architecture: str) -> None:
+    model = random_model(architecture).model
+    rows = write_self_text(model, words(), 3, 40, seed=1, greedy_from=12)
+    for row in rows:
+        prompt = row[None, :12]
+        expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=28)
+        assert_same_but_for_ties(model, row.tolist(), expected[0].tolist())
+
+
+def test_progress_counts_tokens_to_the_end() -> None:
+    seen: list[tuple[str, int, int]] = []
+    write_self_text(random_model("llama").model, words(), 2, 6, 0, progress=lambda *call: seen.append(call), stage="s")
+    assert seen == [("s", 2 * position, 12) for position in range(2, 7)]

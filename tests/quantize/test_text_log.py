@@ -1,0 +1,162 @@
+"""Text that a model writes is kept as it is written: killed at any step, it goes on to the same text."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.chat_text import CHATML, chat_tokenizer
+from helpers.quantize_cases import quantize, tensors_of
+from helpers.tiny_models import random_model, words
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quasar_core.errors import QuasarError
+from quasar_core.quantize import calibration, text_log
+from quasar_core.quantize.calibration import write_self_text
+from quasar_core.records import Progress
+
+pytest_plugins = ["helpers.quantize_fixtures"]
+ROWS, LENGTH = 5, 24
+
+
+@pytest.fixture(autouse=True)
+def _kept_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_log, "SECONDS", 0.0)
+    monkeypatch.setattr(text_log, "SHARE", 0)
+    monkeypatch.setattr(calibration, "CACHE_BYTES", 2 * LENGTH * 2 * 2 * 2 * 16 * 4)  # two rows at once
+
+
+def write(kept: Path | None, progress: Progress | None = None, seed: int = 3, **options: Any) -> torch.Tensor:
+    model, tokenizer = random_model("qwen3").model, options.pop("tokenizer", None) or words()
+    more = {"progress": progress} if progress else {}
+    return write_self_text(model, tokenizer, ROWS, LENGTH, seed, kept=kept, **more, **options)
+
+
+@cache
+def straight_text() -> torch.Tensor:
+    return write(None)
+
+
+def stop_at(tokens: int) -> Progress:
+    def progress(stage: str, done: int, total: int) -> None:
+        if done >= tokens:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    passes: list[int] = []
+    next_logits = calibration._next_logits
+    monkeypatch.setattr(calibration, "_next_logits", lambda *args: (passes.append(1), next_logits(*args))[1])
+    return passes
+
+
+@pytest.mark.parametrize("options", [{}, {"greedy_from": 9}, {"tokenizer": chat_tokenizer(CHATML)}])
+@pytest.mark.parametrize("moments", [[1], [47], [48], [60, 61, 100], [119]])
+def test_an_interrupted_text_goes_on_to_the_same_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: list[int], options: dict[str, Any]
+) -> None:
+    straight = write(None, **options)
+    for tokens in moments:
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, stop_at(tokens), **options)
+    passes = count_passes(monkeypatch)
+    assert torch.equal(write(tmp_path, **options), straight)
+    whole, in_batch = divmod(moments[-1], 2 * LENGTH)
+    left = LENGTH * 3 - whole * LENGTH - in_batch // 2
+    assert len(passes) <= left + 3, "what was kept is not passed again, but for the last token"
+    passes.clear()
+    assert torch.equal(write(tmp_path, **options), straight)
+    assert not passes, "a finished text is read"
+
+
+@settings(max_examples=8, deadline=None)
+@given(cut=st.integers(1, 4000), damage=st.sampled_from(["cut", "garbage", "flipped"]))
+def test_a_log_that_was_not_written_whole_loses_its_end_alone(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, damage: str
+) -> None:
+    """As a kill leaves it in the middle of a record, or a disk that lost a page."""
+    kept = tmp_path_factory.mktemp("kept")
+    with pytest.raises(KeyboardInterrupt):
+        write(kept, stop_at(40))
+    (log,) = kept.glob("*.log")
+    content = log.read_bytes()
+    place = max(0, len(content) - cut)
+    tail = {"cut": b"", "garbage": b"\xff" * 50, "flipped": bytes([content[place] ^ 1]) + content[place + 1 :]}[damage]
+    log.write_bytes(content[:place] + tail)
+    assert torch.equal(write(kept), straight_text())
+
+
+def test_a_log_of_another_text_is_not_used(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, stop_at(40), seed=3)
+    (log,) = tmp_path.glob("*.log")
+    log.rename(log.with_name(log.name.replace("seed-3", "seed-4")))
+    assert torch.equal(write(tmp_path, seed=4), write(None, seed=4))
+    (whole,) = tmp_path.glob("seed-4-row-0.safetensors")
+    whole.rename(whole.with_name("seed-5-row-0.safetensors"))
+    assert torch.equal(write(tmp_path, seed=5), write(None, seed=5))
+
+
+def test_a_damaged_text_is_one_sentence(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "seed-3-row-0.safetensors").write_bytes(b"no")
+    with pytest.raises(QuasarError, match=r"row-0\.safetensors is not readable .*: delete it, and it is made anew"):
+        write(tmp_path)
+
+
+def test_little_of_the_time_goes_into_keeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock of the test's own: a step takes 1 s, keeping 3 s."""
+    clock = [0.0]
+    monkeypatch.setattr(text_log, "SECONDS", 2.0)
+    monkeypatch.setattr(text_log, "SHARE", 20)
+    monkeypatch.setattr(text_log.time, "monotonic", lambda: clock[0])
+    append, kept = text_log.TextLog._append, []
+
+    def slow(log: text_log.TextLog, record: bytes) -> None:
+        kept.append(clock[0])
+        clock[0] += 3
+        append(log, record)
+
+    monkeypatch.setattr(text_log.TextLog, "_append", slow)
+    monkeypatch.setattr(calibration, "CACHE_BYTES", 10**9)
+
+    def tick(*_: object) -> None:
+        clock[0] += 1
+
+    write_self_text(random_model("qwen3").model, words(), 2, 120, 0, progress=tick, kept=tmp_path)
+    assert kept == [2.0, 65.0]
+
+
+@pytest.mark.parametrize("stage", ["writing held-out text", "writing calibration text"])
+def test_quantizing_goes_on_within_the_text(source: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    def progress(now: str, done: int, total: int) -> None:
+        if now == stage and done > total // 2:
+            raise KeyboardInterrupt
+
+    passes = count_passes(monkeypatch)
+    straight = tensors_of(Path(quantize(source, output=source.parent / "straight").checkpoint))
+    whole = len(passes)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, progress=progress)
+    passes.clear()
+    output = Path(quantize(source).checkpoint)
+    assert len(passes) < (0.8 if stage == "writing held-out text" else 0.4) * whole
+    resumed = tensors_of(output)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in straight.items())
+    assert not (output / "commits").exists()
+
+
+def test_a_run_that_wrote_nothing_leaves_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_log, "SECONDS", 1e9)
+
+    def progress(now: str, done: int, total: int) -> None:
+        if now == "writing held-out text":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, progress=progress)
+    assert not list(source.parent.glob("*.partial"))
