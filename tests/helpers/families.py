@@ -69,6 +69,12 @@ QUANTIZED: dict[str, Callable[[], Any]] = {
 
 RECURRENT: dict[str, Callable[[], Any]] = {
     "lfm2": lambda: make("Lfm2", **SIZES, layer_types=["conv", "full_attention"]),
+    "lfm2, dynamic": lambda: make(
+        "Lfm2",
+        **{**SIZES, "max_position_embeddings": 64},
+        layer_types=["conv", "full_attention"],
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    ),
     "qwen3.5": lambda: make(
         "Qwen3_5", **SIZES, **LINEAR, head_dim=32, layer_types=["linear_attention", "full_attention"]
     ),

@@ -113,7 +113,7 @@ def test_a_config_that_contradicts_the_weights_is_refused_by_the_dry_run_too(nam
             start(str(llama), CONFIG, device="cpu")
     with pytest.raises(QuasarError, match=sentence):
         api.load_pair(str(llama), verify="full", device="cpu")
-    assert [path.name for path in llama.parent.iterdir()] == ["m"]
+    assert not list(llama.parent.glob("m-*"))
 
 
 @pytest.mark.parametrize("family", ["Llama", "Phi3"])
@@ -146,8 +146,7 @@ def test_a_token_beyond_the_embedding_is_named(llama: Path) -> None:
         ("n_positions", {"model_type": "gpt2"}),
         ("max_seq_len", {"model_type": "mpt"}),
         ("max_position_embeddings", {"model_type": "llama"}),
-        ("seq_length", {"auto_map": {}}),
-        ("max_sequence_length", {"auto_map": {}}),
+        ("max_sequence_length", {"model_type": "bloom"}),
         ("seq_length", {"model_type": "bloom"}),
     ],
 )

@@ -139,7 +139,7 @@ def test_recurrent_layers_generate_plainly_and_nothing_else(name: str, tmp_path:
     ):
         with pytest.raises(QuasarError, match=sentence):
             refused()
-    assert [path.name for path in tmp_path.iterdir()] == ["m"], "nothing was begun"
+    assert not list(tmp_path.glob("m-*")), "nothing was begun"
 
 
 def test_recurrent_layers_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,4 +161,4 @@ def test_a_family_without_linear_layers_is_refused_before_any_work(name: str, tm
     for start in (api.plan_quantize, api.quantize):
         with pytest.raises(QuasarError, match="has no linear layers in its blocks"):
             start(str(tmp_path / "m"), CONFIG, device="cpu")
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert not list(tmp_path.glob("m-*"))

@@ -139,7 +139,7 @@ def test_files_without_the_base_models_prefix_are_read_by_their_own_names(tmp_pa
 def test_a_config_that_is_none(tmp_path: Path) -> None:
     save(tmp_path, "llama")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no such model"}))
-    with pytest.raises(QuasarError, match="is not one that transformers understands"):
+    with pytest.raises(QuasarError, match="does not know the model type no such model"):
         open_target(tmp_path, CPU, torch.float32)
 
 

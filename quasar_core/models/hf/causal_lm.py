@@ -34,7 +34,8 @@ class TransformersLM(CausalLM):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
-        self.rope = TextRope.of(model)
+        # Recurrent layers are passed as transformers passes them, so its own rotations are right.
+        self.rope = None if recurrent_layers(model.config) else TextRope.of(model)
         self.left_out: list[str] = []  # tensors of the files that the model has no place for
         known = inspect.signature(type(model).forward).parameters
         self._cache_argument = "cache_params" if "cache_params" in known else "past_key_values"
