@@ -11,7 +11,7 @@ from quasar_core.bench.run import run_bench
 from quasar_core.checkpoint.belonging import refuse_other_target
 from quasar_core.checkpoint.digest import check_digest as digest_found
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.config import DraftKind, QuantizeConfig, VerifyMode
+from quasar_core.config import GROUP_CHOICES, DraftKind, QuantizeConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.processors import read_processors
 from quasar_core.errors import QuasarError, UsageError
@@ -24,13 +24,14 @@ from quasar_core.models.loading import load_models
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
 from quasar_core.quantize.blocks.streaming import StreamedModel, open_target, open_verifier
-from quasar_core.quantize.estimate import WholeRun, over_whole_run, plan_here, with_seconds
+from quasar_core.quantize.estimate import WholeRun, layer_sizes, over_whole_run, plan_here, with_seconds
+from quasar_core.quantize.group_size import settle_group_size
 from quasar_core.quantize.handover import finish_earlier
 from quasar_core.quantize.job import Job
 from quasar_core.quantize.measure_fidelity import measure_on_text
 from quasar_core.quantize.plan import Plan, refuse_what_cannot_fit
 from quasar_core.quantize.run import check_request, quantize_checkpoint
-from quasar_core.records import FidelityReport, Progress, QuantizeReport, no_progress
+from quasar_core.records import FidelityReport, Progress, QuantizeReport, Tell, no_progress, tell_nobody
 from quasar_core.store import (
     ModelSource,
     PairRecord,
@@ -71,14 +72,16 @@ def quantize(
     max_memory: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
+    tell: Tell = tell_nobody,
 ) -> QuantizeReport:
     """Write the verifier of `model` and make the pair current; hidden states beyond `max_memory` bytes go to a file.
 
+    `tell` hears, before any work, what was chosen, and which other programs will refuse the checkpoint.
     What an interrupted run finished is used: a finished verifier of the same identity is recorded, not made again.
     Raises UsageError where the output exists without `force`, is no verifier that quasar wrote, or overlaps the model;
     QuasarError where the model cannot be read or held.
     """
-    source, job, target = _open_job(model, config, output, device, trust_remote_code)
+    source, job, target = _open_job(model, config, output, device, trust_remote_code, tell)
 
     def record() -> None:
         record_pair(source.name, job.output)
@@ -88,11 +91,11 @@ def quantize(
         progress("recording what an earlier run has finished", 1, 1)
         return earlier
     refuse_existing(job.output, force)
-    plan = plan_here(source.folder, target, config, job.output, max_memory)
+    plan = plan_here(source.folder, target, job.config, job.output, max_memory)
     refuse_what_cannot_fit(plan, job.output)
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
     text_device = target.device if plan.text_on_device else torch.device("cpu")
-    whole = over_whole_run(target, config, plan, progress)
+    whole = over_whole_run(target, job.config, plan, progress)
     report = quantize_checkpoint(job, target, tokenizer, record, resume, plan.spilled, text_device, whole)
     if isinstance(whole, WholeRun):
         whole.finish()
@@ -107,29 +110,33 @@ def plan_quantize(
     device: str = "auto",
     max_memory: int | None = None,
     trust_remote_code: bool = False,
+    tell: Tell = tell_nobody,
 ) -> Plan:
     """What `quantize` would need, and what is free here; nothing is written.
 
     Raises as `quantize` does of what it refuses before any work, but for an output that exists.
     """
-    source, job, target = _open_job(model, config, output, device, trust_remote_code)
+    source, job, target = _open_job(model, config, output, device, trust_remote_code, tell)
     check_request(job, target, load_tokenizer(source.folder, trust_remote_code))
-    plan = plan_here(source.folder, target, config, job.output, max_memory)
-    return with_seconds(target, config, plan)
+    plan = plan_here(source.folder, target, job.config, job.output, max_memory)
+    return with_seconds(target, job.config, plan)
 
 
 def _open_job(
-    model: str, config: QuantizeConfig, output: Path | None, device: str, trust_remote_code: bool
+    model: str, config: QuantizeConfig, output: Path | None, device: str, trust_remote_code: bool, tell: Tell
 ) -> tuple[ModelSource, Job, StreamedModel]:
     """The target, none of it read yet, and where its verifier goes."""
     source = resolve_model(model)
-    destination = absolute(output or default_output(source, config))
     place = choose_device(device)
     _refuse_quantized(source)
-    refuse_place(destination, source.folder)
     refuse_drafts(source.label, source.folder, trust_remote_code)
     dtype, _ = _choose_dtype(source.folder, "auto", place)
     target = open_target(source.folder, place, dtype, trust_remote_code)
+    config, note = settle_group_size(config, layer_sizes(target.skeleton, config))
+    destination = absolute(output or default_output(source, config))
+    refuse_place(destination, source.folder)
+    if note is not None:
+        tell(note)
     computed = str(dtype).removeprefix("torch.")
     made_from = fingerprint(source.folder)
     return source, Job(source.label, source.folder, made_from, destination, config, place.type, computed), target
@@ -309,7 +316,8 @@ def _find_pair(
 def _known_verifier(source: ModelSource) -> Path | None:
     """The verifier last recorded for the target, else the one where `quantize` puts it by default."""
     recorded: Sequence[Any] = [pair for pair in list_pairs() if pair.target == source.name]
-    places = [Path(pair.verifier) for pair in reversed(recorded)] + [default_output(source, QuantizeConfig())]
+    usual = [default_output(source, QuantizeConfig(group_size=size)) for size in GROUP_CHOICES]
+    places = [*(Path(pair.verifier) for pair in reversed(recorded)), *usual]
     return next((place for place in places if is_folder(place)), None)
 
 

@@ -19,6 +19,7 @@ Rounding = Literal["gptq", "nearest"]
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
+GROUP_CHOICES = (128, 64, 32)  # by default the first of them that divides the inputs of every layer
 # Beyond these, nothing is gained and memory or time never suffice.
 MOST_NGRAM = 64
 MOST_SAMPLES = 1_000_000
@@ -116,7 +117,7 @@ class QuantizeConfig:
     """One quantization: the codes, the solver's options, the calibration text."""
 
     bits: int = 4
-    group_size: int = 128
+    group_size: int | None = None  # None: the largest of `GROUP_CHOICES` that divides the inputs of every layer
     sym: bool = True
     act_order: bool = True
     method: Method = "gptq"
@@ -129,12 +130,13 @@ class QuantizeConfig:
     backend: Literal["native", "optimum"] = "native"
     mean_bits: float | None = None  # widths by layer, in the bytes that so many bits everywhere would take
     target_agreement: float | None = None  # widths by layer, in the fewest bytes that reach it
+    widths: tuple[int, ...] = BITS  # that layers may have, where each has its own
     rounding: Rounding = "gptq"  # of W8A8 and fp8: solved as GPTQ's, or every weight to the nearest
 
     def __post_init__(self) -> None:
         _require(self.bits in BITS, f"--bits must be one of {_listed(BITS)}, not {self.bits}.")
         _require(
-            self.group_size in GROUP_SIZES,
+            self.group_size is None or self.group_size in GROUP_SIZES,
             f"--group-size must be one of {_listed(GROUP_SIZES)}, not {self.group_size}.",
         )
         _require(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, not {self.method}.")
@@ -162,7 +164,7 @@ class QuantizeConfig:
         for name, value in fixed.items():
             flag = f"--{name.replace('_', '-')}"
             _require(
-                getattr(self, name) == value,
+                getattr(self, name) == value or (name == "group_size" and self.group_size is None),
                 f"--method {self.method} has 8 bits and one scale per output, and leaves the head: leave {flag} out.",
             )
 
@@ -178,12 +180,27 @@ class QuantizeConfig:
             )
             _require(self.mean_bits is None, "--target-agreement chooses the bits: leave --bits and --mixed out.")
             _require(self.lm_head_bits == 16, "--target-agreement leaves the head: leave --lm-head-bits out.")
+        listed = ",".join(map(str, self.widths))
+        _require(
+            bool(self.widths) and set(self.widths) <= set(BITS),
+            f"--widths must be some of {_listed(BITS)}, such as 4,8, not {listed}.",
+        )
+        _require(
+            self.mixed or self.widths == BITS,
+            "--widths goes with widths by layer: a fraction for --bits, --mixed or --target-agreement.",
+        )
         if self.mixed:
             flag = "--target-agreement" if self.mean_bits is None else "A mean of --bits (a fraction, or --mixed)"
             _require(
                 self.method == "gptq" and self.backend == "native",
                 f"{flag} goes with --method gptq and --backend native.",
             )
+
+    @property
+    def groups_of(self) -> int:
+        """The group size; the usual one until a model's layers have settled it."""
+        usual = GROUP_CHOICES[0] if self.method == "gptq" else -1
+        return usual if self.group_size is None else self.group_size
 
     @property
     def mixed(self) -> bool:
@@ -196,9 +213,9 @@ class QuantizeConfig:
         return self.seq_len or (512 if self.calibration == "self" else 2048)
 
 
-def default_codes(method: str) -> tuple[int, int]:
-    """Bits and group size where none are asked for; all that W8A8 and fp8 have."""
-    return (4, 128) if method == "gptq" else (8, -1)
+def default_codes(method: str) -> tuple[int, int | None]:
+    """Bits and group size where none are asked for; all that W8A8 and fp8 have. None: as the model's layers allow."""
+    return (4, None) if method == "gptq" else (8, -1)
 
 
 def _listed(values: tuple[int, ...]) -> str:

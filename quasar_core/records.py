@@ -1,7 +1,7 @@
 """What happened: counts and seconds, and the ratios derived from them, each defined once, here."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -175,6 +175,13 @@ class Progress(Protocol):
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """The progress of work that nobody watches."""
+
+
+Tell = Callable[[str], None]  # takes a sentence for the user
+
+
+def tell_nobody(sentence: str) -> None:
+    """Say a sentence where nobody listens."""
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,7 @@ def _plot(description: dict[str, Any], path: Path) -> None:
 def describe(checkpoint: "VerifierCheckpoint") -> dict[str, Any]:
     """The JSON form: from the configs, quasar.json and the headers of the safetensors files."""
     from quasar_core.checkpoint.headers import describe_marlin, stored_layers
+    from quasar_core.checkpoint.loaders import describe_loaders
     from quasar_core.checkpoint.reader import GPTQ_METHODS
     from quasar_core.models.lean_files import check_fits
 
@@ -120,7 +121,10 @@ def describe(checkpoint: "VerifierCheckpoint") -> dict[str, Any]:
     layers = stored_layers(checkpoint)
     check_fits(checkpoint, layers)
     weights = sum(layer.weights for layer in layers)
-    section = checkpoint.config.get("quantization_config") or {"bits": checkpoint.format.bits}
+    section = checkpoint.config.get("quantization_config") or {
+        "bits": checkpoint.format.bits,
+        "group_size": checkpoint.format.group_size,
+    }
     is_gptq = section.get("quant_method", "gptq") in GPTQ_METHODS
     target = checkpoint.card.get("target") or {}
     return {
@@ -130,6 +134,7 @@ def describe(checkpoint: "VerifierCheckpoint") -> dict[str, Any]:
         "quantization": section,
         "marlin": describe_marlin(layers, section.get("sym", True)) if is_gptq else None,
         "zeros": checkpoint.describe_zeros(),
+        "loaders": describe_loaders(layers, section),
         "packed_layers": len(checkpoint.layer_names),
         "layers": [_describe_layer(layer, packed) for layer in layers],
         "bits_per_weight": packed_bytes * 8 / weights if weights else 0.0,

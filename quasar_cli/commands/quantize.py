@@ -12,8 +12,8 @@ import typer
 from quasar_cli import console
 from quasar_cli.commands.models import announce, push_verifier
 from quasar_cli.options import Device, Folder, Json, Threads, TrustRemoteCode, Verbose, takes_groups, use_threads
-from quasar_core.config import Method, QuantizeConfig, Rounding, default_codes
-from quasar_core.errors import QuasarError
+from quasar_core.config import BITS, Method, QuantizeConfig, Rounding, default_codes
+from quasar_core.errors import QuasarError, UsageError
 from quasar_core.store import check_can_push
 
 _CALIBRATION = "Calibration"
@@ -39,11 +39,20 @@ class QuantizeOptions:
         float | None,
         typer.Option("--target-agreement", help="Find the smallest checkpoint that reaches it, such as 0.97."),
     ] = None
+    widths: Annotated[
+        str | None,
+        typer.Option(
+            "--widths",
+            help="Bits that layers may have, where each has its own, such as 4,8, which vLLM takes; default: 2,3,4,8.",
+            show_default=False,
+        ),
+    ] = None
     group_size: Annotated[
         int | None,
         typer.Option(
             "--group-size",
-            help="Weights that share a scale: 32, 64, 128, or -1 for a whole row; default: 128.",
+            help="Weights that share a scale: 32, 64, 128, or -1 for a whole row; default: the largest of 128, "
+            "64 and 32 that divides the inputs of every layer.",
             show_default=False,
         ),
     ] = None
@@ -106,7 +115,16 @@ class QuantizeOptions:
             damp=self.damp,
             seed=self.seed,
             backend=cast(Literal["native", "optimum"], self.backend),
+            widths=BITS if self.widths is None else parse_widths(self.widths),
         )
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Whole numbers between commas, in order, each once."""
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError as error:
+        raise UsageError(f"--widths must be whole numbers such as 4,8, not {text}.") from error
 
 
 @takes_groups
@@ -163,6 +181,7 @@ def quantize(
             max_memory=_bytes_of(max_memory),
             trust_remote_code=trust_remote_code,
             progress=progress,
+            tell=console.note_plain,
         )
     _say_what_was_kept(Path(report.checkpoint))
     pushed = {} if push_to_hub is None else {"url": _push(Path(report.checkpoint), push_to_hub, private)}
@@ -245,6 +264,7 @@ def _show_plan(
         device=device,
         max_memory=_bytes_of(max_memory),
         trust_remote_code=trust_remote_code,
+        tell=console.note_plain,
     )
     if as_json:
         console.print_json(plan.to_dict())

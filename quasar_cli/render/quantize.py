@@ -106,6 +106,7 @@ def inspection_tables(description: dict[str, Any], verbose: bool) -> list[Render
         ("codes", _codes(description["quantization"])),
         *([("zeros", description["zeros"])] if description.get("zeros") else []),
         *([("runs on Marlin", description["marlin"])] if description["marlin"] else []),
+        *((f"loads in {name}", verdict) for name, verdict in description["loaders"].items()),
         ("layers packed", str(description["packed_layers"])),
         ("bits per weight", f"{description['bits_per_weight']:.2f} of the packed layers"),
         ("size", f"{as_bytes(sizes['packed'])} packed, {as_bytes(sizes['plain'])} as they were"),

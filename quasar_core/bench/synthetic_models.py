@@ -99,7 +99,7 @@ class RandomCheckpoint(VerifierCheckpoint):
         self._done += 1
         self._progress("making random codes", self._done, len(self._parts))
         bits = self._codes.lm_head_bits if name == "lm_head" else self._codes.bits
-        (rows,), columns, size = self._parts[name].rows, self._parts[name].columns, self._codes.group_size
+        (rows,), columns, size = self._parts[name].rows, self._parts[name].columns, self._codes.groups_of
         if self._codes.method == "fp8":
             values = (self._pool.take(rows, columns) & _BELOW_2).view(FLOAT8)
             return Float8Weight(values, torch.full((rows,), LARGEST / 2))

@@ -1,6 +1,5 @@
 """Assemble the checkpoint's folder from finished blocks and the target's files: shards, configs, report, card."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -11,9 +10,10 @@ import torch
 
 from quasar_core.checkpoint import compressed_tensors
 from quasar_core.checkpoint.digest import KEY as DIGESTS
+from quasar_core.checkpoint.loaders import dynamic_rules
 from quasar_core.checkpoint.reader import CARD_VERSION, TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
-from quasar_core.config import QuantizeConfig
+from quasar_core.config import BITS, QuantizeConfig
 from quasar_core.files import write_json, write_whole
 from quasar_core.models.hf.skeleton import Weights
 from quasar_core.quantize.calibration import Calibration
@@ -81,7 +81,9 @@ def describe_codes(config: dict[str, Any], smoothed: bool) -> str:
     symmetry = "symmetric" if config["sym"] else "asymmetric"
     codes = f"{config['bits']} bits, {group}"
     if width(config) == MIXED:
-        codes = f"from 2 to 8 bits by layer, {group} or smaller ones"
+        few, many = min(config.get("widths", BITS)), max(config.get("widths", BITS))
+        bits = f"from {few} to {many} bits by layer" if few < many else f"{few} bits"
+        codes = f"{bits}, {group} or smaller ones"
     return f"GPTQ, {codes}, {symmetry}, in the AutoGPTQ format (version 1)"
 
 
@@ -98,6 +100,7 @@ def quantize_command(report: QuantizeReport) -> str:
     gptq = config["method"] == "gptq"
     solved = gptq or config.get("rounding") == "gptq"
     options = [_width_option(config), f"--group-size {config['group_size']}"] if gptq else []
+    options += _widths_option(config)
     options += [] if gptq else [f"--method {config['method']}"]
     options += [] if solved else ["--rounding nearest"]
     options += [] if config["sym"] else ["--no-sym"]
@@ -117,6 +120,12 @@ def _width_option(config: dict[str, Any]) -> str:
         return f"--target-agreement {config['target_agreement']:g}"
     mean = config.get("mean_bits")
     return f"--bits {config['bits']}" if mean is None else f"--bits {mean:g} --mixed"
+
+
+def _widths_option(config: dict[str, Any]) -> list[str]:
+    """The widths that layers may have, where not all were allowed."""
+    widths = tuple(config.get("widths", BITS))
+    return [] if widths == BITS else [f"--widths {','.join(map(str, widths))}"]
 
 
 def assemble(job: Job, names: Weights) -> dict[str, str]:
@@ -172,7 +181,7 @@ def stored_widths(job: Job, names: Weights) -> dict[str, Width]:
 
 
 def quantization_section(config: QuantizeConfig, widths: Mapping[str, Width]) -> dict[str, Any]:
-    """`quantization_config` in AutoGPTQ's words; `dynamic`, GPTQModel's, names the layers of another width.
+    """`quantization_config` in AutoGPTQ's words; `dynamic`, GPTQModel's, names the layers of another width, fused too.
 
     Groups are static, so g_idx is trivial and `desc_act` is false, whatever order the solver took.
     """
@@ -197,7 +206,7 @@ def quantization_section(config: QuantizeConfig, widths: Mapping[str, Width]) ->
         },
     }
     if others:
-        section["dynamic"] = {f"{re.escape(name)}$": width._asdict() for name, width in others.items()}
+        section["dynamic"] = dynamic_rules({name: width._asdict() for name, width in others.items()})
     return section
 
 

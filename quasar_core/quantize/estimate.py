@@ -310,8 +310,7 @@ def shape_of(
     whole_because: str | None = None,
 ) -> Shape:
     """What a plan reads of a model: names and sizes, no weights."""
-    quantized = quantized_layers(skeleton, LayerPlan.of(config))
-    layers = {name: (linear.out_features, linear.in_features) for name, linear in quantized.items()}
+    layers = layer_sizes(skeleton, config)
     tied: Any = getattr(skeleton, "all_tied_weights_keys", None) or {}
     sizes = {name: parameter.numel() for name, parameter in skeleton.named_parameters() if name not in tied}
     prefix = find_blocks(skeleton)[0]
@@ -327,6 +326,12 @@ def shape_of(
         token=token_bytes(skeleton, element),
         whole_because=whole_because,
     )
+
+
+def layer_sizes(skeleton: PreTrainedModel, config: QuantizeConfig) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of every layer that gets codes, by name; raises as `quantized_layers` does."""
+    layers = quantized_layers(skeleton, LayerPlan.of(config))
+    return {name: (linear.out_features, linear.in_features) for name, linear in layers.items()}
 
 
 def _routed_share(skeleton: PreTrainedModel) -> float:

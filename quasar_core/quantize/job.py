@@ -78,7 +78,8 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that began."""
         computed = {"device": self.device, "dtype": self.dtype}
-        return {"target": self.fingerprint, **asdict(self.config), **computed, **package_versions()}
+        config = {**asdict(self.config), "widths": list(self.config.widths)}  # as JSON has it
+        return {"target": self.fingerprint, **config, **computed, **package_versions()}
 
     def digest(self) -> str:
         """The identity as a checkpoint's card has it, which tells no path of this machine."""

@@ -33,4 +33,4 @@ class LayerPlan:
 
 
 def _solver(config: QuantizeConfig, bits: int) -> SolverConfig:
-    return SolverConfig(bits, config.group_size, config.sym, config.act_order, config.damp)
+    return SolverConfig(bits, config.groups_of, config.sym, config.act_order, config.damp)

@@ -226,17 +226,18 @@ class Trial:
     agreement: float
 
 
-def smallest_budget(aim: float, measure: Callable[[float], float]) -> Trial:
+def smallest_budget(aim: float, measure: Callable[[float], float], least: float = 0) -> Trial:
     """The smallest of `BUDGETS` whose agreement reaches `aim`; QuasarError where the largest does not.
 
-    `measure` is asked at most five times.
+    Those under `least` are left out. `measure` is asked at most five times.
     """
+    budgets = [bits for bits in BUDGETS if bits >= least]
     best: Trial | None = None
-    low, high = 0, len(BUDGETS)
+    low, high = 0, len(budgets)
     trials: list[Trial] = []
     while low < high:
         middle = (low + high) // 2
-        trial = Trial(BUDGETS[middle], measure(BUDGETS[middle]))
+        trial = Trial(budgets[middle], measure(budgets[middle]))
         trials.append(trial)
         if trial.agreement >= aim:
             best, high = trial, middle
@@ -289,15 +290,16 @@ def choose_plan(
     groups = known_widths(job, target, calibration, progress)
     bits = job.config.mean_bits
     if bits is None:
-        bits = _search(job, lambda bits, trial: try_plan(spend(plan, groups, bits), trial))
-    return spend(plan, groups, bits)
+        bits = _search(job, lambda bits, trial: try_plan(spend(plan, groups, bits, job.config.widths), trial))
+    return spend(plan, groups, bits, job.config.widths)
 
 
 def _search(job: Job, measure: Callable[[float, Path], float]) -> float:
     """The smallest budget that reaches the agreement, found once; the blocks of its trial become the run's."""
     if not job.budget.exists():
         assert job.config.target_agreement is not None
-        found = smallest_budget(job.config.target_agreement, lambda bits: measure(bits, _trial(job, bits)))
+        least = min(job.config.widths)
+        found = smallest_budget(job.config.target_agreement, lambda bits: measure(bits, _trial(job, bits)), least)
         write_json(job.budget, asdict(found))
     bits = _stored(float, job.budget, "bits")
     for path in sorted(_trial(job, bits).glob("block-*.safetensors")):
@@ -335,11 +337,11 @@ def known_widths(
     return _stored(list[LayerGroup], stored, "groups")
 
 
-def spend(plan: LayerPlan, groups: Sequence[LayerGroup], bits: float) -> LayerPlan:
-    """The plan of least measured divergence in the bytes of a checkpoint of `bits` bits, which may be a fraction."""
+def spend(plan: LayerPlan, groups: Sequence[LayerGroup], bits: float, widths: Sequence[int] = BITS) -> LayerPlan:
+    """The plan of least measured divergence, by these widths, in the bytes of `bits` bits, which may be a fraction."""
     budget = int(sum(size_at(group, plan.default.group_size, bits) for group in groups))
     try:
-        taken = allocate({group.names[0]: group.choices for group in groups}, budget)
+        taken = allocate({group.names[0]: _of_widths(group.choices, widths) for group in groups}, budget)
     except ValueError as error:
         raise UsageError(f"--bits {bits:g} is too few for this model: {error}.") from error
     layers = {
@@ -348,6 +350,10 @@ def spend(plan: LayerPlan, groups: Sequence[LayerGroup], bits: float) -> LayerPl
         for name in group.names
     }
     return LayerPlan(plan.default, {**layers, **plan.layers})
+
+
+def _of_widths(choices: Sequence[Choice], widths: Sequence[int]) -> list[Choice]:
+    return [choice for choice in choices if choice.bits in widths]
 
 
 def size_at(group: LayerGroup, group_size: int, bits: float) -> float:

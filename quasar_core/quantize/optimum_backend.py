@@ -124,11 +124,11 @@ def solve_with_optimum(
         def post_init_model(self, model: PreTrainedModel) -> PreTrainedModel:
             return model
 
-    one_group = config.group_size == -1
+    one_group = config.groups_of == -1
     quantizer = UnpackedQuantizer(
         bits=config.bits,
         dataset=[{"input_ids": [row], "attention_mask": [[1] * len(row)]} for row in samples.tolist()],
-        group_size=config.group_size,
+        group_size=config.groups_of,
         damp_percent=config.damp,
         # Group-aware order keeps g_idx trivial; with one group, so does any order.
         desc_act=config.act_order and one_group,
@@ -159,7 +159,7 @@ def read_weight(
     codes = (torch.round(weight / scales[:, index]) + raised[:, index]).clamp(0, 2**config.bits - 1)
     return QuantizedWeight(
         config.bits,
-        config.group_size,
+        config.groups_of,
         codes.t().to(torch.uint8).contiguous(),
         scales.t().to(torch.float16).contiguous(),
         raised.t().to(torch.int32).contiguous(),

@@ -130,7 +130,7 @@ def default_output(source: ModelSource, config: QuantizeConfig) -> Path:
     width = f"{config.bits}bit"
     if config.mixed:
         width = f"agree{config.target_agreement:g}" if config.mean_bits is None else f"mixed{config.mean_bits:g}bit"
-    group = "gchannel" if config.group_size == -1 else f"g{config.group_size}"
+    group = "gchannel" if config.groups_of == -1 else f"g{config.groups_of}"
     suffix = f"-{config.method}-{width}-{group}" if config.method == "gptq" else f"-{config.method}"
     if source.kind == "folder":
         return source.folder.parent / (source.folder.name + suffix)

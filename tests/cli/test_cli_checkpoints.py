@@ -12,6 +12,7 @@ from helpers.verifier_cards import write_card
 from quasar_cli.main import run
 from quasar_core import store
 from quasar_core.bench.steps import PROBE_BYTES
+from quasar_core.config import BITS
 from quasar_core.records import FidelityReport
 
 pytest_plugins = ["helpers.cli_fixtures"]
@@ -40,7 +41,7 @@ def test_quantize_forwards_every_option(stand_in_quantize: dict[str, Any]) -> No
         "--force --no-resume --device cpu --trust-remote-code"
     )
     assert run(["quantize", "demo", *options.split()]) == 0
-    values = [3, 64, False, False, "gptq", 8, "c4", 5, 99, 0.1, 4, "optimum", None, None, "gptq"]
+    values = [3, 64, False, False, "gptq", 8, "c4", 5, 99, 0.1, 4, "optimum", None, None, BITS, "gptq"]
     assert list(vars(stand_in_quantize["config"]).values()) == values
     assert (stand_in_quantize["model"], stand_in_quantize["output"], stand_in_quantize["device"]) == (
         "demo",

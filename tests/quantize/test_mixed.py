@@ -9,12 +9,15 @@ import torch
 from helpers.moe_models import qwen3_moe, save
 from helpers.quantize_cases import CONFIG, quantize
 
+from quasar_cli.commands.quantize import parse_widths
 from quasar_cli.main import run as run_command
 from quasar_core.checkpoint.headers import stored_layers
+from quasar_core.checkpoint.loaders import FUSED, describe_loaders
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.quantize import mixed_precision, run
+from quasar_core.quantize.assemble import quantize_command
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.mixed_precision import (
     BUDGETS,
@@ -64,11 +67,41 @@ def test_a_checkpoint_of_a_mean_of_bits(source: Path, capsys: pytest.CaptureFixt
         width = named.get(name, {"bits": section["bits"], "group_size": section["group_size"]})
         assert (width["bits"], width["group_size"]) == (layer.bits, layer.group_size)
         assert VerifierCheckpoint(folder).layer(name).bits == layer.bits
+    for first, *others in FUSED.values():
+        for block in ("0.self_attn", "1.self_attn", "0.mlp", "1.mlp"):
+            parts = [layers.get(f"model.layers.{block}.{part}") for part in (first, *others)]
+            assert len({part and (part.bits, part.group_size) for part in parts}) == 1
+    verdicts = describe_loaders(list(layers.values()), section)
+    assert verdicts["GPTQModel"] == "yes"
+    assert not any("its config tells" in verdict or "one product" in verdict for verdict in verdicts.values())
     uniform = quantize(source, replace(CONFIG, bits=4), output=source.parent / "uniform")
     assert report.bytes_after < uniform.bytes_after
     assert "from 2 to 8 bits by layer, groups of 32 or smaller ones, symmetric" in (folder / "README.md").read_text()
     assert run_command(["inspect", str(folder)]) == 0
     assert f"symmetric, other widths by {len(section['dynamic'])} rules" in capsys.readouterr().out
+
+
+def test_widths_that_vllm_takes(source: Path) -> None:
+    """Of 4 bits in smaller groups its CPU build, too; what is left out is measured and not taken."""
+    for widths, bits, loaders in (((4, 8), 4.5, {"vLLM"}), ((4,), 4.25, {"vLLM", "vLLM on a CPU"})):
+        config = replace(CONFIG, group_size=64, mean_bits=bits, widths=widths)
+        folder = source.parent / f"of-{len(widths)}"
+        report = quantize(source, config, output=folder)
+        layers = stored_layers(VerifierCheckpoint(folder))
+        assert {layer.bits for layer in layers} <= set(widths)
+        assert len({(layer.bits, layer.group_size) for layer in layers}) > 1
+        section = json.loads((folder / "config.json").read_text())["quantization_config"]
+        verdicts = describe_loaders(layers, section)
+        assert {verdicts[name] for name in loaders} == {"yes"}
+        assert f"--bits {bits} --mixed --group-size 64 --widths {','.join(map(str, widths))}" in quantize_command(
+            report
+        )
+
+
+def test_the_bisection_leaves_out_what_the_widths_cannot_fill() -> None:
+    asked: list[float] = []
+    found = smallest_budget(0.1, lambda bits: asked.append(bits) or bits / 10, least=4)
+    assert found.bits == min(asked) == 4
 
 
 def test_bisection_asks_at_most_five_times() -> None:
@@ -131,12 +164,21 @@ def test_an_agreement_that_is_not_reached_may_be_asked_for_anew(source: Path, mo
         ({"target_agreement": 1.0}, "--target-agreement must be above 0 and below 1, not 1."),
         ({"target_agreement": 0.9, "mean_bits": 4.5}, "leave --bits and --mixed out"),
         ({"target_agreement": 0.9, "lm_head_bits": 8}, "leave --lm-head-bits out"),
+        ({"mean_bits": 4.5, "widths": (4, 5)}, "--widths must be some of 2, 3, 4, 8, such as 4,8, not 4,5."),
+        ({"mean_bits": 4.5, "widths": ()}, "--widths must be some of"),
+        ({"widths": (4, 8)}, "--widths goes with widths by layer"),
         ({"mean_bits": 4.5, "backend": "optimum"}, "goes with --method gptq and --backend native"),
     ],
 )
 def test_what_cannot_be_asked_for(options: dict, sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         QuantizeConfig(**options)
+
+
+def test_the_command_reads_widths(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse_widths("8,4,4") == (4, 8)
+    assert run_command(["quantize", "demo", "--bits", "4.5", "--widths", "4;8"]) == 2
+    assert "--widths must be whole numbers such as 4,8, not 4;8." in capsys.readouterr().err
 
 
 def test_a_mixture_of_experts_has_one_width(tmp_path: Path, small_texts: None) -> None:

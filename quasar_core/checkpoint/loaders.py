@@ -1,0 +1,271 @@
+"""Which other programs load a checkpoint, or which layer each of them refuses, and why. Pure: sizes and a config.
+
+The rules as of late 2026, read in their sources; vLLM's CPU build, GPTQModel and transformers were also tried
+(`tests/interop`), SGLang and vLLM's GPU kernels were not:
+
+- vLLM 0.32 (`quantization/auto_gptq.py`, `kernels/linear/mixed_precision/`): symmetric codes of 4 or 8 bits, in groups
+  of 32, 64, 128 or one per output. It makes room for inputs ÷ group scales, rounded down, so the group must divide the
+  inputs. On a GPU it pads sizes that fit no tile. Its CPU kernel takes 4 bits, inputs and outputs a multiple of 32.
+- SGLang (`quantization/gptq/`): where the usual codes are such that Marlin takes them, Marlin for all layers, without
+  padding; else exllama's kernel, in float16, which takes 2, 3, 4 and 8 bits, asymmetric too, in groups that divide the
+  inputs, outputs a multiple of the codes in a word.
+- GPTQModel 7.6 (`nn_modules/qlinear/torch.py`): every width; groups of 16 to 1024 or one per output; sizes of any kind.
+- transformers 5 with optimum 2: what GPTQModel takes, but one width for all layers, and no quantized head.
+
+vLLM and SGLang multiply by q, k and v at once, and by gate and up: they ask the rules of `dynamic` for the fused
+product's name, and read its parts at that one width. GPTQModel asks for each layer's own name.
+
+W8A8 and fp8 checkpoints (compressed-tensors) are read by all but GPTQModel.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quasar_core.checkpoint.headers import BITS as MARLIN_BITS
+from quasar_core.checkpoint.headers import GROUP_SIZES as MARLIN_GROUP_SIZES
+from quasar_core.checkpoint.headers import StoredLayer
+from quasar_core.errors import QuasarError
+
+Width = tuple[int, int]  # bits and group size; a group size of −1 is one scale per output
+Rule = Callable[[StoredLayer], "str | None"]  # why a loader refuses a layer or a fused product
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What `quantization_config` tells loaders of GPTQ: the usual width, and by pattern other ones (None: no codes)."""
+
+    bits: int
+    group_size: int
+    sym: bool = True
+    desc_act: bool = False
+    dynamic: Sequence[tuple[re.Pattern[str], Mapping[str, Any] | None]] = ()
+
+    @classmethod
+    def of(cls, section: Mapping[str, Any]) -> "Config":
+        """QuasarError for rules that are none."""
+        rules = section.get("dynamic") or {}
+        try:
+            dynamic = [_compiled(pattern, width) for pattern, width in rules.items()]
+        except (AttributeError, TypeError, re.error) as error:
+            raise QuasarError(f"The rules of `dynamic` in quantization_config cannot be read ({error}).") from error
+        group_size = section.get("group_size")
+        return cls(
+            section.get("bits", 4),
+            -1 if group_size is None else group_size,
+            bool(section.get("sym", True)),
+            bool(section.get("desc_act", False)),
+            dynamic,
+        )
+
+    @property
+    def usual(self) -> Width:
+        """Of layers that no rule names."""
+        return self.bits, self.group_size
+
+    def width(self, name: str) -> Width | None:
+        """Of a layer or fused product; the first rule that matches from the name's beginning counts."""
+        found = next((width for pattern, width in self.dynamic if pattern.match(name)), {})
+        return None if found is None else (found.get("bits", self.bits), found.get("group_size", self.group_size))
+
+
+def _compiled(pattern: str, width: Mapping[str, Any]) -> tuple[re.Pattern[str], Mapping[str, Any] | None]:
+    """A rule; `-:` before it leaves what it matches as it was."""
+    plain = pattern[2:] if pattern[:2] in ("+:", "-:") else pattern
+    return re.compile(plain), None if pattern.startswith("-:") else dict(width)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a loader takes a checkpoint: the layers that it refuses, each with its reason."""
+
+    refused: tuple[tuple[str, str], ...] = ()
+    condition: str = ""  # of taking it
+
+    def __str__(self) -> str:
+        if self.refused:
+            return f"no: {self.reason}"
+        return f"yes, {self.condition}" if self.condition else "yes"
+
+    @property
+    def reason(self) -> str:
+        """Why it refuses the first of them, and which that is."""
+        (name, reason), more = self.refused[0], len(self.refused) - 1
+        return f"{reason} ({name}" + (f" and {more} more)" if more else ")")
+
+
+def describe_loaders(layers: Sequence[StoredLayer], section: Mapping[str, Any]) -> dict[str, str]:
+    """What each loader says to a checkpoint of these layers and this `quantization_config`: yes, or no and why."""
+    method = section.get("quant_method", "gptq")
+    if method == "compressed-tensors":
+        return {name: "no: it does not read compressed-tensors" if name == "GPTQModel" else "yes" for name in LOADERS}
+    if method != "gptq":
+        return dict.fromkeys(LOADERS, f"not known: the method is {method}")
+    config = Config.of(section)
+    return {name: str(judge(layers, config)) for name, judge in LOADERS.items()}
+
+
+def judge_vllm(layers: Sequence[StoredLayer], config: Config) -> Verdict:
+    """On a GPU."""
+    return _judge_fused(layers, config, lambda product: _why_not_vllm(product, config))
+
+
+def judge_vllm_cpu(layers: Sequence[StoredLayer], config: Config) -> Verdict:
+    """Its CPU build."""
+
+    def rule(product: StoredLayer) -> str | None:
+        reason = _why_not_vllm(product, config)
+        if reason is None and product.bits != 4:
+            reason = f"it takes 4 bits, not {product.bits}"
+        return reason or _why_no_multiple(product, 32, 32)
+
+    return _judge_fused(layers, config, rule)
+
+
+def judge_sglang(layers: Sequence[StoredLayer], config: Config) -> Verdict:
+    """On an NVIDIA GPU: by Marlin or by exllama's kernel, as the usual width decides."""
+    if config.sym and config.bits in MARLIN_BITS and config.group_size in MARLIN_GROUP_SIZES:
+        return _judge_fused(layers, config, _why_not_sglang_marlin)
+    return replace(_judge_fused(layers, config, _why_not_exllama), condition="in float16")
+
+
+def judge_gptqmodel(layers: Sequence[StoredLayer], config: Config) -> Verdict:
+    """By its kernel in PyTorch, which takes most."""
+
+    def rule(layer: StoredLayer) -> str | None:
+        if layer.group_size in (*GPTQMODEL_GROUP_SIZES, layer.in_features):
+            return _why_other_width(layer, config)
+        sizes = ", ".join(map(str, GPTQMODEL_GROUP_SIZES[1:]))
+        return f"it takes groups of {sizes} or a whole row, not {layer.group_size}"
+
+    return _judge(layers, rule)
+
+
+def judge_transformers(layers: Sequence[StoredLayer], config: Config) -> Verdict:
+    """With optimum and GPTQModel installed."""
+
+    def rule(layer: StoredLayer) -> str | None:
+        if layer.name == "lm_head":
+            return "optimum knows no quantized head"
+        if _width_of(layer) != _whole_row(layer, config.usual):
+            return f"optimum reads all layers at {_words(config.usual)}, and this one has {_words(_width_of(layer))}"
+        return None
+
+    verdict = _judge(layers, rule)
+    return verdict if verdict.refused else judge_gptqmodel(layers, config)
+
+
+LOADERS: Mapping[str, Callable[[Sequence[StoredLayer], Config], Verdict]] = {
+    "vLLM": judge_vllm,
+    "vLLM on a CPU": judge_vllm_cpu,
+    "SGLang": judge_sglang,
+    "GPTQModel": judge_gptqmodel,
+    "transformers": judge_transformers,
+}
+
+
+def fused_name(name: str) -> str | None:
+    """The product that vLLM and SGLang make of a layer and others: …self_attn.qkv_proj of …self_attn.q_proj."""
+    before, dot, last = name.rpartition(".")
+    return next((f"{before}{dot}{fused}" for fused, parts in FUSED.items() if last in parts), None)
+
+
+def dynamic_rules(others: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """`dynamic` for layers of another width than the usual one, under their own names and under fused ones.
+
+    Layers of one fused product have one width.
+    """
+    rules = {name: dict(width) for name, width in others.items()}
+    rules |= {fused: dict(width) for name, width in others.items() if (fused := fused_name(name))}
+    return {f"{re.escape(name)}$": width for name, width in rules.items()}
+
+
+def _judge(layers: Iterable[StoredLayer], rule: Rule) -> Verdict:
+    return Verdict(tuple((layer.name, reason) for layer in layers if (reason := rule(layer)) is not None))
+
+
+def _judge_fused(layers: Sequence[StoredLayer], config: Config, rule: Rule) -> Verdict:
+    """As the loaders do that fuse: parts of one product must have one width, and the rules must tell it."""
+    products: dict[str, list[StoredLayer]] = {}
+    for layer in layers:
+        products.setdefault(fused_name(layer.name) or layer.name, []).append(layer)
+
+    def whole_rule(product: StoredLayer) -> str | None:
+        widths = {part.name.rpartition(".")[2]: _words(_width_of(part)) for part in products[product.name]}
+        if len(set(widths.values())) > 1:
+            told = ", ".join(f"{name} has {width}" for name, width in widths.items())
+            return f"it reads them as one product, and {told}"
+        return _why_other_width(product, config) or rule(product)
+
+    joined = (
+        replace(parts[0], name=name, out_features=sum(part.out_features for part in parts))
+        for name, parts in products.items()
+    )
+    return _judge(joined, whole_rule)
+
+
+def _why_other_width(layer: StoredLayer, config: Config) -> str | None:
+    """Whether the rules of `dynamic` tell another width than the one that is stored."""
+    told = config.width(layer.name)
+    if told is not None and _whole_row(layer, told) == _width_of(layer):
+        return None
+    return f"its config tells {_words(told) if told else 'no codes'}, and stored are {_words(_width_of(layer))}"
+
+
+def _why_not_vllm(product: StoredLayer, config: Config) -> str | None:
+    if not config.sym:
+        return "it takes no asymmetric codes"
+    if config.desc_act and product.group_size != -1:
+        return "it takes no groups in the order of activations (desc_act)"
+    return _why_not_marlin_codes(product)
+
+
+def _why_not_sglang_marlin(product: StoredLayer) -> str | None:
+    if reason := _why_not_marlin_codes(product):
+        return reason
+    narrow, wide = _why_no_multiple(product, 128, 64), _why_no_multiple(product, 64, 128)
+    return narrow if narrow and wide else None
+
+
+def _why_not_exllama(product: StoredLayer) -> str | None:
+    codes_in_words = {2: 16, 3: 32, 4: 8, 8: 4}
+    return _why_groups_do_not_divide(product) or _why_no_multiple(product, 1, codes_in_words[product.bits])
+
+
+def _why_not_marlin_codes(product: StoredLayer) -> str | None:
+    if product.bits not in MARLIN_BITS:
+        return f"it takes 4 and 8 bits, not {product.bits}"
+    if product.group_size not in MARLIN_GROUP_SIZES:
+        return f"it takes groups of 32, 64, 128 or a whole row, not {product.group_size}"
+    return _why_groups_do_not_divide(product)
+
+
+def _why_groups_do_not_divide(product: StoredLayer) -> str | None:
+    if product.group_size == -1 or product.in_features % product.group_size == 0:
+        return None
+    return f"{product.in_features} inputs are not a multiple of the group of {product.group_size}"
+
+
+def _why_no_multiple(product: StoredLayer, inputs: int, outputs: int) -> str | None:
+    if product.in_features % inputs:
+        return f"{product.in_features} inputs are not a multiple of {inputs}"
+    if product.out_features % outputs:
+        return f"{product.out_features} outputs are not a multiple of {outputs}"
+    return None
+
+
+def _width_of(layer: StoredLayer) -> Width:
+    return _whole_row(layer, (layer.bits, layer.group_size))
+
+
+def _whole_row(layer: StoredLayer, width: Width) -> Width:
+    """A group of as many weights as a row has is a whole row."""
+    return (width[0], -1) if width[1] == layer.in_features else width
+
+
+def _words(width: Width) -> str:
+    return f"{width[0]} bits" + ("" if width[1] == -1 else f" in groups of {width[1]}")
