@@ -28,8 +28,8 @@ if find_spec("hypothesis"):  # which `make interop` does without
 
 def pytest_collection_finish() -> None:
     """Collecting tests compiles nothing: a file that asks for a library while it is imported is a defect."""
-    for name in ("cpu_library", "cpu_solver"):
-        module = sys.modules.get(f"quasar_core.kernels.{name}")
+    for name in ("quasar_core.kernels.cpu.library", "quasar_core.quantize.solve.cpp"):
+        module = sys.modules.get(name)
         if module is not None and module.why_not_here.cache_info().currsize:
             raise pytest.UsageError(f"a test asks {name} for its library while it is collected: ask in a fixture")
 
