@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.kernels.cpu.library import why_not_here
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import cpu_pass, lean_weights
 from quasar_core.models.base import CausalLM, FastPass
@@ -68,7 +69,7 @@ def load_models(
     notes = [f"decoder: transformers, as {obstacle}" if obstacle else "decoder: our own"]
     if device.type == "cpu":
         progress("compiling kernels", 0, 1)
-        library.why_not_here()  # compiles them where they are not there yet
+        why_not_here()  # compiles them where they are not there yet
         progress("compiling kernels", 1, 1)
     target = verifier = None
     if use_target:
