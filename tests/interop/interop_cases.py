@@ -44,13 +44,15 @@ def missing(*packages: str) -> pytest.MarkDecorator:
     )
 
 
-def save_model(folder: Path, architecture: str, tied: bool = False, dtype: torch.dtype = torch.bfloat16) -> Path:
+def save_model(
+    folder: Path, architecture: str, tied: bool = False, dtype: torch.dtype = torch.bfloat16, hidden_size: int = 128
+) -> Path:
     """Two blocks of random weights, biases included, with a byte tokenizer; the same every time."""
     save_tiny_model(folder)
     config = AutoConfig.for_model(
         architecture,
         vocab_size=VOCABULARY,
-        hidden_size=128,
+        hidden_size=hidden_size,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,

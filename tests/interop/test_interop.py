@@ -21,6 +21,8 @@ from interop.interop_cases import (
 )
 
 from quasar_cli import main
+from quasar_cli.commands.inspect import describe
+from quasar_core.checkpoint.headers import stored_layers
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.config import QuantizeConfig
 from quasar_core.models.pair import load_tokenizer
@@ -76,6 +78,31 @@ def test_a_quantized_head_loads_in_gptqmodel(head_bits: int, tmp_path: Path, mon
     loaded = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
     assert not isinstance(loaded.model.lm_head, torch.nn.Linear)
     assert_same_logits(logits_of(loaded.model), our_logits(folder), torch.float16)
+
+
+def test_widths_by_layer_load_in_gptqmodel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the rules under the layers' own names, beside those for fused ones; optimum knows one width alone."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    folder = quantize(monkeypatch, save_model(tmp_path / "tiny", "qwen3"), group_size=64, mean_bits=4.25)
+    layers = stored_layers(VerifierCheckpoint(folder))
+    assert len({layer.bits for layer in layers}) > 1
+    loaders = describe(VerifierCheckpoint(folder))["loaders"]
+    assert loaders["GPTQModel"] == "yes"
+    assert loaders["transformers"].startswith("no: optimum reads all layers at")
+    loaded = GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
+    assert_same_logits(logits_of(loaded.model), our_logits(folder), torch.float16)
+    with pytest.raises((RuntimeError, AssertionError)):
+        assert_same_logits(logits_by_optimum(folder), our_logits(folder))
+
+
+def test_a_last_group_cut_short_loads_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 160 inputs in groups of 128; vLLM refuses it, as `inspect` says."""
+    folder = quantize(monkeypatch, save_model(tmp_path / "tiny", "llama", hidden_size=160), group_size=128)
+    loaders = describe(VerifierCheckpoint(folder))["loaders"]
+    assert loaders["transformers"] == loaders["GPTQModel"] == "yes"
+    assert loaders["vLLM"].startswith("no: 160 inputs are not a multiple of the group of 128")
+    assert_same_logits(logits_by_optimum(folder), our_logits(folder))
 
 
 THEIRS: dict[str, dict[str, Any]] = {
