@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from quasar_core.foreign import foreign_errors
+from quasar_core.errors import foreign_errors
 from quasar_core.records import Progress
 
 # In a file or a pipe nothing is to be folded for want of columns.

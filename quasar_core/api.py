@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from quasar_core.bench.run import run_bench
-from quasar_core.checkpoint.belonging import refuse_other_target
-from quasar_core.checkpoint.digest import check_digest as digest_found
+from quasar_core.checkpoint.checks import check_digest as digest_found
+from quasar_core.checkpoint.checks import refuse_other_target
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import GROUP_CHOICES, DraftKind, QuantizeConfig, VerifyMode
 from quasar_core.decode.generator import Generator
@@ -19,7 +19,7 @@ from quasar_core.files import absolute, is_folder
 from quasar_core.kernels.threads import describe_threads, most_threads, use_threads
 from quasar_core.models.context import UNLIMITED, context_limit
 from quasar_core.models.device import choose_device, choose_dtype
-from quasar_core.models.hf.recurrent import recurrent_layers_of, refuse_drafts
+from quasar_core.models.hf.cache import recurrent_layers_of, refuse_drafts
 from quasar_core.models.loading import load_models
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from quasar_core.errors import QuasarError, UsageError
-from quasar_core.foreign import foreign_errors, reason
+from quasar_core.errors import QuasarError, UsageError, foreign_errors, reason
 
 MAX_JSON_BYTES = 1 << 28
 MAX_TEXT_BYTES = 1 << 32
@@ -24,9 +23,6 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
-
-
-# Looking
 
 
 def is_folder(path: Path) -> bool:
@@ -92,9 +88,6 @@ def _shown(path: Path) -> str:
     """A path in a sentence, cut where it is too long for one."""
     text = str(path).replace("\0", "\\0")
     return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
-
-
-# Reading
 
 
 @contextmanager
@@ -178,9 +171,6 @@ def require_characters(text: str, what: str, kind: type[QuasarError] = UsageErro
     if half is not None:
         raise kind(f"{what} is not Unicode text: it holds {ascii(half)[1:-1]}, half of a character.")
     return text
-
-
-# Writing
 
 
 def write_json(path: Path, content: Any, alone: bool = False) -> None:

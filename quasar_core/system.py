@@ -1,12 +1,14 @@
-"""What the system tells of this machine: its processor, free memory and disk, and how busy other programs keep it."""
+"""What the system tells: processor, free memory and disk, how busy other programs keep it, what versions run."""
 
 import os
 import platform
 import shutil
+import subprocess
 import time
 from collections import deque
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,6 +20,9 @@ MEMORY_INFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup
 # Of a control group: its limit, what it holds of that, and what of this are files' pages that the system may drop.
 VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 VERSION_2 = "memory.max", "memory.current", "inactive_file"
+
+# Packages that change what is computed.
+PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors")
 
 # Other programs that take more than this share of the cores disturb what is timed.
 BUSY = 0.1
@@ -218,3 +223,28 @@ def _left(folder: Path, limit: str, usage: str, droppable: str) -> int | None:
         return max(0, int(most) - int((folder / usage).read_text()) + int(shares.get(droppable, 0)))
     except OSError:
         return None
+
+
+def package_versions() -> dict[str, str]:
+    """Python's version and those of the packages that change what is computed."""
+    return {"python": platform.python_version(), **{name: package_version(name) for name in PACKAGES}}
+
+
+def package_version(name: str) -> str:
+    """The version of a package, which is not imported; a package that runs from a checkout has none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def git_hash() -> str | None:
+    """The commit of the source tree that this package runs from; None when it is installed, or git is missing."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

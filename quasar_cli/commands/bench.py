@@ -184,7 +184,7 @@ def compare(
 ) -> None:
     """Print what changed between two result files: speed, speedup and acceptance, by dataset and arm."""
     from quasar_cli.render import bench as render
-    from quasar_core.bench.compare import compare as compare_results
+    from quasar_core.bench.metrics import compare as compare_results
     from quasar_core.bench.results import read_results
 
     comparison = compare_results(read_results(before), read_results(after))

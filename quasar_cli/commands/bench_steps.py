@@ -15,7 +15,7 @@ from quasar_core.errors import UsageError
 from quasar_core.records import Progress
 
 if TYPE_CHECKING:
-    from quasar_core.bench.steps import Lineup, RandomShape, StepConfig, StepReport
+    from quasar_core.bench.steps import Candidates, RandomShape, StepConfig, StepReport
 
 _SHAPE = "Random weights"
 _REFERENCES = ("none", "transformers")
@@ -122,8 +122,8 @@ def steps(
     if output is not None:
         refuse_foreign_report(output)
     with console.progress_bar() as progress:
-        lineup = _gather(placement, random, timing.reference != "none", progress)
-        report = measure_steps(lineup, config, progress)
+        candidates = _gather(placement, random, timing.reference != "none", progress)
+        report = measure_steps(candidates, config, progress)
     if output is not None:
         report.write(output)
     if plot is not None:
@@ -131,25 +131,25 @@ def steps(
 
         draw_steps(report, plot)
     if verbose:
-        for line in lineup.notes:
+        for line in candidates.notes:
             console.note_plain(f"- {line}")
     _present(report, markdown, as_json)
 
 
-def _gather(placement: Placement, random: RandomOptions, with_reference: bool, progress: Progress) -> "Lineup":
+def _gather(placement: Placement, random: RandomOptions, with_reference: bool, progress: Progress) -> "Candidates":
     """The models of --shape, or of --model, or of the current pair."""
-    from quasar_core.bench.steps import pair_lineup, random_lineup
+    from quasar_core.bench.steps import pair_candidates, random_candidates
 
     place: dict[str, Any] = {"device": placement.device, "dtype": placement.dtype, "kernel": placement.kernel}
     if random.shape is not None:
         if placement.model is not None:
             raise UsageError("--shape makes a model of its own: leave out --model.")
-        return random_lineup(random.parse(), with_reference=with_reference, progress=progress, **place)
+        return random_candidates(random.parse(), with_reference=with_reference, progress=progress, **place)
     announce(placement.model)
     from quasar_core import api
 
     pair = api.load_pair(placement.model, placement.verifier, progress=progress, **place)
-    return pair_lineup(pair, _target_folder(placement.model) if with_reference else None)
+    return pair_candidates(pair, _target_folder(placement.model) if with_reference else None)
 
 
 def _target_folder(model: str | None) -> Path:

@@ -85,7 +85,7 @@ class Conversation:
 
         A stopped answer stays in the conversation as far as it came; a message without an answer does not.
         """
-        from quasar_core.decode.prompt import encode_prompt
+        from quasar_core.decode.text import encode_prompt
 
         asked = [*self.messages, {"role": "user", "content": message}]
         pieces: list[str] = []

@@ -21,9 +21,8 @@ from quasar_cli.options import (
     use_threads,
 )
 from quasar_core.config import GenerationConfig
-from quasar_core.errors import UsageError
+from quasar_core.errors import UsageError, reason
 from quasar_core.files import read_text, require_characters
-from quasar_core.foreign import reason
 
 if TYPE_CHECKING:
     from quasar_core.models.pair import Pair
@@ -56,7 +55,7 @@ def generate(
     pair = load_pair(models, config)
 
     from quasar_core.decode.generator import Generator
-    from quasar_core.decode.prompt import encode_prompt
+    from quasar_core.decode.text import encode_prompt
 
     messages = text if system is None else conversation(system, text)
     prompt_ids = encode_prompt(pair.tokenizer, messages, raw=not chat, think=think)

@@ -76,7 +76,7 @@ def inspect(
 
 def _digest(checkpoint: "VerifierCheckpoint") -> str:
     """What checking the weights found, in words."""
-    from quasar_core.checkpoint.digest import check_digest
+    from quasar_core.checkpoint.checks import check_digest
 
     with console.progress_bar() as progress:
         return check_digest(checkpoint, progress)
@@ -112,7 +112,7 @@ def describe(checkpoint: "VerifierCheckpoint") -> dict[str, Any]:
     from quasar_core.checkpoint.headers import describe_marlin, stored_layers
     from quasar_core.checkpoint.loaders import describe_loaders
     from quasar_core.checkpoint.reader import GPTQ_METHODS
-    from quasar_core.models.lean_files import check_fits
+    from quasar_core.models.lean_weights import check_fits
 
     sizes = {entry.name: entry for entry in store.read_headers(checkpoint.folder)}
     plain = set(checkpoint.plain_names)

@@ -17,8 +17,7 @@ from rich.text import Text
 
 from quasar_cli.render import as_ratio
 from quasar_core.bench.arms import BASELINE
-from quasar_core.bench.compare import Comparison
-from quasar_core.bench.metrics import FEWEST, ArmMetrics, Estimate, conditions, mean_over_datasets, measure
+from quasar_core.bench.metrics import FEWEST, ArmMetrics, Comparison, Estimate, conditions, mean_over_datasets, measure
 from quasar_core.bench.results import Results
 
 DATASETS_PER_TABLE = 5  # what fits into 100 columns

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from quasar_core.bench.steps import packed_bytes, weight_bytes
+from quasar_core.bench.steps import layer_bytes, weight_bytes
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.decode.costs import CostRecord, PairCosts, PassCost, stored_costs
 from quasar_core.decode.policy import predict_rates
@@ -54,7 +54,7 @@ class VerifierFigures:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class VerifierComparison:
     """A target's passes, its rates alone, and its verifiers, the best of each mode by name."""
 
     device: str
@@ -74,7 +74,7 @@ class _Verifier:
     record: CostRecord
 
 
-def compare_verifiers(checkpoint: VerifierCheckpoint, device: torch.device, bandwidth: float) -> Comparison:
+def compare_verifiers(checkpoint: VerifierCheckpoint, device: torch.device, bandwidth: float) -> VerifierComparison:
     """The recorded verifiers of this one's target, and the common widths that none of them has.
 
     `bandwidth` in bytes per second gives the floors. QuasarError where the target's passes were never measured here.
@@ -92,7 +92,7 @@ def compare_verifiers(checkpoint: VerifierCheckpoint, device: torch.device, band
     if known and comparer.config is not None:
         verifiers += [comparer.estimated(bits, known[0]) for bits in missing]
     alone = predict_rates(PairCosts(confirm.cost, confirm.cost), None)
-    return Comparison(
+    return VerifierComparison(
         device=confirm.conditions["device"],
         dtype=confirm.conditions["dtype"],
         target=comparer.figures(confirm.cost, comparer.target_bytes, confirm.when, confirm.conditions["products"]),
@@ -201,7 +201,7 @@ class _Comparer:
 
     def _code_bytes(self, bits: int, group_size: int) -> int:
         """Of all blocks in a width."""
-        return sum(packed_bytes(product.columns, sum(product.rows), bits, group_size) for product in self.blocks)
+        return sum(layer_bytes(product.columns, sum(product.rows), bits, group_size) for product in self.blocks)
 
     def _verifier_bytes(self, checkpoint: VerifierCheckpoint) -> int | None:
         """Packed layers by what is stored of them, the rest as the target has it."""

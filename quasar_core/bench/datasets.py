@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import QuasarError, UsageError, reason
 from quasar_core.files import MAX_JSON_BYTES, absolute, is_file, is_folder, parse_json, read_text, require_characters
-from quasar_core.foreign import reason
 from quasar_core.store.hub import hub_failure
 from quasar_core.typed import build
 

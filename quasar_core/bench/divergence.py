@@ -12,9 +12,9 @@ import torch
 from quasar_core.bench.arms import ARMS, BASELINE
 from quasar_core.bench.datasets import Dataset
 from quasar_core.bench.results import Divergence, Row
-from quasar_core.decode.prompt import encode_prompt
+from quasar_core.decode.text import encode_prompt
 from quasar_core.models.pair import Pair
-from quasar_core.models.text_length import begin_text
+from quasar_core.models.rope import begin_text
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,27 @@
 Pure: knows nothing of models. A question's turns and repeats are pooled, and the ratios of the pooled counts are those
 of `records.Stats`, each defined there. A question of which an arm failed any turn counts as failed for that arm, and
 is left out of its other numbers. Speedup has two definitions, each with a bootstrap interval over questions; arrays
-[n, 2] hold a row for each question: the tokens that its steps yielded, and the seconds they took.
+[n, 2] hold a row for each question: the tokens that its steps yielded, and the seconds they took. `compare` sets the
+numbers of two result files beside one another, arm by arm.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from quasar_core.bench.arms import BASELINE
-from quasar_core.bench.results import Results, Row
+from quasar_core.bench.results import Results, Row, differing_settings
+from quasar_core.errors import UsageError
 from quasar_core.records import Stats
 from quasar_core.system import Load
 
 SAMPLES = 2000
 CONFIDENCE = 0.95
+SPEED = "tokens/s"
 FEWEST = 8  # questions: of fewer, a bootstrap's interval is too narrow
 
 Floats = npt.NDArray[np.float64]
@@ -273,3 +277,67 @@ def _yield(answer: _Answer) -> tuple[float, float]:
     """Tokens that the steps yielded, and their seconds."""
     stats = answer.stats or Stats()
     return stats.new_tokens - stats.prefill_tokens, stats.decode_s
+
+
+@dataclass(frozen=True)
+class Change:
+    """One number of one arm in two runs; None where a run has no such number."""
+
+    dataset: str
+    arm: str
+    quantity: str
+    before: float | None
+    after: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """After ÷ before."""
+        return self.after / self.before if self.before and self.after is not None else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All changes, and the settings that the two runs do not share: name, before, after."""
+
+    settings: list[tuple[str, Any, Any]]
+    changes: list[Change]
+
+
+QUANTITIES: dict[str, Callable[[ArmMetrics], float | None]] = {
+    SPEED: lambda metric: metric.tokens_per_s,
+    "speedup": lambda metric: metric.speedup_total.value if metric.speedup_total else None,
+    "acceptance length": lambda metric: metric.acceptance_length,
+}
+
+
+def compare(before: Results, after: Results) -> Comparison:
+    """Compare two runs over the same questions, arm by arm; arms of one run only are left out.
+
+    Raises UsageError when the questions differ, or no arm is in both.
+    """
+    _check_questions(before, after)
+    metrics = {(metric.dataset, metric.arm): metric for metric in measure(before)}
+    pairs = [(metrics[key], metric) for metric in measure(after) if (key := (metric.dataset, metric.arm)) in metrics]
+    if not pairs:
+        raise UsageError("The two result files have no arm in common.")
+    changes = [
+        Change(old.dataset, old.arm, quantity, value(old), value(new))
+        for old, new in pairs
+        for quantity, value in QUANTITIES.items()
+        if old.arm != BASELINE or quantity == SPEED  # vanilla's ratios are 1 by definition
+    ]
+    return Comparison(differing_settings(before.run, after.run), changes)
+
+
+def _check_questions(before: Results, after: Results) -> None:
+    if before.run.datasets != after.run.datasets:
+        raise UsageError(
+            f"The two result files are not about the same questions: {_describe(before)} and {_describe(after)}."
+        )
+
+
+def _describe(results: Results) -> str:
+    return ", ".join(
+        f"{name} ({content['questions']} questions, digest {content['sha256'][:8]})"
+        for name, content in results.run.datasets.items()
+    )

@@ -9,9 +9,8 @@ from quasar_core.bench.arms import BASELINE
 from quasar_core.bench.metrics import measure
 from quasar_core.bench.results import Results
 from quasar_core.bench.steps import REFERENCE, StepReport
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import QuasarError, UsageError, foreign_errors
 from quasar_core.files import refuse_foreign, written_whole
-from quasar_core.foreign import foreign_errors
 from quasar_core.records import FidelityReport, FidelitySlice, MarginTable
 
 if TYPE_CHECKING:

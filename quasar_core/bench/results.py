@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quasar_core.bench.arms import BenchConfig
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import QuasarError, UsageError, reason
 from quasar_core.files import (
     is_file,
     json_line,
@@ -23,9 +23,8 @@ from quasar_core.files import (
     refuse_foreign,
     write_json_lines,
 )
-from quasar_core.foreign import reason
 from quasar_core.records import FinishReason, Stats, without_derived
-from quasar_core.store.steps import reached
+from quasar_core.store.folders import reached
 from quasar_core.typed import build, known_part
 
 FORMAT_VERSION = 1

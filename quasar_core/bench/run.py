@@ -7,17 +7,16 @@ from pathlib import Path
 from quasar_core.bench.arms import ARMS, Arm, BenchConfig
 from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.divergence import find_divergences
-from quasar_core.bench.environment import git_hash, package_versions
 from quasar_core.bench.peers import TransformersPeer
 from quasar_core.bench.results import Results, Row, RowLog, Run, refuse_foreign_results
 from quasar_core.config import Request
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.prompt import encode_prompt
+from quasar_core.decode.text import encode_prompt
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.times import device_name
 from quasar_core.models.pair import Pair
 from quasar_core.records import GenerationResult, Progress, no_progress
-from quasar_core.system import LoadMeter, frequency
+from quasar_core.system import LoadMeter, frequency, git_hash, package_versions
 
 WARM_UP_TOKENS = 16
 

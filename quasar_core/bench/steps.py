@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from quasar_core.bench.environment import git_hash, package_versions
 from quasar_core.bench.synthetic_models import random_pair, random_transformers_model
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
@@ -29,6 +28,7 @@ from quasar_core.models.loading import describe_kernels_in_use, describe_passes
 from quasar_core.models.pair import Pair
 from quasar_core.models.shapes import shape_named
 from quasar_core.records import Progress, no_progress
+from quasar_core.system import git_hash, package_versions
 from quasar_core.timing import Sampler, Timing, time_in_turn, time_one, timed
 
 # Beyond what caches hold; a GPU needs more, or launching would be part of the time.
@@ -47,7 +47,7 @@ TARGET, VERIFIER, REFERENCE = "target", "verifier", "transformers"
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """A model to time: what runs its products, and the bytes of weights that a pass reads."""
 
     model: CausalLM
@@ -56,14 +56,14 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Lineup:
-    """All models of a run, of one shape, by what they are; `all_layers` are those of the shape taken whole.
+class Candidates:
+    """The models that a run times, of one shape, by their roles; `all_layers` are those of the shape taken whole.
 
     `notes` say what was chosen, and why.
     """
 
     name: str
-    subjects: dict[str, Subject]
+    by_name: dict[str, Candidate]
     shape: DecoderConfig
     dtype: torch.dtype
     all_layers: int
@@ -87,28 +87,28 @@ class RandomShape:
         return {**whole, "num_hidden_layers": layers}
 
 
-def pair_lineup(pair: Pair, reference_folder: Path | None) -> Lineup:
+def pair_candidates(pair: Pair, reference_folder: Path | None) -> Candidates:
     """A loaded pair, and the target of a folder in transformers; QuasarError where the pair is not our decoder's."""
     target, verifier = pair.target, pair.verifier
     if not isinstance(target, LeanDecoder) or not isinstance(verifier, LeanDecoder):
         raise QuasarError(
             f"bench steps counts the bytes of our own decoder, and {pair.target_name} does not run on it."
         )
-    subjects = {TARGET: lean_subject(target), VERIFIER: lean_subject(verifier)}
+    by_name = {TARGET: lean_candidate(target), VERIFIER: lean_candidate(verifier)}
     if reference_folder is not None:
         reference = causal_lm.load_target(reference_folder, pair.device, pair.dtype)
-        subjects[REFERENCE] = reference_subject(reference, subjects[TARGET])
-    return Lineup(pair.target_name, subjects, target.config, pair.dtype, target.config.num_layers, pair.notes)
+        by_name[REFERENCE] = reference_candidate(reference, by_name[TARGET])
+    return Candidates(pair.target_name, by_name, target.config, pair.dtype, target.config.num_layers, pair.notes)
 
 
-def random_lineup(
+def random_candidates(
     random: RandomShape,
     device: str = "auto",
     dtype: str = "auto",
     kernel: str = "auto",
     with_reference: bool = False,
     progress: Progress = no_progress,
-) -> Lineup:
+) -> Candidates:
     """Random weights of a shape, in memory."""
     shape = random.config()
     config = DecoderConfig.parse(shape)
@@ -116,31 +116,31 @@ def random_lineup(
     precision, reason = choose_dtype(dtype, shape["dtype"], weight_bytes(config, 2), place)
     target, verifier = random_pair(config, random.codes, place, precision, kernel, progress)
     passes = describe_passes({TARGET: target, VERIFIER: verifier}, progress)
-    subjects = {TARGET: lean_subject(target), VERIFIER: lean_subject(verifier)}
+    by_name = {TARGET: lean_candidate(target), VERIFIER: lean_candidate(verifier)}
     if with_reference:
         reference = random_transformers_model(shape, place, precision)
-        subjects[REFERENCE] = reference_subject(reference, subjects[TARGET])
+        by_name[REFERENCE] = reference_candidate(reference, by_name[TARGET])
     all_layers = replace(random, layers=None).config()["num_hidden_layers"]
     notes = [
         f"dtype: {str(precision).removeprefix('torch.')}, {reason}",
         *describe_kernels_in_use(verifier.packed_layers),
         *passes,
     ]
-    return Lineup(f"{random.name}, random weights", subjects, config, precision, all_layers, notes)
+    return Candidates(f"{random.name}, random weights", by_name, config, precision, all_layers, notes)
 
 
-def lean_subject(decoder: LeanDecoder) -> Subject:
+def lean_candidate(decoder: LeanDecoder) -> Candidate:
     """A target or a verifier with its kernels and bytes."""
     packed = list(decoder.packed_layers)
     kernels = dict.fromkeys(layer.choice.kernel.name for layer in packed)
     dense = "rows in C++" if isinstance(decoder.fast, CpuPass) else "torch linear"
     size = verifier_bytes(decoder.config, packed, decoder.dtype.itemsize)
-    return Subject(decoder, ", ".join(kernels) or dense, size)
+    return Candidate(decoder, ", ".join(kernels) or dense, size)
 
 
-def reference_subject(model: CausalLM, target: Subject) -> Subject:
+def reference_candidate(model: CausalLM, target: Candidate) -> Candidate:
     """The target's weights, run by transformers."""
-    return Subject(model, "transformers, not compiled", target.weight_bytes)
+    return Candidate(model, "transformers, not compiled", target.weight_bytes)
 
 
 def weight_bytes(config: DecoderConfig, itemsize: int) -> int:
@@ -154,7 +154,7 @@ def _elements(product: Product) -> int:
     return rows * product.columns + (rows if product.bias else 0)
 
 
-def packed_bytes(in_features: int, out_features: int, bits: int, group_size: int) -> int:
+def layer_bytes(in_features: int, out_features: int, bits: int, group_size: int) -> int:
     """Codes, float16 scales and packed zeros of a layer, whatever its kernel makes of them."""
     groups = 1 if group_size == -1 else -(-in_features // group_size)
     return out_features * (in_features * bits + groups * (16 + bits)) // 8
@@ -164,7 +164,7 @@ def verifier_bytes(config: DecoderConfig, packed: Sequence[PackedLinear], itemsi
     """Packed layers by their codes, the rest as the target has it."""
     saved = sum(
         itemsize * layer.in_features * layer.out_features
-        - packed_bytes(layer.in_features, layer.out_features, layer.bits, layer.group_size)
+        - layer_bytes(layer.in_features, layer.out_features, layer.bits, layer.group_size)
         for layer in packed
     )
     return weight_bytes(config, itemsize) - saved
@@ -177,7 +177,7 @@ def cache_bytes(config: DecoderConfig, positions: int, itemsize: int) -> int:
 
 
 MOST_TOKENS = 256
-PROMPT_CHUNK = 256
+CONTEXT_CHUNK = 256
 PASSES_FOR_SHARES = 3
 
 Samples = dict[tuple[str, int], Timing]  # of the passes of a model over T tokens
@@ -262,41 +262,41 @@ def _is_report(path: Path) -> bool:
     return {"bandwidth", "rows", "all_layers"} <= content.keys()
 
 
-def measure_steps(lineup: Lineup, config: StepConfig, progress: Progress = no_progress) -> StepReport:
+def measure_steps(candidates: Candidates, config: StepConfig, progress: Progress = no_progress) -> StepReport:
     """Time all passes of all models, interleaved, between two probes of the bandwidth."""
-    shape, itemsize = lineup.shape, lineup.dtype.itemsize
-    device = next(iter(lineup.subjects.values())).model.device
+    shape, itemsize = candidates.shape, candidates.dtype.itemsize
+    device = next(iter(candidates.by_name.values())).model.device
     before = read_bandwidth(device)
-    models = {name: subject.model for name, subject in lineup.subjects.items()}
+    models = {name: candidate.model for name, candidate in candidates.by_name.items()}
     samples = time_passes(models, config, progress)
     bandwidth = before, read_bandwidth(device)
     outside = shares_outside_products(models, config)
     states = {count: cache_bytes(shape, config.context + count, itemsize) for count in config.tokens}
     return StepReport(
-        name=lineup.name,
+        name=candidates.name,
         layers=shape.num_layers,
-        all_layers=lineup.all_layers,
+        all_layers=candidates.all_layers,
         config=config,
         device=device_name(device),
-        dtype=str(lineup.dtype).removeprefix("torch."),
+        dtype=str(candidates.dtype).removeprefix("torch."),
         versions=package_versions(),
         git=git_hash(),
         bandwidth=bandwidth,
-        rows=list(step_rows(samples, lineup.subjects, states, bandwidth, outside)),
+        rows=list(step_rows(samples, candidates.by_name, states, bandwidth, outside)),
         others=next(iter(samples.values())).load.others,
     )
 
 
 def step_rows(
     samples: Samples,
-    subjects: Mapping[str, Subject],
+    candidates: Mapping[str, Candidate],
     states: Mapping[int, int],
     bandwidth: tuple[float, float],
     outside: Mapping[tuple[str, int], float],
 ) -> Iterator[StepRow]:
     """The rows behind samples; `states` are the bytes of keys and values by T."""
     for (name, tokens), timing in samples.items():
-        size = subjects[name].weight_bytes + states[tokens]
+        size = candidates[name].weight_bytes + states[tokens]
         yield StepRow(
             model=name,
             tokens=tokens,
@@ -304,7 +304,7 @@ def step_rows(
             bytes=size,
             floor_ms=1000 * size / max(bandwidth),
             slow_floor_ms=1000 * size / min(bandwidth),
-            kernel=subjects[name].kernel,
+            kernel=candidates[name].kernel,
             outside=outside.get((name, tokens)),
             spread=timing.spread if len(timing.samples) > 1 else None,
         )
@@ -355,15 +355,13 @@ def shares_outside_products(models: Mapping[str, CausalLM], config: StepConfig) 
 
 def _filled_cache(model: CausalLM, text: list[int], room: int) -> KVCache:
     cache: KVCache = model.new_cache(len(text) + room)
-    for start in range(0, len(text), PROMPT_CHUNK):
-        model.forward(text[start : start + PROMPT_CHUNK], cache, last_only=True)
+    for start in range(0, len(text), CONTEXT_CHUNK):
+        model.forward(text[start : start + CONTEXT_CHUNK], cache, last_only=True)
     return cache
 
 
 def _time_pass(model: CausalLM, cache: KVCache, tokens: list[int]) -> float:
-    """Seconds until the logits of all tokens can be read."""
+    """Seconds until the host knows the choice of each token, as greedy decoding runs a pass."""
     start = time.perf_counter()
-    model.forward(tokens, cache)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
+    model.choose(tokens, cache)
     return time.perf_counter() - start

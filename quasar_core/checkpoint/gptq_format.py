@@ -144,7 +144,7 @@ class PackedLayout:
     group_size: int
 
 
-def told_by_shapes(name: str, shapes: Mapping[str, tuple[int, ...]], bits: int, group_size: int) -> PackedLayout:
+def infer_layout(name: str, shapes: Mapping[str, tuple[int, ...]], bits: int, group_size: int) -> PackedLayout:
     """A layer's sizes; `bits` and `group_size` are the checkpoint's usual ones.
 
     So layers of widths of their own (`dynamic`), and configs that name no group size, need no table. QuasarError where
@@ -189,7 +189,7 @@ def unpack_weight(
 
     Of `symmetric` codes the zeros tell the version themselves (`offset_of_symmetric`).
     """
-    layout = told_by_shapes(name, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, bits, group_size)
+    layout = infer_layout(name, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, bits, group_size)
     bits, size = layout.bits, layout.group_size
     for what, tensor in tensors.items():
         check_part(name, what, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), layout)

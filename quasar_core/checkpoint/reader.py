@@ -14,15 +14,14 @@ from quasar_core.checkpoint.gptq_format import (
     PackedLayout,
     QuantizedWeight,
     check_part,
+    infer_layout,
     offset_of_symmetric,
-    told_by_shapes,
     unpack_columns,
     unpack_weight,
 )
 from quasar_core.config import BITS
-from quasar_core.errors import QuasarError
+from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.files import is_file, is_folder, read_json, read_json_if_there, require_regular
-from quasar_core.foreign import foreign_errors
 from quasar_core.records import FidelityReport
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import INDEX_NAME, WEIGHTS_NAME, read_headers, read_index, weight_files
@@ -190,7 +189,7 @@ class QuantizationFormat:
 
     def layout(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> PackedLayout:
         """A layer's sizes, from the shapes of its tensors."""
-        return told_by_shapes(name, shapes, self.bits, self.group_size)
+        return infer_layout(name, shapes, self.bits, self.group_size)
 
     def unpack(self, name: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
         """Read a layer's tensors strictly."""

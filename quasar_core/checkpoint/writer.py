@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from quasar_core.errors import QuasarError
+from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.files import is_file, sync, write_json, written_whole
-from quasar_core.foreign import foreign_errors
 from quasar_core.store.folders import KEPT_FILES
 
 MAX_SHARD_BYTES = 4_000_000_000

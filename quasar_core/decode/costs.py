@@ -4,17 +4,15 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import torch
 
 from quasar_core.kernels.times import measured_on
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.models.pair import Pair
 from quasar_core.store.measured import Measured, measured_file, positive, stored
-from quasar_core.system import QUIET
+from quasar_core.system import QUIET, package_version
 from quasar_core.timing import Sampler, Timing, time_in_turn
 from quasar_core.typed import build
 
@@ -149,9 +147,6 @@ def _size_class(tokens: int) -> int:
     return (tokens - 1).bit_length()
 
 
-# Measuring
-
-
 def cost_from_timings(timings: dict[int, Timing]) -> PassCost:
     """The cost behind timed passes of each size: the time of a longer pass bounds that of a shorter one from above."""
     sizes = sorted(timings)
@@ -179,21 +174,20 @@ def measure_pass(
 
 
 def pass_sampler(model: CausalLM, cache: KVCache, size: int, now: Callable[[], float] = time.perf_counter) -> Sampler:
-    """Seconds until the logits of a pass of `size` tokens can be read; the cache is as before."""
+    """Seconds until the host knows the choices of a pass of `size` tokens; the cache is as before.
+
+    Greedy decoding runs passes so. Where logits are read, by sampling or processors, writing them costs more; with
+    processors the passes of the run itself correct that.
+    """
 
     def sample() -> float:
         length, start = cache.length, now()
-        model.forward([0] * size, cache)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)
+        model.choose([0] * size, cache)
         seconds = now() - start
         cache.rollback(length)
         return seconds
 
     return sample
-
-
-# Remembering
 
 
 @dataclass(frozen=True)
@@ -247,7 +241,7 @@ def forget_cost(pair: Pair, role: Role) -> None:
 
 def stored_costs() -> Iterator[CostRecord]:
     """Every cost on the disk that holds for this version, the latest first; a damaged file is a QuasarError."""
-    current = _quasar_version()
+    current = package_version("quasar-cli")
     records = [
         CostRecord(values[NAME].value, conditions, values[NAME].measured_at, remembered=True)
         for conditions, values in stored(KIND, _parse)
@@ -297,7 +291,7 @@ def _conditions(pair: Pair, role: Role) -> dict[str, str]:
         "role": role,
         "products": ", ".join(kernels) or "torch linear",
         "passes": f"{type(model).__name__}, {fast.name}" if fast else type(model).__name__,
-        "quasar": _quasar_version(),
+        "quasar": package_version("quasar-cli"),
         **measured_on(pair.device, pair.dtype),
     }
 
@@ -312,13 +306,6 @@ def _parse(content: Any) -> PassCost:
     if not sizes or sizes[0] < 1 or list(sizes) != sorted(set(sizes)) or list(seconds) != sorted(seconds):
         raise ValueError("no costs")
     return PassCost(sizes, seconds)
-
-
-def _quasar_version() -> str:
-    try:
-        return version("quasar-cli")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
 
 
 def _ago(seconds: float) -> str:

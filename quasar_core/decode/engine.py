@@ -14,10 +14,18 @@ from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.policy import NO_DRAFT, DraftLength, WindowPolicy
 from quasar_core.decode.processors import Processors
 from quasar_core.decode.sampling import accept_matching, confirm_sampled, distribution, draw
-from quasar_core.draft.base import Draft, Drafter
+from quasar_core.draft.drafters import Draft, Drafter
 from quasar_core.errors import QuasarError
-from quasar_core.models.base import CausalLM, KVCache
-from quasar_core.models.choices import NO_TOKEN, NOT_NUMBERS, Choices, best_tokens, bring_over, choose_best
+from quasar_core.models.base import (
+    NO_TOKEN,
+    NOT_NUMBERS,
+    CausalLM,
+    Choices,
+    KVCache,
+    best_tokens,
+    bring_over,
+    choose_best,
+)
 from quasar_core.models.memory import PROMPT_CHUNK
 from quasar_core.models.pair import Pair
 from quasar_core.records import Confirm, Stats, Step

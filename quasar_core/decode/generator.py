@@ -26,12 +26,11 @@ from quasar_core.decode.policy import (
 )
 from quasar_core.decode.processors import Processors, describe_processors
 from quasar_core.decode.text import TextStream
-from quasar_core.draft.base import Drafter
-from quasar_core.draft.select import make_drafter
+from quasar_core.draft.drafters import Drafter, make_drafter
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.base import KVCache
 from quasar_core.models.pair import Pair
-from quasar_core.models.text_length import begin_text
+from quasar_core.models.rope import begin_text
 from quasar_core.records import FinishReason, GenerationResult
 from quasar_core.system import Load, LoadMeter
 

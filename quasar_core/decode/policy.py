@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quasar_core.decode.costs import DOUBTFUL, KNOWN, Cost, LiveCost, PairCosts
-from quasar_core.draft.base import Draft
+from quasar_core.draft.drafters import Draft
 from quasar_core.records import MarginTable
 
 MAX_DRAFT = 15
@@ -23,7 +23,7 @@ FADING = 0.99
 FADING_UNTRIED = 0.99
 # What trying may lose, in passes of one token: a share of each, and so many at once; what drafts gain, they may lose.
 ALLOWANCE = 0.01
-FIRST_CREDIT, LEAST_CREDIT, MAX_CREDIT = 1.5, 0.5, 8.0
+FIRST_BUDGET, LEAST_BUDGET, MAX_BUDGET = 1.5, 0.5, 8.0
 MAX_DEBT = 1.5  # paid off in 150 passes: charges may be another program's doing
 # What a pass of unknown cost may be charged at most: its time may be another program's.
 MAX_CHARGE = 4.0
@@ -80,10 +80,10 @@ class FixedLength:
 class AdaptiveLength:
     """Estimates P(next draft token is right | match length) and maximises expected tokens ÷ cost of the pass.
 
-    A draft of k tokens of acceptance a yields 1 + a + … + a^k tokens for cost(k + 1). Estimates err, so an account is
-    kept of what drafts, and drafting itself, have cost beyond plain decoding: while it is overdrawn nothing is drafted,
-    whatever is promised. With a LiveCost, which passes correct, some must be made without a draft, the first ones
-    among them: they are the measure of all others.
+    A draft of k tokens of acceptance a yields 1 + a + … + a^k tokens for cost(k + 1). Estimates err, so a
+    budget bounds the time lost to rejected drafts and to drafting itself; drafting pauses while it is spent. With a
+    LiveCost, which passes correct, some must be made without a draft, the first ones among them: they are the measure
+    of all others.
     """
 
     def __init__(self, cost: Cost) -> None:
@@ -91,19 +91,19 @@ class AdaptiveLength:
         self.cost = cost if isinstance(cost, LiveCost) else LiveCost(cost)
         self._right: dict[int, float] = {}
         self._tried: dict[int, float] = {}
-        self._credit = FIRST_CREDIT  # in passes of one token
+        self._budget = FIRST_BUDGET  # in passes of one token
         self._yield = 0.0  # draft tokens that a pass accepts, lately
         self._measure = self.cost(1)  # by which drafts were charged
         self._rested = 0  # steps in which nothing was asked of the drafter
 
     def begin(self) -> None:
         """Another text begins: drafts may be tried again, if only a little."""
-        self._credit = max(self._credit, LEAST_CREDIT)
+        self._budget = max(self._budget, LEAST_BUDGET)
 
     @property
     def limit(self) -> int:
-        """None while the account is overdrawn, and where a pass without a draft is due."""
-        return 0 if self._credit <= 0 or self._plain_is_due() else MAX_DRAFT
+        """None while the budget is spent, and where a pass without a draft is due."""
+        return 0 if self._budget <= 0 or self._plain_is_due() else MAX_DRAFT
 
     def acceptance(self, match_length: int) -> float:
         """The running estimate, which starts at the prior."""
@@ -113,7 +113,7 @@ class AdaptiveLength:
 
     def cut(self, draft: Draft) -> Draft:
         """Keep the length of the best expected rate; none where plain decoding is as fast, or drafts have lost much."""
-        if not draft.tokens or self._credit <= 0:
+        if not draft.tokens or self._budget <= 0:
             return NO_DRAFT
         if self._rested:
             for match_length in list(self._tried):
@@ -130,16 +130,16 @@ class AdaptiveLength:
         """A refused token is one trial more; tokens behind it were never tried."""
         if pass_s is not None:
             self.cost.observe(len(draft.tokens) + 1, pass_s)
-        self._credit += ALLOWANCE
+        self._budget += ALLOWANCE
         self._forgive()
         if drafting_s:
-            self._credit -= min(drafting_s / self.cost(1), MAX_CHARGE)
+            self._budget -= min(drafting_s / self.cost(1), MAX_CHARGE)
         else:
             self._rested += not draft.tokens
         if draft.tokens:
             self._count(draft, accepted)
-            self._credit += accepted + 1 - self._charge(len(draft.tokens) + 1, pass_s)
-        self._credit = min(max(self._credit, -MAX_DEBT), MAX_CREDIT)
+            self._budget += accepted + 1 - self._charge(len(draft.tokens) + 1, pass_s)
+        self._budget = min(max(self._budget, -MAX_DEBT), MAX_BUDGET)
 
     def _plain_is_due(self) -> bool:
         """Until passes without a draft are known; then now and again."""
@@ -147,7 +147,7 @@ class AdaptiveLength:
         return self._is_timed and (self.cost.seen(1) < KNOWN or self.cost.since_single >= often)
 
     def _affordable(self, longest: int) -> int:
-        """The longest draft that, all of it refused, overdraws the account by no more than a pass.
+        """The longest draft that, all of it refused, exceeds the budget by no more than a pass.
 
         Where plain passes cost something else than what was remembered, longer ones are tried step by step: no more
         than twice the tokens of what is known.
@@ -157,7 +157,7 @@ class AdaptiveLength:
             while known <= longest and self.cost.seen(known) >= KNOWN:
                 known *= 2
             longest = min(longest, max(known - 1, 1))
-        most = (2 + self._credit) * self.cost(1)
+        most = (2 + self._budget) * self.cost(1)
         while longest > 1 and self.cost(longest + 1) > most:
             longest -= 1
         return longest
@@ -165,7 +165,7 @@ class AdaptiveLength:
     def _probe(self, longest: int) -> int:
         """A short draft although none seems to pay, where nothing is owed and its cost was not seen for long."""
         length = min(PROBED, longest)
-        is_due = self._is_timed and self._credit >= LEAST_CREDIT and self.cost.seen(length + 1) < KNOWN
+        is_due = self._is_timed and self._budget >= LEAST_BUDGET and self.cost.seen(length + 1) < KNOWN
         return length if is_due else 0
 
     def _charge(self, tokens: int, pass_s: float | None) -> float:
@@ -179,7 +179,7 @@ class AdaptiveLength:
     def _forgive(self) -> None:
         """Where the machine has become slower or faster as a whole, charges were made by the wrong measure."""
         if not 1 / DOUBTFUL <= self.cost(1) / self._measure <= DOUBTFUL:
-            self._measure, self._credit = self.cost(1), max(self._credit, LEAST_CREDIT)
+            self._measure, self._budget = self.cost(1), max(self._budget, LEAST_BUDGET)
 
     def _count(self, draft: Draft, accepted: int) -> None:
         self._yield += 0.1 * (accepted - self._yield)

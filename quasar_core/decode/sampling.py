@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from quasar_core.config import SamplingConfig
-from quasar_core.models.choices import NO_TOKEN
+from quasar_core.models.base import NO_TOKEN
 
 
 def distribution(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:

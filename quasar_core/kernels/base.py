@@ -41,10 +41,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class RoundedRows:
-    """Rows x [T, in] ≈ codes · steps, rounded to 8 bits by whatever computed them."""
+    """Rows x [T, in] ≈ codes · scales, rounded to 8 bits by whatever computed them."""
 
     codes: torch.Tensor  # [T, in] int8 or float8
-    steps: torch.Tensor  # [T] float32
+    scales: torch.Tensor  # [T] float32
 
 
 class Kernel(Protocol):

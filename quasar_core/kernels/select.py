@@ -9,9 +9,8 @@ from quasar_core.errors import UsageError
 from quasar_core.kernels.base import Kernel, LayerShape
 from quasar_core.kernels.cpu.vnni import VnniKernel
 from quasar_core.kernels.dense import DenseKernel, ReferenceKernel, why_no_room
-from quasar_core.kernels.float8 import Float8Kernel
+from quasar_core.kernels.eight_bit import Float8Kernel, Int8Kernel
 from quasar_core.kernels.int4 import CpuInt4Kernel, CudaInt4Kernel
-from quasar_core.kernels.int8 import Int8Kernel
 from quasar_core.kernels.marlin import MarlinKernel
 from quasar_core.kernels.times import KernelFigures, Times, kernel_times
 from quasar_core.kernels.triton.adapters import TritonKernel

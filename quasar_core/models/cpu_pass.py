@@ -16,8 +16,8 @@ from quasar_core.kernels.cpu import library
 from quasar_core.kernels.cpu import library as cpp
 from quasar_core.kernels.cpu.vnni import VnniWeight
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.models.choices import Choices
-from quasar_core.models.decoder import DecoderCache, DecoderLayer, DenseLinear, JoinedLinear, LeanDecoder, Linear
+from quasar_core.models.base import Choices
+from quasar_core.models.decoder import DecoderCache, DecoderLayer, DenseLinear, FusedLinear, LeanDecoder, Linear
 
 BITS_OF = {torch.bfloat16: 16, torch.float32: 32}
 KERNELS = frozenset({"vnni", "dense"})  # whose weights it reads as they prepared them
@@ -125,7 +125,7 @@ class CpuPass:
             eps=config.eps,
             embedding=self._address(decoder.embedding),
             norm=self._address(decoder.norm.float()),
-            head=self._joined(decoder.head),
+            head=self._fused(decoder.head),
             layer=(cpp.Layer * len(layers))(*layers),
         )
 
@@ -135,17 +135,17 @@ class CpuPass:
             input_norm=self._address(layer.input_norm.float()),
             mlp_norm=self._address(layer.mlp_norm.float()),
             head_norms=None if head_norms is None else self._address(head_norms.float()),
-            qkv=self._joined(layer.qkv),
-            out=self._joined(layer.out),
-            gate_up=self._joined(layer.gate_up),
-            down=self._joined(layer.down),
+            qkv=self._fused(layer.qkv),
+            out=self._fused(layer.out),
+            gate_up=self._fused(layer.gate_up),
+            down=self._fused(layer.down),
             window=layer.window or 0,
             rotates=layer.rotates,
         )
 
-    def _joined(self, product: Linear) -> cpp.Joined:
-        parts = [self._product(part) for part in (product.parts if isinstance(product, JoinedLinear) else (product,))]
-        return cpp.Joined(
+    def _fused(self, product: Linear) -> cpp.FusedWeight:
+        parts = [self._product(part) for part in (product.parts if isinstance(product, FusedLinear) else (product,))]
+        return cpp.FusedWeight(
             parts=(cpp.Product * cpp.MOST_PARTS)(*parts),
             count=len(parts),
             inputs=parts[0].inputs,

@@ -19,63 +19,65 @@ from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.architectures import DecoderConfig
-from quasar_core.models.base import CausalLM, FastPass
-from quasar_core.models.choices import Choices, choose_best, join_choices
-from quasar_core.models.rope import RopeTables
-from quasar_core.models.text_length import PromptLength
+from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, join_choices
+from quasar_core.models.rope import PromptLength, RopeTables
 
 # Up to here the query heads of a group are rows of one product, so that keys and values are read once for all of them.
 FOLDED_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Sight:
-    """Which positions the tokens of a pass see: from `first` to `end`, less what the mask takes away."""
+class AttentionMask:
+    """Which positions the tokens of a pass attend to: from `first` to `end`, less what `added` takes away."""
 
     first: int
     end: int
     causal: bool  # a prompt from position 0, which needs no mask
-    mask: torch.Tensor | None  # [T, L], or [T·G, L] for folded groups: 0 or −∞, added to the scores
+    added: torch.Tensor | None  # to the scores: 0 or −∞, [T, L], or [T·G, L] for folded groups
 
 
-def sight(start: int, count: int, window: int | None, group: int, device: torch.device, dtype: torch.dtype) -> Sight:
-    """For `count` tokens at position `start`; a window counts the token's own position."""
+def make_mask(
+    start: int, count: int, window: int | None, group: int, device: torch.device, dtype: torch.dtype
+) -> AttentionMask:
+    """Make the mask of `count` tokens at position `start`; a window counts the token's own position."""
     end = start + count
     first = 0 if window is None else max(0, start - window + 1)
     if count == 1:
-        return Sight(first, end, causal=False, mask=None)
+        return AttentionMask(first, end, causal=False, added=None)
     if start == 0 and (window is None or count <= window):
-        return Sight(first, end, causal=True, mask=None)
+        return AttentionMask(first, end, causal=True, added=None)
     if device.type == "cuda" and window is None and count > FOLDED_TOKENS:
         # A later chunk of a prompt. Flash attention takes no tensor for a mask, but it takes "causal, and the last
         # query sees the last key", which is what this one says.
-        return Sight(0, end, causal=False, mask=causal_lower_right(count, end))
+        return AttentionMask(0, end, causal=False, added=causal_lower_right(count, end))
     own = torch.arange(start, end, device=device)[:, None]
     seen = torch.arange(first, end, device=device)
     hidden = seen > own
     if window is not None:
         hidden |= seen <= own - window
-    mask = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
-    return Sight(first, end, causal=False, mask=mask.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else mask)
+    added = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return AttentionMask(
+        first, end, causal=False, added=added.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else added
+    )
 
 
-def attend(queries: torch.Tensor, states: torch.Tensor, sight: Sight) -> torch.Tensor:
+def attend(queries: torch.Tensor, states: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
     """Queries [T, H·G, D] over a layer's keys and values [2, H, capacity, D] → [T, H·G·D]."""
-    keys, values = states[:, None, :, sight.first : sight.end].unbind()
+    keys, values = states[:, None, :, mask.first : mask.end].unbind()
     count, heads, size = queries.shape
-    if sight.causal or count > FOLDED_TOKENS:
+    if mask.causal or count > FOLDED_TOKENS:
         mixed = scaled_dot_product_attention(
             queries.transpose(0, 1)[None],
             keys,
             values,
-            attn_mask=sight.mask,
-            is_causal=sight.causal,
+            attn_mask=mask.added,
+            is_causal=mask.causal,
             enable_gqa=heads != keys.shape[1],
         )
         return mixed[0].transpose(0, 1).reshape(count, -1)
     groups = queries.view(count, keys.shape[1], -1, size)  # [T, H, G, D]
     rows = groups.transpose(0, 1).reshape(1, keys.shape[1], -1, size)  # [1, H, T·G, D]
-    mixed = scaled_dot_product_attention(rows, keys, values, attn_mask=sight.mask)
+    mixed = scaled_dot_product_attention(rows, keys, values, attn_mask=mask.added)
     return mixed.view(keys.shape[1], count, -1, size).transpose(0, 1).reshape(count, -1)
 
 
@@ -135,8 +137,8 @@ class DenseLinear:
 
 
 @dataclass(frozen=True)
-class JoinedLinear:
-    """Linear layers of one input that cannot be fused, such as packed ones of different widths."""
+class FusedLinear:
+    """Linear layers of one input as one layer; each keeps its own weight, such as packed ones of different widths."""
 
     parts: tuple[Linear, ...]
 
@@ -173,7 +175,7 @@ class _Place:
     end: int
     cos: torch.Tensor
     sin: torch.Tensor
-    sights: dict[int | None, Sight]
+    masks: dict[int | None, AttentionMask]
 
 
 class LeanDecoder(CausalLM):
@@ -214,7 +216,7 @@ class LeanDecoder(CausalLM):
     def packed_layers(self) -> Iterator[PackedLinear]:
         """Linear layers on packed codes; none in a target."""
         for product in (*(product for layer in self.layers for product in layer.linears), self.head):
-            parts = product.parts if isinstance(product, JoinedLinear) else (product,)
+            parts = product.parts if isinstance(product, FusedLinear) else (product,)
             yield from (part for part in parts if isinstance(part, PackedLinear))
 
     def new_cache(self, capacity: int) -> DecoderCache:
@@ -262,8 +264,8 @@ class LeanDecoder(CausalLM):
     def _place(self, cache: DecoderCache, count: int) -> _Place:
         start = cache.length
         cos, sin = self.rope.rows(start, start + count, cache.prompt_length)
-        sights = {w: sight(start, count, w, self._group, self.device, self.dtype) for w in self._windows}
-        return _Place(start, start + count, cos, sin, sights)
+        masks = {w: make_mask(start, count, w, self._group, self.device, self.dtype) for w in self._windows}
+        return _Place(start, start + count, cos, sin, masks)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, weight.shape, weight, self.config.eps)
@@ -274,7 +276,7 @@ class LeanDecoder(CausalLM):
         self._rotate(layer, heads[:, : self._rotated_heads], place)
         written = heads[:, self.config.num_heads :].unflatten(1, (2, -1))  # [T, 2, H, D]
         states[:, :, place.start : place.end] = written.permute(1, 2, 0, 3)
-        return layer.out(attend(heads[:, : self.config.num_heads], states, place.sights[layer.window]))
+        return layer.out(attend(heads[:, : self.config.num_heads], states, place.masks[layer.window]))
 
     def _rotate(self, layer: DecoderLayer, heads: torch.Tensor, place: _Place) -> None:
         """Norm and rotate queries and keys [T, H·G + H, D] in place, as the layer has it."""

@@ -11,7 +11,7 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.architectures import DecoderConfig
-from quasar_core.models.decoder import DenseLinear, JoinedLinear, Linear
+from quasar_core.models.decoder import DenseLinear, FusedLinear, Linear
 from quasar_core.records import Progress, no_progress
 
 
@@ -85,7 +85,7 @@ class Packing:
             if _agree(weights):
                 place = self.device, self.dtype, self.kernel, self.progress
                 return PackedLinear.build(concatenate(weights), self._bias(product), *place)
-        return JoinedLinear(tuple(self(product.part(index), dense) for index in range(len(packed))))
+        return FusedLinear(tuple(self(product.part(index), dense) for index in range(len(packed))))
 
     def refuse_unknown(self, config: DecoderConfig) -> None:
         """Codes that no product takes are an error."""

@@ -20,7 +20,7 @@ from quasar_core.models.cuda import graph_pass
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.hf import causal_lm
 from quasar_core.models.hf.causal_lm import TransformersLM
-from quasar_core.models.lean_files import why_folder_not_lean
+from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.records import Progress, no_progress
 
 

@@ -13,8 +13,7 @@ import torch
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures import DecoderConfig
-from quasar_core.models.lean_files import why_folder_not_lean
-from quasar_core.models.lean_weights import tied_as_stored
+from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
 from quasar_core.models.linear import Product, block_products, head_product
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import read_headers
@@ -54,7 +53,7 @@ def pair_need(
     target = plain if use_target else 0
     verifier = 0
     if checkpoint is not None:
-        verifier = packed_bytes(checkpoint)
+        verifier = stored_bytes(checkpoint)
         if not use_target:
             verifier += plain - replaced_elements(config, checkpoint.layer_names) * dtype.itemsize
     models = int(use_target) + int(checkpoint is not None)
@@ -88,7 +87,7 @@ def replaced_elements(config: DecoderConfig, packed: list[str]) -> int:
     return sum(parts.get(name, 0) for name in packed)
 
 
-def packed_bytes(checkpoint: VerifierCheckpoint) -> int:
+def stored_bytes(checkpoint: VerifierCheckpoint) -> int:
     """Codes, scales and zeros as they are stored; kernels bring them into another order, of about the same size."""
     plain = set(checkpoint.plain_names)
     return sum(entry.size for entry in read_headers(checkpoint.folder) if entry.name not in plain)

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from quasar_core.errors import QuasarError
+from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.files import read_json_if_there
-from quasar_core.foreign import foreign_errors
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.records import FidelityReport
 from quasar_core.typed import build

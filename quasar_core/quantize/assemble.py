@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from quasar_core.checkpoint import compressed_tensors
-from quasar_core.checkpoint.digest import KEY as DIGESTS
+from quasar_core.checkpoint.checks import KEY as DIGESTS
 from quasar_core.checkpoint.loaders import dynamic_rules
 from quasar_core.checkpoint.reader import CARD_VERSION, TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
@@ -17,12 +17,13 @@ from quasar_core.config import BITS, QuantizeConfig
 from quasar_core.files import write_json, write_whole
 from quasar_core.models.hf.skeleton import Weights
 from quasar_core.quantize.calibration import Calibration
-from quasar_core.quantize.job import Job, Width, commit_files, committed_tensors, package_versions, read_summary
+from quasar_core.quantize.job import Job, Width, commit_files, committed_tensors, read_summary
 from quasar_core.quantize.layer_plan import HEAD
 from quasar_core.records import FidelityReport, QuantizeReport
 from quasar_core.store.folders import CARD
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import weight_files
+from quasar_core.system import package_versions
 
 MIXED = "mixed-width"
 

@@ -18,11 +18,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quasar_core.config import QuantizeConfig
-from quasar_core.decode.prompt import render, text_of
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.decode.text import render, text_of
+from quasar_core.errors import QuasarError, UsageError, foreign_errors
 from quasar_core.files import is_file, opened, parse_json, read_text, require_characters
-from quasar_core.foreign import foreign_errors
-from quasar_core.models.choices import refuse_odd_logits
+from quasar_core.models.base import refuse_odd_logits
 from quasar_core.models.hf.cache import PreallocatedCache
 from quasar_core.quantize.malloc import return_freed_memory
 from quasar_core.quantize.text_log import TextLog

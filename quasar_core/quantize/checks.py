@@ -7,8 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quasar_core.checkpoint.reader import TensorFiles
 from quasar_core.config import QuantizeConfig
-from quasar_core.errors import QuasarError
-from quasar_core.foreign import reason
+from quasar_core.errors import QuasarError, reason
 from quasar_core.models.hf.skeleton import Weights, emptied
 from quasar_core.quantize.blocks.activations import capture_first_inputs, run_block
 from quasar_core.quantize.blocks.streaming import StreamedModel

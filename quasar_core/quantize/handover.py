@@ -17,12 +17,12 @@ from quasar_core.store.folders import (
     LOCK,
     clear_commits,
     put_back,
+    reached,
     read_card,
     remove_verifier,
     set_aside,
     set_aside_before,
 )
-from quasar_core.store.steps import reached
 
 Record = Callable[[], object]
 

@@ -8,10 +8,8 @@ how to read the codes.
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -28,9 +26,8 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import parse_json, read_json, write_json
 from quasar_core.store.folders import COMMITS, IDENTITY, LOCK, partial_folder, refuse_foreign_work, remove_work
+from quasar_core.system import package_versions
 from quasar_core.typed import build
-
-PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -84,17 +81,6 @@ class Job:
     def digest(self) -> str:
         """The identity as a checkpoint's card has it, which tells no path of this machine."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what the result depends on; a package that runs from a checkout has none."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.writer import save_tensors
+from quasar_core.errors import foreign_errors
 from quasar_core.files import exists, require_regular
-from quasar_core.foreign import foreign_errors
 from quasar_core.models.context import UNLIMITED, position_limit
 from quasar_core.quantize.assemble import assemble, describe, make_report
 from quasar_core.quantize.blocks.activations import Activations, capture_first_inputs

@@ -6,8 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from quasar_core.errors import QuasarError
-from quasar_core.foreign import reason
+from quasar_core.errors import QuasarError, reason
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import read_headers
 

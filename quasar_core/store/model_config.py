@@ -1,10 +1,12 @@
-"""A model's config.json, with the options that are read here of the types and signs that they must have."""
+"""Read a model's config.json, and refuse options of a wrong type or sign and counts that its files cannot hold."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from quasar_core.errors import QuasarError
 from quasar_core.files import read_json
+from quasar_core.store.safetensors_header import read_headers
 from quasar_core.typed import build
 
 _SIZE: Any = int | list | None
@@ -28,6 +30,9 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+# Each layer stores one tensor at least, each expert one weight for every input.
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "moe_num_experts")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -51,3 +56,27 @@ def _check(options: dict[str, Any], where: str) -> None:
         build(_SIZE, size, where + name)
         if isinstance(size, int) and size < 1:
             raise ValueError(f"{where}{name} must be at least 1, not {size}")
+
+
+def check_counts(folder: Path) -> None:
+    """QuasarError for more layers or experts than the model's files can hold."""
+    entries = read_headers(folder)
+    bounds = {
+        **dict.fromkeys(_LAYER_COUNTS, (len(entries), "tensors")),
+        **dict.fromkeys(_EXPERT_COUNTS, (sum(entry.size for entry in entries) // 64, "blocks of 64 bytes")),
+    }
+    for option, count in _integers(read_config(folder)):
+        most, unit = bounds.get(option, (count, ""))
+        if count > most:
+            raise QuasarError(
+                f"config.json in {folder} has {count:,} for {option}, and the files hold {most:,} {unit} altogether."
+            )
+
+
+def _integers(content: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Options that are whole numbers, those of sub-configs too."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _integers(value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            yield key, value

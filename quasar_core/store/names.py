@@ -10,9 +10,8 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_file, is_folder, refuse_special_files
 from quasar_core.store.home import home
 from quasar_core.store.hub import download_model
-from quasar_core.store.model_config import read_config
+from quasar_core.store.model_config import check_counts, read_config
 from quasar_core.store.safetensors_header import weight_files
-from quasar_core.store.sizes import check_counts
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

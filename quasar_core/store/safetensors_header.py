@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quasar_core.errors import QuasarError
+from quasar_core.errors import QuasarError, reason
 from quasar_core.files import is_file, opened, parse_json, read_json
-from quasar_core.foreign import reason
 from quasar_core.typed import build
 
 _LENGTH_BYTES = 8

@@ -13,12 +13,12 @@ from quasar_cli.render import steps as render
 from quasar_cli.render.bench import as_markdown
 from quasar_core.bench import steps, synthetic_models
 from quasar_core.bench.steps import (
+    Candidate,
     RandomShape,
     StepConfig,
     StepReport,
-    Subject,
     cache_bytes,
-    packed_bytes,
+    layer_bytes,
     step_rows,
     time_passes,
     weight_bytes,
@@ -73,7 +73,7 @@ def test_weight_bytes_by_hand() -> None:
     ],
 )
 def test_packed_bytes_by_hand(bits: int, group_size: int, expected: int) -> None:
-    assert packed_bytes(64, 8, bits, group_size) == expected
+    assert layer_bytes(64, 8, bits, group_size) == expected
 
 
 def test_the_bytes_of_the_published_shape() -> None:
@@ -91,9 +91,9 @@ def test_a_window_bounds_the_bytes_of_the_cache() -> None:
 
 
 def test_rows_by_hand() -> None:
-    subjects = {"target": Subject(model=None, kernel="torch linear", weight_bytes=900)}  # type: ignore[arg-type]
+    by_name = {"target": Candidate(model=None, kernel="torch linear", weight_bytes=900)}  # type: ignore[arg-type]
     samples = {("target", 1): Timing((0.002, 0.003, 0.004)), ("target", 8): Timing((0.005,))}
-    first, second = step_rows(samples, subjects, {1: 100, 8: 300}, (1e6, 5e5), {("target", 8): 0.25})
+    first, second = step_rows(samples, by_name, {1: 100, 8: 300}, (1e6, 5e5), {("target", 8): 0.25})
     assert (first.ms, first.bytes, first.floor_ms, first.slow_floor_ms) == (3.0, 1000, 1.0, 2.0)
     assert first.ratio == 3.0
     assert (second.tokens, second.bytes, second.floor_ms) == (8, 1200, 1.2)
@@ -120,6 +120,10 @@ class CountingModel:
         self.length = length
 
     def forward(self, tokens: list[int], cache: Any, last_only: bool = False) -> None:
+        assert last_only, "logits of every token are written"
+        self.choose(tokens, cache)
+
+    def choose(self, tokens: list[int], cache: Any) -> None:
         self.log.append((self.name, self.length, len(tokens)))
         self.length += len(tokens)
         assert self.length <= self.capacity
@@ -160,16 +164,16 @@ def test_random_models_have_no_zeros_and_finite_logits(name: str) -> None:
 
 def test_a_quantized_head_is_counted() -> None:
     heads = [
-        steps.random_lineup(RandomShape("tiny", codes=QuantizeConfig(group_size=32, lm_head_bits=bits)))
+        steps.random_candidates(RandomShape("tiny", codes=QuantizeConfig(group_size=32, lm_head_bits=bits)))
         for bits in (16, 4)
     ]
-    sizes = [lineup.subjects["verifier"].weight_bytes for lineup in heads]
-    head = packed_bytes(64, 160, 4, 32)
+    sizes = [candidates.by_name["verifier"].weight_bytes for candidates in heads]
+    head = layer_bytes(64, 160, 4, 32)
     itemsize = heads[0].dtype.itemsize
     assert sizes[0] - sizes[1] == itemsize * 160 * 64 - head
     layers = [(64, 256), (128, 64), (64, 192), (96, 64)]
-    assert sizes[1] == head + 3 * sum(packed_bytes(*layer, 4, 32) for layer in layers)
-    assert heads[0].subjects["target"].weight_bytes == weight_bytes(CONFIG, itemsize)
+    assert sizes[1] == head + 3 * sum(layer_bytes(*layer, 4, 32) for layer in layers)
+    assert heads[0].by_name["target"].weight_bytes == weight_bytes(CONFIG, itemsize)
 
 
 # The command
@@ -221,7 +225,7 @@ def test_markdown_has_a_row_for_each_length() -> None:
     rows = list(
         step_rows(
             {place: Timing((seconds,)) for place, seconds in taken.items()},
-            {name: Subject(None, "k", 10**6) for name in ("target", "transformers")},  # type: ignore[arg-type]
+            {name: Candidate(None, "k", 10**6) for name in ("target", "transformers")},  # type: ignore[arg-type]
             {1: 0, 16: 0},
             (1e9, 2e9),
             {("target", 1): 0.123},

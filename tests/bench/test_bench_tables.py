@@ -15,8 +15,7 @@ from quasar_cli import console
 from quasar_cli.main import run
 from quasar_cli.render import bench as render
 from quasar_core.bench.arms import BenchConfig
-from quasar_core.bench.compare import compare
-from quasar_core.bench.metrics import measure
+from quasar_core.bench.metrics import compare, measure
 from quasar_core.bench.plots import accepted_per_step, plot
 from quasar_core.bench.results import Results, read_results, write_results
 from quasar_core.errors import QuasarError, UsageError

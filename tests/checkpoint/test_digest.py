@@ -12,7 +12,7 @@ from helpers.tiny_model import save_tiny_model
 
 from quasar_cli.main import run
 from quasar_core import api
-from quasar_core.checkpoint.digest import NONE_RECORDED, check_digest
+from quasar_core.checkpoint.checks import NONE_RECORDED, check_digest
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.writer import ShardWriter
 from quasar_core.errors import QuasarError

@@ -15,9 +15,8 @@ import pytest
 from helpers.tiny_model import save_tiny_model
 
 from quasar_cli.main import run
-from quasar_core.errors import QuasarError
+from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.files import parse_json, read_json, write_json, write_whole
-from quasar_core.foreign import foreign_errors
 
 pytest_plugins = ["helpers.cli_fixtures"]
 pytestmark = pytest.mark.usefixtures("own_home")

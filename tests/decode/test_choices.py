@@ -8,8 +8,8 @@ import torch
 from helpers.interpret import interpret_on_cpu
 from helpers.tiny_models import TableModel
 
-from quasar_core.models import choices
-from quasar_core.models.choices import NO_TOKEN, Choices, best_tokens, bring_over, choose_best, join_choices
+from quasar_core.models import base
+from quasar_core.models.base import NO_TOKEN, Choices, best_tokens, bring_over, choose_best, join_choices
 
 LOGITS = torch.tensor([[0.5, 3.0, 3.0, -1.0], [-2.0, -2.5, -9.0, -7.0], [1.0, 0.0, 0.25, 4.5]])
 TOKENS, MARGINS = [1, 0, 3], [0.0, 0.5, 3.5]
@@ -18,7 +18,7 @@ ODD = torch.tensor(
     [[NAN, 0.0, 1.0], [0.0, NAN, 9.0], [2.0, 1.0, NAN], [-INF] * 3, [0.0, INF, 1.0], [INF, INF, -INF], [INF, NAN, 0.0]]
 )
 LEFT_OUT = torch.tensor([[-INF, 0.0, -INF], [-INF, 1.0, 0.5]])  # a model may rule tokens out
-ROUTES = {"host": choices._best_on_host, "torch": choices._best_in_torch, "triton": choices._best_in_triton}
+ROUTES = {"host": base._best_on_host, "torch": base._best_in_torch, "triton": base._best_in_triton}
 
 
 @pytest.fixture(params=ROUTES)

@@ -7,9 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.config import GenerationConfig
-from quasar_core.draft.base import Draft, NoDrafter
-from quasar_core.draft.ngram import NgramDrafter
-from quasar_core.draft.select import make_drafter
+from quasar_core.draft.drafters import Draft, NgramDrafter, NoDrafter, make_drafter
 
 TEXTS = st.lists(st.integers(0, 3), max_size=40)
 

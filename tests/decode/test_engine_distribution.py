@@ -21,8 +21,7 @@ from quasar_core.decode import engine as engine_module
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.policy import FixedLength, WindowPolicy
 from quasar_core.decode.sampling import distribution, draw
-from quasar_core.draft.base import Draft, Drafter, NoDrafter
-from quasar_core.draft.ngram import NgramDrafter
+from quasar_core.draft.drafters import Draft, Drafter, NgramDrafter, NoDrafter
 
 VOCABULARY = 5
 PROMPT = [1, 2, 1, 2]

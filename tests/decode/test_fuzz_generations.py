@@ -21,8 +21,7 @@ from helpers.tiny_models import OracleDrafter, make_pair
 
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
-from quasar_core.draft.base import Drafter
-from quasar_core.draft.ngram import NgramDrafter
+from quasar_core.draft.drafters import Drafter, NgramDrafter
 from quasar_core.kernels.cpu import library
 from quasar_core.models import loading
 from quasar_core.models.lean_weights import attach_verifier, load_target

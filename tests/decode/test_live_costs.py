@@ -18,8 +18,7 @@ from quasar_core.decode import generator as generator_module
 from quasar_core.decode.costs import FEW, KNOWN, OLD, CostRecord, LiveCost, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.policy import AdaptiveLength
-from quasar_core.draft.base import Draft
-from quasar_core.draft.ngram import NgramDrafter
+from quasar_core.draft.drafters import Draft, NgramDrafter
 from quasar_core.records import FidelityReport, MarginTable
 from quasar_core.system import Load
 
@@ -304,7 +303,7 @@ class TestGenerator:
         Decoding(TRUE, right=0.5).answer()
 
 
-def test_the_account_is_kept_over_answers() -> None:
+def test_the_budget_is_kept_over_answers() -> None:
     """Many short answers may not each lose what one may."""
     adaptive = AdaptiveLength(PassCost((1, 33), (1.0, 9.0)))
     lost = 0.0

@@ -28,7 +28,8 @@ from quasar_core.decode.policy import (
     predict_rates,
     windows_of,
 )
-from quasar_core.draft.base import Draft
+from quasar_core.draft.drafters import Draft
+from quasar_core.models.base import Choices
 from quasar_core.records import FidelityReport, MarginTable
 from quasar_core.timing import Timing
 
@@ -91,6 +92,20 @@ class TestCosts:
         model = TableModel(8, seed=0)
         cache = model.new_cache(8)
         assert costs_module.pass_sampler(model, cache, 4, now=lambda: next(readings))() == 0.25
+        assert cache.length == 0
+
+    def test_a_pass_is_timed_as_greedy_decoding_runs_it(self) -> None:
+        class ChoosingModel(TableModel):
+            def forward(self, tokens: Any, cache: Any, last_only: bool = False) -> Any:
+                pytest.fail("logits are written")
+
+            def choose(self, tokens: Any, cache: Any) -> Choices:
+                cache.tokens += tokens
+                return Choices([0] * len(tokens), [1.0] * len(tokens))
+
+        model = ChoosingModel(8, seed=0)
+        cache = model.new_cache(8)
+        assert costs_module.pass_sampler(model, cache, 4)() >= 0
         assert cache.length == 0
 
     @pytest.mark.parametrize(("interrupted", "rounds"), [(0.0, 3), (0.4, 12)])

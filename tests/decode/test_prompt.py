@@ -6,8 +6,8 @@ import pytest
 from helpers.tiny_models import words
 from transformers import PreTrainedTokenizerFast
 
-from quasar_core.decode import prompt
-from quasar_core.decode.prompt import encode_prompt, render, text_of
+from quasar_core.decode import text
+from quasar_core.decode.text import encode_prompt, render, text_of
 from quasar_core.errors import QuasarError
 from tools.demo.tokenizer import TURN_END, TURN_START, train_tokenizer
 
@@ -118,7 +118,7 @@ def test_a_text_that_the_template_writes_in_another_way_is_not_lost(
 def test_loops_within_loops_of_a_template_end(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompt, "MOST_LINES", 20_000)
+    monkeypatch.setattr(text, "MOST_LINES", 20_000)
     loops = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
     tokenizer.chat_template = loops + "{{ messages[0].content }}"
     with pytest.raises(QuasarError, match="more than 20000 lines"):

@@ -31,7 +31,7 @@ def stand_in_pair(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr("quasar_core.api.load_pair", load_pair, raising=False)
     monkeypatch.setattr("quasar_core.decode.generator.Generator", StandInGenerator)
-    monkeypatch.setattr("quasar_core.decode.prompt.encode_prompt", encode)
+    monkeypatch.setattr("quasar_core.decode.text.encode_prompt", encode)
     return loaded
 
 

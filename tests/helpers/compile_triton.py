@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from quasar_core.kernels.triton import blocks
 from quasar_core.kernels.triton.weights import prepare_packed
-from tools.gpu_bench.checks import random_weight
+from tools.gpu_bench.checks import random_codes
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -78,7 +78,7 @@ def launch_all() -> None:
 
     x, out, steps = zeros(4, 4096), zeros(4, 256), zeros(4, dtype=torch.float32)
     for bits, symmetric in ((4, True), (4, False), (8, False), (2, True)):
-        weight = prepare_packed(random_weight(bits, 4096, 256, 128, symmetric), CPU)
+        weight = prepare_packed(random_codes(bits, 4096, 256, 128, symmetric), CPU)
         products.multiply_packed(x, weight, out, residual=out)
         products.multiply_packed(x.half(), weight, out.half(), bias=out[0].half())
     products.multiply_dense(x, zeros(256, 4096), out, bias=out[0])

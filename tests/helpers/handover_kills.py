@@ -21,7 +21,7 @@ from helpers.quantize_cases import CONFIG, quantize, save_model
 
 from quasar_core.quantize import calibration, handover, run
 from quasar_core.store import current_pair
-from quasar_core.store.steps import STEPS
+from quasar_core.store.folders import STEPS
 
 ALONE = ("in place",)  # steps that are tried without an older verifier too
 WORK = ("load_calibration", "quantize_with", "assemble", "measure")

@@ -25,8 +25,7 @@ from transformers import (
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
-from quasar_core.draft.base import Draft, Drafter
-from quasar_core.draft.ngram import NgramDrafter
+from quasar_core.draft.drafters import Draft, Drafter, NgramDrafter
 from quasar_core.models.base import CausalLM
 from quasar_core.models.hf.causal_lm import TransformersLM, attach_verifier
 from quasar_core.models.pair import Pair

@@ -9,7 +9,7 @@ from interop.interop_cases import ARCHITECTURES, CPU, logits_of, missing, our_lo
 from transformers import AutoModelForCausalLM
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.kernels import int8
+from quasar_core.kernels import eight_bit
 from quasar_core.kernels.linear import PackedLinear
 
 pytestmark = [pytest.mark.interop, missing("compressed_tensors")]
@@ -17,7 +17,7 @@ W8A8 = {"bits": 8, "group_size": -1}
 
 
 def rows_as_they_round(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_rows` with this package's step: the largest magnitude ÷ 127.5. vLLM's and ours is ÷ 127."""
+    """`quantize_rows_int8` with this package's scale: the largest magnitude ÷ 127.5. vLLM's and ours is ÷ 127."""
     steps = x.abs().amax(dim=1, keepdim=True) / 127.5
     return torch.round(x / steps).clamp(-128, 127).to(torch.int8), steps
 
@@ -51,7 +51,7 @@ def test_our_checkpoint_computes_the_same_there(
     tied = architecture in ("qwen3", "llama")
     folder = quantize(monkeypatch, save_model(tmp_path / "tiny", architecture, tied, dtype), method=method, **W8A8)
     checkpoint = VerifierCheckpoint(folder)
-    monkeypatch.setattr(int8, "quantize_rows", rows_as_they_round)
+    monkeypatch.setattr(eight_bit, "quantize_rows_int8", rows_as_they_round)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     rounded, seen = run_watched(model)
     assert sorted(seen) == checkpoint.layer_names

@@ -9,10 +9,9 @@ from helpers.packed_weights import make_weight
 
 from quasar_core.checkpoint.compressed_tensors import FLOAT8, Float8Weight, concatenate_float8
 from quasar_core.errors import UsageError
-from quasar_core.kernels import float8, select
+from quasar_core.kernels import eight_bit, select
 from quasar_core.kernels.base import LayerShape
-from quasar_core.kernels.float8 import Float8Kernel, quantize_rows_float8
-from quasar_core.kernels.int8 import Int8Kernel, quantize_rows
+from quasar_core.kernels.eight_bit import Float8Kernel, Int8Kernel, quantize_rows_float8, quantize_rows_int8
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.times import KernelFigures, random_weight, shape_key, time_kernel
@@ -33,7 +32,7 @@ def test_an_integer_product_is_exact_but_for_the_rounded_rows(
 ) -> None:
     """Zeros other than 128 (other tools write them) included."""
     weight, x, kernel = make_weight(8, inputs, outputs, -1), random(rows, inputs).to(dtype), Int8Kernel()
-    values, steps = quantize_rows(x)
+    values, steps = quantize_rows_int8(x)
     expected = (values.double() * steps) @ weight.dequantize().double().t()
     y = kernel.multiply(x, kernel.prepare(weight, CPU, dtype))
     assert (y.dtype, y.shape) == (dtype, (rows, outputs))
@@ -51,7 +50,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
 
 
 def test_rows_take_the_whole_range_and_zeros_stay() -> None:
-    values, steps = quantize_rows(torch.tensor([[0.0, 0.0], [-2.0, 1.0]]))
+    values, steps = quantize_rows_int8(torch.tensor([[0.0, 0.0], [-2.0, 1.0]]))
     assert values.tolist() == [[0, 0], [-127, 64]]
     assert steps[:, 0].tolist() == pytest.approx([0, 2 / 127])
     floats, steps = quantize_rows_float8(torch.tensor([[0.0, 0.0], [-2.0, 1.0]]))
@@ -119,7 +118,7 @@ def test_which_gpus_multiply_floating_point(
     reason: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(float8.torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(eight_bit.torch.cuda, "get_device_capability", lambda device: capability)
     shape = LayerShape(*sizes, 8, -1, True, floating=True)
     assert Float8Kernel().why_not(shape, torch.device("cuda"), dtype) == reason
 

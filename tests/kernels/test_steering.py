@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from quasar_cli.main import run
 from quasar_core.errors import UsageError
 from quasar_core.kernels import threads, times
-from quasar_core.kernels.steering import Steering
+from quasar_core.kernels.threads import Steering
 
 pytest_plugins = ["helpers.cli_fixtures"]
 Machine = Callable[[int, float], tuple[float, float]]  # threads, seconds of work → seconds, share with a core

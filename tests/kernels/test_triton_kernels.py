@@ -24,7 +24,7 @@ from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, gated_blocks
 from quasar_core.kernels.triton.products import multiply_packed
 from quasar_core.kernels.triton.tune import GatedWeight, candidates, tune, tune_missing
 from quasar_core.kernels.triton.weights import dequantize, prepare_packed
-from tools.gpu_bench.checks import Case, correctness_cases, random_weight, relative_error
+from tools.gpu_bench.checks import Case, correctness_cases, random_codes, relative_error
 
 CPU = torch.device("cpu")
 CASES = list(correctness_cases(CPU, small=True))
@@ -39,13 +39,13 @@ def test_kernels_agree_with_float64(case: Case) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(128, 16, 32), (160, 72, 64), (384, 80, -1), (96, 96, 96), (48, 64, 16)])
 def test_the_order_of_the_tensor_cores_loses_nothing(bits: int, shape: tuple[int, int, int]) -> None:
-    weight = random_weight(bits, *shape, symmetric=False)
+    weight = random_codes(bits, *shape, symmetric=False)
     assert torch.equal(dequantize(prepare_packed(weight, CPU), torch.float32), weight.dequantize())
 
 
 @pytest.mark.parametrize("rows", [1, 17, 65])
 def test_the_kernel_takes_any_number_of_rows(rows: int) -> None:
-    weight = random_weight(4, 160, 72, 32, symmetric=True)
+    weight = random_codes(4, 160, 72, 32, symmetric=True)
     kernel = TritonKernel()
     x = torch.randn(rows, 160, generator=torch.Generator().manual_seed(0)).half()
     y = kernel.multiply(x, kernel.prepare(weight, CPU, torch.float16))
@@ -84,7 +84,7 @@ def shapes_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_the_fastest_shape_is_kept_and_used(shapes_file: Path) -> None:
-    weight = prepare_packed(random_weight(4, 1088, 80, 128, symmetric=True), CPU)
+    weight = prepare_packed(random_codes(4, 1088, 80, 128, symmetric=True), CPU)
     rule, wanted = packed_blocks(weight, CPU), Blocks(outputs=128, inputs=512, splits=2, stages=3)
     assert wanted != rule
     shapes = candidates(weight)
@@ -98,7 +98,7 @@ def test_the_fastest_shape_is_kept_and_used(shapes_file: Path) -> None:
 
 def two_shapes() -> list[Any]:
     """Two layers of one shape, of another one, and 16-bit weights of a third."""
-    packed = [prepare_packed(random_weight(4, inputs, 80, 32, symmetric=True), CPU) for inputs in (64, 64, 96)]
+    packed = [prepare_packed(random_codes(4, inputs, 80, 32, symmetric=True), CPU) for inputs in (64, 64, 96)]
     return [*packed, torch.zeros(80, 64, dtype=torch.float16)]
 
 
@@ -129,7 +129,7 @@ def test_a_gated_product_has_as_many_programs_and_no_more_shared_memory() -> Non
 
 
 def test_a_gated_product_has_shapes_of_its_own(shapes_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = prepare_packed(random_weight(4, 1088, 256, 64, symmetric=True), CPU)
+    weight = prepare_packed(random_codes(4, 1088, 256, 64, symmetric=True), CPU)
     shapes = candidates(GatedWeight(weight))
     assert shapes[0] == packed_blocks(weight, CPU, gated=True)
     assert {blocks.outputs for blocks in shapes} == {128}
@@ -260,7 +260,7 @@ def test_shapes_that_cannot_be_kept_are_used_and_said(shapes_file: Path) -> None
 
 
 def test_candidates_near_the_rule_of_thumb_come_first() -> None:
-    weight = prepare_packed(random_weight(4, 1088, 80, 128, symmetric=True), CPU)
+    weight = prepare_packed(random_codes(4, 1088, 80, 128, symmetric=True), CPU)
     rule, *others = candidates(weight)
     assert rule == packed_blocks(weight, CPU)
     assert abs(others[0].stages - rule.stages) == 1
@@ -284,7 +284,7 @@ def test_a_damaged_file_of_shapes_is_tuned_anew_and_said(shapes_file: Path) -> N
 
 
 def test_every_shape_computes_the_same() -> None:
-    weight = random_weight(4, 1088, 80, 128, symmetric=False)
+    weight = random_codes(4, 1088, 80, 128, symmetric=False)
     prepared = prepare_packed(weight, CPU)
     x = torch.randn(3, 1088, generator=torch.Generator().manual_seed(0)).half()
     exact = x.double() @ weight.dequantize().double().t()

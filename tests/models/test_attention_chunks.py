@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.bias import CausalBias
 
-from quasar_core.models.decoder import FOLDED_TOKENS, Sight, attend, sight
+from quasar_core.models.decoder import FOLDED_TOKENS, AttentionMask, attend, make_mask
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HEADS, GROUP, SIZE = 2, 3, 16
@@ -16,14 +16,14 @@ def test_a_chunk_sees_what_it_sees_by_the_plain_mask(start: int) -> None:
     count = FOLDED_TOKENS + 9
     queries = torch.randn(count, HEADS * GROUP, SIZE)
     states = torch.randn(2, HEADS, 300, SIZE)
-    plain = sight(start, count, None, GROUP, CPU, torch.float32)
-    flash = sight(start, count, None, GROUP, CUDA, torch.float32)
-    assert isinstance(flash.mask, CausalBias)
+    plain = make_mask(start, count, None, GROUP, CPU, torch.float32)
+    flash = make_mask(start, count, None, GROUP, CUDA, torch.float32)
+    assert isinstance(flash.added, CausalBias)
     torch.testing.assert_close(attend(queries, states, flash), attend(queries, states, plain))
 
 
 def test_what_needs_no_mask_or_one_of_its_own_keeps_it() -> None:
-    first = sight(0, 64, None, GROUP, CUDA, torch.float32)
-    assert first == Sight(0, 64, causal=True, mask=None)
-    windowed = sight(40, 64, 16, GROUP, CPU, torch.float32)
-    assert not isinstance(windowed.mask, CausalBias)
+    first = make_mask(0, 64, None, GROUP, CUDA, torch.float32)
+    assert first == AttentionMask(0, 64, causal=True, added=None)
+    windowed = make_mask(40, 64, 16, GROUP, CPU, torch.float32)
+    assert not isinstance(windowed.added, CausalBias)

@@ -25,7 +25,7 @@ from helpers.tiny_models import make_pair
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.models import loading
-from quasar_core.models.choices import NO_TOKEN, choose_best
+from quasar_core.models.base import NO_TOKEN, choose_best
 from quasar_core.models.decoder import DenseLinear, LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 

@@ -14,12 +14,12 @@ from helpers.quantized_decoder import quantize_layers
 from quasar_core.kernels.select import KernelChoice
 from quasar_core.kernels.triton.adapters import TritonKernel
 from quasar_core.kernels.triton.eight_bit_kernel import TRITON_INT8
-from quasar_core.models.choices import choose_best
+from quasar_core.models.base import choose_best
 from quasar_core.models.cuda import graph_pass
 from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.cuda.products import DenseChoices, tune_products
 from quasar_core.models.cuda.torch_steps import Steps
-from quasar_core.models.decoder import DenseLinear, JoinedLinear
+from quasar_core.models.decoder import DenseLinear, FusedLinear
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from tools.gpu_bench.models import RoundedCopy, in_groups, to_integers
 
@@ -139,7 +139,7 @@ def test_gates_that_do_not_fill_blocks_stay_apart(tmp_path: Path) -> None:
     assert steps.gated_product(product, 4) is None  # 96 gates
     assert steps.gated_product(DenseLinear(torch.zeros(256, 64)), 4) is not None
     assert steps.gated_product(DenseLinear(torch.zeros(256, 64)), 17) is None
-    assert steps.gated_product(JoinedLinear((product,)), 4) is None
+    assert steps.gated_product(FusedLinear((product,)), 4) is None
 
 
 def test_both_ways_of_dense_products_agree(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.models.decoder import JoinedLinear
+from quasar_core.models.decoder import FusedLinear
 from quasar_core.models.hf import causal_lm
 from quasar_core.models.lean_weights import attach_verifier, load_target, load_verifier_alone
 from quasar_core.models.linear import concatenate
@@ -66,8 +66,8 @@ def test_codes_of_one_input_are_fused_where_they_agree(tmp_path: Path) -> None:
     first, second, third, fourth = verifier.layers
     assert isinstance(first.qkv, PackedLinear)
     assert first.qkv.out_features == 64 + 32 + 32
-    assert isinstance(second.qkv, JoinedLinear)
-    assert isinstance(fourth.qkv, JoinedLinear)
+    assert isinstance(second.qkv, FusedLinear)
+    assert isinstance(fourth.qkv, FusedLinear)
     assert third.qkv is target.layers[2].qkv
     assert verifier.embedding is target.embedding
     assert len(list(verifier.packed_layers)) == 4 + (2 + 1 + 1 + 1) + (3 + 1 + 1 + 1) + 1

@@ -16,8 +16,7 @@ from quasar_core import api
 from quasar_core.checkpoint.reader import TensorFiles
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
-from quasar_core.errors import QuasarError
-from quasar_core.foreign import reason
+from quasar_core.errors import QuasarError, reason
 from quasar_core.models.context import UNLIMITED, context_limit
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.pair import load_tokenizer

@@ -17,7 +17,7 @@ from quasar_core.decode import engine
 from quasar_core.decode.generator import Generator
 from quasar_core.models import lean_weights, loading
 from quasar_core.models.hf.causal_lm import TransformersLM, attach_verifier
-from quasar_core.models.text_length import spans
+from quasar_core.models.rope import spans
 
 LIMIT, LONGEST, COUNT, VOCABULARY = 24, 96, 20, 97
 SIZES: dict[str, Any] = {

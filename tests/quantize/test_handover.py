@@ -16,8 +16,7 @@ from helpers.quantize_cases import CONFIG, quantize
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.quantize import handover, run
 from quasar_core.store import current_pair, list_pairs
-from quasar_core.store.folders import replaced_folder
-from quasar_core.store.steps import STEPS
+from quasar_core.store.folders import STEPS, replaced_folder
 
 pytest_plugins = ["helpers.quantize_fixtures"]
 FILES = {

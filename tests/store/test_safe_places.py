@@ -299,7 +299,7 @@ def test_a_bench_refuses_before_it_loads_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("quasar_core.api.load_pair", lambda *_, **__: pytest.fail("loaded"))
-    monkeypatch.setattr("quasar_core.bench.steps.random_lineup", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("quasar_core.bench.steps.random_candidates", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "mine.json").write_text('{"a": 1}')
     (tmp_path / "folder").mkdir()
     output = str(tmp_path / "mine.json")

@@ -175,7 +175,7 @@ def eight_bit_cases(device: torch.device, small: bool) -> Iterator[Case]:
             yield f"gate into {name_of(kind)}", partial(_rounded_gate, kind, device)
 
 
-def random_weight(
+def random_codes(
     bits: int, in_features: int, out_features: int, group_size: int, symmetric: bool, device: torch.device = CPU
 ) -> QuantizedWeight:
     """Random codes, scales and zeros, the same for the same arguments."""
@@ -201,7 +201,7 @@ def _packed(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[float, float]:
-    weight = random_weight(bits, in_features, out_features, group_size, symmetric, device)
+    weight = random_codes(bits, in_features, out_features, group_size, symmetric, device)
     prepared = prepare_packed(weight, device)
 
     def multiply(x: torch.Tensor, out: torch.Tensor, bias: Term = None, residual: Term = None) -> None:
@@ -230,7 +230,7 @@ def _gated(
         multiply, blocks = multiply_dense, dense_blocks(weight, device)
         steps = -(-in_features // blocks.inputs)
     else:
-        codes = random_weight(bits, in_features, out_features, 32, True, device)
+        codes = random_codes(bits, in_features, out_features, 32, True, device)
         exact, weight = codes.dequantize(), prepare_packed(codes, device)
         multiply, blocks = multiply_packed, packed_blocks(weight, device)
         steps = weight.steps

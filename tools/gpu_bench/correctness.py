@@ -16,7 +16,7 @@ from quasar_core.bench.datasets import load_datasets
 from quasar_core.bench.run import run_bench
 from quasar_core.decode.sampling import accept_matching
 from quasar_core.kernels.triton.adapters import why_not_triton
-from quasar_core.models.choices import choose_best
+from quasar_core.models.base import choose_best
 from quasar_core.models.context import context_limit
 from quasar_core.models.cuda.graph_pass import POSITION, CudaPass, cache_at, differing_passes
 from quasar_core.models.decoder import LeanDecoder

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quasar_core.bench.steps import cache_bytes, lean_subject
+from quasar_core.bench.steps import cache_bytes, lean_candidate
 from quasar_core.decode.engine import PREFILL_CHUNK
 from quasar_core.models.cuda.graph_pass import CudaPass, choose_steps, pass_size
 from quasar_core.models.cuda.graphs import PlainLauncher
@@ -75,7 +75,7 @@ def time_model(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache,
 
 def time_length(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache, count: int, context: int) -> None:
     """The median of repeated passes: of the host's clock until the choices are there, and of the device's own."""
-    subject, tokens = lean_subject(model), random_tokens(count)
+    candidate, tokens = lean_candidate(model), random_tokens(count)
     device: list[float] = []
 
     def sample() -> float:
@@ -85,7 +85,7 @@ def time_length(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache
         return host_s
 
     timing = time_one(sample, rounds=bench.plan.rounds, warm_up=True)  # the first one records the graph
-    size = subject.weight_bytes + cache_bytes(model.config, context + count, model.dtype.itemsize)
+    size = candidate.weight_bytes + cache_bytes(model.config, context + count, model.dtype.itemsize)
     ms, device_ms = 1000 * timing.median, 1000 * statistics.median(device[1:])
     floor = 1000 * size / bench.bandwidth
     bench.report.add(
@@ -98,7 +98,7 @@ def time_length(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache
         floor_ms=floor,
         ratio=ms / floor,
         bytes=size,
-        kernel=subject.kernel,
+        kernel=candidate.kernel,
         dense=dense_choices(model, count),
     )
 

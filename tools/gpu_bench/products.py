@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quasar_core.bench.steps import packed_bytes
+from quasar_core.bench.steps import layer_bytes
 from quasar_core.kernels.base import LayerShape, TunableKernel
 from quasar_core.kernels.select import packed_kernels
 from quasar_core.kernels.times import random_weight
@@ -64,7 +64,7 @@ def time_dense(bench: Bench, shape: tuple[int, int]) -> None:
 def time_packed(bench: Bench, layer: LayerShape) -> None:
     """Every packed kernel that runs the shape."""
     plan, shape = bench.plan, (layer.in_features, layer.out_features)
-    size = packed_bytes(*shape, layer.bits, layer.group_size)
+    size = layer_bytes(*shape, layer.bits, layer.group_size)
     weight = random_weight(layer, plan.device)
     for kernel in packed_kernels(layer):
         left_out = plan.dry and kernel.name == "vnni"  # which is compiled

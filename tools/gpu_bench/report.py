@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from quasar_core.bench.environment import git_hash, package_versions
 from quasar_core.files import read_json_if_there, write_json
+from quasar_core.system import git_hash, package_versions
 
 Row = dict[str, Any]
 Attempt = list[str]  # a part, and what of it

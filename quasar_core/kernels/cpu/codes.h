@@ -1,8 +1,8 @@
 // A product with packed codes in 8-bit integers, for processors with AVX-512 VNNI.
 //
-// y[t, o] = sum over groups of scale[o] · step[t] · (sum of code[i, o] · q[t, i]  −  zero[o] · sum of q[t, i])
+// y[t, o] = sum over groups of scale[o] · row_scale[t] · (sum of code[i, o] · q[t, i]  −  zero[o] · sum of q[t, i])
 //
-// where q are the activations of a row, rounded to 8 bits with one step per row and group. The codes are read as one
+// where q are the activations of a row, rounded to 8 bits with one scale per row and group. The codes are read as one
 // stream, unpacked in registers once per tile of up to 8 rows, and multiplied by vpdpbusd (unsigned codes, signed
 // activations, 32-bit sums). For each block of 32 outputs and each group the stream holds 128 bytes of scales (float16)
 // and zeros (int16), half of them for each 16 outputs, then the codes: of 16 outputs × 4 inputs in 64 bytes, planes of
@@ -22,12 +22,12 @@ constexpr int AHEAD = 8192;   // bytes of the stream that are on their way from 
 
 struct CodedRows {   // activations in 8 bits
     int8_t* values;  // [T, in]
-    float* steps;    // [T, groups]
+    float* scales;   // [T, groups]
     float* sums;     // [T, groups], of the values
     int in, groups, group;
 };
 
-// The largest magnitude is found on the bits, so that an infinity or a NaN makes the step, and the product, one too.
+// The largest magnitude is found on the bits, so that an infinity or a NaN makes the scale, and the product, one too.
 template <typename X>
 void quantize_group(const X* x, const CodedRows& rows, int row, int g) {
     const X* from = x + g * rows.group;
@@ -47,7 +47,7 @@ void quantize_group(const X* x, const CodedRows& rows, int row, int g) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtsepi32_epi8(value));
         sum = _mm512_add_epi32(sum, value);
     }
-    rows.steps[size_t(row) * rows.groups + g] = bound / 127;
+    rows.scales[size_t(row) * rows.groups + g] = bound / 127;
     rows.sums[size_t(row) * rows.groups + g] = float(_mm512_reduce_add_epi32(sum));
 }
 
@@ -98,7 +98,7 @@ void multiply_tile(const uint8_t* codes, const CodedRows& rows, int row, float* 
             for (int t = 0; t < TILE; ++t) {
                 size_t at = size_t(row + t) * rows.groups + g;
                 __m512 centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(rows.sums[at]), _mm512_cvtepi32_ps(dot[t][h]));
-                __m512 unit = _mm512_mul_ps(scale, _mm512_set1_ps(rows.steps[at]));
+                __m512 unit = _mm512_mul_ps(scale, _mm512_set1_ps(rows.scales[at]));
                 total[t][h] = _mm512_fmadd_ps(centred, unit, total[t][h]);
             }
         }

@@ -148,7 +148,7 @@ class Product(ctypes.Structure):
     )
 
 
-class Joined(ctypes.Structure):
+class FusedWeight(ctypes.Structure):
     """Products of one input, whose outputs stand beside one another."""
 
     _fields_ = (
@@ -166,10 +166,10 @@ class Layer(ctypes.Structure):
         ("input_norm", ctypes.c_void_p),
         ("mlp_norm", ctypes.c_void_p),
         ("head_norms", ctypes.c_void_p),
-        ("qkv", Joined),
-        ("out", Joined),
-        ("gate_up", Joined),
-        ("down", Joined),
+        ("qkv", FusedWeight),
+        ("out", FusedWeight),
+        ("gate_up", FusedWeight),
+        ("down", FusedWeight),
         ("window", ctypes.c_int),
         ("rotates", ctypes.c_int),
     )
@@ -188,7 +188,7 @@ class Model(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("embedding", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
-        ("head", Joined),
+        ("head", FusedWeight),
         ("layer", ctypes.POINTER(Layer)),
     )
 

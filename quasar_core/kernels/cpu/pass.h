@@ -28,7 +28,7 @@ struct Product {
 };
 
 // Products of one input, whose outputs stand beside one another.
-struct Joined {
+struct FusedWeight {
     Product parts[MOST_PARTS];
     int count, in, out;
 };
@@ -36,7 +36,7 @@ struct Joined {
 struct Layer {
     const float *input_norm, *mlp_norm;  // [hidden]
     const float* head_norms;             // [query heads + key heads, D], or null
-    Joined qkv, out, gate_up, down;
+    FusedWeight qkv, out, gate_up, down;
     int window;   // positions that a token sees, its own included; 0 is all of them
     int rotates;  // 0 or 1
 };
@@ -46,18 +46,18 @@ struct Model {
     float eps;
     const void* embedding;  // [vocabulary, hidden]
     const float* norm;      // [hidden]
-    Joined head;
+    FusedWeight head;
     const Layer* layer;
 };
 
-// What enters a product, in the form that its weights ask for.
-class Entering {
+// The activations that a product takes, in the form that its weights ask for: 8-bit codes, bfloat16 or float32.
+class ProductInput {
 public:
     void reserve(const Product& product, int count) {
         const size_t size = size_t(count) * product.in;
         if (product.bits == 16) grow(halves, size);
         if (product.bits == 32) grow(singles, size);
-        if (product.bits < 16) grow(values, size), grow(steps, size / LANES), grow(sums, size / LANES);
+        if (product.bits < 16) grow(values, size), grow(scales, size / LANES), grow(sums, size / LANES);
     }
 
     // Inputs [begin, end) of row t, from x [in]; both are multiples of PIECE, or the end of the row.
@@ -97,10 +97,10 @@ public:
 private:
     Buffer<uint16_t> halves;
     Buffer<int8_t> values;
-    Buffer<float> singles, steps, sums;
+    Buffer<float> singles, scales, sums;
 
     CodedRows coded(const Product& product) {
-        return {values.data(), steps.data(), sums.data(), product.in, product.groups, product.in / product.groups};
+        return {values.data(), scales.data(), sums.data(), product.in, product.groups, product.in / product.groups};
     }
 };
 
@@ -149,18 +149,18 @@ public:
                 const Layer& layer = layers[i];
                 auto keys = static_cast<X*>(states[i]);
                 auto values = keys + size_t(m.kv_heads) * capacity * m.head_size;
-                enter_normed(layer.qkv, layer.input_norm, count, team);
+                prepare_normed(layer.qkv, layer.input_norm, count, team);
                 multiply_into(layer.qkv, mixed.data(), count, team);
                 place_heads(layer, keys, values, place, team);
                 attend_heads(layer, keys, values, place, team);
-                enter(layer.out, attended.data(), count, team);
+                prepare_input(layer.out, attended.data(), count, team);
                 multiply_onto_hidden(layer.out, count, team);
-                enter_normed(layer.gate_up, layer.mlp_norm, count, team);
+                prepare_normed(layer.gate_up, layer.mlp_norm, count, team);
                 multiply_into(layer.gate_up, mixed.data(), count, team);
-                enter_gated(layer.down, count, team);
+                prepare_gated(layer.down, count, team);
                 multiply_onto_hidden(layer.down, count, team);
             }
-            enter_normed(m.head, m.norm, count, team);
+            prepare_normed(m.head, m.norm, count, team);
             multiply(m.head, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
                 if (logits) store(logits + size_t(t) * m.head.out + o, value, lanes);
                 seen[size_t(team.thread) * count + t].see(o, lanes, value);
@@ -187,18 +187,18 @@ private:
     Buffer<float> hidden, normed, mixed, attended, rooms;
     Buffer<X> queries;
     Buffer<Best> seen;
-    Entering entering[MOST_PARTS];
+    ProductInput inputs[MOST_PARTS];
 
     void reserve(int count, int threads) {
         int widest = 0;
-        auto prepare = [&](const Joined& joined) {
-            for (int i = 0; i < joined.count; ++i) entering[i].reserve(joined.parts[i], count);
+        auto make_room = [&](const FusedWeight& weight) {
+            for (int i = 0; i < weight.count; ++i) inputs[i].reserve(weight.parts[i], count);
         };
         for (const Layer& layer : layers) {
             widest = std::max({widest, layer.qkv.out, layer.gate_up.out});
-            prepare(layer.qkv), prepare(layer.out), prepare(layer.gate_up), prepare(layer.down);
+            make_room(layer.qkv), make_room(layer.out), make_room(layer.gate_up), make_room(layer.down);
         }
-        prepare(m.head);
+        make_room(m.head);
         const size_t rows = count, heads = size_t(m.heads) * m.head_size;
         grow(hidden, rows * m.hidden), grow(normed, rows * m.hidden), grow(mixed, rows * widest);
         grow(queries, rows * heads), grow(attended, rows * heads);
@@ -214,62 +214,62 @@ private:
 #pragma omp barrier
     }
 
-    void enter_normed(const Joined& joined, const float* norm, int count, const Team& team) {
+    void prepare_normed(const FusedWeight& weight, const float* norm, int count, const Team& team) {
         const Range rows = team.share(count);
         for (int t = rows.begin; t < rows.end; ++t) {
             float* row = normed.data() + size_t(t) * m.hidden;
             normalise(hidden.data() + size_t(t) * m.hidden, norm, m.hidden, m.eps, row);
-            for (int i = 0; i < joined.count; ++i) entering[i].take(joined.parts[i], t, row, 0, m.hidden);
+            for (int i = 0; i < weight.count; ++i) inputs[i].take(weight.parts[i], t, row, 0, m.hidden);
         }
 #pragma omp barrier
     }
 
     // x [T, in]; each piece of a row is made by `make` where it has to be.
     template <typename Make>
-    void enter_pieces(const Joined& joined, float* x, int stride, int count, const Team& team, Make make) {
-        const int pieces = (joined.in + PIECE - 1) / PIECE;
+    void prepare_pieces(const FusedWeight& weight, float* x, int stride, int count, const Team& team, Make make) {
+        const int pieces = (weight.in + PIECE - 1) / PIECE;
         const Range share = team.share(count * pieces);
         for (int at = share.begin; at < share.end; ++at) {
-            const int t = at / pieces, begin = at % pieces * PIECE, end = std::min(begin + PIECE, joined.in);
+            const int t = at / pieces, begin = at % pieces * PIECE, end = std::min(begin + PIECE, weight.in);
             float* row = x + size_t(t) * stride;
             make(row, begin, end);
-            for (int i = 0; i < joined.count; ++i) entering[i].take(joined.parts[i], t, row, begin, end);
+            for (int i = 0; i < weight.count; ++i) inputs[i].take(weight.parts[i], t, row, begin, end);
         }
 #pragma omp barrier
     }
 
-    void enter(const Joined& joined, float* x, int count, const Team& team) {
-        enter_pieces(joined, x, joined.in, count, team, [](float*, int, int) {});
+    void prepare_input(const FusedWeight& weight, float* x, int count, const Team& team) {
+        prepare_pieces(weight, x, weight.in, count, team, [](float*, int, int) {});
     }
 
     // Gates and what they gate stand beside one another in `mixed`.
-    void enter_gated(const Joined& joined, int count, const Team& team) {
-        const int inner = joined.in;
-        enter_pieces(joined, mixed.data(), 2 * inner, count, team, [inner](float* row, int begin, int end) {
+    void prepare_gated(const FusedWeight& weight, int count, const Team& team) {
+        const int inner = weight.in;
+        prepare_pieces(weight, mixed.data(), 2 * inner, count, team, [inner](float* row, int begin, int end) {
             for (int i = begin; i < end; i += LANES)
                 store(row + i, _mm512_mul_ps(silu(load(row + i)), load(row + inner + i)));
         });
     }
 
     template <typename Put>
-    void multiply(const Joined& joined, int count, const Team& team, Put put) {
+    void multiply(const FusedWeight& weight, int count, const Team& team, Put put) {
         const double start = omp_get_wtime();
         int before = 0;
-        for (int i = 0; i < joined.count; before += joined.parts[i++].out)
-            entering[i].multiply(joined.parts[i], count, team.thread, team.threads,
-                                 [&](int t, int o, __mmask16 lanes, __m512 value) { put(t, before + o, lanes, value); });
+        for (int i = 0; i < weight.count; before += weight.parts[i++].out)
+            inputs[i].multiply(weight.parts[i], count, team.thread, team.threads,
+                               [&](int t, int o, __mmask16 lanes, __m512 value) { put(t, before + o, lanes, value); });
 #pragma omp barrier
         if (team.thread == 0) seconds_in_products += omp_get_wtime() - start;
     }
 
-    void multiply_into(const Joined& joined, float* y, int count, const Team& team) {
-        multiply(joined, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
-            store(y + size_t(t) * joined.out + o, value, lanes);
+    void multiply_into(const FusedWeight& weight, float* y, int count, const Team& team) {
+        multiply(weight, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
+            store(y + size_t(t) * weight.out + o, value, lanes);
         });
     }
 
-    void multiply_onto_hidden(const Joined& joined, int count, const Team& team) {
-        multiply(joined, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
+    void multiply_onto_hidden(const FusedWeight& weight, int count, const Team& team) {
+        multiply(weight, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
             float* to = hidden.data() + size_t(t) * m.hidden + o;
             store(to, _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), value), lanes);
         });

@@ -11,8 +11,8 @@ constexpr int CHUNK = 64;  // rows whose activations stay in the cache beside a 
 template <typename X>
 void multiply_codes_of(const X* x, const Product& product, X* y, int count, int threads) {
     Buffer<int8_t> values(size_t(count) * product.in);
-    Buffer<float> steps(size_t(count) * product.groups), sums(steps.size());
-    const CodedRows rows{values.data(), steps.data(), sums.data(), product.in, product.groups,
+    Buffer<float> scales(size_t(count) * product.groups), sums(scales.size());
+    const CodedRows rows{values.data(), scales.data(), sums.data(), product.in, product.groups,
                          product.in / product.groups};
     auto put = [&](int t, int o, __mmask16 lanes, __m512 value) {
         store(y + size_t(t) * product.out + o, value, lanes);

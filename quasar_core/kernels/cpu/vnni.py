@@ -1,7 +1,7 @@
 """A packed product in 8-bit integers for processors with AVX-512 VNNI: nearly flat in the rows of a verify pass.
 
 Codes of 2 to 8 bits (those of 3 take 4) are unpacked in registers once for up to 8 rows, and multiplied with
-activations that are rounded to 8 bits, symmetrically, with one step per row and group of at most 128 inputs. That
+activations that are rounded to 8 bits, symmetrically, with one scale per row and group of at most 128 inputs. That
 rounding is the kernel's error: 0.6 % of a product's norm on normally distributed activations (a bfloat16 output alone
 rounds by 0.2 %). A row's product does not depend on the rows beside it, to the last bit. The arithmetic is
 `cpu/codes.h`, compiled on first use.
@@ -32,7 +32,7 @@ class VnniWeight:
 
     @property
     def groups(self) -> int:
-        """Groups of inputs that share a step of the activations."""
+        """Groups of inputs that share a scale of the activations."""
         return self.stream.shape[1]
 
 
@@ -84,7 +84,7 @@ class VnniKernel:
 
 
 def _group(in_features: int, group_size: int) -> int:
-    """Inputs of one step: the largest power of two, at most 128, that divides all groups, a short last one too."""
+    """Inputs of one scale: the largest power of two, at most 128, that divides all groups, a short last one too."""
     return math.gcd(in_features, _LARGEST_GROUP if group_size == -1 else math.gcd(group_size, _LARGEST_GROUP))
 
 

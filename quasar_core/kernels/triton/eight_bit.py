@@ -1,4 +1,4 @@
-"""Products in 8 bits: rows in int8 or float8 (e4m3) with a step of their own, weights with a scale per output."""
+"""Products in 8 bits: rows in int8 or float8 (e4m3) with a scale of their own, weights with a scale per output."""
 
 import torch
 import triton
@@ -11,12 +11,12 @@ from quasar_core.kernels.triton.products import finish
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
-def quantize_rows(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> None:
-    """x [T, in] → codes [T, in] int8 or float8_e4m3fn, rounded to nearest, and steps [T] float32: x ≈ codes · steps."""
+def quantize_rows(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """x [T, in] → codes [T, in] int8 or float8_e4m3fn, rounded to nearest; scales [T] float32: x ≈ codes · scales."""
     _quantize_kernel[(x.shape[0],)](
         x,
         codes,
-        steps,
+        scales,
         x.shape[1],
         LARGEST[codes.dtype],
         SIZE=triton.next_power_of_2(x.shape[1]),
@@ -28,33 +28,33 @@ def quantize_rows(x: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> 
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, codes_ptr, steps_ptr, size, largest, SIZE: tl.constexpr, WHOLE: tl.constexpr, OVERLAPS: tl.constexpr
+    x_ptr, codes_ptr, scales_ptr, size, largest, SIZE: tl.constexpr, WHOLE: tl.constexpr, OVERLAPS: tl.constexpr
 ):
     wait(OVERLAPS)
     row = tl.program_id(0)
     columns = tl.arange(0, SIZE)
     known = columns < size
     x = tl.load(x_ptr + row * size + columns, mask=known, other=0.0).to(tl.float32)
-    scaled, step = round_row(x, largest, WHOLE)
+    scaled, scale = round_row(x, largest, WHOLE)
     tl.store(codes_ptr + row * size + columns, scaled.to(codes_ptr.dtype.element_ty), mask=known)
-    tl.store(steps_ptr + row, step)
+    tl.store(scales_ptr + row, scale)
 
 
 @triton.jit
 def round_row(x, largest, WHOLE: tl.constexpr):
-    """A row in float32 as a step times numbers of at most `largest`: whole ones, or such as a cast will round."""
+    """A row in float32 as a scale times numbers of at most `largest`: whole ones, or such as a cast will round."""
     peak = tl.max(tl.abs(x), axis=0)
-    step = tl.where(peak > 0, tl.div_rn(peak, largest), 1.0)
+    scale = tl.where(peak > 0, tl.div_rn(peak, largest), 1.0)
     # As the host divides; Triton's own division is off by a bit.
-    scaled = tl.minimum(tl.maximum(tl.div_rn(x, step), -largest), largest)
+    scaled = tl.minimum(tl.maximum(tl.div_rn(x, scale), -largest), largest)
     if WHOLE:
         scaled = (scaled + 12582912.0) - 12582912.0  # 1.5 · 2²³: float32 has no bits left for a fraction
-    return scaled, step
+    return scaled, scale
 
 
 def multiply_w8a8(
     codes: torch.Tensor,
-    steps: torch.Tensor,
+    row_scales: torch.Tensor,
     weight: torch.Tensor,
     scales: torch.Tensor,
     out: torch.Tensor,
@@ -62,7 +62,7 @@ def multiply_w8a8(
     residual: torch.Tensor | None = None,
     blocks: Blocks | None = None,
 ) -> None:
-    """(codes [T, in] · weight [out, in]ᵀ) · steps [T] · scales [out] (+ bias) (+ residual) → out [T, out].
+    """(codes [T, in] · weight [out, in]ᵀ) · row_scales [T] · scales [out] (+ bias) (+ residual) → out [T, out].
 
     Codes and weight are both int8 (summed in int32) or both float8_e4m3fn (in float32); a row does not depend on T.
     """
@@ -72,7 +72,7 @@ def multiply_w8a8(
     count = -(-in_features // chosen.inputs)
     _w8a8_kernel[(-(-out_features // chosen.outputs), chosen.splits)](
         codes,
-        steps,
+        row_scales,
         weight,
         scales,
         out,
@@ -99,7 +99,7 @@ def multiply_w8a8(
 @triton.jit(do_not_specialize=["count"])  # one kernel for every T
 def _w8a8_kernel(
     codes_ptr,
-    steps_ptr,
+    row_scales_ptr,
     weight_ptr,
     scales_ptr,
     out_ptr,
@@ -135,9 +135,9 @@ def _w8a8_kernel(
         weight = tl.load(lines + inputs[None, :], mask=known, other=0.0)
         x = tl.load(codes_ptr + rows[None, :] * in_features + inputs[:, None], mask=inside, other=0.0)
         acc = _eight_bit_product(weight, x, acc)
-    step = tl.load(steps_ptr + rows, mask=rows < count, other=0.0)
+    row_scale = tl.load(row_scales_ptr + rows, mask=rows < count, other=0.0)
     scale = tl.load(scales_ptr + outputs, mask=outputs < out_features, other=0.0)
-    total = acc.to(tl.float32) * scale[:, None] * step[None, :]
+    total = acc.to(tl.float32) * scale[:, None] * row_scale[None, :]
     finish(
         total, block, split, outputs, rows, out_ptr, bias_ptr, residual_ptr, partials_ptr, counters_ptr, count,
         out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL, False,

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from quasar_core.kernels.base import LayerShape, RoundedRows
-from quasar_core.kernels.float8 import CAPABILITY, Float8Kernel
-from quasar_core.kernels.int8 import Int8Kernel
+from quasar_core.kernels.eight_bit import FLOAT8_CAPABILITY, Float8Kernel, Int8Kernel
 from quasar_core.kernels.triton.adapters import tune_shape, why_not_triton
 
 _MULTIPLE = 16  # of both sizes: rows begin where 16 bytes do
@@ -46,7 +45,7 @@ class TritonEightBitKernel:
         return tune_shape([weight.values for weight in weights], dtype)
 
     def multiply(self, x: torch.Tensor, prepared: Any) -> torch.Tensor:
-        """Round the rows, multiply in 8 bits, apply steps and scales."""
+        """Round the rows, multiply in 8 bits, apply both scales."""
         if x.shape[0] > _SKINNY:
             product: torch.Tensor = self._at_many_rows.multiply(x, prepared)
             return product
@@ -54,7 +53,7 @@ class TritonEightBitKernel:
 
         codes = torch.empty_like(x, dtype=prepared.values.dtype)
         rows = RoundedRows(codes, x.new_empty(x.shape[0], dtype=torch.float32))
-        quantize_rows(x.contiguous(), rows.codes, rows.steps)
+        quantize_rows(x.contiguous(), rows.codes, rows.scales)
         return self.multiply_rounded(rows, prepared, x.dtype)
 
     def rounds_to(self, rows: int, prepared: Any) -> torch.dtype | None:
@@ -67,9 +66,9 @@ class TritonEightBitKernel:
         from quasar_core.kernels.triton.eight_bit import multiply_w8a8
 
         out = torch.empty(len(rows.codes), len(prepared.values), dtype=dtype, device=rows.codes.device)
-        multiply_w8a8(rows.codes, rows.steps, prepared.values, prepared.scales, out)
+        multiply_w8a8(rows.codes, rows.scales, prepared.values, prepared.scales, out)
         return out
 
 
 TRITON_INT8 = TritonEightBitKernel("triton-int8", Int8Kernel(), (8, 0))
-TRITON_FLOAT8 = TritonEightBitKernel("triton-float8", Float8Kernel(), CAPABILITY)
+TRITON_FLOAT8 = TritonEightBitKernel("triton-float8", Float8Kernel(), FLOAT8_CAPABILITY)

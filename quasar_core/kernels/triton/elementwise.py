@@ -17,11 +17,11 @@ def rms_norm_residual(
     weight: torch.Tensor,
     eps: float,
     out: torch.Tensor,
-    steps: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """hidden [T, in] += delta, in place; out = hidden ÷ √(mean square + eps), rounded, · weight.
 
-    The roundings are those of transformers. A row's result does not depend on T. With `steps` [T] float32, `out` is of
+    The roundings are those of transformers. A row's result does not depend on T. With `scales` [T] float32, `out` is of
     8 bits, and takes what `eight_bit.quantize_rows` makes of it.
     """
     size = hidden.shape[1]
@@ -31,13 +31,13 @@ def rms_norm_residual(
         delta,
         weight,
         out,
-        steps,
+        scales,
         size,
         eps,
-        LARGEST[out.dtype] if steps is not None else 0.0,
+        LARGEST[out.dtype] if scales is not None else 0.0,
         SIZE=block,
         HAS_DELTA=delta is not None,
-        ROUNDED=steps is not None,
+        ROUNDED=scales is not None,
         WHOLE=out.dtype == torch.int8,
         num_warps=min(max(block // 512, 1), 16),
         **overlap(),
@@ -50,7 +50,7 @@ def _norm_kernel(
     delta_ptr,
     weight_ptr,
     out_ptr,
-    steps_ptr,
+    scales_ptr,
     size,
     eps,
     largest,
@@ -74,8 +74,8 @@ def _norm_kernel(
     normed = round_to(hidden * tl.rsqrt(tl.sum(hidden * hidden, axis=0) / size + eps), dtype)
     result = (normed * weight).to(dtype)
     if ROUNDED:
-        result, step = round_row(result.to(tl.float32), largest, WHOLE)
-        tl.store(steps_ptr + tl.program_id(0), step)
+        result, scale = round_row(result.to(tl.float32), largest, WHOLE)
+        tl.store(scales_ptr + tl.program_id(0), scale)
     tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=known)
 
 
@@ -89,13 +89,13 @@ def silu_multiply(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     _silu_kernel[grid](gate_up, out, inner, BLOCK=_BLOCK, num_warps=4, **overlap())
 
 
-def silu_multiply_rounded(gate_up: torch.Tensor, codes: torch.Tensor, steps: torch.Tensor) -> None:
-    """The same as `eight_bit.quantize_rows` makes it: codes [T, I] int8 or float8_e4m3fn, and steps [T] float32."""
+def silu_multiply_rounded(gate_up: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    """The same as `eight_bit.quantize_rows` makes it: codes [T, I] int8 or float8_e4m3fn, and scales [T] float32."""
     inner = codes.shape[1]
     _silu_row_kernel[(codes.shape[0],)](
         gate_up,
         codes,
-        steps,
+        scales,
         inner,
         LARGEST[codes.dtype],
         SIZE=triton.next_power_of_2(inner),
@@ -119,7 +119,7 @@ def _silu_kernel(gate_up_ptr, out_ptr, inner, BLOCK: tl.constexpr, OVERLAPS: tl.
 def _silu_row_kernel(
     gate_up_ptr,
     codes_ptr,
-    steps_ptr,
+    scales_ptr,
     inner,
     largest,
     SIZE: tl.constexpr,
@@ -131,9 +131,9 @@ def _silu_row_kernel(
     columns = tl.arange(0, SIZE)
     known = columns < inner
     product = _gated(gate_up_ptr + row * 2 * inner + columns, inner, known)
-    codes, step = round_row(round_to(product, gate_up_ptr.dtype.element_ty), largest, WHOLE)
+    codes, scale = round_row(round_to(product, gate_up_ptr.dtype.element_ty), largest, WHOLE)
     tl.store(codes_ptr + row * inner + columns, codes.to(codes_ptr.dtype.element_ty), mask=known)
-    tl.store(steps_ptr + row, step)
+    tl.store(scales_ptr + row, scale)
 
 
 @triton.jit

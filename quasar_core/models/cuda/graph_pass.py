@@ -18,8 +18,8 @@ from weakref import WeakSet
 import torch
 
 from quasar_core.kernels.triton.adapters import why_not_triton
-from quasar_core.models.choices import Choices
-from quasar_core.models.cuda.graphs import Launcher, Mailbox, PlainLauncher, launcher
+from quasar_core.models.base import Choices
+from quasar_core.models.cuda.graphs import Launcher, PinnedBuffers, PlainLauncher, launcher
 from quasar_core.models.cuda.products import DenseChoices, tune_products
 from quasar_core.models.cuda.torch_steps import Steps, TorchSteps
 from quasar_core.models.decoder import DecoderCache, LeanDecoder
@@ -92,7 +92,7 @@ class CudaPass:
         device = decoder.device
         self.dense = DenseChoices(decoder, steps)
         self._launches = launches or launcher(device)
-        self._mail = Mailbox(self.longest, device)
+        self._buffers = PinnedBuffers(self.longest, device)
         self._logits = torch.empty(self.longest, decoder.vocab_size, dtype=decoder.dtype, device=device)
         self._tables: dict[int, Tables] = {}  # by capacity of the cache
         self._cleared: WeakSet[DecoderCache] = WeakSet()
@@ -109,13 +109,13 @@ class CudaPass:
     def choose(self, tokens: Sequence[int], cache: DecoderCache) -> Choices:
         """One pass at position `cache.length`, which moves on by T, and the choices that the device made."""
         self._pass(tokens, cache)
-        return self._mail.fetch(len(tokens))
+        return self._buffers.fetch(len(tokens))
 
     def _pass(self, tokens: Sequence[int], cache: DecoderCache) -> None:
         count = len(tokens)
         size = pass_size(count, cache.capacity - cache.length)
         self._clear(cache)
-        self._mail.send(cache.length, tokens, filled=size - count)
+        self._buffers.send(cache.length, tokens, filled=size - count)
         bucket = length_bucket(cache.length + size, cache.capacity)
         tables = self._tables.get(cache.capacity) or self._cut_tables(cache.capacity)
         with self.steps.launching():
@@ -137,10 +137,10 @@ class CudaPass:
         return tables
 
     def _launch(self, count: int, cache: DecoderCache, bucket: int, tables: Tables) -> None:
-        """All steps of a pass of `count` tokens, which have come by mail, into `_logits`; then its choices."""
+        """All steps of a pass of the `count` tokens in the input buffer, into `_logits`; then its choices."""
         decoder, steps, eps = self.decoder, self.steps, self.decoder.config.eps
-        position, tokens, logits = self._mail.position, self._mail.tokens[:count], self._logits[:count]
-        sights = {w: steps.sight(position, bucket, count, w, self._group) for w in self._windows}
+        position, tokens, logits = self._buffers.position, self._buffers.tokens[:count], self._logits[:count]
+        masks = {w: steps.make_mask(position, bucket, count, w, self._group) for w in self._windows}
         hidden = decoder.embedding.index_select(0, tokens)
         delta = None
         for layer, states in zip(decoder.layers, cache.layers, strict=True):
@@ -149,13 +149,13 @@ class CudaPass:
             queries = steps.rotate_and_store(
                 qkv, layer.head_norms, tables if layer.rotates else None, position, states, eps
             )
-            delta = self.dense.multiply(layer.out, steps.attend(queries, states, sights[layer.window]))
+            delta = self.dense.multiply(layer.out, steps.attend(queries, states, masks[layer.window]))
             x = steps.normed(hidden, delta, layer.mlp_norm, eps, self.dense.number_for(layer.gate_up, count))
             x = self.dense.gate(layer.gate_up, x, self.dense.number_for(layer.down, count))
             delta = self.dense.multiply(layer.down, x)
         x = steps.normed(hidden, delta, decoder.norm, eps, self.dense.number_for(decoder.head, count))
         logits.copy_(self.dense.multiply(decoder.head, x))
-        steps.choose(logits, tokens, self._mail.drafted, self._mail.found.first(count))
+        steps.choose(logits, tokens, self._buffers.drafted, self._buffers.output.first(count))
 
 
 def pass_size(count: int, room: int) -> int:
@@ -182,9 +182,9 @@ def choose_overlap(decoder: LeanDecoder, plain: Steps, overlapping: Steps) -> tu
     apart = CudaPass(decoder, plain)
     cache = cache_at(decoder, POSITION)
     try:
-        joined = CudaPass(decoder, overlapping)
-        differing = differing_passes(decoder, plain, joined, cache)
-        seconds = time_passes([apart, joined], cache)
+        overlapped = CudaPass(decoder, overlapping)
+        differing = differing_passes(decoder, plain, overlapped, cache)
+        seconds = time_passes([apart, overlapped], cache)
     except RuntimeError as error:
         return apart, f"launches do not overlap: it failed here ({str(error).splitlines()[0]})"
     if differing:
@@ -193,21 +193,21 @@ def choose_overlap(decoder: LeanDecoder, plain: Steps, overlapping: Steps) -> tu
         f"{1e6 * seconds[1]:.0f} µs for passes of {' and '.join(map(str, COUNTS))}, {1e6 * seconds[0]:.0f} without"
     )
     if seconds[1] < seconds[0]:
-        return joined, f"launches overlap: {figures}"
+        return overlapped, f"launches overlap: {figures}"
     return apart, f"launches do not overlap: with it {figures}"
 
 
-def differing_passes(decoder: LeanDecoder, plain: Steps, joined: CudaPass, cache: DecoderCache) -> int:
+def differing_passes(decoder: LeanDecoder, plain: Steps, overlapped: CudaPass, cache: DecoderCache) -> int:
     """Passes that overlap, and whose logits are not to the last bit those of the same kernels one after the other."""
     apart, differing = CudaPass(decoder, plain, PlainLauncher()), 0
-    apart.dense = joined.dense
+    apart.dense = overlapped.dense
     for count in COUNTS:
-        joined.run([0] * count, cache)  # which chooses the products
+        overlapped.run([0] * count, cache)  # which chooses the products
         cache.rollback(POSITION)
         expected = apart.run([0] * count, cache)
         cache.rollback(POSITION)
         for _ in range(ROUNDS):
-            differing += not torch.equal(joined.run([0] * count, cache), expected)
+            differing += not torch.equal(overlapped.run([0] * count, cache), expected)
             cache.rollback(POSITION)
     return differing
 

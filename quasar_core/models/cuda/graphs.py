@@ -15,55 +15,58 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from quasar_core.models.choices import Choices
+from quasar_core.models.base import Choices
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a pass chose, on the device: views of one buffer, of a pass's first T tokens or of all L."""
+class GreedyOutput:
+    """What a pass chose greedily, on the device: views of one buffer, of a pass's first T tokens or of all L."""
 
     tokens: torch.Tensor  # [T] int64: the best of each row of logits, or `NO_TOKEN`
     best: torch.Tensor  # [T] float32: its logit
     second: torch.Tensor  # [T] float32: the next logit
     accepted: torch.Tensor  # [1] int64: drafted tokens that the choices confirm
 
-    def first(self, count: int) -> "Found":
+    def first(self, count: int) -> "GreedyOutput":
         """Of so many tokens."""
-        return Found(self.tokens[:count], self.best[:count], self.second[:count], self.accepted)
+        return GreedyOutput(self.tokens[:count], self.best[:count], self.second[:count], self.accepted)
 
 
-class Mailbox:
-    """Position, number of drafted tokens and tokens go in; choices, their logits and what they confirm come out."""
+class PinnedBuffers:
+    """A pass's inputs and outputs on the device, with pinned buffers on the host to copy them from and to.
+
+    Position, number of drafted tokens and tokens go in; choices, their logits and what they confirm come out.
+    """
 
     def __init__(self, longest: int, device: torch.device) -> None:
         self._longest = longest
         on_cuda = device.type == "cuda"
         self._in = torch.zeros(2 + longest, dtype=torch.int64, device=device)
         self._out = torch.zeros(2 * longest + 1, dtype=torch.int64, device=device)
-        self._letter = torch.zeros(2 + longest, dtype=torch.int64, pin_memory=on_cuda)
-        self._answer = torch.zeros(2 * longest + 1, dtype=torch.int64, pin_memory=on_cuda)
+        self._host_in = torch.zeros(2 + longest, dtype=torch.int64, pin_memory=on_cuda)
+        self._host_out = torch.zeros(2 * longest + 1, dtype=torch.int64, pin_memory=on_cuda)
         self._fetched = torch.cuda.Event() if on_cuda else None
         self.position, self.drafted, self.tokens = self._in[:1], self._in[1:2], self._in[2:]
         logits = self._out[longest : 2 * longest].view(torch.float32)
-        self.found = Found(self._out[:longest], logits[:longest], logits[longest:], self._out[2 * longest :])
+        self.output = GreedyOutput(self._out[:longest], logits[:longest], logits[longest:], self._out[2 * longest :])
 
     def send(self, position: int, tokens: Sequence[int], filled: int) -> None:
-        """Where the pass stands and its tokens, the first of them not drafted; `filled` more, which count for nothing.
+        """Copy to the device where the pass stands and its tokens, the first not drafted, and `filled` more as padding.
 
-        Waits for nothing but the copy of the last letter, which is written over.
+        Waits only for the last copy from the buffer, which is written over.
         """
         if self._fetched:
             self._fetched.synchronize()
         words = [position, len(tokens) - 1, *tokens, *[tokens[-1]] * filled]
-        self._letter.numpy()[: len(words)] = words
-        self._in[: len(words)].copy_(self._letter[: len(words)], non_blocking=True)
+        self._host_in.numpy()[: len(words)] = words
+        self._in[: len(words)].copy_(self._host_in[: len(words)], non_blocking=True)
         if self._fetched:
             self._fetched.record(torch.cuda.current_stream(self._in.device))
 
     def fetch(self, count: int) -> Choices:
-        """What the pass chose at its first `count` tokens; this is where the host waits for the device."""
-        self._answer.copy_(self._out)
-        words, longest = self._answer.numpy(), self._longest
+        """Copy to the host what the pass chose at its first `count` tokens; here the host waits for the device."""
+        self._host_out.copy_(self._out)
+        words, longest = self._host_out.numpy(), self._longest
         best, second = words[longest : 2 * longest].view("float32").reshape(2, longest)[:, :count]
         with np.errstate(invalid="ignore"):  # of two infinities
             margins = (best - second).tolist()

@@ -11,11 +11,11 @@ import torch
 
 from quasar_core.checkpoint.compressed_tensors import Float8Weight
 from quasar_core.kernels.base import RoundedRows, TunableKernel
-from quasar_core.kernels.int8 import Int8Weight
+from quasar_core.kernels.eight_bit import Int8Weight
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.cuda.graphs import record
 from quasar_core.models.cuda.torch_steps import Gated, Rows, Steps
-from quasar_core.models.decoder import DecoderLayer, DenseLinear, JoinedLinear, LeanDecoder, Linear
+from quasar_core.models.decoder import DecoderLayer, DenseLinear, FusedLinear, LeanDecoder, Linear
 from quasar_core.records import Progress, no_progress
 
 DenseProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -63,7 +63,7 @@ class DenseChoices:
         if isinstance(x, RoundedRows):
             assert isinstance(product, PackedLinear)
             return product.multiply_rounded(x, self._dtype)
-        if isinstance(product, JoinedLinear):
+        if isinstance(product, FusedLinear):
             return torch.cat([self.multiply(part, x) for part in product.parts], dim=-1)
         if isinstance(product, DenseLinear):
             return self._products[_shape(product), x.shape[0]](x, product.weight, product.bias)
@@ -159,7 +159,7 @@ def dense_parts(products: Iterable[Linear]) -> Iterable[DenseLinear]:
     for product in products:
         if isinstance(product, DenseLinear):
             yield product
-        elif isinstance(product, JoinedLinear):
+        elif isinstance(product, FusedLinear):
             yield from dense_parts(product.parts)
 
 
@@ -171,4 +171,4 @@ def _kind(product: Linear) -> str:
     """What the choice about a gate depends on: its kernel and bits; all gates of a decoder are of one shape."""
     if isinstance(product, PackedLinear):
         return f"{product.choice.kernel.name} {product.bits} bits"
-    return "joined" if isinstance(product, JoinedLinear) else "dense"
+    return "joined" if isinstance(product, FusedLinear) else "dense"

@@ -13,9 +13,9 @@ import torch
 from torch.nn.functional import linear, rms_norm, silu
 
 from quasar_core.kernels.base import RoundedRows
-from quasar_core.models.choices import NO_TOKEN
-from quasar_core.models.cuda.graphs import Found
-from quasar_core.models.decoder import FOLDED_TOKENS, Linear, Sight, attend
+from quasar_core.models.base import NO_TOKEN
+from quasar_core.models.cuda.graphs import GreedyOutput
+from quasar_core.models.decoder import FOLDED_TOKENS, AttentionMask, Linear, attend
 
 Rows = torch.Tensor | RoundedRows  # [T, in]
 Gated = Callable[[Rows], Rows]
@@ -58,11 +58,11 @@ class Steps(Protocol):
         """
         ...
 
-    def sight(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
+    def make_mask(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
         """What `count` tokens at `position` see of the first `length` positions; made once for a pass."""
         ...
 
-    def attend(self, queries: torch.Tensor, states: torch.Tensor, sight: Any) -> torch.Tensor:
+    def attend(self, queries: torch.Tensor, states: torch.Tensor, mask: Any) -> torch.Tensor:
         """Queries [T, H·G, D] over states [2, H, C, D] → [T, H·G·D]."""
         ...
 
@@ -78,9 +78,9 @@ class Steps(Protocol):
         """Ways to multiply x [rows, in] by a weight [out, in] (and add a bias [out]) in 16 or 32 bits, by name."""
         ...
 
-    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, found: Found) -> None:
-        """The best token of each row of logits [T, V], as `models/choices.py` has it, and how many of the `drafted` [1]
-        tokens behind the first of tokens [T] they confirm, into `found`.
+    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, output: GreedyOutput) -> None:
+        """The best token of each row of logits [T, V], as `models/base.py` has it, and how many of the `drafted` [1]
+        tokens behind the first of tokens [T] they confirm, into `output`.
         """
         ...
 
@@ -130,7 +130,7 @@ class TorchSteps:
         states.index_copy_(2, places, written.transpose(1, 2))
         return rotated[:, :-kv_heads]
 
-    def sight(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
+    def make_mask(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
         """A mask over the whole length."""
         own = (position + torch.arange(count, device=position.device))[:, None]
         seen = torch.arange(length, device=position.device)
@@ -138,11 +138,11 @@ class TorchSteps:
         if window is not None:
             visible &= seen > own - window
         mask = visible.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else visible
-        return Sight(0, length, causal=False, mask=mask)
+        return AttentionMask(0, length, causal=False, added=mask)
 
-    def attend(self, queries: torch.Tensor, states: torch.Tensor, sight: Any) -> torch.Tensor:
+    def attend(self, queries: torch.Tensor, states: torch.Tensor, mask: Any) -> torch.Tensor:
         """See `Steps`."""
-        return attend(queries, states, sight)
+        return attend(queries, states, mask)
 
     def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> Rows:
         """See `Steps`; never rounded."""
@@ -157,12 +157,12 @@ class TorchSteps:
         """PyTorch's own: cuBLAS on CUDA."""
         return {"torch": linear}
 
-    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, found: Found) -> None:
+    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, output: GreedyOutput) -> None:
         """See `Steps`."""
         best = logits.topk(2, dim=-1).values
-        found.tokens.copy_(torch.where(best[:, 0].isfinite(), logits.argmax(dim=-1), NO_TOKEN))
-        found.best.copy_(best[:, 0])
-        found.second.copy_(best[:, 1])
+        output.tokens.copy_(torch.where(best[:, 0].isfinite(), logits.argmax(dim=-1), NO_TOKEN))
+        output.best.copy_(best[:, 0])
+        output.second.copy_(best[:, 1])
         place = torch.arange(len(tokens) - 1, device=tokens.device)
-        confirmed = (found.tokens[:-1] == tokens[1:]) & (place < drafted)
-        found.accepted.copy_(confirmed.cumprod(0).sum())
+        confirmed = (output.tokens[:-1] == tokens[1:]) & (place < drafted)
+        output.accepted.copy_(confirmed.cumprod(0).sum())

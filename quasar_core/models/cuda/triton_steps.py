@@ -26,7 +26,7 @@ from quasar_core.kernels.triton.elementwise import (
 from quasar_core.kernels.triton.language import overlapping
 from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
 from quasar_core.kernels.triton.weights import TritonWeight
-from quasar_core.models.cuda.graphs import Found
+from quasar_core.models.cuda.graphs import GreedyOutput
 from quasar_core.models.cuda.torch_steps import Gated, Rows
 from quasar_core.models.decoder import DenseLinear, Linear
 
@@ -68,7 +68,7 @@ class TritonSteps:
             rms_norm_residual(hidden, delta, weight, eps, out)
             return out
         rows = _empty_rows(hidden.shape[0], hidden.shape[1], number, hidden.device)
-        rms_norm_residual(hidden, delta, weight, eps, rows.codes, rows.steps)
+        rms_norm_residual(hidden, delta, weight, eps, rows.codes, rows.scales)
         return rows
 
     def rotate_and_store(
@@ -88,19 +88,19 @@ class TritonSteps:
         rotate_and_store(qkv, head_norms, cos, sin, position, keys, values, queries, eps)
         return queries
 
-    def sight(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
+    def make_mask(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
         """A position for every sixteen tokens."""
         positions = (position + begin if begin else position for begin in range(0, count, WIDEST))
         return TritonSight(tuple(positions), length, window)
 
-    def attend(self, queries: torch.Tensor, states: torch.Tensor, sight: Any) -> torch.Tensor:
+    def attend(self, queries: torch.Tensor, states: torch.Tensor, mask: Any) -> torch.Tensor:
         """Two launches for every sixteen tokens."""
         count, heads, size = queries.shape
         keys, values = states.unbind()
         out = queries.new_empty(count, heads * size)
-        for position, rows, part in zip(sight.positions, queries.split(WIDEST), out.split(WIDEST), strict=True):
+        for position, rows, part in zip(mask.positions, queries.split(WIDEST), out.split(WIDEST), strict=True):
             workspace = attention_workspace(queries.device, rows.shape[0], heads, size)
-            attend(rows, keys, values, position, sight.window, workspace, part, sight.length)
+            attend(rows, keys, values, position, mask.window, workspace, part, mask.length)
         return out
 
     def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> Rows:
@@ -111,7 +111,7 @@ class TritonSteps:
             silu_multiply(gate_up, out)
             return out
         rows = _empty_rows(count, inner, number, gate_up.device)
-        silu_multiply_rounded(gate_up, rows.codes, rows.steps)
+        silu_multiply_rounded(gate_up, rows.codes, rows.scales)
         return rows
 
     def gated_product(self, product: Linear, rows: int) -> Gated | None:
@@ -127,10 +127,10 @@ class TritonSteps:
         """cuBLAS, and for few rows Triton's product."""
         return {"cublas": linear, "triton": _multiply_dense} if rows <= WIDEST else {"cublas": linear}
 
-    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, found: Found) -> None:
+    def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, output: GreedyOutput) -> None:
         """Three launches."""
-        argmax_and_margin(logits, found.tokens, found.best, found.second)
-        accept_greedy(found.tokens, tokens, drafted, found.accepted)
+        argmax_and_margin(logits, output.tokens, output.best, output.second)
+        accept_greedy(output.tokens, tokens, drafted, output.accepted)
 
 
 def _empty_rows(count: int, size: int, number: torch.dtype, device: torch.device) -> RoundedRows:

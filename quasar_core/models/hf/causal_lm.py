@@ -11,14 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
-from quasar_core.errors import QuasarError
-from quasar_core.foreign import foreign_errors
+from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.base import CausalLM
-from quasar_core.models.hf.cache import PreallocatedCache, TwoTableCache
+from quasar_core.models.hf.cache import PreallocatedCache, RecurrentCache, TwoTableCache, recurrent_layers
 from quasar_core.models.hf.experts import separate_experts
-from quasar_core.models.hf.recurrent import RecurrentCache, recurrent_layers
 from quasar_core.models.hf.rope import TextRope
 from quasar_core.models.hf.skeleton import Weights, build_empty, build_skeleton, clone_structure, read_model_config
 from quasar_core.models.hf.stored_names import StoredNames

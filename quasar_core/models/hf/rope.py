@@ -1,7 +1,7 @@
 """Hold the rotary embeddings of a transformers model to the frequencies of one text length during a pass.
 
 transformers takes them from the last position of each pass, and dynamic NTK from the longest text since the model was
-loaded. See `text_length.py`.
+loaded. See `models/rope.py`.
 """
 
 import copy
@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quasar_core.errors import QuasarError
-from quasar_core.models.text_length import spans
+from quasar_core.models.rope import spans
 
 KINDS = ("dynamic", "longrope")
 

@@ -16,8 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quasar_core.checkpoint.reader import TensorFiles
-from quasar_core.errors import QuasarError
-from quasar_core.foreign import foreign_errors
+from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.models.hf.experts import separate_experts
 from quasar_core.models.hf.stored_names import StoredNames
 from quasar_core.store.model_config import read_config

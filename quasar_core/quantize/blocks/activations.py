@@ -18,8 +18,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from quasar_core.errors import QuasarError
-from quasar_core.foreign import foreign_errors
+from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.quantize.blocks.streaming import find_blocks
 from quasar_core.quantize.solve.matmul import FastPasses, product
 

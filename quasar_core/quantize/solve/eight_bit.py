@@ -20,9 +20,7 @@ import torch
 from quasar_core.checkpoint.compressed_tensors import FLOAT8, LARGEST, Float8Weight, PackedWeight
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
 from quasar_core.errors import QuasarError
-from quasar_core.kernels.float8 import quantize_rows_float8
-from quasar_core.kernels.int8 import LARGEST as LARGEST_INTEGER
-from quasar_core.kernels.int8 import quantize_rows
+from quasar_core.kernels.eight_bit import LARGEST_INT8, quantize_rows_float8, quantize_rows_int8
 from quasar_core.quantize.solve.factor import InverseFactor, inverse_factor
 from quasar_core.quantize.solve.gptq import Solution, SolverConfig, aim_of, column_order, pieces
 from quasar_core.quantize.solve.grid import BLOCK
@@ -58,7 +56,7 @@ class Number(ABC):
 class Integers(Number):
     """From −127 to 127."""
 
-    largest = float(LARGEST_INTEGER)
+    largest = float(LARGEST_INT8)
     dtype = torch.int8
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
@@ -78,7 +76,7 @@ class Integers(Number):
 
     def round_rows(self, x: torch.Tensor) -> torch.Tensor:
         """Rounded, and back."""
-        values, steps = quantize_rows(x)
+        values, steps = quantize_rows_int8(x)
         return values.float() * steps
 
 

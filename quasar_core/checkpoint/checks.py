@@ -1,9 +1,12 @@
-"""Whether a verifier that somebody else made belongs to a target: by fingerprint where it has one, else by content.
+"""Check that a checkpoint's weights are those that were written, and that a verifier belongs to its target.
 
-A verifier of another model would not spoil the exact mode, since the target confirms every token; it would be slow
-there, and wrong in the mode in which the verifier decides.
+The weights are compared with the SHA-256 of each file, as `sha256sum` prints it: `ShardWriter` computes them while it
+writes, and they lie in quasar.json under "sha256". A verifier that somebody else made belongs to a target by its
+fingerprint where it has one, else by content. One of another model would not spoil the exact mode, since the target
+confirms every token; it would be slow there, and wrong in the mode in which the verifier decides.
 """
 
+import hashlib
 from collections.abc import Container
 from pathlib import Path
 
@@ -12,13 +15,60 @@ import torch
 from quasar_core.checkpoint.headers import StoredLayer, stored_layers
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
+from quasar_core.records import Progress, no_progress
 from quasar_core.store.fingerprint import fingerprint
 from quasar_core.store.model_config import read_config
-from quasar_core.store.safetensors_header import read_headers
+from quasar_core.store.safetensors_header import read_headers, weight_files
 
+KEY = "sha256"
+NONE_RECORDED = "none is recorded in this checkpoint (another tool or an older quasar wrote it), so nothing was checked"
+_CHUNK = 2**22  # bytes
 SAMPLE = 4096  # values of a tensor that are compared
 # Values are stored in 16 bits of either kind; codes of 2 bits still lie so near to what they stand for.
 ROUNDING, LEAST_COSINE = 2.0**-6, 0.7
+
+
+def check_digest(checkpoint: VerifierCheckpoint, progress: Progress = no_progress) -> str:
+    """Read all weights and compare them with what is recorded → what was found, in words.
+
+    QuasarError that names the first file which differs, is missing, or is not recorded.
+    """
+    recorded = recorded_digests(checkpoint)
+    if recorded is None:
+        return NONE_RECORDED
+    beside = checkpoint.folder.glob("*.safetensors")  # not read, and not what was written either
+    files = {file.name: file for file in sorted({*weight_files(checkpoint.folder), *beside})}
+    for name in sorted(recorded.keys() ^ files.keys()):
+        what = "is missing" if name in recorded else "is not among those that quasar.json records"
+        raise QuasarError(f"The weights of {checkpoint.folder} are not those that were written: {name} {what}.")
+    for done, (name, file) in enumerate(files.items()):
+        progress("checking weights", done, len(files))
+        if file_digest(file) != recorded[name]:
+            raise QuasarError(f"{file} is damaged or was changed: its SHA-256 is not the one in quasar.json.")
+    progress("checking weights", len(files), len(files))
+    return f"{len(files)} file{'s' if len(files) > 1 else ''} of weights as they were written"
+
+
+def recorded_digests(checkpoint: VerifierCheckpoint) -> dict[str, str] | None:
+    """SHA-256 (hex) by file name; None where none is recorded, QuasarError where the record is no such thing."""
+    recorded = checkpoint.card.get(KEY)
+    if recorded is None:
+        return None
+    if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
+        raise QuasarError(f"{checkpoint.folder / 'quasar.json'} holds no digests under {KEY}.")
+    return recorded
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 (hex) of a file; QuasarError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        raise QuasarError(f"{file} cannot be read: {error.strerror or error}.") from error
+    return digest.hexdigest()
 
 
 def refuse_other_target(checkpoint: VerifierCheckpoint, target: Path) -> None:

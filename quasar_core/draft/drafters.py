@@ -1,14 +1,56 @@
-"""Prompt lookup: what followed the last words the last time they stood in the text (Saxena, 2023; the paper, §3)."""
+"""Drafters propose tokens without running the target. They know token ids and nothing of models."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from quasar_core.draft.base import Draft
+from quasar_core.config import GenerationConfig
 
 _Gram = tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Draft:
+    """Proposed tokens, and the length of the match that they follow (0: none)."""
+
+    tokens: tuple[int, ...] = ()
+    match_length: int = 0
+
+
+class Drafter(Protocol):
+    """Follows the text, token by token, and proposes what comes next."""
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        """The text goes on with `tokens`."""
+        ...
+
+    def forget(self, count: int) -> None:
+        """The last `count` tokens are taken back."""
+        ...
+
+    def propose(self, limit: int) -> Draft:
+        """At most `limit` tokens to follow the text."""
+        ...
+
+
+class NoDrafter:
+    """Plain decoding: proposes nothing."""
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        """Nothing to remember."""
+
+    def forget(self, count: int) -> None:
+        """Nothing to forget."""
+
+    def propose(self, limit: int) -> Draft:
+        """The empty draft."""
+        return Draft()
+
+
 class NgramDrafter:
-    """Matches the longest suffix of `min_size` to `max_size` tokens; of several matches, the most recent.
+    """Prompt lookup (Saxena, 2023; the paper, §3): proposes what followed the last tokens earlier in the text.
+
+    Matches the longest suffix of `min_size` to `max_size` tokens; of several matches, the most recent.
 
     An n-gram enters the index when the token after it is known, so a suffix never matches itself. Every entry keeps
     what it replaced, so tokens can be taken back. All operations take constant time a token.
@@ -54,3 +96,10 @@ class NgramDrafter:
                 period = len(self.context) - start
                 return Draft(tuple(self.context[start + i % period] for i in range(limit)), size)
         return Draft()
+
+
+def make_drafter(config: GenerationConfig) -> Drafter:
+    """The drafter that `--draft` names."""
+    if config.draft == "none":
+        return NoDrafter()
+    return NgramDrafter(config.ngram_min, config.ngram_max)
