@@ -17,9 +17,9 @@ RECORDINGS = int(os.environ.get("QUASAR_RECORDINGS", "24"))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks its processes")
 def test_parallel_recordings_are_all_kept(tmp_path: Path) -> None:
-    tests = Path(__file__).parents[1] / "helpers"
-    environment = {**os.environ, "PYTHONPATH": str(tests.parent)}
-    command = [sys.executable, str(tests / "record_many.py"), str(tmp_path), str(RECORDINGS)]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(root / "tests/helpers/record_many.py"), str(tmp_path), str(RECORDINGS)]
     subprocess.run(command, env=environment, check=True)
     names = {pair.name for pair in store.list_pairs()}
     assert names == {f"verifier-{number}" for number in range(RECORDINGS)}
