@@ -1,4 +1,4 @@
-"""What happened: counts and seconds, and the ratios derived from them, each defined once, here."""
+"""Record what happened: counts and seconds, and the ratios derived from them, each defined once, here."""
 
 import math
 from collections.abc import Callable, Sequence

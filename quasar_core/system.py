@@ -1,4 +1,4 @@
-"""What the system tells: processor, free memory and disk, how busy other programs keep it, what versions run."""
+"""Ask the system for its processor, free memory and disk, how busy other programs keep it, and what versions run."""
 
 import os
 import platform

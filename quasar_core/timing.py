@@ -1,4 +1,4 @@
-"""How long something takes: repeated until its times repeat, and told what disturbed it.
+"""Time something until its times repeat, and say what disturbed them.
 
 Other work on a machine only ever adds to a time. So what something costs is the first quartile of its times, and they
 repeat where the best quarter of them lies near together.

@@ -1,4 +1,4 @@
-"""Values of the types that they are declared with, from parsed JSON: nothing is converted, nothing is guessed."""
+"""Build values of declared types from parsed JSON: nothing is converted, nothing is guessed."""
 
 import types
 from dataclasses import MISSING, fields, is_dataclass

@@ -1,4 +1,4 @@
-"""Which verifier of a target is best on this device: measured costs of passes, and the rates that follow from them.
+"""Find the best verifier of a target on this device, by the measured costs of passes and the rates that follow.
 
 Nothing is loaded: costs are those that earlier runs kept. A width that no checkpoint has is estimated: the pass of a
 measured verifier, with the times of its products replaced by those of the other width's kernels.

@@ -1,4 +1,4 @@
-"""Where an arm that promises the target's output differs from vanilla, and whether the target was near a tie there.
+"""Find where an arm that promises the target's output left vanilla's, and whether the target was near a tie there.
 
 In 16 bits a pass over several tokens and a pass over one may differ in the last bits, so the better of two tokens may
 change where their logits lie within the rounding of the dtype; anywhere else a difference is a defect (DESIGN §3).

@@ -1,4 +1,4 @@
-"""Other ways to run the target, as arms of a bench: transformers' own `generate`, plain and with prompt lookup."""
+"""Run the target as transformers' own `generate` does, plain and with prompt lookup, as arms of a bench."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What a pass of T tokens costs, in seconds: measured once for a model, remembered, and corrected while decoding."""
+"""Know the cost of a pass of T tokens, in seconds: measured once, remembered, and corrected while decoding."""
 
 import time
 from collections import defaultdict, deque

@@ -1,4 +1,4 @@
-"""What decoding does next, by what passes cost and how drafts and verified tokens have fared.
+"""Choose draft lengths and windows by the costs of passes and the acceptance of drafts and verified tokens so far.
 
 How long to draft, and whether at all; when to confirm; whether a verifier pays; what rates may be expected of it all.
 """

@@ -1,4 +1,4 @@
-"""From logits to a distribution to a token, and which tokens a pass accepts. Pure.
+"""Turn logits into a distribution, draw tokens, and decide which drafted tokens a pass accepts. Pure.
 
 The order is the field's: repetition penalty, temperature, top-k, top-p, min-p (as transformers' generate applies
 them). Target and verifier go through the same function, so p and q are compared after it. An acceptance function

@@ -75,11 +75,11 @@ class DenseKernel:
 
 
 def why_no_room(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why layers of a shape should not be unpacked where they need not be: they would fill the device's memory."""
+    """Why layers of a shape should not be dequantized where they need not be: they would fill the device's memory."""
     needed, free = LAYERS * shape.in_features * shape.out_features * dtype.itemsize, free_on_device(device)
     if free is None or needed <= free:
         return None
-    return f"{LAYERS} such layers unpacked would take {needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
+    return f"{LAYERS} such layers dequantized would take {needed / 1e9:.1f} GB of the {free / 1e9:.1f} GB that are free"
 
 
 def free_on_device(device: torch.device) -> int | None:

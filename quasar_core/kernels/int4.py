@@ -52,7 +52,7 @@ class CpuInt4Kernel:
     name = "torch-int4-cpu"
 
     def why_not(self, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
-        """4 bits, ordered groups, outputs in sixteens, bf16, on a CPU: in other dtypes it is slower than unpacked."""
+        """4 bits, ordered groups, outputs in sixteens, bf16, on a CPU: in others it is slower than dequantized."""
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device.type}"
         if dtype != torch.bfloat16:

@@ -1,4 +1,4 @@
-"""Which kernel runs a layer, and why: measured on first use, never silent."""
+"""Choose the kernel that runs a layer, by measuring on first use, and say why."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from quasar_core.kernels.triton.adapters import TritonKernel
 from quasar_core.kernels.triton.eight_bit_kernel import TRITON_FLOAT8, TRITON_INT8
 from quasar_core.records import Progress, no_progress
 
-# In the order in which they are taken where nothing is measured. Dense and reference support everything: dense unpacks
-# once, and competes where memory allows; reference unpacks for each product, and is only ever asked for.
+# In the order in which they are taken where nothing is measured. Dense and reference support everything: dense
+# dequantizes once, and competes where memory allows; reference does it for each product, and is only ever asked for.
 PACKED_KERNELS: tuple[Kernel, ...] = (
     CudaInt4Kernel(),
     TritonKernel(),
@@ -72,13 +72,13 @@ def select_kernel(
 ) -> KernelChoice:
     """The fastest kernel for the layer, or the requested one; UsageError where that one does not support it.
 
-    Where no kernel runs on packed codes the weight is unpacked once, at load, and the reason says so.
+    Where no kernel runs on packed codes the weight is dequantized once, at load, and the reason says so.
     """
     if requested != "auto":
         return _requested_kernel(requested, shape, device, dtype)
     able, refused = _candidates(shape, device, dtype)
     if not able:
-        return KernelChoice(DENSE, "; ".join([*refused, "so unpacked at load"]))
+        return KernelChoice(DENSE, "; ".join([*refused, "so dequantized at load"]))
     if shape.in_features * shape.out_features < SMALLEST:
         return KernelChoice(able[0], "; ".join(refused) or "the first choice for layers too small to be measured")
     no_room = why_no_room(shape, device, dtype)
@@ -169,7 +169,7 @@ def _report(
         return KernelReport(kernel.name, False, obstacle, None)
     times = figures.seconds.get(kernel.name)
     if times is None:
-        reason = "only by --kernel: unpacks the codes again for every product; the others are tested against it"
+        reason = "only by --kernel: dequantizes again for every product; the others are tested against it"
         return KernelReport(kernel.name, True, reason, None)
     layer = f"{COMMON.in_features} × {COMMON.out_features} layer of {COMMON.bits} bits"
     reason = f"{microseconds(times)} µs at {DECISIVE_ROWS} rows of a {layer}"
@@ -177,5 +177,5 @@ def _report(
     reason += ": chosen" if is_chosen else ""
     reason += f"; {figures.trouble}" if figures.trouble else ""
     if kernel is DENSE:
-        reason += "; unpacked once, at load, so as large as the target's, and taken where no other kernel is as fast"
+        reason += "; dequantized once, at load, so as large as the target's, and taken where no other kernel is as fast"
     return KernelReport(kernel.name, True, reason, times[DECISIVE_ROWS])

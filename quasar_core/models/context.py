@@ -1,4 +1,4 @@
-"""How many positions a model was made for, by the names that architectures give this option."""
+"""Read how many positions a model was made for, by the names that architectures give this option."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""A decoder's short passes on the CPU: one call into C++ for all its blocks (`kernels/cpu/pass.h`).
+"""Run a decoder's short passes on the CPU: one call into C++ for all its blocks (`kernels/cpu/pass.h`).
 
 PyTorch's operations cost a few microseconds each, and each reads its input from where another left it; a pass of a
 0.6B model spends a third of its time between the products. Here a pass is one parallel region. A token's logits do

@@ -209,7 +209,7 @@ class LeanDecoder(CausalLM):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the passes."""
+        """Dtype of a forward pass."""
         return self.embedding.dtype
 
     @property

@@ -1,4 +1,4 @@
-"""Where a model runs and in which precision: chosen once, with the reason."""
+"""Choose the device that a model runs on and its dtype, once, with the reason."""
 
 import torch
 

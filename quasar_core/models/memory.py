@@ -1,4 +1,4 @@
-"""How much memory a pair takes on a device, before it is loaded: the formula of docs/cuda.md.
+"""Estimate how much memory a pair takes on a device, before it is loaded: the formula of docs/cuda.md.
 
     target + verifier + workspace + tokens × bytes per token
 

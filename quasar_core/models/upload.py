@@ -1,4 +1,4 @@
-"""Tensors from memory-mapped files to a GPU, as fast as the disk gives them.
+"""Copy tensors from memory-mapped files to a GPU, as fast as the disk gives them.
 
 A copy from ordinary memory passes through a small buffer of the driver's, one piece after the other. Here several
 threads read pieces into pinned buffers, from where the GPU fetches them while the next ones are read.

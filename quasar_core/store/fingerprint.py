@@ -1,4 +1,4 @@
-"""A model's fingerprint: tells whether a verifier was made from this target, without reading all of it."""
+"""Compute a model's fingerprint: it tells whether a verifier was made from a target, without reading all of it."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What may be replaced and removed: the files that quasar wrote, in folders that carry its card, and nothing else."""
+"""Replace and remove verifiers: the files that quasar wrote, in folders that carry its card, and nothing else."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The one folder that quasar keeps things in."""
+"""Find the one folder that quasar keeps its files in."""
 
 import os
 from pathlib import Path

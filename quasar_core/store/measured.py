@@ -1,4 +1,4 @@
-"""What was measured on this machine, kept in quasar's own folder: a file for each kind of value and its conditions.
+"""Keep what was measured on this machine in quasar's own folder: a file for each kind of value and its conditions.
 
 The conditions name all that a value depends on (device, libraries, models), and are in the file's name: under others
 nothing is found. A file that is damaged counts as absent, which is said, and what it held is measured again.

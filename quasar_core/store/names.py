@@ -1,4 +1,4 @@
-"""From the name that a user gives to a folder on this machine, and to the folder of its verifier."""
+"""Resolve the name that a user gives to a folder on this machine, and to the folder of its verifier."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The pairs that `quasar quantize` recorded, and the one in use: home()/pairs.json."""
+"""Record and find the pairs that `quasar quantize` made, and the one in use: home()/pairs.json."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What a safetensors file holds, read from its header alone: no weights, no torch."""
+"""Read what a safetensors file holds from its header alone: no weights, no torch."""
 
 import math
 import os

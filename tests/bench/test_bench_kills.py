@@ -21,8 +21,8 @@ KILLS = int(os.environ.get("QUASAR_KILLS", "4"))
 @pytest.mark.machine
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the script forks its runs")
 def test_every_killed_bench_goes_on_to_the_same_answers(tmp_path: Path) -> None:
-    tests = Path(__file__).parents[1] / "helpers"
-    command = [sys.executable, str(tests / "kill_benches.py"), str(tmp_path), str(KILLS)]
+    tests = Path(__file__).parents[1]
+    command = [sys.executable, str(tests / "helpers/kill_benches.py"), str(tmp_path), str(KILLS)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     counts = json.loads(done.stdout.splitlines()[-1])

@@ -92,7 +92,7 @@ def test_a_floating_point_product(dtype: torch.dtype) -> None:
 def test_floating_point_weights_are_unpacked_where_no_unit_has_them() -> None:
     layer = PackedLinear.build(float8_weight(), None, CPU, torch.float32)
     assert layer.choice.kernel.name == "dense"
-    assert layer.choice.reason.endswith("not float8: it runs on CUDA, not on cpu; so unpacked at load")
+    assert layer.choice.reason.endswith("not float8: it runs on CUDA, not on cpu; so dequantized at load")
     assert torch.equal(layer.prepared, float8_weight().dequantize())
     assert select_kernel(FLOATING, CPU, torch.float32, "dense").reason == "asked for by --kernel"
     assert select_kernel(FLOATING, CPU, torch.float32, "float8").reason.endswith("computed in float32")

@@ -93,7 +93,7 @@ def test_the_cpu_prefers_int4_and_says_nothing_against_the_gpus_kernel() -> None
 def test_float32_is_unpacked_as_no_packed_product_is_fast_there() -> None:
     choice = select_kernel(LayerShape(256, 64, 4, 64, True), CPU, torch.float32)
     assert choice.kernel.name == "dense"
-    assert choice.reason == "not torch-int4-cpu: it is fast in bfloat16 alone, not in float32; so unpacked at load"
+    assert choice.reason == "not torch-int4-cpu: it is fast in bfloat16 alone, not in float32; so dequantized at load"
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_float32_is_unpacked_as_no_packed_product_is_fast_there() -> None:
 @pytest.mark.usefixtures("no_vnni")
 def test_what_int4_cannot_run_is_unpacked_at_load_with_the_reason(shape: LayerShape, reason: str) -> None:
     choice = select_kernel(shape, CPU, torch.bfloat16)
-    assert (choice.kernel.name, choice.reason) == ("dense", f"{reason}; so unpacked at load")
+    assert (choice.kernel.name, choice.reason) == ("dense", f"{reason}; so dequantized at load")
 
 
 @pytest.mark.parametrize(

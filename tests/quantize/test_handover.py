@@ -34,9 +34,9 @@ FILES = {
 @pytest.fixture(scope="module")
 def kills(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `handover_kills.py` found; its runs are forks, so it is a process of its own."""
-    folder, tests = tmp_path_factory.mktemp("kills"), Path(__file__).parents[1] / "helpers"
+    folder, tests = tmp_path_factory.mktemp("kills"), Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tests / "handover_kills.py"), str(folder)]
+    command = [sys.executable, str(tests / "helpers/handover_kills.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return document

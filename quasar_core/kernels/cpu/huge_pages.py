@@ -1,4 +1,4 @@
-"""Memory for weights in huge pages where the system has them: fewer of a pass's reads wait for an address."""
+"""Allocate memory for weights in huge pages where the system has them: fewer of a pass's reads wait for an address."""
 
 import ctypes
 import mmap

@@ -1,4 +1,4 @@
-"""Files that are loaded as code: in folders of this user alone, each with a digest beside it.
+"""Keep files that are loaded as code in folders of this user alone, each with a digest beside it.
 
 A library is opened once, and what was opened is what is checked and loaded: a path may name another file a moment
 later. POSIX systems only.

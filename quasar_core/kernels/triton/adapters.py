@@ -39,7 +39,7 @@ class TritonKernel:
         return tune_shape(weights, dtype)
 
     def multiply(self, x: torch.Tensor, prepared: TritonWeight) -> torch.Tensor:
-        """A product of any number of rows; of many, such as a prompt's, with the weight unpacked for once."""
+        """A product of any number of rows; of many, such as a prompt's, with the weight dequantized for once."""
         if x.shape[0] > _SKINNY:
             return torch.nn.functional.linear(x, dequantize(prepared, x.dtype))
         from quasar_core.kernels.triton.products import LONGEST, multiply_packed

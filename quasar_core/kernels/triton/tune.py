@@ -1,4 +1,4 @@
-"""The best block shapes of a product, measured: graph replays over weights that no cache holds."""
+"""Measure the best block shapes of a product, by graph replays over weights that no cache holds."""
 
 import math
 import os

@@ -37,7 +37,7 @@ def why_not(decoder: LeanDecoder) -> str | None:
     if decoder.config.rope.kind == "dynamic":
         return "its rotary embedding depends on where a pass ends"
     if any(layer.choice.kernel.name == "reference" for layer in decoder.packed_layers):
-        return "the reference kernel unpacks its weight for every product"
+        return "the reference kernel dequantizes its weight for every product"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Which product runs a layer's 16-bit weights at a number of rows: measured on the model's own layers.
+"""Choose the product that runs a layer's 16-bit weights at a number of rows, measured on the model's own layers.
 
 The layers of one shape are multiplied one after the other, so that each weight comes from memory as it does in a pass.
 """

@@ -1,4 +1,4 @@
-"""Any causal language model through transformers: slower than a decoder of our own, right for all of them."""
+"""Run any causal language model through transformers: slower than our own decoder, right for all of them."""
 
 import inspect
 import math

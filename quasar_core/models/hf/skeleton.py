@@ -1,4 +1,4 @@
-"""A transformers model without its weights: modules, names and shapes, built from the config alone in no time.
+"""Build a transformers model without its weights, from the config alone: modules, names and shapes.
 
 Weights are put in later, part by part, from memory-mapped files. Buffers, which no file holds, are there at once.
 """

@@ -1,4 +1,4 @@
-"""Which stored tensor is which parameter of a transformers model: files may have names of their own.
+"""Map stored tensors to the parameters of a transformers model: files may have names of their own.
 
 transformers renames while it loads: it adds or takes away the base model's prefix (`model.`), and for some
 architectures it has patterns, such as those of a vision tower. The same is done here, by its own patterns.
