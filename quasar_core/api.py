@@ -17,9 +17,9 @@ from quasar_core.decode.processors import read_processors
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_folder
 from quasar_core.kernels.threads import describe_threads, most_threads, use_threads
-from quasar_core.models.context import UNLIMITED, context_limit
 from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.hf.cache import recurrent_layers_of, refuse_drafts
+from quasar_core.models.hf.skeleton import UNLIMITED, context_limit
 from quasar_core.models.loading import load_models
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer

@@ -114,7 +114,7 @@ def describe_memory(target: str, verifier: Path) -> str:
     import torch
 
     from quasar_core.checkpoint.reader import VerifierCheckpoint
-    from quasar_core.models.context import context_limit
+    from quasar_core.models.hf.skeleton import context_limit
     from quasar_core.models.memory import describe, pair_need
 
     try:

@@ -13,8 +13,7 @@ from quasar_core.kernels.eight_bit import Float8Kernel, Int8Kernel
 from quasar_core.kernels.int4 import CpuInt4Kernel, CudaInt4Kernel
 from quasar_core.kernels.marlin import MarlinKernel
 from quasar_core.kernels.times import KernelFigures, Times, kernel_times
-from quasar_core.kernels.triton.adapters import TritonKernel
-from quasar_core.kernels.triton.eight_bit_kernel import TRITON_FLOAT8, TRITON_INT8
+from quasar_core.kernels.triton.adapters import TRITON_FLOAT8, TRITON_INT8, TritonKernel
 from quasar_core.records import Progress, no_progress
 
 # In the order in which they are taken where nothing is measured. Dense and reference support everything: dense

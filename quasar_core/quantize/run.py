@@ -15,7 +15,7 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.errors import foreign_errors
 from quasar_core.files import exists, require_regular
-from quasar_core.models.context import UNLIMITED, position_limit
+from quasar_core.models.hf.skeleton import UNLIMITED, position_limit
 from quasar_core.quantize.assemble import assemble, describe, make_report
 from quasar_core.quantize.blocks.activations import Activations, capture_first_inputs
 from quasar_core.quantize.blocks.eight_bit import eight_bit_method, kernel_of_method

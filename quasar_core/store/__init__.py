@@ -4,7 +4,7 @@ Knows files and names only; it imports no torch, so that every command may ask i
 """
 
 from quasar_core.store.fingerprint import fingerprint
-from quasar_core.store.home import home
+from quasar_core.store.folders import home
 from quasar_core.store.hub import check_can_push, push_folder
 from quasar_core.store.names import ModelSource, default_output, full_name, resolve_model
 from quasar_core.store.pairs import PairRecord, current_pair, find_pair, list_pairs, record_pair, remove_pair, use_pair

@@ -1,4 +1,4 @@
-"""Replace and remove verifiers: the files that quasar wrote, in folders that carry its card, and nothing else."""
+"""Find quasar's own folder; replace and remove verifiers: the files that quasar wrote, and nothing else."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.files import exists, is_folder, read_json, sync
+from quasar_core.files import absolute, exists, is_folder, read_json, sync
 
 CARD = "quasar.json"
 # In a folder of work in progress: held by the process that works there, and the mark by which quasar knows its own.
@@ -45,6 +45,16 @@ STEPS = (
 )
 
 Relation = Literal["is", "holds", "lies in"]
+
+
+def home() -> Path:
+    """$QUASAR_HOME, or the platform's cache folder for quasar; nothing is created."""
+    chosen = os.environ.get("QUASAR_HOME")
+    if chosen:
+        return absolute(Path(chosen))
+    from platformdirs import user_cache_path  # where the folder is named, a bare checkout runs without this package
+
+    return user_cache_path("quasar", appauthor=False)
 
 
 def read_card(folder: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from quasar_core.errors import QuasarError
 from quasar_core.files import read_json_if_there, write_json
-from quasar_core.store.home import home
+from quasar_core.store.folders import home
 from quasar_core.typed import build
 
 Value = TypeVar("Value")

@@ -8,7 +8,7 @@ from typing import Literal
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_file, is_folder, refuse_special_files
-from quasar_core.store.home import home
+from quasar_core.store.folders import home
 from quasar_core.store.hub import download_model
 from quasar_core.store.model_config import check_counts, read_config
 from quasar_core.store.safetensors_header import weight_files

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_folder, locked, read_json_if_there, write_json
-from quasar_core.store.folders import CARD, may_be_replaced, relate, remove_verifier
-from quasar_core.store.home import home
+from quasar_core.store.folders import CARD, home, may_be_replaced, relate, remove_verifier
 from quasar_core.typed import build
 
 FORMAT_VERSION = 1

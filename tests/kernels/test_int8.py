@@ -15,7 +15,7 @@ from quasar_core.kernels.eight_bit import Float8Kernel, Int8Kernel, quantize_row
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.times import KernelFigures, random_weight, shape_key, time_kernel
-from quasar_core.kernels.triton.eight_bit_kernel import TRITON_FLOAT8, TRITON_INT8
+from quasar_core.kernels.triton.adapters import TRITON_FLOAT8, TRITON_INT8
 from quasar_core.quantize.solve.eight_bit import Floats, Integers
 
 CPU = torch.device("cpu")

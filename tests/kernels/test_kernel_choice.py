@@ -99,7 +99,9 @@ def test_unpacked_weights_do_not_compete_for_memory_that_is_not_there(
     monkeypatch.setattr("quasar_core.kernels.dense.free_on_device", lambda device: 500_000_000)
     choice = select_kernel(LARGE, CPU, BF16)
     assert choice.kernel.name == "slow"
-    assert choice.reason.startswith("not dense: 64 such layers dequantized would take 0.5 GB of the 0.5 GB that are free")
+    assert choice.reason.startswith(
+        "not dense: 64 such layers dequantized would take 0.5 GB of the 0.5 GB that are free"
+    )
     assert not measured
 
 

@@ -22,7 +22,7 @@ from helpers.decoder_cases import (
 from quasar_core.errors import QuasarError
 from quasar_core.files import read_json
 from quasar_core.models.architectures import ARCHITECTURES, REQUIRED, WITHOUT_EFFECT, why_not_lean
-from quasar_core.models.context import context_limit
+from quasar_core.models.hf.skeleton import context_limit
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.loading import load_models
 

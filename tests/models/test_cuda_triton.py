@@ -12,8 +12,7 @@ from helpers.interpret import interpret_on_cpu
 from helpers.quantized_decoder import quantize_layers
 
 from quasar_core.kernels.select import KernelChoice
-from quasar_core.kernels.triton.adapters import TritonKernel
-from quasar_core.kernels.triton.eight_bit_kernel import TRITON_INT8
+from quasar_core.kernels.triton.adapters import TRITON_INT8, TritonKernel
 from quasar_core.models.base import choose_best
 from quasar_core.models.cuda import graph_pass
 from quasar_core.models.cuda.graph_pass import CudaPass

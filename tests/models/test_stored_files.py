@@ -17,7 +17,7 @@ from quasar_core.checkpoint.reader import TensorFiles
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, reason
-from quasar_core.models.context import UNLIMITED, context_limit
+from quasar_core.models.hf.skeleton import UNLIMITED, context_limit
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.store import resolve_model

@@ -21,7 +21,7 @@ import torch
 
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.cpu import private_files
-from quasar_core.store.home import home
+from quasar_core.store.folders import home
 from quasar_core.system import processor_flags
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
