@@ -60,12 +60,12 @@ sha256 `{calibration["sha256"][:16]}`).
 
 
 def kernel_row(fidelity: FidelityReport) -> str:
-    """What the kernel of the machine that quantized adds; nothing where it is the unpacked product."""
+    """Return the divergence of this machine's kernel; nothing where weights are dequantized."""
     price = fidelity.in_use
     if price is None:
         return ""
     return (
-        f"| mean KL on {price.tokens:,} of the tokens, by the kernel `{price.kernel}` and unpacked "
+        f"| mean KL on {price.tokens:,} of the tokens, by the kernel `{price.kernel}` and dequantized "
         f"| {price.kl_mean:.5f}, {price.kl_mean_exact:.5f} |\n"
     )
 

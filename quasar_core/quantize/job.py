@@ -210,8 +210,8 @@ Layout = Literal["gptq", "compressed-tensors"]
 class QuantizedBlock:
     """The quantized layers of one block by full name, the relative loss of each, and what else the verifier holds.
 
-    `tensors` are named as the model names its parameters: norms that took up a smoothing, corrections, biases.
-    `rounded` are experts' layers that read too little text, rounded to nearest. `layout` is how the codes are stored.
+    `tensors` are named as the model names its parameters: smoothed norms and biases.
+    `rounded` are experts' layers with too few samples, rounded to nearest. `layout` is how the codes are stored.
     """
 
     weights: dict[str, PackedWeight]

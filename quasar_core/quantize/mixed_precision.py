@@ -2,8 +2,8 @@
 
 A layer's cost is the divergence of a model in which that layer alone is quantized. The rows go through the model block
 by block. At a block, each group of layers that read one input is replaced at one width, and the rows go on from there
-through the remaining blocks. That gives the price of a unit of the solver's loss in this place, and the other widths
-cost their losses at this price: a small error's divergence is a quadratic form of it, and so is the loss. The two
+through the remaining blocks. That gives the divergence per unit of the solver's loss at this layer, and the other
+widths cost their losses times it: a small error's divergence is a quadratic form of it, and so is the loss. The two
 agree to a few hundredths; a divergence measured at every width chooses no better, and takes six times the passes
 (dev/log.md). Costs are taken to add up. On each layer's lower convex hull of cost over bytes, upgrades are taken in
 the order of what a byte saves, which is optimal up to the last one (Shoham and Gersho, 1988). `--target-agreement`
@@ -109,7 +109,7 @@ def measure_widths(
 ) -> list[LayerGroup]:
     """Every group of layers of a whole model, and the mean KL in nats that each width of it costs on these rows.
 
-    At the end `activations` hold what left the last block.
+    At the end `activations` hold the outputs of the last block.
     """
     prefix, blocks = find_blocks(model)
     target = _finish(activations, list(blocks))
@@ -197,7 +197,7 @@ def possible_widths(default: SolverConfig, linears: Sequence[torch.nn.Linear]) -
 
 
 def _finish(activations: Activations, blocks: Sequence[torch.nn.Module]) -> torch.Tensor:
-    """What leaves the last of the blocks [N, L, H]; the activations stay where they are."""
+    """Return the outputs of the last of the blocks [N, L, H]; the activations stay as they are."""
     states = activations.fork()
     for block in blocks:
         states.advance(block)
@@ -205,7 +205,7 @@ def _finish(activations: Activations, blocks: Sequence[torch.nn.Module]) -> torc
 
 
 def _divergence(model: PreTrainedModel, target: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean KL in nats between two models of one head, by what leaves their last blocks [N, L, H]."""
+    """Mean KL in nats between two models of one head, by the outputs of their last blocks [N, L, H]."""
     norm, head = find_head(model)
     place = head.weight.device
     rows = [

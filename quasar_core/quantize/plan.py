@@ -38,8 +38,8 @@ class Shape:
     """What a plan reads of a model: its layers by name (out, in), and its other weights.
 
     `stored` and `element` are the bytes of a weight in the files and in the passes, `token` those of a token's keys and
-    values. `routed` is the share of a text
-    that an expert reads. `whole_because` says why the model is loaded as a whole, where it is.
+    values. `routed` is the share of a text that
+    an expert reads. `whole_because` says why the model is loaded as a whole, where it is.
     """
 
     layers: Mapping[str, tuple[int, int]]
@@ -156,8 +156,8 @@ def packed_bytes(out_features: int, in_features: int, bits: float, group_size: i
 def activation_bytes(shape: Shape, config: QuantizeConfig, on_device: bool = False) -> int:
     """Hidden states of the calibration text, twice: the full-precision model's beside the verifier's.
 
-    On the CPU also what a block's finished modules give (`kept.py`): of attention and MLP, the output of the last
-    layer, in the verifier where its inputs lay.
+    On the CPU also the outputs of a block's finished modules (`blocks/activations.py`): of attention and MLP, the
+    output of the last layer; the verifier's take the room of its inputs.
     """
     kept: dict[str, int] = {}
     for (block, _), (out, columns) in ({} if on_device else last_layers(shape)).items():
@@ -200,7 +200,7 @@ def block_bytes(shape: Shape) -> int:
 
 
 def smoothed_bytes(shape: Shape, config: QuantizeConfig) -> int:
-    """The largest block's smoothed weights, in float32 and as the block holds them (`eight_bit_blocks.py`)."""
+    """The largest block's smoothed weights, in float32 and as the block holds them (`blocks/eight_bit.py`)."""
     return 0 if config.method == "gptq" else (4 + shape.element) * block_weights(shape)
 
 
@@ -221,7 +221,7 @@ def solver_bytes(shape: Shape, on_device: bool) -> int:
         key = name.rpartition(".")[0], columns
         groups[key] = groups.get(key, 0) + out
     needs = []
-    for (_, columns), out in groups.items():  # of every output, beside the rows at work, what its inputs lack
+    for (_, columns), out in groups.items():  # of every output the error correlation, beside the rows at work
         copies = out + ROW_COPIES * (min(out, solver_rows(columns, on_device)) + FACTOR_COLUMNS)
         needs.append(4 * columns * (SQUARE_COPIES * columns + copies))
     return max(needs, default=0)

@@ -86,7 +86,7 @@ def _work(
     text_device: torch.device,
     progress: Progress,
 ) -> QuantizeReport:
-    """All stages, in the working folder."""
+    """Run all stages, in the working folder."""
     watch = Stopwatch()
     with watch.stage("calibration text"):
         calibration = calibrate(job, target, tokenizer, text_device, progress)
@@ -130,7 +130,7 @@ def calibrate(
     device: torch.device,
     progress: Progress = no_progress,
 ) -> Calibration:
-    """Load or write the calibration text; a resumed run reads what the first one had."""
+    """Load or write the calibration text; a resumed run reads that of the first."""
     if job.calibration.exists():
         rows = _read_text(job.calibration)
         name = calibration_name(job.config.calibration)
@@ -188,7 +188,7 @@ def quantize_with(
     commits: Path,
     progress: Progress = no_progress,
 ) -> Activations:
-    """Commit every block of a plan to a folder; what left the last block."""
+    """Commit every block of a plan to a folder; return the outputs of the last block."""
     file = job.spill if spill else None
     activations = capture_first_inputs(target.ends(torch.device("cpu")), calibration.samples, target.device, file)
     if job.config.rounding == "gptq":

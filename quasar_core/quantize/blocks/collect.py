@@ -1,7 +1,7 @@
-"""Collect what the solver needs of a block: which layers one pass of the text serves, and their inputs' statistics.
+"""Collect a block's statistics for the solver: the layers that share a pass over the text, and their Hessians.
 
-Beside a layer's inputs go those of the same layer in the full-precision model, and the residual stream that its output
-is added to: in a block that adds the outputs of attention and of the MLP to its input (all of
+The error is measured against the same layer of the full-precision model, and the residual stream that its output is
+added to: in a block that adds the outputs of attention and of the MLP to its input (all of
 `models/architectures.py` do), the stream in front of a layer is known, and with it the error that earlier layers have
 left there. Which modules end in a linear layer is found by running the block on one row, not from a table of
 architectures.
@@ -17,12 +17,12 @@ import torch
 
 from quasar_core.errors import QuasarError
 from quasar_core.models.hf.experts import SeparateExperts
-from quasar_core.quantize.blocks.activations import Activations, Batch, Ending, Stop, first_output, run_block
-from quasar_core.quantize.solve.hessian import HessianAccumulator, lone_errors
+from quasar_core.quantize.blocks.activations import Activations, Batch, OutputLayer, Stop, first_output, run_block
+from quasar_core.quantize.solve.hessian import HessianAccumulator, output_error
 from quasar_core.quantize.solve.matmul import product
 
-HESSIAN_BYTES = 1_000_000_000  # of the experts that are watched in one pass
-# Inputs for each row that an expert has read, above which hardly anything is gained on rounding to nearest.
+HESSIAN_BYTES = 1_000_000_000  # of the experts whose inputs are collected in one pass
+# Inputs per row that an expert has read: above it GPTQ hardly gains on rounding to nearest.
 MOST_INPUTS_PER_ROW = 128
 
 
@@ -35,12 +35,12 @@ class Stage:
 
 
 def is_expert(layer_name: str) -> bool:
-    """Whether a layer belongs to one of several experts, which see a part of the text each."""
+    """Tell whether a layer belongs to one of several experts, which read a part of the text each."""
     return ".experts." in layer_name
 
 
-def read_too_little(layer_name: str, linear: torch.nn.Linear, rows: int) -> bool:
-    """Whether a layer is an expert's, and has read too few rows for a Hessian."""
+def has_too_few_samples(layer_name: str, linear: torch.nn.Linear, rows: int) -> bool:
+    """Tell whether a layer is an expert's, and has read too few rows for a Hessian."""
     return is_expert(layer_name) and rows * MOST_INPUTS_PER_ROW < linear.in_features
 
 
@@ -93,11 +93,11 @@ def collect_inputs(
     stage: Stage,
     layers: dict[str, torch.nn.Linear],
     activations: Activations,
-    ending: Ending | None = None,
+    output_layer: OutputLayer | None = None,
 ) -> dict[str, HessianAccumulator]:
-    """What reaches the first layer of every group; each pass ends where the stage does.
+    """Sum the Hessian of every group's inputs; each pass stops after the stage.
 
-    Where the stage's layer ends a module, what it reads is kept.
+    The inputs of an output layer are cached.
     """
     accumulators = {
         group[0]: HessianAccumulator(layers[group[0]].in_features, layers[group[0]].weight.device)
@@ -123,8 +123,8 @@ def collect_inputs(
         for batch in activations.batches():
             with contextlib.suppress(Stop):
                 run_block(block, batch)
-            if ending is not None:
-                activations.kept.keep(ending, batch.rows, last[0], layers[ending.layer].out_features)
+            if output_layer is not None:
+                activations.cache.store(output_layer, batch.rows, last[0], layers[output_layer.layer].out_features)
     finally:
         for handle in handles:
             handle.remove()
@@ -161,11 +161,11 @@ def collect_compared(
     group: Sequence[str],
     stream: Sequence[str],
     activations: Activations,
-    ending: Ending | None = None,
+    output_layer: OutputLayer | None = None,
 ) -> HessianAccumulator:
-    """What reaches layers of one input, batch by batch, in the block being quantized and in the block as it was.
+    """Sum the Hessian of a group's inputs, and their correlation with the error against the original block.
 
-    Where a lone layer ends a module, what it reads is kept; of the block as it was, what it gives.
+    Of an output layer the inputs are cached; of the original one, the outputs.
     """
     name = group[0]
     linear, own = block.get_submodule(name), original.get_submodule(name)
@@ -179,25 +179,25 @@ def collect_compared(
         wanted, aim = reach(original, name, before, reference)
         errors = wanted - inputs
         if len(group) == 1:
-            errors = lone_errors(own.weight, errors, None if standing is None or aim is None else aim - standing)
+            errors = output_error(own.weight, errors, None if standing is None or aim is None else aim - standing)
         accumulator.add(inputs, errors)
-        if ending is not None:
-            activations.kept.keep(ending, batch.rows, inputs, linear.out_features)
+        if output_layer is not None:
+            activations.cache.store(output_layer, batch.rows, inputs, linear.out_features)
             outputs = product(wanted, own.weight, own.bias)
-            activations.reference.kept.keep(ending, batch.rows, outputs, own.out_features)
-    if ending is not None:
-        activations.reference.kept.finished(ending, own.out_features)
+            activations.reference.cache.store(output_layer, batch.rows, outputs, own.out_features)
+    if output_layer is not None:
+        activations.reference.cache.mark_finished(output_layer, own.out_features)
     return accumulator
 
 
 def reach(
     block: torch.nn.Module, name: str, before: Sequence[str] | None, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The input of a layer, and the stream in front of it: what entered the block and what layers `before` added."""
+    """Return a layer's inputs, and the residual stream before it: the block's inputs + outputs of layers `before`."""
     inputs: list[torch.Tensor] = []
-    endings = {earlier: earlier.rpartition(".")[0] for earlier in before or ()}
-    added = [first_output(batch.outputs[module]) for module in endings.values() if module in batch.outputs]
-    running = [earlier for earlier, module in endings.items() if module not in batch.outputs]
+    output_layers = {earlier: earlier.rpartition(".")[0] for earlier in before or ()}
+    added = [first_output(batch.outputs[module]) for module in output_layers.values() if module in batch.outputs]
+    running = [earlier for earlier, module in output_layers.items() if module not in batch.outputs]
 
     def take(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         inputs.append(args[0])
@@ -229,7 +229,9 @@ class Call:
     gave: Any
 
 
-def find_endings(block: torch.nn.Module, names: Sequence[str], activations: Activations) -> dict[str, Ending]:
+def find_output_layers(
+    block: torch.nn.Module, names: Sequence[str], activations: Activations
+) -> dict[str, OutputLayer]:
     """Layers whose output is their module's output, each with its module; none where passes run on a GPU.
 
     A module that ends in no layer of its own (a mixture of experts), or that gives more than the layer's output, is
@@ -245,15 +247,18 @@ def find_endings(block: torch.nn.Module, names: Sequence[str], activations: Acti
         if modules.get(layer.name) == module.name and once and _gives(module, layer, row.hidden.shape):
             feeders = tuple(call.name for call in calls if any(call.gave is value for value in module.read))
             length = len(module.gave) if isinstance(module.gave, tuple) else None
-            for ending in (Ending(module.name, layer.name, length, feeders), Ending(module.name, layer.name, length)):
-                if torch.equal(run_block(block, replace(row, outputs=ending.outputs(layer.gave))), left):
-                    found[layer.name] = ending
+            for output_layer in (
+                OutputLayer(module.name, layer.name, length, feeders),
+                OutputLayer(module.name, layer.name, length),
+            ):
+                if torch.equal(run_block(block, replace(row, outputs=output_layer.outputs(layer.gave))), left):
+                    found[layer.name] = output_layer
                     break
     return found
 
 
 def _watch(names: set[str], block: torch.nn.Module, activations: Activations) -> tuple[list[Call], torch.Tensor]:
-    """Calls of these modules in the order in which they return, on one row, and what leaves the block."""
+    """Record the calls of these modules on one row, as they return, and the outputs of the block."""
     calls: list[Call] = []
 
     def watch(name: str) -> Callable[..., None]:

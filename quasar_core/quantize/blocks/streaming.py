@@ -83,7 +83,7 @@ class StreamedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the passes."""
+        """Dtype of the forward pass."""
         return self.skeleton.dtype
 
     @property
