@@ -9,9 +9,9 @@ from helpers.tiny_models import random_model
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from quasar_core.quantize.blocks.activations import capture_first_inputs
-from quasar_core.quantize.blocks.collect import reach, stream_layers
+from quasar_core.quantize.blocks.collect import find_stream_layers, reach, trace_block
 from quasar_core.quantize.blocks.layerwise import quantize_blocks
-from quasar_core.quantize.blocks.streaming import find_blocks, linear_layers
+from quasar_core.quantize.blocks.streaming import find_blocks
 from quasar_core.quantize.solve import hessian
 from quasar_core.quantize.solve.factor import inverse_factor
 from quasar_core.quantize.solve.gptq import SolverConfig
@@ -83,7 +83,7 @@ def test_the_stream_in_front_of_a_layer() -> None:
     model = random_model("llama").model
     activations = capture_first_inputs(model, SAMPLES)
     block = find_blocks(model)[1][0]
-    stream = stream_layers(block, list(linear_layers(block)), activations)
+    stream = find_stream_layers(trace_block(block, activations))
     assert stream == ["self_attn.o_proj", "mlp.down_proj"]
     batch = activations.first_row()
     entered = reach(block, "self_attn.o_proj", [], batch)[1]
@@ -109,7 +109,7 @@ def test_a_block_with_norms_behind_its_layers_has_no_such_stream() -> None:
     model = Gemma3ForCausalLM(config).eval()
     activations = capture_first_inputs(model, SAMPLES)
     block = find_blocks(model)[1][0]
-    assert stream_layers(block, list(linear_layers(block)), activations) == []
+    assert find_stream_layers(trace_block(block, activations)) == []
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """What a block's passes skip: the same codes as when every pass runs from the start, and attention computed once."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.models.hf.experts import separate_experts
 from quasar_core.quantize.blocks import activations, layerwise
 from quasar_core.quantize.blocks.activations import Activations, ModuleCache, OutputLayer, capture_first_inputs
-from quasar_core.quantize.blocks.collect import find_output_layers
-from quasar_core.quantize.blocks.streaming import linear_layers
+from quasar_core.quantize.blocks.collect import find_output_layers, trace_block
 from quasar_core.quantize.estimate import shape_of
 from quasar_core.quantize.plan import Shape, activation_bytes, last_layers
 from quasar_core.quantize.solve.gptq import SolverConfig
@@ -107,12 +107,13 @@ def test_where_modules_end(name: str) -> None:
     block = model.model.layers[1]
     states = capture_first_inputs(model, SAMPLES)
     with torch.inference_mode():
-        found = find_output_layers(block, list(linear_layers(block)), states)
+        trace = trace_block(block, states)
+        found = find_output_layers(trace)
     assert found.keys() == (BOTH if name != "qwen3-moe" else {"self_attn.o_proj"})
     norm = "input_layernorm"
     assert found["self_attn.o_proj"] == OutputLayer("self_attn", "self_attn.o_proj", 2, (norm,))
-    states.device = torch.device("meta")
-    assert find_output_layers(block, list(linear_layers(block)), states) == {}, "only on the CPU"
+    elsewhere = replace(trace, row=replace(trace.row, hidden=trace.row.hidden.to("meta")))
+    assert find_output_layers(elsewhere) == {}, "only on the CPU"
 
 
 class Parallel(nn.Module):
@@ -151,7 +152,8 @@ def test_modules_that_give_something_else_run_every_time(kind: str) -> None:
     block = Parallel(kind)
     states = Activations(torch.randn(2, 3, 8), {2: [{}], 1: [{}]}, torch.device("cpu"))
     with torch.inference_mode():
-        found = find_output_layers(block, list(linear_layers(block)), states)
+        trace = trace_block(block, states)
+        found = find_output_layers(trace)
     assert found == {"first.1": OutputLayer("first", "first.1")}
 
 
@@ -222,9 +224,9 @@ def test_the_same_codes_from_files_which_are_gone_afterwards(monkeypatch: pytest
     files: set[str] = set()
     write_commit = layerwise.write_commit
 
-    def look(path: Path, block: Any) -> None:
+    def look(*arguments: Any) -> None:
         files.update(file.name for file in (tmp_path / "files").iterdir())
-        write_commit(path, block)
+        write_commit(*arguments)
 
     monkeypatch.setattr(layerwise, "write_commit", look)
     (tmp_path / "files").mkdir()

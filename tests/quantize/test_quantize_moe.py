@@ -149,7 +149,7 @@ def test_experts_are_watched_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, tm
         with torch.inference_mode():
             activations, block = capture_first_inputs(target.ends(), samples), target.block(0)
             layers = linear_layers(block)
-            found = collect.stages(block, layers, activations)
+            found = collect.find_stages(collect.trace_block(block, activations))
             sums = {}
             for stage in found:
                 inputs = collect.collect_inputs(block, stage, layers, activations)

@@ -3,8 +3,8 @@
 The error is measured against the same layer of the full-precision model, and the residual stream that its output is
 added to: in a block that adds the outputs of attention and of the MLP to its input (all of
 `models/architectures.py` do), the stream in front of a layer is known, and with it the error that earlier layers have
-left there. Which modules end in a linear layer is found by running the block on one row, not from a table of
-architectures.
+left there. The order of layers, and the modules that end in a linear layer, are read off a run of the block on one row,
+not off a table of architectures.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import torch
 from quasar_core.errors import QuasarError
 from quasar_core.models.hf.experts import SeparateExperts
 from quasar_core.quantize.blocks.activations import Activations, Batch, OutputLayer, Stop, first_output, run_block
+from quasar_core.quantize.blocks.streaming import linear_layers
 from quasar_core.quantize.solve.hessian import HessianAccumulator, output_error
 from quasar_core.quantize.solve.matmul import product
 
@@ -44,36 +45,66 @@ def has_too_few_samples(layer_name: str, linear: torch.nn.Linear, rows: int) -> 
     return is_expert(layer_name) and rows * MOST_INPUTS_PER_ROW < linear.in_features
 
 
-def stages(block: torch.nn.Module, layers: dict[str, torch.nn.Linear], activations: Activations) -> list[Stage]:
-    """A block's layers in the order they run; those that read the same tensor (q, k, v; gate, up) share a group.
+@dataclass(frozen=True)
+class Call:
+    """A module's name, arguments and output."""
+
+    name: str
+    read: tuple[Any, ...]
+    gave: Any
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a block did with one row: the calls of its modules in the order in which they return, and its output."""
+
+    block: torch.nn.Module
+    row: Batch
+    calls: list[Call]
+    output: torch.Tensor
+
+
+def trace_block(block: torch.nn.Module, activations: Activations) -> Trace:
+    """Run a block on one row, and record its linear layers outside experts, the modules that hold them, and experts."""
+    layers = [name for name in linear_layers(block) if not is_expert(name)]
+    names = {*layers, *(name.rpartition(".")[0] for name in layers), *experts_of(block), *dict(block.named_children())}
+    calls: list[Call] = []
+
+    def record(name: str) -> Callable[..., None]:
+        return lambda _, args, kwargs, output: calls.append(Call(name, (*args, *kwargs.values()), output))
+
+    modules = [(name, block.get_submodule(name)) for name in sorted(names - {""})]
+    handles = [module.register_forward_hook(record(name), with_kwargs=True) for name, module in modules]
+    row = activations.first_row()
+    try:
+        return Trace(block, row, calls, run_block(block, row))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def experts_of(block: torch.nn.Module) -> dict[str, SeparateExperts]:
+    """Return the modules of a block that hold experts, by name."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, SeparateExperts)}
+
+
+def find_stages(trace: Trace) -> list[Stage]:
+    """Order a block's layers as they run; those that read the same tensor (q, k, v; gate, up) share a group.
 
     Experts read a part of the text each, found out anew in every pass: their input layers make one stage, their
     output layers the next, or several, so that the Hessians of a stage fit `HESSIAN_BYTES`.
     """
+    layers, experts = linear_layers(trace.block), experts_of(trace.block)
     order: dict[object, list[str]] = {}
-    kept: list[torch.Tensor] = []  # alive until the end, so that no address is used twice
-    experts = {name: module for name, module in block.named_modules() if isinstance(module, SeparateExperts)}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            kept.append(args[0])
-            key = name if name in experts else (args[0].data_ptr(), args[0].shape[-1])
-            order.setdefault(key, []).append(name)
-
-        return hook
-
-    watched = {**{name: linear for name, linear in layers.items() if not is_expert(name)}, **experts}
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in watched.items()]
-    try:
-        run_block(block, activations.first_row())
-    finally:
-        for handle in handles:
-            handle.remove()
+    for call in trace.calls:  # which hold the tensors, so that no address is used twice
+        if call.name in experts:
+            order[call.name] = [call.name]
+        elif call.name in layers:
+            order.setdefault((call.read[0].data_ptr(), call.read[0].shape[-1]), []).append(call.name)
     found: list[Stage] = []
-    for names in order.values():
-        found += (
-            expert_stages(names[0], experts[names[0]]) if names[0] in experts else [Stage([names], layers[names[0]])]
-        )
+    for first, *others in order.values():
+        stage = Stage([[first, *others]], layers[first]) if first in layers else None
+        found += [stage] if stage else expert_stages(first, experts[first])
     return found
 
 
@@ -86,6 +117,58 @@ def expert_stages(name: str, experts: SeparateExperts) -> list[Stage]:
         at_once = max(1, HESSIAN_BYTES // (4 * inputs**2))
         found += [Stage(groups[i : i + at_once], experts) for i in range(0, len(groups), at_once)]
     return found
+
+
+STREAM_LAYERS = ("o_proj", "down_proj")  # by the last part of their names
+
+
+def find_stream_layers(trace: Trace) -> list[str]:
+    """Find the layers whose outputs the block adds to its hidden states, in order; none where it does more than that.
+
+    A block with norms behind its layers, or with experts, computes something else.
+    """
+    added = [call for call in trace.calls if call.name.rpartition(".")[2] in STREAM_LAYERS]
+    outputs = [trace.row.hidden, *(call.gave for call in added)]
+    if len(added) != len(STREAM_LAYERS) or any(output.shape != trace.output.shape for output in outputs):
+        return []
+    total, whole = torch.stack([output.float() for output in outputs]).sum(dim=0), trace.output.float()
+    error = (total - whole).norm() / whole.norm()
+    return [call.name for call in added] if error < 8 * torch.finfo(trace.output.dtype).eps else []
+
+
+def find_output_layers(trace: Trace) -> dict[str, OutputLayer]:
+    """Find the layers whose output is their module's output; none where passes run on a GPU.
+
+    A module that ends in no layer of its own (a mixture of experts), or whose output is more than the layer's, is left
+    out. On a GPU running a module again takes less time than moving its outputs to the host and back.
+    """
+    found: dict[str, OutputLayer] = {}
+    if trace.row.hidden.device.type != "cpu":
+        return found
+    layers, shape = linear_layers(trace.block), trace.row.hidden.shape
+    for layer, module in itertools.pairwise(trace.calls):
+        once = sum(call.name in (layer.name, module.name) for call in trace.calls) == 2
+        is_last = layer.name in layers and layer.name.rpartition(".")[0] == module.name
+        if is_last and once and _gives(module, layer, shape):
+            feeders = tuple(call.name for call in trace.calls if any(call.gave is value for value in module.read))
+            length = len(module.gave) if isinstance(module.gave, tuple) else None
+            for feeds in (feeders, ()):
+                output_layer = OutputLayer(module.name, layer.name, length, feeds)
+                batch = replace(trace.row, outputs=output_layer.outputs(layer.gave))
+                if torch.equal(run_block(trace.block, batch), trace.output):
+                    found[layer.name] = output_layer
+                    break
+    return found
+
+
+def _gives(module: Call, layer: Call, shape: torch.Size) -> bool:
+    """Tell whether the module's output is the layer's, to the last bit and token by token, and nothing beside it."""
+    beside = module.gave[1:] if isinstance(module.gave, tuple) else ()
+    return (
+        layer.read[0].shape[:2] == layer.gave.shape[:2] == shape[:2]
+        and torch.equal(first_output(module.gave), layer.gave)
+        and all(other is None for other in beside)
+    )
 
 
 def collect_inputs(
@@ -129,30 +212,6 @@ def collect_inputs(
         for handle in handles:
             handle.remove()
     return accumulators
-
-
-STREAM_LAYERS = ("o_proj", "down_proj")  # by the last part of their names
-
-
-def stream_layers(block: torch.nn.Module, names: Sequence[str], activations: Activations) -> list[str]:
-    """Layers whose outputs the block adds to its hidden states, in order; none where that is not all that it does.
-
-    Tried on one row: a block with norms behind its layers, or with experts, gives something else.
-    """
-    found = [name for name in names if name.rpartition(".")[2] in STREAM_LAYERS and ".experts." not in name]
-    row = activations.first_row()
-    outputs: list[torch.Tensor] = [row.hidden]
-    handles = [block.get_submodule(name).register_forward_hook(lambda m, a, out: outputs.append(out)) for name in found]
-    try:
-        left = run_block(block, row)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(found) != len(STREAM_LAYERS) or any(out.shape != left.shape for out in outputs):
-        return []
-    total = torch.stack([out.float() for out in outputs]).sum(dim=0)
-    error = (total - left.float()).norm() / left.float().norm()
-    return found if error < 8 * torch.finfo(left.dtype).eps else []
 
 
 def collect_compared(
@@ -218,65 +277,3 @@ def reach(
         raise QuasarError(f"Layer {name} saw no calibration input.")
     stream = None if before is None else sum(added, batch.hidden)
     return inputs[0], stream
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a module of the block read and gave."""
-
-    name: str
-    read: tuple[Any, ...]
-    gave: Any
-
-
-def find_output_layers(
-    block: torch.nn.Module, names: Sequence[str], activations: Activations
-) -> dict[str, OutputLayer]:
-    """Layers whose output is their module's output, each with its module; none where passes run on a GPU.
-
-    A module that ends in no layer of its own (a mixture of experts), or that gives more than the layer's output, is
-    left out. On a GPU running a module again takes less time than moving its outputs to the host and back.
-    """
-    if activations.device.type != "cpu":
-        return {}
-    modules = {name: name.rpartition(".")[0] for name in names if "." in name and ".experts." not in name}
-    calls, left = _watch({*modules, *modules.values(), *dict(block.named_children())}, block, activations)
-    row, found = activations.first_row(), {}
-    for layer, module in itertools.pairwise(calls):
-        once = sum(call.name in (layer.name, module.name) for call in calls) == 2
-        if modules.get(layer.name) == module.name and once and _gives(module, layer, row.hidden.shape):
-            feeders = tuple(call.name for call in calls if any(call.gave is value for value in module.read))
-            length = len(module.gave) if isinstance(module.gave, tuple) else None
-            for output_layer in (
-                OutputLayer(module.name, layer.name, length, feeders),
-                OutputLayer(module.name, layer.name, length),
-            ):
-                if torch.equal(run_block(block, replace(row, outputs=output_layer.outputs(layer.gave))), left):
-                    found[layer.name] = output_layer
-                    break
-    return found
-
-
-def _watch(names: set[str], block: torch.nn.Module, activations: Activations) -> tuple[list[Call], torch.Tensor]:
-    """Record the calls of these modules on one row, as they return, and the outputs of the block."""
-    calls: list[Call] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        return lambda _, args, kwargs, output: calls.append(Call(name, (*args, *kwargs.values()), output))
-
-    handles = [block.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True) for name in names]
-    try:
-        return calls, run_block(block, activations.first_row())
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _gives(module: Call, layer: Call, shape: torch.Size) -> bool:
-    """Whether the module gives what the layer gives, to the last bit and token by token, and nothing beside it."""
-    beside = module.gave[1:] if isinstance(module.gave, tuple) else ()
-    return (
-        layer.read[0].shape[:2] == layer.gave.shape[:2] == shape[:2]
-        and torch.equal(first_output(module.gave), layer.gave)
-        and all(other is None for other in beside)
-    )

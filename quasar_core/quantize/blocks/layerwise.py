@@ -21,13 +21,14 @@ from quasar_core.quantize.blocks.collect import (
     collect_compared,
     collect_inputs,
     find_output_layers,
+    find_stages,
+    find_stream_layers,
     has_too_few_samples,
     is_expert,
-    stages,
-    stream_layers,
+    trace_block,
 )
 from quasar_core.quantize.blocks.streaming import find_blocks, find_head, linear_layers
-from quasar_core.quantize.job import Layout, QuantizedBlock, block_file, head_file, read_commit, write_commit
+from quasar_core.quantize.job import Layout, QuantizedBlock, block_file, head_file, own_name, read_commit, write_commit
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.malloc import FREED_BYTES, keep_freed_memory, return_freed_memory
 from quasar_core.quantize.solve.gptq import Solution, SolverConfig, solve, solve_group
@@ -74,7 +75,11 @@ class Blocks(Protocol):
     count: int
 
     def block(self, index: int) -> torch.nn.Module:
-        """The block of that number."""
+        """Return the block of that number."""
+        ...
+
+    def stored(self, name: str) -> str:
+        """Return the name that the model's files have for a layer or tensor."""
         ...
 
 
@@ -88,6 +93,10 @@ class BlocksInMemory:
     def block(self, index: int) -> torch.nn.Module:
         """A copy."""
         return copy.deepcopy(self._blocks[index])
+
+    def stored(self, name: str) -> str:
+        """Return the model's own name."""
+        return own_name(name)
 
 
 def quantize_blocks(
@@ -129,7 +138,7 @@ def quantize_one(
         replace_weights(work, name, done)
     else:
         done = quantize_block(work, name, activations, plan, prepare(work, name, activations))
-        write_commit(commit, done)
+        write_commit(commit, done, blocks.stored)
     activations.advance(work)
     return done
 
@@ -143,9 +152,9 @@ def quantize_block(
     rounded: list[str] = []
     layers = linear_layers(block)
     original = None if activations.reference is None else clone_structure(block)
-    stream = [] if original is None else stream_layers(block, list(layers), activations)
-    output_layers = find_output_layers(block, list(layers), activations)
-    found = stages(block, layers, activations)
+    trace = trace_block(block, activations)
+    found, stream, output_layers = find_stages(trace), find_stream_layers(trace), find_output_layers(trace)
+    del trace
     for stage in found:
         first = stage.groups[0][0]
         output_layer = output_layers.get(first)
@@ -213,7 +222,13 @@ def replace_weight(linear: torch.nn.Linear, weight: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
-def quantize_head(ends: PreTrainedModel, activations: Activations, plan: LayerPlan, commits: Path) -> QuantizedBlock:
+def quantize_head(
+    ends: PreTrainedModel,
+    activations: Activations,
+    plan: LayerPlan,
+    commits: Path,
+    stored: Callable[[str], str] = own_name,
+) -> QuantizedBlock:
     """Quantize the head on the outputs of the last block; of the model, final norm and head are enough."""
     norm, head = find_head(ends)
     commit = head_file(commits)
@@ -222,5 +237,5 @@ def quantize_head(ends: PreTrainedModel, activations: Activations, plan: LayerPl
         for rows in activations.hidden.split(1):
             accumulator.add(norm(rows.to(head.weight.device)))
         solution = solve(head.weight, hessian_of(HEAD, head, accumulator), plan.solver(HEAD), HEAD)
-        write_commit(commit, QuantizedBlock({HEAD: solution.weight}, {HEAD: solution.relative_loss}))
+        write_commit(commit, QuantizedBlock({HEAD: solution.weight}, {HEAD: solution.relative_loss}), stored)
     return read_commit(commit)

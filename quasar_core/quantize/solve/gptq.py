@@ -5,8 +5,8 @@ layer is solved a piece of its outputs at a time, since outputs are independent 
 small: correct the weight (`hessian.py`), fit a grid (`grid.py`), round column by column (section 3 of the paper),
 refine (`refine.py`). Each column's rounding error is spread over the columns not yet rounded, along the inverse
 Hessian. Columns are taken from the last to the first of the factor's order, in blocks: within a block an error reaches
-each column at once, the columns of other blocks by one product. Letters: out and in a layer's sizes, G groups, r outputs
-of a piece, C columns of a block.
+each column at once, the columns of other blocks by one product. Letters: out and in a layer's sizes, G groups, r
+outputs of a piece, C columns of a block.
 """
 
 import math
