@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.checkpoint.headers import StoredLayer, stored_layers
+from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.store.fingerprint import fingerprint
 from quasar_core.store.model_config import read_config

@@ -24,7 +24,8 @@ def check_digest(checkpoint: VerifierCheckpoint, progress: Progress = no_progres
     recorded = recorded_digests(checkpoint)
     if recorded is None:
         return NONE_RECORDED
-    files = {file.name: file for file in weight_files(checkpoint.folder)}
+    beside = checkpoint.folder.glob("*.safetensors")  # not read, and not what was written either
+    files = {file.name: file for file in sorted({*weight_files(checkpoint.folder), *beside})}
     for name in sorted(recorded.keys() ^ files.keys()):
         what = "is missing" if name in recorded else "is not among those that quasar.json records"
         raise QuasarError(f"The weights of {checkpoint.folder} are not those that were written: {name} {what}.")
