@@ -17,7 +17,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 QUICK = ["factor", "gptq", "refine", "grid", "cpu_solver", "kernels", "products"]
-QUICK += ["decoder", "decoder_verifier", "engine_exactness", "kept"]
+QUICK += ["decoder", "decoder_verifier", "engine_exactness", "module_cache"]
 OTHERS = ("bench", "demo_corpus", "gpu", "cuda_triton", "triton", "marlin")  # tables, texts, and kernels of GPUs
 
 

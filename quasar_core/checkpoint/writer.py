@@ -1,9 +1,12 @@
 """Write a checkpoint's files: tensors, shards and their index, JSON; each whole or not at all."""
 
+import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.files import is_file, sync, write_json, written_whole
 from quasar_core.store.folders import KEPT_FILES
+from quasar_core.store.safetensors_header import read_header
 
 MAX_SHARD_BYTES = 4_000_000_000
 _DTYPE_NAMES = {
@@ -79,6 +83,27 @@ def copy_kept_files(source: Path, destination: Path) -> None:
                 sync(destination / name)
 
 
+def link_or_copy(file: Path, name: Path) -> None:
+    """Give a file a second name; it is copied where the file system has no hard links (FAT, some network folders)."""
+    try:
+        os.link(file, name)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
+            raise
+        shutil.copyfile(file, name)
+        sync(name)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A finished shard: its file under another name, which it `keeps` or gives up for the final one."""
+
+    file: Path
+    names: list[str]
+    digest: str
+    keeps: bool = False
+
+
 class ShardWriter:
     """Collects tensors and writes them as shards of at most 4 GB with an index; one shard needs no index."""
 
@@ -87,8 +112,7 @@ class ShardWriter:
         self.total_bytes = 0
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._digests: list[str] = []
+        self._shards: list[_Shard] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Add a tensor; a full shard is written first."""
@@ -99,9 +123,16 @@ class ShardWriter:
         self._pending_bytes += size
         self.total_bytes += size
 
+    def add_file(self, file: Path, digest: str) -> None:
+        """Add a finished safetensors file of this SHA-256 (hex) as a shard of its own, which is not written again."""
+        entries = read_header(file)
+        self._shards.append(_Shard(file, [entry.name for entry in entries], digest, keeps=True))
+        self.total_bytes += sum(entry.size for entry in entries)
+
     def _flush(self) -> None:
-        self._digests.append(save_tensors(self.folder / f"shard-{len(self._shards)}", self._pending))
-        self._shards.append(list(self._pending))
+        file = self.folder / f"shard-{len(self._shards)}"
+        digest = save_tensors(file, self._pending)
+        self._shards.append(_Shard(file, list(self._pending), digest))
         self._pending, self._pending_bytes = {}, 0
 
     def close(self) -> dict[str, str]:
@@ -110,11 +141,14 @@ class ShardWriter:
             self._flush()
         count = len(self._shards)
         weight_map, digests = {}, {}
-        for i, names in enumerate(self._shards):
-            shard = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"shard-{i}").rename(self.folder / shard)
-            weight_map.update(dict.fromkeys(names, shard))
-            digests[shard] = self._digests[i]
+        for i, shard in enumerate(self._shards):
+            name = "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            if shard.keeps:
+                link_or_copy(shard.file, self.folder / name)
+            else:
+                shard.file.rename(self.folder / name)
+            weight_map.update(dict.fromkeys(shard.names, name))
+            digests[name] = shard.digest
         if count > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             write_json(self.folder / "model.safetensors.index.json", index)

@@ -10,6 +10,7 @@ import torch
 
 from quasar_core.checkpoint import compressed_tensors
 from quasar_core.checkpoint.checks import KEY as DIGESTS
+from quasar_core.checkpoint.checks import file_digest
 from quasar_core.checkpoint.loaders import dynamic_rules
 from quasar_core.checkpoint.reader import CARD_VERSION, TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
@@ -17,7 +18,7 @@ from quasar_core.config import BITS, QuantizeConfig
 from quasar_core.files import write_json, write_whole
 from quasar_core.models.hf.skeleton import Weights
 from quasar_core.quantize.calibration import Calibration
-from quasar_core.quantize.job import Job, Width, commit_files, committed_tensors, read_summary
+from quasar_core.quantize.job import Job, Width, commit_files, committed_tensors, is_shard, read_summary, tensor_names
 from quasar_core.quantize.layer_plan import HEAD
 from quasar_core.records import FidelityReport, QuantizeReport
 from quasar_core.store.folders import CARD
@@ -61,12 +62,12 @@ sha256 `{calibration["sha256"][:16]}`).
 
 
 def kernel_row(fidelity: FidelityReport) -> str:
-    """What the kernel of the machine that quantized adds; nothing where it is the unpacked product."""
+    """Return the divergence of this machine's kernel; nothing where weights are dequantized."""
     price = fidelity.in_use
     if price is None:
         return ""
     return (
-        f"| mean KL on {price.tokens:,} of the tokens, by the kernel `{price.kernel}` and unpacked "
+        f"| mean KL on {price.tokens:,} of the tokens, by the kernel `{price.kernel}` and dequantized "
         f"| {price.kl_mean:.5f}, {price.kl_mean_exact:.5f} |\n"
     )
 
@@ -130,12 +131,15 @@ def _widths_option(config: dict[str, Any]) -> list[str]:
 
 
 def assemble(job: Job, names: Weights) -> dict[str, str]:
-    """Write the shards: packed layers in place of their weights, every other tensor of the source as it is.
+    """Complete the shards: packed layers in place of their weights, every other tensor of the source as it is.
 
-    Tensors pass through memory one by one. Returns the SHA-256 (hex) of each shard by its file's name.
+    Large blocks are shards already; the other tensors pass through memory one by one. Returns the SHA-256 (hex) of each
+    shard by its file's name.
     """
     writer = ShardWriter(job.partial)
-    for name, tensor in verifier_tensors(job, names):
+    for commit in filter(is_shard, commit_files(job.commits)):
+        writer.add_file(commit, file_digest(commit))
+    for name, tensor in unwritten_tensors(job, names):
         writer.add(name, tensor)
     digests = writer.close()
     copy_kept_files(job.source, job.partial)
@@ -156,13 +160,13 @@ def assemble(job: Job, names: Weights) -> dict[str, str]:
     return digests
 
 
-def verifier_tensors(job: Job, names: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the checkpoint holds, under the names of the source's files; memory-mapped."""
+def unwritten_tensors(job: Job, names: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read what no block's shard holds, under the names of the source's files; memory-mapped."""
     replaced = {f"{names.stored(layer)}.weight" for layer in quantized_names(job)}
-    for name, load in committed_tensors(job.commits):
-        stored = names.stored(name)
-        replaced.add(stored)
-        yield stored, load()
+    for commit in commit_files(job.commits):
+        replaced.update(tensor_names(commit))
+        if not is_shard(commit):
+            yield from committed_tensors(commit)
     source = TensorFiles(job.source)
     yield from source.load_many([name for name in source.names() if name not in replaced])
     for name, kept in names.tied.items():  # an embedding that is stored as the head alone, which has codes now

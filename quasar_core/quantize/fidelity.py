@@ -125,7 +125,7 @@ class Tally:
         return self.slices(names, bands)
 
     def by_kind(self, kinds: torch.Tensor) -> list[FidelitySlice]:
-        """By the kind of the token that is predicted; `kinds` [V] are indices into `token_kinds.KINDS`."""
+        """By the kind of the token that is predicted; `kinds` [V] are indices into `KINDS`."""
         return self.slices(list(KINDS), kinds[torch.cat(self.tokens)])
 
 
@@ -205,16 +205,16 @@ def logit_pieces(model: CausalLM, cache: KVCache, tokens: list[int], first: int)
 
 
 @torch.inference_mode()
-def price_of_kernel(
+def kernel_divergence(
     target: CausalLM, exact: CausalLM, in_use: CausalLM, cache: KVCache, rows: torch.Tensor, kernel: str
 ) -> KernelPrice:
-    """Divergence on rows [n, L] with unpacked weights (`exact`), and with the kernel that decoding runs (`in_use`)."""
-    unpacked, packed = Tally(), Tally()
-    _compare(target, exact, cache, rows, 1, unpacked, lambda done: None)
+    """Measure KL on rows [n, L] with dequantized weights (`exact`), and with the kernel of decoding (`in_use`)."""
+    dequantized, packed = Tally(), Tally()
+    _compare(target, exact, cache, rows, 1, dequantized, lambda done: None)
     _compare(target, in_use, cache, rows, 1, packed, lambda done: None)
-    kl_exact, kl = torch.cat(unpacked.kl).double(), torch.cat(packed.kl).double()
+    kl_exact, kl = torch.cat(dequantized.kl).double(), torch.cat(packed.kl).double()
     return KernelPrice(
-        kernel, kl.numel(), kl_exact.mean().item(), kl.mean().item(), share(unpacked.agreed), share(packed.agreed)
+        kernel, kl.numel(), kl_exact.mean().item(), kl.mean().item(), share(dequantized.agreed), share(packed.agreed)
     )
 
 

@@ -1,8 +1,8 @@
 """One quantization: its identity, the folder of its work in progress, its lock, and the blocks that it has finished.
 
-A commit is one safetensors file of a finished block: each layer's packed tensors under the layer's name, and every
-other tensor that the verifier holds in place of the target's or beside it. Its metadata hold, per layer, the loss and
-how to read the codes.
+A commit is one safetensors file of a finished block, in the names of the target's files: each layer's packed tensors,
+and every other tensor that the verifier has in place of the target's. Its metadata hold, per layer, the loss and how to
+read the codes. So it is a shard of the checkpoint: one of `SHARD_BYTES` and more is not written a second time.
 """
 
 import contextlib
@@ -188,6 +188,7 @@ def _short(value: object) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
+SHARD_BYTES = 32_000_000  # smaller blocks share a shard, so that a small model is one file
 _FACTS = "quasar"  # the metadata's key
 Layout = Literal["gptq", "compressed-tensors"]
 
@@ -196,8 +197,8 @@ Layout = Literal["gptq", "compressed-tensors"]
 class QuantizedBlock:
     """The quantized layers of one block by full name, the relative loss of each, and what else the verifier holds.
 
-    `tensors` are named as the model names its parameters: norms that took up a smoothing, corrections, biases.
-    `rounded` are experts' layers that read too little text, rounded to nearest. `layout` is how the codes are stored.
+    `tensors` are named as the model names its parameters: smoothed norms and biases.
+    `rounded` are experts' layers with too few samples, rounded to nearest. `layout` is how the codes are stored.
     """
 
     weights: dict[str, PackedWeight]
@@ -235,8 +236,9 @@ class CommitSummary:
 
 @dataclass(frozen=True)
 class _Layer:
-    """How to read a layer's codes, and what its report says."""
+    """How to read a layer's codes, and what its report says; `stored` is its name in the file."""
 
+    stored: str
     bits: int
     group_size: int
     suffixes: list[str]
@@ -252,6 +254,7 @@ class _Facts:
     layout: Layout
     layers: dict[str, _Layer]
     rounded: list[str]
+    others: dict[str, str]  # the names in the file of the block's other tensors, by their own
 
 
 def block_file(commits: Path, index: int) -> Path:
@@ -270,12 +273,23 @@ def commit_files(commits: Path) -> list[Path]:
     return [*sorted(commits.glob("block-*.safetensors")), *([head] if head.exists() else [])]
 
 
-def write_commit(path: Path, block: QuantizedBlock) -> None:
-    """One finished block, whole or not at all."""
+def is_shard(commit: Path) -> bool:
+    """Tell whether a commit is a shard of its own."""
+    return commit.stat().st_size >= SHARD_BYTES
+
+
+def own_name(name: str) -> str:
+    """Name a tensor in a file as the model does."""
+    return name
+
+
+def write_commit(path: Path, block: QuantizedBlock, stored: Callable[[str], str] = own_name) -> None:
+    """Write a finished block, whole or not at all; `stored` gives the name that the target's files have for another."""
     packed = {name: _pack(weight, block.layout) for name, weight in block.weights.items()}
-    tensors = {f"{name}.{suffix}": tensor for name, parts in packed.items() for suffix, tensor in parts.items()}
+    tensors = {f"{stored(name)}.{suffix}": tensor for name, parts in packed.items() for suffix, tensor in parts.items()}
     layers = {
         name: _Layer(
+            stored=stored(name),
             bits=weight.bits,
             group_size=weight.group_size,
             suffixes=list(packed[name]),
@@ -285,46 +299,50 @@ def write_commit(path: Path, block: QuantizedBlock) -> None:
         )
         for name, weight in block.weights.items()
     }
-    facts = _Facts(block.layout, layers, list(block.rounded))
-    save_tensors(path, {**tensors, **block.tensors}, {_FACTS: json.dumps(asdict(facts))})
+    others = {name: stored(name) for name in block.tensors}
+    tensors |= {others[name]: tensor for name, tensor in block.tensors.items()}
+    facts = _Facts(block.layout, layers, list(block.rounded), others)
+    save_tensors(path, tensors, {_FACTS: json.dumps(asdict(facts))})
 
 
 def read_commit(path: Path) -> QuantizedBlock:
-    """What `write_commit` wrote."""
+    """Read what `write_commit` wrote."""
     with _opened(path) as file:
-        facts, names = _facts(file, path), set(file.keys())
+        facts = _facts(file, path)
         weights = {}
         for name, layer in facts.layers.items():
-            parts = {suffix: read_tensor(file, f"{name}.{suffix}", path) for suffix in layer.suffixes}
+            parts = {suffix: read_tensor(file, f"{layer.stored}.{suffix}", path) for suffix in layer.suffixes}
             weights[name] = _unpack(name, parts, layer, facts.layout)
-            names -= {f"{name}.{suffix}" for suffix in parts}
-        others = {name: read_tensor(file, name, path) for name in sorted(names)}
+        others = {name: read_tensor(file, stored, path) for name, stored in facts.others.items()}
     losses = {name: layer.loss for name, layer in facts.layers.items() if layer.loss is not None}
     return QuantizedBlock(weights, losses, others, tuple(facts.rounded), facts.layout)
 
 
 def read_summary(path: Path) -> CommitSummary:
-    """Losses and sizes alone."""
+    """Read losses and sizes alone."""
     with _opened(path) as file:
-        facts, names = _facts(file, path), set(file.keys())
-    codes = {f"{name}.{suffix}" for name, layer in facts.layers.items() for suffix in layer.suffixes}
+        facts = _facts(file, path)
     return CommitSummary(
         {name: layer.loss for name, layer in facts.layers.items()},
         tuple(facts.rounded),
         {name: Width(layer.bits, layer.group_size) for name, layer in facts.layers.items()},
         sum(layer.weights for layer in facts.layers.values()),
         sum(layer.bytes for layer in facts.layers.values()),
-        tuple(sorted(names - codes)),
+        tuple(facts.others),
     )
 
 
-def committed_tensors(commits: Path) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
-    """Every tensor of every commit by name, each to be read when it is written on."""
-    for path in commit_files(commits):
-        with _opened(path) as file:
-            names = list(file.keys())
-        for name in names:
-            yield name, lambda path=path, name=name: _read(path, name)  # type: ignore[misc]
+def tensor_names(commit: Path) -> list[str]:
+    """List the names of a commit's tensors."""
+    with _opened(commit) as file:
+        return list(file.keys())
+
+
+def committed_tensors(commit: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Read every tensor of a commit, one after the other."""
+    with _opened(commit) as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, read_tensor(file, name, commit)
 
 
 def _pack(weight: PackedWeight, layout: Layout) -> dict[str, torch.Tensor]:
@@ -336,11 +354,6 @@ def _unpack(name: str, parts: dict[str, torch.Tensor], layer: _Layer, layout: La
     if layout == "compressed-tensors":
         return CompressedTensorsFormat(layer.bits, layer.group_size).unpack(name, parts)
     return unpack_weight(name, parts, layer.bits, layer.group_size, zeros_offset=1)
-
-
-def _read(path: Path, name: str) -> torch.Tensor:
-    with _opened(path) as file:
-        return read_tensor(file, name, path)
 
 
 def _opened(path: Path) -> Any:

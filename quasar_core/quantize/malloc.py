@@ -1,4 +1,4 @@
-"""Memory that tensors have left: kept by the C library where that is faster, returned where it would add up."""
+"""Control when glibc returns freed memory to the system (malloc_trim)."""
 
 import ctypes
 import functools
@@ -10,7 +10,7 @@ FREED_BYTES = 32 * 2**20 - 2**16
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what tensors of a batch leave, rather than ask the system for the same pages every time.
+    """Let glibc keep the memory that tensors of a batch free, rather than ask the system for the same pages again.
 
     glibc gives freed memory back beyond a bound, which grows with the largest block freed so far, if below 32 MB.
     """
@@ -18,7 +18,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give all that is kept back to the system: small tensors among large ones would make it grow with time."""
+    """Return freed memory to the system: small tensors between large ones would make the heap grow with time."""
     trim = _trim()
     if trim is not None:
         trim(0)
@@ -26,7 +26,7 @@ def return_freed_memory() -> None:
 
 @functools.cache
 def _trim() -> Callable[[int], int] | None:
-    """glibc's `malloc_trim`, or None with another C library."""
+    """Find glibc's `malloc_trim`; None with another C library."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):

@@ -22,7 +22,7 @@ from quasar_core.quantize.blocks.activations import (
 )
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks
 from quasar_core.quantize.calibration import GREEDY_FROM, Calibration, calibration_name, encode, read_documents
-from quasar_core.quantize.fidelity import measure_fidelity, price_of_kernel, token_kinds
+from quasar_core.quantize.fidelity import kernel_divergence, measure_fidelity, token_kinds
 from quasar_core.quantize.malloc import return_freed_memory
 from quasar_core.records import FidelityReport, KernelPrice, Progress, no_progress
 
@@ -51,12 +51,12 @@ class RowsRead(CausalLM):
         """Where the logits are computed."""
         return embedding_device(self._ends)
 
-    def new_cache(self, capacity: int) -> "NothingKept":
-        """A cache that such passes do not need."""
-        return NothingKept(capacity)
+    def new_cache(self, capacity: int) -> "NoCache":
+        """Return a cache that holds nothing, since every pass is a whole row."""
+        return NoCache(capacity)
 
     @torch.inference_mode()
-    def forward(self, tokens: Sequence[int], cache: "NothingKept", last_only: bool = False) -> torch.Tensor:
+    def forward(self, tokens: Sequence[int], cache: "NoCache", last_only: bool = False) -> torch.Tensor:
         """Float32 logits [T, V] of a row ([1, V] with `last_only`); a defect where it was not read."""
         return next(self.pieces(tokens, len(tokens) - 1 if last_only else 0, len(tokens)))
 
@@ -76,8 +76,8 @@ class RowsRead(CausalLM):
             yield logits.float()
 
 
-class NothingKept:
-    """Stands for a cache where every pass is a whole row."""
+class NoCache:
+    """A cache that holds nothing."""
 
     length = 0
 
@@ -157,7 +157,7 @@ def measure_kernel(
     rows = calibration.held_out[:KERNEL_ROWS]
     stage = "measuring the kernel in use"
     p, q, r = (read_rows(model, [rows[:, :-1]], stage, progress) for model in (target, exact, in_use))
-    return price_of_kernel(p, q, r, p.new_cache(rows.shape[1]), rows, ", ".join(names))
+    return kernel_divergence(p, q, r, p.new_cache(rows.shape[1]), rows, ", ".join(names))
 
 
 def measure_on_text(

@@ -2,8 +2,8 @@
 
 A layer's cost is the divergence of a model in which that layer alone is quantized. The rows go through the model block
 by block. At a block, each group of layers that read one input is replaced at one width, and the rows go on from there
-through the remaining blocks. That gives the price of a unit of the solver's loss in this place, and the other widths
-cost their losses at this price: a small error's divergence is a quadratic form of it, and so is the loss. The two
+through the remaining blocks. That gives the divergence per unit of the solver's loss at this layer, and the other
+widths cost their losses times it: a small error's divergence is a quadratic form of it, and so is the loss. The two
 agree to a few hundredths; a divergence measured at every width chooses no better, and takes six times the passes
 (dev/log.md). Costs are taken to add up. On each layer's lower convex hull of cost over bytes, upgrades are taken in
 the order of what a byte saves, which is optimal up to the last one (Shoham and Gersho, 1988). `--target-agreement`
@@ -14,7 +14,7 @@ without a checkpoint. Letters: N rows of L tokens, V vocabulary.
 import copy
 import heapq
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -28,7 +28,7 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import read_json, write_json
 from quasar_core.models.hf.experts import SeparateExperts
 from quasar_core.quantize.blocks.activations import Activations, capture_first_inputs
-from quasar_core.quantize.blocks.collect import collect_inputs, stages
+from quasar_core.quantize.blocks.collect import collect_inputs, find_stages, trace_block
 from quasar_core.quantize.blocks.layerwise import hessian_of, replace_weight, replace_weights
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks, find_head, linear_layers
 from quasar_core.quantize.calibration import Calibration
@@ -109,7 +109,7 @@ def measure_widths(
 ) -> list[LayerGroup]:
     """Every group of layers of a whole model, and the mean KL in nats that each width of it costs on these rows.
 
-    At the end `activations` hold what left the last block.
+    At the end `activations` hold the outputs of the last block.
     """
     prefix, blocks = find_blocks(model)
     target = _finish(activations, list(blocks))
@@ -117,7 +117,7 @@ def measure_widths(
     for index, block in enumerate(blocks):
         progress("measuring widths", index, len(blocks))
         layers, after = linear_layers(block), list(blocks[index + 1 :])
-        for stage in stages(block, layers, activations):
+        for stage in find_stages(trace_block(block, activations)):
             inputs = collect_inputs(block, stage, layers, activations)
             for names in stage.groups:
                 hessian = hessian_of(f"{prefix}.{index}.{names[0]}", layers[names[0]], inputs.pop(names[0]))
@@ -197,7 +197,7 @@ def possible_widths(default: SolverConfig, linears: Sequence[torch.nn.Linear]) -
 
 
 def _finish(activations: Activations, blocks: Sequence[torch.nn.Module]) -> torch.Tensor:
-    """What leaves the last of the blocks [N, L, H]; the activations stay where they are."""
+    """Return the outputs of the last of the blocks [N, L, H]; the activations stay as they are."""
     states = activations.fork()
     for block in blocks:
         states.advance(block)
@@ -205,7 +205,7 @@ def _finish(activations: Activations, blocks: Sequence[torch.nn.Module]) -> torc
 
 
 def _divergence(model: PreTrainedModel, target: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean KL in nats between two models of one head, by what leaves their last blocks [N, L, H]."""
+    """Mean KL in nats between two models of one head, by the outputs of their last blocks [N, L, H]."""
     norm, head = find_head(model)
     place = head.weight.device
     rows = [
@@ -226,30 +226,34 @@ class Trial:
     agreement: float
 
 
-def smallest_budget(aim: float, measure: Callable[[float], float], least: float = 0) -> Trial:
-    """The smallest of `BUDGETS` whose agreement reaches `aim`; QuasarError where the largest does not.
+def next_budget(goal: float, trials: Sequence[Trial], least: float = 0) -> float | None:
+    """Choose the budget to try next, by bisection for the smallest of `BUDGETS` that agrees `goal`; None at the end.
 
-    Those under `least` are left out. `measure` is asked at most five times.
+    Those under `least` are left out. At most five are tried.
     """
-    budgets = [bits for bits in BUDGETS if bits >= least]
-    best: Trial | None = None
+    budgets, tried = [bits for bits in BUDGETS if bits >= least], {trial.bits: trial.agreement for trial in trials}
     low, high = 0, len(budgets)
-    trials: list[Trial] = []
     while low < high:
         middle = (low + high) // 2
-        trial = Trial(budgets[middle], measure(budgets[middle]))
-        trials.append(trial)
-        if trial.agreement >= aim:
-            best, high = trial, middle
+        if budgets[middle] not in tried:
+            return budgets[middle]
+        if tried[budgets[middle]] >= goal:
+            high = middle
         else:
             low = middle + 1
-    if best is None:
-        most = max(trials, key=lambda trial: trial.agreement)
-        raise QuasarError(
-            f"--target-agreement {aim:g} was not reached: {most.bits:g} bits agree {most.agreement:.4f}. "
-            "Ask for less, for smaller groups (--group-size 32), or for --bits 8."
-        )
-    return best
+    return None
+
+
+def best_trial(goal: float, trials: Sequence[Trial]) -> Trial:
+    """Return the smallest trial that agrees `goal`; QuasarError where none does."""
+    enough = [trial for trial in trials if trial.agreement >= goal]
+    if enough:
+        return min(enough, key=lambda trial: trial.bits)
+    most = max(trials, key=lambda trial: trial.agreement)
+    raise QuasarError(
+        f"--target-agreement {goal:g} was not reached: {most.bits:g} bits agree {most.agreement:.4f}. "
+        "Ask for less, for smaller groups (--group-size 32), or for --bits 8."
+    )
 
 
 class CommittedModel:
@@ -271,7 +275,6 @@ class CommittedModel:
 
 
 T = TypeVar("T")
-TryPlan = Callable[[LayerPlan, Path], float]  # quantizes into a folder of commits, and gives the agreement
 
 
 def check_mixed(config: QuantizeConfig, skeleton: PreTrainedModel) -> None:
@@ -280,29 +283,10 @@ def check_mixed(config: QuantizeConfig, skeleton: PreTrainedModel) -> None:
         raise UsageError("Widths by layer are not chosen for a mixture of experts: give a whole number for --bits.")
 
 
-def choose_plan(
-    job: Job, target: StreamedModel, calibration: Calibration, try_plan: TryPlan, progress: Progress = no_progress
-) -> LayerPlan:
-    """How each layer is quantized, as the config asks for it."""
-    plan = LayerPlan.of(job.config)
-    if not job.config.mixed:
-        return plan
-    groups = known_widths(job, target, calibration, progress)
-    bits = job.config.mean_bits
-    if bits is None:
-        bits = _search(job, lambda bits, trial: try_plan(spend(plan, groups, bits, job.config.widths), trial))
-    return spend(plan, groups, bits, job.config.widths)
-
-
-def _search(job: Job, measure: Callable[[float, Path], float]) -> float:
-    """The smallest budget that reaches the agreement, found once; the blocks of its trial become the run's."""
-    if not job.budget.exists():
-        assert job.config.target_agreement is not None
-        least = min(job.config.widths)
-        found = smallest_budget(job.config.target_agreement, lambda bits: measure(bits, _trial(job, bits)), least)
-        write_json(job.budget, asdict(found))
+def keep_trial(job: Job) -> float:
+    """Make the blocks of the budget that was found the run's own, and remove the other trials; return its bits."""
     bits = _stored(float, job.budget, "bits")
-    for path in sorted(_trial(job, bits).glob("block-*.safetensors")):
+    for path in sorted(trial_folder(job, bits).glob("block-*.safetensors")):
         path.replace(job.commits / path.name)
     for folder in job.commits.glob("trial-*"):
         shutil.rmtree(folder)
@@ -310,15 +294,15 @@ def _search(job: Job, measure: Callable[[float, Path], float]) -> float:
 
 
 def _stored(kind: type[T], path: Path, name: str) -> T:
-    """What an interrupted run kept under a name in one of its files."""
+    """Read a value that an interrupted run wrote to one of its files."""
     try:
         return build(kind, read_json(path).get(name), name)
     except ValueError as error:
         raise QuasarError(f"{path} is damaged ({error}): delete it, and it is measured anew.") from error
 
 
-def _trial(job: Job, bits: float) -> Path:
-    """The commits of a trial."""
+def trial_folder(job: Job, bits: float) -> Path:
+    """Make the folder of a trial's commits."""
     folder = job.commits / f"trial-{bits:g}"
     folder.mkdir(exist_ok=True)
     return folder
@@ -327,7 +311,7 @@ def _trial(job: Job, bits: float) -> Path:
 def known_widths(
     job: Job, target: StreamedModel, calibration: Calibration, progress: Progress = no_progress
 ) -> list[LayerGroup]:
-    """What each layer costs at each width; a resumed run reads what the first one measured."""
+    """Measure what each layer costs at each width; a resumed run reads the first one's figures."""
     stored = job.commits / "widths.json"
     if not stored.exists():
         model = target.whole()
@@ -338,7 +322,7 @@ def known_widths(
 
 
 def spend(plan: LayerPlan, groups: Sequence[LayerGroup], bits: float, widths: Sequence[int] = BITS) -> LayerPlan:
-    """The plan of least measured divergence, by these widths, in the bytes of `bits` bits, which may be a fraction."""
+    """Plan for the least measured divergence, by these widths, in the bytes of `bits` bits, which may be a fraction."""
     budget = int(sum(size_at(group, plan.default.group_size, bits) for group in groups))
     try:
         taken = allocate({group.names[0]: _of_widths(group.choices, widths) for group in groups}, budget)

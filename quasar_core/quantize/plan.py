@@ -15,6 +15,7 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.quantize.blocks.activations import batch_tokens
 from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS, cache_bytes
 from quasar_core.quantize.fidelity import PIECE
+from quasar_core.quantize.job import SHARD_BYTES
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.solve.factor import BLOCK as FACTOR_COLUMNS
 from quasar_core.quantize.solve.gptq import solver_rows
@@ -38,8 +39,8 @@ class Shape:
     """What a plan reads of a model: its layers by name (out, in), and its other weights.
 
     `stored` and `element` are the bytes of a weight in the files and in the passes, `token` those of a token's keys and
-    values. `routed` is the share of a text
-    that an expert reads. `whole_because` says why the model is loaded as a whole, where it is.
+    values. `routed` is the share of a text that
+    an expert reads. `whole_because` says why the model is loaded as a whole, where it is.
     """
 
     layers: Mapping[str, tuple[int, int]]
@@ -93,17 +94,20 @@ def make_plan(
 ) -> Plan:
     """The figures for one model; with `on_device`, blocks run on a GPU with so much memory free."""
     solvers = LayerPlan.of(config)
-    packed = 0
+    blocks: dict[str, int] = {}
     for name, (out, columns) in shape.layers.items():
         solver = solvers.solver(name)
         bits = solver.bits if name == HEAD else config.mean_bits or solver.bits
-        packed += packed_bytes(out, columns, bits, solver.group_size)
+        block = block_of(name)
+        blocks[block] = blocks.get(block, 0) + packed_bytes(out, columns, bits, solver.group_size)
+    packed = sum(blocks.values())
+    written_again = sum(size for size in blocks.values() if size < SHARD_BYTES)
     plain, states = shape.stored * shape.other_weights, activation_bytes(shape, config, on_device)
     spilled = max_memory is not None and states > max_memory
     held = 0 if spilled else states
     text = shape.element * shape.weights + cache_bytes(True)
     text_on_device = on_device and free_device is not None and text <= free_device
-    quantized = 2 * packed + plain + (states if spilled else 0)
+    quantized = packed + written_again + plain + (states if spilled else 0)
     host = host_stages(shape, config, held, on_device, text_on_device)
     return Plan(
         checkpoint=packed + plain,
@@ -156,8 +160,8 @@ def packed_bytes(out_features: int, in_features: int, bits: float, group_size: i
 def activation_bytes(shape: Shape, config: QuantizeConfig, on_device: bool = False) -> int:
     """Hidden states of the calibration text, twice: the full-precision model's beside the verifier's.
 
-    On the CPU also what a block's finished modules give (`kept.py`): of attention and MLP, the output of the last
-    layer, in the verifier where its inputs lay.
+    On the CPU also the outputs of a block's finished modules (`blocks/activations.py`): of attention and MLP, the
+    output of the last layer; the verifier's take the room of its inputs.
     """
     kept: dict[str, int] = {}
     for (block, _), (out, columns) in ({} if on_device else last_layers(shape)).items():
@@ -200,7 +204,7 @@ def block_bytes(shape: Shape) -> int:
 
 
 def smoothed_bytes(shape: Shape, config: QuantizeConfig) -> int:
-    """The largest block's smoothed weights, in float32 and as the block holds them (`eight_bit_blocks.py`)."""
+    """The largest block's smoothed weights, in float32 and as the block holds them (`blocks/eight_bit.py`)."""
     return 0 if config.method == "gptq" else (4 + shape.element) * block_weights(shape)
 
 
@@ -209,9 +213,13 @@ def block_weights(shape: Shape) -> int:
     blocks: dict[str, int] = {}
     for name, (out, columns) in shape.layers.items():
         if name != HEAD:
-            block = name.split(".layers.")[-1].split(".")[0]
-            blocks[block] = blocks.get(block, 0) + out * columns
+            blocks[block_of(name)] = blocks.get(block_of(name), 0) + out * columns
     return max(blocks.values(), default=0)
+
+
+def block_of(name: str) -> str:
+    """Return the number of a layer's block; the head is its own."""
+    return name.split(".layers.")[-1].split(".")[0]
 
 
 def solver_bytes(shape: Shape, on_device: bool) -> int:
@@ -221,7 +229,7 @@ def solver_bytes(shape: Shape, on_device: bool) -> int:
         key = name.rpartition(".")[0], columns
         groups[key] = groups.get(key, 0) + out
     needs = []
-    for (_, columns), out in groups.items():  # of every output, beside the rows at work, what its inputs lack
+    for (_, columns), out in groups.items():  # of every output the error correlation, beside the rows at work
         copies = out + ROW_COPIES * (min(out, solver_rows(columns, on_device)) + FACTOR_COLUMNS)
         needs.append(4 * columns * (SQUARE_COPIES * columns + copies))
     return max(needs, default=0)

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.errors import foreign_errors
-from quasar_core.files import exists, require_regular
+from quasar_core.files import exists, require_regular, write_json
 from quasar_core.models.hf.skeleton import UNLIMITED, position_limit
 from quasar_core.quantize.assemble import assemble, describe, make_report
 from quasar_core.quantize.blocks.activations import Activations, capture_first_inputs
@@ -36,7 +36,17 @@ from quasar_core.quantize.handover import Record, hand_over, whole_report
 from quasar_core.quantize.job import Job, block_file, clear_all_but_commits, working_folder, write_commit
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.measure_fidelity import measure, measure_kernel
-from quasar_core.quantize.mixed_precision import CommittedModel, check_mixed, choose_plan
+from quasar_core.quantize.mixed_precision import (
+    CommittedModel,
+    Trial,
+    best_trial,
+    check_mixed,
+    keep_trial,
+    known_widths,
+    next_budget,
+    spend,
+    trial_folder,
+)
 from quasar_core.quantize.optimum_backend import check_optimum, quantize_with_optimum
 from quasar_core.records import Progress, QuantizeReport, no_progress
 
@@ -86,7 +96,7 @@ def _work(
     text_device: torch.device,
     progress: Progress,
 ) -> QuantizeReport:
-    """All stages, in the working folder."""
+    """Run all stages, in the working folder."""
     watch = Stopwatch()
     with watch.stage("calibration text"):
         calibration = calibrate(job, target, tokenizer, text_device, progress)
@@ -130,7 +140,7 @@ def calibrate(
     device: torch.device,
     progress: Progress = no_progress,
 ) -> Calibration:
-    """Load or write the calibration text; a resumed run reads what the first one had."""
+    """Load or write the calibration text; a resumed run reads that of the first."""
     if job.calibration.exists():
         rows = _read_text(job.calibration)
         name = calibration_name(job.config.calibration)
@@ -166,17 +176,35 @@ def quantize_layers(
     if job.config.backend == "optimum":
         blocks = quantize_with_optimum(job.source, tokenizer, calibration.samples, job.config, progress)
         for index, block in enumerate(blocks):
-            write_commit(block_file(job.commits, index), block)
+            write_commit(block_file(job.commits, index), block, target.stored)
         return
-
-    def try_plan(plan: LayerPlan, trial: Path) -> float:
-        quantize_with(plan, job, target, calibration, spill, trial, progress)
-        return measure(target, CommittedModel(target, trial), calibration, progress).agreement
-
-    plan = choose_plan(job, target, calibration, try_plan, progress)
+    plan = choose_plan(job, target, calibration, spill, progress)
     activations = quantize_with(plan, job, target, calibration, spill, job.commits, progress)
     if plan.quantizes_head:
-        quantize_head(target.ends(), activations, plan, job.commits)
+        quantize_head(target.ends(), activations, plan, job.commits, target.stored)
+
+
+def choose_plan(
+    job: Job, target: StreamedModel, calibration: Calibration, spill: bool, progress: Progress = no_progress
+) -> LayerPlan:
+    """Choose how each layer is quantized, as the config asks for it; `--target-agreement` tries several budgets."""
+    default, config = LayerPlan.of(job.config), job.config
+    if not config.mixed:
+        return default
+    groups, trials = known_widths(job, target, calibration, progress), list[Trial]()
+    if config.mean_bits is not None:
+        return spend(default, groups, config.mean_bits, config.widths)
+    assert config.target_agreement is not None
+    while not job.budget.exists():
+        bits = next_budget(config.target_agreement, trials, min(config.widths))
+        if bits is None:
+            write_json(job.budget, asdict(best_trial(config.target_agreement, trials)))
+            break
+        folder = trial_folder(job, bits)
+        quantize_with(spend(default, groups, bits, config.widths), job, target, calibration, spill, folder, progress)
+        agreement = measure(target, CommittedModel(target, folder), calibration, progress).agreement
+        trials.append(Trial(bits, agreement))
+    return spend(default, groups, keep_trial(job), config.widths)
 
 
 def quantize_with(
@@ -188,7 +216,7 @@ def quantize_with(
     commits: Path,
     progress: Progress = no_progress,
 ) -> Activations:
-    """Commit every block of a plan to a folder; what left the last block."""
+    """Commit every block of a plan to a folder; return the outputs of the last block."""
     file = job.spill if spill else None
     activations = capture_first_inputs(target.ends(torch.device("cpu")), calibration.samples, target.device, file)
     if job.config.rounding == "gptq":

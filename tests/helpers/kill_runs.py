@@ -20,7 +20,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 from helpers.quantize_cases import quantize, save_model
 
-from quasar_core.quantize import calibration, run
+from quasar_core.quantize import calibration, job, run
 from quasar_core.quantize.blocks import layerwise
 from quasar_core.quantize.job import QuantizedBlock
 from quasar_core.store import list_pairs, remove_pair
@@ -67,9 +67,9 @@ def forbid(finished: frozenset[str]) -> None:
     """Let no block be quantized and no text be written that an earlier run has finished."""
     write_commit = layerwise.write_commit
 
-    def write(path: Path, block: QuantizedBlock) -> None:
+    def write(path: Path, block: QuantizedBlock, stored: Callable[[str], str]) -> None:
         assert path.name not in finished
-        write_commit(path, block)
+        write_commit(path, block, stored)
 
     layerwise.write_commit = write
     if "calibration.safetensors" in finished:
@@ -108,6 +108,11 @@ def is_recorded(output: Path) -> bool:
     return any(pair.verifier == str(output) for pair in list_pairs())
 
 
+def shards(folder: Path) -> dict[str, bytes]:
+    """The checkpoint's weights."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
 def moments_of(source: Path, folder: Path, kills: int, seed: int | None) -> list[int] | list[float]:
     """When runs are to be killed; `straight` is then a run that nobody killed."""
     log, begin = folder / "moments", time.perf_counter()
@@ -126,15 +131,16 @@ def main() -> None:
     os.environ["QUASAR_HOME"] = str(folder / "home")
     torch.set_num_threads(1)
     calibration.HELD_OUT_ROWS, calibration.GREEDY_LENGTH = 3, 40
+    job.SHARD_BYTES = 1  # every block is a shard of its own
     source, output = save_model(folder / "tiny", tied=False), folder / "killed"
     finish(start(source, folder / "first"))  # what is compiled or measured once is so now
     moments = moments_of(source, folder, kills, int(sys.argv[3]) if len(sys.argv) > 3 else None)
-    expected = (folder / "straight" / "model.safetensors").read_bytes()
+    expected = shards(folder / "straight")
     killed = same = 0
     for moment in moments:
         was_killed, ended_well = kill_and_resume(source, output, moment)
         killed += was_killed
-        same += ended_well and is_recorded(output) and (output / "model.safetensors").read_bytes() == expected
+        same += ended_well and is_recorded(output) and shards(output) == expected
         left = partial_folder(output).exists() or (output / LOCK).exists() or (output / "commits").exists()
         if left or not ended_well:
             break

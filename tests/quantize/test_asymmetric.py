@@ -9,13 +9,13 @@ from helpers.tiny_models import random_model
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from quasar_core.quantize.blocks.activations import capture_first_inputs
-from quasar_core.quantize.blocks.collect import reach, stream_layers
+from quasar_core.quantize.blocks.collect import find_stream_layers, reach, trace_block
 from quasar_core.quantize.blocks.layerwise import quantize_blocks
-from quasar_core.quantize.blocks.streaming import find_blocks, linear_layers
+from quasar_core.quantize.blocks.streaming import find_blocks
 from quasar_core.quantize.solve import hessian
 from quasar_core.quantize.solve.factor import inverse_factor
 from quasar_core.quantize.solve.gptq import SolverConfig
-from quasar_core.quantize.solve.hessian import HessianAccumulator, lacking_outputs, lone_errors
+from quasar_core.quantize.solve.hessian import HessianAccumulator, error_correlation, output_error
 
 SAMPLES = torch.randint(97, (24, 32), generator=torch.Generator().manual_seed(3))
 
@@ -29,11 +29,11 @@ def corrected_weight(
         part = slice(begin, begin + 16)
         errors = wanted[part] - inputs[part]
         accumulator.add(
-            inputs[part], lone_errors(weight, errors, None if stream is None else stream[part]) if lone else errors
+            inputs[part], output_error(weight, errors, None if stream is None else stream[part]) if lone else errors
         )
     hessian, errors = accumulator.finish("x"), accumulator.errors()
     assert errors is not None
-    lacking = lacking_outputs({"x": weight} if lone else {"x": weight, "y": weight[:3]}, errors)["x"]
+    lacking = error_correlation({"x": weight} if lone else {"x": weight, "y": weight[:3]}, errors)["x"]
     factor = inverse_factor(hessian, torch.arange(len(hessian)), 1e-7, "x")
     return weight + factor.apply_(lacking.t().contiguous()).t()
 
@@ -67,7 +67,7 @@ def test_brackets_in_pieces_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     drift = torch.randn(4, 4, generator=generator)
     weights = {name: torch.randn(rows, 4, generator=generator).bfloat16() for name, rows in (("q", 5), ("k", 3))}
     monkeypatch.setattr(hessian, "PIECE", 2)
-    for name, lacking in lacking_outputs(weights, drift).items():
+    for name, lacking in error_correlation(weights, drift).items():
         torch.testing.assert_close(lacking, weights[name].float() @ drift)
 
 
@@ -83,7 +83,7 @@ def test_the_stream_in_front_of_a_layer() -> None:
     model = random_model("llama").model
     activations = capture_first_inputs(model, SAMPLES)
     block = find_blocks(model)[1][0]
-    stream = stream_layers(block, list(linear_layers(block)), activations)
+    stream = find_stream_layers(trace_block(block, activations))
     assert stream == ["self_attn.o_proj", "mlp.down_proj"]
     batch = activations.first_row()
     entered = reach(block, "self_attn.o_proj", [], batch)[1]
@@ -109,11 +109,11 @@ def test_a_block_with_norms_behind_its_layers_has_no_such_stream() -> None:
     model = Gemma3ForCausalLM(config).eval()
     activations = capture_first_inputs(model, SAMPLES)
     block = find_blocks(model)[1][0]
-    assert stream_layers(block, list(linear_layers(block)), activations) == []
+    assert find_stream_layers(trace_block(block, activations)) == []
 
 
 @torch.no_grad()
-def output_error(model: PreTrainedModel, commits: Path, reference: bool) -> float:
+def distance(model: PreTrainedModel, commits: Path, reference: bool) -> float:
     """How far a quantized model's last hidden states are from the model's."""
     commits.mkdir()
     activations = capture_first_inputs(model, SAMPLES)
@@ -131,7 +131,7 @@ def output_error(model: PreTrainedModel, commits: Path, reference: bool) -> floa
 def test_blocks_come_closer_to_the_full_precision_model(name: str, tmp_path: Path) -> None:
     """Random models have 0.75 to 0.85 of the error left."""
     model = random_model(name).model
-    assert output_error(model, tmp_path / "with", True) < 0.97 * output_error(model, tmp_path / "without", False)
+    assert distance(model, tmp_path / "with", True) < 0.97 * distance(model, tmp_path / "without", False)
 
 
 def test_a_resumed_run_gives_the_same_codes(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from quasar_core.quantize.solve.grid import (
     fit_grid,
     search_grids,
 )
-from quasar_core.quantize.solve.refine import descend, slope
+from quasar_core.quantize.solve.refine import descend, gradient_and_loss
 
 pytestmark = pytest.mark.usefixtures("cpp_solver")
 T = TypeVar("T")
@@ -72,7 +72,7 @@ def test_columns_are_rounded_to_the_same_steps(
     ours, theirs = both(monkeypatch, lambda: round_columns(weight.t().contiguous(), lattice, factor))
     assert share_of_same(ours, theirs) > 0.9  # a tie moves the columns after it
     torch.testing.assert_close(
-        *(slope(s, lattice, weight.t(), hessian)[1].sum() for s in (ours, theirs)), rtol=0.02, atol=1e-6
+        *(gradient_and_loss(s, lattice, weight.t(), hessian)[1].sum() for s in (ours, theirs)), rtol=0.02, atol=1e-6
     )
 
 
@@ -83,7 +83,7 @@ def test_descent_takes_the_same_steps(outputs: int, inputs: int, size: int, monk
     hessian, lattice = make_hessian(rows), lattice_of(weight, size)
     weight = weight.t().contiguous()
     start = lattice.nearest(weight)
-    gradient = slope(start, lattice, weight, hessian)[0]
+    gradient = gradient_and_loss(start, lattice, weight, hessian)[0]
     ours, theirs = both(monkeypatch, lambda: descend(start, gradient.clone(), lattice, hessian))
     same = (ours[0] == theirs[0]).all(dim=0)
     assert same.float().mean() > 0.9
@@ -104,7 +104,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     hessian = make_hessian(rows)
     lattice, start = lattice_of(weight, 64), torch.zeros(160, 300)
     factor = inverse_factor(hessian, column_order(hessian, True), 0.05, "the layer")
-    gradient = slope(start, lattice, weight.t(), hessian)[0]
+    gradient = gradient_and_loss(start, lattice, weight.t(), hessian)[0]
     found = []
     errors, moves = torch.empty(128, 300), torch.empty(128, 300)
     block, kernel, curvature = lattice.block(range(128)), hessian[:128, :128].contiguous(), hessian.diagonal()[:128]

@@ -21,9 +21,9 @@ from quasar_core.quantize.blocks.eight_bit import EightBitMethod
 from quasar_core.quantize.job import QuantizedBlock, read_commit, write_commit
 from quasar_core.quantize.solve import gptq
 from quasar_core.quantize.solve.eight_bit import (
-    Floats,
-    Integers,
-    Number,
+    E4M3Format,
+    EightBitFormat,
+    Int8Format,
     channel_scales,
     round_columns,
     round_to_nearest,
@@ -34,7 +34,7 @@ from quasar_core.quantize.solve.gptq import SolverConfig, column_order
 
 pytest_plugins = ["helpers.quantize_fixtures"]
 CONFIG = SolverConfig(bits=8, group_size=-1)
-NUMBERS = [Integers(), Floats()]
+NUMBERS = [Int8Format(), E4M3Format()]
 W8A8: dict[str, Any] = {"method": "w8a8", "bits": 8, "group_size": -1, "samples": 6, "seq_len": 24}
 
 
@@ -49,15 +49,15 @@ def layer(out: int, size: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(out, size, generator=torch.Generator().manual_seed(seed))
 
 
-def by_hand(number: Number, weight: torch.Tensor, hessian: torch.Tensor, damp: float) -> torch.Tensor:
+def by_hand(number_format: EightBitFormat, weight: torch.Tensor, hessian: torch.Tensor, damp: float) -> torch.Tensor:
     """Values [out, in] in float64: after every column the best continuous rest, given all that is rounded so far."""
     size = len(hessian)
     damped = hessian.double() + damp * hessian.double().diagonal().mean() * torch.eye(size, dtype=torch.double)
     order = torch.argsort(hessian.diagonal(), descending=True)
-    scales = channel_scales(weight, number.largest).double()[:, None]
+    scales = channel_scales(weight, number_format.largest).double()[:, None]
     rounded, rest = weight.double().clone(), weight.double().clone()
     for done, column in enumerate(order.tolist()):
-        rounded[:, column] = number.nearest(rest[:, column : column + 1] / scales)[:, 0] * scales[:, 0]
+        rounded[:, column] = number_format.nearest(rest[:, column : column + 1] / scales)[:, 0] * scales[:, 0]
         fixed, free = order[: done + 1], order[done + 1 :]
         error = weight.double()[:, fixed] - rounded[:, fixed]
         # The rest that minimises e H eᵀ: H_ff (W − R)_f = −H_fc (W − Q)_c
@@ -66,29 +66,29 @@ def by_hand(number: Number, weight: torch.Tensor, hessian: torch.Tensor, damp: f
     return rounded / scales
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=["integers", "floats"])
+@pytest.mark.parametrize("number_format", NUMBERS, ids=["integers", "floats"])
 @pytest.mark.parametrize("size", [24, 300])
-def test_columns_are_rounded_as_the_oracle_rounds_them(number: Number, size: int) -> None:
+def test_columns_are_rounded_as_the_oracle_rounds_them(number_format: EightBitFormat, size: int) -> None:
     """More columns than a block of the solver has; a tie that float32 decides otherwise moves what follows a little."""
     rows, weight = inputs(4 * size, size), layer(12, size)
     hessian = 2 / len(rows) * rows.t() @ rows
     factor = inverse_factor(hessian, column_order(hessian, True), 0.05, "x")
-    scales = channel_scales(weight, number.largest)
-    found = round_columns(number, weight.t().contiguous(), scales, factor).t()
-    assert torch.equal(found, number.nearest(found))
-    assert (found == by_hand(number, weight, hessian, 0.05)).double().mean() > 0.9
+    scales = channel_scales(weight, number_format.largest)
+    found = round_columns(number_format, weight.t().contiguous(), scales, factor).t()
+    assert torch.equal(found, number_format.nearest(found))
+    assert (found == by_hand(number_format, weight, hessian, 0.05)).double().mean() > 0.9
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    number=st.sampled_from(NUMBERS),
+    number_format=st.sampled_from(NUMBERS),
     size=st.sampled_from([8, 33, 130]),
     count=st.integers(1, 200),
     seed=st.integers(0, 1000),
     spoilt=st.sampled_from(["nothing", "a dead input", "an output of zeros", "a huge weight"]),
 )
 def test_no_output_is_worse_than_rounded_to_nearest(
-    number: Number, size: int, count: int, seed: int, spoilt: str
+    number_format: EightBitFormat, size: int, count: int, seed: int, spoilt: str
 ) -> None:
     rows, weight = inputs(count, size, seed), layer(9, size, seed + 1)
     if spoilt == "a dead input":
@@ -98,8 +98,8 @@ def test_no_output_is_worse_than_rounded_to_nearest(
     if spoilt == "a huge weight":
         weight[4, 5] = 1000
     hessian = 2 / count * rows.t() @ rows
-    solved = solve_eight_bits(number, {"a": weight}, hessian, {"a": CONFIG})["a"]
-    nearest = round_to_nearest(number, {"a": weight}, hessian)["a"]
+    solved = solve_eight_bits(number_format, {"a": weight}, hessian, {"a": CONFIG})["a"]
+    nearest = round_to_nearest(number_format, {"a": weight}, hessian)["a"]
     error, of_nearest = (rows @ (s.weight.dequantize() - weight).t() for s in (solved, nearest))
     energy = (rows @ weight.t()).square().sum(dim=0)
     assert (error.square().sum(dim=0) <= of_nearest.square().sum(dim=0) * 1.001 + 1e-9 * energy + 1e-12).all()
@@ -107,43 +107,43 @@ def test_no_output_is_worse_than_rounded_to_nearest(
     assert solved.loss == pytest.approx(error.square().sum().item() / count, rel=0.02, abs=1e-4 * solved.loss + 1e-6)
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=["integers", "floats"])
-def test_other_text_gains_too(number: Number) -> None:
+@pytest.mark.parametrize("number_format", NUMBERS, ids=["integers", "floats"])
+def test_other_text_gains_too(number_format: EightBitFormat) -> None:
     """On the mean of five layers."""
     shares = []
     for seed in range(5):
         rows, others = inputs(2000, 64, seed).split(1000)
         weight, hessian = layer(32, 64, seed + 1), 2 / len(rows) * rows.t() @ rows
-        solved = solve_eight_bits(number, {"a": weight}, hessian, {"a": CONFIG})["a"].weight.dequantize()
-        nearest = number.round_weight(weight).dequantize()
+        solved = solve_eight_bits(number_format, {"a": weight}, hessian, {"a": CONFIG})["a"].weight.dequantize()
+        nearest = number_format.round_weight(weight).dequantize()
         errors = [(others @ (rounded - weight).t()).square().sum().item() for rounded in (solved, nearest)]
         shares.append(errors[0] / errors[1])
     assert statistics.mean(shares) < 0.6, shares
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=["integers", "floats"])
-def test_layers_of_a_group_are_solved_apart_and_corrected_where_something_lacks(number: Number) -> None:
+@pytest.mark.parametrize("number_format", NUMBERS, ids=["integers", "floats"])
+def test_layers_of_a_group_are_solved_apart_and_corrected_where_something_lacks(number_format: EightBitFormat) -> None:
     rows, weights = inputs(400, 32), {"a": layer(8, 32), "b": layer(16, 32, 5)}
     hessian = 2 / len(rows) * rows.t() @ rows
     configs = dict.fromkeys(weights, CONFIG)
-    together = solve_eight_bits(number, weights, hessian, configs)
-    alone = solve_eight_bits(number, {"b": weights["b"]}, hessian, configs)
+    together = solve_eight_bits(number_format, weights, hessian, configs)
+    alone = solve_eight_bits(number_format, {"b": weights["b"]}, hessian, configs)
     same = together["b"].weight.dequantize() == alone["b"].weight.dequantize()
     assert same.double().mean() > 0.95, "but for ties"
     assert together["b"].loss == pytest.approx(alone["b"].loss, rel=0.01)
     shift = 0.3 * layer(16, 32, 6)
-    lacking = {"b": shift @ hessian}  # then W + shift is what gives the outputs that are wanted
-    corrected = solve_eight_bits(number, weights, hessian, configs, lacking)["b"].weight.dequantize()
+    correlations = {"b": shift @ hessian}  # then W + shift is what gives the outputs that are wanted
+    corrected = solve_eight_bits(number_format, weights, hessian, configs, correlations)["b"].weight.dequantize()
     far, near = ((rows @ (corrected - aim).t()).norm() for aim in (weights["b"], weights["b"] + shift))
     assert near < 0.3 * far
-    assert lacking == {}
+    assert correlations == {}
 
 
 def test_weights_that_are_not_finite_are_named() -> None:
     weight = layer(4, 16)
     weight[1, 2] = torch.nan
     with pytest.raises(QuasarError, match=r"model\.up could not be quantized"):
-        solve_eight_bits(Integers(), {"model.up": weight}, torch.eye(16), {"model.up": CONFIG})
+        solve_eight_bits(Int8Format(), {"model.up": weight}, torch.eye(16), {"model.up": CONFIG})
 
 
 @pytest.mark.usefixtures("small_texts")
@@ -168,8 +168,8 @@ def test_the_papers_own_rounding_is_one_option_away(method: Any, tmp_path: Path)
     assert sections[0] == sections[1]
     layer = VerifierCheckpoint(tmp_path / "nearest").layer("model.layers.0.self_attn.o_proj")  # which is not smoothed
     original = tensors_of(source)["model.layers.0.self_attn.o_proj.weight"]
-    number: Number = Integers() if method == "w8a8" else Floats()
-    assert torch.equal(layer.dequantize(), number.round_weight(original).dequantize())
+    number_format: EightBitFormat = Int8Format() if method == "w8a8" else E4M3Format()
+    assert torch.equal(layer.dequantize(), number_format.round_weight(original).dequantize())
     means = [sum(report.layer_errors.values()) for report in reports.values()]
     assert means[0] < means[1]
 
@@ -183,13 +183,15 @@ def test_rounding_is_an_option_of_eight_bits_alone(capsys: pytest.CaptureFixture
     assert "--rounding nearest goes with --method w8a8 or fp8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=["integers", "floats"])
-def test_pieces_of_a_layer_are_solved_as_the_whole(number: Number, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number_format", NUMBERS, ids=["integers", "floats"])
+def test_pieces_of_a_layer_are_solved_as_the_whole(
+    number_format: EightBitFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows, weight = inputs(300, 48), layer(40, 48)
     hessian = 2 / 300 * rows.t() @ rows
-    whole = solve_eight_bits(number, {"a": weight}, hessian, {"a": CONFIG})["a"]
+    whole = solve_eight_bits(number_format, {"a": weight}, hessian, {"a": CONFIG})["a"]
     monkeypatch.setattr(gptq, "PIECE_WEIGHTS", 48 * 7)
-    pieces = solve_eight_bits(number, {"a": weight}, hessian, {"a": CONFIG})["a"]
+    pieces = solve_eight_bits(number_format, {"a": weight}, hessian, {"a": CONFIG})["a"]
     assert (pieces.weight.dequantize() == whole.weight.dequantize()).double().mean() > 0.95  # but for ties
     assert pieces.loss == pytest.approx(whole.loss, rel=1e-3)
 
@@ -204,21 +206,21 @@ def test_a_block_in_16_bits_is_rounded_from_its_smoothed_weights_in_32() -> None
     weight, norm = block.self_attn.q_proj.weight.float(), block.input_layernorm.weight.float()
     with torch.inference_mode():
         activations = capture_first_inputs(model, torch.arange(40).view(2, 20))
-        prepared = EightBitMethod(Integers(), smooth=True, solved=False)(block, "b", activations)
+        prepared = EightBitMethod(Int8Format(), smooth=True, solved=False)(block, "b", activations)
     name = "b.self_attn.q_proj"
     held = block.self_attn.q_proj.weight
     found = prepared.solve({name: held}, torch.eye(32), {name: CONFIG})[name].weight.dequantize()
     factors = norm / block.input_layernorm.weight.float()
-    assert torch.equal(found, Integers().round_weight(weight * factors).dequantize())
+    assert torch.equal(found, Int8Format().round_weight(weight * factors).dequantize())
     assert held.dtype == torch.bfloat16
     assert not torch.equal(held.float(), weight * factors)
 
 
-@pytest.mark.parametrize("number", NUMBERS, ids=["integers", "floats"])
-def test_a_commit_keeps_every_value_and_scale(number: Number, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number_format", NUMBERS, ids=["integers", "floats"])
+def test_a_commit_keeps_every_value_and_scale(number_format: EightBitFormat, tmp_path: Path) -> None:
     """Scales have bfloat16's digits, in which they are stored."""
     rows, weight = inputs(300, 32), layer(16, 32)
-    solved = solve_eight_bits(number, {"a.b": weight}, 2 / 300 * rows.t() @ rows, {"a.b": CONFIG})["a.b"]
+    solved = solve_eight_bits(number_format, {"a.b": weight}, 2 / 300 * rows.t() @ rows, {"a.b": CONFIG})["a.b"]
     write_commit(tmp_path / "block", QuantizedBlock({"a.b": solved.weight}, {"a.b": 0.0}, layout="compressed-tensors"))
     again = read_commit(tmp_path / "block").weights["a.b"]
     assert torch.equal(again.dequantize(), solved.weight.dequantize())
@@ -233,10 +235,10 @@ def test_a_run_that_is_resumed_gives_the_same_bits(tmp_path: Path, monkeypatch: 
     straight = tensors_of(Path(quantize(source, config, output=tmp_path / "straight").checkpoint))
     original = layerwise.write_commit
 
-    def fail_at_second(path: Path, block: QuantizedBlock) -> None:
+    def fail_at_second(path: Path, *arguments: Any) -> None:
         if path.name.endswith("1.safetensors"):
             raise QuasarError("interrupted")
-        original(path, block)
+        original(path, *arguments)
 
     monkeypatch.setattr(layerwise, "write_commit", fail_at_second)
     with pytest.raises(QuasarError, match="interrupted"):

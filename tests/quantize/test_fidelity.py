@@ -11,12 +11,12 @@ from helpers.tiny_models import quantized_copy, random_model
 
 from quasar_core.quantize.fidelity import (
     KINDS,
+    kernel_divergence,
     kl_divergence,
     margin_table,
     margins,
     measure_fidelity,
     overlap,
-    price_of_kernel,
 )
 from quasar_core.records import FidelityReport
 
@@ -151,7 +151,7 @@ def test_the_price_of_a_kernel_by_hand() -> None:
     """On the token after 0, unpacked weights disagree with the target and the kernel does not."""
     target = LastTokenModel([[0.6, 0.4], [0.1, 0.9]])
     exact, in_use = LastTokenModel([[0.3, 0.7], [0.1, 0.9]]), LastTokenModel([[0.55, 0.45], [0.1, 0.9]])
-    price = price_of_kernel(target, exact, in_use, target.new_cache(4), torch.tensor([[0, 1, 1]]), "a kernel")
+    price = kernel_divergence(target, exact, in_use, target.new_cache(4), torch.tensor([[0, 1, 1]]), "a kernel")
     assert (price.kernel, price.tokens, price.agreement_exact, price.agreement) == ("a kernel", 2, 0.5, 1)
     divergence = 0.6 * math.log(0.6 / 0.55) + 0.4 * math.log(0.4 / 0.45)
     assert price.kl_mean == pytest.approx(divergence / 2, rel=1e-4)
@@ -162,7 +162,7 @@ def test_a_report_reads_back_and_an_older_one_too() -> None:
     target = LastTokenModel([[0.6, 0.4], [0.1, 0.9]])
     kinds = torch.tensor([0, 1])
     report = measure_fidelity(target, target, target.new_cache(4), torch.tensor([[0, 1, 1]]), None, 1, "x", kinds=kinds)
-    price = price_of_kernel(target, target, target, target.new_cache(4), torch.tensor([[0, 1, 1]]), "dense")
+    price = kernel_divergence(target, target, target, target.new_cache(4), torch.tensor([[0, 1, 1]]), "dense")
     content = asdict(replace(report, in_use=price))
     assert FidelityReport.from_dict(content) == replace(report, in_use=price)
     older = {name: value for name, value in content.items() if name not in ("by_position", "by_kind", "in_use")}

@@ -312,11 +312,11 @@ def test_layers_of_a_group_are_solved_as_if_alone() -> None:
 @pytest.mark.parametrize("config", [SolverConfig(group_size=32), SolverConfig(3, 32, sym=False, act_order=False)])
 def test_pieces_make_the_layer(config: SolverConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, inputs = make_layer(80, 64)
-    hessian, lacking = make_hessian(inputs), 0.1 * make_layer(80, 64, seed=1)[0]
-    whole = solve_group({"a": weight}, hessian, {"a": config}, {"a": lacking.clone()})["a"]
+    hessian, correlations = make_hessian(inputs), 0.1 * make_layer(80, 64, seed=1)[0]
+    whole = solve_group({"a": weight}, hessian, {"a": config}, {"a": correlations.clone()})["a"]
     monkeypatch.setattr(gptq, "PIECE_WEIGHTS", 30 * 64)
     assert [(rows.start, rows.stop) for rows in pieces(80, 64, on_device=False)] == [(0, 26), (26, 53), (53, 80)]
-    joined = solve_group({"a": weight}, hessian, {"a": config}, {"a": lacking.clone()})["a"]
+    joined = solve_group({"a": weight}, hessian, {"a": config}, {"a": correlations.clone()})["a"]
     assert_same_solution(joined, whole)
 
 

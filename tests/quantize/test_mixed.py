@@ -23,8 +23,10 @@ from quasar_core.quantize.mixed_precision import (
     BUDGETS,
     Choice,
     LayerGroup,
+    Trial,
+    best_trial,
+    next_budget,
     size_at,
-    smallest_budget,
     spend,
     stored_bytes,
 )
@@ -98,25 +100,26 @@ def test_widths_that_vllm_takes(source: Path) -> None:
         )
 
 
+def search(goal: float, least: float = 0) -> list[Trial]:
+    """All trials of a model whose agreement is a tenth of its bits."""
+    trials: list[Trial] = []
+    while (bits := next_budget(goal, trials, least)) is not None:
+        trials.append(Trial(bits, bits / 10))
+    return trials
+
+
 def test_the_bisection_leaves_out_what_the_widths_cannot_fill() -> None:
-    asked: list[float] = []
-    found = smallest_budget(0.1, lambda bits: asked.append(bits) or bits / 10, least=4)
-    assert found.bits == min(asked) == 4
+    trials = search(0.1, least=4)
+    assert best_trial(0.1, trials).bits == min(trial.bits for trial in trials) == 4
 
 
 def test_bisection_asks_at_most_five_times() -> None:
     for aim in range(len(BUDGETS)):
-        asked: list[float] = []
-
-        def agreement_of(bits: float, asked: list[float] = asked) -> float:
-            asked.append(bits)
-            return bits / 10
-
-        found = smallest_budget(BUDGETS[aim] / 10, agreement_of)
-        assert (found.bits, found.agreement) == (BUDGETS[aim], BUDGETS[aim] / 10)
-        assert len(asked) <= 5
+        trials = search(BUDGETS[aim] / 10)
+        assert best_trial(BUDGETS[aim] / 10, trials) == Trial(BUDGETS[aim], BUDGETS[aim] / 10)
+        assert len(trials) <= 5
     with pytest.raises(QuasarError, match=r"--target-agreement 0.7 was not reached: 6 bits agree 0.6000"):
-        smallest_budget(0.7, lambda bits: bits / 10)
+        best_trial(0.7, search(0.7))
 
 
 def test_the_agreement_asked_for_is_reached(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,10 +15,10 @@ from quasar_core.models.hf.causal_lm import TransformersLM, attach_verifier, loa
 from quasar_core.models.hf.experts import module_name, separate_experts
 from quasar_core.quantize.blocks import collect
 from quasar_core.quantize.blocks.activations import capture_first_inputs
-from quasar_core.quantize.blocks.collect import read_too_little
+from quasar_core.quantize.blocks.collect import has_too_few_samples
 from quasar_core.quantize.blocks.streaming import linear_layers, open_target
 from quasar_core.quantize.layer_plan import LayerPlan
-from quasar_core.quantize.solve.eight_bit import Floats, Integers
+from quasar_core.quantize.solve.eight_bit import E4M3Format, Int8Format
 from quasar_core.quantize.solve.gptq import solve
 
 pytest_plugins = ["helpers.quantize_fixtures"]
@@ -89,7 +89,7 @@ def test_experts_that_no_text_reached_are_rounded_and_named(method: Any, tmp_pat
     def rounded(name: str) -> torch.Tensor:
         weight = weights.get_submodule(name).weight
         if method != "gptq":
-            return (Integers() if method == "w8a8" else Floats()).round_weight(weight).dequantize()
+            return (Int8Format() if method == "w8a8" else E4M3Format()).round_weight(weight).dequantize()
         return solve(weight, torch.eye(weight.shape[1]), LayerPlan.of(CONFIG).solver(name)).weight.dequantize()
 
     assert torch.equal(checkpoint.layer(f"{unread[3]}.down_proj").dequantize(), rounded(f"{unread[3]}.down_proj"))
@@ -100,8 +100,8 @@ def test_experts_that_no_text_reached_are_rounded_and_named(method: Any, tmp_pat
 @pytest.mark.parametrize("rows", [1, 2])
 def test_less_than_a_row_for_128_inputs_is_too_little(rows: int) -> None:
     layer = torch.nn.Linear(256, 8)
-    assert read_too_little("mlp.experts.3.up_proj", layer, rows) == (rows == 1)
-    assert not read_too_little("mlp.up_proj", layer, rows)
+    assert has_too_few_samples("mlp.experts.3.up_proj", layer, rows) == (rows == 1)
+    assert not has_too_few_samples("mlp.up_proj", layer, rows)
 
 
 @pytest.mark.usefixtures("small_texts")
@@ -149,7 +149,7 @@ def test_experts_are_watched_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch, tm
         with torch.inference_mode():
             activations, block = capture_first_inputs(target.ends(), samples), target.block(0)
             layers = linear_layers(block)
-            found = collect.stages(block, layers, activations)
+            found = collect.find_stages(collect.trace_block(block, activations))
             sums = {}
             for stage in found:
                 inputs = collect.collect_inputs(block, stage, layers, activations)

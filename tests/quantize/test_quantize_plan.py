@@ -128,9 +128,9 @@ def test_what_is_in_memory_does_not_grow_with_the_layers(tmp_path: Path, monkeyp
     """Tensors alive when a block is about to be committed: the same at the last of eight blocks as at the first."""
     original, alive, others = layerwise.write_commit, [], tensors_alive()  # which stay, so that no address is taken
 
-    def watch(path: Path, block: Any) -> None:
+    def watch(*arguments: Any) -> None:
         alive.append(bytes_of_tensors(others))
-        original(path, block)
+        original(*arguments)
 
     monkeypatch.setattr(layerwise, "write_commit", watch)
     quantize(layered(tmp_path / "eight", 8))

@@ -8,7 +8,7 @@ from helpers.layers import make_hessian, make_layer
 from quantize.test_gptq import share_of_same
 
 from quasar_core.quantize.solve.grid import Lattice, fit_grid
-from quasar_core.quantize.solve.refine import Rounded, descend, fit_scales, refine, slope
+from quasar_core.quantize.solve.refine import Rounded, descend, fit_scales, gradient_and_loss, refine
 
 pytestmark = pytest.mark.usefixtures("solver")
 
@@ -19,7 +19,7 @@ def rounded(bits: int, size: int, sym: bool = True) -> tuple[torch.Tensor, torch
     lattice, hessian = Lattice.of(fit_grid(weight, bits, size, sym), size), make_hessian(inputs)
     weight = weight.t().contiguous()
     steps = lattice.nearest(weight)
-    return weight, hessian, Rounded(steps, lattice, slope(steps, lattice, weight, hessian)[1])
+    return weight, hessian, Rounded(steps, lattice, gradient_and_loss(steps, lattice, weight, hessian)[1])
 
 
 def test_gradient_and_loss_by_hand() -> None:
@@ -29,7 +29,7 @@ def test_gradient_and_loss_by_hand() -> None:
     """
     bounds = torch.tensor([[-2.0], [-2.0]]), torch.tensor([[1.0], [1.0]])
     lattice = Lattice(torch.tensor([[2.0], [3.0]]), *bounds, size=1)
-    gradient, loss = slope(
+    gradient, loss = gradient_and_loss(
         torch.tensor([[1.0], [-1.0]]), lattice, torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0, 1], [1, 4]])
     )
     assert (gradient.tolist(), loss.tolist()) == ([[0], [-7]], [7])
@@ -60,19 +60,19 @@ def test_descent_ends_where_no_single_code_can_be_better() -> None:
     weight, hessian, before = rounded(2, 64)
     steps, lattice = before.steps, before.lattice
     for _ in range(20):
-        steps, _ = descend(steps, slope(steps, lattice, weight, hessian)[0], lattice, hessian)
-    least = slope(steps, lattice, weight, hessian)[1]
+        steps, _ = descend(steps, gradient_and_loss(steps, lattice, weight, hessian)[0], lattice, hessian)
+    least = gradient_and_loss(steps, lattice, weight, hessian)[1]
     for column, step in itertools.product(range(64), range(-2, 2)):
         other = steps.clone()
         other[column] = step
-        assert (slope(other, lattice, weight, hessian)[1] >= least * (1 - 1e-4)).all()
+        assert (gradient_and_loss(other, lattice, weight, hessian)[1] >= least * (1 - 1e-4)).all()
 
 
 def test_descent_tells_by_how_much_the_loss_has_changed() -> None:
     weight, hessian, before = rounded(3, 32)
-    gradient, loss = slope(before.steps, before.lattice, weight, hessian)
+    gradient, loss = gradient_and_loss(before.steps, before.lattice, weight, hessian)
     steps, gains = descend(before.steps, gradient, before.lattice, hessian)
-    after = slope(steps, before.lattice, weight, hessian)[1]
+    after = gradient_and_loss(steps, before.lattice, weight, hessian)[1]
     torch.testing.assert_close(loss + gains, after, rtol=1e-5, atol=0)
     assert (gains <= 1e-5 * loss).all()
     assert gains.sum() < -0.05 * loss.sum()
@@ -80,7 +80,7 @@ def test_descent_tells_by_how_much_the_loss_has_changed() -> None:
 
 def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian, before = rounded(3, 32)
-    gradient = slope(before.steps, before.lattice, weight, hessian)[0]
+    gradient = gradient_and_loss(before.steps, before.lattice, weight, hessian)[0]
     whole, gains = descend(before.steps, gradient.clone(), before.lattice, hessian)
     monkeypatch.setattr("quasar_core.quantize.solve.refine.BLOCK", 7)
     again, others = descend(before.steps, gradient, before.lattice, hessian)
@@ -93,7 +93,7 @@ def test_blocks_of_columns_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 def test_every_output_is_better_or_as_it_was(bits: int) -> None:
     weight, hessian, before = rounded(bits, 32)
     found = refine(before, weight, hessian, hessian @ weight, sweeps=2)
-    after = slope(found.steps, found.lattice, weight, hessian)[1]
+    after = gradient_and_loss(found.steps, found.lattice, weight, hessian)[1]
     torch.testing.assert_close(found.loss, after, rtol=1e-3, atol=0)
     assert (after <= before.loss * (1 + 1e-3)).all()
     assert after.sum() < 0.95 * before.loss.sum()
@@ -119,7 +119,7 @@ def test_an_output_keeps_what_it_had_where_the_other_is_worse() -> None:
 def test_an_input_that_is_always_zero_keeps_its_code() -> None:
     weight, hessian, before = rounded(4, 64)
     hessian[5] = hessian[:, 5] = 0
-    gradient = slope(before.steps, before.lattice, weight, hessian)[0]
+    gradient = gradient_and_loss(before.steps, before.lattice, weight, hessian)[0]
     moved, gains = descend(before.steps, gradient, before.lattice, hessian)
     assert torch.equal(moved[5], before.steps[5])
     assert torch.isfinite(gains).all()

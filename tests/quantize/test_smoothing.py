@@ -16,9 +16,9 @@ from quasar_core.models import lean_weights
 from quasar_core.models.hf import causal_lm
 from quasar_core.quantize.blocks.eight_bit import EightBitMethod
 from quasar_core.quantize.solve.eight_bit import (
-    Floats,
+    E4M3Format,
     InputSample,
-    Integers,
+    Int8Format,
     fold_into_norm,
     search_smoothing,
     smoothing_factors,
@@ -53,12 +53,12 @@ def test_the_search_finds_a_strength_that_pays() -> None:
     rows = outlying_rows()
     weights = [torch.randn(16, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     sample = InputSample(rows.abs().amax(dim=0), rows)
-    found = search_smoothing(sample, weights, Integers())
+    found = search_smoothing(sample, weights, Int8Format())
     assert found.strength is not None
 
     def error(factors: torch.Tensor) -> float:
-        rounded = Integers().round_rows(rows / factors)
-        kept = [Integers().round_weight(weight * factors).dequantize() for weight in weights]
+        rounded = Int8Format().round_rows(rows / factors)
+        kept = [Int8Format().round_weight(weight * factors).dequantize() for weight in weights]
         return sum(float((rounded @ w.t() - rows @ o.t()).square().sum()) for w, o in zip(kept, weights, strict=True))
 
     assert found.error == pytest.approx(error(found.factors), rel=1e-3)
@@ -67,7 +67,7 @@ def test_the_search_finds_a_strength_that_pays() -> None:
 
 def test_nothing_is_smoothed_where_nothing_pays() -> None:
     rows = torch.ones(50, 64)
-    found = search_smoothing(InputSample(rows.amax(dim=0), rows), [torch.ones(4, 64)], Integers())
+    found = search_smoothing(InputSample(rows.amax(dim=0), rows), [torch.ones(4, 64)], Int8Format())
     assert found.strength is None
     assert torch.equal(found.factors, torch.ones(64))
 
@@ -103,7 +103,7 @@ def test_a_smoothed_block_computes_what_it_did(biased: bool, tmp_path: Path) -> 
         before = run_block(block, activations.first_row())
         norm = block.input_layernorm.weight.clone()
         up = block.mlp.up_proj.weight.clone()
-        EightBitMethod(Integers(), smooth=True)(block, "model.layers.0", activations)
+        EightBitMethod(Int8Format(), smooth=True)(block, "model.layers.0", activations)
         after = run_block(block, activations.first_row())
     assert not torch.allclose(block.input_layernorm.weight, norm, rtol=0.05)
     assert not torch.allclose(block.mlp.up_proj.weight, up, rtol=0.05)
@@ -167,6 +167,6 @@ def test_options_that_8_bits_do_not_have(options: dict[str, Any], sentence: str)
 
 def test_numbers_round_activations_as_their_kernels_do() -> None:
     rows = outlying_rows()
-    assert (Integers().round_rows(rows) - rows).abs().max() <= rows.abs().max() / 127 / 2 * 1.001
-    assert ((Floats().round_rows(rows) - rows).abs() <= rows.abs() / 16 + rows.abs().amax() / 448 / 64).all()
-    assert json.dumps(float(Floats().round_rows(rows)[0, 0]))
+    assert (Int8Format().round_rows(rows) - rows).abs().max() <= rows.abs().max() / 127 / 2 * 1.001
+    assert ((E4M3Format().round_rows(rows) - rows).abs() <= rows.abs() / 16 + rows.abs().amax() / 448 / 64).all()
+    assert json.dumps(float(E4M3Format().round_rows(rows)[0, 0]))

@@ -11,7 +11,7 @@ from helpers.allocations import Allocations
 
 from quasar_core.quantize.plan import SOLVER_RESERVE, Shape, solver_bytes
 from quasar_core.quantize.solve.gptq import SolverConfig, solve_group
-from quasar_core.quantize.solve.hessian import lacking_outputs
+from quasar_core.quantize.solve.hessian import error_correlation
 
 # Inputs, and outputs of the layers that share them.
 SMALL = [(3072, (64,)), (1024, (1024, 64)), (1536, (512,))]
@@ -31,7 +31,7 @@ def allocated(columns: int, outs: tuple[int, ...], config: SolverConfig) -> int:
     with Allocations() as counted:
         hessian = torch.zeros(columns, columns).addmm_(rows.t(), rows, alpha=2 / 256)
         errors = torch.randn(outs[0] if len(outs) == 1 else columns, columns).mul_(0.01)
-        lacking = lacking_outputs(weights, errors)
+        lacking = error_correlation(weights, errors)
         del errors
         solved = solve_group(weights, hessian, dict.fromkeys(weights, config), lacking)
     packed = [solution.weight for solution in solved.values()]

@@ -1,4 +1,4 @@
-"""What each option of quantizing gives: `python -m quasar_core.quantize.study MODEL… [--only WORDS]`.
+"""Measure what each option of quantizing gives: `python -m tools.study.study MODEL… [--only WORDS]`.
 
 Every variant of a model reads the same calibration rows and is measured on the same held-out ones, in float32, so that
 a difference is the option's. Models must be small: both copies are in memory. Letters: N rows of L tokens.
@@ -38,7 +38,7 @@ PLAIN = SolverConfig(act_order=False, scale_search=False, sweeps=0)
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to quantize: the solver's options, its text, and what is asked for beside them."""
+    """A way to quantize: the solver's options, its calibration text, and other options."""
 
     name: str
     solver: SolverConfig = USUAL

@@ -24,10 +24,10 @@ from quasar_core.quantize.solve.matmul import FastPasses, product
 
 
 @dataclass(frozen=True)
-class Ending:
-    """A module whose output is that of its last layer: alone, or first in a tuple of this length with `None` behind.
+class OutputLayer:
+    """The last layer of a module, with the same output: alone, or first in a tuple of this length, else `None`s.
 
-    `feeders` are modules whose outputs nothing but this module reads.
+    `feeders` are modules whose outputs this module alone reads.
     """
 
     module: str
@@ -36,66 +36,66 @@ class Ending:
     feeders: tuple[str, ...] = ()
 
     def outputs(self, output: torch.Tensor) -> dict[str, Any]:
-        """What the module gives when the layer gives this, and for what it reads, values that would be noticed."""
+        """Return the module's output for this one of the layer, and NaN for its feeders: a read of it would show."""
         unread = output.new_full((1,), float("nan")).expand_as(output)
         whole = output if self.length is None else (output, *[None] * (self.length - 1))
         return {**dict.fromkeys(self.feeders, unread), self.module: whole}
 
 
 def first_output(output: Any) -> torch.Tensor:
-    """The tensor that a module gives, alone or first in a tuple."""
+    """Return the tensor of a module's output, alone or first in a tuple."""
     tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
 
 
-class KeptOutputs:
-    """Outputs of a block's finished modules for the whole text; `spill` begins the names of files that hold them.
+class ModuleCache:
+    """Cache of the outputs of a block's quantized modules, for the whole text; in files whose names begin with `spill`.
 
-    Without it they lie in memory. Before a module is finished, what its last layer reads is kept in their place.
+    Without `spill` it lies in memory. Until a module is quantized, the cache holds the inputs of its last layer.
     """
 
     def __init__(self, rows: int, batch_rows: int, spill: Path | None) -> None:
         self._rows, self._batch_rows, self._spill = rows, batch_rows, spill
         self._values: dict[str, torch.Tensor] = {}  # [N, L, the wider of the layer's inputs and outputs], by module
-        self._finished: dict[str, tuple[Ending, int]] = {}  # with the width of the output
+        self._finished: dict[str, tuple[OutputLayer, int]] = {}  # with the width of the output
 
-    def keep(self, ending: Ending, rows: slice, values: torch.Tensor, width: int) -> None:
-        """Hold values [B, L, ·] of some rows, where values of that width will find room."""
+    def store(self, output_layer: OutputLayer, rows: slice, values: torch.Tensor, width: int) -> None:
+        """Store values [B, L, ·] of some rows, with room for values of that width."""
         shape = (self._rows, values.shape[1], max(width, values.shape[-1]))
-        room = self._values.get(ending.module)
+        room = self._values.get(output_layer.module)
         if room is None or room.shape != shape or room.dtype != values.dtype:
             del room
-            self._drop(ending.module)
-            self._values[ending.module] = allocate(shape, values.dtype, self._file(ending.module))
-        self._values[ending.module][rows, :, : values.shape[-1]] = values
+            self._drop(output_layer.module)
+            self._values[output_layer.module] = allocate(shape, values.dtype, self._file(output_layer.module))
+        self._values[output_layer.module][rows, :, : values.shape[-1]] = values
 
-    def finish(self, ending: Ending, layer: torch.nn.Linear) -> None:
-        """Turn what the last layer reads into what it gives, batch by batch."""
-        values = self._values[ending.module]
+    def finish(self, output_layer: OutputLayer, layer: torch.nn.Linear) -> None:
+        """Replace the inputs of the last layer by its outputs, batch by batch."""
+        values = self._values[output_layer.module]
         for rows in values.split(self._batch_rows):
             inputs = rows[..., : layer.in_features].contiguous()
             rows[..., : layer.out_features] = product(inputs, layer.weight, layer.bias)
-        self.finished(ending, layer.out_features)
+        self.mark_finished(output_layer, layer.out_features)
 
-    def finished(self, ending: Ending, width: int) -> None:
-        """From now on the values kept, of that width, are the module's outputs."""
-        self._finished[ending.module] = ending, width
+    def mark_finished(self, output_layer: OutputLayer, width: int) -> None:
+        """Declare the stored values, of that width, to be the module's outputs."""
+        self._finished[output_layer.module] = output_layer, width
 
-    def of(self, rows: slice, device: torch.device) -> dict[str, Any]:
-        """What every finished module gives for some rows."""
+    def outputs(self, rows: slice, device: torch.device) -> dict[str, Any]:
+        """Return the outputs of every finished module for some rows, by module."""
         outputs: dict[str, Any] = {}
-        for module, (ending, width) in self._finished.items():
-            outputs |= ending.outputs(self._values[module][rows, :, :width].to(device).contiguous())
+        for module, (output_layer, width) in self._finished.items():
+            outputs |= output_layer.outputs(self._values[module][rows, :, :width].to(device).contiguous())
         return outputs
 
-    def forget(self) -> None:
-        """The next block comes, whose modules take the room of this one's."""
+    def begin_block(self) -> None:
+        """Begin the next block, whose modules reuse this one's memory."""
         for module in self._values.keys() - self._finished.keys():
             self._drop(module)
         self._finished.clear()
 
     def clear(self) -> None:
-        """The last block is done: memory is freed, and files are removed."""
+        """Free the memory and remove the files."""
         self._finished.clear()
         for module in list(self._values):
             self._drop(module)
@@ -110,8 +110,8 @@ class KeptOutputs:
 
 
 @contextlib.contextmanager
-def standing_in(block: torch.nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
-    """Let modules of a block, by name, give these outputs without running."""
+def replaced_outputs(block: torch.nn.Module, outputs: Mapping[str, Any]) -> Iterator[None]:
+    """Let modules of a block, by name, return these outputs without running."""
     modules = [(block.get_submodule(name), output) for name, output in outputs.items()]
     for module, output in modules:
         module.forward = lambda *_, output=output, **__: output
@@ -123,7 +123,7 @@ def standing_in(block: torch.nn.Module, outputs: Mapping[str, Any]) -> Iterator[
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, spill: Path | None) -> torch.Tensor:
-    """An empty tensor in memory, or in a file of that name, whose pages the system may write out."""
+    """Allocate a tensor in memory, or in a file of that name, whose pages the system may write out."""
     if spill is None:
         return torch.empty(shape, dtype=dtype)
     size = torch.Size(shape).numel()
@@ -136,13 +136,13 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, spill: Path | None) -> 
     return torch.from_file(str(spill), shared=True, size=size, dtype=dtype).view(shape)
 
 
-# As many tokens as a processor's caches, and a little memory, hold between two operations; at most so many.
+# The most tokens of a batch, and values of its hidden states: as many as fit a processor's caches.
 BATCH_TOKENS, BATCH_VALUES = 2048, 2**21
 
 
-# How a block gives its hidden states [B, L, H].
+# Wraps hidden states [B, L, H] as a block returns them.
 Form = Callable[[torch.Tensor], Any]
-# Arguments of blocks that concern the cache, by the names that architectures give them.
+# Arguments of blocks that concern the KV cache, by the names that architectures give them.
 _OF_THE_CACHE = ("past_key_values", "past_key_value", "layer_past", "use_cache")
 
 
@@ -152,9 +152,9 @@ class Stop(Exception):
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of the text: the hidden states [B, L, H] that enter the next block, and what it takes beside them.
+    """Rows of the text: the next block's hidden states [B, L, H] and other arguments.
 
-    `outputs` are what modules of the block give that need not run again, by name.
+    `outputs` are the cached outputs of its quantized modules, by name.
     """
 
     rows: slice
@@ -178,55 +178,55 @@ class Activations:
         self.reference: Activations | None = None  # the same text in the full-precision model, where it is kept
         self._kwargs = kwargs  # of each block, by the rows of a batch
         self._rows = max(kwargs)
-        self.kept = KeptOutputs(len(hidden), self._rows, spill)
+        self.cache = ModuleCache(len(hidden), self._rows, spill)
 
     def keep_reference(self, spill: Path | None = None) -> None:
-        """Hold what enters the first block a second time, to go through the full-precision blocks."""
+        """Copy the hidden states, to run the copy through the full-precision blocks."""
         hidden = allocate(tuple(self.hidden.shape), self.hidden.dtype, spill)
         self.reference = Activations(hidden.copy_(self.hidden), self._kwargs, self.device, spill)
 
     def batches(self) -> Iterator[Batch]:
-        """All rows, on the device, a few at a time."""
+        """Iterate over all rows, on the device, a few at a time."""
         for begin in range(0, len(self.hidden), self._rows):
             yield self._batch(slice(begin, min(begin + self._rows, len(self.hidden))))
 
     def fork(self) -> "Activations":
-        """A copy in memory, to go another way through the blocks that are left."""
+        """Copy the hidden states in memory, to run other variants of the remaining blocks."""
         copied = Activations(self.hidden.clone(), self._kwargs, self.device)
         copied.block = self.block
         return copied
 
     def pairs(self) -> Iterator[tuple[Batch, Batch]]:
-        """The batches, each with the reference's batch of the same rows."""
+        """Iterate over the batches, each with the reference's batch of the same rows."""
         assert self.reference is not None
         return zip(self.batches(), self.reference.batches(), strict=True)
 
     def first_row(self) -> Batch:
-        """A batch of one row."""
+        """Return a batch of one row."""
         return Batch(slice(0, 1), self.hidden[:1].to(self.device), self._kwargs[1][self.block])
 
     def advance(self, block: torch.nn.Module) -> None:
-        """Replace what enters a block by what leaves it; the block after it comes next."""
+        """Run a block: its outputs replace its inputs, and the block after it comes next."""
         for batch in self.batches():
             self.hidden[batch.rows] = run_block(block, batch).to(self.hidden)
-        self.kept.forget()
+        self.cache.begin_block()
         self.block += 1
         if self.block == len(self._kwargs[self._rows]):
-            self.kept.clear()
+            self.cache.clear()
 
     def _batch(self, rows: slice) -> Batch:
         kwargs = self._kwargs[rows.stop - rows.start][self.block]
-        return Batch(rows, self.hidden[rows].to(self.device), kwargs, self.kept.of(rows, self.device))
+        return Batch(rows, self.hidden[rows].to(self.device), kwargs, self.cache.outputs(rows, self.device))
 
 
 def run_block(block: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """What leaves the block, [B, L, H]."""
-    with FastPasses(), standing_in(block, batch.outputs):
+    """Return the block's outputs [B, L, H]."""
+    with FastPasses(), replaced_outputs(block, batch.outputs):
         return first_output(block(batch.hidden, **batch.kwargs))
 
 
 def batch_tokens(hidden: int, on_device: bool) -> int:
-    """Tokens that pass through a block at once, if rows are shorter; a GPU has room for the most."""
+    """Return the tokens of a batch, where rows are shorter; a GPU has room for the most."""
     return BATCH_TOKENS if on_device else max(1, min(BATCH_TOKENS, BATCH_VALUES // hidden))
 
 
@@ -234,9 +234,9 @@ def batch_tokens(hidden: int, on_device: bool) -> int:
 def capture_first_inputs(
     model: PreTrainedModel, samples: torch.Tensor, device: torch.device | None = None, spill: Path | None = None
 ) -> Activations:
-    """What enters the first block when the model reads samples [N, L]; of the model, the embedding is enough.
+    """Compute the inputs of the first block for samples [N, L]; of the model, the embedding is enough.
 
-    Blocks run on `device`. QuasarError where blocks take something that depends on the text, which is not kept.
+    Blocks run on `device`. QuasarError where a block has other arguments that depend on the text: they are not stored.
     """
     home = embedding_device(model)
     place = device or home
@@ -264,12 +264,12 @@ def capture_first_inputs(
 
 
 def embedding_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go."""
+    """Return the device of the embedding."""
     return cast(torch.Tensor, model.get_input_embeddings().weight).device
 
 
 def _enter(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """What enters the first block, and what each block takes."""
+    """Return the first block's hidden states, and the other arguments of each block."""
     blocks = find_blocks(model)[1]
     entered: list[torch.Tensor] = []
     taken: list[dict[str, Any]] = []
@@ -287,7 +287,7 @@ def _enter(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, lis
 
 
 def output_form(model: PreTrainedModel) -> Form:
-    """What the model expects of a block: the hidden states [B, L, H] alone, or as the first of a tuple.
+    """Find what the model expects a block to return: the hidden states [B, L, H] alone, or as the first of a tuple.
 
     Of the model, its ends are enough. QuasarError where its blocks cannot be run one by one.
     """
@@ -308,7 +308,7 @@ def output_form(model: PreTrainedModel) -> Form:
 
 @contextlib.contextmanager
 def blocks_replaced_by(blocks: torch.nn.ModuleList, forward: Callable[..., torch.Tensor], form: Form) -> Iterator[None]:
-    """Let all blocks run another function, which takes all but the hidden states by name."""
+    """Let all blocks run another function, which takes all arguments but the hidden states by name."""
     for block in blocks:
         block.forward = functools.partial(_call_by_name, type(block).forward, forward, form)
     try:
@@ -338,7 +338,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal, or alike in what a batch of fewer rows may differ in."""
+    """Compare arguments of two batches."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and torch.equal(one, other)
     if isinstance(one, dict):

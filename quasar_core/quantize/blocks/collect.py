@@ -1,10 +1,10 @@
-"""Collect what the solver needs of a block: which layers one pass of the text serves, and their inputs' statistics.
+"""Collect a block's statistics for the solver: the layers that share a pass over the text, and their Hessians.
 
-Beside a layer's inputs go those of the same layer in the full-precision model, and the residual stream that its output
-is added to: in a block that adds the outputs of attention and of the MLP to its input (all of
+The error is measured against the same layer of the full-precision model, and the residual stream that its output is
+added to: in a block that adds the outputs of attention and of the MLP to its input (all of
 `models/architectures.py` do), the stream in front of a layer is known, and with it the error that earlier layers have
-left there. Which modules end in a linear layer is found by running the block on one row, not from a table of
-architectures.
+left there. The order of layers, and the modules that end in a linear layer, are read off a run of the block on one row,
+not off a table of architectures.
 """
 
 import contextlib
@@ -17,12 +17,13 @@ import torch
 
 from quasar_core.errors import QuasarError
 from quasar_core.models.hf.experts import SeparateExperts
-from quasar_core.quantize.blocks.activations import Activations, Batch, Ending, Stop, first_output, run_block
-from quasar_core.quantize.solve.hessian import HessianAccumulator, lone_errors
+from quasar_core.quantize.blocks.activations import Activations, Batch, OutputLayer, Stop, first_output, run_block
+from quasar_core.quantize.blocks.streaming import linear_layers
+from quasar_core.quantize.solve.hessian import HessianAccumulator, output_error
 from quasar_core.quantize.solve.matmul import product
 
-HESSIAN_BYTES = 1_000_000_000  # of the experts that are watched in one pass
-# Inputs for each row that an expert has read, above which hardly anything is gained on rounding to nearest.
+HESSIAN_BYTES = 1_000_000_000  # of the experts whose inputs are collected in one pass
+# Inputs per row that an expert has read: above it GPTQ hardly gains on rounding to nearest.
 MOST_INPUTS_PER_ROW = 128
 
 
@@ -35,45 +36,75 @@ class Stage:
 
 
 def is_expert(layer_name: str) -> bool:
-    """Whether a layer belongs to one of several experts, which see a part of the text each."""
+    """Tell whether a layer belongs to one of several experts, which read a part of the text each."""
     return ".experts." in layer_name
 
 
-def read_too_little(layer_name: str, linear: torch.nn.Linear, rows: int) -> bool:
-    """Whether a layer is an expert's, and has read too few rows for a Hessian."""
+def has_too_few_samples(layer_name: str, linear: torch.nn.Linear, rows: int) -> bool:
+    """Tell whether a layer is an expert's, and has read too few rows for a Hessian."""
     return is_expert(layer_name) and rows * MOST_INPUTS_PER_ROW < linear.in_features
 
 
-def stages(block: torch.nn.Module, layers: dict[str, torch.nn.Linear], activations: Activations) -> list[Stage]:
-    """A block's layers in the order they run; those that read the same tensor (q, k, v; gate, up) share a group.
+@dataclass(frozen=True)
+class Call:
+    """A module's name, arguments and output."""
+
+    name: str
+    read: tuple[Any, ...]
+    gave: Any
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a block did with one row: the calls of its modules in the order in which they return, and its output."""
+
+    block: torch.nn.Module
+    row: Batch
+    calls: list[Call]
+    output: torch.Tensor
+
+
+def trace_block(block: torch.nn.Module, activations: Activations) -> Trace:
+    """Run a block on one row, and record its linear layers outside experts, the modules that hold them, and experts."""
+    layers = [name for name in linear_layers(block) if not is_expert(name)]
+    names = {*layers, *(name.rpartition(".")[0] for name in layers), *experts_of(block), *dict(block.named_children())}
+    calls: list[Call] = []
+
+    def record(name: str) -> Callable[..., None]:
+        return lambda _, args, kwargs, output: calls.append(Call(name, (*args, *kwargs.values()), output))
+
+    modules = [(name, block.get_submodule(name)) for name in sorted(names - {""})]
+    handles = [module.register_forward_hook(record(name), with_kwargs=True) for name, module in modules]
+    row = activations.first_row()
+    try:
+        return Trace(block, row, calls, run_block(block, row))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def experts_of(block: torch.nn.Module) -> dict[str, SeparateExperts]:
+    """Return the modules of a block that hold experts, by name."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, SeparateExperts)}
+
+
+def find_stages(trace: Trace) -> list[Stage]:
+    """Order a block's layers as they run; those that read the same tensor (q, k, v; gate, up) share a group.
 
     Experts read a part of the text each, found out anew in every pass: their input layers make one stage, their
     output layers the next, or several, so that the Hessians of a stage fit `HESSIAN_BYTES`.
     """
+    layers, experts = linear_layers(trace.block), experts_of(trace.block)
     order: dict[object, list[str]] = {}
-    kept: list[torch.Tensor] = []  # alive until the end, so that no address is used twice
-    experts = {name: module for name, module in block.named_modules() if isinstance(module, SeparateExperts)}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            kept.append(args[0])
-            key = name if name in experts else (args[0].data_ptr(), args[0].shape[-1])
-            order.setdefault(key, []).append(name)
-
-        return hook
-
-    watched = {**{name: linear for name, linear in layers.items() if not is_expert(name)}, **experts}
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in watched.items()]
-    try:
-        run_block(block, activations.first_row())
-    finally:
-        for handle in handles:
-            handle.remove()
+    for call in trace.calls:  # which hold the tensors, so that no address is used twice
+        if call.name in experts:
+            order[call.name] = [call.name]
+        elif call.name in layers:
+            order.setdefault((call.read[0].data_ptr(), call.read[0].shape[-1]), []).append(call.name)
     found: list[Stage] = []
-    for names in order.values():
-        found += (
-            expert_stages(names[0], experts[names[0]]) if names[0] in experts else [Stage([names], layers[names[0]])]
-        )
+    for first, *others in order.values():
+        stage = Stage([[first, *others]], layers[first]) if first in layers else None
+        found += [stage] if stage else expert_stages(first, experts[first])
     return found
 
 
@@ -88,16 +119,68 @@ def expert_stages(name: str, experts: SeparateExperts) -> list[Stage]:
     return found
 
 
+STREAM_LAYERS = ("o_proj", "down_proj")  # by the last part of their names
+
+
+def find_stream_layers(trace: Trace) -> list[str]:
+    """Find the layers whose outputs the block adds to its hidden states, in order; none where it does more than that.
+
+    A block with norms behind its layers, or with experts, computes something else.
+    """
+    added = [call for call in trace.calls if call.name.rpartition(".")[2] in STREAM_LAYERS]
+    outputs = [trace.row.hidden, *(call.gave for call in added)]
+    if len(added) != len(STREAM_LAYERS) or any(output.shape != trace.output.shape for output in outputs):
+        return []
+    total, whole = torch.stack([output.float() for output in outputs]).sum(dim=0), trace.output.float()
+    error = (total - whole).norm() / whole.norm()
+    return [call.name for call in added] if error < 8 * torch.finfo(trace.output.dtype).eps else []
+
+
+def find_output_layers(trace: Trace) -> dict[str, OutputLayer]:
+    """Find the layers whose output is their module's output; none where passes run on a GPU.
+
+    A module that ends in no layer of its own (a mixture of experts), or whose output is more than the layer's, is left
+    out. On a GPU running a module again takes less time than moving its outputs to the host and back.
+    """
+    found: dict[str, OutputLayer] = {}
+    if trace.row.hidden.device.type != "cpu":
+        return found
+    layers, shape = linear_layers(trace.block), trace.row.hidden.shape
+    for layer, module in itertools.pairwise(trace.calls):
+        once = sum(call.name in (layer.name, module.name) for call in trace.calls) == 2
+        is_last = layer.name in layers and layer.name.rpartition(".")[0] == module.name
+        if is_last and once and _gives(module, layer, shape):
+            feeders = tuple(call.name for call in trace.calls if any(call.gave is value for value in module.read))
+            length = len(module.gave) if isinstance(module.gave, tuple) else None
+            for feeds in (feeders, ()):
+                output_layer = OutputLayer(module.name, layer.name, length, feeds)
+                batch = replace(trace.row, outputs=output_layer.outputs(layer.gave))
+                if torch.equal(run_block(trace.block, batch), trace.output):
+                    found[layer.name] = output_layer
+                    break
+    return found
+
+
+def _gives(module: Call, layer: Call, shape: torch.Size) -> bool:
+    """Tell whether the module's output is the layer's, to the last bit and token by token, and nothing beside it."""
+    beside = module.gave[1:] if isinstance(module.gave, tuple) else ()
+    return (
+        layer.read[0].shape[:2] == layer.gave.shape[:2] == shape[:2]
+        and torch.equal(first_output(module.gave), layer.gave)
+        and all(other is None for other in beside)
+    )
+
+
 def collect_inputs(
     block: torch.nn.Module,
     stage: Stage,
     layers: dict[str, torch.nn.Linear],
     activations: Activations,
-    ending: Ending | None = None,
+    output_layer: OutputLayer | None = None,
 ) -> dict[str, HessianAccumulator]:
-    """What reaches the first layer of every group; each pass ends where the stage does.
+    """Sum the Hessian of every group's inputs; each pass stops after the stage.
 
-    Where the stage's layer ends a module, what it reads is kept.
+    The inputs of an output layer are cached.
     """
     accumulators = {
         group[0]: HessianAccumulator(layers[group[0]].in_features, layers[group[0]].weight.device)
@@ -123,36 +206,12 @@ def collect_inputs(
         for batch in activations.batches():
             with contextlib.suppress(Stop):
                 run_block(block, batch)
-            if ending is not None:
-                activations.kept.keep(ending, batch.rows, last[0], layers[ending.layer].out_features)
+            if output_layer is not None:
+                activations.cache.store(output_layer, batch.rows, last[0], layers[output_layer.layer].out_features)
     finally:
         for handle in handles:
             handle.remove()
     return accumulators
-
-
-STREAM_LAYERS = ("o_proj", "down_proj")  # by the last part of their names
-
-
-def stream_layers(block: torch.nn.Module, names: Sequence[str], activations: Activations) -> list[str]:
-    """Layers whose outputs the block adds to its hidden states, in order; none where that is not all that it does.
-
-    Tried on one row: a block with norms behind its layers, or with experts, gives something else.
-    """
-    found = [name for name in names if name.rpartition(".")[2] in STREAM_LAYERS and ".experts." not in name]
-    row = activations.first_row()
-    outputs: list[torch.Tensor] = [row.hidden]
-    handles = [block.get_submodule(name).register_forward_hook(lambda m, a, out: outputs.append(out)) for name in found]
-    try:
-        left = run_block(block, row)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(found) != len(STREAM_LAYERS) or any(out.shape != left.shape for out in outputs):
-        return []
-    total = torch.stack([out.float() for out in outputs]).sum(dim=0)
-    error = (total - left.float()).norm() / left.float().norm()
-    return found if error < 8 * torch.finfo(left.dtype).eps else []
 
 
 def collect_compared(
@@ -161,11 +220,11 @@ def collect_compared(
     group: Sequence[str],
     stream: Sequence[str],
     activations: Activations,
-    ending: Ending | None = None,
+    output_layer: OutputLayer | None = None,
 ) -> HessianAccumulator:
-    """What reaches layers of one input, batch by batch, in the block being quantized and in the block as it was.
+    """Sum the Hessian of a group's inputs, and their correlation with the error against the original block.
 
-    Where a lone layer ends a module, what it reads is kept; of the block as it was, what it gives.
+    Of an output layer the inputs are cached; of the original one, the outputs.
     """
     name = group[0]
     linear, own = block.get_submodule(name), original.get_submodule(name)
@@ -179,25 +238,25 @@ def collect_compared(
         wanted, aim = reach(original, name, before, reference)
         errors = wanted - inputs
         if len(group) == 1:
-            errors = lone_errors(own.weight, errors, None if standing is None or aim is None else aim - standing)
+            errors = output_error(own.weight, errors, None if standing is None or aim is None else aim - standing)
         accumulator.add(inputs, errors)
-        if ending is not None:
-            activations.kept.keep(ending, batch.rows, inputs, linear.out_features)
+        if output_layer is not None:
+            activations.cache.store(output_layer, batch.rows, inputs, linear.out_features)
             outputs = product(wanted, own.weight, own.bias)
-            activations.reference.kept.keep(ending, batch.rows, outputs, own.out_features)
-    if ending is not None:
-        activations.reference.kept.finished(ending, own.out_features)
+            activations.reference.cache.store(output_layer, batch.rows, outputs, own.out_features)
+    if output_layer is not None:
+        activations.reference.cache.mark_finished(output_layer, own.out_features)
     return accumulator
 
 
 def reach(
     block: torch.nn.Module, name: str, before: Sequence[str] | None, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The input of a layer, and the stream in front of it: what entered the block and what layers `before` added."""
+    """Return a layer's inputs, and the residual stream before it: the block's inputs + outputs of layers `before`."""
     inputs: list[torch.Tensor] = []
-    endings = {earlier: earlier.rpartition(".")[0] for earlier in before or ()}
-    added = [first_output(batch.outputs[module]) for module in endings.values() if module in batch.outputs]
-    running = [earlier for earlier, module in endings.items() if module not in batch.outputs]
+    output_layers = {earlier: earlier.rpartition(".")[0] for earlier in before or ()}
+    added = [first_output(batch.outputs[module]) for module in output_layers.values() if module in batch.outputs]
+    running = [earlier for earlier, module in output_layers.items() if module not in batch.outputs]
 
     def take(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         inputs.append(args[0])
@@ -218,60 +277,3 @@ def reach(
         raise QuasarError(f"Layer {name} saw no calibration input.")
     stream = None if before is None else sum(added, batch.hidden)
     return inputs[0], stream
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a module of the block read and gave."""
-
-    name: str
-    read: tuple[Any, ...]
-    gave: Any
-
-
-def find_endings(block: torch.nn.Module, names: Sequence[str], activations: Activations) -> dict[str, Ending]:
-    """Layers whose output is their module's output, each with its module; none where passes run on a GPU.
-
-    A module that ends in no layer of its own (a mixture of experts), or that gives more than the layer's output, is
-    left out. On a GPU running a module again takes less time than moving its outputs to the host and back.
-    """
-    if activations.device.type != "cpu":
-        return {}
-    modules = {name: name.rpartition(".")[0] for name in names if "." in name and ".experts." not in name}
-    calls, left = _watch({*modules, *modules.values(), *dict(block.named_children())}, block, activations)
-    row, found = activations.first_row(), {}
-    for layer, module in itertools.pairwise(calls):
-        once = sum(call.name in (layer.name, module.name) for call in calls) == 2
-        if modules.get(layer.name) == module.name and once and _gives(module, layer, row.hidden.shape):
-            feeders = tuple(call.name for call in calls if any(call.gave is value for value in module.read))
-            length = len(module.gave) if isinstance(module.gave, tuple) else None
-            for ending in (Ending(module.name, layer.name, length, feeders), Ending(module.name, layer.name, length)):
-                if torch.equal(run_block(block, replace(row, outputs=ending.outputs(layer.gave))), left):
-                    found[layer.name] = ending
-                    break
-    return found
-
-
-def _watch(names: set[str], block: torch.nn.Module, activations: Activations) -> tuple[list[Call], torch.Tensor]:
-    """Calls of these modules in the order in which they return, on one row, and what leaves the block."""
-    calls: list[Call] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        return lambda _, args, kwargs, output: calls.append(Call(name, (*args, *kwargs.values()), output))
-
-    handles = [block.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True) for name in names]
-    try:
-        return calls, run_block(block, activations.first_row())
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _gives(module: Call, layer: Call, shape: torch.Size) -> bool:
-    """Whether the module gives what the layer gives, to the last bit and token by token, and nothing beside it."""
-    beside = module.gave[1:] if isinstance(module.gave, tuple) else ()
-    return (
-        layer.read[0].shape[:2] == layer.gave.shape[:2] == shape[:2]
-        and torch.equal(first_output(module.gave), layer.gave)
-        and all(other is None for other in beside)
-    )

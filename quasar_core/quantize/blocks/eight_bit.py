@@ -1,7 +1,7 @@
-"""W8A8 and fp8, block after block: smooth what feeds a layer, then round its weights to 8 bits.
+"""Quantize blocks to W8A8 and fp8: smooth a layer's activations, then round its weights to 8 bits.
 
-Smoothing is taken up by what stands before a layer, where nothing else reads it: the norm in front of q, k and v, the
-norm in front of gate and up, and the outputs of up in front of down. The norms are the verifier's own from then on.
+Smoothing divides the weights before a layer, where nothing else reads their outputs: the norm before q, k and v, the
+norm before gate and up, and the outputs of up before down. The norms are the verifier's own from then on.
 Queries, keys and values keep their size, since target and verifier share one cache; so o_proj is not smoothed.
 """
 
@@ -17,10 +17,10 @@ from quasar_core.quantize.blocks.activations import Activations, run_block
 from quasar_core.quantize.blocks.layerwise import Preparation, replace_weight
 from quasar_core.quantize.blocks.streaming import linear_layers
 from quasar_core.quantize.solve.eight_bit import (
-    Floats,
+    E4M3Format,
+    EightBitFormat,
     InputSample,
-    Integers,
-    Number,
+    Int8Format,
     fold_into_norm,
     round_to_nearest,
     search_smoothing,
@@ -30,7 +30,7 @@ from quasar_core.quantize.solve.gptq import Solution, SolverConfig
 from quasar_core.store.model_config import read_config
 
 SAMPLED_ROWS = 512  # of the calibration text, for the search
-# What takes up the factors, and the layers that read it, by their names in a block of the architecture table.
+# The norm that is divided by the factors, and the layers that read it, by the architecture table's names.
 NORM_FOLDS = (
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
@@ -42,25 +42,25 @@ LAYER_FOLD = ("mlp.up_proj", "mlp.down_proj")
 class EightBitMethod:
     """A `layerwise.Prepare`. `smooth` only where the block is one of the architecture table's; `solved` by GPTQ."""
 
-    number: Number
+    number_format: EightBitFormat
     smooth: bool
     solved: bool = True
 
     def __call__(self, block: torch.nn.Module, name: str, activations: Activations) -> Preparation:
         """Smooth a block in place; how its layers are to be rounded then."""
-        smoothed = _Smoothed(block, name, self.number, activations) if self.smooth else None
+        smoothed = _Smoothed(block, name, self.number_format, activations) if self.smooth else None
         exact = smoothed.full_weights() if smoothed else {}
 
         def solve(
             weights: Mapping[str, torch.Tensor],
             hessian: torch.Tensor,
             configs: Mapping[str, SolverConfig],
-            lacking: MutableMapping[str, torch.Tensor] | None = None,
+            correlations: MutableMapping[str, torch.Tensor] | None = None,
         ) -> dict[str, Solution]:
             weights = {layer: exact.get(layer, weight) for layer, weight in weights.items()}
             if self.solved:
-                return solve_eight_bits(self.number, weights, hessian, configs, lacking)
-            return round_to_nearest(self.number, weights, hessian)
+                return solve_eight_bits(self.number_format, weights, hessian, configs, correlations)
+            return round_to_nearest(self.number_format, weights, hessian)
 
         return Preparation(solve, smoothed.tensors if smoothed else {}, "compressed-tensors")
 
@@ -70,8 +70,8 @@ def eight_bit_method(config: QuantizeConfig, source: Path) -> EightBitMethod | N
     if config.method == "gptq":
         return None
     known = why_not_lean(read_config(source)) is None
-    number = Integers() if config.method == "w8a8" else Floats()
-    return EightBitMethod(number, smooth=known, solved=config.rounding == "gptq")
+    number_format = Int8Format() if config.method == "w8a8" else E4M3Format()
+    return EightBitMethod(number_format, smooth=known, solved=config.rounding == "gptq")
 
 
 def kernel_of_method(config: QuantizeConfig) -> str:
@@ -85,8 +85,10 @@ class _Smoothed:
     The weights of its layers are kept in float32 beside those that the block now holds, rounded to its dtype.
     """
 
-    def __init__(self, block: torch.nn.Module, name: str, number: Number, activations: Activations) -> None:
-        self.block, self.name, self.number = block, name, number
+    def __init__(
+        self, block: torch.nn.Module, name: str, number_format: EightBitFormat, activations: Activations
+    ) -> None:
+        self.block, self.name, self.number_format = block, name, number_format
         self.layers = linear_layers(block)
         readers = [*(readers for _, readers in NORM_FOLDS), LAYER_FOLD[1:]]
         self.weights = {layer: self.layers[layer].weight.float() for group in readers for layer in group}
@@ -104,7 +106,7 @@ class _Smoothed:
 
     def _smooth_norm(self, norm: str, readers: Sequence[str], sample: InputSample) -> None:
         """Divide the norm's weight by the factors, multiply the columns of its readers."""
-        factors = search_smoothing(sample, [self.weights[reader] for reader in readers], self.number).factors
+        factors = search_smoothing(sample, [self.weights[reader] for reader in readers], self.number_format).factors
         folded, factors = fold_into_norm(self.block.get_parameter(f"{norm}.weight").detach(), factors)
         self._put(f"{norm}.weight", folded)
         for reader in readers:
@@ -112,7 +114,7 @@ class _Smoothed:
 
     def _smooth_layer(self, before: str, reader: str, sample: InputSample) -> None:
         """Divide the outputs of the layer before by the factors, multiply the columns of its reader."""
-        factors = search_smoothing(sample, [self.weights[reader]], self.number).factors
+        factors = search_smoothing(sample, [self.weights[reader]], self.number_format).factors
         self.weights[before] = self.weights[before] / factors[:, None]
         bias = self.layers[before].bias
         if bias is not None:
@@ -128,7 +130,7 @@ class _Smoothed:
 def sample_inputs(
     block: torch.nn.Module, layers: Sequence[torch.nn.Linear], activations: Activations
 ) -> list[InputSample]:
-    """The largest magnitudes of what enters each layer, and rows spread over the whole text."""
+    """Collect each layer's largest activations, and rows spread over the whole text."""
     stride = max(1, activations.hidden.shape[0] * activations.hidden.shape[1] // SAMPLED_ROWS)
     samples = [InputSample(torch.zeros(layer.in_features), torch.empty(0, layer.in_features)) for layer in layers]
 

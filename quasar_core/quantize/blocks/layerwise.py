@@ -1,8 +1,8 @@
-"""One decoder block after the other: collect inputs, solve, replace, pass on.
+"""Quantize one decoder block after the other: collect activations, solve, replace the weights, run the block.
 
-The Hessian of a layer is taken from inputs that went through the blocks already quantized, and, within the block,
-through the layers already quantized (`true_sequential`). Each finished block is committed to the partial folder, from
-where an interrupted run goes on.
+The Hessian of a layer is that of its activations in the blocks already quantized and, within the block, behind the
+layers already quantized (`true_sequential`). Each finished block is written to the partial folder, from where an
+interrupted run goes on.
 """
 
 import copy
@@ -20,18 +20,19 @@ from quasar_core.quantize.blocks.activations import Activations
 from quasar_core.quantize.blocks.collect import (
     collect_compared,
     collect_inputs,
-    find_endings,
+    find_output_layers,
+    find_stages,
+    find_stream_layers,
+    has_too_few_samples,
     is_expert,
-    read_too_little,
-    stages,
-    stream_layers,
+    trace_block,
 )
 from quasar_core.quantize.blocks.streaming import find_blocks, find_head, linear_layers
-from quasar_core.quantize.job import Layout, QuantizedBlock, block_file, head_file, read_commit, write_commit
+from quasar_core.quantize.job import Layout, QuantizedBlock, block_file, head_file, own_name, read_commit, write_commit
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.malloc import FREED_BYTES, keep_freed_memory, return_freed_memory
 from quasar_core.quantize.solve.gptq import Solution, SolverConfig, solve, solve_group
-from quasar_core.quantize.solve.hessian import HessianAccumulator, lacking_outputs, shrunk
+from quasar_core.quantize.solve.hessian import HessianAccumulator, error_correlation, shrunk
 from quasar_core.records import Progress, no_progress
 
 
@@ -43,7 +44,7 @@ class GroupSolver(Protocol):
         weights: Mapping[str, torch.Tensor],
         hessian: torch.Tensor,
         configs: Mapping[str, SolverConfig],
-        lacking: MutableMapping[str, torch.Tensor] | None = None,
+        correlations: MutableMapping[str, torch.Tensor] | None = None,
     ) -> dict[str, Solution]:
         """By the layers' full names."""
         ...
@@ -51,7 +52,7 @@ class GroupSolver(Protocol):
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a block's layers are solved and stored, and the tensors by full name that the verifier has of its own."""
+    """How a block's layers are solved and stored, and by full name the other tensors that the verifier replaces."""
 
     solve: GroupSolver = solve_group
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -74,7 +75,11 @@ class Blocks(Protocol):
     count: int
 
     def block(self, index: int) -> torch.nn.Module:
-        """The block of that number."""
+        """Return the block of that number."""
+        ...
+
+    def stored(self, name: str) -> str:
+        """Return the name that the model's files have for a layer or tensor."""
         ...
 
 
@@ -89,6 +94,10 @@ class BlocksInMemory:
         """A copy."""
         return copy.deepcopy(self._blocks[index])
 
+    def stored(self, name: str) -> str:
+        """Return the model's own name."""
+        return own_name(name)
+
 
 def quantize_blocks(
     source: Blocks | PreTrainedModel,
@@ -98,10 +107,10 @@ def quantize_blocks(
     progress: Progress = no_progress,
     prepare: Prepare = leave_block,
 ) -> Iterator[QuantizedBlock]:
-    """Quantize every block on what enters the first; the model itself stays as it is. Yields blocks as they are done.
+    """Quantize every block on the activations before the first; the model stays as it is. Yields finished blocks.
 
-    At the end `activations` hold what left the last block. A block that has a commit is read from it. Where a reference
-    is kept, it goes through the blocks as they were, and layers are fitted to its outputs (`asymmetric.py`).
+    At the end `activations` hold the outputs of the last block. A block that has a commit is read from it. A reference
+    runs through the original blocks, and layers are fitted to its outputs (`solve/hessian.py`).
     """
     keep_freed_memory()
     return_freed_memory()  # of what came before
@@ -118,7 +127,7 @@ def quantize_blocks(
 def quantize_one(
     blocks: Blocks, index: int, activations: Activations, plan: LayerPlan, commits: Path, prepare: Prepare
 ) -> QuantizedBlock:
-    """Quantize and commit one block, or read its commit; the text moves on through it."""
+    """Quantize and commit one block, or read its commit; then run it on the activations."""
     work, commit = blocks.block(index), block_file(commits, index)
     name = f"{blocks.prefix}.{index}"
     if commit.exists():
@@ -129,7 +138,7 @@ def quantize_one(
         replace_weights(work, name, done)
     else:
         done = quantize_block(work, name, activations, plan, prepare(work, name, activations))
-        write_commit(commit, done)
+        write_commit(commit, done, blocks.stored)
     activations.advance(work)
     return done
 
@@ -137,61 +146,61 @@ def quantize_one(
 def quantize_block(
     block: torch.nn.Module, name: str, activations: Activations, plan: LayerPlan, prepared: Preparation
 ) -> QuantizedBlock:
-    """Quantize a block's linear layers in the order they run; their weights are replaced in place."""
+    """Quantize a block's linear layers in the order they run; replace their weights in place."""
     weights: dict[str, PackedWeight] = {}
     losses: dict[str, float] = {}
     rounded: list[str] = []
     layers = linear_layers(block)
     original = None if activations.reference is None else clone_structure(block)
-    stream = [] if original is None else stream_layers(block, list(layers), activations)
-    endings = find_endings(block, list(layers), activations)
-    found = stages(block, layers, activations)
+    trace = trace_block(block, activations)
+    found, stream, output_layers = find_stages(trace), find_stream_layers(trace), find_output_layers(trace)
+    del trace
     for stage in found:
         first = stage.groups[0][0]
-        ending = endings.get(first)
+        output_layer = output_layers.get(first)
         make_room(layers[first])
         if original is None or is_expert(first):  # in the two models, other tokens may be routed to an expert
-            inputs = collect_inputs(block, stage, layers, activations, ending)
+            inputs = collect_inputs(block, stage, layers, activations, output_layer)
         else:
-            inputs = {first: collect_compared(block, original, stage.groups[0], stream, activations, ending)}
+            inputs = {first: collect_compared(block, original, stage.groups[0], stream, activations, output_layer)}
         if stage is found[-1] and original is not None and activations.reference is not None:
             activations.reference.advance(original)
             original = None  # its weights make room for the solver
         make_room(layers[first])
         for group in stage.groups:
             own = {f"{name}.{layer}": layers[layer] for layer in group}
-            if read_too_little(group[0], layers[group[0]], inputs[group[0]].count):
+            if has_too_few_samples(group[0], layers[group[0]], inputs[group[0]].count):
                 rounded.extend(own)
             for full_name, solution in solve_together(own, inputs.pop(group[0]), plan, prepared.solve).items():
                 weights[full_name], losses[full_name] = solution.weight, solution.relative_loss
                 replace_weight(own[full_name], solution.weight.dequantize(own[full_name].weight.dtype))
-        if ending is not None:
-            activations.kept.finish(ending, layers[first])
+        if output_layer is not None:
+            activations.cache.finish(output_layer, layers[first])
     return QuantizedBlock(weights, losses, dict(prepared.tensors), tuple(rounded), prepared.layout)
 
 
 def make_room(linear: torch.nn.Linear) -> None:
-    """Give freed memory back where a layer's Hessian is larger than what the heap keeps."""
+    """Return freed memory where a layer's Hessian is larger than what glibc keeps."""
     if 4 * linear.in_features**2 > FREED_BYTES:
         return_freed_memory()
 
 
 def solve_together(
-    own: Mapping[str, torch.nn.Linear], seen: HessianAccumulator, plan: LayerPlan, solve_layers: GroupSolver
+    own: Mapping[str, torch.nn.Linear], sums: HessianAccumulator, plan: LayerPlan, solve_layers: GroupSolver
 ) -> dict[str, Solution]:
-    """Solve layers of one input, by their full names, on what they have read, which is used up."""
-    hessian, errors = hessian_of(*next(iter(own.items())), seen), seen.errors()
+    """Solve layers of one input, by their full names, from the sums over their inputs, which are consumed."""
+    hessian, errors = hessian_of(*next(iter(own.items())), sums), sums.errors()
     weights = {name: linear.weight for name, linear in own.items()}
-    lacking = {} if errors is None else lacking_outputs(weights, errors)
-    del seen, errors  # as large as the Hessian, and not needed for the codes
-    return solve_layers(weights, hessian, {name: plan.solver(name) for name in own}, lacking)
+    correlations = {} if errors is None else error_correlation(weights, errors)
+    del sums, errors  # as large as the Hessian, and not needed for the codes
+    return solve_layers(weights, hessian, {name: plan.solver(name) for name in own}, correlations)
 
 
-def hessian_of(name: str, linear: torch.nn.Linear, seen: HessianAccumulator) -> torch.Tensor:
-    """H of a layer; where it has read too little, the one under which solving is rounding to nearest."""
-    if read_too_little(name, linear, seen.count):
+def hessian_of(name: str, linear: torch.nn.Linear, sums: HessianAccumulator) -> torch.Tensor:
+    """Return H of a layer; with too few samples the identity, under which solving is rounding to nearest."""
+    if has_too_few_samples(name, linear, sums.count):
         return torch.eye(linear.in_features, device=linear.weight.device)
-    return shrunk(seen.finish(name), seen.count)
+    return shrunk(sums.finish(name), sums.count)
 
 
 def replace_weights(block: torch.nn.Module, name: str, done: QuantizedBlock) -> None:
@@ -213,8 +222,14 @@ def replace_weight(linear: torch.nn.Linear, weight: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
-def quantize_head(ends: PreTrainedModel, activations: Activations, plan: LayerPlan, commits: Path) -> QuantizedBlock:
-    """Quantize the head on what left the last block; of the model, final norm and head are enough."""
+def quantize_head(
+    ends: PreTrainedModel,
+    activations: Activations,
+    plan: LayerPlan,
+    commits: Path,
+    stored: Callable[[str], str] = own_name,
+) -> QuantizedBlock:
+    """Quantize the head on the outputs of the last block; of the model, final norm and head are enough."""
     norm, head = find_head(ends)
     commit = head_file(commits)
     if not commit.exists():
@@ -222,5 +237,5 @@ def quantize_head(ends: PreTrainedModel, activations: Activations, plan: LayerPl
         for rows in activations.hidden.split(1):
             accumulator.add(norm(rows.to(head.weight.device)))
         solution = solve(head.weight, hessian_of(HEAD, head, accumulator), plan.solver(HEAD), HEAD)
-        write_commit(commit, QuantizedBlock({HEAD: solution.weight}, {HEAD: solution.relative_loss}))
+        write_commit(commit, QuantizedBlock({HEAD: solution.weight}, {HEAD: solution.relative_loss}), stored)
     return read_commit(commit)

@@ -83,13 +83,17 @@ class StreamedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the passes."""
+        """Dtype of the forward pass."""
         return self.skeleton.dtype
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return int(self.skeleton.config.get_text_config().vocab_size)
+
+    def stored(self, name: str) -> str:
+        """Return the name that the model's files have for a layer or tensor."""
+        return self.weights.stored(name)
 
     def block(self, index: int) -> torch.nn.Module:
         """One block on the device, to be changed at will."""

@@ -63,7 +63,7 @@ def library() -> ctypes.CDLL:
 def search_grids(
     groups: torch.Tensor, bits: int, sym: bool, steps: int, smallest: float, exponent: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zeros [n] of groups [n, size]: of ranges shrunk in steps, that of the least Σ |error|^exponent."""
+    """Scales and zeros [n] of groups [n, size]: of the shrunk ranges, the one of least Σ |error|^exponent."""
     groups = groups.contiguous()
     scales, zeros = groups.new_empty(len(groups)), groups.new_empty(len(groups))
     numbers = (*groups.shape, bits, sym, steps, smallest, exponent, torch.get_num_threads())

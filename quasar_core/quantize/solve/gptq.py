@@ -2,11 +2,11 @@
 
 Layers that read the same inputs are solved together: they share the Hessian and its one factor (`factor.py`). Each
 layer is solved a piece of its outputs at a time, since outputs are independent of one another and the workspace stays
-small: aim (`hessian.py`), fit a grid (`grid.py`), round column by column (section 3 of the paper), refine
-(`refine.py`). Each column's rounding error is spread over the columns not yet rounded, along the inverse Hessian.
-Columns are taken from the last to the first of the factor's order, in blocks: within a block an error reaches each
-column at once, the columns of other blocks by one product. Letters: out and in a layer's sizes, G groups, r outputs of
-a piece, C columns of a block.
+small: correct the weight (`hessian.py`), fit a grid (`grid.py`), round column by column (section 3 of the paper),
+refine (`refine.py`). Each column's rounding error is spread over the columns not yet rounded, along the inverse
+Hessian. Columns are taken from the last to the first of the factor's order, in blocks: within a block an error reaches
+each column at once, the columns of other blocks by one product. Letters: out and in a layer's sizes, G groups, r
+outputs of a piece, C columns of a block.
 """
 
 import math
@@ -21,11 +21,11 @@ from quasar_core.errors import QuasarError
 from quasar_core.quantize.solve import cpp
 from quasar_core.quantize.solve.factor import InverseFactor, inverse_factor
 from quasar_core.quantize.solve.grid import BLOCK, Lattice, fit_grid
-from quasar_core.quantize.solve.refine import Rounded, refine, slope
+from quasar_core.quantize.solve.refine import Rounded, gradient_and_loss, refine
 
 
 def round_columns(weight: torch.Tensor, lattice: Lattice, factor: InverseFactor) -> torch.Tensor:
-    """Steps [in, r] for weight [in, r], columns in their own order; the factor has another."""
+    """Round weight [in, r] to steps [in, r], columns in their own order; the factor has another."""
     order, work = factor.order.tolist(), weight[factor.order]
     steps = torch.empty_like(work)
     for end in range(len(work), 0, -BLOCK):
@@ -63,7 +63,7 @@ DEVICE_PIECE_WEIGHTS = 2**27
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """What the solver depends on."""
+    """The options of the solver."""
 
     bits: int = 4
     group_size: int = 128
@@ -95,33 +95,33 @@ def solve_group(
     weights: Mapping[str, torch.Tensor],
     hessian: torch.Tensor,
     configs: Mapping[str, SolverConfig],
-    lacking: MutableMapping[str, torch.Tensor] | None = None,
+    correlations: MutableMapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Solution]:
     """Quantize layers [out, in] of one H [in, in]; never worse than rounding to nearest on the same grid.
 
-    `lacking` [out, in] is what `asymmetric.lacking_outputs` gives, where inputs have drifted; it is emptied. The
-    configs may differ in all but damping and order. An output is independent of the others; where rounding to nearest
-    has the lower loss, it is taken.
+    `correlations` [out, in] are those of `hessian.error_correlation`, where inputs have drifted; the mapping is
+    emptied. The configs may differ in all but damping and order. An output is independent of the others; where
+    rounding to nearest has the lower loss, it is taken.
     """
     (damp, act_order), *others = {(configs[name].damp, configs[name].act_order) for name in weights}
     assert not others, "these layers cannot share a factor"
-    hessian, lacking = hessian.float(), {} if lacking is None else lacking
+    hessian, correlations = hessian.float(), {} if correlations is None else correlations
     factor = inverse_factor(hessian, column_order(hessian, act_order), damp, next(iter(weights)))
     return {
-        name: solve_layer(weight, hessian, factor, configs[name], lacking.pop(name, None), name)
+        name: solve_layer(weight, hessian, factor, configs[name], correlations.pop(name, None), name)
         for name, weight in weights.items()
     }
 
 
 def column_order(hessian: torch.Tensor, act_order: bool) -> torch.Tensor:
-    """The order of columns [in] whose last is rounded first: with act-order the one of the largest inputs."""
+    """Order the columns [in], the last of which is rounded first: with act-order that of the largest inputs."""
     if act_order:
         return torch.argsort(hessian.diagonal(), descending=True).flip(0)
     return torch.arange(len(hessian) - 1, -1, -1, device=hessian.device)
 
 
 def solver_rows(in_features: int, on_device: bool) -> int:
-    """Outputs of a piece, at the most."""
+    """Return the largest number of outputs of a piece."""
     return max(1, (DEVICE_PIECE_WEIGHTS if on_device else PIECE_WEIGHTS) // in_features)
 
 
@@ -130,10 +130,10 @@ def solve_layer(
     hessian: torch.Tensor,
     factor: InverseFactor,
     config: SolverConfig,
-    lacking: torch.Tensor | None,
+    correlation: torch.Tensor | None,
     name: str,
 ) -> Solution:
-    """One of the layers, with the factor of the Hessian that it shares; QuasarError where it is not finite."""
+    """Quantize one layer with the factor of its Hessian; QuasarError where the loss is not finite."""
     out_features, in_features = weight.shape
     count = count_groups(in_features, config.group_size)
     codes = torch.empty(in_features, out_features, dtype=torch.uint8)
@@ -141,14 +141,14 @@ def solve_layer(
     zeros = torch.empty(count, out_features, dtype=torch.int32)
     loss = output = 0.0
     for rows in pieces(out_features, in_features, weight.device.type != "cpu"):
-        aim = aim_of(weight[rows], hessian, factor, None if lacking is None else lacking[rows])
-        pull = hessian @ aim
-        solved = _solve_piece(aim, hessian, factor, config, pull)
+        target = target_weight(weight[rows], hessian, factor, None if correlation is None else correlation[rows])
+        hessian_weight = hessian @ target
+        solved = _solve_piece(target, hessian, factor, config, hessian_weight)
         lattice = solved.lattice
         codes[:, rows] = (solved.steps - lattice.spread(lattice.low, in_features)).to(torch.uint8)
         scales[:, rows], zeros[:, rows] = lattice.scales, -lattice.low
         loss += solved.loss.sum().item()
-        output += 0.5 * (pull * aim).sum().item()
+        output += 0.5 * (hessian_weight * target).sum().item()
     if not math.isfinite(loss):
         raise QuasarError(f"{name} could not be quantized: its weights or its inputs are not finite.")
     groups = trivial_groups(in_features, config.group_size)
@@ -157,33 +157,37 @@ def solve_layer(
 
 
 def pieces(out_features: int, in_features: int, on_device: bool) -> Iterator[slice]:
-    """Outputs of a layer, a piece at a time, nearly equal ones."""
+    """Split the outputs of a layer into nearly equal pieces."""
     count = -(-out_features // solver_rows(in_features, on_device))
     for index in range(count):
         yield slice(out_features * index // count, out_features * (index + 1) // count)
 
 
-def aim_of(
-    weight: torch.Tensor, hessian: torch.Tensor, factor: InverseFactor, lacking: torch.Tensor | None
+def target_weight(
+    weight: torch.Tensor, hessian: torch.Tensor, factor: InverseFactor, correlation: torch.Tensor | None
 ) -> torch.Tensor:
-    """The weight [in, r] that the codes are to stand for: the layer's own, corrected where its inputs have drifted."""
-    aim = weight.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    if lacking is not None:
-        aim.index_add_(0, factor.order, factor.apply_(lacking.t()[factor.order]))
-    aim[hessian.diagonal() == 0] = 0  # an input that is always 0 may have any weight
-    return aim
+    """Return W*ᵀ [in, r], the weight that is rounded: the layer's own, corrected where its inputs have drifted."""
+    target = weight.t().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if correlation is not None:
+        target.index_add_(0, factor.order, factor.apply_(correlation.t()[factor.order]))
+    target[hessian.diagonal() == 0] = 0  # an input that is always 0 may have any weight
+    return target
 
 
 def _solve_piece(
-    aim: torch.Tensor, hessian: torch.Tensor, factor: InverseFactor, config: SolverConfig, pull: torch.Tensor
+    target: torch.Tensor,
+    hessian: torch.Tensor,
+    factor: InverseFactor,
+    config: SolverConfig,
+    hessian_weight: torch.Tensor,
 ) -> Rounded:
-    """Codes and scales for a piece [in, r]."""
-    grid = fit_grid(aim.t(), config.bits, config.group_size, config.sym, config.scale_search)
-    lattice = Lattice.of(grid, len(aim) if config.group_size == -1 else config.group_size)
-    best = _rounded(round_columns(aim, lattice, factor), lattice, aim, hessian)
-    best = best.or_better(_rounded(lattice.nearest(aim), lattice, aim, hessian))
-    return refine(best, aim, hessian, pull, config.sweeps)
+    """Find codes and scales for a piece [in, r]."""
+    grid = fit_grid(target.t(), config.bits, config.group_size, config.sym, config.scale_search)
+    lattice = Lattice.of(grid, len(target) if config.group_size == -1 else config.group_size)
+    best = _rounded(round_columns(target, lattice, factor), lattice, target, hessian)
+    best = best.or_better(_rounded(lattice.nearest(target), lattice, target, hessian))
+    return refine(best, target, hessian, hessian_weight, config.sweeps)
 
 
-def _rounded(steps: torch.Tensor, lattice: Lattice, aim: torch.Tensor, hessian: torch.Tensor) -> Rounded:
-    return Rounded(steps, lattice, slope(steps, lattice, aim, hessian)[1])
+def _rounded(steps: torch.Tensor, lattice: Lattice, target: torch.Tensor, hessian: torch.Tensor) -> Rounded:
+    return Rounded(steps, lattice, gradient_and_loss(steps, lattice, target, hessian)[1])

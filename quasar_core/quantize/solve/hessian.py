@@ -1,15 +1,15 @@
-"""The Hessian of a layer's squared output error, H = (2 / n) · Σ x xᵀ over n inputs x, and the weight to aim at.
+"""The Hessian of a layer's squared output error, H = (2 / n) · Σ x xᵀ over n inputs x, and the weight W* to round.
 
-Asymmetric calibration aims at what the full-precision model computes, not at the layer's own weight. A layer of the
-verifier reads inputs x that earlier layers have disturbed; the full-precision model's layer reads x̄. The weight that
-turns x into the outputs W x̄ as well as a weight can is the least-squares solution
+Asymmetric calibration fits a layer to the outputs of the full-precision model. A layer of the verifier reads
+activations x that already carry the error of earlier layers; the same layer of the full-precision model reads x̄. The
+weight whose outputs on x are closest to W x̄ is the least-squares solution
 
     W* = W + (W · Σ (x̄ − x) xᵀ + ½ · Σ (r̄ − r) xᵀ) · (Σ x xᵀ + λI)⁻¹,
 
-which then takes W's place in the solver. The first term is GPTAQ's (Li et al., 2025, arXiv 2504.02692), who fold it
-into each column's update; rounding W* needs no solver of its own. The second, ours, asks the same of the residual
-stream r that the outputs are added to; half of it did better than all. The inverse is the solver's own factor, and λ
-its damping.
+which takes W's place in the solver. The first term, W ΔX Xᵀ H⁻¹, is that of GPTAQ (Li et al., 2025, arXiv 2504.02692),
+which folds it into each column's update; rounding W* needs no solver of its own. The second, ours, does the same for
+the residual stream r that the outputs are added to; half of it did better than all. The bracket is the correlation of
+the output error with the inputs, the inverse is the solver's own factor, and λ its damping.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ TILE_ROWS, TILES = 128, 8
 
 
 class HessianAccumulator:
-    """Adds up inputs [..., in] into H [in, in], in float32, whatever the model's dtype."""
+    """Sums inputs [..., in] into H [in, in], in float32 whatever the model's dtype."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)  # the lower triangle
@@ -34,7 +34,7 @@ class HessianAccumulator:
         self.count = 0
 
     def add(self, inputs: torch.Tensor, errors: torch.Tensor | None = None) -> None:
-        """Take the inputs of one batch; beside them errors [..., k] where they are known."""
+        """Add the inputs of one batch, and the errors [..., k] of the same rows where they are known."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         beside = None if errors is None else errors.reshape(len(rows), -1)
         at_once = max(1, COPIED_VALUES // rows.shape[1])
@@ -51,12 +51,12 @@ class HessianAccumulator:
             self.error_sum = _add_product(self.error_sum, _columns(errors), columns)
 
     def errors(self) -> torch.Tensor | None:
-        """(2 / n) · Σ e xᵀ [k, in]; None where no errors were known. Asked once."""
+        """Return (2 / n) · Σ e xᵀ [k, in]; None without errors. Consumes the sum: call once."""
         found, self.error_sum = self.error_sum, None
         return None if found is None else found.mul_(2.0 / self.count)
 
     def finish(self, name: str) -> torch.Tensor:
-        """H, checked: one sentence that names the layer where it is empty or not finite. Asked once."""
+        """Return H; QuasarError that names the layer where it is empty or not finite. Consumes the sum: call once."""
         if self.count == 0:
             raise QuasarError(f"Layer {name} saw no calibration input.")
         hessian = self.sum.mul_(2.0 / self.count)  # in place: the matrix may be half a gigabyte
@@ -70,7 +70,7 @@ class HessianAccumulator:
 
 
 def shrunk(hessian: torch.Tensor, count: int) -> torch.Tensor:
-    """H of `count` rows as though `in` rows of white noise of the same size had been read besides; in place.
+    """Shrink H of `count` rows as though `in` rows of white noise of the same size had been read too; in place.
 
     What few rows say of single directions is chance, and the solver would fit it: the fewer rows a layer has read for
     its inputs, the more H becomes a multiple of the identity, under which solving is rounding to nearest. Ledoit and
@@ -82,18 +82,18 @@ def shrunk(hessian: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _tiles(rows: int) -> list[slice]:
-    """The rows of a matrix, a tile at a time."""
+    """Split the rows of a matrix into tiles."""
     at_once = max(TILE_ROWS, -(-rows // TILES))
     return [slice(begin, min(begin + at_once, rows)) for begin in range(0, rows, at_once)]
 
 
 def _columns(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [n, k] in float32, as [k, n]: a product runs along them."""
+    """Transpose rows [n, k] to float32 [k, n], contiguous along the sum of the product."""
     return torch.empty(rows.shape[1], rows.shape[0], dtype=torch.float32, device=rows.device).copy_(rows.t())
 
 
 def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Total [k, in] + left [k, n] · rightᵀ [n, in]."""
+    """Add left [k, n] · rightᵀ [n, in] to total [k, in]."""
     if total is None:
         total = left.new_zeros(len(left), len(right))
     for tile in _tiles(len(left)):
@@ -105,22 +105,25 @@ STREAM_SHARE = 0.5
 PIECE = 512  # outputs
 
 
-def lone_errors(weight: torch.Tensor, drift: torch.Tensor, stream_error: torch.Tensor | None) -> torch.Tensor:
-    """What a layer's outputs lack [..., out], of x̄ − x [..., in] and, where it is known, r̄ − r [..., out]."""
-    lacking = product(drift, weight)
-    return lacking if stream_error is None else lacking.add_(stream_error, alpha=STREAM_SHARE)
+def output_error(weight: torch.Tensor, drift: torch.Tensor, stream_error: torch.Tensor | None) -> torch.Tensor:
+    """Compute the error of a layer's outputs [..., out]: W (x̄ − x) + ½ (r̄ − r), the second where r is known."""
+    error = product(drift, weight)
+    return error if stream_error is None else error.add_(stream_error, alpha=STREAM_SHARE)
 
 
-def lacking_outputs(weights: Mapping[str, torch.Tensor], errors: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The brackets [out, in] of layers [out, in] by name: the sum of a lone layer's errors; else W times the drift."""
+def error_correlation(weights: Mapping[str, torch.Tensor], errors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Correlate each layer's output error with its inputs, [out, in] by name: W ΔX Xᵀ of GPTAQ.
+
+    `errors` [k, in] correlates the inputs with the output errors of a lone layer, else with ΔX, which W multiplies.
+    """
     if len(weights) == 1:
         return dict.fromkeys(weights, errors)
     return {name: _weighted(weight, errors) for name, weight in weights.items()}
 
 
 def _weighted(weight: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
-    """W [out, in] times the drift [in, in], some outputs at a time: the weight may be of 16 bits."""
-    lacking = torch.empty(weight.shape, device=weight.device)
-    for rows, some in zip(lacking.split(PIECE), weight.split(PIECE), strict=True):
+    """Multiply W [out, in] by ΔX Xᵀ [in, in], some outputs at a time, since the weight may have 16 bits."""
+    correlation = torch.empty(weight.shape, device=weight.device)
+    for rows, some in zip(correlation.split(PIECE), weight.split(PIECE), strict=True):
         torch.mm(some.float(), drift, out=rows)
-    return lacking
+    return correlation

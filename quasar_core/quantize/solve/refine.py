@@ -1,9 +1,9 @@
 """Lower a solved layer's loss further: scales by least squares, codes by coordinate descent, in turns. Pure.
 
-GPTQ looks at a column once, and at a scale before any code is known. Here both are looked at again: with the steps
-fixed the loss ½ · tr(Eᵀ H E) of the error E = Ŵ − W is a quadratic in each output's G scales, with the scales fixed the
-best step of a column is a rounding (CDQuant, arXiv 2406.17542). All is columns first. Letters: in, r, G and C as in
-`lattice.py`.
+GPTQ rounds a column once, and fixes a scale before any code is known. Here both are refined: with the steps
+fixed the loss ½ · tr(Eᵀ H E) of the error E = Ŵ − W is a quadratic in each output's G scales, with the scales fixed
+the best step of a column is a rounding (CDQuant, arXiv 2406.17542). Tensors are columns first. Letters: in, r, G and C
+as in `grid.py`.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Rounded:
     loss: torch.Tensor
 
     def or_better(self, other: "Rounded") -> "Rounded":
-        """Each output of the other where it has the lower loss, else as it is here."""
+        """Take each output of the other where it has the lower loss."""
         better = other.loss < self.loss
         return Rounded(
             torch.where(better, other.steps, self.steps),
@@ -32,30 +32,32 @@ class Rounded:
         )
 
 
-def refine(rounded: Rounded, weight: torch.Tensor, hessian: torch.Tensor, pull: torch.Tensor, sweeps: int) -> Rounded:
-    """After so many sweeps; an output keeps what it had where a sweep does not lower its loss.
+def refine(
+    rounded: Rounded, weight: torch.Tensor, hessian: torch.Tensor, hessian_weight: torch.Tensor, sweeps: int
+) -> Rounded:
+    """Refine in so many sweeps; an output keeps what it had where a sweep does not lower its loss.
 
-    `pull` is H · W [in, r].
+    `hessian_weight` is H · W [in, r].
     """
     for _ in range(sweeps):
-        fitted = fit_scales(rounded, hessian, pull)
-        gradient, loss = slope(rounded.steps, fitted, weight, hessian)
+        fitted = fit_scales(rounded, hessian, hessian_weight)
+        gradient, loss = gradient_and_loss(rounded.steps, fitted, weight, hessian)
         steps, gains = descend(rounded.steps, gradient, fitted, hessian)
         rounded = rounded.or_better(Rounded(steps, fitted, loss + gains))
     return rounded
 
 
-def slope(
+def gradient_and_loss(
     steps: torch.Tensor, lattice: Lattice, weight: torch.Tensor, hessian: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient H · E [in, r], and the loss [r]: the mean squared error of each output."""
+    """Compute the gradient H · E [in, r] and the loss [r]: the mean squared error of each output."""
     error = lattice.values(steps).sub_(weight)
     gradient = hessian @ error
     return gradient, 0.5 * error.mul_(gradient).sum(dim=0)
 
 
-def fit_scales(rounded: Rounded, hessian: torch.Tensor, pull: torch.Tensor) -> Lattice:
-    """The scales that these steps want: for each output the solution of G normal equations."""
+def fit_scales(rounded: Rounded, hessian: torch.Tensor, hessian_weight: torch.Tensor) -> Lattice:
+    """Fit the scales to the steps by least squares: for each output G normal equations."""
     steps, lattice = rounded.steps, rounded.lattice
     count, outputs = lattice.scales.shape
     normal = steps.new_zeros(count, count, outputs)
@@ -64,8 +66,12 @@ def fit_scales(rounded: Rounded, hessian: torch.Tensor, pull: torch.Tensor) -> L
         own = slice(begin, begin + lattice.size)
         sums = lattice.sums((hessian[begin:, own] @ steps[own]).mul_(steps[begin:]))
         normal[group, group:], normal[group:, group] = sums, sums
-    wanted, scales, diagonal = lattice.sums(pull * steps), lattice.scales, normal.diagonal().t()  # [G, r] each
-    # A group whose steps are all zero has no wish: a little weight on the old scales keeps the equations solvable.
+    wanted, scales, diagonal = (
+        lattice.sums(hessian_weight * steps),
+        lattice.scales,
+        normal.diagonal().t(),
+    )  # [G, r] each
+    # Steps that are all zero determine no scale: a little weight on the old scales keeps the equations solvable.
     ridge = 1e-4 * diagonal.mean(dim=0).clamp_min(1e-20)
     diagonal += ridge
     solution = torch.linalg.solve(normal.permute(2, 0, 1), (wanted + ridge * scales).t())  # [r, G]
@@ -77,7 +83,7 @@ def descend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Move every column in turn to the step that lowers the loss most, the other columns staying.
 
-    The new steps [in, r], and by how much each output's loss has changed [r]; the gradient is used up.
+    The new steps [in, r], and by how much each output's loss has changed [r]; the gradient is overwritten.
     """
     steps, gains = steps.clone(), steps.new_zeros(steps.shape[1])
     for begin in range(0, len(steps), BLOCK):

@@ -1,6 +1,7 @@
 """What a block's passes skip: the same codes as when every pass runs from the start, and attention computed once."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from quasar_core.config import QuantizeConfig
 from quasar_core.models.hf.experts import separate_experts
 from quasar_core.quantize.blocks import activations, layerwise
-from quasar_core.quantize.blocks.activations import Activations, Ending, KeptOutputs, capture_first_inputs
-from quasar_core.quantize.blocks.collect import find_endings
-from quasar_core.quantize.blocks.streaming import linear_layers
+from quasar_core.quantize.blocks.activations import Activations, ModuleCache, OutputLayer, capture_first_inputs
+from quasar_core.quantize.blocks.collect import find_output_layers, trace_block
 from quasar_core.quantize.estimate import shape_of
 from quasar_core.quantize.plan import Shape, activation_bytes, last_layers
 from quasar_core.quantize.solve.gptq import SolverConfig
@@ -97,7 +97,7 @@ def test_the_same_codes_as_when_every_pass_runs_from_the_start(
 ) -> None:
     model = make_model(name)
     kept = quantize(model, tmp_path / "kept", reference)
-    monkeypatch.setattr(layerwise, "find_endings", lambda *_: {})
+    monkeypatch.setattr(layerwise, "find_output_layers", lambda *_: {})
     assert_same(kept, quantize(model, tmp_path / "whole", reference))
 
 
@@ -107,12 +107,13 @@ def test_where_modules_end(name: str) -> None:
     block = model.model.layers[1]
     states = capture_first_inputs(model, SAMPLES)
     with torch.inference_mode():
-        found = find_endings(block, list(linear_layers(block)), states)
+        trace = trace_block(block, states)
+        found = find_output_layers(trace)
     assert found.keys() == (BOTH if name != "qwen3-moe" else {"self_attn.o_proj"})
     norm = "input_layernorm"
-    assert found["self_attn.o_proj"] == Ending("self_attn", "self_attn.o_proj", 2, (norm,))
-    states.device = torch.device("meta")
-    assert find_endings(block, list(linear_layers(block)), states) == {}, "only on the CPU"
+    assert found["self_attn.o_proj"] == OutputLayer("self_attn", "self_attn.o_proj", 2, (norm,))
+    elsewhere = replace(trace, row=replace(trace.row, hidden=trace.row.hidden.to("meta")))
+    assert find_output_layers(elsewhere) == {}, "only on the CPU"
 
 
 class Parallel(nn.Module):
@@ -151,8 +152,9 @@ def test_modules_that_give_something_else_run_every_time(kind: str) -> None:
     block = Parallel(kind)
     states = Activations(torch.randn(2, 3, 8), {2: [{}], 1: [{}]}, torch.device("cpu"))
     with torch.inference_mode():
-        found = find_endings(block, list(linear_layers(block)), states)
-    assert found == {"first.1": Ending("first", "first.1")}
+        trace = trace_block(block, states)
+        found = find_output_layers(trace)
+    assert found == {"first.1": OutputLayer("first", "first.1")}
 
 
 def test_attention_runs_once_for_each_model_and_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -176,13 +178,13 @@ def test_attention_runs_once_for_each_model_and_batch(monkeypatch: pytest.Monkey
     assert ended.count(2) == 2 * 2 * 3, "two blocks, two models, three batches of two rows"
 
 
-class Watched(KeptOutputs):
+class Watched(ModuleCache):
     """Notes the most bytes that were held in its own rooms."""
 
     most: dict[int, int]
 
-    def keep(self, *args: Any) -> None:
-        super().keep(*args)
+    def store(self, *args: Any) -> None:
+        super().store(*args)
         self.most[id(self)] = max(
             self.most.get(id(self), 0), sum(room.untyped_storage().nbytes() for room in self._values.values())
         )
@@ -192,7 +194,7 @@ class Watched(KeptOutputs):
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, int]]:
     """Bytes that were held at the most, by where."""
     Watched.most = {}
-    monkeypatch.setattr(activations, "KeptOutputs", Watched)
+    monkeypatch.setattr(activations, "ModuleCache", Watched)
     return Watched.most  # type: ignore[return-value]
 
 
@@ -222,9 +224,9 @@ def test_the_same_codes_from_files_which_are_gone_afterwards(monkeypatch: pytest
     files: set[str] = set()
     write_commit = layerwise.write_commit
 
-    def look(path: Path, block: Any) -> None:
+    def look(*arguments: Any) -> None:
         files.update(file.name for file in (tmp_path / "files").iterdir())
-        write_commit(path, block)
+        write_commit(*arguments)
 
     monkeypatch.setattr(layerwise, "write_commit", look)
     (tmp_path / "files").mkdir()
@@ -236,21 +238,21 @@ def test_the_same_codes_from_files_which_are_gone_afterwards(monkeypatch: pytest
 
 
 def test_rooms_that_the_next_block_does_not_use_are_freed(tmp_path: Path) -> None:
-    kept = KeptOutputs(2, 1, tmp_path / "text")
+    kept = ModuleCache(2, 1, tmp_path / "text")
     layer, rows = nn.Linear(3, 4), torch.randn(2, 5, 3)
     for module in ("a", "b"):
-        kept.keep(Ending(module, f"{module}.x"), slice(0, 2), rows, 4)
+        kept.store(OutputLayer(module, f"{module}.x"), slice(0, 2), rows, 4)
     with torch.inference_mode():
-        kept.finish(Ending("a", "a.x", 3, ("n",)), layer)
-        outputs = kept.of(slice(1, 2), torch.device("cpu"))
+        kept.finish(OutputLayer("a", "a.x", 3, ("n",)), layer)
+        outputs = kept.outputs(slice(1, 2), torch.device("cpu"))
     assert outputs.keys() == {"n", "a"}
     assert bool(outputs["n"].isnan().all())
     torch.testing.assert_close(outputs["a"][0], layer(rows[1:]))
     assert outputs["a"][1:] == (None, None)
-    kept.forget()
-    assert kept.of(slice(0, 2), torch.device("cpu")) == {}
+    kept.begin_block()
+    assert kept.outputs(slice(0, 2), torch.device("cpu")) == {}
     assert [file.name for file in tmp_path.iterdir()] == ["text-a"]
-    kept.keep(Ending("a", "a.x"), slice(0, 2), rows.bfloat16(), 9)
+    kept.store(OutputLayer("a", "a.x"), slice(0, 2), rows.bfloat16(), 9)
     assert (tmp_path / "text-a").stat().st_size == 2 * 5 * 9 * 2
     kept.clear()
     assert not list(tmp_path.iterdir())
