@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from helpers.tiny_models import make_pair, quantized_copy, random_model
@@ -57,12 +57,13 @@ def test_the_pieces_are_the_answer() -> None:
 
 
 def test_a_stream_returns_the_result() -> None:
-    pair = tiny_pair()
-    pieces = quasar.stream(pair, PROMPT, max_new_tokens=4)
-    with pytest.raises(StopIteration) as end:
-        while True:
-            next(pieces)
-    assert end.value.value.token_ids == quasar.generate(pair, PROMPT, max_new_tokens=4).token_ids
+    kept: list[quasar.GenerationResult] = []
+
+    def keeping() -> Iterator[str]:
+        kept.append((yield from quasar.stream(tiny_pair(), PROMPT, max_new_tokens=4)))
+
+    assert "".join(keeping()) == kept[0].text
+    assert kept[0].finish_reason == "length"
 
 
 def test_nothing_is_decoded_before_a_piece_is_asked_for_or_after_closing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +108,7 @@ def test_an_error_within_a_stream_reaches_the_caller(monkeypatch: pytest.MonkeyP
 
 def test_what_cannot_be_is_refused_by_the_call() -> None:
     pair = tiny_pair()
-    with pytest.raises(TypeError, match="no option tokens; there are .*max_new_tokens.*temperature"):
+    with pytest.raises(TypeError, match=r"no option tokens; there are .*max_new_tokens.*temperature"):
         quasar.stream(pair, PROMPT, tokens=3)
     with pytest.raises(quasar.UsageError, match="--temperature must not be negative"):
         quasar.stream(pair, PROMPT, temperature=-1)
