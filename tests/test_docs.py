@@ -22,7 +22,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
 DEFINED = re.compile(r"`(\w+)(?:\.(\w+))?` in `([\w/]+\.py)`")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]+)")
 VARIABLE = re.compile(r"\bQUASAR_[A-Z_]+\b")
-TREE = re.compile(r"^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TREE = re.compile(r"^```text\n(quasar_cli/ .*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 @cache
