@@ -48,7 +48,7 @@ demo: export QUASAR_HOME := $(CURDIR)/demo-out
 demo: $(STAMP)  ## quantize the demo model, generate with it, bench it; results in demo-out/
 	$(BIN)/quasar quantize demo --bits 4 --force
 	$(BIN)/quasar generate --prompt '$(PROMPT)' --max-new-tokens 128
-	$(BIN)/quasar bench --dataset demo --arms vanilla,ngram,quasar,exact --no-resume --output demo-out/results.json
+	$(BIN)/quasar bench --dataset demo --arms vanilla,ngram,quantized,exact --no-resume --output demo-out/results.json
 
 test: $(STAMP)  ## the tests
 	$(BIN)/python -m pytest

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from quasar_core.errors import UsageError
 from quasar_core.files import require_characters
@@ -157,6 +157,34 @@ class QuantizeConfig:
         )
         _require(0 < self.damp < 1, f"--damp must be above 0 and below 1, not {self.damp}.")
         _require(self.backend in ("native", "optimum"), f"--backend must be native or optimum, not {self.backend}.")
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        bits: float | None = None,
+        mixed: bool = False,
+        method: Method = "gptq",
+        group_size: int | None = None,
+        target_agreement: float | None = None,
+        **others: Any,
+    ) -> "QuantizeConfig":
+        """The config that a user asks for: `bits` may be a fraction, and None is what is usual for the method.
+
+        With `mixed`, or a fraction, layers have widths of their own, in the bytes that `bits` everywhere would take.
+        """
+        usual, usual_group = default_codes(method)
+        wanted = float(usual if bits is None else bits)
+        searched = target_agreement is not None and bits is not None  # refused, since both choose the bits
+        by_layer = mixed or searched or not wanted.is_integer()
+        return cls(
+            bits=usual if by_layer else int(wanted),
+            mean_bits=wanted if by_layer else None,
+            target_agreement=target_agreement,
+            group_size=usual_group if group_size is None else group_size,
+            method=method,
+            **others,
+        )
 
     def _require_eight_bits(self) -> None:
         """W8A8 and fp8 leave nothing to choose about the codes."""

@@ -227,7 +227,7 @@ def _present(results: "Results", path: Path, markdown: bool, as_csv: bool, as_js
         console.stream_text(render.as_csv(results))
     else:
         _show_grids(render.result_grids(results), markdown)
-        console.note_plain(f"{render.LEGEND}\n{render.describe_run(results)}.\nThe result file is {path}.")
+        console.note_plain(f"{render.legend(results)}\n{render.describe_run(results)}.\nThe result file is {path}.")
     said = render.describe_conditions(results), render.describe_divergences(results), render.describe_errors(results)
     for sentence in said:
         if sentence:

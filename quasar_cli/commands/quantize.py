@@ -12,7 +12,7 @@ import typer
 from quasar_cli import console
 from quasar_cli.commands.models import announce, push_verifier
 from quasar_cli.options import Device, Folder, Json, Threads, TrustRemoteCode, Verbose, takes_groups, use_threads
-from quasar_core.config import BITS, Method, QuantizeConfig, Rounding, default_codes
+from quasar_core.config import BITS, Method, QuantizeConfig, Rounding
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.store import check_can_push
 
@@ -95,15 +95,11 @@ class QuantizeOptions:
 
     def config(self) -> QuantizeConfig:
         """The checked config; UsageError for a value that cannot be."""
-        usual, group_size = default_codes(self.method)
-        bits = float(usual if self.bits is None else self.bits)
-        searched = self.target_agreement is not None and self.bits is not None  # refused, since both choose the bits
-        by_layer = self.mixed or searched or not bits.is_integer()
-        return QuantizeConfig(
-            bits=usual if by_layer else int(bits),
-            mean_bits=bits if by_layer else None,
+        return QuantizeConfig.of(
+            bits=self.bits,
+            mixed=self.mixed,
             target_agreement=self.target_agreement,
-            group_size=group_size if self.group_size is None else self.group_size,
+            group_size=self.group_size,
             sym=self.sym,
             act_order=self.act_order,
             method=cast(Method, self.method),

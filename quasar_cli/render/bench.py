@@ -28,6 +28,7 @@ LEGEND = (
     f"{DOUBT}: not shown, as its 95 % interval spans 1 or there are fewer than {FEWEST} questions\n"
     "len: acceptance length, new tokens ÷ steps; plain decoding is 1.00"
 )
+PAPER = "quantized: the verifier's text, not the target's; the method of the paper Quasar"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ def result_grids(results: Results) -> list[Grid]:
         if len({one.category for one in by_category}) > 1:
             grids.append(category_grid(dataset, by_category))
     return grids
+
+
+def legend(results: Results) -> str:
+    """What the columns mean, and the arm whose text is not the target's."""
+    return f"{LEGEND}\n{PAPER}" if "quantized" in results.run.config.arms else LEGEND
 
 
 def main_grids(metrics: Sequence[ArmMetrics]) -> list[Grid]:

@@ -2,11 +2,9 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 from quasar_core.config import Auto, DraftKind, GenerationConfig, SamplingConfig, VerifyMode
 from quasar_core.errors import UsageError
-from quasar_core.typed import build
 
 
 @dataclass(frozen=True)
@@ -30,14 +28,15 @@ ARMS = {
     for arm in (
         Arm(BASELINE, "full", "none"),
         Arm("ngram", "full", "ngram"),
-        Arm("quasar", "quantized", "ngram"),
+        Arm("quantized", "quantized", "ngram"),
         Arm("exact", "exact", "ngram"),
         Arm("quantized-only", "quantized", "none"),
         Arm("transformers", "full", "none", is_peer=True),
         Arm("transformers-pld", "full", "ngram", is_peer=True),
     )
 }
-DEFAULT_ARMS = "vanilla,ngram,quasar,exact"
+FORMER_NAMES = {"quasar": "quantized"}  # arms as older result files name them
+DEFAULT_ARMS = "vanilla,ngram,quantized,exact"
 
 
 def parse_arms(names: str) -> list[Arm]:
@@ -48,8 +47,6 @@ def parse_arms(names: str) -> list[Arm]:
         raise UsageError(f"--arms must be a list of {', '.join(ARMS)}, not {', '.join(unknown) or 'empty'}.")
     return [ARMS[name] for name in wanted]
 
-
-MOST_REPEATS = 10_000
 
 MOST_REPEATS = 1000  # every answer is scheduled before the first
 
@@ -94,8 +91,3 @@ class BenchConfig:
         """A seed below 2^31 of its own for each answer; every arm gets the same."""
         key = f"{self.seed}/{dataset}/{question_id}/{turn}/{repeat}"
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "BenchConfig":
-        """Rebuild from its JSON form; ValueError for what does not fit."""
-        return build(cls, content)

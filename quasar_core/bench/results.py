@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quasar_core.bench.arms import BenchConfig
+from quasar_core.bench.arms import FORMER_NAMES, BenchConfig
 from quasar_core.errors import QuasarError, UsageError, reason
 from quasar_core.files import (
     is_file,
@@ -62,7 +62,7 @@ class Row:
     def from_dict(cls, content: Any, where: str = "") -> "Row":
         """Rebuild from `to_dict`; ValueError for what does not fit."""
         if isinstance(content, dict):
-            content = {**content, "stats": without_derived(content.get("stats"))}
+            content = {**content, "stats": without_derived(content.get("stats")), "arm": _arm(content.get("arm"))}
         return build(cls, content, where)
 
 
@@ -92,7 +92,7 @@ class Run:
             raise ValueError(f"format version {version}, where {FORMAT_VERSION} is read")
         for name, facts in build(dict[str, dict], content.get("datasets"), "datasets").items():
             build(_Asked, known_part(_Asked, facts), f"datasets.{name}")
-        return build(cls, known_part(cls, content))
+        return build(cls, _with_arms_of_today(known_part(cls, content)))
 
     def settings(self) -> dict[str, Any]:
         """Everything that may change a number, flat: setting → value."""
@@ -100,6 +100,18 @@ class Run:
         versions = {f"{package} version": version for package, version in self.versions.items()}
         machine = {"model": self.model, "verifier": self.verifier, "device": self.device, "dtype": self.dtype}
         return {**machine, **datasets, **versions, **json.loads(json.dumps(asdict(self.config)))}
+
+
+def _arm(name: Any) -> Any:
+    """An arm's name of today."""
+    return FORMER_NAMES.get(name, name) if isinstance(name, str) else name
+
+
+def _with_arms_of_today(run: dict[str, Any]) -> dict[str, Any]:
+    config = run.get("config")
+    if not isinstance(config, dict) or not isinstance(config.get("arms"), list):
+        return run  # which is refused
+    return {**run, "config": {**config, "arms": [_arm(name) for name in config["arms"]]}}
 
 
 @dataclass(frozen=True)

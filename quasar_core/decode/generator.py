@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Generator as Iteration
 from dataclasses import replace
 from typing import Literal
 
@@ -33,6 +34,8 @@ from quasar_core.models.pair import Pair
 from quasar_core.models.rope import begin_text
 from quasar_core.records import FinishReason, GenerationResult
 from quasar_core.system import Load, LoadMeter
+
+TextPieces = Iteration[str, None, GenerationResult]  # finished text as it comes; returns the result
 
 REPLANNED = 8  # confirm passes
 CHECKED_TOKENS = 16  # room of the cache that passes are checked over
@@ -72,24 +75,39 @@ class Generator:
         on_text: Callable[[str], None] | None = None,
         request: Request | None = None,
     ) -> GenerationResult:
-        """Generate after the prompt; `on_text` receives finished text as it comes.
+        """Generate after the prompt; `on_text` receives finished text as it comes. Raises as `stream` does."""
+        pieces = self.stream(prompt_ids, request)
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                result: GenerationResult = end.value
+                return result
+            if on_text:
+                on_text(piece)
 
-        A `request` stands in for the config's own length and seed. Raises UsageError for an empty prompt and for one
-        that leaves no room in the model's context.
+    def stream(self, prompt_ids: Sequence[int], request: Request | None = None) -> TextPieces:
+        """Generate after the prompt, and yield each piece of text when it is finished; returns the result.
+
+        Nothing is decoded between two pieces that are asked for; closing the iterator ends the answer. A `request`
+        stands in for the config's own length and seed. Raises UsageError, before the first piece, for an empty prompt
+        and for one that leaves no room in the model's context.
         """
         request = request or self.config.request
-        max_tokens = self._check_prompt(prompt_ids, request)
+        return self._stream(prompt_ids, request, self._check_prompt(prompt_ids, request))
+
+    def _stream(self, prompt_ids: Sequence[int], request: Request, max_tokens: int) -> TextPieces:
         meter = LoadMeter()
         start = self._now()
         cached = self._reuse_cache(prompt_ids, max_tokens)
         engine = self._make_engine(max_tokens, request)
-        text = TextStream(self.pair.tokenizer, self.config.stop, on_text)
+        text = TextStream(self.pair.tokenizer, self.config.stop)
         _reset_peak_memory(self.pair.device)
         engine.prefill(prompt_ids, cached)
         engine.stats.ttft_s = self._now() - start
         end = engine.max_tokens
         try:
-            count, reason = self._run(engine, text, len(prompt_ids))
+            count, reason = yield from self._run(engine, text, len(prompt_ids))
             end = len(prompt_ids) + count
         finally:
             self._keep_cache(engine, end)
@@ -98,10 +116,14 @@ class Generator:
         engine.stats.peak_memory_bytes = _peak_memory(self.pair.device)
         new = engine.tokens[len(prompt_ids) : len(prompt_ids) + count]
         verified_by: Literal["target", "verifier"] = "target" if engine.verifying is self.pair.target else "verifier"
-        return GenerationResult(list(prompt_ids), new, text.finish(), reason, engine.stats, verified_by)
+        if rest := text.finish():
+            yield rest
+        return GenerationResult(list(prompt_ids), new, text.text, reason, engine.stats, verified_by)
 
-    def _run(self, engine: Engine, text: TextStream, prompt_length: int) -> tuple[int, FinishReason]:
-        """Step until something ends the answer; the number of its tokens, and what ended it."""
+    def _run(
+        self, engine: Engine, text: TextStream, prompt_length: int
+    ) -> Iteration[str, None, tuple[int, FinishReason]]:
+        """Step until something ends the answer, yielding text; the number of its tokens, and what ended it."""
         read = prompt_length
         while True:
             while read < engine.committed:
@@ -109,7 +131,9 @@ class Generator:
                 read += 1
                 if token in engine.eos_ids:
                     return read - prompt_length, "eos"
-                if text.add(token):
+                if piece := text.add(token):
+                    yield piece
+                if text.stopped:
                     return read - prompt_length, "stop"
                 if read >= engine.max_tokens:
                     return read - prompt_length, "length"

@@ -145,36 +145,38 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> li
 
 
 class TextStream:
-    """Decodes committed tokens one by one and hands finished text to `on_text`.
+    """Decodes committed tokens one by one, and yields text as soon as it is finished.
 
-    Text that may be the beginning of a stop string waits; a stop string itself is never handed on. Special tokens have
+    Text that may be the beginning of a stop string waits; a stop string itself is never yielded. Special tokens have
     no text, but those that a stop string names are known by their ids.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], on_text: Callable[[str], None] | None
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
         self._decoder = _Decoder(tokenizer)
-        self._stop, self._on_text = stop, on_text
+        self._stop = stop
         self._marks = special_tokens_within(tokenizer, stop) if stop else {}
         self._pieces: list[str] = []
         self._waiting = ""
         self._shown: list[bool] = []  # of each waiting character: whether it is text, and not a special token's name
-        self.stopped = False
+        self.stopped = False  # whether a stop string is complete
 
-    def add(self, token: int) -> bool:
-        """Take one token; True when a stop string is complete."""
+    @property
+    def text(self) -> str:
+        """All that was yielded."""
+        return "".join(self._pieces)
+
+    def add(self, token: int) -> str:
+        """Take one token; the text that it finishes, often none."""
         mark = self._marks.get(token)
         piece = self._decoder.add(token) if mark is None else mark
         self._waiting += piece
         self._shown += [mark is None] * len(piece)
         found = [at for s in self._stop if (at := self._waiting.find(s)) >= 0]
-        if found:
-            self._emit(min(found))
-            self._waiting, self._shown, self.stopped = "", [], True
-        else:
-            self._emit(len(self._waiting) - self._held_back())
-        return self.stopped
+        if not found:
+            return self._take(len(self._waiting) - self._held_back())
+        finished = self._take(min(found))
+        self._waiting, self._shown, self.stopped = "", [], True
+        return finished
 
     def _held_back(self) -> int:
         """Length of the longest end of the waiting text that begins a stop string."""
@@ -184,19 +186,17 @@ class TextStream:
                 return length
         return 0
 
-    def _emit(self, length: int) -> None:
+    def _take(self, length: int) -> str:
+        """The first `length` waiting characters, which wait no longer."""
         shown = zip(self._waiting[:length], self._shown, strict=False)
         piece = "".join(character for character, is_text in shown if is_text)
         self._waiting, self._shown = self._waiting[length:], self._shown[length:]
-        if piece:
-            self._pieces.append(piece)
-            if self._on_text:
-                self._on_text(piece)
+        self._pieces.append(piece)
+        return piece
 
     def finish(self) -> str:
-        """Hand on what waited; the whole text. Bytes that never became a character are left out."""
-        self._emit(len(self._waiting))
-        return "".join(self._pieces)
+        """What waited until the end. Bytes that never became a character are left out."""
+        return self._take(len(self._waiting))
 
 
 def special_tokens_within(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> dict[int, str]:

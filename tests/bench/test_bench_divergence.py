@@ -31,7 +31,7 @@ def test_first_difference_by_hand() -> None:
 
 
 def test_only_arms_that_promise_the_targets_output_are_judged() -> None:
-    rows = [answer("vanilla", [5, 6]), answer("quasar", [9, 9]), answer("ngram", [5, 6]), answer("exact", [5, 7])]
+    rows = [answer("vanilla", [5, 6]), answer("quantized", [9, 9]), answer("ngram", [5, 6]), answer("exact", [5, 7])]
     (found,) = find_divergences(make_pair(), [DATASET], rows)
     assert (found.arm, found.turn, found.position) == ("exact", 0, 1)
 

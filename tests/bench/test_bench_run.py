@@ -15,7 +15,7 @@ from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.records import GenerationResult
 
-ALL = ("vanilla", "ngram", "quasar", "exact")
+ALL = ("vanilla", "ngram", "quantized", "exact")
 DATASET = Dataset(
     "d",
     (
@@ -43,13 +43,13 @@ def test_every_arm_answers_every_turn(tmp_path: Path) -> None:
     assert answers(results.rows, "vanilla")[0] == [4, 5, 6, 7, 8, 9, 3, 4, 5, 6, 7, 8]
     for arm in ("ngram", "exact"):
         assert answers(results.rows, arm) == answers(results.rows, "vanilla")
-    assert answers(results.rows, "quasar") != answers(results.rows, "vanilla")
+    assert answers(results.rows, "quantized") != answers(results.rows, "vanilla")
     for row in results.rows:
         assert row.stats is not None
         assert row.stats.new_tokens == len(row.token_ids) == 12
         assert row.finish_reason == "length"
     identical = {metric.arm: metric.identical for metric in measure(results)}
-    assert identical == {"vanilla": 3, "ngram": 3, "quasar": 0, "exact": 3}
+    assert identical == {"vanilla": 3, "ngram": 3, "quantized": 0, "exact": 3}
 
 
 def test_the_result_file_says_everything_again(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_the_result_file_says_everything_again(tmp_path: Path) -> None:
 
 def test_a_turn_continues_its_own_arms_conversation_from_the_cache(tmp_path: Path) -> None:
     pair = make_pair(verifier=CountingModel(wrong_after=6))
-    rows = run_bench(pair, [DATASET], config(("vanilla", "quasar")), tmp_path / "r.json").rows
+    rows = run_bench(pair, [DATASET], config(("vanilla", "quantized")), tmp_path / "r.json").rows
     for row in rows:
         assert row.stats is not None
         if row.turn == 1:
@@ -175,7 +175,7 @@ def test_a_damaged_log_is_one_sentence(tmp_path: Path) -> None:
 
 def test_an_arm_without_its_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(QuasarError, match="needs a verifier"):
-        run_bench(make_pair(), [DATASET], config(("vanilla", "quasar")), tmp_path / "r.json")
+        run_bench(make_pair(), [DATASET], config(("vanilla", "quantized")), tmp_path / "r.json")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,7 +184,7 @@ def test_arms_by_name() -> None:
     assert {name: (arm.verify, arm.draft) for name, arm in ARMS.items()} == {
         "vanilla": ("full", "none"),
         "ngram": ("full", "ngram"),
-        "quasar": ("quantized", "ngram"),
+        "quantized": ("quantized", "ngram"),
         "exact": ("exact", "ngram"),
         "quantized-only": ("quantized", "none"),
         "transformers": ("full", "none"),

@@ -45,6 +45,16 @@ def test_a_result_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_an_older_file_shows_its_arms_by_their_names_of_today(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    rows = [replace(row, arm="quantized") if row.arm == "ngram" else row for row in make_results().rows]
+    results = Results(make_run(config=BenchConfig(("vanilla", "quantized"))), rows)
+    write_results(results, path)
+    path.write_text(path.read_text().replace('"quantized"', '"quasar"'))
+    assert read_results(path) == results
+    assert {metric.arm for metric in measure(read_results(path))} == {"vanilla", "quantized"}
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -260,13 +270,13 @@ def test_bench_prints_tables_and_writes_results(
 ) -> None:
     assert run([*BENCH, "-v", "--output", "new/r.json"]) == 0
     shown = capsys.readouterr()
-    for arm in ("vanilla", "ngram", "quasar", "exact"):
+    for arm in ("vanilla", "ngram", "quantized", "exact"):
         assert arm in shown.out
     assert "The result file is new/r.json." in shown.err
     assert "2/2" in shown.out
     assert counting_pair["verify"] == "exact"
     results = read_results(tmp_path / "new" / "r.json")
-    assert {row.arm for row in results.rows} == {"vanilla", "ngram", "quasar", "exact"}
+    assert {row.arm for row in results.rows} == {"vanilla", "ngram", "quantized", "exact"}
 
 
 def test_an_interruption_says_how_to_go_on(

@@ -1,5 +1,10 @@
-"""The README's commands work: those marked to run are run, the others must name options that exist."""
+"""The README's commands work: those marked to run are run, the others must name options that exist.
 
+So do the Python blocks of the README and of docs/library.md, with the pair that the commands have made.
+"""
+
+import dataclasses
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -9,12 +14,16 @@ import pytest
 import typer
 
 from quasar_cli import main
+from quasar_core import api
+from quasar_core.config import GenerationConfig, QuantizeConfig, SamplingConfig
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^(<!-- run -->\n)?```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = [(bool(run), line) for run, block in BLOCK.findall(README) for line in block.splitlines() if line.strip()]
 TO_RUN = [line for run, line in COMMANDS if run]
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
 MODEL = ROOT / "quasar_core" / "demo" / "model" / "model.safetensors"
 
 
@@ -45,10 +54,21 @@ def test_every_command_exists(line: str) -> None:
 
 
 @pytest.mark.skipif(not MODEL.exists(), reason="the demo model is not in this checkout")
-def test_the_commands_marked_to_run_succeed(
+def test_the_commands_marked_to_run_and_the_python_blocks_succeed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    _run_commands(capsys)
+    assert (tmp_path / "results.json").exists()
+    for page in (README, LIBRARY):
+        _run_blocks(page)
+    printed = capsys.readouterr().out
+    assert "count_lines" in printed
+    assert "--temperature must not be negative" in printed
+    assert "\nTrue\n" in printed, "the first turn of a conversation is the answer to its message alone"
+
+
+def _run_commands(capsys: pytest.CaptureFixture[str]) -> None:
     for line in TO_RUN:
         program, *arguments = shlex.split(line)
         assert program == "quasar", f"only quasar commands are run: {line}"
@@ -56,4 +76,23 @@ def test_the_commands_marked_to_run_succeed(
         printed = capsys.readouterr()
         assert code == 0, f"{line}\n{printed.err}"
         assert printed.out + printed.err, f"{line} printed nothing"
-    assert (tmp_path / "results.json").exists()
+
+
+def _run_blocks(page: str) -> None:
+    """Run the Python blocks of a page in turn, in one namespace."""
+    names: dict[str, object] = {}
+    blocks = PYTHON.findall(page)
+    assert blocks
+    for block in blocks:
+        exec(block, names)
+
+
+def test_the_library_page_names_every_option() -> None:
+    fields = {f.name for c in (GenerationConfig, SamplingConfig) for f in dataclasses.fields(c)} - {"sampling"}
+    loading = set(inspect.signature(api.load_pair).parameters)
+    quantizing = {f.name for f in dataclasses.fields(QuantizeConfig)} - {"mean_bits"} | {"mixed"}
+    quantizing |= set(inspect.signature(api.quantize).parameters) - {"model", "config"}
+    missing = {
+        name for name in fields | loading | quantizing if f"`{name}" not in LIBRARY and f"{name}=" not in LIBRARY
+    }
+    assert not missing

@@ -38,13 +38,15 @@ def stream(
 ) -> tuple[list[str], str, int]:
     """The pieces handed on, the final text, and how many tokens were taken before a stop string."""
     pieces: list[str] = []
-    text = TextStream(tokenizer, stop, pieces.append)
+    text = TextStream(tokenizer, stop)
     taken = 0
     for token in tokens:
         taken += 1
-        if text.add(token):
+        pieces.append(text.add(token))
+        if text.stopped:
             break
-    return pieces, text.finish(), taken
+    pieces.append(text.finish())
+    return [piece for piece in pieces if piece], text.text, taken
 
 
 def ids_of(text: str) -> list[int]:
@@ -62,12 +64,11 @@ def test_characters_split_over_tokens_come_whole() -> None:
 
 
 def test_text_is_handed_on_as_soon_as_it_is_whole() -> None:
-    pieces: list[str] = []
-    text = TextStream(byte_level(), (), pieces.append)
+    text = TextStream(byte_level(), ())
     seen = []
     for token in ids_of("x日"):
         text.add(token)
-        seen.append("".join(pieces))
+        seen.append(text.text)
     assert seen == ["x", "x", "x", "x日"]
 
 
@@ -117,16 +118,15 @@ def test_a_stop_string_is_cut_and_never_shown() -> None:
 
 
 def test_what_may_become_a_stop_string_waits_and_then_comes() -> None:
-    pieces: list[str] = []
-    text = TextStream(byte_level(), ("##END",), pieces.append)
+    text = TextStream(byte_level(), ("##END",))
     shown = []
     for token in ids_of("a##b#"):
         text.add(token)
-        shown.append("".join(pieces))
+        shown.append(text.text)
     assert shown[-1] == "a##b"
     assert not any(s.endswith("#") for s in shown)
-    assert text.finish() == "a##b#"
-    assert pieces[-1] == "#"
+    assert text.finish() == "#"
+    assert text.text == "a##b#"
 
 
 def test_of_several_stop_strings_the_first_in_the_text_counts() -> None:
@@ -136,13 +136,6 @@ def test_of_several_stop_strings_the_first_in_the_text_counts() -> None:
 @pytest.mark.parametrize("stop", ["日本", "本語 ", "'naïve", "return '"])
 def test_a_stop_string_of_any_characters_ends_the_text(stop: str) -> None:
     assert stream(byte_level(), ids_of(TEXT), stop=(stop,))[1] == TEXT[: TEXT.index(stop)]
-
-
-def test_text_without_a_listener_is_kept() -> None:
-    text = TextStream(byte_level(), (), None)
-    for token in ids_of("kept"):
-        assert not text.add(token)
-    assert text.finish() == "kept"
 
 
 END = byte_level().convert_tokens_to_ids(TURN_END)

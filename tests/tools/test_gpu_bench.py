@@ -50,7 +50,7 @@ def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [row["arm"] for row in document["parts"]["end to end"] if "arm" in row] == [
         "vanilla",
         "ngram",
-        "quasar",
+        "quantized",
         "exact",
     ]
     table = summary(report.parts)

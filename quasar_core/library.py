@@ -1,0 +1,115 @@
+"""The library's front: load a pair, stream or generate text with it, quantize a model. docs/library.md shows each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from quasar_core import api
+from quasar_core.config import GenerationConfig, QuantizeConfig, SamplingConfig
+from quasar_core.decode.generator import Generator, TextPieces
+from quasar_core.decode.prompt import encode_prompt
+from quasar_core.errors import UsageError
+from quasar_core.models.pair import Pair
+from quasar_core.records import GenerationResult, Progress, QuantizeReport, no_progress
+
+Prompt = str | Sequence[Mapping[str, str]]  # a text, or messages with a role and a content
+
+_SAMPLING = {field.name for field in fields(SamplingConfig)}
+_GENERATION = {field.name for field in fields(GenerationConfig)} - {"sampling"}
+
+
+def load(model: str | None = None, verifier: str | None = None, **options: Any) -> Pair:
+    """Load a target and its verifier; without `model` the current pair. `options` are those of `api.load_pair`.
+
+    Raises UsageError where there is no such pair, QuasarError where it cannot be read.
+    """
+    return api.load_pair(model, verifier, **options)
+
+
+def stream(pair: Pair, prompt: Prompt, **options: Any) -> TextPieces:
+    """Yield the answer piece by piece, decoding as pieces are asked for; returns the GenerationResult.
+
+    A text is one user message, or with `raw=True` the prompt as it is; `system` is a message before it, and `think`
+    goes to templates that know it. All other options are fields of GenerationConfig and of SamplingConfig. What
+    cannot be is refused (UsageError, TypeError) by this call, not by the first piece.
+    """
+    generator, prompt_ids = _begin(pair, prompt, **options)
+    return generator.stream(prompt_ids)
+
+
+def generate(pair: Pair, prompt: Prompt, **options: Any) -> GenerationResult:
+    """Generate the whole answer: its text, token ids and counts; takes what `stream` takes."""
+    generator, prompt_ids = _begin(pair, prompt, **options)
+    return generator.generate(prompt_ids)
+
+
+def _begin(
+    pair: Pair,
+    prompt: Prompt,
+    *,
+    system: str | None = None,
+    raw: bool = False,
+    think: bool | None = None,
+    **options: Any,
+) -> tuple[Generator, list[int]]:
+    prompt_ids = encode_prompt(pair.tokenizer, _messages(prompt, system, raw), raw=raw, think=think)
+    return Generator(pair, generation_config(pair, **options)), prompt_ids
+
+
+def quantize_model(
+    model: str,
+    *,
+    output: str | Path | None = None,
+    force: bool = False,
+    resume: bool = True,
+    device: str = "auto",
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> QuantizeReport:
+    """Write the verifier of `model` and make the pair current; `options` are those of `QuantizeConfig.of`.
+
+    A run that was interrupted goes on. Raises as `api.quantize` does.
+    """
+    return api.quantize(
+        model,
+        QuantizeConfig.of(**options),
+        output=None if output is None else Path(output),
+        force=force,
+        resume=resume,
+        device=device,
+        max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+
+
+def generation_config(pair: Pair, **options: Any) -> GenerationConfig:
+    """The config of keyword arguments. Unless `verify` is given it is the best promise that the loaded models keep.
+
+    That is `exact` for target and verifier, `full` for a target alone and `quantized` for a verifier alone. Raises
+    TypeError for an option that there is not, UsageError for a value that cannot be.
+    """
+    unknown = options.keys() - _SAMPLING - _GENERATION
+    if unknown:
+        known = ", ".join(sorted(_SAMPLING | _GENERATION))
+        raise TypeError(f"no option {', '.join(sorted(unknown))}; there are {known}")
+    if "stop" in options:
+        options["stop"] = (options["stop"],) if isinstance(options["stop"], str) else tuple(options["stop"])
+    sampling = SamplingConfig(**{name: options.pop(name) for name in _SAMPLING & options.keys()})
+    alone = "full" if pair.verifier is None else "quantized" if pair.target is None else "exact"
+    return GenerationConfig(sampling=sampling, **{"verify": alone, **options})
+
+
+def _messages(prompt: Prompt, system: str | None, raw: bool) -> list[dict[str, str]] | str:
+    """The prompt as `encode_prompt` takes it, with the system message in front."""
+    if raw and (system is not None or not isinstance(prompt, str)):
+        raise UsageError("With raw, the prompt is a text, without a system message.")
+    if isinstance(prompt, str):
+        if system is None:
+            return prompt
+        prompt = [{"role": "user", "content": prompt}]
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, *(dict(message) for message in prompt)]
