@@ -8,7 +8,7 @@ from typing import Any
 from quasar_core import api
 from quasar_core.config import GenerationConfig, QuantizeConfig, SamplingConfig
 from quasar_core.decode.generator import Generator, TextPieces
-from quasar_core.decode.prompt import encode_prompt
+from quasar_core.decode.text import encode_prompt
 from quasar_core.errors import UsageError
 from quasar_core.models.pair import Pair
 from quasar_core.records import GenerationResult, Progress, QuantizeReport, no_progress

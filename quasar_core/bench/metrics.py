@@ -26,8 +26,8 @@ CONFIDENCE = 0.95
 SPEED = "tokens/s"
 FEWEST = 8  # questions: of fewer, a bootstrap's interval is too narrow
 
-Floats = npt.NDArray[np.float64]
-Statistic = Callable[[Floats, Floats], Floats]
+E4M3Format = npt.NDArray[np.float64]
+Statistic = Callable[[E4M3Format, E4M3Format], E4M3Format]
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ class Estimate:
         return low > 1 or high < 1
 
 
-def mean_of_ratios(arm: Floats, vanilla: Floats) -> Floats:
+def mean_of_ratios(arm: E4M3Format, vanilla: E4M3Format) -> E4M3Format:
     """Spec-Bench's: the mean over questions of the ratio of tokens per second; [..., n, 2] twice to [...]."""
     speed, speed_of_vanilla = arm[..., 0] / arm[..., 1], vanilla[..., 0] / vanilla[..., 1]
     return np.asarray((speed / speed_of_vanilla).mean(axis=-1))
 
 
-def ratio_of_totals(arm: Floats, vanilla: Floats) -> Floats:
+def ratio_of_totals(arm: E4M3Format, vanilla: E4M3Format) -> E4M3Format:
     """The ratio of total tokens ÷ total seconds; [..., n, 2] twice to [...]."""
     total, total_of_vanilla = arm.sum(axis=-2), vanilla.sum(axis=-2)
     return np.asarray((total[..., 0] / total[..., 1]) / (total_of_vanilla[..., 0] / total_of_vanilla[..., 1]))
 
 
-def estimate(statistic: Statistic, arm: Floats, vanilla: Floats) -> Estimate:
+def estimate(statistic: Statistic, arm: E4M3Format, vanilla: E4M3Format) -> Estimate:
     """A statistic of all n questions, and its interval when n are drawn with replacement, pairs kept together."""
     value, count = float(statistic(arm, vanilla)), len(arm)
     if count < 2:

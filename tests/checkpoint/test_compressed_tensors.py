@@ -19,7 +19,7 @@ from quasar_core.checkpoint.compressed_tensors import (
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, pack_columns, pack_rows
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
-from quasar_core.quantize.solve.eight_bit import Floats, Integers
+from quasar_core.quantize.solve.eight_bit import E4M3Format, Int8Format
 
 
 def write(folder: Path, section: dict[str, Any], tensors: dict[str, torch.Tensor]) -> VerifierCheckpoint:
@@ -42,13 +42,13 @@ def original() -> torch.Tensor:
     return torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("number", [Integers(), Floats()], ids=["int", "float"])
+@pytest.mark.parametrize("number", [Int8Format(), E4M3Format()], ids=["int", "float"])
 def test_what_is_written_is_read(number: Any, tmp_path: Path) -> None:
     weight = number.round_weight(original())
     tensors = stored_tensors(weight)
-    assert tensors["weight"].dtype == (torch.int8 if isinstance(number, Integers) else FLOAT8)
+    assert tensors["weight"].dtype == (torch.int8 if isinstance(number, Int8Format) else FLOAT8)
     assert tensors["weight_scale"].shape == (16, 1)
-    kind = "int" if isinstance(number, Integers) else "float"
+    kind = "int" if isinstance(number, Int8Format) else "float"
     checkpoint = write(tmp_path, quantization_section(kind), tensors)
     assert checkpoint.layer_names == ["a.b"]
     assert checkpoint.plain_names == ["norm.weight"]
@@ -57,7 +57,7 @@ def test_what_is_written_is_read(number: Any, tmp_path: Path) -> None:
 
 
 def test_the_written_weight_is_what_the_format_says() -> None:
-    weight = Integers().round_weight(original())
+    weight = Int8Format().round_weight(original())
     tensors = stored_tensors(weight)
     meant = tensors["weight"].float() * tensors["weight_scale"].float()
     assert torch.equal(meant, weight.dequantize())

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from quasar_core.checkpoint.compressed_tensors import quantization_section, stored_tensors
 from quasar_core.checkpoint.headers import StoredLayer, describe_marlin, stored_layers, why_not_marlin
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.quantize.solve.eight_bit import Integers
+from quasar_core.quantize.solve.eight_bit import Int8Format
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_sizes_of_layers_with_widths_of_their_own(tmp_path: Path) -> None:
 
 
 def test_sizes_of_8_bit_layers(tmp_path: Path) -> None:
-    tensors = stored_tensors(Integers().round_weight(torch.randn(24, 40)))
+    tensors = stored_tensors(Int8Format().round_weight(torch.randn(24, 40)))
     checkpoint = save(tmp_path, quantization_section("int"), {f"a.{name}": t for name, t in tensors.items()})
     assert stored_layers(checkpoint) == [StoredLayer("a", 40, 24, 8, -1)]
     assert stored_layers(checkpoint)[0].weights == 960

@@ -25,11 +25,11 @@ from quasar_core.checkpoint.writer import ShardWriter
 from quasar_core.errors import QuasarError
 from quasar_core.models import lean_weights
 from quasar_core.models.hf import causal_lm
-from quasar_core.quantize.solve.eight_bit import Floats, Integers
+from quasar_core.quantize.solve.eight_bit import E4M3Format, Int8Format
 
 TOKENS = list(range(3, 20))
 OPTIONS = {"head_dim": 32, "intermediate_size": 128}
-NUMBERS = {"w8a8": (Integers(), "int"), "fp8": (Floats(), "float")}
+NUMBERS = {"w8a8": (Int8Format(), "int"), "fp8": (E4M3Format(), "float")}
 KINDS = ("gptq", *NUMBERS)
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -377,6 +377,6 @@ def test_types_of_gptqs_tensors(name: str, tensor: torch.Tensor, sentence: str) 
     ],
 )
 def test_types_of_compressed_tensors(tensors: dict[str, torch.Tensor], sentence: str) -> None:
-    right = stored_tensors(Integers().round_weight(torch.randn(16, 64, generator=torch.Generator().manual_seed(0))))
+    right = stored_tensors(Int8Format().round_weight(torch.randn(16, 64, generator=torch.Generator().manual_seed(0))))
     with pytest.raises(QuasarError, match=sentence):
         CompressedTensorsFormat(8, -1).unpack("a.b", {**right, **tensors})

@@ -16,7 +16,7 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.times import KernelFigures, random_weight, shape_key, time_kernel
 from quasar_core.kernels.triton.adapters import TRITON_FLOAT8, TRITON_INT8
-from quasar_core.quantize.solve.eight_bit import Floats, Integers
+from quasar_core.quantize.solve.eight_bit import E4M3Format, Int8Format
 
 CPU = torch.device("cpu")
 
@@ -73,7 +73,7 @@ FLOATING = LayerShape(64, 32, 8, -1, True, floating=True)
 
 
 def float8_weight(outputs: int = 32, inputs: int = 64) -> Float8Weight:
-    return Floats().round_weight(random(outputs, inputs, seed=1))
+    return E4M3Format().round_weight(random(outputs, inputs, seed=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -177,14 +177,14 @@ def test_layers_of_one_input_are_joined() -> None:
     assert joined.values.dtype == FLOAT8
 
 
-@pytest.mark.parametrize("number", [Integers(), Floats()], ids=["int8", "float8"])
-def test_weights_round_to_their_grid(number: Integers | Floats) -> None:
+@pytest.mark.parametrize("number", [Int8Format(), E4M3Format()], ids=["int8", "float8"])
+def test_weights_round_to_their_grid(number: Int8Format | E4M3Format) -> None:
     """Half a step of an integer, a sixteenth of a floating-point number; scales that every 16-bit dtype holds."""
     weight = random(24, 100) * torch.logspace(-3, 3, 24)[:, None]
     weight[3] = 0
     rounded = number.round_weight(weight)
     error, largest = (rounded.dequantize() - weight).abs(), weight.abs().amax(dim=1)
-    if isinstance(number, Integers):
+    if isinstance(number, Int8Format):
         bound = (0.51 * largest / 127 + 0.004 * largest)[:, None].expand_as(error)
     else:
         bound = torch.maximum(weight.abs() / 15, (largest / 448 / 64)[:, None]) + 0.004 * largest[:, None]
