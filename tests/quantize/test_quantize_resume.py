@@ -144,5 +144,5 @@ def test_a_quantized_model_is_refused(source: Path) -> None:
 
 def test_an_output_that_cannot_be_made(source: Path) -> None:
     (source.parent / "file").touch()
-    with pytest.raises(QuasarError, match=r"x cannot be read: Not a directory"):
+    with pytest.raises(QuasarError, match=r"x\.partial cannot be read: Not a directory"):
         quantize(source, output=source.parent / "file" / "x")
