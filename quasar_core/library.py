@@ -11,7 +11,7 @@ from quasar_core.decode.generator import Generator, TextPieces
 from quasar_core.decode.text import encode_prompt
 from quasar_core.errors import UsageError
 from quasar_core.models.pair import Pair
-from quasar_core.records import GenerationResult, Progress, QuantizeReport, no_progress
+from quasar_core.records import GenerationResult, Progress, QuantizeReport, Tell, no_progress, tell_nobody
 
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or messages with a role and a content
 
@@ -67,6 +67,7 @@ def quantize_model(
     max_memory: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress = no_progress,
+    tell: Tell = tell_nobody,
     **options: Any,
 ) -> QuantizeReport:
     """Write the verifier of `model` and make the pair current; `options` are those of `QuantizeConfig.of`.
@@ -83,6 +84,7 @@ def quantize_model(
         max_memory=max_memory,
         trust_remote_code=trust_remote_code,
         progress=progress,
+        tell=tell,
     )
 
 
