@@ -115,6 +115,8 @@ def replaced_folder(output: Path) -> Path:
 
 def refuse_place(output: Path, source: Path) -> None:
     """Refuse an output whose writing would touch the model in `source`, or anything that quasar did not write."""
+    if not output.name:
+        raise UsageError(f"{output} is no place for a verifier: name a folder in it.")
     for place in (output, partial_folder(output), replaced_folder(output)):
         if relation := relate(place, source):
             beside = "" if place == output else f", and for --output {output} it would be written"

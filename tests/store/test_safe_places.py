@@ -143,6 +143,11 @@ def test_a_folder_that_quasar_did_not_write_is_never_replaced(source: Path, card
 
 
 @pytest.mark.usefixtures("no_work")
+def test_a_place_without_a_name_is_refused(source: Path) -> None:
+    with pytest.raises(UsageError, match="no place for a verifier"):
+        folders.refuse_place(Path("/"), source)
+
+
 def test_a_file_and_a_dead_link_are_never_replaced(source: Path) -> None:
     (source.parent / "file").write_text("mine")
     with pytest.raises(UsageError, match="file exists and is no verifier"):
