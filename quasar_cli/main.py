@@ -3,14 +3,16 @@
 import errno
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from quasar_cli.commands import bench, chat, doctor, generate, inspect, models, quantize
 from quasar_cli.console import print_error, print_traceback
+from quasar_cli.help import Command, Group, examples
 from quasar_cli.options import Reporting
 from quasar_core.errors import QuasarError, UsageError
 
@@ -18,39 +20,44 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="quasar",
-    help="Quantize a language model once, then generate with it fast.",
-    no_args_is_help=True,
+    cls=Group,
     pretty_exceptions_enable=False,
-    add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples(
+        "quasar quantize Qwen/Qwen3-0.6B",
+        "quasar generate 'Why is the sky blue?'",
+        "quasar generate --help",
+        "quasar --install-completion",
+    ),
 )
-app.command("quantize")(quantize.quantize)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
+app.command("quantize", cls=Command, epilog=quantize.EXAMPLES)(quantize.quantize)
+app.command("generate", cls=Command, epilog=generate.EXAMPLES)(generate.generate)
+app.command("chat", cls=Command, epilog=chat.EXAMPLES)(chat.chat)
 app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
-app.command("inspect")(inspect.inspect)
-app.command("doctor")(doctor.doctor)
+app.command("inspect", cls=Command, epilog=inspect.EXAMPLES)(inspect.inspect)
+app.command("doctor", cls=Command, epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
+        from quasar_core import __version__
 
-        try:
-            typer.echo(f"quasar {version('quasar-cli')}")
-        except PackageNotFoundError:
-            typer.echo("quasar from a source tree that is not installed")
+        typer.echo(f"quasar {__version__}")
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def quasar(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Quantize a language model once, then generate with it fast."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> None:
@@ -71,14 +78,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         _check_variables()
-        app(arguments, prog_name="quasar")
+        ended = app(arguments, prog_name="quasar", standalone_mode=False)
+        return ended if isinstance(ended, int) else 0
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:
         return _report(error)
-    return 0
 
 
 def _check_variables() -> None:
@@ -94,12 +101,19 @@ def _report(error: Exception) -> int:
     if Reporting.tracebacks:
         print_traceback(error)
     print_error(_sentence(error))
-    return 2 if isinstance(error, UsageError) else 1
+    return 2 if isinstance(error, UsageError) or _is_of_click(error) else 1
+
+
+def _is_of_click(error: Exception) -> bool:
+    """Whether typer refuses what was typed; later versions carry click inside, so its class has no one name."""
+    return hasattr(error, "format_message") and hasattr(error, "ctx")
 
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, QuasarError):
         return str(error)
+    if _is_of_click(error):
+        return _refusal(error)
     # Named, not imported: torch may not have been loaded at all.
     if type(error).__name__ == "OutOfMemoryError":
         return (
@@ -112,6 +126,17 @@ def _sentence(error: Exception) -> str:
         return "This machine's memory is too small for this: try a smaller model or a shorter context."
     what = " ".join(str(error).split())
     return f"Internal error: {type(error).__name__}: {what}; run again with -v and report it."
+
+
+def _refusal(error: Any) -> str:
+    """Click's sentence in our style: one line that begins with the flag, and where to read on."""
+    sentence = " ".join(error.format_message().split()).rstrip(".")
+    sentence = re.sub(r"^Invalid value for '([^']+)'(?: / '[^']+')*: (?:Value error, )?", r"\1: ", sentence)
+    if choice := re.match(r"(\S+): '(.*)' is not one of (.*)", sentence):
+        flag, value, choices = choice.groups()
+        return f"{flag} must be one of {choices.replace(chr(39), '')}, not {value}."
+    command = error.ctx.command_path if error.ctx else "quasar"
+    return f"{sentence}; see {command} --help."
 
 
 if __name__ == "__main__":

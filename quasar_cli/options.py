@@ -1,18 +1,15 @@
-"""The options that several commands share, each described once, and the groups that commands take them in.
-
-Values with a few choices are plain text here: the configs check them, in one sentence that names the flag.
-"""
+"""The options that several commands share, each described once, and the groups that commands take them in."""
 
 import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 
-from quasar_core.config import Auto, DraftKind, GenerationConfig, SamplingConfig, VerifyMode
+from quasar_core.config import Auto, DraftKind, Dtype, GenerationConfig, LoadOptions, SamplingConfig, VerifyMode
 from quasar_core.errors import UsageError
 
 _MODEL, _DECODING, _SAMPLING = "Model", "Speculation", "Sampling"
@@ -42,9 +39,9 @@ def parse_auto(flag: str, value: str) -> int | Auto:
 def use_threads(value: str, steer: bool = False) -> None:
     """Compute in as many threads as --threads says; with `steer`, `auto` follows the machine's load."""
     number = parse_auto("--threads", value)
-    from quasar_core.kernels import threads
+    from quasar_core import api
 
-    threads.use_threads(number, steer)
+    api.use_threads(number, steer)
 
 
 # Every command.
@@ -82,11 +79,18 @@ Verifier = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=_MODEL)]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL)]
+Device = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.", rich_help_panel=_MODEL)
+]
+Precision = Annotated[Dtype, typer.Option("--dtype", help="What weights are computed in.", rich_help_panel=_MODEL)]
 Kernel = Annotated[
     str,
-    typer.Option("--kernel", help="What runs the packed layers; `quasar doctor` lists them.", rich_help_panel=_MODEL),
+    typer.Option(
+        "--kernel",
+        metavar="NAME",
+        help="What runs the packed layers; `quasar doctor` lists them.",
+        rich_help_panel=_MODEL,
+    ),
 ]
 MaxContext = Annotated[
     int | None,
@@ -121,17 +125,17 @@ UseTarget = Annotated[
 
 # How tokens are decided, drafted and drawn.
 Verify = Annotated[
-    str,
+    VerifyMode,
     typer.Option(
-        "--verify", help="Who decides each token: full, quantized or exact (nothing lost).", rich_help_panel=_DECODING
+        "--verify",
+        help="Who decides each token; in exact the verifier proposes and the target confirms: nothing is lost.",
+        rich_help_panel=_DECODING,
     ),
 ]
-Draft = Annotated[
-    str, typer.Option("--draft", help="Who guesses the next tokens: ngram or none.", rich_help_panel=_DECODING)
-]
+Draft = Annotated[DraftKind, typer.Option("--draft", help="Who guesses the next tokens.", rich_help_panel=_DECODING)]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to generate.")]
 NumDraftTokens = Annotated[
-    str, typer.Option("--num-draft-tokens", help="Tokens of a draft: auto or a number.", rich_help_panel=_DECODING)
+    str, typer.Option("--num-draft-tokens", metavar="N|auto", help="Tokens of a draft.", rich_help_panel=_DECODING)
 ]
 NgramMax = Annotated[
     int,
@@ -142,7 +146,7 @@ NgramMin = Annotated[
     typer.Option("--ngram-min", help="The shortest context that a draft is looked up by.", rich_help_panel=_DECODING),
 ]
 Window = Annotated[
-    str, typer.Option("--window", help="Tokens that wait for a confirm: auto or a number.", rich_help_panel=_DECODING)
+    str, typer.Option("--window", metavar="N|auto", help="Tokens that wait for a confirm.", rich_help_panel=_DECODING)
 ]
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="0 takes the best token; above 0 draws.", rich_help_panel=_SAMPLING)
@@ -203,12 +207,17 @@ class ModelOptions:
     verifier: Verifier = None
     use_target: UseTarget = True
     device: Device = "auto"
-    dtype: Dtype = "auto"
+    dtype: Precision = "auto"
     kernel: Kernel = "auto"
     max_context: MaxContext = None
     trust_remote_code: TrustRemoteCode = False
     check_digest: CheckDigest = False
     threads: Threads = "auto"
+
+    def to_load(self, verify: VerifyMode, draft: DraftKind = "none") -> LoadOptions:
+        """What is to be loaded for a mode."""
+        chosen = {name: value for name, value in vars(self).items() if name != "threads"}
+        return LoadOptions(**chosen, verify=verify, draft=draft)
 
 
 @dataclass(frozen=True)
@@ -235,8 +244,8 @@ class DecodeOptions:
         """The checked config; UsageError for a value that cannot be."""
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
-            verify=cast(VerifyMode, self.verify),
-            draft=cast(DraftKind, self.draft),
+            verify=self.verify,
+            draft=self.draft,
             num_draft_tokens=parse_auto("--num-draft-tokens", self.num_draft_tokens),
             ngram_max=self.ngram_max,
             ngram_min=self.ngram_min,

@@ -2,21 +2,37 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quasar_core.bench.machine import describe_speed, examine
+from quasar_core.bench.plots import draw_steps, new_figure, plot_fidelity
 from quasar_core.bench.run import run_bench
+from quasar_core.bench.steps import (
+    RandomShape,
+    StepConfig,
+    StepReport,
+    measure_steps,
+    pair_candidates,
+    random_candidates,
+    refuse_foreign_report,
+)
 from quasar_core.checkpoint.checks import check_digest as digest_found
 from quasar_core.checkpoint.checks import refuse_other_target
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.config import GROUP_CHOICES, DraftKind, QuantizeConfig, VerifyMode
+from quasar_core.config import GROUP_CHOICES, LoadOptions, QuantizeConfig
+from quasar_core.decode.costs import pair_costs
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.processors import read_processors
+from quasar_core.decode.text import encode_prompt
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_folder
 from quasar_core.kernels.threads import describe_threads, most_threads, use_threads
+from quasar_core.kernels.times import forget_times
+from quasar_core.models.describe import describe
 from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.hf.cache import recurrent_layers_of, refuse_drafts
 from quasar_core.models.hf.skeleton import UNLIMITED, context_limit
@@ -29,36 +45,55 @@ from quasar_core.quantize.group_size import settle_group_size
 from quasar_core.quantize.handover import finish_earlier
 from quasar_core.quantize.job import Job
 from quasar_core.quantize.measure_fidelity import measure_on_text
-from quasar_core.quantize.plan import Plan, refuse_what_cannot_fit
+from quasar_core.quantize.plan import Plan, parse_bytes, refuse_what_cannot_fit
 from quasar_core.quantize.run import check_request, quantize_checkpoint
+from quasar_core.quantize.solve.cpp import describe_loops
 from quasar_core.records import FidelityReport, Progress, QuantizeReport, Tell, no_progress, tell_nobody
 from quasar_core.store import (
     ModelSource,
     PairRecord,
     current_pair,
     default_output,
+    find_pair,
     fingerprint,
     list_pairs,
     record_pair,
     resolve_model,
 )
-from quasar_core.store.folders import refuse_existing, refuse_place
+from quasar_core.store.folders import refuse_existing, refuse_place, replaced_folder
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import weight_files
 
 __all__ = [
     "Generator",
+    "Pair",
+    "Plan",
+    "RandomShape",
+    "StepConfig",
+    "StepReport",
     "add_verifier",
+    "bench_steps",
+    "describe_loops",
     "describe_threads",
+    "doctor",
+    "draw_fidelity",
+    "draw_steps",
+    "encode_prompt",
+    "estimate",
     "fidelity_on_text",
+    "inspect",
+    "load",
     "load_pair",
-    "plan_quantize",
+    "new_figure",
+    "parse_bytes",
     "quantize",
+    "refuse_foreign_report",
+    "refuse_what_cannot_fit",
+    "replaced_folder",
     "run_bench",
+    "spare_gpus",
     "use_threads",
 ]
-
-LEAST_CONTEXT = 16  # tokens of prompt and answer
 
 
 def quantize(
@@ -102,7 +137,7 @@ def quantize(
     return report
 
 
-def plan_quantize(
+def estimate(
     model: str,
     config: QuantizeConfig,
     *,
@@ -142,7 +177,7 @@ def _open_job(
     return source, Job(source.label, source.folder, made_from, destination, config, place.type, computed), target
 
 
-def add_verifier(verifier: str, target: str | None = None) -> PairRecord:
+def add_verifier(verifier: str, target: str | None = None, progress: Progress = no_progress) -> PairRecord:
     """Record a verifier that was made elsewhere, and make the pair current; its folder is only read.
 
     `verifier` is a folder or a hub id; without `target` it is the model that its card names. Raises QuasarError, with a
@@ -151,7 +186,9 @@ def add_verifier(verifier: str, target: str | None = None) -> PairRecord:
     found = resolve_model(verifier)
     checkpoint = VerifierCheckpoint(found.folder)
     source = resolve_model(target) if target is not None else _target_of(checkpoint)
+    progress("comparing the verifier with the target", 0, 1)
     refuse_other_target(checkpoint, source.folder)
+    progress("comparing the verifier with the target", 1, 1)
     made_here = any(pair.verifier == str(found.folder) and not pair.added for pair in list_pairs())
     return record_pair(source.name, found.folder, found.label.rpartition("/")[2], added=not made_here)
 
@@ -170,6 +207,91 @@ def _target_of(checkpoint: VerifierCheckpoint) -> ModelSource:
         except QuasarError:
             continue  # not here; the next may be
     raise UsageError(f"{folder} was made from {name}, which is not found under that name: give it with --target MODEL.")
+
+
+def spare_gpus(device: str) -> str | None:
+    """One sentence where there are several GPUs: a block waits for the one before it, so a second would stand idle."""
+    place = choose_device(device)
+    if place.type != "cuda" or (count := torch.cuda.device_count()) < 2:
+        return None
+    return f"One of {count} GPUs is used ({place}): each block waits for the one before it."
+
+
+def inspect(
+    checkpoint: str | None = None,
+    *,
+    against: str | None = None,
+    text: str | None = None,
+    verify: bool = False,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """What a checkpoint holds, how faithful it is, and what it costs here, as JSON.
+
+    `checkpoint` is a folder or a pair's name; without it, the current pair's. With `verify` all weights are read, and
+    `digest` says whether they are as quantize wrote them; with `against`, a model, and `text`, fidelity is measured.
+    """
+    folder = _checkpoint_folder(checkpoint)
+    found = VerifierCheckpoint(folder)
+    digest = {"digest": digest_found(found, progress)} if verify else {}
+    description = {**describe(found), **digest, "speed": describe_speed(folder)}
+    if against is not None and text is not None:
+        report = fidelity_on_text(
+            against, folder, text, device=device, trust_remote_code=trust_remote_code, progress=progress
+        )
+        description["measured"] = asdict(report)
+    return description
+
+
+def draw_fidelity(description: dict[str, Any], path: Path) -> None:
+    """Draw what `inspect` measured just now, else what quantizing measured; UsageError where neither is known."""
+    report = description["report"] or {}
+    fidelity = description.get("measured") or report.get("fidelity")
+    if fidelity is None:
+        raise UsageError("--plot: no fidelity of this checkpoint is known; measure it by --against MODEL --text FILE.")
+    name = Path(description["checkpoint"]).name
+    plot_fidelity(FidelityReport.from_dict(fidelity), report.get("layer_errors", {}), name, path)
+
+
+def _checkpoint_folder(checkpoint: str | None) -> Path:
+    """The folder that was named, by its path or by a pair's name; else the current pair's."""
+    if checkpoint is None:
+        current = current_pair()
+        if current is None:
+            raise UsageError("No pair is current: name a CHECKPOINT, or make one with `quasar quantize MODEL`.")
+        return Path(current.verifier)
+    folder = absolute(Path(checkpoint))
+    return folder if is_folder(folder) else Path(find_pair(checkpoint).verifier)
+
+
+def doctor(remeasure: bool = False, progress: Progress = no_progress) -> dict[str, Any]:
+    """What this machine can do, and why, as JSON; with `remeasure`, by times of kernels and passes taken anew."""
+    if remeasure:
+        forget_times()
+        if current_pair() is not None:
+            pair = load(LoadOptions(), progress)
+            progress("measuring passes", 0, 1)
+            pair_costs(pair, with_verifier=True, remeasure=True)
+            progress("measuring passes", 1, 1)
+    return examine(progress)
+
+
+def bench_steps(
+    options: LoadOptions,
+    config: StepConfig,
+    shape: RandomShape | None = None,
+    with_reference: bool = False,
+    progress: Progress = no_progress,
+) -> tuple[StepReport, list[str]]:
+    """Time the passes of a pair, or of random weights of a shape; the report, and notes on what was chosen."""
+    if shape is not None:
+        place: dict[str, Any] = {"device": options.device, "dtype": options.dtype, "kernel": options.kernel}
+        lineup = random_candidates(shape, with_reference=with_reference, progress=progress, **place)
+    else:
+        pair = load(options, progress)
+        lineup = pair_candidates(pair, pair.target_folder if with_reference else None)
+    return measure_steps(lineup, config, progress), list(lineup.notes)
 
 
 def fidelity_on_text(
@@ -195,50 +317,38 @@ def _refuse_quantized(source: ModelSource) -> None:
 
 
 def load_pair(
-    model: str | None = None,
-    verifier: str | None = None,
-    *,
-    verify: VerifyMode = "exact",
-    draft: DraftKind = "none",
-    use_target: bool = True,
-    device: str = "auto",
-    dtype: str = "auto",
-    kernel: str = "auto",
-    max_context: int | None = None,
-    trust_remote_code: bool = False,
-    check_digest: bool = False,
-    progress: Progress = no_progress,
+    model: str | None = None, verifier: str | None = None, *, progress: Progress = no_progress, **options: Any
 ) -> Pair:
+    """Load a pair by the fields of `LoadOptions`; see `load`."""
+    return load(LoadOptions(model, verifier, **options), progress)
+
+
+def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
     """Load target and verifier over one cache; what the mode does not need is left out.
 
-    Without `model` it is the current pair. `draft` is what will be asked of it, so that a model which cannot have
-    drafts is refused before it is loaded. With `check_digest` the verifier's files are read in full first, and a note
-    says what was found. Raises UsageError where there is no pair, or no verifier, and QuasarError for a verifier that
-    was made from another target or whose files are damaged, and for a pair that a GPU's memory cannot hold.
+    Where the verifier's files are checked first, a note says what was found. Raises UsageError where there is no pair,
+    or no verifier, and QuasarError for a verifier that was made from another target or whose files are damaged, and for
+    a pair that a GPU's memory cannot hold.
     """
-    if not use_target and verify != "quantized":
-        raise UsageError(f"--no-target goes with --verify quantized; --verify {verify} needs the target.")
-    if max_context is not None and max_context < LEAST_CONTEXT:
-        raise UsageError(f"--max-context must be at least {LEAST_CONTEXT}, not {max_context}.")
-    source, checkpoint = _find_pair(model, verifier, verify != "full", trust_remote_code)
-    if draft != "none":
-        refuse_drafts(source.label, source.folder, trust_remote_code)
-    place = choose_device(device)
-    precision, reason = _choose_dtype(source.folder, dtype, place)
-    context = min(context_limit(source.folder, trust_remote_code), max_context or sys.maxsize)
-    digest = [f"digest: {_found(checkpoint, progress)}"] if check_digest else []
-    room = _check_room(source.folder, checkpoint, place, precision, use_target, context)
+    source, checkpoint = _find_pair(options)
+    if options.draft != "none":
+        refuse_drafts(source.label, source.folder, options.trust_remote_code)
+    place = choose_device(options.device)
+    precision, why_precision = _choose_dtype(source.folder, options.dtype, place)
+    context = min(context_limit(source.folder, options.trust_remote_code), options.max_context or sys.maxsize)
+    digest = [f"digest: {_found(checkpoint, progress)}"] if options.check_digest else []
+    room = _check_room(source.folder, checkpoint, place, precision, options.use_target, context)
     models = load_models(
         source.folder,
         checkpoint,
         place,
         precision,
-        kernel=kernel,
-        use_target=use_target,
-        trust_remote_code=trust_remote_code,
+        kernel=options.kernel,
+        use_target=options.use_target,
+        trust_remote_code=options.trust_remote_code,
         progress=progress,
     )
-    tokenizer = load_tokenizer(source.folder, trust_remote_code)
+    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
     return Pair(
         tokenizer=tokenizer,
         target=models.target,
@@ -254,9 +364,9 @@ def load_pair(
         target_fingerprint=fingerprint(source.folder),
         verifier_fingerprint=fingerprint(checkpoint.folder) if checkpoint else None,
         processors=read_processors(source.folder),
-        rolls_back=recurrent_layers_of(source.folder, trust_remote_code) is None,
+        rolls_back=recurrent_layers_of(source.folder, options.trust_remote_code) is None,
         notes=[
-            f"dtype: {str(precision).removeprefix('torch.')}, {reason}",
+            f"dtype: {str(precision).removeprefix('torch.')}, {why_precision}",
             f"device: {_describe_device(place)}",
             *digest,
             *room,
@@ -288,19 +398,18 @@ def _check_room(
     return [require_room(need, alone, device, context)]
 
 
-def _find_pair(
-    model: str | None, verifier: str | None, needs_verifier: bool, trust_remote_code: bool
-) -> tuple[ModelSource, VerifierCheckpoint | None]:
+def _find_pair(options: LoadOptions) -> tuple[ModelSource, VerifierCheckpoint | None]:
     """The target's folder and its verifier's checkpoint, checked to belong together."""
+    model, verifier = options.model, options.verifier
     if model is None:
         current = current_pair()
         if current is None:
             raise UsageError("No pair is current: make one with `quasar quantize MODEL`, or name one with --model.")
         model, verifier = current.target, verifier or current.verifier
     source = resolve_model(model)
-    if not needs_verifier:
+    if options.verify == "full":
         return source, None
-    refuse_drafts(source.label, source.folder, trust_remote_code)
+    refuse_drafts(source.label, source.folder, options.trust_remote_code)
     folder = absolute(Path(verifier)) if verifier else _known_verifier(source)
     if folder is None:
         raise UsageError(

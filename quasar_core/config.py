@@ -12,12 +12,17 @@ VERIFY_MODES: tuple[VerifyMode, ...] = ("full", "quantized", "exact")
 DraftKind = Literal["none", "ngram"]
 DRAFT_KINDS: tuple[DraftKind, ...] = ("none", "ngram")
 Auto = Literal["auto"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Method = Literal["gptq", "w8a8", "fp8"]
 METHODS: tuple[Method, ...] = ("gptq", "w8a8", "fp8")
 Rounding = Literal["gptq", "nearest"]
+Backend = Literal["native", "optimum"]
+LEAST_CONTEXT = 16  # tokens of prompt and answer
 
 BITS = (2, 3, 4, 8)
+SAMPLES = 128
+QUICK = {"samples": 16, "seq_len": 128, "fidelity_rows": 8}  # a verifier to try with; its fidelity is less certain
 GROUP_SIZES = (32, 64, 128, -1)
 GROUP_CHOICES = (128, 64, 32)  # by default the first of them that divides the inputs of every layer
 # Beyond these, nothing is gained and memory or time never suffice.
@@ -113,6 +118,33 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True)
+class LoadOptions:
+    """Which pair to load, for which mode, and how."""
+
+    model: str | None = None  # None: the current pair
+    verifier: str | None = None  # None: the one recorded for the model
+    verify: VerifyMode = "exact"
+    draft: DraftKind = "none"  # what will be asked: where a model cannot have drafts, that is said before it is loaded
+    use_target: bool = True
+    device: str = "auto"
+    dtype: str = "auto"
+    kernel: str = "auto"
+    max_context: int | None = None  # None: the model's own limit
+    trust_remote_code: bool = False
+    check_digest: bool = False  # read the verifier's files in full first
+
+    def __post_init__(self) -> None:
+        _require(
+            self.use_target or self.verify == "quantized",
+            f"--no-target goes with --verify quantized; --verify {self.verify} needs the target.",
+        )
+        _require(
+            self.max_context is None or self.max_context >= LEAST_CONTEXT,
+            f"--max-context must be at least {LEAST_CONTEXT}, not {self.max_context}.",
+        )
+
+
+@dataclass(frozen=True)
 class QuantizeConfig:
     """One quantization: the codes, the solver's options, the calibration text."""
 
@@ -123,14 +155,15 @@ class QuantizeConfig:
     method: Method = "gptq"
     lm_head_bits: int = 16
     calibration: str = "self"
-    samples: int = 128
+    samples: int = SAMPLES
     seq_len: int | None = None
     damp: float = 0.05
     seed: int = 0
-    backend: Literal["native", "optimum"] = "native"
+    backend: Backend = "native"
     mean_bits: float | None = None  # widths by layer, in the bytes that so many bits everywhere would take
     target_agreement: float | None = None  # widths by layer, in the fewest bytes that reach it
     widths: tuple[int, ...] = BITS  # that layers may have, where each has its own
+    fidelity_rows: int = 32  # of held-out and of greedy text each
     rounding: Rounding = "gptq"  # of W8A8 and fp8: solved as GPTQ's, or every weight to the nearest
 
     def __post_init__(self) -> None:

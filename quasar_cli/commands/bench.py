@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quasar_cli import console
-from quasar_cli.commands.bench_steps import steps
+from quasar_cli.commands.bench_steps import EXAMPLES, steps
 from quasar_cli.commands.generate import say_digest
 from quasar_cli.commands.models import announce
+from quasar_cli.help import Command, Group, examples
 from quasar_cli.options import (
     Json,
     MaxNewTokens,
@@ -30,11 +31,19 @@ from quasar_core.errors import UsageError
 from quasar_core.records import Progress
 
 if TYPE_CHECKING:
+    from quasar_core.api import Pair
     from quasar_core.bench.results import Results
-    from quasar_core.models.pair import Pair
 
 app = typer.Typer(
-    help="Measure acceptance length and speedup; compare and plot what was measured.", invoke_without_command=True
+    cls=Group,
+    help="Measure acceptance length and speedup; compare and plot what was measured.",
+    invoke_without_command=True,
+    epilog=examples(
+        "quasar bench --dataset demo",
+        "quasar bench --dataset mt-bench,gsm8k --limit 20",
+        "quasar bench show results.json --markdown",
+        "quasar bench --help",
+    ),
 )
 
 ResultFile = Annotated[Path, typer.Argument(metavar="RESULTS", help="A result file of quasar bench.")]
@@ -128,9 +137,7 @@ def bench(
             console.note_plain("Interrupted; the same command goes on where this run stopped.")
             raise
     if verbose:
-        from quasar_core.kernels.threads import describe_threads
-
-        for line in [*results.run.notes, describe_threads()]:
+        for line in [*results.run.notes, api.describe_threads()]:
             console.note_plain(f"- {line}")
     _present(results, output, markdown, as_csv, as_json)
 
@@ -142,25 +149,13 @@ def _load_pair(models: ModelOptions, config: BenchConfig, progress: Progress) ->
     verify: VerifyMode = "exact" if models.use_target else "quantized"
     if not any(ARMS[name].needs_verifier for name in config.arms):
         verify = "full"
-    pair = api.load_pair(
-        models.model,
-        models.verifier,
-        verify=verify,
-        use_target=models.use_target,
-        device=models.device,
-        dtype=models.dtype,
-        kernel=models.kernel,
-        max_context=models.max_context,
-        trust_remote_code=models.trust_remote_code,
-        check_digest=models.check_digest,
-        progress=progress,
-    )
+    pair = api.load(models.to_load(verify), progress)
     if models.check_digest:
         say_digest(pair)
     return pair
 
 
-@app.command("show")
+@app.command("show", cls=Command, epilog=examples("quasar bench show results.json --markdown"))
 def show(
     results: ResultFile,
     markdown: Markdown = False,
@@ -174,7 +169,7 @@ def show(
     _present(read_results(results), results, markdown, as_csv, as_json)
 
 
-@app.command("compare")
+@app.command("compare", cls=Command, epilog=examples("quasar bench compare before.json after.json"))
 def compare(
     before: Annotated[Path, typer.Argument(metavar="BEFORE", help="A result file of quasar bench.")],
     after: Annotated[Path, typer.Argument(metavar="AFTER", help="Another one, over the same questions.")],
@@ -196,7 +191,7 @@ def compare(
     _show_grids(render.comparison_grids(comparison), markdown)
 
 
-@app.command("plot")
+@app.command("plot", cls=Command, epilog=examples("quasar bench plot results.json -o results.svg"))
 def plot(
     results: ResultFile,
     output: Annotated[Path, typer.Option("--output", "-o", help="A PNG or SVG file.")] = Path("results.png"),
@@ -214,7 +209,7 @@ def plot(
         console.note_plain(f"The figure is in {output}.")
 
 
-app.command("steps")(steps)
+app.command("steps", cls=Command, epilog=EXAMPLES)(steps)
 
 
 def _present(results: "Results", path: Path, markdown: bool, as_csv: bool, as_json: bool) -> None:

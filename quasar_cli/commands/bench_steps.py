@@ -2,23 +2,36 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from quasar_cli import console
 from quasar_cli.commands.models import announce
-from quasar_cli.options import Device, Dtype, Json, Kernel, Model, Threads, Verbose, Verifier, takes_groups, use_threads
-from quasar_core import store
-from quasar_core.config import Method, QuantizeConfig, default_codes
+from quasar_cli.help import examples
+from quasar_cli.options import (
+    Device,
+    Json,
+    Kernel,
+    Model,
+    Precision,
+    Threads,
+    Verbose,
+    Verifier,
+    takes_groups,
+    use_threads,
+)
+from quasar_core.config import LoadOptions, Method, QuantizeConfig, default_codes
 from quasar_core.errors import UsageError
-from quasar_core.records import Progress
 
 if TYPE_CHECKING:
-    from quasar_core.bench.steps import Candidates, RandomShape, StepConfig, StepReport
+    from quasar_core.api import RandomShape, StepConfig, StepReport
 
 _SHAPE = "Random weights"
-_REFERENCES = ("none", "transformers")
+EXAMPLES = examples(
+    "quasar bench steps --model demo --plot steps.png",
+    "quasar bench steps --shape qwen3-8b --layers 2",
+)
 
 
 @dataclass(frozen=True)
@@ -28,9 +41,13 @@ class Placement:
     model: Model = None
     verifier: Verifier = None
     device: Device = "auto"
-    dtype: Dtype = "auto"
+    dtype: Precision = "auto"
     kernel: Kernel = "auto"
     threads: Threads = "auto"
+
+    def to_load(self) -> LoadOptions:
+        """The pair, with both its models."""
+        return LoadOptions(self.model, self.verifier, device=self.device, dtype=self.dtype, kernel=self.kernel)
 
 
 @dataclass(frozen=True)
@@ -41,15 +58,13 @@ class Timing:
     context: Annotated[int, typer.Option("--context", help="Positions before a pass.")] = 256
     rounds: Annotated[int, typer.Option("--rounds", help="How often each pass is timed; the median counts.")] = 7
     reference: Annotated[
-        str, typer.Option("--reference", help=f"What else is timed: {' or '.join(_REFERENCES)} (not compiled).")
+        Literal["none", "transformers"], typer.Option("--reference", help="What else is timed (not compiled).")
     ] = "none"
 
     def config(self) -> "StepConfig":
         """The checked config; UsageError for a value that cannot be."""
-        from quasar_core.bench.steps import StepConfig
+        from quasar_core.api import StepConfig
 
-        if self.reference not in _REFERENCES:
-            raise UsageError(f"--reference must be {' or '.join(_REFERENCES)}, not {self.reference}.")
         parts = self.tokens.split(",")
         counts = tuple(int(part) for part in parts if part.strip().isdecimal())
         return StepConfig(counts if len(counts) == len(parts) else (), self.context, self.rounds)
@@ -61,14 +76,17 @@ class RandomOptions:
 
     shape: Annotated[
         str | None,
-        typer.Option("--shape", help="qwen3-8b, -4b, -1.7b, -0.6b, llama3-8b, openpangu-7b.", rich_help_panel=_SHAPE),
+        typer.Option(
+            "--shape",
+            metavar="NAME",
+            help="qwen3-8b, -4b, -1.7b, -0.6b, llama3-8b, openpangu-7b.",
+            rich_help_panel=_SHAPE,
+        ),
     ] = None
     layers: Annotated[
         int | None, typer.Option("--layers", help="Fewer layers than the shape has.", rich_help_panel=_SHAPE)
     ] = None
-    method: Annotated[
-        str, typer.Option("--method", help="gptq, w8a8 or fp8: the verifier's codes.", rich_help_panel=_SHAPE)
-    ] = "gptq"
+    method: Annotated[Method, typer.Option("--method", help="The verifier's codes.", rich_help_panel=_SHAPE)] = "gptq"
     bits: Annotated[
         int | None, typer.Option("--bits", help="Of the verifier's codes; default: 4.", rich_help_panel=_SHAPE)
     ] = None
@@ -82,18 +100,20 @@ class RandomOptions:
         int, typer.Option("--lm-head-bits", help="Of the verifier's head.", rich_help_panel=_SHAPE)
     ] = 16
 
-    def parse(self) -> "RandomShape":
-        """The checked shape; UsageError for a value that cannot be."""
-        from quasar_core.bench.steps import RandomShape
+    def parse(self) -> "RandomShape | None":
+        """The checked shape, if one is asked for; UsageError for a value that cannot be."""
+        if self.shape is None:
+            return None
+        from quasar_core.api import RandomShape
 
         bits, group_size = default_codes(self.method)
         codes = QuantizeConfig(
-            method=cast(Method, self.method),
+            method=self.method,
             bits=bits if self.bits is None else self.bits,
             group_size=group_size if self.group_size is None else self.group_size,
             lm_head_bits=self.lm_head_bits,
         )
-        return RandomShape(self.shape or "", self.layers, codes)
+        return RandomShape(self.shape, self.layers, codes)
 
 
 @takes_groups
@@ -111,52 +131,27 @@ def steps(
 
     The floor is the bytes that a pass must read ÷ the bandwidth measured in the same run, before and after.
     """
-    config = timing.config()
+    config, shape = timing.config(), random.parse()
+    if shape is not None and placement.model is not None:
+        raise UsageError("--shape makes a model of its own: leave out --model.")
     use_threads(placement.threads)
-    if plot is not None:
-        from quasar_core.bench.plots import new_figure
-
-        new_figure(plot, "--plot")  # refused before minutes of timing, not after
-    from quasar_core.bench.steps import measure_steps, refuse_foreign_report
-
-    if output is not None:
-        refuse_foreign_report(output)
-    with console.progress_bar() as progress:
-        candidates = _gather(placement, random, timing.reference != "none", progress)
-        report = measure_steps(candidates, config, progress)
-    if output is not None:
-        report.write(output)
-    if plot is not None:
-        from quasar_core.bench.plots import draw_steps
-
-        draw_steps(report, plot)
-    if verbose:
-        for line in candidates.notes:
-            console.note_plain(f"- {line}")
-    _present(report, markdown, as_json)
-
-
-def _gather(placement: Placement, random: RandomOptions, with_reference: bool, progress: Progress) -> "Candidates":
-    """The models of --shape, or of --model, or of the current pair."""
-    from quasar_core.bench.steps import pair_candidates, random_candidates
-
-    place: dict[str, Any] = {"device": placement.device, "dtype": placement.dtype, "kernel": placement.kernel}
-    if random.shape is not None:
-        if placement.model is not None:
-            raise UsageError("--shape makes a model of its own: leave out --model.")
-        return random_candidates(random.parse(), with_reference=with_reference, progress=progress, **place)
     announce(placement.model)
     from quasar_core import api
 
-    pair = api.load_pair(placement.model, placement.verifier, progress=progress, **place)
-    return pair_candidates(pair, _target_folder(placement.model) if with_reference else None)
-
-
-def _target_folder(model: str | None) -> Path:
-    """Of the model named, or of the current pair, which is known to exist once it is loaded."""
-    current = store.current_pair()
-    name = model or (current.target if current else "")
-    return store.resolve_model(name).folder
+    if plot is not None:
+        api.new_figure(plot, "--plot")  # refused before minutes of timing, not after
+    if output is not None:
+        api.refuse_foreign_report(output)
+    with console.progress_bar() as progress:
+        report, notes = api.bench_steps(placement.to_load(), config, shape, timing.reference != "none", progress)
+    if output is not None:
+        report.write(output)
+    if plot is not None:
+        api.draw_steps(report, plot)
+    if verbose:
+        for line in notes:
+            console.note_plain(f"- {line}")
+    _present(report, markdown, as_json)
 
 
 def _present(report: "StepReport", markdown: bool, as_json: bool) -> None:

@@ -1,14 +1,21 @@
 """`quasar chat`: turns over one cache."""
 
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from quasar_cli import console
 from quasar_cli.commands.generate import as_document, load_pair, show_notes, show_stats
+from quasar_cli.help import examples
+from quasar_cli.messages import read_messages
 from quasar_cli.options import (
     DecodeOptions,
     Json,
+    MaxNewTokens,
     ModelOptions,
     ShowStats,
     Stream,
@@ -17,13 +24,36 @@ from quasar_cli.options import (
     Verbose,
     takes_groups,
 )
-from quasar_core.errors import UsageError
+from quasar_core.config import GenerationConfig
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import exists, write_json
 
 if TYPE_CHECKING:
-    from quasar_core.decode.generator import Generator
+    from quasar_core.api import Generator, Pair
     from quasar_core.records import GenerationResult
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer, /help prints this."
+EXAMPLES = examples(
+    "quasar chat",
+    "quasar chat --system 'Answer in one sentence.'",
+    "quasar chat --model Qwen3-0.6B --stats",
+)
+HELP = r"""/more         go on with an answer that was cut
+/system TEXT  set the system message, and start anew
+/save FILE    write the conversation into a JSON file
+/stats        tell what the last answer gained
+/reset        forget the conversation
+/help         print this
+/exit         end, as Ctrl-D does; Ctrl-C stops an answer
+A pasted text is one message. A line that ends in \ goes on in the
+next; so do lines between two times three double quotes.
+// at the beginning sends a message that begins with /"""
+
+
+@dataclass(frozen=True)
+class ChatOptions(DecodeOptions):
+    """An answer of a chat may be longer: /more goes on where it was cut."""
+
+    max_new_tokens: MaxNewTokens = 1024
 
 
 @takes_groups
@@ -31,109 +61,171 @@ def chat(
     *,
     system: System = None,
     think: Think = None,
-    decoding: DecodeOptions,
+    decoding: ChatOptions,
     models: ModelOptions,
     stream: Stream = True,
     stats: ShowStats = False,
+    history: Annotated[
+        bool, typer.Option("--history/--no-history", help="Keep what is typed for the arrows of the next chat.")
+    ] = True,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
-    """Chat with a pair, in turns: one message a line; /help lists the commands.
+    """Chat with a pair, in turns; /help lists the commands.
 
     The cache is kept between turns, so a turn costs its own tokens only.
     """
     config = decoding.config()
     pair = load_pair(models, config)
 
-    from quasar_core.decode.generator import Generator
-    from quasar_core.kernels.threads import describe_threads
+    from quasar_core import api
 
-    conversation = Conversation(Generator(pair, config), system, think, stream and not as_json)
+    answers = Answers(pair, config, stream, stats, verbose, as_json)
+    conversation = Conversation(api.Generator(pair, config), system, think, stream and not as_json, answers.show)
     if verbose:
         show_notes(pair)
-    turns: list[dict[str, Any]] = []
-    for message in _messages(conversation):
-        result = conversation.answer(message)
-        if result is None:
-            continue
-        turns.append(as_document(pair, config, result))
-        if not as_json:
-            console.stream_text("\n" if stream else result.text + "\n")
-        if stats:
-            show_stats(pair, config, result)
-        if verbose:
-            console.note_plain(f"- {describe_threads()}")
+    if sys.stdin.isatty():
+        console.note_plain("/help lists the commands, /exit or Ctrl-D ends.")
+    for message in read_messages(history):
+        if message in ("/exit", "/quit"):
+            break
+        conversation.take(message)
     if as_json:
-        console.print_json({"turns": turns})
+        console.print_json({"turns": answers.turns})
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is shown behind each answer, and the JSON form of all."""
+
+    pair: "Pair"
+    config: GenerationConfig
+    stream: bool
+    stats: bool
+    verbose: bool
+    as_json: bool
+    turns: list[dict[str, Any]] = field(default_factory=list)
+
+    def show(self, result: "GenerationResult") -> None:
+        """End the answer's line, and say what is to be said of it."""
+        self.turns.append(as_document(self.pair, self.config, result))
+        if not self.as_json:
+            console.stream_text("\n" if self.stream else result.text + "\n")
+        if result.finish_reason == "length":
+            console.note_plain(f"(cut after {len(result.token_ids)} tokens; /more goes on, -n sets the length)")
+        if self.stats:
+            show_stats(self.pair, self.config, result)
+        if self.verbose:
+            from quasar_core import api
+
+            console.note_plain(f"- {api.describe_threads()}")
 
 
 class Conversation:
-    """The messages so far, and the generator whose cache holds them."""
+    """The messages so far, and the generator whose cache holds them; each answer is handed to `present`."""
 
-    def __init__(self, generator: "Generator", system: str | None, think: bool | None, stream: bool) -> None:
-        self._generator, self._think, self._stream = generator, think, stream
+    def __init__(
+        self,
+        generator: "Generator",
+        system: str | None,
+        think: bool | None,
+        stream: bool,
+        present: Callable[["GenerationResult"], None],
+    ) -> None:
+        self._generator, self._think, self._stream, self._present = generator, think, stream, present
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: console.note_plain(HELP),
+            "/more": lambda _: self.go_on(),
+            "/reset": lambda _: self.reset(),
+            "/save": self.save,
+            "/stats": lambda _: self.show_stats(),
+            "/system": self.set_system,
+        }
+        self._begin(system)
+
+    def _begin(self, system: str | None) -> None:
         self._opening = [{"role": "system", "content": system}] if system is not None else []
         self.messages = list(self._opening)
+        self._last: GenerationResult | None = None
+
+    def take(self, text: str) -> None:
+        """Carry out a command, or answer a message; what is refused is one sentence, and the chat goes on."""
+        word, _, rest = text.partition(" ")
+        try:
+            if word in self._commands:
+                self._commands[word](rest.strip())
+            elif text.startswith("/") and not text.startswith("//"):
+                raise UsageError(f"There is no command {word.split()[0]}: /help lists them, /{word} sends it as text.")
+            else:
+                self.answer(text.removeprefix("/"))
+        except (UsageError, QuasarError) as error:
+            console.print_error(str(error))
 
     def reset(self) -> None:
         """Start anew: only the system message stays."""
-        self.messages = list(self._opening)
+        self.messages, self._last = list(self._opening), None
         self._generator.reset()
+        console.note_plain("(the conversation is forgotten)")
 
-    def answer(self, message: str) -> "GenerationResult | None":
-        """Answer one message; None where the answer was stopped or the message cannot be answered.
+    def set_system(self, text: str) -> None:
+        """Start anew with another system message; without a text, print the present one."""
+        if not text:
+            console.note_plain(self._opening[0]["content"] if self._opening else "(there is no system message)")
+            return
+        self._begin(text)
+        self._generator.reset()
+        console.note_plain("(the system message is set, and the conversation starts anew)")
+
+    def save(self, name: str) -> None:
+        """Write the messages into a JSON file, which must not exist."""
+        if not name:
+            raise UsageError("/save needs a file: /save FILE.")
+        path = Path(name).expanduser()
+        if exists(path):
+            raise UsageError(f"{path} exists already: name another file.")
+        write_json(path, {"model": self._generator.pair.target_name, "messages": self.messages})
+        console.note_plain(f"(saved in {path})")
+
+    def show_stats(self) -> None:
+        """Print what the last answer gained."""
+        if self._last is None:
+            raise UsageError("There is no answer yet.")
+        show_stats(self._generator.pair, self._generator.config, self._last)
+
+    def answer(self, message: str) -> None:
+        """Answer one message.
 
         A stopped answer stays in the conversation as far as it came; a message without an answer does not.
         """
-        from quasar_core.decode.text import encode_prompt
+        from quasar_core import api
 
         asked = [*self.messages, {"role": "user", "content": message}]
-        pieces: list[str] = []
+        prompt_ids = api.encode_prompt(self._generator.pair.tokenizer, asked, think=self._think)
+        self._generate(prompt_ids, asked, "")
+
+    def go_on(self) -> None:
+        """Generate the rest of an answer that was cut."""
+        if self._last is None or self._last.finish_reason != "length":
+            raise UsageError("There is no answer that was cut.")
+        prompt_ids = [*self._last.prompt_token_ids, *self._last.token_ids]
+        self._generate(prompt_ids, self.messages[:-1], self.messages[-1]["content"])
+
+    def _generate(self, prompt_ids: list[int], asked: list[dict[str, str]], before: str) -> None:
+        pieces: list[str] = [before]
         try:
-            prompt_ids = encode_prompt(self._generator.pair.tokenizer, asked, think=self._think)
-            result = self._generator.generate(prompt_ids, lambda text: self._hear(text, pieces))
+            self._last = self._generator.generate(prompt_ids, lambda text: self._hear(text, pieces))
         except UsageError as error:
-            console.print_error(f"{error} /reset starts a new conversation.")
-            return None
+            raise UsageError(f"{error} /reset starts a new conversation.") from error
         except KeyboardInterrupt:
             # A pass may have been cut in the middle, so what the cache holds is not known.
             self._generator.reset()
             console.note_plain("\n(stopped)")
-            self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
-            return None
-        self.messages = [*asked, {"role": "assistant", "content": result.text}]
-        return result
+            self.messages, self._last = [*asked, {"role": "assistant", "content": "".join(pieces)}], None
+            return
+        self.messages = [*asked, {"role": "assistant", "content": before + self._last.text}]
+        self._present(self._last)
 
     def _hear(self, text: str, pieces: list[str]) -> None:
         pieces.append(text)
         if self._stream:
             console.stream_text(text)
-
-
-def _messages(conversation: Conversation) -> Iterator[str]:
-    """The lines to answer; the lines that are commands are carried out here."""
-    if sys.stdin.isatty():
-        console.note_plain(HELP)
-    while (line := _read_line()) is not None:
-        message = line.strip()
-        if message in ("/exit", "/quit"):
-            return
-        if message == "/reset":
-            conversation.reset()
-            console.note_plain("(the conversation is forgotten)")
-        elif message.startswith("/"):
-            console.note_plain(HELP)
-        elif message:
-            yield message
-
-
-def _read_line() -> str | None:
-    """The next line, or None at the end; in a terminal it can be edited."""
-    if not sys.stdin.isatty():
-        return sys.stdin.readline() or None
-    import readline  # noqa: F401 - importing it gives input() its line editing
-
-    try:
-        return input("> ")
-    except EOFError:
-        return None

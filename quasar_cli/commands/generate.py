@@ -8,6 +8,7 @@ import typer
 
 from quasar_cli import console
 from quasar_cli.commands.models import announce
+from quasar_cli.help import examples
 from quasar_cli.options import (
     DecodeOptions,
     Json,
@@ -25,15 +26,29 @@ from quasar_core.errors import UsageError, reason
 from quasar_core.files import read_text, require_characters
 
 if TYPE_CHECKING:
-    from quasar_core.models.pair import Pair
+    from quasar_core.api import Pair
     from quasar_core.records import GenerationResult
+
+EXAMPLES = examples(
+    "quasar generate 'Why is the sky blue?'",
+    "git diff | quasar generate --system 'Review this.'",
+    "quasar generate -f prompt.txt -n 512 --json",
+    "quasar generate --raw 'def fibonacci(' --no-stats",
+)
 
 
 @takes_groups
 def generate(
+    text: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The prompt; without one, what is piped in.")
+    ] = None,
     *,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt, or - for standard input.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="A file that holds the prompt.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt, or - for standard input.")
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", "-f", metavar="FILE", help="A file that holds the prompt.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Through the chat template, or the text as it is.")] = True,
     system: System = None,
     think: Think = None,
@@ -49,17 +64,16 @@ def generate(
     The answer goes to stdout as it comes; what it gained goes to stderr after it.
     """
     config = decoding.config()
-    text = read_prompt(prompt, prompt_file)
+    asked = read_prompt(text, prompt, prompt_file)
     if system is not None and not chat:
         raise UsageError("--system is part of the chat template; leave --raw out, or put the text into the prompt.")
     pair = load_pair(models, config)
 
-    from quasar_core.decode.generator import Generator
-    from quasar_core.decode.text import encode_prompt
+    from quasar_core import api
 
-    messages = text if system is None else conversation(system, text)
-    prompt_ids = encode_prompt(pair.tokenizer, messages, raw=not chat, think=think)
-    generator = Generator(pair, config)
+    messages = asked if system is None else conversation(system, asked)
+    prompt_ids = api.encode_prompt(pair.tokenizer, messages, raw=not chat, think=think)
+    generator = api.Generator(pair, config)
     streamed = stream and not as_json
     result = generator.generate(prompt_ids, console.stream_text if streamed else None)
     if as_json:
@@ -72,18 +86,29 @@ def generate(
         show_stats(pair, config, result)
 
 
-def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt's text from the one place that was named; UsageError for none, two, or an empty one."""
-    if (prompt is None) == (prompt_file is None):
-        raise UsageError("Give the prompt with exactly one of --prompt and --prompt-file.")
+def read_prompt(argument: str | None, prompt: str | None, prompt_file: Path | None) -> str:
+    """The prompt's text from the one place that was named, else from a pipe; UsageError for none, two, or an empty one.
+
+    What a pipe or a file ends with is part of the prompt, but for one line break, which `echo` and editors put there.
+    """
+    given = [place for place in (argument, prompt, prompt_file) if place is not None]
+    if len(given) > 1:
+        raise UsageError("Give the prompt once: as PROMPT, with --prompt, with --prompt-file, or through a pipe.")
     if prompt_file is not None:
         text = _read_pipe(prompt_file) if _is_own_pipe(prompt_file) else read_text(prompt_file, kind=UsageError)
+        text = text.removesuffix("\n")
     else:
-        text = sys.stdin.read() if prompt == "-" else str(prompt)
+        text = _read_stdin() if given in ([], ["-"]) else str(given[0])
     require_characters(text, "The prompt")
     if not text.strip():
         raise UsageError("The prompt is empty.")
     return text
+
+
+def _read_stdin() -> str:
+    if sys.stdin.isatty():
+        raise UsageError("Give a prompt: quasar generate 'PROMPT', --prompt-file FILE, or through a pipe.")
+    return sys.stdin.read().removesuffix("\n")
 
 
 def _is_own_pipe(path: Path) -> bool:
@@ -111,20 +136,7 @@ def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
     from quasar_core import api
 
     with console.progress_bar() as progress:
-        pair = api.load_pair(
-            models.model,
-            models.verifier,
-            verify=config.verify,
-            draft=config.draft,
-            use_target=models.use_target,
-            device=models.device,
-            dtype=models.dtype,
-            kernel=models.kernel,
-            max_context=models.max_context,
-            trust_remote_code=models.trust_remote_code,
-            check_digest=models.check_digest,
-            progress=progress,
-        )
+        pair = api.load(models.to_load(config.verify, config.draft), progress)
     if models.check_digest:
         say_digest(pair)
     return pair
@@ -158,9 +170,9 @@ def as_document(pair: "Pair", config: GenerationConfig, result: "GenerationResul
 
 def show_notes(pair: "Pair") -> None:
     """Print on stderr what was chosen while loading, and why, and how many threads compute now."""
-    from quasar_core.kernels.threads import describe_threads
+    from quasar_core import api
 
-    for line in [*pair.notes, describe_threads()]:
+    for line in [*pair.notes, api.describe_threads()]:
         console.note_plain(f"- {line}")
 
 

@@ -7,12 +7,18 @@ from typing import Annotated
 import typer
 
 from quasar_cli import console
+from quasar_cli.help import Command, Group, examples
 from quasar_cli.options import Json, Verbose
 from quasar_core import store
 from quasar_core.errors import QuasarError
 from quasar_core.files import is_folder
 
-app = typer.Typer(help="List, choose, add and remove pairs of a model and its verifier.", invoke_without_command=True)
+app = typer.Typer(
+    cls=Group,
+    help="List, choose, add and remove pairs of a model and its verifier.",
+    invoke_without_command=True,
+    epilog=examples("quasar models", "quasar models use demo-gptq-4bit-g128"),
+)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A pair's name, as `quasar models` lists it.")]
 
@@ -40,7 +46,7 @@ def list_pairs(context: typer.Context, verbose: Verbose = False, as_json: Json =
         console.note_plain("No pair is recorded yet; make one with `quasar quantize MODEL`.")
 
 
-@app.command("add")
+@app.command("add", cls=Command, epilog=examples("quasar models add FOLDER --target Qwen/Qwen3-8B"))
 def add(
     verifier: Annotated[str, typer.Argument(metavar="FOLDER|HUB-ID", help="A quantized checkpoint.")],
     target: Annotated[
@@ -54,14 +60,15 @@ def add(
     from quasar_core import api
 
     announce(target)
-    record = api.add_verifier(verifier, target)
+    with console.progress_bar() as progress:
+        record = api.add_verifier(verifier, target, progress)
     if as_json:
         console.print_json(asdict(record))
     else:
         console.note_plain(f"{record.name} is added for {record.target}, and is the current pair.")
 
 
-@app.command("use")
+@app.command("use", cls=Command, epilog=examples("quasar models use demo-gptq-4bit-g128"))
 def use(name: Name, verbose: Verbose = False, as_json: Json = False) -> None:
     """Make a pair the current one."""
     record = store.use_pair(name)
@@ -71,7 +78,7 @@ def use(name: Name, verbose: Verbose = False, as_json: Json = False) -> None:
         console.note_plain(f"{record.name} is the current pair.")
 
 
-@app.command("push")
+@app.command("push", cls=Command, epilog=examples("quasar models push NAME my-name/Qwen3-8B-4bit --private"))
 def push(
     name: Name,
     repository: Annotated[str, typer.Argument(metavar="REPO", help="A hub id, such as my-name/Qwen3-8B-4bit.")],
@@ -98,7 +105,7 @@ def push_verifier(folder: Path, repository: str, private: bool) -> str:
     return address
 
 
-@app.command("remove")
+@app.command("remove", cls=Command, epilog=examples("quasar models remove demo-gptq-4bit-g128 --keep-files"))
 def remove(
     name: Name,
     keep_files: Annotated[bool, typer.Option("--keep-files", help="Forget the pair, keep the verifier.")] = False,

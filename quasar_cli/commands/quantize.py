@@ -5,18 +5,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from glob import escape
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated
 
 import typer
 
 from quasar_cli import console
 from quasar_cli.commands.models import announce, push_verifier
+from quasar_cli.help import examples
 from quasar_cli.options import Device, Folder, Json, Threads, TrustRemoteCode, Verbose, takes_groups, use_threads
-from quasar_core.config import BITS, Method, QuantizeConfig, Rounding
+from quasar_core.config import BITS, QUICK, SAMPLES, Backend, Method, QuantizeConfig, Rounding
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.store import check_can_push
 
 _CALIBRATION = "Calibration"
+EXAMPLES = examples(
+    "quasar quantize Qwen/Qwen3-0.6B --dry-run",
+    "quasar quantize Qwen/Qwen3-0.6B",
+    "quasar quantize demo --quick",
+    "quasar quantize MODEL --bits 4.25 --calibration c4",
+)
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,10 @@ class QuantizeOptions:
         bool, typer.Option("--act-order/--no-act-order", help="Quantize the most active inputs first.")
     ] = True
     method: Annotated[
-        str, typer.Option("--method", help="gptq, or 8 bits for weights and activations: w8a8 (integers) or fp8.")
+        Method, typer.Option("--method", help="gptq, or 8 bits for weights and activations: w8a8 (integers) or fp8.")
     ] = "gptq"
     rounding: Annotated[
-        str,
+        Rounding,
         typer.Option(
             "--rounding", help="Of w8a8 and fp8: gptq, or nearest, every weight on its own, as their papers have it."
         ),
@@ -80,7 +87,18 @@ class QuantizeOptions:
             rich_help_panel=_CALIBRATION,
         ),
     ] = "self"
-    samples: Annotated[int, typer.Option("--samples", help="Calibration texts.", rich_help_panel=_CALIBRATION)] = 128
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="A verifier to try with, sooner: 16 texts of 128 tokens, and fidelity on 8 rows of text, not 32.",
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = False
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", help=f"Calibration texts; default: {SAMPLES}.", rich_help_panel=_CALIBRATION),
+    ] = None
     seq_len: Annotated[
         int | None,
         typer.Option(
@@ -89,9 +107,9 @@ class QuantizeOptions:
     ] = None
     damp: Annotated[float, typer.Option("--damp", help="Damping, as a share of the Hessian's mean diagonal.")] = 0.05
     seed: Annotated[int, typer.Option("--seed", help="Fixes the calibration text.", rich_help_panel=_CALIBRATION)] = 0
-    backend: Annotated[str, typer.Option("--backend", help="native, or optimum (needs the extra gptqmodel).")] = (
-        "native"
-    )
+    backend: Annotated[
+        Backend, typer.Option("--backend", help="Whose solver: our own, or optimum's (needs the extra gptqmodel).")
+    ] = "native"
 
     def config(self) -> QuantizeConfig:
         """The checked config; UsageError for a value that cannot be."""
@@ -102,17 +120,21 @@ class QuantizeOptions:
             group_size=self.group_size,
             sym=self.sym,
             act_order=self.act_order,
-            method=cast(Method, self.method),
-            rounding=cast(Rounding, self.rounding),
+            method=self.method,
+            rounding=self.rounding,
             lm_head_bits=self.lm_head_bits,
             calibration=self.calibration,
-            samples=self.samples,
-            seq_len=self.seq_len,
+            **self._texts(),
             damp=self.damp,
             seed=self.seed,
-            backend=cast(Literal["native", "optimum"], self.backend),
+            backend=self.backend,
             widths=BITS if self.widths is None else parse_widths(self.widths),
         )
+
+    def _texts(self) -> dict[str, int]:
+        """How much text is read: what is asked for by itself goes before --quick."""
+        asked = {"samples": self.samples, "seq_len": self.seq_len}
+        return (QUICK if self.quick else {}) | {name: value for name, value in asked.items() if value is not None}
 
 
 def parse_widths(text: str) -> tuple[int, ...]:
@@ -159,12 +181,13 @@ def quantize(
     announce(model)
     if push_to_hub is not None:
         check_can_push(push_to_hub)
-    _say_one_gpu(device)
+    from quasar_core import api
+
+    if sentence := api.spare_gpus(device):
+        console.note_plain(sentence)
     if dry_run:
         _show_plan(model, config, output, device, max_memory, trust_remote_code, as_json)
         return
-
-    from quasar_core import api
 
     with _saying_how_to_go_on(resume), console.progress_bar() as progress:
         report = api.quantize(
@@ -190,26 +213,14 @@ def quantize(
     console.show(*report_tables(report, verbose))
     if verbose:
         _say_how_it_computed()
-    console.note_plain('Next: quasar generate --prompt "..."')
+    console.note_plain("Next: quasar generate 'Why is the sky blue?'")
 
 
 def _say_how_it_computed() -> None:
     """On stderr: the solver's loops on the processor, and the threads."""
-    from quasar_core.kernels.threads import describe_threads
-    from quasar_core.quantize.solve.cpp import describe_loops
+    from quasar_core import api
 
-    console.note_plain(f"- loops of the solver on the CPU: {describe_loops()}\n- {describe_threads()}")
-
-
-def _say_one_gpu(device: str) -> None:
-    """Where there are several: a block waits for the one before it, so a second GPU would stand idle."""
-    import torch
-
-    from quasar_core.models.device import choose_device
-
-    place = choose_device(device)
-    if place.type == "cuda" and (count := torch.cuda.device_count()) > 1:
-        console.note_plain(f"One of {count} GPUs is used ({place}): each block waits for the one before it.")
+    console.note_plain(f"- loops of the solver on the CPU: {api.describe_loops()}\n- {api.describe_threads()}")
 
 
 @contextmanager
@@ -228,16 +239,16 @@ def _saying_how_to_go_on(resume: bool) -> Iterator[None]:
 
 def _say_what_was_kept(output: Path) -> None:
     """Where a replaced folder held more than quasar wrote into it."""
-    from quasar_core.store.folders import replaced_folder
+    from quasar_core import api
 
-    for place in sorted(output.parent.glob(f"{escape(replaced_folder(output).name)}*")):
+    for place in sorted(output.parent.glob(f"{escape(api.replaced_folder(output).name)}*")):
         console.note_plain(f"{place} holds what quasar did not write in the folder that was replaced.")
 
 
 def _bytes_of(max_memory: str | None) -> int | None:
-    from quasar_core.quantize.plan import parse_bytes
+    from quasar_core import api
 
-    return None if max_memory is None else parse_bytes("--max-memory", max_memory)
+    return None if max_memory is None else api.parse_bytes("--max-memory", max_memory)
 
 
 def _show_plan(
@@ -251,9 +262,8 @@ def _show_plan(
 ) -> None:
     """`--dry-run`: the plan, and a refusal after it where it cannot be carried out."""
     from quasar_core import api
-    from quasar_core.quantize.plan import refuse_what_cannot_fit
 
-    plan = api.plan_quantize(
+    plan = api.estimate(
         model,
         config,
         output=output,
@@ -268,7 +278,7 @@ def _show_plan(
         from quasar_cli.render.quantize import plan_table
 
         console.show(plan_table(plan))
-    refuse_what_cannot_fit(plan, output)
+    api.refuse_what_cannot_fit(plan, output)
 
 
 def _push(folder: Path, repository: str, private: bool) -> str:

@@ -2,16 +2,17 @@
 
 from collections.abc import Iterable
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
+
+from quasar_cli.render.fitted import FittedTable
 
 
 def text_table(title: str | None, *columns: str) -> Table:
     """A table of texts, every column to the left."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = FittedTable(title=title)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column)
     return table
 
 

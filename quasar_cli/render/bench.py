@@ -9,13 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
-from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from quasar_cli.render import as_ratio
+from quasar_cli.render.fitted import FittedTable
 from quasar_core.bench.arms import BASELINE
 from quasar_core.bench.metrics import FEWEST, ArmMetrics, Comparison, Estimate, conditions, mean_over_datasets, measure
 from quasar_core.bench.results import Results
@@ -170,10 +168,10 @@ def comparison_grids(comparison: Comparison) -> list[Grid]:
     return grids
 
 
-def as_table(grid: Grid) -> Group:
+def as_table(grid: Grid) -> Table:
     """The grid for a terminal: the first line of a head once for the columns it spans, a repeated first cell blank."""
     two_lines = any(column.group for column in grid.columns)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0 if two_lines else 1, 0, 0))
+    table = FittedTable(title=grid.title)
     previous = ""
     for column in grid.columns:
         top = column.group if column.group != previous else ""
@@ -184,7 +182,7 @@ def as_table(grid: Grid) -> Group:
     for row in grid.rows:
         table.add_row("" if row[0] == first else escape(row[0]), *map(escape, row[1:]))
         first = row[0]
-    return Group(Text(grid.title, style="bold"), table)  # a title of the table itself would be folded to its width
+    return table
 
 
 def as_markdown(grid: Grid) -> str:
@@ -291,7 +289,7 @@ def _times(metric: ArmMetrics, estimate: Estimate | None) -> str:
 def _interval(metric: ArmMetrics, estimate: Estimate | None) -> str:
     if estimate is None or estimate.interval is None or metric.arm == BASELINE:
         return "–"
-    return "{:.2f} to {:.2f}".format(*estimate.interval)
+    return "{:.2f}–{:.2f}".format(*estimate.interval)
 
 
 def _identical(metric: ArmMetrics) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from quasar_cli.render import as_bytes, facts_table, number_table, text_table
 from quasar_cli.render.fidelity import fidelity_facts, fidelity_tables, layers_table
+from quasar_core.config import QuantizeConfig
 from quasar_core.quantize.estimate import about
 from quasar_core.quantize.plan import Plan
 from quasar_core.records import FidelityReport, QuantizeReport
@@ -58,6 +59,7 @@ def _free(count: int | None) -> str:
 
 
 _WORST_LAYERS = 5
+FULL_ROWS = QuantizeConfig().fidelity_rows
 
 
 def report_tables(report: QuantizeReport, verbose: bool) -> list[RenderableType]:
@@ -69,6 +71,7 @@ def report_tables(report: QuantizeReport, verbose: bool) -> list[RenderableType]
         ("size", f"{as_bytes(report.bytes_before)} → {as_bytes(report.bytes_after)} ({smaller:.2f} times smaller)"),
         ("bits per weight", f"{report.bits_per_weight:.2f}"),
         *fidelity_facts(report.fidelity),
+        *quick_facts(report.config),
         *rounded_facts(report.rounded_layers, verbose),
         *((f"seconds: {stage}", f"{seconds:.1f}") for stage, seconds in report.seconds.items()),
     ]
@@ -76,6 +79,17 @@ def report_tables(report: QuantizeReport, verbose: bool) -> list[RenderableType]
     if verbose:
         tables.append(errors_table(report.layer_errors, len(report.layer_errors)))
     return tables
+
+
+def quick_facts(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """That little text was read, where --quick asked for that."""
+    rows = config.get("fidelity_rows", FULL_ROWS)
+    if rows >= FULL_ROWS:
+        return []
+    read = f"{config['samples']} texts of {config['seq_len']} tokens"
+    return [
+        ("quick", f"calibrated on {read}, fidelity measured on {rows} rows of text: without --quick both are surer")
+    ]
 
 
 def rounded_facts(names: Sequence[str], verbose: bool) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quasar_core.bench.arms import BASELINE
 from quasar_core.bench.metrics import measure
@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg")
 MARK = "quasar, by matplotlib"
+_LEGEND_WIDTH = 110  # characters
 _HEAD_BYTES = 4096  # where PNG and SVG tell what wrote them
+
+
+# Okabe and Ito's colours, which all kinds of colour vision tell apart; marks and lines differ too, for print in grey.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8C7A00")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", "-.", ":")
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "**")
 
 
 def plot(results: Results, path: Path) -> None:
@@ -32,7 +40,9 @@ def plot(results: Results, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     _draw_speedups(left, results)
     _draw_accepted(right, results)
-    figure.suptitle(f"{results.run.model} · {results.run.device} · temperature {results.run.config.temperature:g}")
+    run = results.run
+    _title(figure, f"{run.model} · {run.dtype} on {run.device} · temperature {run.config.temperature:g}")
+    _legend_below(figure, left, right)
     save_figure(figure, path)
 
 
@@ -45,7 +55,7 @@ def new_figure(path: Path, flag: str) -> "Figure":
         from matplotlib.figure import Figure
     except ImportError as error:
         raise QuasarError("Drawing needs matplotlib: pip install 'quasar-cli[plots]'.") from error
-    return Figure(figsize=(11, 4.5), layout="constrained")
+    return Figure(figsize=(11, 4.8), layout="constrained")
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -59,6 +69,21 @@ def _is_ours(path: Path) -> bool:
     """Whether a file begins with our mark among what it tells of itself."""
     with path.open("rb") as file:
         return MARK.encode() in file.read(_HEAD_BYTES)
+
+
+def _title(figure: "Figure", text: str) -> None:
+    figure.suptitle(text, fontsize="medium")
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+
+
+def _legend_below(figure: "Figure", *drawn: "Axes") -> None:
+    """One legend for all parts, under them, where it hides nothing."""
+    handles = {label: handle for axes in drawn for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if handles:
+        columns = max(1, _LEGEND_WIDTH // (max(map(len, handles)) + 5))
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _draw_speedups(axes: "Axes", results: Results) -> None:
@@ -76,11 +101,13 @@ def _draw_speedups(axes: "Axes", results: Results) -> None:
         ends = [estimate.interval or (estimate.value, estimate.value) for estimate in estimates]
         below = [max(0.0, height - low) for height, (low, _) in zip(heights, ends, strict=True)]
         above = [max(0.0, high - height) for height, (_, high) in zip(heights, ends, strict=True)]
-        axes.bar(at, heights, 0.75 / len(arms), yerr=[below, above], capsize=3, color=_colour(results, arm), label=arm)
-    axes.axhline(1, color="0.4", linewidth=1, linestyle="--")
-    axes.set_xticks(range(len(datasets)), datasets)
-    axes.set_title("Speedup over vanilla (95 % interval)", fontsize="medium")
-    _add_legend(axes)
+        error = {"elinewidth": 1, "ecolor": "0.25"}
+        look = _look(results, arm)
+        axes.bar(at, heights, 0.75 / len(arms), yerr=[below, above], capsize=2, error_kw=error, label=arm, **look)
+    axes.axhline(1, color="0.3", linewidth=1, linestyle="--", label=BASELINE)
+    asked = {name: max(one.questions for one in metrics if one.dataset == name) for name in datasets}
+    axes.set_xticks(range(len(datasets)), [f"{name}\n(n = {asked[name]})" for name in datasets], fontsize="small")
+    axes.set(xlabel="dataset (n questions)", ylabel=f"speedup over {BASELINE} (×), 95 % interval")
 
 
 def _draw_accepted(axes: "Axes", results: Results) -> None:
@@ -93,12 +120,11 @@ def _draw_accepted(axes: "Axes", results: Results) -> None:
     for (arm, of_arm), place in zip(drafting.items(), places, strict=True):
         lengths = range(max(of_arm) + 1)
         shares = [100 * of_arm[length] / sum(of_arm.values()) for length in lengths]
-        axes.bar(
-            [length + place for length in lengths], shares, 0.75 / len(drafting), color=_colour(results, arm), label=arm
-        )
+        at = [length + place for length in lengths]
+        axes.bar(at, shares, 0.75 / len(drafting), label=arm, **_look(results, arm))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title("Draft tokens accepted by a step (% of steps)", fontsize="medium")
-    _add_legend(axes)
+    steps = sum(sum(of_arm.values()) for of_arm in drafting.values())
+    axes.set(xlabel="draft tokens accepted in a step", ylabel=f"share of an arm's steps (%), n = {steps:,} in all")
 
 
 def _bar_places(count: int) -> list[float]:
@@ -106,14 +132,10 @@ def _bar_places(count: int) -> list[float]:
     return [(number - (count - 1) / 2) * 0.8 / count for number in range(count)]
 
 
-def _colour(results: Results, arm: str) -> str:
-    """The same in both halves of the figure."""
-    return f"C{results.run.config.arms.index(arm)}"
-
-
-def _add_legend(axes: "Axes") -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+def _look(results: Results, arm: str) -> dict[str, Any]:
+    """An arm's colour and hatching, the same in both halves of the figure."""
+    number = results.run.config.arms.index(arm) % len(COLOURS)
+    return {"color": COLOURS[number], "hatch": HATCHES[number], "edgecolor": "white", "linewidth": 0.5}
 
 
 def accepted_per_step(results: Results, arm: str) -> Counter[int]:
@@ -122,39 +144,44 @@ def accepted_per_step(results: Results, arm: str) -> Counter[int]:
     return Counter(step.accepted for step in steps) if any(step.drafted for step in steps) else Counter()
 
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
 def plot_fidelity(fidelity: FidelityReport, losses: Mapping[str, float], name: str, path: Path) -> None:
     """Draw the figure into `path`, PNG or SVG by its suffix; raises as `plots.plot` does."""
     figure = new_figure(path, "--plot")
-    figure.set_size_inches(11, 8)
+    figure.set_size_inches(11, 8.5)
     (top_left, top_right), (low_left, low_right) = figure.subplots(2, 2)
-    _draw_margins(top_left, fidelity.margins)
-    _draw_slices(top_right, "by position of the token", fidelity.by_position)
-    _draw_slices(low_left, "by kind of token", fidelity.by_kind)
+    _draw_slices(top_right, "position of the token", fidelity.by_position)
+    _draw_slices(low_left, "kind of token", fidelity.by_kind)
     _draw_losses(low_right, losses)
-    figure.suptitle(f"{name} · agreement {fidelity.agreement:.4f} · mean KL {fidelity.kl_mean:.4f} nats")
+    said = f"{name} · agreement {fidelity.agreement:.4f} · mean KL {fidelity.kl_mean:.4f} nats"
+    _title(figure, f"{said} · {fidelity.tokens:,} tokens of {fidelity.text}")
+    _draw_margins(top_left, fidelity.margins)
     save_figure(figure, path)
 
 
 def _draw_margins(axes: "Axes", margins: MarginTable) -> None:
-    """P(agree | margin), each bin at its lower edge."""
-    points = [
-        (low, agreed / count)
-        for low, count, agreed in zip([0.0, *margins.edges], margins.counts, margins.agreed, strict=True)
-        if count
-    ]
-    axes.step([low for low, _ in points], [share for _, share in points], where="post")
-    axes.set(xlabel="margin of the verifier's two best logits (nats)", ylabel="P(agree)", title="margin curve")
+    """P(agree | margin), each bin at its lower edge; in grey behind it the tokens of each bin."""
+    bins = zip([0.0, *margins.edges], margins.counts, margins.agreed, strict=True)
+    points = [(low, count, agreed / count) for low, count, agreed in bins if count]
+    lows, counts = [low for low, _, _ in points], [count for _, count, _ in points]
+    axes.step(lows, [share for _, _, share in points], where="post", color=COLOURS[0], linewidth=2, label="agreement")
+    axes.set_xscale("symlog", linthresh=margins.edges[0] if margins.edges else 1.0)
+    ticks = [0, *(tick for tick in (0.1, 1, 10) if tick <= max(lows, default=0))]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set(
+        xlabel="margin of the verifier's two best logits (nats)", ylabel="share of tokens that agree", ylim=(0, 1.02)
+    )
+    behind = axes.twinx()
+    behind.step(lows, counts, where="post", color="0.55", linewidth=1, linestyle="--", label="tokens")
+    behind.set(ylabel=f"tokens of a bin (dashed), n = {sum(counts):,}", ylim=(0, None))
+    behind.spines["top"].set_visible(False)
 
 
-def _draw_slices(axes: "Axes", title: str, slices: list[FidelitySlice]) -> None:
-    """A bar of mean KL for each part."""
-    axes.bar([part.name for part in slices], [part.kl_mean for part in slices])
-    axes.tick_params(axis="x", rotation=30)
-    axes.set(ylabel="mean KL (nats)", title=f"KL {title}")
+def _draw_slices(axes: "Axes", what: str, slices: list[FidelitySlice]) -> None:
+    """A bar of mean KL for each part, the first on top."""
+    names = [f"{part.name}\n(n = {part.tokens:,})" for part in slices]
+    axes.barh(names, [part.kl_mean for part in slices], color=COLOURS[0])
+    axes.invert_yaxis()
+    axes.set(xlabel="mean KL(target‖verifier) (nats)", ylabel=f"{what} (n tokens)")
 
 
 def _draw_losses(axes: "Axes", losses: Mapping[str, float]) -> None:
@@ -162,12 +189,21 @@ def _draw_losses(axes: "Axes", losses: Mapping[str, float]) -> None:
     kinds: dict[str, list[float]] = {}
     for name, loss in losses.items():
         kinds.setdefault(name.rpartition(".")[2], []).append(loss)
-    for kind, values in kinds.items():
-        axes.plot(range(len(values)), values, marker=".", label=kind)
+    for number, (kind, values) in enumerate(kinds.items()):
+        axes.plot(range(len(values)), values, markersize=4, linewidth=1, label=kind, **_line(number))
     if kinds:
         axes.set_yscale("log")
-        axes.legend(fontsize="small")
-    axes.set(xlabel="block", ylabel="relative error", title="error by layer")
+        axes.legend(fontsize="small", frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.set(xlabel="block", ylabel="relative output error of a layer")
+
+
+def _line(number: int) -> dict[str, Any]:
+    """Colour, mark and line of the lines of a figure."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKS[number % len(MARKS)],
+        "linestyle": LINES[number % len(LINES)],
+    }
 
 
 def draw_steps(report: StepReport, path: Path) -> None:
@@ -177,16 +213,17 @@ def draw_steps(report: StepReport, path: Path) -> None:
     for number, name in enumerate(dict.fromkeys(row.model for row in report.rows)):
         rows = sorted((row for row in report.rows if row.model == name), key=lambda row: row.tokens)
         tokens = [row.tokens for row in rows]
-        axes.plot(tokens, [row.ms for row in rows], marker="o", color=f"C{number}", label=_label(name, rows[0].kernel))
+        axes.plot(tokens, [row.ms for row in rows], label=_label(name, rows[0].kernel), **_line(number))
         if name != REFERENCE:  # its floor is the target's
             floors = [row.floor_ms for row in rows], [row.slow_floor_ms for row in rows]
-            axes.fill_between(tokens, *floors, color=f"C{number}", alpha=0.3, label=f"floor of the {name}")
+            look: dict[str, Any] = {"facecolor": "none", "edgecolor": COLOURS[number], "hatch": HATCHES[number + 1]}
+            axes.fill_between(tokens, *floors, linewidth=0.5, label=f"{name}: floor of memory", **look)
     axes.set_ylim(bottom=0)
     axes.set_xticks(report.config.tokens)
-    axes.set_xlabel("tokens of a pass")
-    axes.set_ylabel("ms")
-    axes.legend(frameon=False)
-    axes.set_title(f"{report.name} · {report.dtype} · {report.device} · context {report.config.context}")
+    axes.set_xlabel(f"tokens of a pass, after a context of {report.config.context}")
+    axes.set_ylabel(f"time of a pass (ms), median of {report.config.rounds}")
+    _title(figure, f"{report.name} · {report.dtype} on {report.device} · {report.layers} of {report.all_layers} layers")
+    _legend_below(figure, axes)
     save_figure(figure, path)
 
 

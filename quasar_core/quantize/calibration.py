@@ -235,6 +235,11 @@ HUB_TEXTS = {
 _MAX_DOCUMENTS = 20_000
 
 
+def held_out_rows(config: QuantizeConfig) -> int:
+    """Rows that fidelity is measured on, of held-out and of greedy text each."""
+    return min(config.fidelity_rows, HELD_OUT_ROWS)
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Samples [N, L] to calibrate on, held-out rows [n, L] of the same kind, and greedy self-written rows."""
@@ -267,7 +272,7 @@ def load_calibration(
     greedy = write_self_text(
         model,
         tokenizer,
-        HELD_OUT_ROWS,
+        held_out_rows(config),
         min(GREEDY_LENGTH, max_context),
         config.seed + 1,
         greedy_from=GREEDY_FROM,
@@ -276,7 +281,7 @@ def load_calibration(
         kept=kept,
     )
     if given is None:
-        rows = config.samples + HELD_OUT_ROWS
+        rows = config.samples + held_out_rows(config)
         ids = write_self_text(model, tokenizer, rows, length, config.seed, progress=progress, kept=kept)
         given = ids[: config.samples], ids[config.samples :]
     samples, held_out = given
@@ -296,7 +301,7 @@ def _cut_samples(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows of `length` tokens of the joined documents, drawn without overlap: samples, held-out rows."""
     tokens: list[int] = []
-    wanted = (config.samples + HELD_OUT_ROWS) * length
+    wanted = (config.samples + held_out_rows(config)) * length
     for document in documents:
         tokens += encode(document, tokenizer)
         if len(tokens) > 8 * wanted:
@@ -308,7 +313,7 @@ def _cut_samples(
             f"for samples of {length} tokens (--seq-len)."
         )
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(config.seed))
-    held_out = min(HELD_OUT_ROWS, max(1, windows // 5))
+    held_out = min(held_out_rows(config), max(1, windows // 5))
     rows = torch.tensor(tokens[: windows * length]).view(windows, length)
     return rows[order[held_out:][: config.samples]], rows[order[:held_out]]
 

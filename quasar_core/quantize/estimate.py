@@ -23,7 +23,7 @@ from quasar_core.models.hf.skeleton import build_skeleton
 from quasar_core.models.shapes import shape_named
 from quasar_core.quantize.blocks.activations import batch_tokens
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks, quantized_layers
-from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS, rows_at_once, token_bytes
+from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows, rows_at_once, token_bytes
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.plan import Plan, Shape, make_plan
 from quasar_core.records import Progress
@@ -79,16 +79,16 @@ def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
     length, blocks = config.calibration_length, {_block(name) for name in shape.layers if name != HEAD}
     calibration, held_out, greedy = (
         config.samples * length,
-        HELD_OUT_ROWS * length,
-        HELD_OUT_ROWS * GREEDY_LENGTH,
+        held_out_rows(config) * length,
+        held_out_rows(config) * GREEDY_LENGTH,
     )
     token = sum(out * columns * _share(shape, name) for name, (out, columns) in shape.layers.items() if name != HEAD)
     head = shape.vocabulary * shape.hidden
     attention = 2 * length * sum(columns for name, (_, columns) in shape.layers.items() if name.endswith("o_proj"))
     writes_all = config.calibration == "self"
     written = greedy + (calibration + held_out if writes_all else 0)
-    turns = -(-HELD_OUT_ROWS // rows) * GREEDY_LENGTH
-    turns += -(-(config.samples + HELD_OUT_ROWS) // rows) * length if writes_all else 0
+    turns = -(-held_out_rows(config) // rows) * GREEDY_LENGTH
+    turns += -(-(config.samples + held_out_rows(config)) // rows) * length if writes_all else 0
     return Work(
         passes=2 * (calibration + held_out + greedy) * (token + attention) + 2 * (held_out + greedy) * head,
         steps=written * (token + head + ATTENTION_COST * attention / 2 + DRAW_COST * shape.vocabulary),
@@ -190,7 +190,7 @@ def stage_seconds(shape: Shape, config: QuantizeConfig, rows: int) -> dict[str, 
     """Nominal seconds of each stage, by the first words of its name."""
     work = count_work(shape, config, rows)
     calibration = config.samples * config.calibration_length
-    rest = HELD_OUT_ROWS * (config.calibration_length + GREEDY_LENGTH)
+    rest = held_out_rows(config) * (config.calibration_length + GREEDY_LENGTH)
     passes = work.passes / NOMINAL.passes
     return {
         TEXT: work.steps / NOMINAL.steps + work.launches * NOMINAL.launch,
@@ -292,7 +292,7 @@ def over_whole_run(target: StreamedModel, config: QuantizeConfig, plan: Plan, pr
 def _rows_written(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> int:
     """Rows of text that the model writes at once."""
     fitting = rows_at_once(target.skeleton, config.calibration_length, plan.text_on_device)
-    return min(fitting, config.samples + HELD_OUT_ROWS)
+    return min(fitting, config.samples + held_out_rows(config))
 
 
 def published_shape(name: str, config: QuantizeConfig) -> Shape:

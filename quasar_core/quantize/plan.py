@@ -13,7 +13,7 @@ from typing import Any
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.quantize.blocks.activations import batch_tokens
-from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS, cache_bytes
+from quasar_core.quantize.calibration import GREEDY_LENGTH, cache_bytes, held_out_rows
 from quasar_core.quantize.fidelity import PIECE
 from quasar_core.quantize.job import SHARD_BYTES
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
@@ -182,19 +182,21 @@ def last_layers(shape: Shape) -> dict[tuple[str, str], tuple[int, int]]:
 
 def text_bytes(config: QuantizeConfig) -> int:
     """The calibration's token ids, 64 bits each, as they are committed."""
-    tokens = (config.samples + HELD_OUT_ROWS) * config.calibration_length + HELD_OUT_ROWS * GREEDY_LENGTH
+    tokens = (config.samples + held_out_rows(config)) * config.calibration_length + held_out_rows(
+        config
+    ) * GREEDY_LENGTH
     return 8 * tokens
 
 
 def written_bytes(shape: Shape, config: QuantizeConfig, on_device: bool) -> int:
     """Keys and values of the rows that are written at once, which are kept beside them (`text_log.py`)."""
-    own = (config.samples + HELD_OUT_ROWS) * config.calibration_length if config.calibration == "self" else 0
-    return min(cache_bytes(on_device), shape.token * max(own, HELD_OUT_ROWS * GREEDY_LENGTH))
+    own = (config.samples + held_out_rows(config)) * config.calibration_length if config.calibration == "self" else 0
+    return min(cache_bytes(on_device), shape.token * max(own, held_out_rows(config) * GREEDY_LENGTH))
 
 
 def held_out_bytes(shape: Shape, config: QuantizeConfig) -> int:
     """Hidden states of the text that fidelity is measured on, in both models; always in memory."""
-    rows = HELD_OUT_ROWS * (config.calibration_length + GREEDY_LENGTH)
+    rows = held_out_rows(config) * (config.calibration_length + GREEDY_LENGTH)
     return 2 * rows * shape.hidden * shape.element
 
 

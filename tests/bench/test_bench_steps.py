@@ -261,7 +261,7 @@ def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: p
         (("--layers", "4"), "--layers must be from 1 to 3"),
         (("--shape", "gpt-2"), "--shape must be one of qwen3-32b"),
         (("--bits", "5"), "--bits must be one of"),
-        (("--reference", "jax"), "--reference must be none or transformers"),
+        (("--reference", "jax"), "--reference must be one of none, transformers"),
         (("--plot", "steps.txt"), "--plot must end in .png or .svg"),
         (("--model", "demo"), "--shape makes a model of its own"),
         (("--shape", "tiny-pangu", "--reference", "transformers"), "transformers has no PanguEmbedded"),
@@ -287,7 +287,7 @@ def test_a_stored_pair_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     pair = LoadedPair()
     pair.target, pair.verifier = target, verifier  # type: ignore[attr-defined]
-    monkeypatch.setattr("quasar_core.api.load_pair", lambda *_, **__: pair)
+    monkeypatch.setattr("quasar_core.api.load", lambda *_, **__: pair)
     assert run(["bench", "steps", "--model", "demo", "--tokens", "2", "--rounds", "1", "--json", "-v"]) == 0
     shown = capsys.readouterr()
     assert "- kernel: mine" in shown.err

@@ -18,8 +18,9 @@ from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.metrics import compare, measure
 from quasar_core.bench.plots import accepted_per_step, plot
 from quasar_core.bench.results import Results, read_results, write_results
+from quasar_core.config import LoadOptions
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.records import Step
+from quasar_core.records import Progress, Step
 
 pytest_plugins = ["helpers.cli_fixtures"]
 pytestmark = pytest.mark.usefixtures("own_home")
@@ -239,14 +240,14 @@ def test_what_is_not_known_of_the_machine_is_not_said() -> None:
 
 @pytest.fixture
 def counting_pair(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What api.load_pair was called with; it returns models that count."""
+    """What api.load was called with; it returns models that count."""
     asked: dict[str, Any] = {}
 
-    def load_pair(model: str | None, verifier: str | None, **options: Any) -> Any:
-        asked.update(model=model, verifier=verifier, **options)
+    def load(options: LoadOptions, progress: Progress) -> Any:
+        asked.update(vars(options))
         return make_pair(verifier=CountingModel(wrong_after=6))
 
-    monkeypatch.setattr("quasar_core.api.load_pair", load_pair)
+    monkeypatch.setattr("quasar_core.api.load", load)
     return asked
 
 

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from quasar_cli.commands.inspect import describe
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, quantization_section, stored_tensors
 from quasar_core.checkpoint.gptq_format import pack_columns, unpack_weight
 from quasar_core.checkpoint.reader import QuantizationFormat, TensorFiles, VerifierCheckpoint
 from quasar_core.checkpoint.writer import ShardWriter
 from quasar_core.errors import QuasarError
 from quasar_core.models import lean_weights
+from quasar_core.models.describe import describe
 from quasar_core.models.hf import causal_lm
 from quasar_core.quantize.solve.eight_bit import E4M3Format, Int8Format
 

@@ -3,12 +3,14 @@
 `run(arguments)` is the entry point without the exit.
 """
 
+import os
 import resource
 import subprocess
 import sys
 
 import pytest
 
+import quasar_core
 from quasar_cli.main import run
 from quasar_core import store
 from quasar_core.errors import QuasarError, UsageError
@@ -52,9 +54,69 @@ def test_every_command_has_help_and_takes_verbose_and_json(command: str, capsys:
     assert "--json" in shown
 
 
+COMMANDS = (
+    "quantize",
+    "generate",
+    "chat",
+    "bench",
+    "bench show",
+    "bench compare",
+    "bench plot",
+    "bench steps",
+    "models",
+    "models add",
+    "models use",
+    "models push",
+    "models remove",
+    "inspect",
+    "doctor",
+)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_has_an_example_and_is_whole_at_60_columns(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(columns: str) -> set[str]:
+        monkeypatch.setenv("COLUMNS", columns)
+        assert run([*command.split(), "-h"]) == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= int(columns)
+        assert "Examples:" in shown
+        assert "…" not in shown
+        return set(shown.split())
+
+    assert words("60") == words("80")
+
+
+def test_choices_are_shown_as_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["generate", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for choices in ("full|quantized|exact", "none|ngram", "auto|float32|bfloat16|float16"):
+        assert choices in shown
+
+
+def test_nothing_asked_for_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    assert capsys.readouterr().out.startswith("Usage: quasar")
+
+
+def test_completion_knows_commands_and_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    def completed(words: str) -> str:
+        environment = {**os.environ, "_QUASAR_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        environment["COMP_CWORD"] = str(len(words.split(" ")) - 1)
+        program = "from quasar_cli.main import main; main()"
+        return subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+        ).stdout
+
+    assert "generate" in completed("quasar gen").split()
+    assert "--verify" in completed("quasar generate --ver").split()
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
-    assert capsys.readouterr().out.startswith("quasar ")
+    assert capsys.readouterr().out.startswith(f"quasar {quasar_core.__version__}")
 
 
 # Errors
@@ -107,11 +169,16 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["quantize", "demo", "--bits", "5"], "--bits must be one of 2, 3, 4, 8, not 5."),
         (["quantize", "demo", "--group-size", "100"], "--group-size must be one of 32, 64, 128, -1, not 100."),
-        (["quantize", "demo", "--backend", "magic"], "--backend must be native or optimum, not magic."),
+        (["quantize", "demo", "--backend", "magic"], "--backend must be one of native, optimum, not magic."),
         (["quantize", "nobody-knows-it"], "nobody-knows-it is neither a folder here nor a model whose organisation"),
         (["generate", "--prompt", "x", "--model", "./nowhere"], "There is no folder ./nowhere."),
-        (["generate"], "Give the prompt with exactly one of --prompt and --prompt-file."),
-        (["generate", "--prompt", "x", "--prompt-file", "y"], "Give the prompt with exactly one of"),
+        (["generate", "--prompt", "x", "--prompt-file", "y"], "Give the prompt once: as PROMPT, with --prompt"),
+        (["generate", "x", "--prompt", "y"], "Give the prompt once: as PROMPT, with --prompt"),
+        (["generate", " "], "The prompt is empty."),
+        (["generate", "--promt", "x"], "No such option: --promt"),
+        (["generate", "x", "--max-new-tokens", "many"], "--max-new-tokens: "),
+        (["quantize"], "Missing argument 'MODEL'; see quasar quantize --help."),
+        (["quantise"], "No such command 'quantise'"),
         (["generate", "--prompt", " \n"], "The prompt is empty."),
         (["generate", "--prompt-file", "missing.txt"], "missing.txt does not exist."),
         (["generate", "--prompt", "x", "--raw", "--system", "s"], "--system is part of the chat template"),

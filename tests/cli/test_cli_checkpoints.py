@@ -29,7 +29,7 @@ def test_quantize_prints_a_summary(stand_in_quantize: dict[str, Any], capsys: py
     for fact in ("5.123 target, 5.234 verifier", "/models/demo-gptq-4bit-g128", "12.0", "14.5"):
         assert fact in shown.out
     assert "layers.1.up_proj" not in shown.out
-    assert 'Next: quasar generate --prompt "..."' in shown.err
+    assert "Next: quasar generate 'Why is the sky blue?'" in shown.err
     assert run(["quantize", "demo", "-v"]) == 0
     assert "layers.1.up_proj" in capsys.readouterr().out
 
@@ -41,7 +41,7 @@ def test_quantize_forwards_every_option(stand_in_quantize: dict[str, Any]) -> No
         "--force --no-resume --device cpu --trust-remote-code"
     )
     assert run(["quantize", "demo", *options.split()]) == 0
-    values = [3, 64, False, False, "gptq", 8, "c4", 5, 99, 0.1, 4, "optimum", None, None, BITS, "gptq"]
+    values = [3, 64, False, False, "gptq", 8, "c4", 5, 99, 0.1, 4, "optimum", None, None, BITS, 32, "gptq"]
     assert list(vars(stand_in_quantize["config"]).values()) == values
     assert (stand_in_quantize["model"], stand_in_quantize["output"], stand_in_quantize["device"]) == (
         "demo",
@@ -217,3 +217,14 @@ def test_doctor_says_what_this_machine_can_do(
     shown = capsys.readouterr().out
     assert "demo-gptq-4bit-g128 (demo)" in shown
     assert "reference" in shown
+
+
+def test_quick_reads_less_of_everything_and_what_is_asked_for_goes_before(stand_in_quantize: dict[str, Any]) -> None:
+    def config(*options: str) -> tuple[int, int | None, int]:
+        assert run(["quantize", "demo", *options]) == 0
+        asked = stand_in_quantize["config"]
+        return asked.samples, asked.seq_len, asked.fidelity_rows
+
+    assert config() == (128, None, 32)
+    assert config("--quick") == (16, 128, 8)
+    assert config("--quick", "--samples", "40") == (40, 128, 8)

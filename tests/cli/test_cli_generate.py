@@ -41,7 +41,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
             seen.append(config)
             super().__init__(pair, config)
 
-    monkeypatch.setattr("quasar_core.decode.generator.Generator", Watched)
+    monkeypatch.setattr("quasar_core.api.Generator", Watched)
     decoding = (
         "--max-new-tokens 9 --verify quantized --draft none --num-draft-tokens 7 --ngram-max 5 --ngram-min 2 "
         "--window 6 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --seed 8 "
@@ -58,8 +58,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
     assert (config.ngram_max, config.ngram_min, config.window, config.stop) == (5, 2, 6, ("A", "B"))
     assert tuple(vars(config.sampling).values()) == sampling
     assert not config.processors
-    stand_in_pair.asked.pop("progress")
-    assert stand_in_pair.asked == {
+    assert vars(stand_in_pair.asked) == {
         "model": "org/m",
         "verifier": "v",
         "verify": "quantized",
@@ -101,6 +100,28 @@ def test_the_prompt_comes_from_stdin_or_a_file(
     assert run(["generate", "--prompt", "-", "--raw"]) == 0
     assert run(["generate", "--prompt-file", "prompt.txt", "--raw"]) == 0
     assert capsys.readouterr().out == "[bold]Hé 5\n[bold]Hé 7\n"
+
+
+def test_the_prompt_is_an_argument_or_comes_through_a_pipe(
+    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "123", "--raw"]) == 0
+    type_lines(monkeypatch, "12345\n")  # as echo writes it
+    assert run(["generate", "--raw"]) == 0
+    type_lines(monkeypatch, "1\n\n")
+    assert run(["generate", "-", "--raw"]) == 0
+    assert capsys.readouterr().out == "[bold]Hé 3\n[bold]Hé 5\n[bold]Hé 2\n"
+    type_lines(monkeypatch, "")
+    assert run(["generate"]) == 2
+    assert "The prompt is empty." in capsys.readouterr().err
+
+
+def test_without_a_prompt_in_a_terminal_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    assert run(["generate"]) == 2
+    assert capsys.readouterr().err.startswith("Error: Give a prompt: quasar generate 'PROMPT'")
 
 
 def test_generate_json_is_one_document_with_counts_and_seconds(
@@ -155,7 +176,7 @@ def test_chat_keeps_the_conversation_until_reset(
     shown = capsys.readouterr()
     # 2 + 3; with the answer `[bold]Hé 5` (10) and the message `de` 17; after /reset 2 + 1
     assert shown.out == "[bold]Hé 5\n[bold]Hé 17\n[bold]Hé 3\n"
-    assert "/reset forgets the conversation" in shown.err
+    assert "(the conversation is forgotten)" in shown.err
     assert StandInGenerator.resets == resets + 1
 
 
@@ -178,7 +199,7 @@ def test_ctrl_c_stops_the_answer_only(
                 raise KeyboardInterrupt
             return super().generate(prompt_ids, on_text)
 
-    monkeypatch.setattr("quasar_core.decode.generator.Generator", Interrupted)
+    monkeypatch.setattr("quasar_core.api.Generator", Interrupted)
     resets = StandInGenerator.resets
     type_lines(monkeypatch, "abc\nde\n")
     assert run(["chat"]) == 0
@@ -197,7 +218,7 @@ def test_a_turn_that_does_not_fit_leaves_the_chat_going(
                 raise UsageError("The prompt has too many tokens.")
             return super().generate(prompt_ids, on_text)
 
-    monkeypatch.setattr("quasar_core.decode.generator.Generator", Full)
+    monkeypatch.setattr("quasar_core.api.Generator", Full)
     type_lines(monkeypatch, "abcdefg\nab\n")
     assert run(["chat"]) == 0
     shown = capsys.readouterr()

@@ -68,7 +68,7 @@ def in_place(place: Path) -> Iterator[None]:
         patch.setenv("QUASAR_HOME", str(place / "home"))
         patch.setenv("NO_COLOR", "1")
         patch.chdir(place)
-        patch.setattr("quasar_core.bench.steps.read_bandwidth", lambda device: 1e10)
+        patch.setattr("quasar_core.bench.machine.read_bandwidth", lambda device: 1e10)
         patch.setattr("quasar_core.kernels.select.describe_kernels", lambda *arguments: [])
         yield
 

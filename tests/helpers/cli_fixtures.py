@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from helpers.stand_ins import FIDELITY, StandInGenerator, encode
 
-from quasar_core.records import QuantizeReport
+from quasar_core.config import LoadOptions
+from quasar_core.records import Progress, QuantizeReport
 
 
 @pytest.fixture
@@ -19,19 +20,19 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def stand_in_pair(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A stand-in pair; `asked` holds what load_pair was called with."""
+    """A stand-in pair; `asked` holds the LoadOptions."""
     loaded = SimpleNamespace(
         target_name="demo", verifier_name="demo-gptq-4bit-g128", tokenizer=None, fidelity=FIDELITY, notes=["dtype: why"]
     )
 
-    def load_pair(model: str | None, verifier: str | None, **options: Any) -> SimpleNamespace:
-        options["progress"]("loading", 0, 1)
-        loaded.asked = {"model": model, "verifier": verifier, **options}
+    def load(options: LoadOptions, progress: Progress) -> SimpleNamespace:
+        progress("loading", 0, 1)
+        loaded.asked = options
         return loaded
 
-    monkeypatch.setattr("quasar_core.api.load_pair", load_pair, raising=False)
-    monkeypatch.setattr("quasar_core.decode.generator.Generator", StandInGenerator)
-    monkeypatch.setattr("quasar_core.decode.text.encode_prompt", encode)
+    monkeypatch.setattr("quasar_core.api.load", load)
+    monkeypatch.setattr("quasar_core.api.Generator", StandInGenerator)
+    monkeypatch.setattr("quasar_core.api.encode_prompt", encode)
     return loaded
 
 

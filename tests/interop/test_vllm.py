@@ -17,8 +17,8 @@ from helpers.tiny_model import save_tiny_model
 from interop.interop_cases import CPU, DEMO, missing, quantize
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quasar_cli.commands.inspect import describe
 from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.models.describe import describe
 from quasar_core.models.lean_weights import load_verifier_alone
 
 pytestmark = [

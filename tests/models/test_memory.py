@@ -8,8 +8,8 @@ import torch
 from helpers.decoder_cases import CASES, CPU, FLOAT, save_model
 from helpers.quantized_decoder import quantize_layers
 
-from quasar_cli.commands import doctor
 from quasar_core import api
+from quasar_core.bench import machine
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.decoder import DenseLinear, LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target, load_verifier_alone
@@ -108,8 +108,8 @@ def test_doctor_tells_the_pairs_memory(tmp_path: Path, monkeypatch: pytest.Monke
     save_model(source, *CASES["qwen3"])
     quantize_layers(source, tmp_path / "codes", lambda layer: 4)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (12 * GB, 24 * GB))
-    assert "12.0 GB are free, enough for 128 of 128 tokens" in doctor.describe_memory(str(source), tmp_path / "codes")
-    assert doctor.describe_memory(str(source), tmp_path / "none").startswith("not known: The verifier's folder")
+    assert "12.0 GB are free, enough for 128 of 128 tokens" in machine.describe_memory(str(source), tmp_path / "codes")
+    assert machine.describe_memory(str(source), tmp_path / "none").startswith("not known: The verifier's folder")
 
 
 def test_a_pair_is_checked_before_loading_and_its_context_capped(

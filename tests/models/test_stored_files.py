@@ -107,7 +107,7 @@ ABSURD: dict[str, dict[str, int]] = {
 def test_a_config_that_contradicts_the_weights_is_refused_by_the_dry_run_too(name: str, llama: Path) -> None:
     change, sentence = CONTRADICTIONS[name]
     change(llama)
-    for start in (api.plan_quantize, api.quantize):
+    for start in (api.estimate, api.quantize):
         with pytest.raises(QuasarError, match=sentence):
             start(str(llama), CONFIG, device="cpu")
     with pytest.raises(QuasarError, match=sentence):
@@ -125,7 +125,7 @@ def test_absurd_sizes_are_told_by_the_headers(
     monkeypatch.setattr(torch.Tensor, "copy_", None)  # nothing may be filled
     for start in (
         lambda: api.load_pair(str(tmp_path / "m"), verify="full", device="cpu"),
-        lambda: api.plan_quantize(str(tmp_path / "m"), CONFIG, device="cpu"),
+        lambda: api.estimate(str(tmp_path / "m"), CONFIG, device="cpu"),
     ):
         with pytest.raises(QuasarError, match=r"config\.json in .* has|and by its config|transformers"):
             start()

@@ -36,7 +36,7 @@ def generate(pair: Pair, verify: str, draft: str = "ngram", ids: list[int] = IDS
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_family_is_quantized_and_its_verifier_generates_the_targets_own_text(name: str, tmp_path: Path) -> None:
     expected = greedy(save_family(tmp_path / "m", QUANTIZED[name]), IDS, LENGTH)
-    api.plan_quantize(str(tmp_path / "m"), CONFIG, device="cpu")
+    api.estimate(str(tmp_path / "m"), CONFIG, device="cpu")
     report = api.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
     stored = load_file(Path(report.checkpoint) / "model.safetensors")
     assert len([name for name in stored if name.endswith(".qweight")]) == len(report.layer_errors) > 0
@@ -134,7 +134,7 @@ def test_recurrent_layers_generate_plainly_and_nothing_else(name: str, tmp_path:
     for refused in (
         lambda: load(tmp_path / "m", "full", draft="ngram"),
         lambda: load(tmp_path / "m", "exact"),
-        lambda: api.plan_quantize(str(tmp_path / "m"), CONFIG, device="cpu"),
+        lambda: api.estimate(str(tmp_path / "m"), CONFIG, device="cpu"),
         lambda: api.quantize(str(tmp_path / "m"), CONFIG, device="cpu"),
     ):
         with pytest.raises(QuasarError, match=sentence):
@@ -158,7 +158,7 @@ def test_recurrent_layers_on_the_command_line(tmp_path: Path, capsys: pytest.Cap
 def test_a_family_without_linear_layers_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
     sizes = {"n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 264, "eos_token_id": 0}
     save_family(tmp_path / "m", lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)))
-    for start in (api.plan_quantize, api.quantize):
+    for start in (api.estimate, api.quantize):
         with pytest.raises(QuasarError, match="has no linear layers in its blocks"):
             start(str(tmp_path / "m"), CONFIG, device="cpu")
     assert not list(tmp_path.glob("m-*"))

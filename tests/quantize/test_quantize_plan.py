@@ -39,7 +39,7 @@ SMALL = Shape({"model.layers.0.up": (64, 32), "model.layers.1.up": (64, 32)}, 10
 @pytest.mark.parametrize("changes", [{}, {"bits": 8, "group_size": -1}, {"bits": 3, "lm_head_bits": 8}], ids=str)
 def test_the_checkpoint_is_as_large_as_planned(source: Path, changes: dict[str, Any]) -> None:
     config = replace(CONFIG, **changes)
-    plan = api.plan_quantize(str(source), config, device="cpu")
+    plan = api.estimate(str(source), config, device="cpu")
     report = quantize(source, config)
     header = 25_000  # names and offsets of some tens of tensors
     assert plan.checkpoint <= report.bytes_after <= plan.checkpoint + header

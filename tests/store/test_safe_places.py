@@ -120,7 +120,7 @@ def test_an_output_that_overlaps_the_target_is_refused_before_any_work(
         with pytest.raises(UsageError, match=r"(is|holds|lies in) the model .*: name another --output"):
             quantize(model, output=output, force=force)
     with pytest.raises(UsageError, match="name another --output"):
-        api.plan_quantize(str(model), CONFIG, output=output, device="cpu")
+        api.estimate(str(model), CONFIG, output=output, device="cpu")
     for extra in (["--force"], ["--dry-run"], ["--force", "--dry-run"]):
         assert run(["quantize", str(model), "--output", f"{output}/", *extra]) == 2
         assert "name another --output" in " ".join(capsys.readouterr().err.split())
@@ -138,7 +138,7 @@ def test_a_folder_that_quasar_did_not_write_is_never_replaced(source: Path, card
         with pytest.raises(UsageError, match="thesis exists and is no verifier that quasar wrote"):
             quantize(source, output=output, force=force)
     with pytest.raises(UsageError, match="thesis exists and is no verifier"):
-        api.plan_quantize(str(source), CONFIG, output=output, device="cpu")
+        api.estimate(str(source), CONFIG, output=output, device="cpu")
     assert contents(output) == before
 
 
@@ -303,8 +303,8 @@ def test_a_bench_replaces_no_file_of_others(tmp_path: Path, name: str, content: 
 def test_a_bench_refuses_before_it_loads_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("quasar_core.api.load_pair", lambda *_, **__: pytest.fail("loaded"))
-    monkeypatch.setattr("quasar_core.bench.steps.random_candidates", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("quasar_core.api.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("quasar_core.api.random_candidates", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "mine.json").write_text('{"a": 1}')
     (tmp_path / "folder").mkdir()
     output = str(tmp_path / "mine.json")

@@ -1,0 +1,63 @@
+"""Help pages: plain text that is whole at any width, options under the headings of their panels, examples last."""
+
+import textwrap
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+_HEADINGS = {"argument": "Arguments", "option": "Options"}
+
+
+def examples(*lines: str) -> str:
+    """The end of a help page: lines that can be typed, which are not folded."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+class Command(TyperCommand):
+    """A command whose options stand in groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the arguments, then the options by their panels."""
+        _write_parameters(self, ctx, formatter)
+
+
+class Group(TyperGroup):
+    """A command with commands of its own."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options by their panels, then the commands."""
+        _write_parameters(self, ctx, formatter)
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        rows = [(name, _first_sentence(command)) for name, command in commands.items()]
+        _write_section(formatter, "Commands", rows)
+
+
+def _first_sentence(command: Any) -> str:
+    """All of the first paragraph: a sentence that is cut says nothing."""
+    return " ".join((command.help or "").split("\n\n")[0].split())
+
+
+def _write_parameters(command: Any, ctx: Any, formatter: Any) -> None:
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for parameter in command.get_params(ctx):
+        record = parameter.get_help_record(ctx)
+        if record is not None:
+            heading = getattr(parameter, "rich_help_panel", None) or _HEADINGS[parameter.param_type_name]
+            sections.setdefault(heading, []).append(record)
+    for heading in sorted(sections, key=lambda heading: heading in _HEADINGS.values(), reverse=True):
+        _write_section(formatter, heading, sections[heading])
+
+
+def _write_section(formatter: Any, heading: str, rows: list[tuple[str, str]]) -> None:
+    """Names on the left, what they mean beside them; words stay whole, those with hyphens too."""
+    with formatter.section(heading):
+        indent = formatter.current_indent
+        column = min(max(len(name) for name, _ in rows), formatter.width // 3) + 2
+        for name, meaning in rows:
+            lines = textwrap.wrap(
+                meaning, formatter.width - indent - column, break_on_hyphens=False, break_long_words=False
+            )
+            fits = len(name) <= column - 2
+            first = f"{name:{column}}{lines.pop(0) if lines else ''}" if fits else name
+            below = [f"{'':{indent + column}}{line}" for line in lines]
+            formatter.write("\n".join([f"{'':{indent}}{first}".rstrip(), *below]) + "\n")

@@ -1,0 +1,48 @@
+"""What a verifier checkpoint holds, from its configs, its card and the headers of its files."""
+
+from typing import Any
+
+from quasar_core.checkpoint.headers import StoredLayer, describe_marlin, stored_layers
+from quasar_core.checkpoint.loaders import describe_loaders
+from quasar_core.checkpoint.reader import GPTQ_METHODS, VerifierCheckpoint
+from quasar_core.models.lean_weights import check_fits
+from quasar_core.store import TensorEntry, read_headers
+
+
+def describe(checkpoint: VerifierCheckpoint) -> dict[str, Any]:
+    """The JSON form: from the configs, quasar.json and the headers of the safetensors files."""
+    sizes = {entry.name: entry for entry in read_headers(checkpoint.folder)}
+    plain = set(checkpoint.plain_names)
+    packed = {name: entry for name, entry in sizes.items() if name not in plain}
+    packed_bytes = sum(entry.size for entry in packed.values())
+    layers = stored_layers(checkpoint)
+    check_fits(checkpoint, layers)
+    weights = sum(layer.weights for layer in layers)
+    section = checkpoint.config.get("quantization_config") or {
+        "bits": checkpoint.format.bits,
+        "group_size": checkpoint.format.group_size,
+    }
+    is_gptq = section.get("quant_method", "gptq") in GPTQ_METHODS
+    target = checkpoint.card.get("target") or {}
+    return {
+        "checkpoint": str(checkpoint.folder),
+        "target": target.get("name"),
+        "architecture": ", ".join(checkpoint.config.get("architectures") or ["unknown"]),
+        "quantization": section,
+        "marlin": describe_marlin(layers, section.get("sym", True)) if is_gptq else None,
+        "zeros": checkpoint.describe_zeros(),
+        "loaders": describe_loaders(layers, section),
+        "packed_layers": len(checkpoint.layer_names),
+        "layers": [_describe_layer(layer, packed) for layer in layers],
+        "bits_per_weight": packed_bytes * 8 / weights if weights else 0.0,
+        "bytes": {"packed": packed_bytes, "plain": sum(sizes[name].size for name in plain)},
+        "calibration": checkpoint.card.get("calibration"),
+        "versions": checkpoint.card.get("versions"),
+        "report": checkpoint.card.get("report"),
+    }
+
+
+def _describe_layer(layer: StoredLayer, packed: dict[str, TensorEntry]) -> dict[str, Any]:
+    """Bits, group size and bytes of a quantized layer."""
+    size = sum(entry.size for name, entry in packed.items() if name.rpartition(".")[0] == layer.name)
+    return {"name": layer.name, "bits": layer.bits, "group_size": layer.group_size, "bytes": size}

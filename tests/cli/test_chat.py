@@ -1,0 +1,223 @@
+"""`quasar chat`: commands, messages of several lines, answers that are cut, and a real terminal."""
+
+import json
+import os
+import pty
+import select
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers.stand_ins import STATS, StandInGenerator, type_lines
+
+from quasar_cli.main import run
+from quasar_core.records import GenerationResult
+
+pytest_plugins = ["helpers.cli_fixtures"]
+pytestmark = pytest.mark.usefixtures("own_home")
+
+
+class Echo(StandInGenerator):
+    """Answers with the tokens of the prompt as characters; three tokens, then the answer is cut."""
+
+    asked: list[list[int]]
+
+    def generate(self, prompt_ids: Sequence[int], on_text: Callable[[str], None]) -> GenerationResult:
+        Echo.asked.append(list(prompt_ids))
+        on_text("part")
+        return GenerationResult(list(prompt_ids), [7, 8, 9], "part", "length", replace(STATS))
+
+
+@pytest.fixture
+def asked(stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]:
+    """The messages of every turn."""
+    seen: list[list[dict[str, str]]] = []
+
+    def encode(tokenizer: object, messages: list[dict[str, str]], *, think: bool | None = None) -> list[int]:
+        seen.append(messages)
+        return [1] * len(messages)
+
+    monkeypatch.setattr("quasar_core.api.encode_prompt", encode)
+    return seen
+
+
+def last_texts(asked: list[list[dict[str, str]]]) -> list[str]:
+    return [messages[-1]["content"] for messages in asked]
+
+
+@pytest.mark.parametrize(
+    ("typed", "messages"),
+    [
+        ("one\ntwo\n", ["one", "two"]),
+        ("one \\\n  two\\\nthree\nfour\n", ["one \n  two\nthree", "four"]),
+        ("one\\\n", ["one"]),
+        ('"""one\n\n  two"""\nthree\n', ["one\n\n  two", "three"]),
+        ('"""one"""\n', ["one"]),
+        ('"""\none\n/reset\n"""\n', ["one\n/reset"]),
+        ('"""one\ntwo\n', ["one\ntwo"]),
+        ("//etc/passwd is what?\n", ["/etc/passwd is what?"]),
+        ("\n  \n", []),
+    ],
+)
+def test_what_is_one_message(
+    typed: str, messages: list[str], asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_lines(monkeypatch, typed)
+    assert run(["chat"]) == 0
+    assert last_texts(asked) == messages
+
+
+def test_an_unknown_command_is_explained_and_not_sent(
+    asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_lines(monkeypatch, "/etc/hosts is what?\n")
+    assert run(["chat"]) == 0
+    assert asked == []
+    sentence = "Error: There is no command /etc/hosts: /help lists them, //etc/hosts sends it as text.\n"
+    assert capsys.readouterr().err.endswith(sentence)
+
+
+def test_system_starts_anew(
+    asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_lines(monkeypatch, "one\n/system\n/system Be brief.\ntwo\n/system\n/reset\nthree\n")
+    assert run(["chat"]) == 0
+    system = {"role": "system", "content": "Be brief."}
+    assert asked[1:] == [[system, {"role": "user", "content": text}] for text in ("two", "three")]
+    said = capsys.readouterr().err
+    assert "(there is no system message)" in said
+    assert "\nBe brief.\n" in said
+
+
+def test_save_writes_the_messages_and_replaces_nothing(
+    asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("kept.json").write_text("mine")
+    type_lines(monkeypatch, "one\n/save\n/save kept.json\n/save a.json\n/save missing/\n")
+    assert run(["chat"]) == 0
+    saved = json.loads(Path("a.json").read_text())
+    answer = {"role": "assistant", "content": "[bold]Hé 1"}
+    assert saved == {"model": "demo", "messages": [{"role": "user", "content": "one"}, answer]}
+    assert Path("kept.json").read_text() == "mine"
+    said = capsys.readouterr().err
+    assert "Error: /save needs a file: /save FILE.\n" in said
+    assert "Error: kept.json exists already: name another file.\n" in said
+
+
+def test_stats_are_those_of_the_last_answer(
+    asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_lines(monkeypatch, "/stats\none\n/stats\n")
+    assert run(["chat"]) == 0
+    said = capsys.readouterr().err
+    assert said.index("There is no answer yet.") < said.index("12.0 tokens/s")
+
+
+def test_a_cut_answer_says_so_and_goes_on(
+    asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Echo.asked = []
+    monkeypatch.setattr("quasar_core.api.Generator", Echo)
+    type_lines(monkeypatch, "/more\none\n/more\n/more\ntwo\n")
+    assert run(["chat"]) == 0
+    said = capsys.readouterr().err
+    assert "There is no answer that was cut." in said
+    assert said.count("(cut after 3 tokens; /more goes on, -n sets the length)") == 4
+    assert Echo.asked[:3] == [[1], [1, 7, 8, 9], [1, 7, 8, 9, 7, 8, 9]]
+    assert asked[1][1] == {"role": "assistant", "content": "partpartpart"}
+
+
+# In a terminal
+
+PROGRAM = """
+import sys
+from types import SimpleNamespace
+import quasar_core.api as api
+from helpers.stand_ins import StandInGenerator
+from quasar_cli.main import run
+
+api.load = lambda options, progress: SimpleNamespace(target_name="demo", verifier_name=None, notes=[], tokenizer=None)
+api.encode_prompt = lambda tokenizer, messages, think=None: (print("ASKED", [messages[-1]["content"]]), [1])[1]
+api.Generator = StandInGenerator
+sys.exit(run(["chat"]))
+"""
+PATIENCE = 60  # seconds
+
+
+class Terminal:
+    """A chat in a pseudoterminal: what is typed, what is seen."""
+
+    def __init__(self, master: int, child: "subprocess.Popen[bytes]") -> None:
+        self.master, self.child, self.seen = master, child, ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def wait_for(self, text: str) -> str:
+        """Everything up to the text, which must come."""
+        end = time.monotonic() + PATIENCE
+        while text not in self.seen:
+            ready, _, _ = select.select([self.master], [], [], max(0.0, end - time.monotonic()))
+            assert ready, f"{text!r} did not come: {self.seen!r}"
+            self.seen += os.read(self.master, 4096).decode(errors="replace")
+        before, self.seen = self.seen.split(text, 1)
+        return before
+
+
+@contextmanager
+def chat_in_terminal() -> Iterator[Terminal]:
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdin=slave, stdout=slave, stderr=slave, env=environment, close_fds=True
+    )
+    os.close(slave)
+    try:
+        yield Terminal(master, child)
+    finally:
+        child.kill()
+        child.wait()
+        os.close(master)
+
+
+def test_a_terminal_pastes_and_remembers(tmp_path: Path) -> None:
+    with chat_in_terminal() as terminal:
+        terminal.wait_for("> ")
+        terminal.type("first line\nsecond line\nthird\n")  # as a paste comes where the terminal does not bracket it
+        terminal.wait_for("ASKED ['first line\\nsecond line\\nthird']")
+        terminal.wait_for("> ")
+        terminal.type("/nonsense\n")
+        terminal.wait_for("There is no command /nonsense")
+        terminal.wait_for("> ")
+        terminal.type("/exit\n")
+        assert terminal.child.wait(PATIENCE) == 0
+    kept = tmp_path / "home" / "chat_history.jsonl"
+    assert [json.loads(line) for line in kept.read_text().splitlines()][:1] == ["first line\nsecond line\nthird"]
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    with chat_in_terminal() as terminal:
+        terminal.wait_for("> ")
+        terminal.type("\x1b[A" * 3 + "\n")  # up, past /exit and /nonsense
+        terminal.wait_for("ASKED ['first line\\nsecond line\\nthird']")
+        terminal.wait_for("> ")
+        terminal.type("\x1b[200~def f():\r    return 1\x1b[201~\n")
+        terminal.wait_for("ASKED ['def f():\\n    return 1']")
+        terminal.wait_for("> ")
+        terminal.type("\x04")
+        assert terminal.child.wait(PATIENCE) == 0
+
+
+def test_a_damaged_history_is_said_and_the_chat_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "chat_history.jsonl").write_text("no json\n")
+    with chat_in_terminal() as terminal:
+        terminal.wait_for("cannot be used")
+        terminal.wait_for("> ")
+        terminal.type("one\n")
+        terminal.wait_for("ASKED ['one']")
