@@ -26,7 +26,7 @@ from quasar_core.records import Confirm, FidelityReport, FidelitySlice, Generati
 from quasar_core.store import PairRecord
 
 DATASETS = ("mt-bench", "humaneval", "gsm8k", "alpaca", "cnn-dm", "spec-bench")
-HOME = "/home/somebody/.cache/quasar/verifiers/Qwen3-0.6B-gptq-4bit-g128"
+HOME = "/srv/models/.cache/quasar/verifiers/Qwen3-0.6B-gptq-4bit-g128"
 
 
 def results(arms: tuple[str, ...] = tuple(ARMS)) -> Results:
@@ -114,7 +114,7 @@ def findings() -> dict[str, Any]:
         "read_bandwidth_bytes_per_s": 21.3e9,
         "kernels": kernels,
         "quantizer_loops": "C++, compiled here",
-        "home": "/home/somebody/.cache/quasar",
+        "home": "/srv/models/.cache/quasar",
         "current_pair": {"name": "Qwen3-0.6B-gptq-4bit-g128", "target": "Qwen/Qwen3-0.6B"},
         "speed": speed,
         "pair_memory": None,
