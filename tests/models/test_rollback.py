@@ -93,3 +93,14 @@ def test_a_pass_that_does_not_fit_is_refused() -> None:
     target.forward([1, 2, 3], cache)
     with pytest.raises(QuasarError, match="holds 4 tokens, and 5 are needed"):
         target.forward([4, 5], cache)
+
+
+def test_a_pass_that_transformers_cannot_run_fails_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("llama")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("this class wants a cache of its own")
+
+    monkeypatch.setattr(model.model.model, "forward", refuse)
+    with pytest.raises(QuasarError, match="could not run this llama model: this class wants a cache of its own"):
+        model.forward([1, 2, 3], model.new_cache(CAPACITY))

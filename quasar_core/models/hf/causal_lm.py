@@ -113,7 +113,9 @@ class TransformersLM(CausalLM):
     def _pass(self, tokens: Sequence[int], cache: PreallocatedCache | RecurrentCache, last_only: bool) -> torch.Tensor:
         ids = torch.tensor([list(tokens)], device=self.device)
         options = {self._cache_argument: cache, **({"logits_to_keep": int(last_only)} if self._keeps_last else {})}
-        logits = self.model(input_ids=ids, use_cache=True, **options).logits[0]
+        # A config may be one that transformers builds and cannot run, or a class may want a cache of its own.
+        with foreign_errors(f"transformers could not run this {self.model.config.model_type} model"):
+            logits = self.model(input_ids=ids, use_cache=True, **options).logits[0]
         return logits[-1:].float() if last_only else logits.float()  # type: ignore[no-any-return]
 
 
