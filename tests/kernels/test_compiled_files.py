@@ -91,6 +91,11 @@ def remove_digest(library: Path) -> None:
     private_files._digest_file(library).unlink()
 
 
+def pipe_as_digest(library: Path) -> None:
+    remove_digest(library)
+    os.mkfifo(private_files._digest_file(library))
+
+
 def spoil_digest(library: Path) -> None:
     private_files._digest_file(library).write_bytes(b"\xff\xfe")
 
@@ -116,6 +121,7 @@ DAMAGES = [
     change_one_bit,
     remove,
     remove_digest,
+    pipe_as_digest,
     spoil_digest,
     link,
     stand_a_pipe_in_its_place,

@@ -94,10 +94,12 @@ def _refuse_foreign(found: os.stat_result, path: Path) -> None:
 
 
 def _expected_digest(library: Path) -> str:
+    if not _digest_file(library).is_file():  # reading a pipe would wait forever
+        raise QuasarError(f"{library} has no digest beside it")
     try:
         return _digest_file(library).read_text(encoding="ascii", errors="replace").strip()
     except OSError as error:
-        raise QuasarError(f"{library} has no digest beside it ({error.strerror})") from error
+        raise QuasarError(f"{library} has a digest that cannot be read ({error.strerror})") from error
 
 
 def _digest_file(library: Path) -> Path:
