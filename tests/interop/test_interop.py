@@ -21,10 +21,10 @@ from interop.interop_cases import (
 )
 
 from quasar_cli import main
-from quasar_cli.commands.inspect import describe
 from quasar_core.checkpoint.headers import stored_layers
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.config import QuantizeConfig
+from quasar_core.models.describe import describe
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.quantize.optimum_backend import quantize_with_optimum
 

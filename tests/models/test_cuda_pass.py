@@ -248,4 +248,4 @@ def test_what_cannot_be_recorded_is_said(tmp_path: Path) -> None:
     target = load_target(tmp_path / "plain", CPU, FLOAT)
     verifier = attach_verifier(target, quantize_layers(tmp_path / "plain", tmp_path / "c", lambda _: 4), "reference")
     assert why_not(target) is None
-    assert "unpacks" in str(why_not(verifier))
+    assert "dequantizes" in str(why_not(verifier))
