@@ -201,7 +201,7 @@ class MarginTable:
             raise ValueError(f"a margin table has {len(self.counts)} bins for {len(self.edges)} edges")
         if any(not 0 <= agreed <= count for agreed, count in zip(self.agreed, self.counts, strict=True)):
             raise ValueError("a margin table has more agreements than tokens")
-        if not all(low < high for low, high in pairwise((0.0, *self.edges, math.inf))):
+        if min(self.edges, default=0.0) < 0 or not all(low < high for low, high in pairwise((*self.edges, math.inf))):
             raise ValueError("a margin table's edges do not ascend from 0")
 
 

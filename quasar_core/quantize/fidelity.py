@@ -69,9 +69,13 @@ def margins(logits: torch.Tensor) -> torch.Tensor:
 
 
 def margin_table(margin: torch.Tensor, agreed: torch.Tensor, bins: int = MARGIN_BINS) -> MarginTable:
-    """Count agreement in bins whose populations grow with the margin: disagreements sit at the smallest margins."""
+    """Count agreement in bins whose populations grow with the margin: disagreements sit at the smallest margins.
+
+    In 16 bits two logits may tie: no margin lies below 0, so an edge there would have an empty bin.
+    """
     levels = torch.linspace(0, 1, bins + 1, dtype=torch.double)[1:-1] ** 2
     edges = torch.quantile(margin.double(), levels).unique()
+    edges = edges[edges > 0]
     index = torch.searchsorted(edges, margin.double(), right=True)
     counts = torch.bincount(index, minlength=len(edges) + 1)
     hits = torch.bincount(index, weights=agreed.double(), minlength=len(edges) + 1)

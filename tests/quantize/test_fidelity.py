@@ -18,7 +18,7 @@ from quasar_core.quantize.fidelity import (
     measure_fidelity,
     overlap,
 )
-from quasar_core.records import FidelityReport
+from quasar_core.records import FidelityReport, MarginTable
 
 
 class LastTokenModel:
@@ -66,6 +66,20 @@ def test_equal_margins_make_one_bin() -> None:
     table = margin_table(torch.full((6,), 2.0), torch.tensor([True] * 5 + [False]))
     assert table.edges == [2]
     assert (table.counts, table.agreed) == ([0, 6], [0, 5])
+
+
+def test_ties_have_no_bin_of_their_own_below_the_others() -> None:
+    """In 16 bits logits tie often, as SmolLM2's do."""
+    table = margin_table(torch.tensor([0.0] * 9 + [1.0, 2.0, 3.0]), torch.tensor([False] * 9 + [True] * 3), bins=4)
+    assert min(table.edges) > 0
+    assert (table.counts[0], table.agreed[0]) == (9, 0)
+    assert (sum(table.counts), sum(table.agreed)) == (12, 3)
+
+
+def test_reports_of_before_with_an_edge_at_0_are_read() -> None:
+    assert MarginTable(edges=[0.0, 1.0], counts=[0, 2, 1], agreed=[0, 1, 1]).edges == [0.0, 1.0]
+    with pytest.raises(ValueError, match="ascend"):
+        MarginTable(edges=[math.nan], counts=[0, 2], agreed=[0, 1])
 
 
 def test_a_report_by_hand() -> None:
