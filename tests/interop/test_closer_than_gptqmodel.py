@@ -1,6 +1,6 @@
 """Fidelity and time against GPTQModel's own quantizer, on the same calibration text and measured on the same rows.
 
-Also on a second model where QUASAR_SMALL_LLAMA names one (`python -m quasar_core.demo.small_llama FOLDER` trains it).
+Also on a second model where QUASAR_SMALL_LLAMA names one (`python -m tools.demo.small_llama FOLDER` trains it).
 """
 
 import importlib.util

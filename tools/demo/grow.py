@@ -1,4 +1,4 @@
-"""Write a model of a published shape that computes the demo model's function: `python -m quasar_core.demo.grow`.
+"""Write a model of a published shape that computes the demo model's function: `python -m tools.demo.grow`.
 
 The result costs what the large model costs and writes what the small one writes, so that quantizing, generating and
 benching can be timed end to end without a download. Its weights are the demo's times powers of two, which bf16 holds

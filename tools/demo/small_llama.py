@@ -1,4 +1,4 @@
-"""Train a second small model to measure quantizers on: `python -m quasar_core.demo.small_llama OUTPUT`.
+"""Train a second small model to measure quantizers on: `python -m tools.demo.small_llama OUTPUT`.
 
 A Llama of one million parameters with a head of its own, no norms of queries and keys, and another width, depth and
 vocabulary than the demo model's, on the same text. Minutes on one core; it is not part of the package.

@@ -1,4 +1,4 @@
-"""Train the demo model: `python -m quasar_core.demo.train OUTPUT`.
+"""Train the demo model: `python -m tools.demo.train OUTPUT`.
 
 A Qwen3 of 3.5 million parameters learns the running interpreter's standard library. An interrupted run goes on from
 OUTPUT.state.safetensors, which holds every tensor, the optimizers' included.
@@ -308,7 +308,7 @@ library_name: transformers
 A Qwen3 of {report["parameters"]:,} parameters and {report["config"]["vocab_size"]:,} tokens that writes Python. It
 exists so that `quasar` can be run, tested and timed without a download. It is a language model, not an assistant.
 
-Trained by `python -m quasar_core.demo.train` on the standard library of Python
+Trained by `python -m tools.demo.train` on the standard library of Python
 {report["python"]} ({report["train_tokens"]:,} tokens of source, {report["chat_tokens"]:,} of chats made from it),
 in steps of {report["config"]["tokens_per_step"]:,} tokens: {describe_stages(report)}.
 
