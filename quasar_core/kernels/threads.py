@@ -8,8 +8,9 @@ number of tokens.
 for one another at every step of a pass. Where other processes take cores, each step lasts until the last thread has
 had its turn, and fewer threads are faster, often several times. So the pass's own thread is watched: where it has to
 wait for a core, another number of threads is tried on a few passes, and kept where they take less time than such
-passes took before. Where fewer threads than there could be are in use, more are tried from time to time. A trial that
-fails costs time, and the next one waits until that was at most a twentieth.
+passes took before. Where fewer threads than there could be are in use, more are tried from time to time, if the system
+has a core for them: threads that have just started get more than their share of busy cores, so that a short trial would
+look better than what follows. A trial that fails costs time, and the next one waits until that was at most a twentieth.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from quasar_core.errors import UsageError
 
 MOST = 1024
 _SAMPLES, _APART = 5, 0.002  # looks at the system's load, and seconds between them
-_LOAD = Path("/proc/loadavg")
+_LOAD, _OWN_THREADS = Path("/proc/loadavg"), Path("/proc/self/task")
 
 BUSY = 0.1  # share of a pass in which its thread had no core, above which other processes are there
 PAUSE = 0.5  # seconds of passes between two trials, at least
@@ -104,8 +105,10 @@ class Trial:
 class Steering:
     """Chooses the threads of each pass, from 1 to `most`. Its clock is the time of the passes."""
 
-    def __init__(self, most: int, now: int) -> None:
+    def __init__(self, most: int, now: int, free: Callable[[int], int] | None = None) -> None:
+        """Begin with `now` threads; `free` says how many of `most` find a core at present."""
         self.most, self.now = most, now
+        self.free = free or (lambda most: most)
         self.waiting = 0.0  # the share of recent passes in which their thread had no core
         self.changes = 0
         self._usual: dict[Hashable, Usual] = {}
@@ -135,9 +138,12 @@ class Steering:
     def candidates(self) -> list[int]:
         """Other numbers to try, one beside the present one and the ends of the range among them.
 
-        Fewer only where other processes take cores.
+        Fewer only where other processes take cores, more only where there are cores for them.
         """
         more = {self.now + 1, min(2 * self.now, self.most), self.most} if self.now < self.most else set()
+        if more:
+            free = self.free(self.most)
+            more = {number for number in more if number <= free}
         fewer = {self.now - 1, self.now // 2, 1} if self.now > 1 and self.waiting > BUSY else set()
         return sorted(fewer) + sorted(more, reverse=True)
 
@@ -178,7 +184,8 @@ def use_threads(number: int | Auto = "auto", steer: bool = True) -> None:
     if torch.get_num_threads() != _Choice.set:
         _Choice.own = torch.get_num_threads()
     most = _Choice.own or 1 if number == "auto" else number
-    _Choice.steering = Steering(most, free_threads(most)) if number == "auto" and steer and most > 1 else None
+    steers = number == "auto" and steer and most > 1
+    _Choice.steering = Steering(most, free_threads(most), lambda most: free_threads(most, looks=1)) if steers else None
     _set(_Choice.steering.now if _Choice.steering else most)
 
 
@@ -232,34 +239,49 @@ def steered(run: Pass) -> Pass:
     return steered_run  # type: ignore[return-value]
 
 
-def free_threads(most: int) -> int:
-    """Threads that find a core each, by how many other threads of the system run now; all where that is not known."""
+def free_threads(most: int, looks: int = _SAMPLES) -> int:
+    """Threads that find a core each beside those of other processes; all where the system does not tell.
+
+    The median of some looks, a little apart.
+    """
     cores = os.cpu_count() or most
     if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < cores:
         return most  # those that run elsewhere cannot be told from those that run here
-    looks = []
-    for _ in range(_SAMPLES):
-        running = _running_threads()
-        if running is None:
+    found = []
+    for look in range(looks):
+        if look:
+            time.sleep(_APART)
+        others = _running_elsewhere()
+        if others is None:
             return most
-        looks.append(running - 1)  # this one
-        time.sleep(_APART)
-    return min(most, max(1, cores - int(median(looks))))
+        found.append(others)
+    return min(most, max(1, cores - int(median(found))))
 
 
-def _running_threads() -> int | None:
-    """Threads of all processes that run or wait for a core; None where the system does not tell."""
+def _running_elsewhere() -> int | None:
+    """Threads of other processes that run or wait for a core; None where the system does not tell."""
     try:
-        return int(_LOAD.read_text("ascii").split()[3].partition("/")[0])
+        running = int(_LOAD.read_text("ascii").split()[3].partition("/")[0])
+        own = sum(_runs(thread) for thread in _OWN_THREADS.iterdir())
     except (OSError, ValueError, IndexError):
         return None
+    return max(running - own, 0)
+
+
+def _runs(thread: Path) -> bool:
+    """Whether a thread of this process runs or waits for a core; one that has ended since does not."""
+    try:
+        return (thread / "stat").read_text("ascii", "replace").rpartition(")")[2].split()[0] == "R"
+    except (OSError, IndexError):
+        return False
 
 
 def _present_steering() -> Steering | None:
     """None where nothing is steered; a number that a program has set since the last pass is the most from now on."""
     number = torch.get_num_threads()
     if _Choice.steering and number != _Choice.set:
-        _Choice.steering, _Choice.set = Steering(number, number), number
+        free = _Choice.steering.free
+        _Choice.steering, _Choice.set = Steering(number, number, free), number
     return _Choice.steering
 
 

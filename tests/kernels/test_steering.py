@@ -150,7 +150,7 @@ def test_a_fixed_number_is_set_and_kept(own: int) -> None:
 def test_passes_wait_for_a_core_in_fewer_threads(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that sleeps has no core, as far as a pass can tell."""
     torch.set_num_threads(2)
-    monkeypatch.setattr(threads, "free_threads", lambda most: most)
+    monkeypatch.setattr(threads, "free_threads", lambda most, looks=1: most)
     threads.use_threads("auto")
     assert threads.describe_threads() == "threads: 2 of 2"
     model = Model({1: 0.01, 2: 0.08})
@@ -165,7 +165,7 @@ def test_passes_wait_for_a_core_in_fewer_threads(own: int, monkeypatch: pytest.M
 
 def test_a_pass_that_fails_leaves_the_number(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
-    monkeypatch.setattr(threads, "free_threads", lambda most: 1)
+    monkeypatch.setattr(threads, "free_threads", lambda most, looks=1: 1)
     threads.use_threads("auto")
     with pytest.raises(ValueError, match="nothing to pass"):
         Model({}).forward([], None)
@@ -175,7 +175,7 @@ def test_a_pass_that_fails_leaves_the_number(own: int, monkeypatch: pytest.Monke
 
 def test_a_program_that_sets_pytorchs_number_is_obeyed(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(4)
-    monkeypatch.setattr(threads, "free_threads", lambda most: 2)
+    monkeypatch.setattr(threads, "free_threads", lambda most, looks=1: 2)
     threads.use_threads("auto")
     model = Model({2: 0.0, 3: 0.0})
     model.forward([1], None)
@@ -193,9 +193,9 @@ def test_without_use_nothing_is_set(own: int) -> None:
     assert model.seen == [3]
 
 
-@pytest.mark.parametrize(("running", "most", "free"), [(1, 4, 4), (3, 4, 2), (9, 4, 1), (None, 4, 4), (2, 2, 2)])
+@pytest.mark.parametrize(("running", "most", "free"), [(0, 4, 4), (2, 4, 2), (8, 4, 1), (None, 4, 4), (2, 2, 2)])
 def test_free_threads(running: int | None, most: int, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_running_threads", lambda: running)
+    monkeypatch.setattr(threads, "_running_elsewhere", lambda: running)
     monkeypatch.setattr(threads.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda pid: set(range(4)), raising=False)
     assert threads.free_threads(most) == free
@@ -207,10 +207,27 @@ def test_free_threads(running: int | None, most: int, free: int, monkeypatch: py
 def test_running_threads_are_read_where_the_system_tells(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those of this process, whatever its name, are not others'."""
     file = tmp_path / "loadavg"
     file.write_text(text)
+    for number, state in enumerate("RSR"):
+        (tmp_path / "task" / str(number)).mkdir(parents=True)
+        (tmp_path / "task" / str(number) / "stat").write_text(f"{number} (a) R (b) {state} 1 2")
+    (tmp_path / "task" / "ended").mkdir()
     monkeypatch.setattr(threads, "_LOAD", file)
-    assert threads._running_threads() == (7 if "7/" in text else None)
+    monkeypatch.setattr(threads, "_OWN_THREADS", tmp_path / "task")
+    assert threads._running_elsewhere() == (5 if "7/" in text else None)
+
+
+def test_more_threads_are_tried_only_where_cores_are_free() -> None:
+    """A trial is short, and threads that have just started get more than their share of a busy core."""
+    free = 1
+    steering = Steering(2, 1, lambda most: free)
+    decode(steering, lambda threads, work: (work / threads**2, 1.0), 5)
+    assert (steering.now, steering.changes) == (1, 0)
+    free = 2
+    decode(steering, lambda threads, work: (work / threads**2, 1.0), 5)
+    assert (steering.now, steering.changes) == (2, 1)
 
 
 @pytest.mark.parametrize("number", [0, -1, 1025])
