@@ -3,7 +3,9 @@
 How long to draft, and whether at all; when to confirm; whether a verifier pays; what rates may be expected of it all.
 """
 
+from collections import deque
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Protocol
 
 import numpy as np
@@ -23,10 +25,12 @@ FADING = 0.99
 FADING_UNTRIED = 0.99
 # What trying may lose, in passes of one token: a share of each, and so many at once; what drafts gain, they may lose.
 ALLOWANCE = 0.01
-FIRST_BUDGET, LEAST_BUDGET, MAX_BUDGET = 1.5, 0.5, 8.0
+FIRST_BUDGET, LEAST_BUDGET, MAX_BUDGET = 1.5, 0.75, 24.0
 MAX_DEBT = 1.5  # paid off in 150 passes: charges may be another program's doing
 # What a pass of unknown cost may be charged at most: its time may be another program's.
 MAX_CHARGE = 4.0
+JITTER = 5e-4  # seconds that any pass may take longer by chance: much, where a pass takes less than that
+ASKED = 9  # times that the drafter was asked, of which the median counts
 # Of so many passes one has no draft: of the more, the more drafts yield.
 PLAIN_EVERY, PLAIN_AT_LEAST = 4, 64
 PROBED = 3  # tokens of a draft that is tried for what its pass costs
@@ -95,6 +99,7 @@ class AdaptiveLength:
         self._yield = 0.0  # draft tokens that a pass accepts, lately
         self._measure = self.cost(1)  # by which drafts were charged
         self._rested = 0  # steps in which nothing was asked of the drafter
+        self._asking: deque[float] = deque(maxlen=ASKED)  # seconds of drafting
 
     def begin(self) -> None:
         """Another text begins: drafts may be tried again, if only a little."""
@@ -133,7 +138,8 @@ class AdaptiveLength:
         self._budget += ALLOWANCE
         self._forgive()
         if drafting_s:
-            self._budget -= min(drafting_s / self.cost(1), MAX_CHARGE)
+            self._asking.append(drafting_s)
+            self._budget -= min(median_low(self._asking) / self.cost(1), MAX_CHARGE)
         else:
             self._rested += not draft.tokens
         if draft.tokens:
@@ -174,7 +180,7 @@ class AdaptiveLength:
         expected = self.cost(tokens) / plain
         if pass_s is None or self.cost.seen(tokens) >= KNOWN:
             return expected
-        return min(pass_s / plain, MAX_CHARGE)
+        return min(max(pass_s - JITTER, min(pass_s, expected * plain)) / plain, MAX_CHARGE)
 
     def _forgive(self) -> None:
         """Where the machine has become slower or faster as a whole, charges were made by the wrong measure."""
