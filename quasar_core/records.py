@@ -219,7 +219,7 @@ class FidelitySlice:
 class KernelPrice:
     """What the kernel in use adds to the divergence of the codes themselves, such as by activations in 8 bits.
 
-    Both on the same tokens; `exact` stands for products with the unpacked weight.
+    Both on the same tokens; `exact` stands for products with the dequantized weight.
     """
 
     kernel: str

@@ -26,7 +26,7 @@ def kernel_price(price: KernelPrice) -> str:
     """What the kernel makes of the same codes."""
     return (
         f"{price.kernel}: KL {price.kl_mean:.4f}, agreement {price.agreement:.4f} on {price.tokens} sampled tokens; "
-        f"with unpacked weights {price.kl_mean_exact:.4f} and {price.agreement_exact:.4f}"
+        f"with dequantized weights {price.kl_mean_exact:.4f} and {price.agreement_exact:.4f}"
     )
 
 

@@ -85,7 +85,7 @@ def write_self_text(
     stage: str = "writing calibration text",
     kept: Path | None = None,
 ) -> torch.Tensor:
-    """Token ids [rows, length] at temperature 1; with `greedy_from`, greedy from that position on.
+    """Write token ids [rows, length] at temperature 1; with `greedy_from`, greedy from that position on.
 
     In the folder `kept` it is kept as it is written: a call after one that was interrupted goes on, to the same text.
     Raises QuasarError where the model's logits are not numbers.
@@ -110,17 +110,17 @@ def write_self_text(
 
 
 def cache_bytes(on_device: bool) -> int:
-    """What the keys and values may take, in the memory of a GPU or of the CPU."""
+    """Bound what the keys and values may take, in the memory of a GPU or of the CPU."""
     return DEVICE_CACHE_BYTES if on_device else CACHE_BYTES
 
 
 def rows_at_once(model: PreTrainedModel, length: int, on_device: bool) -> int:
-    """Rows of `length` tokens whose keys and values fill `cache_bytes`, at least one."""
+    """Count the rows of `length` tokens whose keys and values fill `cache_bytes`, at least one."""
     return max(1, cache_bytes(on_device) // (token_bytes(model, model.dtype.itemsize) * length))
 
 
 def token_bytes(model: PreTrainedModel, element: int) -> int:
-    """Keys and values of a token in all layers, of so many bytes a number."""
+    """Count the bytes of a token's keys and values in all layers, of so many bytes a number."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -137,7 +137,7 @@ def _finished_batch(
     log: TextLog | None,
     report: Callable[[int], None],
 ) -> torch.Tensor:
-    """One batch [count, length], read where an earlier run has written it."""
+    """Return one batch [count, length], read where an earlier run has written it."""
     if log is None:
         return _write_batch(model, turns, count, length, generator, greedy_from, log, report)
     tokens = log.finished()
@@ -157,7 +157,7 @@ def _write_batch(
     log: TextLog | None,
     report: Callable[[int], None],
 ) -> torch.Tensor:
-    """One batch [count, length]: every row gets a token a step, sampled or forced by the template."""
+    """Write one batch [count, length]: every row gets a token a step, sampled or forced by the template."""
     conversation = _Conversations(turns, count)
     cache = PreallocatedCache(model.config.get_text_config().num_hidden_layers, length)
     written = log.resume(cache, generator) if log else []
@@ -188,7 +188,7 @@ def _write_batch(
 
 
 def _opening(model: PreTrainedModel, turns: TurnTokens | None, count: int, generator: torch.Generator) -> torch.Tensor:
-    """What every row begins with [count, T]: the template's tokens, else a token drawn at random."""
+    """Make what every row begins with [count, T]: the template's tokens, else a token drawn at random."""
     if turns:
         return torch.tensor([turns.opening] * count, device=model.device)
     vocab = model.config.get_text_config().vocab_size
@@ -196,7 +196,7 @@ def _opening(model: PreTrainedModel, turns: TurnTokens | None, count: int, gener
 
 
 def _next_logits(model: PreTrainedModel, inputs: torch.Tensor, cache: PreallocatedCache) -> torch.Tensor:
-    """Float32 logits [B, V] behind the next token of each row, inputs [B, 1]."""
+    """Pass the next token of each row, [B, 1], and return float32 logits [B, V]."""
     return model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[:, -1].float()  # type: ignore[no-any-return]
 
 
@@ -236,7 +236,7 @@ _MAX_DOCUMENTS = 20_000
 
 
 def held_out_rows(config: QuantizeConfig) -> int:
-    """Rows that fidelity is measured on, of held-out and of greedy text each."""
+    """Count the rows that fidelity is measured on, of held-out and of greedy text each."""
     return min(config.fidelity_rows, HELD_OUT_ROWS)
 
 
@@ -251,7 +251,7 @@ class Calibration:
     seed: int
 
     def identity(self) -> dict[str, Any]:
-        """What the checkpoint records: name, hash of the token ids, seed, number of tokens."""
+        """Collect what the checkpoint records: name, hash of the token ids, seed, number of tokens."""
         digest = hashlib.sha256(self.samples.to(torch.int64).numpy().tobytes()).hexdigest()
         return {"name": self.name, "sha256": digest, "seed": self.seed, "tokens": self.samples.numel()}
 
@@ -264,7 +264,7 @@ def load_calibration(
     progress: Progress = no_progress,
     kept: Path | None = None,
 ) -> Calibration:
-    """The calibration that `--calibration` names; with the folder `kept`, the model's text is kept as it is written."""
+    """Load the calibration that `--calibration` names; a folder `kept` keeps the model's text as it is written."""
     length = min(config.calibration_length, max_context)
     given = None  # cut first: a text that is too short is refused before the model writes any
     if config.calibration != "self":
@@ -289,7 +289,7 @@ def load_calibration(
 
 
 def calibration_name(calibration: str) -> str:
-    """What a checkpoint calls its calibration: a file goes by its name, since its folder is this machine's."""
+    """Name the calibration as a checkpoint does: a file goes by its name, since its folder is this machine's."""
     return Path(calibration).name
 
 
@@ -299,7 +299,7 @@ def _cut_samples(
     config: QuantizeConfig,
     length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows of `length` tokens of the joined documents, drawn without overlap: samples, held-out rows."""
+    """Cut windows of `length` tokens from the joined documents, drawn without overlap: samples, held-out rows."""
     tokens: list[int] = []
     wanted = (config.samples + held_out_rows(config)) * length
     for document in documents:
@@ -319,7 +319,7 @@ def _cut_samples(
 
 
 def encode(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text, or of a conversation as the chat template writes it."""
+    """Encode a text, or a conversation as the chat template writes it."""
     if isinstance(document, list):
         if tokenizer.chat_template:
             document = render(tokenizer, document)
@@ -330,7 +330,7 @@ def encode(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerB
 
 
 def read_documents(name: str, flag: str = "--calibration") -> Iterator[str | list[dict[str, str]]]:
-    """Documents of a hub text or of a file: plain texts, or conversations. `flag` is the option that named it."""
+    """Read documents of a hub text or of a file, plain texts or conversations; `flag` is the option that named it."""
     if name in HUB_TEXTS:
         yield from _read_hub_text(name)
         return
@@ -378,7 +378,7 @@ def _read_json_lines(lines: Any, where: str) -> Iterator[str | list[dict[str, st
 
 
 def _parse_document(line: str, where: str) -> str | list[dict[str, str]]:
-    """{"text"}, chat {"messages"} or {"conversations"}, or FastChat {"turns"}; contents may be parts."""
+    """Parse {"text"}, chat {"messages"} or {"conversations"}, or FastChat {"turns"}; contents may be parts."""
     try:
         record = parse_json(line)
         if isinstance(record.get("text"), str):

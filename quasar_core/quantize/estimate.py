@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from quasar_core.config import QuantizeConfig
 from quasar_core.kernels.threads import one_thread
 from quasar_core.models.hf.experts import SeparateExperts
-from quasar_core.models.hf.skeleton import build_skeleton
-from quasar_core.models.shapes import shape_named
 from quasar_core.quantize.blocks.activations import batch_tokens
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks, quantized_layers
 from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows, rows_at_once, token_bytes
@@ -64,18 +62,18 @@ class Rates:
     launch: float
 
     def at_least(self, other: "Rates") -> "Rates":
-        """The faster of each: what disturbed one measurement may have left the other alone."""
+        """Take the faster of each: what disturbed one measurement may have left the other alone."""
         faster = {name: max(getattr(self, name), getattr(other, name)) for name in ("passes", "steps", "matrices")}
         return Rates(**faster, launch=min(self.launch, other.launch))
 
     def seconds_of(self, work: Work) -> float:
-        """One kind of work after the other."""
+        """Add up the seconds, one kind of work after the other."""
         products = work.passes / self.passes + work.steps / self.steps + work.matrices / self.matrices
         return products + work.launches * self.launch
 
 
 def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
-    """What a run does with a model that writes its text `rows` rows at a time; widths by layer are not counted."""
+    """Count the work on a model that writes its text `rows` rows at a time; widths by layer are not counted."""
     length, blocks = config.calibration_length, {_block(name) for name in shape.layers if name != HEAD}
     calibration, held_out, greedy = (
         config.samples * length,
@@ -98,7 +96,7 @@ def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
 
 
 def _matrices(shape: Shape, name: str, tokens: int) -> float:
-    """Hessian and drift, factor and solver of one layer; where the input is shared, the solver alone."""
+    """Count Hessian and drift, factor and solver of one layer; where the input is shared, the solver alone."""
     (out, columns), last = shape.layers[name], name.rpartition(".")[2]
     solver = SOLVER_PRODUCTS * columns**2 * out + SEARCH_OPERATIONS * columns * out
     if last in SHARED:
@@ -109,7 +107,7 @@ def _matrices(shape: Shape, name: str, tokens: int) -> float:
 
 
 def _share(shape: Shape, name: str) -> float:
-    """Of the text, that the layer reads."""
+    """Return the share of the text that the layer reads."""
     return shape.routed if ".experts." in name else 1.0
 
 
@@ -125,7 +123,7 @@ def measure_rates(
     rows: int,
     now: Callable[[], float] = time.perf_counter,
 ) -> Rates:
-    """What products of the model's largest layer reach, with the rows that the work has; and a small operation."""
+    """Measure what products of the model's largest layer reach at the work's rows, and a small operation."""
     size = max((size for name, size in shape.layers.items() if name != HEAD), key=lambda size: size[0] * size[1])
     most = batch_tokens(shape.hidden, device.type != "cpu")
     batch = min(most, config.samples * config.calibration_length)
@@ -146,7 +144,7 @@ def _rate(
     weights: int,
     now: Callable[[], float],
 ) -> float:
-    """Multiply-adds a second of [rows, in] × [out, in], whose weights come from memory where the model's do.
+    """Measure multiply-adds a second of [rows, in] × [out, in], whose weights come from memory where the model's do.
 
     A busy CPU leaves a product alone only if it is short: there a few rows and outputs stand for all.
     """
@@ -162,7 +160,7 @@ def _rate(
 
 
 def _seconds(call: Callable[[], object], device: torch.device, now: Callable[[], float]) -> float:
-    """The fastest of many calls, after one that pays for what is done once."""
+    """Time the fastest of many calls, after one that pays for what is done once."""
 
     def finished() -> None:
         call()
@@ -173,7 +171,7 @@ def _seconds(call: Callable[[], object], device: torch.device, now: Callable[[],
 
 
 def about(seconds: float) -> str:
-    """As much of it as is known: about 40 s, about 12 min, about 35 min, about 3 h."""
+    """Say as much of it as is known: about 40 s, about 12 min, about 35 min, about 3 h."""
     if seconds < 90:
         return f"about {max(10, round(seconds, -1)):.0f} s"
     value, unit = (seconds / 60, "min") if seconds < 5400 else (seconds / 3600, "h")
@@ -187,7 +185,7 @@ LEAST_SHARE = 0.02  # of a stage, from which on it tells how long the rest of it
 
 
 def stage_seconds(shape: Shape, config: QuantizeConfig, rows: int) -> dict[str, float]:
-    """Nominal seconds of each stage, by the first words of its name."""
+    """Estimate the seconds of each stage, by the first words of its name."""
     work = count_work(shape, config, rows)
     calibration = config.samples * config.calibration_length
     rest = held_out_rows(config) * (config.calibration_length + GREEDY_LENGTH)
@@ -227,7 +225,7 @@ class WholeRun:
         self._progress(WHOLE, round(1000 * gone / (gone + left)) if gone + left > 0 else 0, 1000)
 
     def finish(self) -> None:
-        """The run is over."""
+        """End the run's progress."""
         self._progress(WHOLE, 1000, 1000)
 
     def _leave(self) -> None:
@@ -235,7 +233,7 @@ class WholeRun:
             self._taken[self._stage] = self._taken.get(self._stage, 0.0) + self._now() - self._began
 
     def _left(self, share: float) -> float:
-        """Seconds of the rest of this part and of those that come after it."""
+        """Estimate the seconds of the rest of this part and of those that come after it."""
         took = self._now() - self._began
         known = dict(self._taken)
         if share >= LEAST_SHARE:
@@ -252,7 +250,7 @@ SHARE_OF_MEMORY = 2  # hidden states may fill one part in so many of what is fre
 def plan_here(
     source: Path, target: StreamedModel, config: QuantizeConfig, output: Path, max_memory: int | None = None
 ) -> Plan:
-    """The plan for a model on this machine, with what is free here."""
+    """Plan for a model on this machine, with what is free here."""
     stored = stored_element(source)
     shape = shape_of(target.skeleton, config, stored, target.dtype.itemsize, target.whole_because)
     on_device, memory = target.device.type != "cpu", free_memory()
@@ -263,7 +261,7 @@ def plan_here(
 
 
 def with_seconds(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> Plan:
-    """A plan that says how long it would take here; not where that is not counted: widths by layer, another backend."""
+    """Add to a plan how long it would take here; not where that is not counted: widths by layer, another backend."""
     if config.mixed or config.backend != "native":
         return plan
     shape = shape_of(target.skeleton, config, element=target.dtype.itemsize)
@@ -282,7 +280,7 @@ def with_seconds(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> P
 
 
 def over_whole_run(target: StreamedModel, config: QuantizeConfig, plan: Plan, progress: Progress) -> Progress:
-    """A progress that also tells how far the whole run has come; the one given where that is not counted."""
+    """Make a progress that also tells how far the whole run has come; the one given where that is not counted."""
     if config.mixed or config.backend != "native":
         return progress
     shape = shape_of(target.skeleton, config, element=target.dtype.itemsize)
@@ -290,16 +288,9 @@ def over_whole_run(target: StreamedModel, config: QuantizeConfig, plan: Plan, pr
 
 
 def _rows_written(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> int:
-    """Rows of text that the model writes at once."""
+    """Count the rows of text that the model writes at once."""
     fitting = rows_at_once(target.skeleton, config.calibration_length, plan.text_on_device)
     return min(fitting, config.samples + held_out_rows(config))
-
-
-def published_shape(name: str, config: QuantizeConfig) -> Shape:
-    """The shape of that name in `models/shapes.py`, in 16 bits."""
-    content = shape_named("--like", name)
-    options = {key: value for key, value in content.items() if key not in ("model_type", "dtype")}
-    return shape_of(build_skeleton(AutoConfig.for_model(content["model_type"], **options), torch.bfloat16), config)
 
 
 def shape_of(
@@ -309,7 +300,7 @@ def shape_of(
     element: int = 2,
     whole_because: str | None = None,
 ) -> Shape:
-    """What a plan reads of a model: names and sizes, no weights."""
+    """Collect what a plan reads of a model: names and sizes, no weights."""
     layers = layer_sizes(skeleton, config)
     tied: Any = getattr(skeleton, "all_tied_weights_keys", None) or {}
     sizes = {name: parameter.numel() for name, parameter in skeleton.named_parameters() if name not in tied}
@@ -329,20 +320,20 @@ def shape_of(
 
 
 def layer_sizes(skeleton: PreTrainedModel, config: QuantizeConfig) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of every layer that gets codes, by name; raises as `quantized_layers` does."""
+    """List outputs and inputs of every layer that gets codes, by name; raises as `quantized_layers` does."""
     layers = quantized_layers(skeleton, LayerPlan.of(config))
     return {name: (linear.out_features, linear.in_features) for name, linear in layers.items()}
 
 
 def _routed_share(skeleton: PreTrainedModel) -> float:
-    """The share of a text that the router sends to an expert, if it favours none; 1 without experts."""
+    """Return the share of a text that the router sends to an expert, if it favours none; 1 without experts."""
     experts = [len(module) for module in skeleton.modules() if isinstance(module, SeparateExperts)]
     taken = getattr(skeleton.config.get_text_config(), "num_experts_per_tok", None)
     return taken / experts[0] if experts and taken else 1.0
 
 
 def stored_element(source: Path) -> int:
-    """Bytes of a weight in the files: of the widths that occur, the one that most bytes have."""
+    """Return the bytes of a weight in the files: of the widths that occur, the one that most bytes have."""
     sizes: dict[int, int] = {}
     for entry in read_headers(source):
         element = entry.size // max(1, math.prod(entry.shape))

@@ -28,7 +28,7 @@ Record = Callable[[], object]
 
 
 def whole_report(job: Job, folder: Path) -> QuantizeReport | None:
-    """The report of a folder that a run of this identity has finished; None where none has."""
+    """Read the report of a folder that a run of this identity has finished; None where none has."""
     card = read_card(folder)
     if card is None or card.get("run") != job.digest():
         return None
@@ -93,7 +93,7 @@ def finish_earlier(job: Job, record: Record, resume: bool) -> QuantizeReport | N
 
 
 def _refuse_busy(job: Job, lock: Path) -> None:
-    """Another run may be about to hand over its work."""
+    """Refuse an output while another run may be about to hand over its work."""
     if lock.exists():
         with lock.open("a+") as held:
             take_lock(held.fileno(), job.output)
@@ -101,7 +101,7 @@ def _refuse_busy(job: Job, lock: Path) -> None:
 
 @contextlib.contextmanager
 def _saying_where(output: Path) -> Iterator[None]:
-    """The verifier exists: every failure says so, and how to go on."""
+    """Say at every failure that the verifier exists, and how to go on."""
     where = f"The verifier is finished in {output}; the same command records it, and makes nothing again."
     try:
         yield

@@ -73,13 +73,13 @@ class Job:
         return self.partial / "activations"
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the one that began."""
+        """Collect what a resumed run must share with the one that began."""
         computed = {"device": self.device, "dtype": self.dtype}
         config = {**asdict(self.config), "widths": list(self.config.widths)}  # as JSON has it
         return {"target": self.fingerprint, **config, **computed, **package_versions()}
 
     def digest(self) -> str:
-        """The identity as a checkpoint's card has it, which tells no path of this machine."""
+        """Shorten the identity for a checkpoint's card, which tells no path of this machine."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
@@ -106,7 +106,7 @@ def working_folder(job: Job, resume: bool) -> Iterator[None]:
 
 
 def anything_finished(job: Job) -> bool:
-    """Whether there is a text, or a part of it, or a block to go on from."""
+    """Tell whether there is a text, or a part of it, or a block to go on from."""
     return any(job.commits.glob("*.safetensors")) or any(job.written_text.glob("*"))
 
 
@@ -121,7 +121,7 @@ def clear_all_but_commits(job: Job) -> None:
 
 @contextlib.contextmanager
 def _claim(job: Job) -> Iterator[None]:
-    """The working folder, made where it is missing, and held against other runs."""
+    """Make the working folder where it is missing, and hold it against other runs."""
     refuse_foreign_work(job.partial)
     while True:
         try:
@@ -170,7 +170,7 @@ def _begin(job: Job, resume: bool) -> None:
 
 
 def _refuse_other_identity(job: Job, begun: dict[str, Any]) -> None:
-    """Two runs that differ in anything do not make one checkpoint."""
+    """Refuse a run that differs in anything from the one that began."""
     wanted = job.identity()
     differing = [key for key in {**begun, **wanted} if begun.get(key) != wanted.get(key)]
     if differing == ["target_agreement"] and None not in (begun[differing[0]], wanted[differing[0]]):
@@ -184,7 +184,7 @@ def _refuse_other_identity(job: Job, begun: dict[str, Any]) -> None:
 
 
 def _short(value: object) -> str:
-    """A value in a sentence; a fingerprint by its beginning."""
+    """Shorten a value for a sentence; a fingerprint to its beginning."""
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
 
 
@@ -208,7 +208,7 @@ class QuantizedBlock:
     layout: Layout = "gptq"
 
     def dense(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The weight [out, in] that stands in the verifier for the layer of that name."""
+        """Return the weight [out, in] that stands in the verifier for the layer of that name."""
         return self.weights[name].dequantize(dtype)
 
 
@@ -258,17 +258,17 @@ class _Facts:
 
 
 def block_file(commits: Path, index: int) -> Path:
-    """The commit of a block."""
+    """Name the commit of a block."""
     return commits / f"block-{index:05d}.safetensors"
 
 
 def head_file(commits: Path) -> Path:
-    """The commit of a quantized head."""
+    """Name the commit of a quantized head."""
     return commits / "head.safetensors"
 
 
 def commit_files(commits: Path) -> list[Path]:
-    """Every commit of a run, blocks in order, then the head."""
+    """List every commit of a run, blocks in order, then the head."""
     head = head_file(commits)
     return [*sorted(commits.glob("block-*.safetensors")), *([head] if head.exists() else [])]
 
@@ -346,7 +346,7 @@ def committed_tensors(commit: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _pack(weight: PackedWeight, layout: Layout) -> dict[str, torch.Tensor]:
-    """A layer's tensors as the checkpoint stores them."""
+    """Lay a layer's tensors out as the checkpoint stores them."""
     return weight.pack() if layout == "gptq" and isinstance(weight, QuantizedWeight) else stored_tensors(weight)
 
 

@@ -149,7 +149,7 @@ def measure_kernel(
     calibration: Calibration,
     progress: Progress = no_progress,
 ) -> KernelPrice | None:
-    """What the kernel that decoding runs adds, on a few held-out rows; None where it is the unpacked product itself."""
+    """What the kernel that decoding runs adds, on a few held-out rows; None where it is the dequantized product."""
     packed = [module for module in in_use.block(0).modules() if isinstance(module, PackedLinear)]
     names = sorted({module.choice.kernel.name for module in packed})
     if names == ["dense"]:

@@ -42,7 +42,7 @@ class TextLog:
         return self._identity.encode() + b"\n"
 
     def finished(self) -> torch.Tensor | None:
-        """The tokens [B, L] of a batch that was written to its end."""
+        """Read the tokens [B, L] of a batch that was written to its end."""
         if not self._whole.exists():
             return None
         try:
@@ -53,7 +53,7 @@ class TextLog:
         return tensors["tokens"] if same else None
 
     def resume(self, cache: PreallocatedCache, generator: torch.Generator) -> list[torch.Tensor]:
-        """The tokens so far, each position [B, 1]; cache and draws as they were after the last of them was passed."""
+        """Read the tokens so far, each position [B, 1]; cache and draws become what they were after the last one."""
         tokens: list[torch.Tensor] = []
         end_of_last = 0
         for record, end in self._records():
@@ -88,7 +88,7 @@ class TextLog:
         self._next = now + max(SECONDS, SHARE * (now - begin))
 
     def finish(self, tokens: torch.Tensor) -> None:
-        """The batch is written, tokens [B, L]."""
+        """Keep a batch that is written to its end, tokens [B, L]."""
         self._path.parent.mkdir(exist_ok=True)
         identity = torch.tensor(list(self._identity.encode()), dtype=torch.uint8)
         save_tensors(self._whole, {"tokens": tokens, "identity": identity})
@@ -108,7 +108,7 @@ class TextLog:
             sync(self._path.parent)
 
     def _records(self) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
-        """Every whole record of a log of this identity, and where it ends in the file."""
+        """Read every whole record of a log of this identity, and where it ends in the file."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
@@ -119,7 +119,7 @@ class TextLog:
 
 
 def _read_record(file: BinaryIO) -> bytes | None:
-    """The next record; None at the end, and where the process ended while it wrote one."""
+    """Read the next record; None at the end, and where the process ended while it wrote one."""
     head = file.read(_HEAD)
     length = int.from_bytes(head[:-4], "little")
     if len(head) < _HEAD or length > os.fstat(file.fileno()).st_size:

@@ -11,7 +11,7 @@ import torch
 from helpers.packed_weights import make_weight
 from helpers.quantize_cases import CONFIG, quantize
 from helpers.tiny_model import save_tiny_model
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from quasar_cli.console import show
 from quasar_cli.main import run
@@ -19,9 +19,11 @@ from quasar_cli.render.quantize import plan_table, rounded_facts
 from quasar_core import api, system
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.models.hf.skeleton import build_skeleton
+from quasar_core.models.shapes import shape_named
 from quasar_core.quantize import estimate
 from quasar_core.quantize.blocks import layerwise
-from quasar_core.quantize.estimate import published_shape
+from quasar_core.quantize.estimate import shape_of
 from quasar_core.quantize.plan import (
     Shape,
     activation_bytes,
@@ -238,6 +240,13 @@ def test_what_a_container_allows_is_all_that_is_free(
     (tmp_path / "groups" / next(iter(GROUP_FILES[line]))).write_text("max")
     if line.startswith("0"):
         assert system.free_memory() == 5_000_000 * 1024
+
+
+def published_shape(name: str, config: QuantizeConfig) -> Shape:
+    """The shape of that name in `models/shapes.py`, in 16 bits."""
+    content = shape_named("--like", name)
+    options = {key: value for key, value in content.items() if key not in ("model_type", "dtype")}
+    return shape_of(build_skeleton(AutoConfig.for_model(content["model_type"], **options), torch.bfloat16), config)
 
 
 def plan_row(name: str, label: str) -> str:
