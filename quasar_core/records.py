@@ -12,12 +12,25 @@ FinishReason = Literal["eos", "stop", "length"]
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A run of `length` draft tokens of one drafter, the `source`; the larger its class of `sureness`, the surer.
+
+    How often tokens are right is learned for each source and sureness, so a drafter has few classes. What a class is
+    expected to reach before it was tried is that of a match of so many tokens (`draft/acceptance.py`).
+    """
+
+    source: str
+    sureness: int
+    length: int
+
+
+@dataclass(frozen=True)
 class Step:
-    """One verify pass (in `full`: one target pass): draft tokens offered and accepted, match length of the draft."""
+    """One verify pass (in `full`: one target pass): draft tokens offered and accepted, and the pieces of the draft."""
 
     drafted: int
     accepted: int
-    match_length: int = 0
+    pieces: list[Piece] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -126,7 +139,7 @@ class Stats:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Stats":
         """Rebuild from `to_dict(logs=True)`; derived values are computed anew."""
-        return build(cls, without_derived(content))
+        return build(cls, stored_stats(content))
 
 
 _DERIVED = (
@@ -145,9 +158,26 @@ _DERIVED = (
 )
 
 
-def without_derived(stats: Any) -> Any:
-    """The JSON form of `Stats` without the values that are computed anew; anything else as it is."""
-    return {k: v for k, v in stats.items() if k not in _DERIVED} if isinstance(stats, dict) else stats
+def stored_stats(stats: Any) -> Any:
+    """What `Stats` are rebuilt from: their JSON form without derived values, steps of former files as of today's.
+
+    Anything else stays as it is.
+    """
+    if not isinstance(stats, dict):
+        return stats
+    stored = {name: value for name, value in stats.items() if name not in _DERIVED}
+    if isinstance(stored.get("step_log"), list):
+        stored["step_log"] = [_step_of_today(step) for step in stored["step_log"]]
+    return stored
+
+
+def _step_of_today(step: Any) -> Any:
+    """Former steps tell the length of an n-gram's match in place of the pieces of the draft."""
+    if not isinstance(step, dict) or "match_length" not in step:
+        return step
+    match_length, rest = step["match_length"], {k: v for k, v in step.items() if k != "match_length"}
+    pieces = [{"source": "ngram", "sureness": match_length, "length": step.get("drafted")}]
+    return {"pieces": pieces if step.get("drafted") else [], **rest}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from quasar_core.files import (
     refuse_foreign,
     write_json_lines,
 )
-from quasar_core.records import FinishReason, Stats, without_derived
+from quasar_core.records import FinishReason, Stats, stored_stats
 from quasar_core.store.folders import reached
 from quasar_core.typed import build, known_part
 
@@ -62,7 +62,7 @@ class Row:
     def from_dict(cls, content: Any, where: str = "") -> "Row":
         """Rebuild from `to_dict`; ValueError for what does not fit."""
         if isinstance(content, dict):
-            content = {**content, "stats": without_derived(content.get("stats")), "arm": _arm(content.get("arm"))}
+            content = {**content, "stats": stored_stats(content.get("stats")), "arm": _arm(content.get("arm"))}
         return build(cls, content, where)
 
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from quasar_core.config import GenerationConfig, VerifyMode
-from quasar_core.decode.policy import NO_DRAFT, DraftLength, WindowPolicy
+from quasar_core.decode.policy import DraftLength, WindowPolicy
 from quasar_core.decode.processors import Processors
 from quasar_core.decode.sampling import accept_matching, confirm_sampled, distribution, draw
-from quasar_core.draft.drafters import Draft, Drafter
+from quasar_core.draft.base import NO_DRAFT, Draft, Drafter
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import (
     NO_TOKEN,
@@ -126,7 +126,7 @@ class Engine:
         accepted = min(accepted, len(new))
         if self.confirms:
             self._remember(choices.margins[: len(new)], None if q is None else q[: len(new)])
-        self.stats.step_log.append(Step(len(draft.tokens), accepted, draft.match_length))
+        self.stats.step_log.append(Step(len(draft.tokens), accepted, list(draft.pieces)))
         if self._learns_costs:
             self.draft_length.learn(draft, accepted, drafting_s, pass_s)
         else:

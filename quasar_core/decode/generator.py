@@ -27,7 +27,8 @@ from quasar_core.decode.policy import (
 )
 from quasar_core.decode.processors import Processors, describe_processors
 from quasar_core.decode.text import TextStream
-from quasar_core.draft.drafters import Drafter, make_drafter
+from quasar_core.draft.base import Drafter
+from quasar_core.draft.make import make_drafter
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.base import KVCache
 from quasar_core.models.pair import Pair

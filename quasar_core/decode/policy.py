@@ -4,6 +4,7 @@ How long to draft, and whether at all; when to confirm; whether a verifier pays;
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Protocol
@@ -12,17 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quasar_core.decode.costs import DOUBTFUL, KNOWN, Cost, LiveCost, PairCosts
-from quasar_core.draft.drafters import Draft
+from quasar_core.draft.acceptance import Acceptance
+from quasar_core.draft.base import NO_DRAFT, Draft
 from quasar_core.records import MarginTable
 
 MAX_DRAFT = 15
-PRIOR_TRIALS = 4.0
-PRIOR_ACCEPTANCE = {1: 0.4, 2: 0.6, 3: 0.75}
 # Costs are measured to a few percent: plain decoding must look faster by more than that to be preferred.
 COST_ERROR = 0.03
-# Old trials fade, as texts change; while a drafter does not pay they fade too, so that it is tried again.
-FADING = 0.99
-FADING_UNTRIED = 0.99
+FADING_UNTRIED = 0.99  # of trials, while a drafter does not pay: so that it is tried again
 # What trying may lose, in passes of one token: a share of each, and so many at once; what drafts gain, they may lose.
 ALLOWANCE = 0.01
 FIRST_BUDGET, LEAST_BUDGET, MAX_BUDGET = 1.5, 0.75, 24.0
@@ -43,9 +41,6 @@ CYCLES = 1000
 # window depends on it weakly.
 TYPICAL_ACCEPTANCE = 1 / 3
 ALWAYS = MarginTable([], [10**9], [10**9])  # of a verifier that always agrees: no real one does better
-
-NO_DRAFT = Draft()
-
 
 # How long to draft
 
@@ -82,19 +77,18 @@ class FixedLength:
 
 
 class AdaptiveLength:
-    """Estimates P(next draft token is right | match length) and maximises expected tokens ÷ cost of the pass.
+    """Estimates P(a draft token is right | source, sureness) and maximises expected tokens ÷ cost of the pass.
 
-    A draft of k tokens of acceptance a yields 1 + a + … + a^k tokens for cost(k + 1). Estimates err, so a
-    budget bounds the time lost to rejected drafts and to drafting itself; drafting pauses while it is spent. With a
-    LiveCost, which passes correct, some must be made without a draft, the first ones among them: they are the measure
-    of all others.
+    A draft of k tokens of acceptances a_1 … a_k yields 1 + a_1 + a_1·a_2 + … tokens for cost(k + 1). Estimates err,
+    so a budget bounds the time lost to rejected drafts and to drafting itself; drafting pauses while it is spent. With
+    a LiveCost, which passes correct, some must be made without a draft, the first ones among them: they are the
+    measure of all others.
     """
 
-    def __init__(self, cost: Cost) -> None:
+    def __init__(self, cost: Cost, acceptance: Acceptance | None = None) -> None:
         self._is_timed = isinstance(cost, LiveCost)
         self.cost = cost if isinstance(cost, LiveCost) else LiveCost(cost)
-        self._right: dict[int, float] = {}
-        self._tried: dict[int, float] = {}
+        self.acceptance = acceptance or Acceptance()
         self._budget = FIRST_BUDGET  # in passes of one token
         self._yield = 0.0  # draft tokens that a pass accepts, lately
         self._measure = self.cost(1)  # by which drafts were charged
@@ -110,26 +104,19 @@ class AdaptiveLength:
         """None while the budget is spent, and where a pass without a draft is due."""
         return 0 if self._budget <= 0 or self._plain_is_due() else MAX_DRAFT
 
-    def acceptance(self, match_length: int) -> float:
-        """The running estimate, which starts at the prior."""
-        prior = PRIOR_ACCEPTANCE.get(match_length, PRIOR_ACCEPTANCE[3])
-        right = self._right.get(match_length, 0.0) + prior * PRIOR_TRIALS
-        return right / (self._tried.get(match_length, 0.0) + PRIOR_TRIALS)
-
     def cut(self, draft: Draft) -> Draft:
         """Keep the length of the best expected rate; none where plain decoding is as fast, or drafts have lost much."""
         if not draft.tokens or self._budget <= 0:
             return NO_DRAFT
         if self._rested:
-            for match_length in list(self._tried):
-                self._fade(match_length, FADING_UNTRIED**self._rested)
+            self.acceptance.fade_all(FADING_UNTRIED**self._rested)
             self._rested = 0
         longest = self._affordable(len(draft.tokens))
-        best = best_length(self.acceptance(draft.match_length), self.cost, longest)
+        best = best_length(self.acceptance.of(draft)[:longest], self.cost)
         if best == 0:
-            self._fade(draft.match_length, FADING_UNTRIED)
+            self.acceptance.fade([(piece.source, piece.sureness) for piece in draft.pieces], FADING_UNTRIED)
             best = self._probe(longest)
-        return Draft(draft.tokens[:best], draft.match_length)
+        return draft.first(best)
 
     def learn(self, draft: Draft, accepted: int, drafting_s: float = 0.0, pass_s: float | None = None) -> None:
         """A refused token is one trial more; tokens behind it were never tried."""
@@ -189,19 +176,13 @@ class AdaptiveLength:
 
     def _count(self, draft: Draft, accepted: int) -> None:
         self._yield += 0.1 * (accepted - self._yield)
-        self._fade(draft.match_length, FADING)
-        self._right[draft.match_length] += accepted
-        self._tried[draft.match_length] += accepted + (accepted < len(draft.tokens))
-
-    def _fade(self, match_length: int, factor: float) -> None:
-        for counts in (self._right, self._tried):
-            counts[match_length] = counts.get(match_length, 0.0) * factor
+        self.acceptance.count(draft.pieces, accepted)
 
 
-def best_length(acceptance: float, cost: Cost, longest: int) -> int:
-    """The k from 0 to `longest` that maximises (1 + a + … + a^k) ÷ cost(k + 1); 0 must win by more than COST_ERROR."""
+def best_length(acceptances: Sequence[float], cost: Cost) -> int:
+    """The k that maximises (1 + a_1 + … + a_1⋯a_k) ÷ cost(k + 1); 0 must win by more than COST_ERROR."""
     best, best_rate, expected, power = 0, (1.0 - COST_ERROR) / cost(1), 1.0, 1.0
-    for k in range(1, longest + 1):
+    for k, acceptance in enumerate(acceptances, start=1):
         power *= acceptance
         expected += power
         rate = expected / cost(k + 1)
@@ -212,7 +193,7 @@ def best_length(acceptance: float, cost: Cost, longest: int) -> int:
 
 def expected_pass(acceptance: float, cost: Cost, longest: int = MAX_DRAFT) -> tuple[float, float]:
     """Tokens and seconds of a pass whose draft has the best length for this acceptance."""
-    length = best_length(acceptance, cost, longest)
+    length = best_length([acceptance] * longest, cost)
     return sum(acceptance**i for i in range(length + 1)), cost(length + 1)
 
 

@@ -63,7 +63,19 @@ def test_the_result_file_says_everything_again(tmp_path: Path) -> None:
     assert {"python", "torch", "transformers", "quasar-cli"} <= set(content["versions"])
     assert content["datasets"] == {"d": {"questions": 3, "sha256": DATASET.sha256}}
     step = content["rows"][1]["stats"]["step_log"][0]
-    assert set(step) == {"drafted", "accepted", "match_length"}
+    assert set(step) == {"drafted", "accepted", "pieces"}
+
+
+def test_a_file_whose_steps_tell_a_match_length_is_read(tmp_path: Path) -> None:
+    """As files of before drafts had pieces do."""
+    path = tmp_path / "results.json"
+    results = run_bench(make_pair(CountingModel(6)), [DATASET], config(("vanilla", "ngram")), path)
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        for step in row["stats"]["step_log"]:
+            step["match_length"] = step.pop("pieces")[0]["sureness"] if step["drafted"] else 0
+    path.write_text(json.dumps(content))
+    assert read_results(path) == results
 
 
 def test_a_turn_continues_its_own_arms_conversation_from_the_cache(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ from quasar_core.decode import engine as engine_module
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.policy import FixedLength, WindowPolicy
 from quasar_core.decode.sampling import distribution, draw
-from quasar_core.draft.drafters import Draft, Drafter, NgramDrafter, NoDrafter
+from quasar_core.draft.base import Draft, Drafter
+from quasar_core.draft.ngram import NgramDrafter
+from quasar_core.draft.none import NoDrafter
 
 VOCABULARY = 5
 PROMPT = [1, 2, 1, 2]
@@ -38,8 +40,8 @@ class RandomDrafter(NoDrafter):
     def __init__(self) -> None:
         self.random = random.Random(0)
 
-    def propose(self, limit: int) -> Draft:
-        return Draft(tuple(self.random.randrange(VOCABULARY) for _ in range(max(limit, 0))), 1)
+    def propose(self, limit: int, after: Sequence[int] = ()) -> Draft:
+        return Draft.of([self.random.randrange(VOCABULARY) for _ in range(max(limit, 0))], "random", 1)
 
 
 def run_engine(

@@ -29,7 +29,7 @@ from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.policy import FixedLength, WindowPolicy
-from quasar_core.draft.drafters import NgramDrafter
+from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.models.hf.causal_lm import TransformersLM, attach_verifier
 from quasar_core.models.pair import load_tokenizer
 

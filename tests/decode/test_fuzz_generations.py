@@ -21,7 +21,8 @@ from helpers.tiny_models import OracleDrafter, make_pair
 
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
-from quasar_core.draft.drafters import Drafter, NgramDrafter
+from quasar_core.draft.base import Drafter
+from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.kernels.cpu import library
 from quasar_core.models import loading
 from quasar_core.models.lean_weights import attach_verifier, load_target
@@ -54,11 +55,11 @@ class MixedDrafter(OracleDrafter):
         super().__init__(text, vocabulary=VOCABULARY)
         self.random = random.Random(seed)
 
-    def propose(self, limit: int) -> Any:
-        draft = super().propose(limit)
+    def propose(self, limit: int, after: Sequence[int] = ()) -> Any:
+        draft = super().propose(limit, after)
         right = self.random.randint(0, len(draft.tokens))
         wrong = tuple((token + 1) % VOCABULARY for token in draft.tokens[right:])
-        return type(draft)(draft.tokens[:right] + wrong, draft.match_length)
+        return type(draft)(draft.tokens[:right] + wrong, draft.pieces)
 
 
 def drafter_of(kind: str, text: Sequence[int], seed: int) -> Callable[[], Drafter]:

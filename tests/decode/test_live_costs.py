@@ -18,7 +18,8 @@ from quasar_core.decode import generator as generator_module
 from quasar_core.decode.costs import FEW, KNOWN, OLD, CostRecord, LiveCost, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.policy import AdaptiveLength
-from quasar_core.draft.drafters import Draft, NgramDrafter
+from quasar_core.draft.base import Draft, Drafter
+from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.records import FidelityReport, MarginTable
 from quasar_core.system import Load
 
@@ -60,7 +61,7 @@ class SimulatedModel(TableModel):
         return super().forward(tokens, cache, last_only)
 
 
-class SimulatedDrafter:
+class SimulatedDrafter(Drafter):
     """Always has fifteen tokens to say, of which so many of a hundred are right; asking it takes time."""
 
     def __init__(self, machine: Machine, text: Sequence[int], right: float = 0.0, seconds: float = 0.0) -> None:
@@ -73,11 +74,11 @@ class SimulatedDrafter:
     def forget(self, count: int) -> None:
         self.position -= count
 
-    def propose(self, limit: int) -> Draft:
+    def propose(self, limit: int, after: Sequence[int] = ()) -> Draft:
         self.machine.take(self.seconds)
         known = [self.text[(self.position + i) % len(self.text)] for i in range(min(limit, 15))]
-        drawn = (token if self.luck.random() < self.right else (token + 1) % 8 for token in known)
-        return Draft(tuple(drawn), 2)
+        drawn = [token if self.luck.random() < self.right else (token + 1) % 8 for token in known]
+        return Draft.of(drawn, "ngram", 2)
 
 
 def remembered(cost: PassCost, role: str = "target") -> CostRecord:
@@ -310,7 +311,7 @@ def test_the_budget_is_kept_over_answers() -> None:
     for _ in range(50):
         adaptive.begin()
         for _ in range(64):
-            draft = adaptive.cut(Draft(tuple(range(15)), 3)) if adaptive.limit else Draft()
+            draft = adaptive.cut(Draft.of(range(15), "ngram", 3)) if adaptive.limit else Draft()
             adaptive.learn(draft, 0)
             lost += adaptive.cost(1 + len(draft.tokens)) - 1
     assert lost <= 0.03 * 50 * 64

@@ -28,14 +28,14 @@ from quasar_core.decode.policy import (
     predict_rates,
     windows_of,
 )
-from quasar_core.draft.drafters import Draft
+from quasar_core.draft.base import NO_DRAFT, Draft
 from quasar_core.models.base import Choices
 from quasar_core.records import FidelityReport, MarginTable
 from quasar_core.timing import Timing
 
 FLAT = PassCost((1, 16), (1.0, 1.0))
 STEEP = PassCost((1, 16), (1.0, 16.0))
-DRAFT = Draft(tuple(range(10)), 2)
+DRAFT = Draft.of(range(10), "ngram", 2)
 
 
 def curve(agreement: float) -> AgreementCurve:
@@ -138,24 +138,24 @@ class TestCosts:
 
 class TestDraftLength:
     def test_where_passes_cost_the_same_the_longest_draft_is_best(self) -> None:
-        assert best_length(0.5, FLAT, 10) == 10
+        assert best_length([0.5] * 10, FLAT) == 10
 
     def test_where_a_token_costs_a_pass_only_certain_tokens_pay(self) -> None:
-        assert best_length(0.9, STEEP, 10) == 0
-        assert best_length(1.0, STEEP, 10) > 0
+        assert best_length([0.9] * 10, STEEP) == 0
+        assert best_length([1.0] * 10, STEEP) > 0
 
     def test_the_best_length_is_the_maximum_of_the_rate(self) -> None:
         cost = PassCost((1, 3, 4, 16), (1.0, 1.1, 3.0, 15.0))
         rates = {k: sum(0.7**i for i in range(k + 1)) / cost(k + 1) for k in range(1, 9)}
-        assert best_length(0.7, cost, 8) == max(rates, key=lambda k: rates[k]) == 2
+        assert best_length([0.7] * 8, cost) == max(rates, key=lambda k: rates[k]) == 2
 
     @pytest.mark.parametrize("noise", [0.98, 1.02])
     def test_noise_of_a_few_percent_does_not_switch_drafting_off(self, noise: float) -> None:
         cost = PassCost((1, 2), (1.0, 1.4 * noise))
-        assert best_length(0.4, cost, 1) == 1
+        assert best_length([0.4], cost) == 1
 
     def test_a_clear_loss_does(self) -> None:
-        assert best_length(0.4, PassCost((1, 2), (1.0, 1.6)), 1) == 0
+        assert best_length([0.4], PassCost((1, 2), (1.0, 1.6))) == 0
 
     def test_a_fixed_length_asks_for_it_and_cuts_nothing(self) -> None:
         fixed = FixedLength(7)
@@ -165,31 +165,32 @@ class TestDraftLength:
     def test_longer_matches_are_trusted_more_at_first(self) -> None:
         adaptive = AdaptiveLength(FLAT)
         assert adaptive.limit == MAX_DRAFT
-        assert adaptive.acceptance(1) < adaptive.acceptance(2) < adaptive.acceptance(3) == adaptive.acceptance(9)
+        estimates = [adaptive.acceptance("ngram", length) for length in (1, 2, 3, 9)]
+        assert estimates[0] < estimates[1] < estimates[2] == estimates[3]
 
     def test_what_was_refused_lowers_the_estimate_and_what_was_accepted_raises_it(self) -> None:
         adaptive = AdaptiveLength(FLAT)
-        before = adaptive.acceptance(2)
+        before = adaptive.acceptance("ngram", 2)
         adaptive.learn(DRAFT, 10)
-        assert adaptive.acceptance(2) == pytest.approx((10 + 4 * before) / 14)
+        assert adaptive.acceptance("ngram", 2) == pytest.approx((10 + 4 * before) / 14)
         other = AdaptiveLength(FLAT)
         other.learn(DRAFT, 3)
-        assert other.acceptance(2) == pytest.approx((3 + 4 * before) / 8)  # 3 right of 4 tried
-        assert other.acceptance(3) == AdaptiveLength(FLAT).acceptance(3)
+        assert other.acceptance("ngram", 2) == pytest.approx((3 + 4 * before) / 8)  # 3 right of 4 tried
+        assert other.acceptance("ngram", 3) == AdaptiveLength(FLAT).acceptance("ngram", 3)
 
     def test_an_empty_draft_teaches_nothing(self) -> None:
         adaptive = AdaptiveLength(STEEP)
-        adaptive.learn(Draft(), 0)
-        assert adaptive.cut(Draft()) == Draft()
-        assert adaptive.acceptance(0) == AdaptiveLength(STEEP).acceptance(0)
+        adaptive.learn(NO_DRAFT, 0)
+        assert adaptive.cut(NO_DRAFT) == NO_DRAFT
+        assert adaptive.acceptance("ngram", 0) == AdaptiveLength(STEEP).acceptance("ngram", 0)
 
     def test_drafting_stops_when_it_does_not_pay_and_is_tried_again_later(self) -> None:
         adaptive = AdaptiveLength(PassCost((1, 16), (1.0, 4.0)))
         while tokens := adaptive.cut(DRAFT).tokens:
-            adaptive.learn(Draft(tokens, 2), 0)
+            adaptive.learn(Draft.of(tokens, "ngram", 2), 0)
         waited = 1
         while not (adaptive.limit and adaptive.cut(DRAFT).tokens):
-            adaptive.learn(Draft(), 0)
+            adaptive.learn(NO_DRAFT, 0)
             waited += 1
         assert 3 < waited < 50
 
@@ -203,8 +204,8 @@ class TestDraftLength:
             cost, luck = PassCost((1, 33), (1.0, 1.0 + 32 * slope)), random.Random(0)
             adaptive, seconds, tokens = AdaptiveLength(cost), 0.0, 0
             while tokens < 500:
-                offered = Draft(tuple(range(15)), luck.choice(match_lengths))
-                draft = adaptive.cut(offered) if adaptive.limit else Draft()
+                offered = Draft.of(range(15), "ngram", luck.choice(match_lengths))
+                draft = adaptive.cut(offered) if adaptive.limit else NO_DRAFT
                 accepted = 0
                 while accepted < len(draft.tokens) and luck.random() < acceptance:
                     accepted += 1
@@ -227,7 +228,14 @@ class TestDraftLength:
 
     def test_a_draft_that_pays_is_cut_to_its_best_length(self) -> None:
         adaptive = AdaptiveLength(PassCost((1, 3, 4, 16), (1.0, 1.1, 3.0, 15.0)))
-        assert adaptive.cut(DRAFT) == Draft((0, 1), 2)
+        assert adaptive.cut(DRAFT) == DRAFT.first(2)
+
+    def test_a_doubtful_piece_behind_a_sure_one_is_cut_off(self) -> None:
+        adaptive = AdaptiveLength(PassCost((1, 16), (1.0, 4.0)))
+        sure, doubtful = Draft.of((1, 2, 3), "sure", 3), Draft.of((4, 5), "doubtful", 1)
+        adaptive.learn(sure, 3)
+        adaptive.learn(doubtful, 0)
+        assert adaptive.cut(sure.then(doubtful)) == sure
 
 
 class TestWindow:

@@ -25,7 +25,8 @@ from transformers import (
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
-from quasar_core.draft.drafters import Draft, Drafter, NgramDrafter
+from quasar_core.draft.base import Draft, Drafter
+from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.models.base import CausalLM
 from quasar_core.models.hf.causal_lm import TransformersLM, attach_verifier
 from quasar_core.models.pair import Pair
@@ -177,7 +178,7 @@ class TableModel(CausalLM):
         return logits[-1:] if last_only else logits
 
 
-class OracleDrafter:
+class OracleDrafter(Drafter):
     """Knows the text that plain decoding yields; with `shift`, proposes other tokens instead: always wrong."""
 
     def __init__(self, text: Sequence[int], shift: int = 0, vocabulary: int = VOCABULARY) -> None:
@@ -190,9 +191,10 @@ class OracleDrafter:
     def forget(self, count: int) -> None:
         self.position -= count
 
-    def propose(self, limit: int) -> Draft:
-        known = self.text[self.position : self.position + limit] if limit > 0 else []
-        return Draft(tuple((token + self.shift) % self.vocabulary for token in known), min(len(known), 1))
+    def propose(self, limit: int, after: Sequence[int] = ()) -> Draft:
+        begin = self.position + len(after)
+        known = self.text[begin : begin + limit] if limit > 0 else []
+        return Draft.of([(token + self.shift) % self.vocabulary for token in known], "oracle", 1)
 
 
 def drafter_factory(kind: str, text: Sequence[int], vocabulary: int = VOCABULARY) -> Callable[[], Drafter]:

@@ -1,56 +1,17 @@
-"""Drafters propose tokens without running the target. They know token ids and nothing of models."""
+"""Drafts by looking the last few tokens up in the text so far."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
-from quasar_core.config import GenerationConfig
+from quasar_core.draft.base import NO_DRAFT, Draft, Drafter
 
 _Gram = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Draft:
-    """Proposed tokens, and the length of the match that they follow (0: none)."""
-
-    tokens: tuple[int, ...] = ()
-    match_length: int = 0
-
-
-class Drafter(Protocol):
-    """Follows the text, token by token, and proposes what comes next."""
-
-    def observe(self, tokens: Sequence[int]) -> None:
-        """The text goes on with `tokens`."""
-        ...
-
-    def forget(self, count: int) -> None:
-        """The last `count` tokens are taken back."""
-        ...
-
-    def propose(self, limit: int) -> Draft:
-        """At most `limit` tokens to follow the text."""
-        ...
-
-
-class NoDrafter:
-    """Plain decoding: proposes nothing."""
-
-    def observe(self, tokens: Sequence[int]) -> None:
-        """Nothing to remember."""
-
-    def forget(self, count: int) -> None:
-        """Nothing to forget."""
-
-    def propose(self, limit: int) -> Draft:
-        """The empty draft."""
-        return Draft()
-
-
-class NgramDrafter:
+class NgramDrafter(Drafter):
     """Prompt lookup (Saxena, 2023; the paper, §3): proposes what followed the last tokens earlier in the text.
 
-    Matches the longest suffix of `min_size` to `max_size` tokens; of several matches, the most recent.
+    Matches the longest suffix of `min_size` to `max_size` tokens; of several matches, the most recent. The length of
+    the match is how sure the draft is.
 
     An n-gram enters the index when the token after it is known, so a suffix never matches itself. Every entry keeps
     what it replaced, so tokens can be taken back. All operations take constant time a token.
@@ -87,19 +48,19 @@ class NgramDrafter:
                     self._next_position[gram] = position
             self._replaced.append(entries)
 
-    def propose(self, limit: int) -> Draft:
+    def propose(self, limit: int, after: Sequence[int] = ()) -> Draft:
         """Copy from behind the match; a copy that reaches the end of the text goes on with itself (as in LZ77)."""
         self._index()
+        ending = (*self.context[-self.sizes.start :], *after)
         for size in self.sizes:
-            start = self._next_position.get(tuple(self.context[-size:])) if size <= len(self.context) else None
+            start = self._next_position.get(ending[-size:]) if size <= len(ending) else None
             if start is not None and limit > 0:
-                period = len(self.context) - start
-                return Draft(tuple(self.context[start + i % period] for i in range(limit)), size)
-        return Draft()
+                return Draft.of(self._copy(start, after, limit), "ngram", size)
+        return NO_DRAFT
 
-
-def make_drafter(config: GenerationConfig) -> Drafter:
-    """The drafter that `--draft` names."""
-    if config.draft == "none":
-        return NoDrafter()
-    return NgramDrafter(config.ngram_min, config.ngram_max)
+    def _copy(self, start: int, after: Sequence[int], limit: int) -> tuple[int, ...]:
+        """`limit` tokens from `start` of the text and `after`, again and again."""
+        known = len(self.context)
+        period = known + len(after) - start
+        places = (start + i % period for i in range(limit))
+        return tuple(self.context[place] if place < known else after[place - known] for place in places)

@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.config import GenerationConfig
-from quasar_core.draft.drafters import Draft, NgramDrafter, NoDrafter, make_drafter
+from quasar_core.draft.base import NO_DRAFT, Draft
+from quasar_core.draft.make import make_drafter
+from quasar_core.draft.ngram import NgramDrafter
+from quasar_core.draft.none import NoDrafter
 
 TEXTS = st.lists(st.integers(0, 3), max_size=40)
 
@@ -26,36 +29,36 @@ def search_naively(text: Sequence[int], limit: int, smallest: int, largest: int)
                 grown = list(text)
                 for i in range(limit):
                     grown.append(grown[start + size + i])
-                return Draft(tuple(grown[len(text) :]), size)
-    return Draft()
+                return Draft.of(grown[len(text) :], "ngram", size)
+    return NO_DRAFT
 
 
 def test_the_longest_match_wins_over_a_later_one() -> None:
     # 1 2 3 stood at the beginning; 3 alone stood later, before a 9
-    assert drafter_over([1, 2, 3, 7, 8, 3, 9, 1, 2, 3]).propose(2) == Draft((7, 8), 3)
+    assert drafter_over([1, 2, 3, 7, 8, 3, 9, 1, 2, 3]).propose(2) == Draft.of((7, 8), "ngram", 3)
 
 
 def test_of_equal_matches_the_most_recent_wins() -> None:
-    assert drafter_over([1, 2, 5, 1, 2, 6, 1, 2]).propose(1) == Draft((6,), 2)
+    assert drafter_over([1, 2, 5, 1, 2, 6, 1, 2]).propose(1) == Draft.of((6,), "ngram", 2)
 
 
 def test_a_copy_that_reaches_the_end_goes_on_with_itself() -> None:
-    assert drafter_over([4, 1, 2, 1, 2]).propose(5) == Draft((1, 2, 1, 2, 1), 2)
-    assert drafter_over([7, 7]).propose(3) == Draft((7, 7, 7), 1)
+    assert drafter_over([4, 1, 2, 1, 2]).propose(5) == Draft.of((1, 2, 1, 2, 1), "ngram", 2)
+    assert drafter_over([7, 7]).propose(3) == Draft.of((7, 7, 7), "ngram", 1)
 
 
 def test_nothing_is_proposed_without_a_match_or_room() -> None:
-    assert drafter_over([]).propose(4) == Draft()
-    assert drafter_over([1, 2, 3]).propose(4) == Draft()
-    assert drafter_over([1, 1]).propose(0) == Draft()
-    assert drafter_over([1, 1]).propose(-1) == Draft()
+    assert drafter_over([]).propose(4) == NO_DRAFT
+    assert drafter_over([1, 2, 3]).propose(4) == NO_DRAFT
+    assert drafter_over([1, 1]).propose(0) == NO_DRAFT
+    assert drafter_over([1, 1]).propose(-1) == NO_DRAFT
 
 
 def test_sizes_bound_the_match() -> None:
     text = [1, 2, 3, 4, 9, 1, 2, 3, 4]
-    assert drafter_over(text, 1, 2).propose(1).match_length == 2
-    assert drafter_over(text, 1, 4).propose(1).match_length == 4
-    assert drafter_over([3, 5, 4, 5], 2, 3).propose(1) == Draft()
+    assert drafter_over(text, 1, 2).propose(1).pieces[0].sureness == 2
+    assert drafter_over(text, 1, 4).propose(1).pieces[0].sureness == 4
+    assert drafter_over([3, 5, 4, 5], 2, 3).propose(1) == NO_DRAFT
 
 
 @given(TEXTS, st.integers(0, 8), st.integers(1, 2), st.integers(0, 2))
@@ -84,7 +87,7 @@ def test_no_drafter_proposes_nothing() -> None:
     drafter = NoDrafter()
     drafter.observe([1, 1, 1])
     drafter.forget(1)
-    assert drafter.propose(5) == Draft()
+    assert drafter.propose(5) == NO_DRAFT
 
 
 @pytest.mark.parametrize(("draft", "kind"), [("none", NoDrafter), ("ngram", NgramDrafter)])
