@@ -17,10 +17,10 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import read_json, refuse_foreign, write_json
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.times import device_name
-from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.models.cpu_pass import CpuPass
 from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.hf import causal_lm
 from quasar_core.models.linear import Product, block_products, head_product
@@ -172,8 +172,10 @@ def verifier_bytes(config: DecoderConfig, packed: Sequence[PackedLinear], itemsi
 
 def cache_bytes(config: DecoderConfig, positions: int, itemsize: int) -> int:
     """Keys and values of these positions in all layers; a sliding window reads no more than its own."""
-    seen = sum(min(positions, window or positions) for window in config.windows)
-    return 2 * seen * config.num_kv_heads * config.head_size * itemsize
+    return sum(
+        2 * min(positions, block.window or positions) * block.kv_heads * block.head_size * itemsize
+        for block in config.blocks
+    )
 
 
 MOST_TOKENS = 256

@@ -16,9 +16,12 @@ from quasar_core.kernels.cpu import library
 from quasar_core.kernels.cpu import library as cpp
 from quasar_core.kernels.cpu.vnni import VnniWeight
 from quasar_core.kernels.linear import PackedLinear
+from quasar_core.models.architectures import HeadNorms
 from quasar_core.models.base import Choices
 from quasar_core.models.decoder import DecoderCache, DecoderLayer, DenseLinear, FusedLinear, LeanDecoder, Linear
+from quasar_core.models.rope import RopeTables, query_growth
 
+ACTIVATIONS = ("silu", "gelu_tanh", "relu2", "xielu")  # in the order of `elementwise.h`
 BITS_OF = {torch.bfloat16: 16, torch.float32: 32}
 KERNELS = frozenset({"vnni", "dense"})  # whose weights it reads as they prepared them
 
@@ -28,7 +31,7 @@ def why_not(decoder: LeanDecoder) -> str | None:
     if decoder.dtype not in BITS_OF:
         return f"it takes bfloat16 and float32, not {str(decoder.dtype).removeprefix('torch.')}"
     config = decoder.config
-    sizes = (config.hidden_size, config.intermediate_size, config.head_size)
+    sizes = {config.hidden_size, *(size for block in config.blocks for size in (block.inner, block.head_size))}
     if any(size % 16 for size in sizes):
         return "hidden, intermediate and head sizes must be multiples of 16"
     foreign = {layer.choice.kernel.name for layer in decoder.packed_layers} - KERNELS
@@ -42,6 +45,32 @@ def remark() -> str:
     return library.remark(cpp.SOURCE)
 
 
+class Tables:
+    """Cosines and sines of a rotary embedding in float32; they are kept, as Python is slow after every pass."""
+
+    def __init__(self, rope: RopeTables) -> None:
+        self.rope = rope
+        self._reach = 0  # positions in the tables
+
+    def rows(self, start: int, end: int, prompt_length: int) -> tuple[int, int]:
+        """Addresses of cosines and sines [T, D] of these positions."""
+        if self.rope.stretches_at(end, prompt_length):
+            self._stretched = self._widened(start, end, prompt_length)
+            cos, sin = self._stretched
+            return cos.data_ptr(), sin.data_ptr()
+        if end > self._reach:
+            further = 2 * end
+            self._reach = end if self.rope.stretches_at(further) else further
+            self._kept = self._widened(0, self._reach)
+        cos, sin = self._kept
+        before = start * cos.shape[-1] * cos.element_size()
+        return cos.data_ptr() + before, sin.data_ptr() + before
+
+    def _widened(self, start: int, end: int, prompt_length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.rope.rows(start, end, prompt_length)
+        return cos.float().contiguous(), sin.float().contiguous()
+
+
 class CpuPass:
     """Implements `base.FastPass`. The decoder's tensors must stay where they are."""
 
@@ -49,10 +78,10 @@ class CpuPass:
     longest = 64
 
     def __init__(self, decoder: LeanDecoder) -> None:
-        self.config, self.rope = decoder.config, decoder.rope
+        self.config = decoder.config
         self._kept: list[torch.Tensor] = []  # what the description points to
         self._is_bfloat16 = int(decoder.dtype == torch.bfloat16)
-        self._reach = 0  # positions in the tables
+        self._tables = [Tables(rope) for rope in decoder.ropes]
         self._run = cpp.library().quasar_pass_run
         self._pass = cpp.library().quasar_pass_new(ctypes.byref(self._describe(decoder)))
         weakref.finalize(self, cpp.library().quasar_pass_delete, self._pass, self._is_bfloat16)
@@ -69,7 +98,10 @@ class CpuPass:
         if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
             raise IndexError(f"a token of {tokens} is not in a vocabulary of {self.config.vocab_size}")
         chosen, margins = (ctypes.c_int64 * count)(), (ctypes.c_float * count)()
-        cos, sin = self._rotations(cache.length, cache.length + count, cache.prompt_length)
+        end = cache.length + count
+        addresses = [tables.rows(cache.length, end, cache.prompt_length) for tables in self._tables]
+        cos, sin = ((ctypes.c_void_p * len(addresses))(*some) for some in zip(*addresses, strict=True))
+        growth = self._growth(cache.length, end)
         self._run(
             self._pass,
             self._is_bfloat16,
@@ -78,6 +110,7 @@ class CpuPass:
             cache.length,
             cos,
             sin,
+            None if growth is None else growth.data_ptr(),
             cache.addresses,
             cache.capacity,
             None if logits is None else logits.data_ptr(),
@@ -88,23 +121,10 @@ class CpuPass:
         cache.advance(count)
         return Choices(chosen[:], margins[:])
 
-    def _rotations(self, start: int, end: int, prompt_length: int) -> tuple[int, int]:
-        """Addresses of cosines and sines [T, D] in float32; tables are kept, as Python is slow after every pass."""
-        if self.rope.stretches_at(end, prompt_length):
-            self._stretched = self._widened(start, end, prompt_length)
-            cos, sin = self._stretched
-            return cos.data_ptr(), sin.data_ptr()
-        if end > self._reach:
-            further = 2 * end
-            self._reach = end if self.rope.stretches_at(further) else further
-            self._tables = self._widened(0, self._reach)
-        cos, sin = self._tables
-        before = start * self.config.head_size * cos.element_size()
-        return cos.data_ptr() + before, sin.data_ptr() + before
-
-    def _widened(self, start: int, end: int, prompt_length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self.rope.rows(start, end, prompt_length)
-        return cos.float().contiguous(), sin.float().contiguous()
+    def _growth(self, start: int, end: int) -> torch.Tensor | None:
+        """By what the queries of a pass grow [T], where they do."""
+        growth = self.config.query_growth
+        return None if growth is None else query_growth(torch.arange(start, end), *growth).contiguous()
 
     def seconds(self) -> tuple[float, float]:
         """Seconds of all passes so far, and those of them in matrix products."""
@@ -114,34 +134,52 @@ class CpuPass:
 
     def _describe(self, decoder: LeanDecoder) -> cpp.Model:
         layers = [self._layer(layer) for layer in decoder.layers]
-        config = self.config
+        config, norms = self.config, self.config.head_norms or HeadNorms()
         return cpp.Model(
             hidden=config.hidden_size,
             heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_size=config.head_size,
             layers=len(layers),
             is_bfloat16=self._is_bfloat16,
+            activation=ACTIVATIONS.index(config.activation),
+            gated=config.gated,
+            norms_whole_rows=norms.whole_rows,
+            norms_last=norms.after_rotation,
+            interleaved=config.ropes[0].interleaved,
             eps=config.eps,
+            embedding_scale=decoder.embedding_scale,
+            residual_scale=config.residual_scale,
+            scores_scale=config.scores_scale or 0,
+            scores_cap=config.scores_cap or 0,
+            logits_scale=config.logits_scale,
+            logits_cap=config.logits_cap or 0,
             embedding=self._address(decoder.embedding),
-            norm=self._address(decoder.norm.float()),
+            norm=self._floats(decoder.norm),
             head=self._fused(decoder.head),
             layer=(cpp.Layer * len(layers))(*layers),
         )
 
     def _layer(self, layer: DecoderLayer) -> cpp.Layer:
-        head_norms = layer.head_norms
+        shape = layer.shape
         return cpp.Layer(
-            input_norm=self._address(layer.input_norm.float()),
-            mlp_norm=self._address(layer.mlp_norm.float()),
-            head_norms=None if head_norms is None else self._address(head_norms.float()),
+            input_norm=self._floats(layer.input_norm),
+            out_norm=self._floats(layer.out_norm),
+            mlp_norm=self._floats(layer.mlp_norm),
+            down_norm=self._floats(layer.down_norm),
+            head_norms=self._floats(layer.head_norms),
+            activation=self._floats(layer.activation),
             qkv=self._fused(layer.qkv),
             out=self._fused(layer.out),
             gate_up=self._fused(layer.gate_up),
             down=self._fused(layer.down),
-            window=layer.window or 0,
-            rotates=layer.rotates,
+            window=shape.window or 0,
+            rope=-1 if shape.rope is None else shape.rope,
+            channels=0 if shape.rope is None else self.config.ropes[shape.rope].channels,
+            kv_heads=shape.kv_heads,
+            head_size=shape.head_size,
         )
+
+    def _floats(self, weights: torch.Tensor | None) -> int | None:
+        return None if weights is None else self._address(weights.float())
 
     def _fused(self, product: Linear) -> cpp.FusedWeight:
         parts = [self._product(part) for part in (product.parts if isinstance(product, FusedLinear) else (product,))]

@@ -1,4 +1,4 @@
-"""The lean decoder: RMS norms, rotary grouped-query attention over a KV cache, a gated MLP, and nothing in between.
+"""The lean decoder: RMS norms, rotary grouped-query attention over a KV cache, an MLP, and nothing in between.
 
 It knows tensors and a cache; nothing of files or text. A pass over T tokens is a few operations per layer, whose only
 moving part is the cache's length: the cache is allocated once, and rolled back by moving that length. Letters: T
@@ -7,78 +7,23 @@ vocabulary.
 """
 
 import ctypes
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, linear
 
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
-from quasar_core.models.architectures import DecoderConfig
+from quasar_core.models.activations import activated
+from quasar_core.models.attention import AttentionMask, attend, make_mask
 from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, join_choices
-from quasar_core.models.rope import PromptLength, RopeTables
-
-# Up to here the query heads of a group are rows of one product, so that keys and values are read once for all of them.
-FOLDED_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class AttentionMask:
-    """Which positions the tokens of a pass attend to: from `first` to `end`, less what `added` takes away."""
-
-    first: int
-    end: int
-    causal: bool  # a prompt from position 0, which needs no mask
-    added: torch.Tensor | None  # to the scores: 0 or −∞, [T, L], or [T·G, L] for folded groups
-
-
-def make_mask(
-    start: int, count: int, window: int | None, group: int, device: torch.device, dtype: torch.dtype
-) -> AttentionMask:
-    """Make the mask of `count` tokens at position `start`; a window counts the token's own position."""
-    end = start + count
-    first = 0 if window is None else max(0, start - window + 1)
-    if count == 1:
-        return AttentionMask(first, end, causal=False, added=None)
-    if start == 0 and (window is None or count <= window):
-        return AttentionMask(first, end, causal=True, added=None)
-    if device.type == "cuda" and window is None and count > FOLDED_TOKENS:
-        # A later chunk of a prompt. Flash attention takes no tensor for a mask, but it takes "causal, and the last
-        # query sees the last key", which is what this one says.
-        return AttentionMask(0, end, causal=False, added=causal_lower_right(count, end))
-    own = torch.arange(start, end, device=device)[:, None]
-    seen = torch.arange(first, end, device=device)
-    hidden = seen > own
-    if window is not None:
-        hidden |= seen <= own - window
-    added = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
-    return AttentionMask(
-        first, end, causal=False, added=added.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else added
-    )
-
-
-def attend(queries: torch.Tensor, states: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
-    """Queries [T, H·G, D] over a layer's keys and values [2, H, capacity, D] → [T, H·G·D]."""
-    keys, values = states[:, None, :, mask.first : mask.end].unbind()
-    count, heads, size = queries.shape
-    if mask.causal or count > FOLDED_TOKENS:
-        mixed = scaled_dot_product_attention(
-            queries.transpose(0, 1)[None],
-            keys,
-            values,
-            attn_mask=mask.added,
-            is_causal=mask.causal,
-            enable_gqa=heads != keys.shape[1],
-        )
-        return mixed[0].transpose(0, 1).reshape(count, -1)
-    groups = queries.view(count, keys.shape[1], -1, size)  # [T, H, G, D]
-    rows = groups.transpose(0, 1).reshape(1, keys.shape[1], -1, size)  # [1, H, T·G, D]
-    mixed = scaled_dot_product_attention(rows, keys, values, attn_mask=mask.added)
-    return mixed.view(keys.shape[1], count, -1, size).transpose(0, 1).reshape(count, -1)
+from quasar_core.models.decoder_config import BlockConfig, DecoderConfig
+from quasar_core.models.heads import Turn, normed
+from quasar_core.models.rope import PromptLength, RopeTables, query_growth
 
 
 class DecoderCache(PromptLength):
@@ -87,12 +32,12 @@ class DecoderCache(PromptLength):
     The positions of a head lie next to each other, so attention reads it from end to end.
     """
 
-    def __init__(
-        self, num_layers: int, num_heads: int, head_size: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        shape = (num_layers, 2, num_heads, capacity, head_size)
-        self.layers = empty_in_huge_pages(*shape, device=device, dtype=dtype).unbind()
-        self.addresses = (ctypes.c_void_p * num_layers)(*(states.data_ptr() for states in self.layers))
+    def __init__(self, blocks: Sequence[BlockConfig], capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+        shapes = [(2, block.kv_heads, capacity, block.head_size) for block in blocks]
+        sizes = [math.prod(shape) for shape in shapes]
+        whole = empty_in_huge_pages(sum(sizes), device=device, dtype=dtype)
+        self.layers = [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
+        self.addresses = (ctypes.c_void_p * len(blocks))(*(states.data_ptr() for states in self.layers))
         self._length, self._capacity = 0, capacity
 
     @property
@@ -151,31 +96,39 @@ class FusedLinear:
 class DecoderLayer:
     """Weights and switches of one block."""
 
-    input_norm: torch.Tensor
+    shape: BlockConfig
+    input_norm: torch.Tensor | None
     qkv: Linear  # the queries of all heads, then keys, then values
     head_norms: torch.Tensor | None  # [H·G + H, D], of the queries' heads, then of the keys'
     out: Linear
-    mlp_norm: torch.Tensor
-    gate_up: Linear  # gates, then what they gate
+    out_norm: torch.Tensor | None  # of what attention adds
+    mlp_norm: torch.Tensor | None
+    gate_up: Linear  # gates, then what they gate; without gates, what is activated
+    activation: torch.Tensor | None  # weights of the activation, where it has some
     down: Linear
-    window: int | None
-    rotates: bool
+    down_norm: torch.Tensor | None  # of what the MLP adds
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         """The four products."""
         return self.qkv, self.out, self.gate_up, self.down
 
+    @property
+    def norms(self) -> tuple[torch.Tensor, ...]:
+        """Those that the block has."""
+        every = (self.input_norm, self.head_norms, self.out_norm, self.mlp_norm, self.down_norm)
+        return tuple(norm for norm in every if norm is not None)
+
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a pass stands: its positions, their rotations, and what each kind of layer sees."""
+    """Where a pass stands: its positions, their rotations, how queries grow, and what each kind of layer sees."""
 
     start: int
     end: int
-    cos: torch.Tensor
-    sin: torch.Tensor
-    masks: dict[int | None, AttentionMask]
+    tables: list[tuple[torch.Tensor, torch.Tensor]]  # cosines and sines of each rotary embedding
+    growth: torch.Tensor | None  # [T, 1, 1]
+    masks: dict[tuple[int | None, int], AttentionMask]  # by window and key-value heads
 
 
 class LeanDecoder(CausalLM):
@@ -188,14 +141,14 @@ class LeanDecoder(CausalLM):
         layers: Sequence[DecoderLayer],
         norm: torch.Tensor,
         head: Linear,
-        rope: RopeTables,
+        ropes: Sequence[RopeTables],
     ) -> None:
         self.config, self.embedding, self.layers = config, embedding, tuple(layers)
-        self.norm, self.head, self.rope = norm, head, rope
+        self.norm, self.head, self.ropes = norm, head, tuple(ropes)
         self.fast: FastPass | None = None  # runs the passes of decoding, where there is one
-        self._windows = frozenset(config.windows)
-        self._group = config.num_heads // config.num_kv_heads
-        self._rotated_heads = config.num_heads + config.num_kv_heads
+        self._sights = {(block.window, block.kv_heads) for block in config.blocks}
+        rounded = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
+        self.embedding_scale = rounded if config.rounds_embedding_scale else config.embedding_scale
 
     @property
     def vocab_size(self) -> int:
@@ -221,12 +174,10 @@ class LeanDecoder(CausalLM):
 
     def new_cache(self, capacity: int) -> DecoderCache:
         """A cache for this model, and for any model of the same shape."""
-        self.rope.reach(capacity)
-        config = self.config
-        cache = DecoderCache(
-            config.num_layers, config.num_kv_heads, config.head_size, capacity, self.device, self.dtype
-        )
-        cache.limit = self.rope.limit
+        for rope in self.ropes:
+            rope.reach(capacity)
+        cache = DecoderCache(self.config.blocks, capacity, self.device, self.dtype)
+        cache.limit = self.ropes[0].limit
         return cache
 
     @steered
@@ -253,45 +204,66 @@ class LeanDecoder(CausalLM):
     def _plain_pass(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool) -> torch.Tensor:
         place = self._place(cache, len(tokens))
         hidden = embedding(torch.tensor(tokens, device=self.device), self.embedding)
+        if self.embedding_scale != 1:
+            hidden *= self.embedding_scale
         for layer, states in zip(self.layers, cache.layers, strict=True):
-            hidden += self._attention(layer, self._normed(hidden, layer.input_norm), states, place)
-            hidden += self._mlp(layer, self._normed(hidden, layer.mlp_norm))
+            self._add(
+                hidden, self._attention(layer, self._normed(hidden, layer.input_norm), states, place), layer.out_norm
+            )
+            self._add(hidden, self._mlp(layer, self._normed(hidden, layer.mlp_norm)), layer.down_norm)
         cache.advance(len(tokens))
         if last_only:
             hidden = hidden[-1:]
-        return self.head(self._normed(hidden, self.norm)).float()
+        return self.logits(self.head(self._normed(hidden, self.norm))).float()
 
     def _place(self, cache: DecoderCache, count: int) -> _Place:
-        start = cache.length
-        cos, sin = self.rope.rows(start, start + count, cache.prompt_length)
-        masks = {w: make_mask(start, count, w, self._group, self.device, self.dtype) for w in self._windows}
-        return _Place(start, start + count, cos, sin, masks)
+        start, end = cache.length, cache.length + count
+        tables = [rope.rows(start, end, cache.prompt_length) for rope in self.ropes]
+        growth = None
+        if self.config.query_growth:
+            positions = torch.arange(start, end, device=self.device)
+            growth = query_growth(positions, *self.config.query_growth)[:, None, None].to(self.dtype)
+        masks = {
+            (window, heads): make_mask(start, count, window, self.config.num_heads // heads, self.device, self.dtype)
+            for window, heads in self._sights
+        }
+        return _Place(start, end, tables, growth, masks)
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, weight.shape, weight, self.config.eps)
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        return x if weight is None else normed(x, weight, self.config.eps)
+
+    def _add(self, hidden: torch.Tensor, delta: torch.Tensor, norm: torch.Tensor | None) -> None:
+        """Add what attention or the MLP gives, behind its norm, to the residual stream in place."""
+        hidden.add_(self._normed(delta, norm), alpha=self.config.residual_scale)
 
     def _attention(self, layer: DecoderLayer, x: torch.Tensor, states: torch.Tensor, place: _Place) -> torch.Tensor:
         """Write the pass's keys and values into the layer's states [2, H, capacity, D], and attend over them."""
-        heads = layer.qkv(x).view(x.shape[0], -1, self.config.head_size)  # [T, H·G + 2·H, D]
-        self._rotate(layer, heads[:, : self._rotated_heads], place)
-        written = heads[:, self.config.num_heads :].unflatten(1, (2, -1))  # [T, 2, H, D]
-        states[:, :, place.start : place.end] = written.permute(1, 2, 0, 3)
-        return layer.out(attend(heads[:, : self.config.num_heads], states, place.masks[layer.window]))
+        config, shape = self.config, layer.shape
+        heads = layer.qkv(x).view(x.shape[0], -1, shape.head_size)  # [T, H·G + 2·H, D]
+        tables = None if shape.rope is None else place.tables[shape.rope]
+        turned = self.turn(layer)(heads[:, : -shape.kv_heads], tables)
+        queries, keys = turned.split([config.num_heads, shape.kv_heads], 1)
+        states[0, :, place.start : place.end] = keys.transpose(0, 1)
+        states[1, :, place.start : place.end] = heads[:, -shape.kv_heads :].transpose(0, 1)
+        if place.growth is not None:
+            queries = queries * place.growth
+        mask = place.masks[shape.window, shape.kv_heads]
+        return layer.out(attend(queries, states, mask, config.scores_scale, config.scores_cap))
 
-    def _rotate(self, layer: DecoderLayer, heads: torch.Tensor, place: _Place) -> None:
-        """Norm and rotate queries and keys [T, H·G + H, D] in place, as the layer has it."""
-        size = self.config.head_size
-        x = heads
-        if layer.head_norms is not None:
-            x = rms_norm(heads, (size,), None, self.config.eps) * layer.head_norms
-        if layer.rotates:
-            torch.addcmul(x * place.cos, x.roll(size // 2, -1), place.sin, out=heads)
-        elif layer.head_norms is not None:
-            heads.copy_(x)
+    def turn(self, layer: DecoderLayer) -> Turn:
+        """How a layer norms and rotates its queries and keys."""
+        rope = None if layer.shape.rope is None else self.config.ropes[layer.shape.rope]
+        return Turn(self.config.num_heads, self.config.head_norms, layer.head_norms, rope, self.config.eps)
 
     def _mlp(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
-        gate, up = layer.gate_up(x).chunk(2, dim=-1)
-        return layer.down(silu(gate) * up)
+        return layer.down(activated(layer.gate_up(x), self.config.activation, self.config.gated, layer.activation))
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """What the head's outputs make as logits: scaled, and held below the soft cap, where there are such."""
+        config = self.config
+        if config.logits_scale != 1:
+            x = x * config.logits_scale
+        return x if config.logits_cap is None else torch.tanh(x / config.logits_cap) * config.logits_cap
 
 
 def _parts(tokens: Sequence[int], longest: int) -> Iterator[Sequence[int]]:

@@ -5,6 +5,7 @@ twice. A verifier takes from its target all that it does not hold in codes. `why
 from the files alone whether that will do.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from quasar_core.checkpoint.headers import StoredLayer
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
-from quasar_core.models.architectures import DecoderConfig, why_not_lean
+from quasar_core.models.activations import xielu_weights
+from quasar_core.models.architectures import BlockNorms
 from quasar_core.models.decoder import DecoderLayer, DenseLinear, LeanDecoder, Linear
+from quasar_core.models.decoder_config import DecoderConfig, why_not_lean
 from quasar_core.models.linear import (
     Dense,
     Packing,
@@ -25,8 +28,10 @@ from quasar_core.models.linear import (
     block_products,
     dense_only,
     dense_rows,
+    head_norm_shapes,
     head_product,
     stored_shapes,
+    xielu_names,
 )
 from quasar_core.models.rope import RopeTables
 from quasar_core.models.upload import Upload
@@ -54,7 +59,7 @@ def build_target(
 ) -> LeanDecoder:
     """The model of a config, from these files; QuasarError where a tensor is missing or of another shape."""
     config = tied_as_stored(config, files)
-    filling = Filling(files, device, dtype)
+    filling = Filling(files, device, dtype, config.centred_norms)
     decoder = _build(config, filling, dense_only)
     filling.refuse_unknown(config, files.names())
     filling.fill(progress)
@@ -83,7 +88,7 @@ def load_verifier_alone(
     config = tied_as_stored(DecoderConfig.parse(checkpoint.config), checkpoint.tensors)
     packing = Packing(checkpoint, device, dtype, kernel, progress)
     packing.refuse_unknown(config)
-    filling = Filling(checkpoint.tensors, device, dtype)
+    filling = Filling(checkpoint.tensors, device, dtype, config.centred_norms)
     decoder = _build(config, filling, packing)
     biases = {f"{name}.bias" for name in packing.names}  # which some tools store where the architecture has none
     filling.refuse_unknown(config, [name for name in checkpoint.plain_names if name not in biases])
@@ -105,16 +110,26 @@ def attach_verifier(
         fields = block_products(target.config, index)
         products: dict[str, Any] = {name: attached(fields[name], getattr(layer, name)) for name in fields}
         prefix = f"model.layers.{index}"
-        return replace(
-            layer,
-            input_norm=packing.norm(f"{prefix}.input_layernorm.weight", layer.input_norm),
-            mlp_norm=packing.norm(f"{prefix}.post_attention_layernorm.weight", layer.mlp_norm),
-            **products,
-        )
+        norms: dict[str, Any] = {
+            field: packing.norm(f"{prefix}.{name}.weight", getattr(layer, field), target.config.centred_norms)
+            for field, name in norm_fields(target.config.norms).items()
+        }
+        return replace(layer, **norms, **products)
 
     layers = [attached_layer(index, layer) for index, layer in enumerate(target.layers)]
     head = attached(head_product(target.config), target.head)
-    return LeanDecoder(target.config, target.embedding, layers, target.norm, head, target.rope)
+    return LeanDecoder(target.config, target.embedding, layers, target.norm, head, target.ropes)
+
+
+def norm_fields(norms: BlockNorms) -> dict[str, str]:
+    """The names in the files of the norms that a block has, by their field in `DecoderLayer`."""
+    fields = {
+        "input_norm": norms.before_attention,
+        "out_norm": norms.behind_attention,
+        "mlp_norm": norms.before_mlp,
+        "down_norm": norms.behind_mlp,
+    }
+    return {field: name for field, name in fields.items() if name}
 
 
 def has_no_effect(name: str) -> bool:
@@ -125,9 +140,14 @@ def has_no_effect(name: str) -> bool:
 class Filling:
     """Tensors that were allocated and wait for their content."""
 
-    def __init__(self, files: TensorFiles, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, files: TensorFiles, device: torch.device, dtype: torch.dtype, centred_norms: bool = False
+    ) -> None:
         self.files, self.device, self.dtype = files, device, dtype
+        self._centred = centred_norms
         self._waiting: dict[str, torch.Tensor] = {}  # its place
+        self._norms: list[torch.Tensor] = []
+        self._activations: list[torch.Tensor] = []
 
     def tensor(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> torch.Tensor:
         """One tensor [sum of rows, *columns], whose rows are the stored tensors of these names, in order."""
@@ -138,13 +158,35 @@ class Filling:
             self._waiting[name] = place
         return whole
 
-    def repeated(self, names: Sequence[str], times: Sequence[int], size: int) -> torch.Tensor:
-        """One tensor [sum of times, size], in which each stored vector [size] stands as often as asked."""
-        for name in names:
-            self.files.check_shape(name, (size,))
-        whole = self._empty(sum(times), size)
+    def norm(self, name: str, size: int) -> torch.Tensor:
+        """A norm's weight [size]; centred ones become whole, in float32, as 1 + w has more bits than w."""
+        self.files.check_shape(name, (size,))
+        return self._place_norm([name], [1], size)[0]
+
+    def repeated_norms(self, names: Sequence[str], times: Sequence[int], size: int) -> torch.Tensor:
+        """One tensor [sum of times, size]; a stored vector is of `size` and repeated, or as long as its rows."""
+        for name, count in zip(names, times, strict=True):
+            if self.files.shape(name) != (count * size,):
+                self.files.check_shape(name, (size,))
+        return self._place_norm(names, times, size)
+
+    def _place_norm(self, names: Sequence[str], times: Sequence[int], size: int) -> torch.Tensor:
+        dtype = torch.float32 if self._centred else self.dtype
+        whole = torch.empty(sum(times), size, device=self.device, dtype=dtype)
         for name, place in zip(names, whole.split(list(times)), strict=True):
-            self._waiting[name] = place
+            self._waiting[name] = place if self.files.shape(name) == (size,) else place.view(-1)
+        self._norms.append(whole)
+        return whole
+
+    def xielu(self, index: int) -> torch.Tensor:
+        """The weights of a block's activation, made of the stored ones when these are there."""
+        names = xielu_names(index)
+        whole = self._empty(len(names))
+        for name, place in zip(names, whole.split(1), strict=True):
+            shape = self.files.shape(name)  # of one element, in one dimension or in none
+            self._waiting[name] = place.view(shape) if math.prod(shape) == 1 else place
+            self.files.check_shape(name, tuple(self._waiting[name].shape))
+        self._activations.append(whole)
         return whole
 
     def linear(self, product: Product) -> DenseLinear:
@@ -166,6 +208,11 @@ class Filling:
             for done, (name, stored) in enumerate(self.files.load_many(list(self._waiting))):
                 progress("reading weights", done, len(self._waiting))
                 upload.copy(self._waiting[name], stored)
+        if self._centred:
+            for norm in self._norms:
+                norm += 1
+        for weights in self._activations:
+            weights.copy_(xielu_weights(weights))
         progress("reading weights", len(self._waiting), len(self._waiting))
 
     def _empty(self, *shape: int) -> torch.Tensor:
@@ -177,27 +224,31 @@ def _build(config: DecoderConfig, filling: Filling, make: Callable[[Product, Den
     shared = config.tied and EMBEDDING not in filling.files  # by the head's name alone, as transformers 4 wrote many
     embedding = filling.tensor([f"{HEAD}.weight" if shared else EMBEDDING], [config.vocab_size], config.hidden_size)
     layers = [_build_layer(config, index, filling, make) for index in range(config.num_layers)]
-    norm = filling.tensor(["model.norm.weight"], [config.hidden_size])
+    norm = filling.norm("model.norm.weight", config.hidden_size)
     own_head: Dense = (lambda _: DenseLinear(embedding)) if config.tied else filling.linear
     head = make(head_product(config), own_head)
-    return LeanDecoder(config, embedding, layers, norm, head, RopeTables(config.rope, filling.device, filling.dtype))
+    ropes = [RopeTables(rope, filling.device, filling.dtype) for rope in config.ropes]
+    return LeanDecoder(config, embedding, layers, norm, head, ropes)
 
 
 def _build_layer(
     config: DecoderConfig, index: int, filling: Filling, make: Callable[[Product, Dense], Linear]
 ) -> DecoderLayer:
-    prefix, hidden = f"model.layers.{index}", config.hidden_size
-    head_norms = None
-    if config.head_norms:
-        names = [f"{prefix}.self_attn.{name}.weight" for name in ("q_norm", "k_norm")]
-        head_norms = filling.repeated(names, (config.num_heads, config.num_kv_heads), config.head_size)
+    block, norms = config.blocks[index], dict[str, Any]()
+    for field in ("input_norm", "out_norm", "mlp_norm", "down_norm"):
+        name = norm_fields(config.norms).get(field)
+        norms[field] = filling.norm(f"model.layers.{index}.{name}.weight", config.hidden_size) if name else None
+    head_norms = list(head_norm_shapes(config, index))
+    times = config.num_heads, block.kv_heads
+    products: dict[str, Any] = {
+        field: make(product, filling.linear) for field, product in block_products(config, index).items()
+    }
     return DecoderLayer(
-        input_norm=filling.tensor([f"{prefix}.input_layernorm.weight"], [hidden]),
-        head_norms=head_norms,
-        mlp_norm=filling.tensor([f"{prefix}.post_attention_layernorm.weight"], [hidden]),
-        window=config.windows[index],
-        rotates=config.rotates[index],
-        **{name: make(product, filling.linear) for name, product in block_products(config, index).items()},
+        shape=block,
+        head_norms=filling.repeated_norms(head_norms, times, block.head_size) if head_norms else None,
+        activation=filling.xielu(index) if config.activation == "xielu" else None,
+        **norms,
+        **products,
     )
 
 

@@ -10,8 +10,8 @@ from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.decoder import DenseLinear, FusedLinear, Linear
+from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.records import Progress, no_progress
 
 
@@ -31,18 +31,27 @@ class Product:
 
 def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
     """The products of block `index`, by their field in `DecoderLayer`."""
-    queries, states = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-    hidden, inner = config.hidden_size, config.intermediate_size
+    block = config.blocks[index]
+    queries, states = config.num_heads * block.head_size, block.kv_heads * block.head_size
+    hidden, inner = config.hidden_size, block.inner
 
     def product(names: str, rows: tuple[int, ...], columns: int, bias: bool) -> Product:
         return Product(tuple(f"model.layers.{index}.{name}" for name in names.split()), rows, columns, bias)
 
+    qkv = product(
+        "self_attn.q_proj self_attn.k_proj self_attn.v_proj", (queries, states, states), hidden, config.qkv_bias
+    )
+    if "qkv" in config.fused:
+        qkv = product("self_attn.qkv_proj", (queries + 2 * states,), hidden, config.qkv_bias)
+    up = product("mlp.gate_proj mlp.up_proj", (inner, inner), hidden, config.mlp_bias)
+    if "gate_up" in config.fused:
+        up = product("mlp.gate_up_proj", (2 * inner,), hidden, config.mlp_bias)
+    elif not config.gated:
+        up = product("mlp.up_proj", (inner,), hidden, config.mlp_bias)
     return {
-        "qkv": product(
-            "self_attn.q_proj self_attn.k_proj self_attn.v_proj", (queries, states, states), hidden, config.qkv_bias
-        ),
+        "qkv": qkv,
         "out": product("self_attn.o_proj", (hidden,), queries, config.out_bias),
-        "gate_up": product("mlp.gate_proj mlp.up_proj", (inner, inner), hidden, config.mlp_bias),
+        "gate_up": up,
         "down": product("mlp.down_proj", (hidden,), inner, config.mlp_bias),
     }
 
@@ -96,11 +105,11 @@ class Packing:
         if unknown:
             raise QuasarError(f"The target has no layer {unknown[0]}, which {self.checkpoint.folder} quantizes.")
 
-    def norm(self, name: str, own: torch.Tensor) -> torch.Tensor:
+    def norm(self, name: str, own: torch.Tensor, centred: bool) -> torch.Tensor:
         """A norm's weight: the checkpoint's where smoothing may have changed it, else the target's own."""
         if not self.checkpoint.own_norms or name not in self.checkpoint.tensors:
             return own
-        return self.checkpoint.tensors.load(name).to(own)
+        return self.checkpoint.tensors.load(name).to(own) + int(centred)
 
     def _weight(self, part: Product) -> PackedWeight:
         (name,), (rows,) = part.names, part.rows
@@ -171,7 +180,23 @@ def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"{name}.bias"] = (rows,)
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}"
-        shapes |= {f"{prefix}.{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-        if config.head_norms:
-            shapes |= {f"{prefix}.self_attn.{name}.weight": (config.head_size,) for name in ("q_norm", "k_norm")}
+        shapes |= {f"{prefix}.{name}.weight": (hidden,) for name in config.norms.names}
+        shapes |= head_norm_shapes(config, index)
+        if config.activation == "xielu":
+            shapes |= dict.fromkeys(xielu_names(index), (1,))
     return shapes
+
+
+def head_norm_shapes(config: DecoderConfig, index: int) -> dict[str, tuple[int]]:
+    """The norms of a block's queries and keys."""
+    if config.head_norms is None:
+        return {}
+    block, whole = config.blocks[index], config.head_norms.whole_rows
+    heads = (config.num_heads, block.kv_heads) if whole else (1, 1)
+    names = (f"model.layers.{index}.self_attn.{name}.weight" for name in config.head_norms.names)
+    return {name: (count * block.head_size,) for name, count in zip(names, heads, strict=True)}
+
+
+def xielu_names(index: int) -> list[str]:
+    """The numbers of a block's xIELU in the files."""
+    return [f"model.layers.{index}.mlp.act_fn.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")]

@@ -12,7 +12,7 @@ import torch
 
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
-from quasar_core.models.architectures import DecoderConfig
+from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
 from quasar_core.models.linear import Product, block_products, head_product
 from quasar_core.store.model_config import read_config
@@ -63,11 +63,13 @@ def pair_need(
 def tensor_elements(config: DecoderConfig) -> dict[str, int]:
     """Elements of everything that a decoder in 16 or 32 bits holds; a tied head is the embedding."""
     products = [product for index in range(config.num_layers) for product in block_products(config, index).values()]
-    head_norms = (config.num_heads + config.num_kv_heads) * config.head_size if config.head_norms else 0
+    norms = config.hidden_size * (len(config.norms.names) * config.num_layers + 1)
+    if config.head_norms:
+        norms += sum((config.num_heads + block.kv_heads) * block.head_size for block in config.blocks)
     return {
         "embedding": config.vocab_size * config.hidden_size,
         "blocks": sum(map(elements, products)),
-        "norms": (2 * config.num_layers + 1) * config.hidden_size + config.num_layers * head_norms,
+        "norms": norms + (4 * config.num_layers if config.activation == "xielu" else 0),
         "head": 0 if config.tied else elements(head_product(config)),
     }
 
@@ -95,8 +97,8 @@ def stored_bytes(checkpoint: VerifierCheckpoint) -> int:
 
 def token_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
     """Keys and values of one position in all layers, a cosine and a sine for each channel."""
-    states = 2 * config.num_layers * config.num_kv_heads * config.head_size
-    return (states + 2 * config.head_size) * dtype.itemsize
+    states = sum(2 * block.kv_heads * block.head_size for block in config.blocks)
+    return (states + sum(2 * rope.head_size for rope in config.ropes)) * dtype.itemsize
 
 
 def workspace_bytes(config: DecoderConfig, dtype: torch.dtype, models: int) -> int:
@@ -106,8 +108,9 @@ def workspace_bytes(config: DecoderConfig, dtype: torch.dtype, models: int) -> i
     of them (4·I); or queries, keys and values before and after their rotation, and the mixed values. Logits stand in
     the graph, in their place, and in float32.
     """
-    wide = sum(block_products(config, 0)["qkv"].rows)
-    chunk = PROMPT_CHUNK * (3 * config.hidden_size + max(4 * config.intermediate_size, 3 * wide)) * dtype.itemsize
+    wide = max(sum(block_products(config, index)["qkv"].rows) for index in range(config.num_layers))
+    inner = max(block.inner for block in config.blocks)
+    chunk = PROMPT_CHUNK * (3 * config.hidden_size + max(4 * inner, 3 * wide)) * dtype.itemsize
     logits = LONGEST_PASS * config.vocab_size * (2 * dtype.itemsize + torch.float32.itemsize)
     return chunk + models * logits
 

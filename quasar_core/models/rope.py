@@ -4,7 +4,7 @@ With two scalings, dynamic NTK and longrope, the frequencies depend on the text'
 frequencies of training. Beyond it, a token is rotated as the text that ends with it has it, and a prompt's tokens all
 as the whole prompt has it; that is what transformers' `generate` does, whose first pass is the prompt and each later
 one a token. Here a pass may be a piece of a prompt or several drafted tokens.
-Letters: D head size, T positions of a pass, P tokens of a prompt.
+Letters: D head size, R rotated channels of a head, T positions of a pass, P tokens of a prompt.
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "alpha")
 FIRST_ROWS = 1024
 
 
@@ -27,6 +27,13 @@ class RopeConfig:
     head_size: int
     max_positions: int
     options: dict[str, Any] = field(default_factory=dict)
+    rotated: int = 0  # channels of a head that rotate, the first ones; 0: all
+    interleaved: bool = False  # channels 2i and 2i + 1 rotate together, not i and i + R/2
+
+    @property
+    def channels(self) -> int:
+        """R, how many channels rotate."""
+        return self.rotated or self.head_size
 
     @property
     def trained_positions(self) -> int:
@@ -35,10 +42,13 @@ class RopeConfig:
 
 
 def inverse_frequencies(rope: RopeConfig, positions: int) -> tuple[torch.Tensor, float]:
-    """Frequencies [D/2] in radians per position for a text of `positions`, and a factor on cosines and sines."""
+    """Frequencies [R/2] in radians per position for a text of `positions`, and a factor on cosines and sines."""
     if rope.kind == "dynamic":
-        return _frequencies(_stretched_theta(rope, positions), rope.head_size), 1.0
-    frequencies = _frequencies(rope.theta, rope.head_size)
+        return _frequencies(_stretched_theta(rope, positions), rope.channels), 1.0
+    if rope.kind == "alpha":  # of HunYuan: as dynamic scaling has it, of one stretch for all texts
+        size = rope.channels
+        return _frequencies(rope.theta * float(rope.options["alpha"]) ** (size / (size - 2)), size), 1.0
+    frequencies = _frequencies(rope.theta, rope.channels)
     if rope.kind == "linear":
         return frequencies / rope.options["factor"], 1.0
     if rope.kind == "llama3":
@@ -54,7 +64,7 @@ def _frequencies(theta: float, head_size: int) -> torch.Tensor:
 
 def _stretched_theta(rope: RopeConfig, positions: int) -> float:
     """NTK-aware scaling that begins where the trained context ends."""
-    factor, size = rope.options["factor"], rope.head_size
+    factor, size = rope.options["factor"], rope.channels
     stretch = factor * max(positions, rope.max_positions) / rope.max_positions - (factor - 1)
     return float(rope.theta * stretch ** (size / (size - 2)))
 
@@ -73,15 +83,15 @@ def _yarn(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     high = _yarn_dimension(rope, rope.options.get("beta_slow") or 1)
     if rope.options.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.head_size - 1)
+    low, high = max(low, 0), min(high, rope.channels - 1)
     width = high - low or 0.001
-    divided = ((torch.arange(rope.head_size // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    divided = ((torch.arange(rope.channels // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
     return divided * frequencies / _yarn_factor(rope) + (1 - divided) * frequencies
 
 
 def _yarn_dimension(rope: RopeConfig, turns: float) -> float:
     """The dimension, counted in pairs, whose frequency makes that many turns within the trained context."""
-    return rope.head_size * math.log(rope.trained_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+    return rope.channels * math.log(rope.trained_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 
 def _yarn_factor(rope: RopeConfig) -> float:
@@ -103,7 +113,8 @@ def _yarn_magnitude(rope: RopeConfig) -> float:
 class RopeTables:
     """Cosines and sines of all positions, computed once and extended when a longer text comes.
 
-    A rotated head is x · cos + roll(x, D/2) · sin, so the first half of every row of sines is negated.
+    A rotated head is x · cos + x' · sin, where x' holds each channel's partner in its place (`swapped`); the sines of
+    the first of two partners are negated. Channels that do not rotate have a cosine of 1 and a sine of 0.
     """
 
     def __init__(self, rope: RopeConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -141,8 +152,29 @@ class RopeTables:
         frequencies, magnitude = inverse_frequencies(self.rope, positions)
         angles = torch.arange(start, end, dtype=torch.float32)[:, None] * frequencies
         cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
-        tables = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        tables = self._spread(cos, cos, 1.0), self._spread(-sin, sin, 0.0)
         return tables[0][:, None].to(self.device, self.dtype), tables[1][:, None].to(self.device, self.dtype)
+
+    def _spread(self, first: torch.Tensor, second: torch.Tensor, still: float) -> torch.Tensor:
+        """Values of the first and the second of partners, [T, R/2] each, in their channels' places [T, D]."""
+        rope = self.rope
+        moving = torch.stack((first, second), -1).flatten(1) if rope.interleaved else torch.cat((first, second), -1)
+        return torch.nn.functional.pad(moving, (0, rope.head_size - rope.channels), value=still)
+
+
+def swapped(x: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
+    """Heads [..., D] with each channel's partner of a rotation in its place."""
+    size = rope.channels
+    if rope.interleaved:
+        moved = x[..., :size].unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    else:
+        moved = x[..., :size].roll(size // 2, -1)
+    return moved if size == rope.head_size else torch.cat((moved, x[..., size:]), -1)
+
+
+def query_growth(positions: torch.Tensor, beta: float, trained: int) -> torch.Tensor:
+    """How queries at these positions grow beyond the trained context (Llama 4's rule), in float32."""
+    return 1 + beta * torch.log1p(torch.floor(positions.float() / trained))
 
 
 @runtime_checkable

@@ -1,5 +1,6 @@
 """Tiny random models of every architecture that the lean decoder runs, and how its tests pass a text through them."""
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,13 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
+GEMMA = {"query_pre_attn_scalar": 24, "tie_word_embeddings": True}
+SLIDING = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+TWO_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
 # The name of a transformers class without its endings, and what its config has beyond SIZES.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -65,18 +73,79 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "SmolLM3",
         {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 9},
     ),
+    "ministral": ("Ministral", {"head_dim": 32, "sliding_window": 7, "layer_types": SLIDING}),
+    "ministral 3": ("Ministral3", {"head_dim": 32, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.4}}),
+    "gemma 2": ("Gemma2", {"head_dim": 32, "sliding_window": 7, "attn_logit_softcapping": 2.0, **GEMMA}),
+    "gemma 2, no caps": ("Gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None, **GEMMA}),
+    "gemma 3": ("Gemma3", {"head_dim": 32, "sliding_window": 7, "layer_types": SLIDING, **GEMMA}),
+    "gemma 3, two ropes": (
+        "Gemma3",
+        {
+            "head_dim": 32,
+            "sliding_window": 6,
+            "sliding_window_pattern": 2,
+            "rope_parameters": TWO_ROPES,
+            "attention_bias": True,
+            "final_logit_softcapping": 3.0,
+            **GEMMA,
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 4.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite, all biases": ("Granite", {"attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.3}),
+    "seed-oss": ("SeedOss", {"head_dim": 32, "attention_out_bias": True, "mlp_bias": True}),
+    "hunyuan": ("HunYuanDenseV1", {"head_dim": 32, "attention_bias": True}),
+    "hunyuan, alpha": (
+        "HunYuanDenseV1",
+        {"head_dim": 32, "rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0}},
+    ),
+    "cwm": ("Cwm", {"head_dim": 32, "sliding_window": 7}),
+    "phi 3": ("Phi3", {}),
+    "phi 3, a part rotates, window": (
+        "Phi3",
+        {"sliding_window": 9, "rope_parameters": {"partial_rotary_factor": 0.75, "rope_theta": 1e4}},
+    ),
+    "olmo 2": ("Olmo2", {"num_key_value_heads": 2}),
+    "olmo 3": ("Olmo3", {"sliding_window": 7}),
+    "olmo 3, yarn in full layers": (
+        "Olmo3",
+        {"sliding_window": 6, "rope_parameters": {"full_attention": YARN, "sliding_attention": None}},
+    ),
+    "exaone 4": ("Exaone4", {"sliding_window": 7}),
+    "exaone 4, no windows": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
+    "glm 4": ("Glm4", {"head_dim": 32}),
+    "glm 4, no biases": ("Glm4", {"head_dim": 32, "attention_bias": False, "num_key_value_heads": 4}),
+    "arcee": ("Arcee", {"mlp_bias": True, "attention_bias": True}),
+    "apertus": ("Apertus", {"rope_parameters": LLAMA3}),
 }
+# Classes whose names do not come of that of their model.
+CLASSES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM")}
+
+
+def classes_of(name: str) -> tuple[Any, Any]:
+    """Config and model of a name of CASES."""
+    config, model = CLASSES.get(name, (f"{name}Config", f"{name}ForCausalLM"))
+    return getattr(transformers, config), getattr(transformers, model)
 
 
 def save_model(folder: Path, name: str, options: dict[str, Any]) -> Any:
     """A tiny model whose every parameter is random, norms and biases too, in `folder`; the transformers model."""
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **options})
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    config_class, model_class = classes_of(name)
+    options = copy.deepcopy(options)  # transformers writes into what it is given
+    model = model_class(config_class(**{**SIZES, **options})).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.normal_(0, 0.15)
-            if "norm" in key:
+            if "norm" in key and not name.startswith("Gemma"):  # whose norms are 1 + w
                 parameter += 1
     model.save_pretrained(folder)
     return model
@@ -108,8 +177,9 @@ def in_passes(model: Any, tokens: Sequence[int], sizes: Sequence[int]) -> torch.
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """To 1e-5 of the largest logit, as float32 rounds sums of such."""
     assert actual.dtype == FLOAT
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(actual, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=1e-5)
 
 
 def assert_close_but_for_steps(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
-from helpers.decoder_cases import CPU, FLOAT, SIZES
+from helpers.decoder_cases import CPU, FLOAT, SIZES, classes_of
 
 from quasar_core.errors import QuasarError
-from quasar_core.models.architectures import ARCHITECTURES, REQUIRED, DecoderConfig, why_not_lean
+from quasar_core.models.architectures import ARCHITECTURES
+from quasar_core.models.decoder_config import REQUIRED, DecoderConfig, why_not_lean
 from quasar_core.models.lean_weights import load_target
+from tools import architectures_table
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], **SIZES}
 
@@ -23,7 +24,7 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], **SIZES}
         ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not in its table of architectures"),
         ({"architectures": None}, "no architecture is not in its table of architectures"),
         ({"hidden_size": None}, "config.json has no hidden_size"),
-        ({"hidden_act": "gelu"}, "its MLP is gated by silu, not by gelu"),
+        ({"hidden_act": "gelu"}, "it has no activation gelu"),
         ({"partial_rotary_factor": 0.5}, "it rotates whole heads, and config.json has a partial_rotary_factor"),
         ({"rope_scaling": {"type": "longrope"}}, "it has no rope scaling of the type longrope"),
         ({"rope_scaling": {"type": "linear"}}, "its linear rope scaling has no factor"),
@@ -40,7 +41,7 @@ def test_what_the_decoder_does_not_do_is_said(changes: dict[str, Any], reason: s
 
 def parse_without_rope_options(content: dict[str, Any]) -> DecoderConfig:
     config = DecoderConfig.parse(content)
-    return replace(config, rope=replace(config.rope, options={}))
+    return replace(config, ropes=tuple(replace(rope, options={}) for rope in config.ropes))
 
 
 @pytest.mark.parametrize("given", [{}, {"use_sliding_window": True, "sliding_window": 16}], ids=["sizes", "windows"])
@@ -49,10 +50,10 @@ def test_options_that_are_left_out_have_the_values_that_transformers_gives_them(
     name: str, given: dict[str, Any]
 ) -> None:
     sizes = {key: value for key, value in SIZES.items() if key in REQUIRED} | {"num_attention_heads": 64}
-    if given and ARCHITECTURES[name].windows == "none":
+    if given and ARCHITECTURES[name].windows.kind == "none":
         pytest.skip("has no windows")
     sizes |= {"hidden_size": 1024, "num_hidden_layers": 32, **given}
-    complete = getattr(transformers, name.replace("ForCausalLM", "Config"))(**sizes).to_dict()
+    complete = classes_of(name.removesuffix("ForCausalLM"))[0](**sizes).to_dict()
     architecture = {"architectures": [name]}
     assert parse_without_rope_options(sizes | architecture) == parse_without_rope_options(complete | architecture)
 
@@ -61,3 +62,9 @@ def test_a_model_that_is_not_in_the_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["OtherForCausalLM"]}))
     with pytest.raises(QuasarError, match="does not run this model: OtherForCausalLM is not in its table"):
         load_target(tmp_path, CPU, FLOAT)
+
+
+def test_the_page_has_the_table_of_the_code() -> None:
+    page = architectures_table.PAGE.read_text(encoding="utf-8")
+    assert page == architectures_table.renewed(page), "run python -m tools.architectures_table"
+    assert page.count("ForCausalLM` (") == len(ARCHITECTURES)

@@ -1,6 +1,7 @@
 """Launches overlap where that is faster and changes nothing, and what decided it is told."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,15 +26,15 @@ class Wrong(TorchSteps):
     def __init__(self) -> None:
         self.passes = 0
 
-    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> torch.Tensor:
+    def gated(self, gate_up: torch.Tensor, *given: Any) -> torch.Tensor:
         self.passes += len(gate_up) == 1
-        gated = super().gated(gate_up, number)
+        gated = super().gated(gate_up, *given)
         assert isinstance(gated, torch.Tensor)
         return gated * 1.01 if len(gated) == 1 and self.passes % 3 == 0 else gated
 
 
 class Failing(TorchSteps):
-    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> torch.Tensor:
+    def gated(self, gate_up: torch.Tensor, *given: Any) -> torch.Tensor:
         raise RuntimeError("CUDA error: not permitted\nwhen capturing")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.decoder_cases import CPU, FLOAT, random_tokens, save_model
+from helpers.decoder_cases import CPU, FLOAT, YARN, random_tokens, save_model
 from helpers.interpret import interpret_on_cpu
 from helpers.quantized_decoder import quantize_layers
 
@@ -27,6 +27,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "norms of heads, three queries a key": ("Qwen3", {"head_dim": 32, "num_attention_heads": 6}),
     "window": ("Mistral", {"sliding_window": 7}),
     "biases": ("Qwen2", {}),
+    "gemma 2": ("Gemma2", {"head_dim": 32, "sliding_window": 7, "attn_logit_softcapping": 2.0}),
+    "gemma 3": ("Gemma3", {"head_dim": 32, "sliding_window": 7}),
+    "norms after the rotation": ("HunYuanDenseV1", {"head_dim": 32}),
+    "norms of rows": ("Olmo3", {"sliding_window": 7}),
+    "interleaved halves rotate": ("Glm4", {"head_dim": 32}),
+    "queries grow": ("Ministral3", {"head_dim": 32, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.4}}),
+    "multipliers": ("Granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.1, "logits_scaling": 2.0}),
+    "no gates": ("Arcee", {}),
     "layers without rotation": ("SmolLM3", {"no_rope_layer_interval": 2}),
 }
 

@@ -13,6 +13,7 @@ from helpers.decoder_cases import (
     FLOAT,
     LENGTH,
     assert_close,
+    classes_of,
     exact_logits,
     fresh_logits,
     in_passes,
@@ -85,7 +86,7 @@ def test_openpangu_is_llama_with_biases_in_its_attention(tmp_path: Path) -> None
 
 
 def test_every_architecture_of_the_table_is_compared() -> None:
-    compared = {f"{name}ForCausalLM" for name, _ in CASES.values()} | {"PanguEmbeddedForCausalLM"}
+    compared = {classes_of(name)[1].__name__ for name, _ in CASES.values()} | {"PanguEmbeddedForCausalLM"}
     assert compared == set(ARCHITECTURES)
 
 
@@ -131,7 +132,7 @@ def test_weights_are_allocated_once(tmp_path: Path) -> None:
     assert decoder.head.weight is decoder.embedding  # type: ignore[attr-defined]
     held = {}
     for layer in decoder.layers:
-        tensors = [layer.input_norm, layer.mlp_norm, *(product.weight for product in layer.linears)]  # type: ignore[attr-defined]
+        tensors = [*layer.norms, *(product.weight for product in layer.linears)]  # type: ignore[attr-defined]
         tensors += [product.bias for product in layer.linears if product.bias is not None]  # type: ignore[attr-defined]
         held.update({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors})
     held |= {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in (decoder.embedding, decoder.norm)}

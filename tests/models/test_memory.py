@@ -22,7 +22,7 @@ def held_bytes(decoder: LeanDecoder) -> int:
     """Storage of every tensor in 32 bits, each once; packed layers left out."""
     tensors = [decoder.embedding, decoder.norm]
     for layer in decoder.layers:
-        tensors += [layer.input_norm, layer.mlp_norm, *([] if layer.head_norms is None else [layer.head_norms])]
+        tensors += [*layer.norms, *([] if layer.activation is None else [layer.activation])]
     for product in (*(product for layer in decoder.layers for product in layer.linears), decoder.head):
         if isinstance(product, DenseLinear):
             tensors += [product.weight, *([] if product.bias is None else [product.bias])]
@@ -68,7 +68,7 @@ def test_a_token_takes_what_the_cache_and_the_rotary_tables_hold(tmp_path: Path)
     decoder, need = load_target(tmp_path, CPU, FLOAT), pair_need(tmp_path, None, FLOAT)
     assert need is not None
     cache = decoder.new_cache(100)
-    tables = sum(table.nbytes for table in decoder.rope.rows(0, 100))
+    tables = sum(table.nbytes for rope in decoder.ropes for table in rope.rows(0, 100))
     assert 100 * need.per_token == sum(layer.nbytes for layer in cache.layers) + tables
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from quasar_core.models.architectures import DecoderConfig
+from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.rope import RopeTables, inverse_frequencies
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def both(scaling: dict[str, Any], head_size: int = 64) -> tuple[LlamaRotaryEmbed
         rope_parameters={"rope_theta": 1e4, **scaling},
     )
     content = {**config.to_dict(), "architectures": ["LlamaForCausalLM"]}
-    return LlamaRotaryEmbedding(config), RopeTables(DecoderConfig.parse(content).rope, CPU, torch.float32)
+    return LlamaRotaryEmbedding(config), RopeTables(DecoderConfig.parse(content).ropes[0], CPU, torch.float32)
 
 
 @pytest.mark.parametrize("name", SCALINGS)
@@ -77,6 +77,6 @@ def test_the_older_names_of_a_scaling_are_read() -> None:
     content |= {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 4}
     content |= {"max_position_embeddings": 1500, "rope_theta": 1e4}
     scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
-    old = DecoderConfig.parse({**content, "rope_scaling": scaling}).rope
+    old = DecoderConfig.parse({**content, "rope_scaling": scaling}).ropes[0]
     assert (old.kind, old.theta, old.trained_positions) == ("yarn", 1e4, 512)
     assert torch.equal(inverse_frequencies(old, 0)[0], inverse_frequencies(new, 0)[0])

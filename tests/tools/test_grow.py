@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from quasar_core.checkpoint.reader import TensorFiles
 from quasar_core.errors import UsageError
-from quasar_core.models.architectures import DecoderConfig
+from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.shapes import SHAPES, shape_named
 from tools.demo import grow as growing

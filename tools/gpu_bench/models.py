@@ -13,9 +13,9 @@ from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.kernels.triton.adapters import why_not_triton
 from quasar_core.models import loading
-from quasar_core.models.architectures import DecoderConfig
 from quasar_core.models.cuda.graph_pass import CudaPass, choose_steps
 from quasar_core.models.decoder import DenseLinear, LeanDecoder, Linear
+from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import attach_verifier, build_target
 from quasar_core.models.linear import Product, block_products, dense_rows, head_product, stored_shapes
 from quasar_core.models.shapes import shape_named
@@ -255,7 +255,9 @@ def small_verifier(target: LeanDecoder) -> LeanDecoder:
 def with_head_of(bits: int, verifier: LeanDecoder, target: LeanDecoder) -> LeanDecoder:
     """A verifier that shares another one's blocks and has a head of so many bits."""
     head = attach_verifier(target, RoundedCopy(target, None, in_groups(bits)), kernel_for(target)).head
-    return with_fast_pass(LeanDecoder(target.config, target.embedding, verifier.layers, target.norm, head, target.rope))
+    return with_fast_pass(
+        LeanDecoder(target.config, target.embedding, verifier.layers, target.norm, head, target.ropes)
+    )
 
 
 def kernel_for(target: LeanDecoder, wanted: str = "auto") -> str:

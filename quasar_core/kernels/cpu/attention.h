@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "elementwise.h"
 #include "numbers.h"
 
 namespace quasar {
@@ -68,11 +69,12 @@ void weigh_all(const float* shares, const float* values, int size, float fade, f
 
 // The positions from `start` to `start` + 16, of which `left` are written; values as `spread` left them.
 template <typename X>
-void attend_to(Query<X>& query, const X* keys, const float* values, int start, int left, int size) {
+void attend_to(Query<X>& query, const X* keys, const float* values, int start, int left, int size, float cap) {
     const int below = std::max(query.first - start, 0), above = std::min(query.last - start + 1, LANES);
     if (below >= above) return;
     const __mmask16 seen = first_lanes(above) & ~first_lanes(below);
     __m512 scores = scores_of(query.q, keys, left, size);
+    if (cap) scores = capped(scores, cap);
     const float largest = std::max(query.largest, _mm512_mask_reduce_max_ps(seen, scores));
     __m512 shares = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(scores, _mm512_set1_ps(largest))));
     const float fade = largest == query.largest ? 1.0f : std::exp(query.largest - largest);
@@ -90,9 +92,10 @@ void fetch(const X* states, int size) {
     for (size_t byte = 0; byte < LANES * size * sizeof(X); byte += 64) _mm_prefetch(from + byte, _MM_HINT_T0);
 }
 
-// Some queries over the keys and values [positions, D] of one head; `room` has place for 16 · D numbers.
+// Some queries over the keys and values [positions, D] of one head, scores below a soft cap where it is not 0; `room` has
+// place for 16 · D numbers.
 template <typename X>
-void attend(std::vector<Query<X>>& queries, const X* keys, const X* values, int size, float* room) {
+void attend(std::vector<Query<X>>& queries, const X* keys, const X* values, int size, float cap, float* room) {
     int first = std::numeric_limits<int>::max(), last = 0;
     for (const auto& query : queries) {
         first = std::min(first, query.first), last = std::max(last, query.last);
@@ -103,7 +106,7 @@ void attend(std::vector<Query<X>>& queries, const X* keys, const X* values, int 
         fetch(keys + size_t(start + LANES) * size, size);
         fetch(values + size_t(start + LANES) * size, size);
         Numbers<X>::spread(values + size_t(start) * size, left, size, room);
-        for (auto& query : queries) attend_to(query, keys + size_t(start) * size, room, start, left, size);
+        for (auto& query : queries) attend_to(query, keys + size_t(start) * size, room, start, left, size, cap);
     }
     for (const auto& query : queries)
         for (int d = 0; d < size; d += LANES)

@@ -160,18 +160,14 @@ class FusedWeight(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """A block: norms in float32, products, the positions that it sees (0: all), whether it rotates."""
+    """A block: norms in float32 or none, products, the positions that it sees (0: all), its rotation (-1: none)."""
 
     _fields_ = (
-        ("input_norm", ctypes.c_void_p),
-        ("mlp_norm", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "out_norm", "mlp_norm", "down_norm")),
         ("head_norms", ctypes.c_void_p),
-        ("qkv", FusedWeight),
-        ("out", FusedWeight),
-        ("gate_up", FusedWeight),
-        ("down", FusedWeight),
-        ("window", ctypes.c_int),
-        ("rotates", ctypes.c_int),
+        ("activation", ctypes.c_void_p),
+        *((name, FusedWeight) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, ctypes.c_int) for name in ("window", "rope", "channels", "kv_heads", "head_size")),
     )
 
 
@@ -179,13 +175,11 @@ class Model(ctypes.Structure):
     """A decoder; the embedding is bfloat16 or float32, as the cache is."""
 
     _fields_ = (
-        ("hidden", ctypes.c_int),
-        ("heads", ctypes.c_int),
-        ("kv_heads", ctypes.c_int),
-        ("head_size", ctypes.c_int),
-        ("layers", ctypes.c_int),
-        ("is_bfloat16", ctypes.c_int),
-        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("hidden", "heads", "layers", "is_bfloat16")),
+        *((name, ctypes.c_int) for name in ("activation", "gated")),
+        *((name, ctypes.c_int) for name in ("norms_whole_rows", "norms_last", "interleaved")),
+        *((name, ctypes.c_float) for name in ("eps", "embedding_scale", "residual_scale")),
+        *((name, ctypes.c_float) for name in ("scores_scale", "scores_cap", "logits_scale", "logits_cap")),
         ("embedding", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
         ("head", FusedWeight),
@@ -222,7 +216,7 @@ def library() -> ctypes.CDLL:
                 number,
                 pointer,
                 *[number] * 2,
-                *[pointer] * 3,
+                *[pointer] * 4,
                 number,
                 *[pointer] * 3,
                 number,

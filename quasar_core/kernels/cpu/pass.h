@@ -7,120 +7,37 @@
 
 #include <omp.h>
 
-#include <cmath>
 #include <vector>
 
 #include "attention.h"
 #include "choices.h"
-#include "codes.h"
-#include "rows.h"
+#include "elementwise.h"
+#include "product_input.h"
 
 namespace quasar {
 
-constexpr int MOST_PARTS = 3;
-constexpr int PIECE = 512;  // inputs that a thread prepares at a time: a multiple of every group of codes
-
-// A linear layer: row after row in 16 or 32 bits, or a stream of codes of 2, 4 or 8 bits.
-struct Product {
-    const void* weight;
-    const float* bias;  // [out], or null
-    int bits, in, out, groups;
-};
-
-// Products of one input, whose outputs stand beside one another.
-struct FusedWeight {
-    Product parts[MOST_PARTS];
-    int count, in, out;
-};
-
 struct Layer {
-    const float *input_norm, *mlp_norm;  // [hidden]
-    const float* head_norms;             // [query heads + key heads, D], or null
+    const float *input_norm, *out_norm, *mlp_norm, *down_norm;  // [hidden], or null
+    const float* head_norms;                                    // [query heads + key heads, D], or null
+    const float* activation;                                    // its weights, or null
     FusedWeight qkv, out, gate_up, down;
-    int window;   // positions that a token sees, its own included; 0 is all of them
-    int rotates;  // 0 or 1
+    int window;               // positions that a token sees, its own included; 0 is all of them
+    int rope;                 // which rotary embedding, or -1
+    int channels;             // of a head that rotate
+    int kv_heads, head_size;
 };
 
 struct Model {
-    int hidden, heads, kv_heads, head_size, layers, is_bfloat16;
-    float eps;
-    const void* embedding;  // [vocabulary, hidden]
-    const float* norm;      // [hidden]
+    int hidden, heads, layers, is_bfloat16;
+    int activation, gated;             // of the MLP
+    int norms_whole_rows, norms_last;  // of queries and keys: of all heads at once; after the rotation
+    int interleaved;                   // partners in a rotation
+    float eps, embedding_scale, residual_scale, scores_scale, scores_cap, logits_scale, logits_cap;  // a cap of 0: none
+    const void* embedding;             // [vocabulary, hidden]
+    const float* norm;                 // [hidden]
     FusedWeight head;
     const Layer* layer;
 };
-
-// The activations that a product takes, in the form that its weights ask for: 8-bit codes, bfloat16 or float32.
-class ProductInput {
-public:
-    void reserve(const Product& product, int count) {
-        const size_t size = size_t(count) * product.in;
-        if (product.bits == 16) grow(halves, size);
-        if (product.bits == 32) grow(singles, size);
-        if (product.bits < 16) grow(values, size), grow(scales, size / LANES), grow(sums, size / LANES);
-    }
-
-    // Inputs [begin, end) of row t, from x [in]; both are multiples of PIECE, or the end of the row.
-    void take(const Product& product, int t, const float* x, int begin, int end) {
-        const size_t row = size_t(t) * product.in;
-        if (product.bits == 16)
-            for (int i = begin; i < end; i += LANES) store(halves.data() + row + i, load(x + i));
-        else if (product.bits == 32)
-            for (int i = begin; i < end; i += LANES) store(singles.data() + row + i, load(x + i));
-        else {
-            const CodedRows rows = coded(product);
-            for (int g = begin / rows.group; g < end / rows.group; ++g) quantize_group(x, rows, t, g);
-        }
-    }
-
-    // A thread's share of the product for all rows of the pass.
-    template <typename Put>
-    void multiply(const Product& product, int count, int thread, int threads, Put put) {
-        auto with_bias = [&](int t, int o, __mmask16 lanes, __m512 value) {
-            if (product.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, product.bias + o));
-            put(t, o, lanes, value);
-        };
-        if (product.bits < 16) {
-            Range blocks((product.out + BLOCK - 1) / BLOCK, thread, threads);
-            return multiply_codes(product.bits, product.weight, coded(product), blocks, 0, count, product.out,
-                                  with_bias);
-        }
-        Range strips((product.out + STRIP - 1) / STRIP, thread, threads);
-        if (product.bits == 16)
-            multiply_strips<uint16_t>(product.weight, halves.data(), product.in, strips, 0, count, product.out,
-                                    with_bias);
-        else
-            multiply_strips<float>(product.weight, singles.data(), product.in, strips, 0, count, product.out,
-                                     with_bias);
-    }
-
-private:
-    Buffer<uint16_t> halves;
-    Buffer<int8_t> values;
-    Buffer<float> singles, scales, sums;
-
-    CodedRows coded(const Product& product) {
-        return {values.data(), scales.data(), sums.data(), product.in, product.groups, product.in / product.groups};
-    }
-};
-
-inline void normalise(const float* x, const float* weight, int size, float eps, float* y) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int i = 0; i < size; i += LANES) squares = _mm512_fmadd_ps(load(x + i), load(x + i), squares);
-    __m512 inverse = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / size + eps));
-    for (int i = 0; i < size; i += LANES)
-        store(y + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), inverse), load(weight + i)));
-}
-
-// In place: x · cos + (x rolled by D/2) · sin. The first half of every row of sines is negated.
-inline void rotate(float* x, const float* cos, const float* sin, int size) {
-    const int half = size / 2;
-    for (int d = 0; d < half; ++d) {
-        const float low = x[d], high = x[d + half];
-        x[d] = low * cos[d] + high * sin[d];
-        x[d + half] = high * cos[d + half] + low * sin[d + half];
-    }
-}
 
 // Threads, and which of them runs this.
 struct Team {
@@ -133,13 +50,14 @@ class Pass {
 public:
     explicit Pass(const Model& model) : m(model), layers(model.layer, model.layer + model.layers) {}
 
-    // tokens [T] at `position`; cos and sin [T, D]; states: of each layer, keys then values, [2, heads, capacity, D];
-    // logits [T, vocabulary], or null where nobody reads them; of each row the best token and its margin.
-    void run(const int64_t* tokens, int count, int position, const float* cos, const float* sin, void* const* states,
-             int capacity, float* logits, int64_t* chosen, float* margins, int threads) {
+    // tokens [T] at `position`; cos and sin [T, D] of each rotary embedding; growth of queries [T], or null; states: of
+    // each layer, keys then values, [2, heads, capacity, D]; logits [T, vocabulary], or null where nobody reads them; of
+    // each row the best token and its margin.
+    void run(const int64_t* tokens, int count, int position, const float* const* cos, const float* const* sin,
+             const float* growth, void* const* states, int capacity, float* logits, int64_t* chosen, float* margins, int threads) {
         reserve(count, threads);
         seen.assign(size_t(threads) * count, Best());
-        const Place place{count, position, capacity, cos, sin};
+        const Place place{count, position, capacity, cos, sin, growth};
         const double start = omp_get_wtime();
 #pragma omp parallel num_threads(threads)
         {
@@ -148,20 +66,23 @@ public:
             for (size_t i = 0; i < layers.size(); ++i) {
                 const Layer& layer = layers[i];
                 auto keys = static_cast<X*>(states[i]);
-                auto values = keys + size_t(m.kv_heads) * capacity * m.head_size;
-                prepare_normed(layer.qkv, layer.input_norm, count, team);
+                auto values = keys + size_t(layer.kv_heads) * capacity * layer.head_size;
+                prepare_normed(layer.qkv, i ? layers[i - 1].down_norm : nullptr, layer.input_norm, count, team);
                 multiply_into(layer.qkv, mixed.data(), count, team);
+                if (layer.head_norms && m.norms_whole_rows) norm_rows(layer, count, team);
                 place_heads(layer, keys, values, place, team);
                 attend_heads(layer, keys, values, place, team);
                 prepare_input(layer.out, attended.data(), count, team);
-                multiply_onto_hidden(layer.out, count, team);
-                prepare_normed(layer.gate_up, layer.mlp_norm, count, team);
+                multiply_onto_hidden(layer.out, layer.out_norm, count, team);
+                prepare_normed(layer.gate_up, layer.out_norm, layer.mlp_norm, count, team);
                 multiply_into(layer.gate_up, mixed.data(), count, team);
-                prepare_gated(layer.down, count, team);
-                multiply_onto_hidden(layer.down, count, team);
+                prepare_activated(layer, count, team);
+                multiply_onto_hidden(layer.down, layer.down_norm, count, team);
             }
-            prepare_normed(m.head, m.norm, count, team);
+            prepare_normed(m.head, layers.back().down_norm, m.norm, count, team);
             multiply(m.head, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
+                value = _mm512_mul_ps(value, _mm512_set1_ps(m.logits_scale));
+                if (m.logits_cap) value = capped(value, m.logits_cap);
                 if (logits) store(logits + size_t(t) * m.head.out + o, value, lanes);
                 seen[size_t(team.thread) * count + t].see(o, lanes, value);
             });
@@ -179,49 +100,63 @@ public:
 private:
     struct Place {
         int count, position, capacity;
-        const float *cos, *sin;
+        const float *const *cos, *const *sin, *growth;
     };
 
     Model m;
     std::vector<Layer> layers;
-    Buffer<float> hidden, normed, mixed, attended, rooms;
+    Buffer<float> hidden, normed, delta, mixed, attended, rooms;
     Buffer<X> queries;
     Buffer<Best> seen;
     ProductInput inputs[MOST_PARTS];
 
     void reserve(int count, int threads) {
-        int widest = 0;
+        size_t widest = 0, heads = 0, size = 0;
         auto make_room = [&](const FusedWeight& weight) {
             for (int i = 0; i < weight.count; ++i) inputs[i].reserve(weight.parts[i], count);
         };
         for (const Layer& layer : layers) {
-            widest = std::max({widest, layer.qkv.out, layer.gate_up.out});
+            widest = std::max({widest, size_t(layer.qkv.out), size_t(layer.gate_up.out)});
+            size = std::max(size, size_t(layer.head_size)), heads = std::max(heads, size_t(m.heads) * layer.head_size);
             make_room(layer.qkv), make_room(layer.out), make_room(layer.gate_up), make_room(layer.down);
         }
         make_room(m.head);
-        const size_t rows = count, heads = size_t(m.heads) * m.head_size;
-        grow(hidden, rows * m.hidden), grow(normed, rows * m.hidden), grow(mixed, rows * widest);
-        grow(queries, rows * heads), grow(attended, rows * heads);
-        grow(rooms, size_t(threads) * LANES * m.head_size);
+        const size_t rows = count;
+        grow(hidden, rows * m.hidden), grow(normed, rows * m.hidden), grow(delta, rows * m.hidden);
+        grow(mixed, rows * widest), grow(queries, rows * heads), grow(attended, rows * heads);
+        grow(rooms, threads * LANES * size);
     }
 
     void embed(const int64_t* tokens, int count, const Team& team) {
         const Range rows = team.share(count);
+        const __m512 scale = _mm512_set1_ps(m.embedding_scale);
         for (int t = rows.begin; t < rows.end; ++t) {
             auto row = static_cast<const X*>(m.embedding) + size_t(tokens[t]) * m.hidden;
-            for (int i = 0; i < m.hidden; i += LANES) store(hidden.data() + size_t(t) * m.hidden + i, load(row + i));
+            for (int i = 0; i < m.hidden; i += LANES)
+                store(hidden.data() + size_t(t) * m.hidden + i, _mm512_mul_ps(load(row + i), scale));
         }
 #pragma omp barrier
     }
 
-    void prepare_normed(const FusedWeight& weight, const float* norm, int count, const Team& team) {
+    // Adds what waits in `delta` for its norm, where it has one; then the inputs of a product, normed where they are.
+    void prepare_normed(const FusedWeight& weight, const float* waiting, const float* norm, int count,
+                        const Team& team) {
         const Range rows = team.share(count);
         for (int t = rows.begin; t < rows.end; ++t) {
-            float* row = normed.data() + size_t(t) * m.hidden;
-            normalise(hidden.data() + size_t(t) * m.hidden, norm, m.hidden, m.eps, row);
-            for (int i = 0; i < weight.count; ++i) inputs[i].take(weight.parts[i], t, row, 0, m.hidden);
+            const size_t from = size_t(t) * m.hidden;
+            float *row = normed.data() + from, *stream = hidden.data() + from;
+            if (waiting) {
+                normalise(delta.data() + from, waiting, m.hidden, m.eps, row);
+                for (int i = 0; i < m.hidden; i += LANES) store(stream + i, with_residual(stream + i, load(row + i)));
+            }
+            if (norm) normalise(stream, norm, m.hidden, m.eps, row);
+            for (int i = 0; i < weight.count; ++i) inputs[i].take(weight.parts[i], t, norm ? row : stream, 0, m.hidden);
         }
 #pragma omp barrier
+    }
+
+    __m512 with_residual(const float* stream, __m512 value, __mmask16 lanes = 0xffff) const {
+        return _mm512_fmadd_ps(value, _mm512_set1_ps(m.residual_scale), _mm512_maskz_loadu_ps(lanes, stream));
     }
 
     // x [T, in]; each piece of a row is made by `make` where it has to be.
@@ -242,12 +177,15 @@ private:
         prepare_pieces(weight, x, weight.in, count, team, [](float*, int, int) {});
     }
 
-    // Gates and what they gate stand beside one another in `mixed`.
-    void prepare_gated(const FusedWeight& weight, int count, const Team& team) {
-        const int inner = weight.in;
-        prepare_pieces(weight, mixed.data(), 2 * inner, count, team, [inner](float* row, int begin, int end) {
-            for (int i = begin; i < end; i += LANES)
-                store(row + i, _mm512_mul_ps(silu(load(row + i)), load(row + inner + i)));
+    // Gates and what they gate stand beside one another in `mixed`; without gates, what is activated stands alone.
+    void prepare_activated(const Layer& layer, int count, const Team& team) {
+        const int inner = layer.down.in;
+        prepare_pieces(layer.down, mixed.data(), layer.gate_up.out, count, team, [&](float* row, int begin, int end) {
+            for (int i = begin; i < end; i += LANES) {
+                __m512 value = activate(load(row + i), m.activation, layer.activation);
+                if (m.gated) value = _mm512_mul_ps(value, load(row + inner + i));
+                store(row + i, value);
+            }
         });
     }
 
@@ -268,44 +206,69 @@ private:
         });
     }
 
-    void multiply_onto_hidden(const FusedWeight& weight, int count, const Team& team) {
+    // Onto the residual stream, or to where it waits for its norm.
+    void multiply_onto_hidden(const FusedWeight& weight, const float* norm, int count, const Team& team) {
+        if (norm) return multiply_into(weight, delta.data(), count, team);
         multiply(weight, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
             float* to = hidden.data() + size_t(t) * m.hidden + o;
-            store(to, _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, to), value), lanes);
+            store(to, with_residual(to, value, lanes), lanes);
         });
+    }
+
+    // The norm of all queries of a token as one row, and of all its keys.
+    void norm_rows(const Layer& layer, int count, const Team& team) {
+        const int queries = m.heads * layer.head_size, keys = layer.kv_heads * layer.head_size;
+        const Range share = team.share(2 * count);
+        for (int at = share.begin; at < share.end; ++at) {
+            const int begin = at % 2 ? queries : 0;
+            float* x = mixed.data() + size_t(at / 2) * (queries + 2 * keys) + begin;
+            normalise(x, layer.head_norms + begin, at % 2 ? keys : queries, m.eps, x);
+        }
+#pragma omp barrier
     }
 
     // Norm and rotate queries and keys as the layer has it; keys and values go to the cache.
     void place_heads(const Layer& layer, X* keys, X* values, const Place& place, const Team& team) {
-        const int all = m.heads + 2 * m.kv_heads, size = m.head_size;
+        const int all = m.heads + 2 * layer.kv_heads, size = layer.head_size;
         const Range share = team.share(place.count * all);
         for (int at = share.begin; at < share.end; ++at) {
             const int t = at / all, head = at % all;
             float* x = mixed.data() + size_t(at) * size;
             const size_t position = place.position + t;
-            if (head >= m.heads + m.kv_heads) {
-                keep(x, 1, values + (size_t(head - m.heads - m.kv_heads) * place.capacity + position) * size);
+            if (head >= m.heads + layer.kv_heads) {
+                keep(x, 1, size, values + (size_t(head - m.heads - layer.kv_heads) * place.capacity + position) * size);
                 continue;
             }
-            if (layer.head_norms) normalise(x, layer.head_norms + head * size, size, m.eps, x);
-            if (layer.rotates) rotate(x, place.cos + size_t(t) * size, place.sin + size_t(t) * size, size);
+            const float* norm = m.norms_whole_rows ? nullptr : layer.head_norms;
+            if (norm && !m.norms_last) normalise(x, norm + head * size, size, m.eps, x);
+            if (layer.rope >= 0) {
+                const float *cos = place.cos[layer.rope] + size_t(t) * size, *sin = place.sin[layer.rope] + size_t(t) * size;
+                rotate(x, cos, sin, layer.channels, m.interleaved);
+            }
+            if (norm && m.norms_last) normalise(x, norm + head * size, size, m.eps, x);
             if (head >= m.heads)
-                keep(x, 1, keys + (size_t(head - m.heads) * place.capacity + position) * size);
+                keep(x, 1, size, keys + (size_t(head - m.heads) * place.capacity + position) * size);
             else
-                keep(x, 1 / std::sqrt(float(size)), queries.data() + (size_t(t) * m.heads + head) * size);
+                keep(x, scale_of_queries(size, place, t), size, queries.data() + (size_t(t) * m.heads + head) * size);
         }
 #pragma omp barrier
     }
 
-    void keep(const float* x, float factor, X* to) const {
-        for (int d = 0; d < m.head_size; d += LANES) store(to + d, _mm512_mul_ps(load(x + d), _mm512_set1_ps(factor)));
+    float scale_of_queries(int size, const Place& place, int t) const {
+        const float scale = m.scores_scale ? m.scores_scale : 1 / std::sqrt(float(size));
+        return place.growth ? scale * place.growth[t] : scale;
+    }
+
+    static void keep(const float* x, float factor, int size, X* to) {
+        for (int d = 0; d < size; d += LANES) store(to + d, _mm512_mul_ps(load(x + d), _mm512_set1_ps(factor)));
     }
 
     // The queries of a key-value head share its keys and values; they are split where threads outnumber these heads.
     void attend_heads(const Layer& layer, const X* keys, const X* values, const Place& place, const Team& team) {
-        const int group = m.heads / m.kv_heads, rows = place.count * group, size = m.head_size;
-        const int splits = std::clamp((team.threads + m.kv_heads - 1) / m.kv_heads, 1, rows);
-        const Range share = team.share(m.kv_heads * splits);
+        const int kv_heads = layer.kv_heads, group = m.heads / kv_heads, rows = place.count * group;
+        const int size = layer.head_size;
+        const int splits = std::clamp((team.threads + kv_heads - 1) / kv_heads, 1, rows);
+        const Range share = team.share(kv_heads * splits);
         std::vector<Query<X>> some;
         for (int at = share.begin; at < share.end; ++at) {
             const int head = at / splits;
@@ -318,7 +281,7 @@ private:
                 some.push_back({queries.data() + from, last, first, attended.data() + from});
             }
             const size_t begin = size_t(head) * place.capacity * size;
-            attend(some, keys + begin, values + begin, size, rooms.data() + size_t(team.thread) * LANES * size);
+            attend(some, keys + begin, values + begin, size, m.scores_cap, rooms.data() + size_t(team.thread) * LANES * size);
         }
 #pragma omp barrier
     }

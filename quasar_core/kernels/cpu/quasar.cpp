@@ -55,13 +55,13 @@ void quasar_pass_delete(void* pass, int is_bfloat16) {
     delete static_cast<Pass<float>*>(pass);
 }
 
-void quasar_pass_run(void* pass, int is_bfloat16, const int64_t* tokens, int count, int position, const float* cos,
-                     const float* sin, void* const* states, int capacity, float* logits, int64_t* chosen,
+void quasar_pass_run(void* pass, int is_bfloat16, const int64_t* tokens, int count, int position,
+                     const float* const* cos, const float* const* sin, const float* growth, void* const* states, int capacity, float* logits, int64_t* chosen,
                      float* margins, int threads) {
     if (is_bfloat16)
-        static_cast<Pass<uint16_t>*>(pass)->run(tokens, count, position, cos, sin, states, capacity, logits, chosen, margins, threads);
+        static_cast<Pass<uint16_t>*>(pass)->run(tokens, count, position, cos, sin, growth, states, capacity, logits, chosen, margins, threads);
     else
-        static_cast<Pass<float>*>(pass)->run(tokens, count, position, cos, sin, states, capacity, logits, chosen, margins, threads);
+        static_cast<Pass<float>*>(pass)->run(tokens, count, position, cos, sin, growth, states, capacity, logits, chosen, margins, threads);
 }
 
 // Seconds of all its passes so far, and those of them in products.

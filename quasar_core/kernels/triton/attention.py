@@ -34,11 +34,14 @@ def attend(
     workspace: torch.Tensor,
     out: torch.Tensor,
     max_length: int,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> None:
     """queries [T, H·G, D] over keys and values [H, capacity, D] → out [T, H·G·D].
 
     Token t, at position + t (`position`: an integer [1] on the device), sees the positions up to its own, the last
     `window` of them where there is a window. `max_length` bounds position + T and sets the number of shares.
+    Scores are multiplied by `scale`, 1 ÷ √D by default, and then held below a soft `cap`, where there is one.
     """
     count, heads, size = queries.shape
     kv_heads, capacity, _ = keys.shape
@@ -57,13 +60,15 @@ def attend(
         window or 0,
         share,
         count,
-        math.log2(math.e) / math.sqrt(size),
+        (scale or 1 / math.sqrt(size)) * (1 if cap else math.log2(math.e)),
+        cap or 0.0,
         GROUP=group,
         KV_HEADS=kv_heads,
         SIZE=size,
         PADDED=padded,
         ROWS=rows,
         BLOCK=_BLOCK,
+        CAPPED=cap is not None,
         num_warps=4 if rows * padded <= 64 * 128 else 8,  # more sums than four warps have registers for
         num_stages=3 if rows * padded <= 64 * 128 else 2,
         **overlap(),
@@ -106,12 +111,14 @@ def _attend_kernel(
     share,
     count,
     scale,
+    cap,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     wait(OVERLAPS)
@@ -138,6 +145,8 @@ def _attend_kernel(
             known = (seen < end)[:, None] & (d < SIZE)[None, :]
             key = tl.load(keys + places, mask=known, other=0.0)
             scores = matrix_product(queries, tl.trans(key), tl.zeros((ROWS, BLOCK), tl.float32)) * scale
+            if CAPPED:  # cap · tanh(score ÷ cap), in powers of 2
+                scores = cap * 1.4426950408889634 * (2 / (1 + tl.exp(-2 * scores / cap)) - 1)
             own = position + token[:, None]
             hidden = (seen[None, :] > own) | ((window > 0) & (seen[None, :] <= own - window))
             scores = tl.where(hidden | (seen >= end)[None, :], float("-inf"), scores)

@@ -71,7 +71,8 @@ def _norm_kernel(
         delta = tl.load(delta_ptr + places, mask=known, other=0.0).to(tl.float32)
         hidden = round_to(hidden + delta, dtype)
         tl.store(hidden_ptr + places, hidden.to(dtype), mask=known)
-    normed = round_to(hidden * tl.rsqrt(tl.sum(hidden * hidden, axis=0) / size + eps), dtype)
+    # A weight in float32 is rounded once, with its product.
+    normed = round_to(hidden * tl.rsqrt(tl.sum(hidden * hidden, axis=0) / size + eps), weight_ptr.dtype.element_ty)
     result = (normed * weight).to(dtype)
     if ROUNDED:
         result, scale = round_row(result.to(tl.float32), largest, WHOLE)
@@ -153,13 +154,17 @@ def rotate_and_store(
     values: torch.Tensor,
     queries: torch.Tensor,
     eps: float,
+    channels: int = 0,
+    interleaved: bool = False,
+    norms_last: bool = False,
 ) -> None:
     """The heads of qkv [T, (H·G + 2·H)·D] → queries [T, H·G, D], and keys and values at positions of the cache.
 
     `keys` and `values` [H, capacity, D] are written at position + t, where `position` is an integer [1] on the device.
     Tables `cos` and `sin` [positions, D] are those of `models/rope.py` (the first half of every row of sines is
     negated), or None where a layer does not rotate; `head_norms` [H·G + H, D] are of the queries' heads, then of the
-    keys'. A rotated head is x · cos + roll(x, D/2) · sin in float32, rounded once.
+    keys', before the rotation or, with `norms_last`, after it. A rotated head is x · cos + x' · sin in float32, rounded
+    once; x' are the partners of the first `channels` (0: all), half of these apart or, interleaved, one.
     """
     count, query_heads, size = queries.shape
     kv_heads, capacity, _ = keys.shape
@@ -178,7 +183,10 @@ def rotate_and_store(
         KV_HEADS=kv_heads,
         SIZE=size,
         PADDED=triton.next_power_of_2(size),
+        CHANNELS=channels or size,
+        INTERLEAVED=interleaved,
         HAS_NORMS=head_norms is not None,
+        NORMS_LAST=norms_last,
         ROTATES=cos is not None,
         num_warps=1,
         **overlap(),
@@ -201,7 +209,10 @@ def _rotate_kernel(
     KV_HEADS: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     HAS_NORMS: tl.constexpr,
+    NORMS_LAST: tl.constexpr,
     ROTATES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -217,17 +228,22 @@ def _rotate_kernel(
         kept = ((head - QUERY_HEADS - KV_HEADS) * capacity + place) * SIZE
         tl.store(values_ptr + kept + d, x.to(dtype), mask=known)
     else:
-        rolled = (d + SIZE // 2) % SIZE
+        rolled = d ^ 1 if INTERLEAVED else (d + CHANNELS // 2) % CHANNELS
+        rolled = tl.where(d < CHANNELS, rolled, d)
         y = tl.load(source + rolled, mask=known, other=0.0).to(tl.float32)
-        if HAS_NORMS:
-            factor = tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps)
+        if HAS_NORMS and not NORMS_LAST:
             norms = norms_ptr + head * SIZE
+            factor = tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps)
             x = _normed(x, factor, norms + d, known, dtype)
             y = _normed(y, factor, norms + rolled, known, dtype)
         if ROTATES:
             cos = tl.load(cos_ptr + place * SIZE + d, mask=known, other=0.0).to(tl.float32)
             sin = tl.load(sin_ptr + place * SIZE + d, mask=known, other=0.0).to(tl.float32)
             x = x * cos + y * sin
+        if HAS_NORMS and NORMS_LAST:
+            x = round_to(x, dtype)
+            factor = tl.rsqrt(tl.sum(x * x, axis=0) / SIZE + eps)
+            x = _normed(x, factor, norms_ptr + head * SIZE + d, known, dtype)
         if head < QUERY_HEADS:
             tl.store(queries_ptr + (token * QUERY_HEADS + head) * SIZE + d, x.to(dtype), mask=known)
         else:
@@ -237,5 +253,5 @@ def _rotate_kernel(
 
 @triton.jit
 def _normed(x, factor, weight_ptrs, known, dtype: tl.constexpr):
-    weight = tl.load(weight_ptrs, mask=known, other=0.0).to(tl.float32)
-    return round_to(round_to(x * factor, dtype) * weight, dtype)
+    weight = tl.load(weight_ptrs, mask=known, other=0.0)
+    return round_to(round_to(x * factor, weight.dtype) * weight.to(tl.float32), dtype)

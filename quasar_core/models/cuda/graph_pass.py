@@ -12,6 +12,7 @@ pass, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from weakref import WeakSet
 
@@ -21,20 +22,21 @@ from quasar_core.kernels.triton.adapters import why_not_triton
 from quasar_core.models.base import Choices
 from quasar_core.models.cuda.graphs import Launcher, PinnedBuffers, PlainLauncher, launcher
 from quasar_core.models.cuda.products import DenseChoices, tune_products
-from quasar_core.models.cuda.torch_steps import Steps, TorchSteps
-from quasar_core.models.decoder import DecoderCache, LeanDecoder
+from quasar_core.models.cuda.torch_steps import Activation, Rows, Steps, TorchSteps
+from quasar_core.models.decoder import DecoderCache, LeanDecoder, Linear
+from quasar_core.models.heads import Tables
 from quasar_core.models.memory import LONGEST_PASS
+from quasar_core.models.rope import query_growth
 from quasar_core.records import Progress, no_progress
 from quasar_core.timing import time_in_turn, timed
 
 SIZES = (1, 2, 4, 8, 16, 24, LONGEST_PASS)  # tokens of the recorded passes
 SHORTEST_BUCKET, GROWTH = 1024, 4
-Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 def why_not(decoder: LeanDecoder) -> str | None:
     """Why a decoder's passes cannot be recorded, or None where they can."""
-    if decoder.config.rope.kind == "dynamic":
+    if any(rope.limit is not None for rope in decoder.ropes):
         return "its rotary embedding depends on where a pass ends"
     if any(layer.choice.kernel.name == "reference" for layer in decoder.packed_layers):
         return "the reference kernel dequantizes its weight for every product"
@@ -94,10 +96,9 @@ class CudaPass:
         self._launches = launches or launcher(device)
         self._buffers = PinnedBuffers(self.longest, device)
         self._logits = torch.empty(self.longest, decoder.vocab_size, dtype=decoder.dtype, device=device)
-        self._tables: dict[int, Tables] = {}  # by capacity of the cache
+        self._tables: dict[int, PositionTables] = {}  # by capacity of the cache
         self._cleared: WeakSet[DecoderCache] = WeakSet()
-        self._windows = frozenset(decoder.config.windows)
-        self._group = decoder.config.num_heads // decoder.config.num_kv_heads
+        self._sights = {(block.window, block.kv_heads) for block in decoder.config.blocks}
 
     @torch.inference_mode()
     def run(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
@@ -130,32 +131,87 @@ class CudaPass:
                 states[:, :, cache.length :] = 0
             self._cleared.add(cache)
 
-    def _cut_tables(self, positions: int) -> Tables:
-        """Cosines and sines [positions, D], kept: longer ones may replace the model's, and graphs read on in these."""
-        cos, sin = self.decoder.rope.rows(0, positions)
-        self._tables[positions] = tables = cos[:, 0], sin[:, 0]
+    def _cut_tables(self, positions: int) -> "PositionTables":
+        """Kept: longer ones may replace the model's, and graphs read on in these."""
+        self._tables[positions] = tables = PositionTables.of(self.decoder, positions)
         return tables
 
-    def _launch(self, count: int, cache: DecoderCache, bucket: int, tables: Tables) -> None:
+    def _launch(self, count: int, cache: DecoderCache, bucket: int, tables: "PositionTables") -> None:
         """All steps of a pass of the `count` tokens in the input buffer, into `_logits`; then its choices."""
-        decoder, steps, eps = self.decoder, self.steps, self.decoder.config.eps
+        decoder, steps, config = self.decoder, self.steps, self.decoder.config
         position, tokens, logits = self._buffers.position, self._buffers.tokens[:count], self._logits[:count]
-        masks = {w: steps.make_mask(position, bucket, count, w, self._group) for w in self._windows}
+        masks = {
+            (window, heads): steps.make_mask(position, bucket, count, window, config.num_heads // heads)
+            for window, heads in self._sights
+        }
         hidden = decoder.embedding.index_select(0, tokens)
+        if decoder.embedding_scale != 1:
+            hidden *= decoder.embedding_scale
         delta = None
         for layer, states in zip(decoder.layers, cache.layers, strict=True):
-            x = steps.normed(hidden, delta, layer.input_norm, eps, self.dense.number_for(layer.qkv, count))
-            qkv = self.dense.multiply(layer.qkv, x)
+            x = self._normed(hidden, delta, layer.input_norm, layer.qkv)
+            rope = layer.shape.rope
             queries = steps.rotate_and_store(
-                qkv, layer.head_norms, tables if layer.rotates else None, position, states, eps
+                self.dense.multiply(layer.qkv, x),
+                decoder.turn(layer),
+                None if rope is None else tables.rotations[rope],
+                position,
+                states,
             )
-            delta = self.dense.multiply(layer.out, steps.attend(queries, states, masks[layer.window]))
-            x = steps.normed(hidden, delta, layer.mlp_norm, eps, self.dense.number_for(layer.gate_up, count))
-            x = self.dense.gate(layer.gate_up, x, self.dense.number_for(layer.down, count))
-            delta = self.dense.multiply(layer.down, x)
-        x = steps.normed(hidden, delta, decoder.norm, eps, self.dense.number_for(decoder.head, count))
-        logits.copy_(self.dense.multiply(decoder.head, x))
+            queries = tables.grown(queries, position)
+            mask = masks[layer.shape.window, layer.shape.kv_heads]
+            x = steps.attend(queries, states, mask, config.scores_scale, config.scores_cap)
+            delta = self._behind(self.dense.multiply(layer.out, x), layer.out_norm)
+            x = self._normed(hidden, delta, layer.mlp_norm, layer.gate_up)
+            activation = Activation(config.activation, config.gated, layer.activation)
+            x = self.dense.gate(layer.gate_up, x, self.dense.number_for(layer.down, count), activation)
+            delta = self._behind(self.dense.multiply(layer.down, x), layer.down_norm)
+        x = self._normed(hidden, delta, decoder.norm, decoder.head)
+        logits.copy_(decoder.logits(self.dense.multiply(decoder.head, x)))
         steps.choose(logits, tokens, self._buffers.drafted, self._buffers.output.first(count))
+
+    def _normed(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.Tensor | None, product: Linear
+    ) -> Rows:
+        """Add `delta` to the residual stream in place; what `product` reads of it, in the form that it takes."""
+        if norm is None:
+            return hidden if delta is None else hidden.add_(delta)
+        number = self.dense.number_for(product, len(hidden))
+        return self.steps.normed(hidden, delta, norm, self.decoder.config.eps, number)
+
+    def _behind(self, delta: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        """What attention or the MLP gives, behind its norm, times the residual's factor."""
+        config = self.decoder.config
+        if norm is not None:
+            normed = self.steps.normed(delta, None, norm, config.eps)
+            assert isinstance(normed, torch.Tensor)  # no number was asked for
+            delta = normed
+        return delta if config.residual_scale == 1 else delta * config.residual_scale
+
+
+@dataclass(frozen=True)
+class PositionTables:
+    """What a pass reads by its positions: cosines and sines [positions, D] of each rotation, and queries' growth."""
+
+    rotations: list[Tables]
+    growth: torch.Tensor | None  # [positions]
+
+    @classmethod
+    def of(cls, decoder: LeanDecoder, positions: int) -> "PositionTables":
+        """For a cache of that capacity."""
+        rows = (rope.rows(0, positions) for rope in decoder.ropes)
+        growth = None
+        if decoder.config.query_growth:
+            places = torch.arange(positions, device=decoder.device)
+            growth = query_growth(places, *decoder.config.query_growth).to(decoder.dtype)
+        return cls([(cos[:, 0], sin[:, 0]) for cos, sin in rows], growth)
+
+    def grown(self, queries: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Queries [T, H·G, D] at `position` [1], a tensor on the device, as they grow with it."""
+        if self.growth is None:
+            return queries
+        places = position + torch.arange(len(queries), device=queries.device)
+        return queries * self.growth.index_select(0, places)[:, None, None]
 
 
 def pass_size(count: int, room: int) -> int:

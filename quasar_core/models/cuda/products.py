@@ -14,7 +14,7 @@ from quasar_core.kernels.base import RoundedRows, TunableKernel
 from quasar_core.kernels.eight_bit import Int8Weight
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.cuda.graphs import record
-from quasar_core.models.cuda.torch_steps import Gated, Rows, Steps
+from quasar_core.models.cuda.torch_steps import SILU, Activation, Gated, Rows, Steps
 from quasar_core.models.decoder import DecoderLayer, DenseLinear, FusedLinear, LeanDecoder, Linear
 from quasar_core.records import Progress, no_progress
 
@@ -29,7 +29,8 @@ class DenseChoices:
     """The products of a decoder, each by the fastest way for its shape and rows; and whether gates join theirs."""
 
     def __init__(self, decoder: LeanDecoder, steps: Steps) -> None:
-        self.steps = steps
+        self.steps, config = steps, decoder.config
+        self._joins = config.gated and config.activation == "silu"  # what products of gates may end with
         self.chosen: dict[tuple[Shape, int], str] = {}
         self.seconds: dict[tuple[Shape, int], dict[str, float]] = {}  # of one product, by way
         self.chosen_gates: dict[tuple[str, int], str] = {}  # by kind of product and rows
@@ -69,13 +70,13 @@ class DenseChoices:
             return self._products[_shape(product), x.shape[0]](x, product.weight, product.bias)
         return product(x)
 
-    def gate(self, product: Linear, x: Rows, number: torch.dtype | None = None) -> Rows:
-        """x [T, in] → silu(gate) · up [T, I] of a product whose outputs are gates, then what they gate."""
+    def gate(self, product: Linear, x: Rows, number: torch.dtype | None = None, activation: Activation = SILU) -> Rows:
+        """x [T, in] → activation(gate) · up [T, I] of a product whose outputs are gates, then what they gate."""
         if isinstance(x, torch.Tensor) and self.chosen_gates[_kind(product), len(x)] == ONE_LAUNCH:
             gated = self.steps.gated_product(product, len(x))
             assert gated is not None
             return gated(x)
-        return self.steps.gated(self.multiply(product, x), number)
+        return self.steps.gated(self.multiply(product, x), number, activation)
 
     def _choose_product(self, shape: Shape, layers: list[DenseLinear], rows: int) -> None:
         ways = self.steps.dense_products(rows)
@@ -87,7 +88,7 @@ class DenseChoices:
 
     def _choose_gate(self, kind: str, products: list[Linear], rows: int) -> None:
         """Product and gate in two launches, or in one where there is such a product and it is faster."""
-        best, joined = TWO_LAUNCHES, [self.steps.gated_product(product, rows) for product in products]
+        best, joined = TWO_LAUNCHES, [self.steps.gated_product(product, rows) for product in products if self._joins]
         calls: dict[str, list[Gated]] = {ONE_LAUNCH: [gated for gated in joined if gated]}
         if calls[ONE_LAUNCH] and self._device.type == "cuda":
             calls[TWO_LAUNCHES] = [partial(self._gate_apart, product) for product in products]

@@ -7,18 +7,34 @@ pass, H key-value heads, G query heads per key-value head, D head size, C capaci
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import linear
 
 from quasar_core.kernels.base import RoundedRows
+from quasar_core.models.activations import activated
+from quasar_core.models.attention import FOLDED_TOKENS, AttentionMask, attend
 from quasar_core.models.base import NO_TOKEN
 from quasar_core.models.cuda.graphs import GreedyOutput
-from quasar_core.models.decoder import FOLDED_TOKENS, AttentionMask, Linear, attend
+from quasar_core.models.decoder import Linear
+from quasar_core.models.heads import Tables, Turn, normed
 
 Rows = torch.Tensor | RoundedRows  # [T, in]
 Gated = Callable[[Rows], Rows]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What an MLP does between its products, beside which gates stand or not; `weights` of xIELU."""
+
+    name: str = "silu"
+    gated: bool = True
+    weights: torch.Tensor | None = None
+
+
+SILU = Activation()
 
 
 class Steps(Protocol):
@@ -47,11 +63,10 @@ class Steps(Protocol):
     def rotate_and_store(
         self,
         qkv: torch.Tensor,
-        head_norms: torch.Tensor | None,
-        tables: tuple[torch.Tensor, torch.Tensor] | None,
+        turn: Turn,
+        tables: Tables | None,
         position: torch.Tensor,
         states: torch.Tensor,
-        eps: float,
     ) -> torch.Tensor:
         """Norm and rotate queries and keys of qkv [T, (H·G + 2·H)·D], write keys and values into states [2, H, C, D]
         at `position` [1] and behind it → queries [T, H·G, D]. `tables` are cosines and sines [positions, D].
@@ -62,16 +77,23 @@ class Steps(Protocol):
         """What `count` tokens at `position` see of the first `length` positions; made once for a pass."""
         ...
 
-    def attend(self, queries: torch.Tensor, states: torch.Tensor, mask: Any) -> torch.Tensor:
-        """Queries [T, H·G, D] over states [2, H, C, D] → [T, H·G·D]."""
+    def attend(
+        self,
+        queries: torch.Tensor,
+        states: torch.Tensor,
+        mask: Any,
+        scale: float | None = None,
+        cap: float | None = None,
+    ) -> torch.Tensor:
+        """Queries [T, H·G, D] over states [2, H, C, D] → [T, H·G·D]; of `scale` and `cap` as `models/attention.py`."""
         ...
 
-    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> Rows:
-        """silu(gate) · up of gate_up [T, 2·I] → [T, I]; of `number` as in `normed`."""
+    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None, activation: Activation = SILU) -> Rows:
+        """activation(gate) · up of gate_up [T, 2·I] → [T, I]; of `number` as in `normed`."""
         ...
 
     def gated_product(self, product: Linear, rows: int) -> Gated | None:
-        """x [rows, in] → [rows, I] in one launch: a product of gates and what they gate, and the gate; None without."""
+        """x [rows, in] → [rows, I] in one launch: a product of gates and what they gate, and SiLU; None without."""
         ...
 
     def dense_products(self, rows: int) -> dict[str, Any]:
@@ -105,27 +127,22 @@ class TorchSteps:
         """See `Steps`; never rounded."""
         if delta is not None:
             hidden += delta
-        return rms_norm(hidden, weight.shape, weight, eps)
+        return normed(hidden, weight, eps)
 
     def rotate_and_store(
         self,
         qkv: torch.Tensor,
-        head_norms: torch.Tensor | None,
-        tables: tuple[torch.Tensor, torch.Tensor] | None,
+        turn: Turn,
+        tables: Tables | None,
         position: torch.Tensor,
         states: torch.Tensor,
-        eps: float,
     ) -> torch.Tensor:
         """See `Steps`."""
         kv_heads, size = states.shape[1], states.shape[-1]
         heads = qkv.view(qkv.shape[0], -1, size)  # [T, H·G + 2·H, D]
-        rotated = x = heads[:, :-kv_heads]
         places = position + torch.arange(qkv.shape[0], device=qkv.device)
-        if head_norms is not None:
-            rotated = x = rms_norm(x, (size,), None, eps) * head_norms
-        if tables is not None:
-            cos, sin = (table.index_select(0, places)[:, None] for table in tables)
-            rotated = torch.addcmul(x * cos, x.roll(size // 2, -1), sin)
+        own = tables and tuple(table.index_select(0, places)[:, None] for table in tables)
+        rotated = turn(heads[:, :-kv_heads], own)  # type: ignore[arg-type]
         written = torch.stack((rotated[:, -kv_heads:], heads[:, -kv_heads:]))  # [2, T, H, D]
         states.index_copy_(2, places, written.transpose(1, 2))
         return rotated[:, :-kv_heads]
@@ -140,14 +157,20 @@ class TorchSteps:
         mask = visible.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else visible
         return AttentionMask(0, length, causal=False, added=mask)
 
-    def attend(self, queries: torch.Tensor, states: torch.Tensor, mask: Any) -> torch.Tensor:
+    def attend(
+        self,
+        queries: torch.Tensor,
+        states: torch.Tensor,
+        mask: Any,
+        scale: float | None = None,
+        cap: float | None = None,
+    ) -> torch.Tensor:
         """See `Steps`."""
-        return attend(queries, states, mask)
+        return attend(queries, states, mask, scale, cap)
 
-    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> Rows:
+    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None, activation: Activation = SILU) -> Rows:
         """See `Steps`; never rounded."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return silu(gate) * up
+        return activated(gate_up, activation.name, activation.gated, activation.weights)
 
     def gated_product(self, product: Linear, rows: int) -> Gated | None:
         """There is none."""

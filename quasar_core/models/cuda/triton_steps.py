@@ -26,9 +26,11 @@ from quasar_core.kernels.triton.elementwise import (
 from quasar_core.kernels.triton.language import overlapping
 from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
 from quasar_core.kernels.triton.weights import TritonWeight
+from quasar_core.models.activations import activated
 from quasar_core.models.cuda.graphs import GreedyOutput
-from quasar_core.models.cuda.torch_steps import Gated, Rows
+from quasar_core.models.cuda.torch_steps import SILU, Activation, Gated, Rows
 from quasar_core.models.decoder import DenseLinear, Linear
+from quasar_core.models.heads import Tables, Turn
 
 WIDEST = 16  # tokens of one launch of these kernels; a longer pass takes several
 
@@ -74,18 +76,33 @@ class TritonSteps:
     def rotate_and_store(
         self,
         qkv: torch.Tensor,
-        head_norms: torch.Tensor | None,
-        tables: tuple[torch.Tensor, torch.Tensor] | None,
+        turn: Turn,
+        tables: Tables | None,
         position: torch.Tensor,
         states: torch.Tensor,
-        eps: float,
     ) -> torch.Tensor:
-        """One launch, however many tokens."""
+        """One launch, however many tokens; norms of whole rows are PyTorch's."""
         keys, values = states.unbind()
         size = keys.shape[-1]
-        queries = qkv.new_empty(qkv.shape[0], qkv.shape[1] // size - 2 * keys.shape[0], size)
+        if turn.of_rows:
+            heads = qkv.view(qkv.shape[0], -1, size)
+            qkv = torch.cat((turn.normed(heads[:, : -len(keys)]), heads[:, -len(keys) :]), 1).flatten(1)
+        queries = qkv.new_empty(qkv.shape[0], turn.queries, size)
         cos, sin = tables or (None, None)
-        rotate_and_store(qkv, head_norms, cos, sin, position, keys, values, queries, eps)
+        rotate_and_store(
+            qkv,
+            None if turn.of_rows else turn.weight,
+            cos,
+            sin,
+            position,
+            keys,
+            values,
+            queries,
+            turn.eps,
+            channels=turn.rope.channels if turn.rope else size,
+            interleaved=turn.rope is not None and turn.rope.interleaved,
+            norms_last=turn.norms_last,
+        )
         return queries
 
     def make_mask(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
@@ -93,18 +110,27 @@ class TritonSteps:
         positions = (position + begin if begin else position for begin in range(0, count, WIDEST))
         return TritonSight(tuple(positions), length, window)
 
-    def attend(self, queries: torch.Tensor, states: torch.Tensor, mask: Any) -> torch.Tensor:
+    def attend(
+        self,
+        queries: torch.Tensor,
+        states: torch.Tensor,
+        mask: Any,
+        scale: float | None = None,
+        cap: float | None = None,
+    ) -> torch.Tensor:
         """Two launches for every sixteen tokens."""
         count, heads, size = queries.shape
         keys, values = states.unbind()
         out = queries.new_empty(count, heads * size)
         for position, rows, part in zip(mask.positions, queries.split(WIDEST), out.split(WIDEST), strict=True):
             workspace = attention_workspace(queries.device, rows.shape[0], heads, size)
-            attend(rows, keys, values, position, mask.window, workspace, part, mask.length)
+            attend(rows, keys, values, position, mask.window, workspace, part, mask.length, scale, cap)
         return out
 
-    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None) -> Rows:
-        """One launch."""
+    def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None, activation: Activation = SILU) -> Rows:
+        """One launch for SiLU; another activation is PyTorch's, and never rounded."""
+        if activation != SILU:
+            return activated(gate_up, activation.name, activation.gated, activation.weights)
         count, inner = gate_up.shape[0], gate_up.shape[1] // 2
         if number is None:
             out = gate_up.new_empty(count, inner)

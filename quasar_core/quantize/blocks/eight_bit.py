@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from quasar_core.config import QuantizeConfig
-from quasar_core.models.architectures import why_not_lean
+from quasar_core.models.decoder_config import DecoderConfig, why_not_lean
 from quasar_core.quantize.blocks.activations import Activations, run_block
 from quasar_core.quantize.blocks.layerwise import Preparation, replace_weight
 from quasar_core.quantize.blocks.streaming import linear_layers
@@ -69,7 +69,8 @@ def eight_bit_method(config: QuantizeConfig, source: Path) -> EightBitMethod | N
     """What `--method` asks for of the model in a folder; None for GPTQ."""
     if config.method == "gptq":
         return None
-    known = why_not_lean(read_config(source)) is None
+    content = read_config(source)
+    known = why_not_lean(content) is None and DecoderConfig.parse(content).can_be_smoothed
     number_format = Int8Format() if config.method == "w8a8" else E4M3Format()
     return EightBitMethod(number_format, smooth=known, solved=config.rounding == "gptq")
 

@@ -1,0 +1,80 @@
+// The activations that a product takes, in the form that its weights ask for, and the product itself.
+
+#pragma once
+
+#include "codes.h"
+#include "rows.h"
+
+namespace quasar {
+
+constexpr int MOST_PARTS = 3;
+constexpr int PIECE = 512;  // inputs that a thread prepares at a time: a multiple of every group of codes
+
+// A linear layer: row after row in 16 or 32 bits, or a stream of codes of 2, 4 or 8 bits.
+struct Product {
+    const void* weight;
+    const float* bias;  // [out], or null
+    int bits, in, out, groups;
+};
+
+// Products of one input, whose outputs stand beside one another.
+struct FusedWeight {
+    Product parts[MOST_PARTS];
+    int count, in, out;
+};
+
+// The activations that a product takes, in the form that its weights ask for: 8-bit codes, bfloat16 or float32.
+class ProductInput {
+public:
+    void reserve(const Product& product, int count) {
+        const size_t size = size_t(count) * product.in;
+        if (product.bits == 16) grow(halves, size);
+        if (product.bits == 32) grow(singles, size);
+        if (product.bits < 16) grow(values, size), grow(scales, size / LANES), grow(sums, size / LANES);
+    }
+
+    // Inputs [begin, end) of row t, from x [in]; both are multiples of PIECE, or the end of the row.
+    void take(const Product& product, int t, const float* x, int begin, int end) {
+        const size_t row = size_t(t) * product.in;
+        if (product.bits == 16)
+            for (int i = begin; i < end; i += LANES) store(halves.data() + row + i, load(x + i));
+        else if (product.bits == 32)
+            for (int i = begin; i < end; i += LANES) store(singles.data() + row + i, load(x + i));
+        else {
+            const CodedRows rows = coded(product);
+            for (int g = begin / rows.group; g < end / rows.group; ++g) quantize_group(x, rows, t, g);
+        }
+    }
+
+    // A thread's share of the product for all rows of the pass.
+    template <typename Put>
+    void multiply(const Product& product, int count, int thread, int threads, Put put) {
+        auto with_bias = [&](int t, int o, __mmask16 lanes, __m512 value) {
+            if (product.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, product.bias + o));
+            put(t, o, lanes, value);
+        };
+        if (product.bits < 16) {
+            Range blocks((product.out + BLOCK - 1) / BLOCK, thread, threads);
+            return multiply_codes(product.bits, product.weight, coded(product), blocks, 0, count, product.out,
+                                  with_bias);
+        }
+        Range strips((product.out + STRIP - 1) / STRIP, thread, threads);
+        if (product.bits == 16)
+            multiply_strips<uint16_t>(product.weight, halves.data(), product.in, strips, 0, count, product.out,
+                                    with_bias);
+        else
+            multiply_strips<float>(product.weight, singles.data(), product.in, strips, 0, count, product.out,
+                                     with_bias);
+    }
+
+private:
+    Buffer<uint16_t> halves;
+    Buffer<int8_t> values;
+    Buffer<float> singles, scales, sums;
+
+    CodedRows coded(const Product& product) {
+        return {values.data(), scales.data(), sums.data(), product.in, product.groups, product.in / product.groups};
+    }
+};
+
+}  // namespace quasar

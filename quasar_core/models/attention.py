@@ -1,0 +1,107 @@
+"""Attention of a pass over the cache in PyTorch's operations: what each token sees, and the mix of what it sees.
+
+Letters: T tokens of a pass, L positions that it sees, H key-value heads, G query heads per key-value head, D head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+# Up to here the query heads of a group are rows of one product, so that keys and values are read once for all of them.
+FOLDED_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Which positions the tokens of a pass attend to: from `first` to `end`, less what `added` takes away."""
+
+    first: int
+    end: int
+    causal: bool  # a prompt from position 0, which needs no mask
+    added: torch.Tensor | None  # to the scores: 0 or −∞, [T, L], or [T·G, L] for folded groups
+
+
+def make_mask(
+    start: int, count: int, window: int | None, group: int, device: torch.device, dtype: torch.dtype
+) -> AttentionMask:
+    """Make the mask of `count` tokens at position `start`; a window counts the token's own position."""
+    end = start + count
+    first = 0 if window is None else max(0, start - window + 1)
+    if count == 1:
+        return AttentionMask(first, end, causal=False, added=None)
+    if start == 0 and (window is None or count <= window):
+        return AttentionMask(first, end, causal=True, added=None)
+    if device.type == "cuda" and window is None and count > FOLDED_TOKENS:
+        # A later chunk of a prompt. Flash attention takes no tensor for a mask, but it takes "causal, and the last
+        # query sees the last key", which is what this one says.
+        return AttentionMask(0, end, causal=False, added=causal_lower_right(count, end))
+    own = torch.arange(start, end, device=device)[:, None]
+    seen = torch.arange(first, end, device=device)
+    hidden = seen > own
+    if window is not None:
+        hidden |= seen <= own - window
+    added = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return AttentionMask(
+        first, end, causal=False, added=added.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else added
+    )
+
+
+def attend(
+    queries: torch.Tensor,
+    states: torch.Tensor,
+    mask: AttentionMask,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> torch.Tensor:
+    """Queries [T, H·G, D] over a layer's keys and values [2, H, capacity, D] → [T, H·G·D].
+
+    Scores are multiplied by `scale`, 1 ÷ √D by default, and then held below a soft `cap`, where there is one.
+    """
+    if cap is not None:
+        return _attend_capped(queries, states, mask, scale or queries.shape[-1] ** -0.5, cap)
+    keys, values = states[:, None, :, mask.first : mask.end].unbind()
+    count, heads, size = queries.shape
+    if mask.causal or count > FOLDED_TOKENS:
+        mixed = scaled_dot_product_attention(
+            queries.transpose(0, 1)[None],
+            keys,
+            values,
+            attn_mask=mask.added,
+            is_causal=mask.causal,
+            scale=scale,
+            enable_gqa=heads != keys.shape[1],
+        )
+        return mixed[0].transpose(0, 1).reshape(count, -1)
+    groups = queries.view(count, keys.shape[1], -1, size)  # [T, H, G, D]
+    rows = groups.transpose(0, 1).reshape(1, keys.shape[1], -1, size)  # [1, H, T·G, D]
+    mixed = scaled_dot_product_attention(rows, keys, values, attn_mask=mask.added, scale=scale)
+    return mixed.view(keys.shape[1], count, -1, size).transpose(0, 1).reshape(count, -1)
+
+
+def _attend_capped(
+    queries: torch.Tensor, states: torch.Tensor, mask: AttentionMask, scale: float, cap: float
+) -> torch.Tensor:
+    """The same with scores of cap · tanh(score ÷ cap), which no fused kernel of PyTorch's has (Gemma 2)."""
+    keys, values = states[:, :, mask.first : mask.end].unbind()
+    count, _, size = queries.shape
+    groups = queries.view(count, keys.shape[0], -1, size)
+    rows = groups.transpose(0, 1).reshape(keys.shape[0], -1, size)  # [H, T·G, D]
+    scores = (rows @ keys.mT).float() * scale
+    scores = cap * torch.tanh(scores / cap)
+    scores = _hidden_left_out(scores, mask, groups.shape[2])
+    mixed = scores.softmax(-1).to(values.dtype) @ values
+    return mixed.view(keys.shape[0], count, -1, size).transpose(0, 1).reshape(count, -1)
+
+
+def _hidden_left_out(scores: torch.Tensor, mask: AttentionMask, group: int) -> torch.Tensor:
+    """Scores [H, T·G, L] with −∞ where a token does not see a position."""
+    if mask.causal or isinstance(mask.added, CausalBias):
+        count, end = scores.shape[1] // group, scores.shape[2]
+        seen = torch.ones(count, end, dtype=torch.bool, device=scores.device).tril(end - count)
+        return scores.masked_fill(~seen.repeat_interleave(group, 0), -torch.inf)
+    if mask.added is None:
+        return scores
+    added = mask.added if len(mask.added) == scores.shape[1] else mask.added.repeat_interleave(group, 0)
+    return scores.masked_fill(~added, -torch.inf) if added.dtype == torch.bool else scores + added

@@ -1,0 +1,370 @@
+"""What a config.json says to the lean decoder, by its row of the table: sizes and switches, or why it is not run.
+
+The options that transformers gives values where a file leaves them out have the same values here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+from quasar_core.errors import QuasarError
+from quasar_core.models.architectures import ACTIVATIONS, ARCHITECTURES, Architecture, BlockNorms, HeadNorms, Switch
+from quasar_core.models.rope import RopeConfig
+from quasar_core.models.rope_options import LAYER_TYPES, ROPE_TYPES, read_ropes, why_not_rope
+from quasar_core.typed import build
+
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+SLIDING = "sliding_attention"
+
+# Options that transformers reads for any model, in its masks and caches, and the values that the decoder has.
+ONLY_VALUES: dict[str, Any] = {"is_causal": (True,), "attention_chunk_size": (None,), "per_layer_config": (None,)}
+# Options of the classes above that have no effect on a pass: training, files, generation, and names.
+WITHOUT_EFFECT = frozenset(
+    (
+        "attention_dropout",
+        "embd_pdrop",
+        "eod_token_id",
+        "resid_pdrop",
+        "residual_dropout",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "transformers_version",
+        "use_cache",
+    )
+)
+
+
+# The types of the options of config.json that the decoder computes with.
+_WHOLE, _NUMBER, _SWITCH = int | None, float | None, bool | None
+_OPTION_TYPES: dict[str, Any] = {
+    **dict.fromkeys(REQUIRED, int),
+    **dict.fromkeys(
+        ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers", "no_rope_layer_interval"), _WHOLE
+    ),
+    **dict.fromkeys(
+        (
+            "rms_norm_eps",
+            "rope_theta",
+            "rope_local_base_freq",
+            "partial_rotary_factor",
+            "embedding_multiplier",
+            "residual_multiplier",
+            "attention_multiplier",
+            "logits_scaling",
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+        ),
+        _NUMBER,
+    ),
+    **dict.fromkeys(
+        ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "bias", "use_sliding_window"),
+        _SWITCH,
+    ),
+    "hidden_act": str | None,
+    "hidden_activation": str | None,
+    "layer_types": list[str] | None,
+    "no_rope_layers": list[int] | None,
+    "rope_scaling": dict | None,
+    "rope_parameters": dict | None,
+}
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What may differ from block to block."""
+
+    window: int | None  # positions that it sees, its own included; None is all of them
+    rope: int | None  # which of the model's rotary embeddings; None: it does not rotate
+    head_size: int
+    kv_heads: int
+    inner: int  # of the MLP
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """One model's sizes and switches, in the decoder's own words."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    eps: float
+    max_positions: int
+    tied: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    norms: BlockNorms
+    centred_norms: bool
+    head_norms: HeadNorms | None
+    gated: bool
+    activation: str
+    fused: frozenset[str]
+    embedding_scale: float
+    rounds_embedding_scale: bool  # to the weights' dtype
+    residual_scale: float
+    scores_scale: float | None  # None is 1 ÷ √D
+    logits_scale: float
+    scores_cap: float | None
+    logits_cap: float | None
+    query_growth: tuple[float, int] | None  # β and L: queries grow by 1 + β · ln(1 + ⌊position ÷ L⌋)
+    blocks: tuple[BlockConfig, ...]
+    ropes: tuple[RopeConfig, ...]
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> "DecoderConfig":
+        """From the content of config.json; QuasarError where the decoder does not run it."""
+        obstacle = why_not_lean(config)
+        if obstacle:
+            raise QuasarError(f"The lean decoder does not run this model: {obstacle}.")
+        name = config["architectures"][0]
+        row = ARCHITECTURES[name]
+        options = complete(row, config)
+        heads = options["num_attention_heads"]
+        return cls(
+            architecture=name,
+            vocab_size=options["vocab_size"],
+            hidden_size=options["hidden_size"],
+            intermediate_size=options["intermediate_size"],
+            num_layers=options["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=options.get("num_key_value_heads") or heads,
+            head_size=_head_size(options),
+            eps=options.get("rms_norm_eps", 1e-6),
+            max_positions=options["max_position_embeddings"],
+            tied=options.get("tie_word_embeddings", False),
+            qkv_bias=_is_on(row.qkv_bias, options),
+            out_bias=_is_on(row.out_bias, options),
+            mlp_bias=_is_on(row.mlp_bias, options),
+            norms=row.norms,
+            centred_norms=row.centred_norms,
+            head_norms=row.head_norms,
+            gated=row.gated,
+            activation=_activation(row, options),
+            fused=row.fused,
+            **_scales(row, options),
+            blocks=_blocks(row, options),
+            ropes=read_ropes(row, options, _head_size(options)),
+        )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, how many positions it sees, its own included; None is all of them."""
+        return tuple(block.window for block in self.blocks)
+
+    @property
+    def can_be_smoothed(self) -> bool:
+        """Whether norms stand before their readers alone and linearly, and all layers are stored apart."""
+        return self.gated and self.norms == BlockNorms() and not self.centred_norms and not self.fused
+
+
+def complete(row: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the values that hold where config.json does not name them."""
+    given = {key: value for key, value in config.items() if value is not None or key != "rope_parameters"}
+    if given.get("rope_scaling"):
+        given.setdefault("rope_parameters", None)
+    return {**row.defaults, **given}
+
+
+def why_not_lean(config: Mapping[str, Any]) -> str | None:
+    """Why the lean decoder does not run a model with this config.json, or None where it does."""
+    name = (config.get("architectures") or ["no architecture"])[0]
+    if name not in ARCHITECTURES:
+        return f"{name} is not in its table of architectures"
+    missing = [key for key in REQUIRED if not config.get(key)]
+    if missing:
+        return f"config.json has no {missing[0]}"
+    wrong = wrong_option(config)
+    if wrong:
+        return f"in its config.json {wrong}"
+    row = ARCHITECTURES[name]
+    options = complete(row, config)
+    return _why_not_options(name, options) or _why_not_layers(row, options) or why_not_rope(row, options)
+
+
+def _why_not_options(name: str, options: Mapping[str, Any]) -> str | None:
+    row = ARCHITECTURES[name]
+    model_type = options.get("model_type", row.model_type)
+    if model_type != row.model_type:
+        return f"{name} is not of the model_type {model_type}"
+    if _activation(row, options) not in ACTIVATIONS.values():
+        return f"it has no activation {_activation(row, options)}"
+    if _activation(row, options) == "xielu" and row.model_type != "apertus":
+        return f"{row.model_type} has no weights of the activation xielu"
+    known = {**ONLY_VALUES, **row.only}
+    other = next((key for key, values in known.items() if options.get(key, values[0]) not in values), None)
+    return f"it has no {other} of {options[other]}" if other else None
+
+
+def wrong_option(options: Mapping[str, Any]) -> str | None:
+    """What is wrong with the first option that is of another type, or no number of any use; None where none is."""
+    try:
+        _check_types(options, _OPTION_TYPES, "")
+        for name in ("rope_scaling", "rope_parameters"):
+            _check_rope_types(options.get(name) or {}, f"{name}.")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _check_rope_types(rope: Mapping[str, Any], where: str) -> None:
+    _check_types(rope, ROPE_TYPES, where)
+    for kind in LAYER_TYPES:
+        if isinstance(rope.get(kind), Mapping):
+            _check_types(rope[kind], ROPE_TYPES, f"{where}{kind}.")
+
+
+def _check_types(options: Mapping[str, Any], types: Mapping[str, Any], where: str) -> None:
+    for name, kind in types.items():
+        if name in options:
+            value = build(kind, options[name], where + name)
+            if isinstance(value, float) and not 0 <= value < inf:
+                raise ValueError(f"{where}{name} is {value}")
+
+
+def _why_not_layers(row: Architecture, options: Mapping[str, Any]) -> str | None:
+    """Lists of layers that contradict their number, and windows that the table's row does not have."""
+    for key in ("layer_types", "no_rope_layers"):
+        listed = options.get(key)
+        if listed and len(listed) != options["num_hidden_layers"]:
+            return f"config.json has {options['num_hidden_layers']} layers, and {len(listed)} {key}"
+    types = set(options.get("layer_types") or ())
+    if types - set(LAYER_TYPES):
+        return f"it has no layers of the type {sorted(map(str, types - set(LAYER_TYPES)))[0]}"
+    return _why_not_windows(row, options, types)
+
+
+def _why_not_windows(row: Architecture, options: Mapping[str, Any], types: set[str]) -> str | None:
+    window, kind = options.get("sliding_window"), row.windows.kind
+    if kind == "none":
+        narrow = window is not None and window < options["max_position_embeddings"]
+        return f"{row.model_type} has no windows, and config.json has a sliding_window" if narrow else None
+    if kind == "all":
+        usual = "full_attention" if window is None else SLIDING
+        return f"layers of {row.model_type} are of one type, and config.json lists others" if types - {usual} else None
+    if kind == "typed" and row.windows.option and not isinstance(options.get(row.windows.option, 0), int | None):
+        return None if types else f"its {row.windows.option} is no number"
+    in_use = window is not None and (kind == "typed" or options.get("use_sliding_window"))
+    if SLIDING in types and not in_use:
+        return "config.json has sliding layers, and no window in use"
+    return None
+
+
+def _activation(row: Architecture, options: Mapping[str, Any]) -> str:
+    name = options.get(row.activation_option, "silu")
+    return ACTIVATIONS.get(name, str(name))
+
+
+def _scales(row: Architecture, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Constant factors and caps, by their fields."""
+    scales, of_hidden = row.scales, row.scales.embedding == "√hidden"
+    embedding = options["hidden_size"] ** 0.5 if of_hidden else _factor(scales.embedding, options)
+    scores = _factor(scales.scores, options) if scales.scores else None
+    if scales.scores_root:
+        scores = float(options[scales.scores_root] ** -0.5)
+    rope = options.get("rope_scaling") or options.get("rope_parameters") or {}
+    growth = None
+    if row.grows_queries:
+        growth = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
+    return {
+        "embedding_scale": embedding,
+        "rounds_embedding_scale": of_hidden,
+        "residual_scale": _factor(scales.residual, options),
+        "scores_scale": scores,
+        "logits_scale": 1 / _factor(scales.logits_divisor, options),
+        "scores_cap": options.get(row.scores_cap),
+        "logits_cap": options.get(row.logits_cap),
+        "query_growth": growth,
+    }
+
+
+def _factor(option: str, options: Mapping[str, Any]) -> float:
+    return float(options[option]) if option else 1.0
+
+
+def _head_size(options: Mapping[str, Any]) -> int:
+    return int(options.get("head_dim") or options["hidden_size"] // options["num_attention_heads"])
+
+
+def _is_on(switch: Switch, options: Mapping[str, Any]) -> bool:
+    return bool(options.get(switch, False)) if isinstance(switch, str) else switch
+
+
+def _blocks(row: Architecture, options: Mapping[str, Any]) -> tuple[BlockConfig, ...]:
+    marks = _marked_layers(row, options)
+    windows = _windows(row, options, marks)
+    in_use = options.get("sliding_window") is not None
+    rotates = marks if row.rotates != "sliding" else tuple(w is not None or not in_use for w in windows)
+    heads = options.get("num_key_value_heads") or options["num_attention_heads"]
+    return tuple(
+        BlockConfig(
+            window=window,
+            rope=(int(row.ropes_by_type and window is not None) if rotating else None),
+            head_size=_head_size(options),
+            kv_heads=heads,
+            inner=options["intermediate_size"],
+        )
+        for window, rotating in zip(windows, rotates, strict=True)
+    )
+
+
+def _marked_layers(row: Architecture, options: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Which layers rotate: all, or those that `no_rope_layers` marks with 1 (by default all but every fourth)."""
+    count = int(options["num_hidden_layers"])
+    if row.rotates != "marked":
+        return (True,) * count
+    interval = options.get("no_rope_layer_interval") or 4
+    marks = options.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(count)]
+    return tuple(map(bool, marks[:count]))
+
+
+def _windows(row: Architecture, options: Mapping[str, Any], rotates: tuple[bool, ...]) -> tuple[int | None, ...]:
+    """How many positions each layer sees, its own included; None is all of them."""
+    window, count, kind = options.get("sliding_window"), int(options["num_hidden_layers"]), row.windows.kind
+    if kind == "all":
+        return (window,) * count
+    if kind == "none" or (kind == "listed" and not options.get("use_sliding_window")):
+        return (None,) * count
+    types = options.get("layer_types")
+    if types:
+        slides = [kind == SLIDING for kind in types]
+    elif kind == "typed":
+        slides = _slides_by_period(row, options)
+    elif row.rotates == "marked":
+        slides = [not rotating for rotating in rotates]
+    else:
+        slides = [i >= options.get("max_window_layers", 28) for i in range(count)]
+    return tuple(window if sliding else None for sliding in slides)
+
+
+def _slides_by_period(row: Architecture, options: Mapping[str, Any]) -> list[bool]:
+    count, rule = int(options["num_hidden_layers"]), row.windows
+    period = options.get(rule.option, rule.period) if rule.option else rule.period
+    if not period:
+        return [options.get("sliding_window") is not None] * count
+    return [i % period != rule.first % period for i in range(count)]

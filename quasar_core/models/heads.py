@@ -1,0 +1,61 @@
+"""What a block does to its queries and keys before attention: norms of heads or of rows, and the rotation.
+
+Letters: T tokens of a pass, H key-value heads, G query heads per key-value head, D head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import rms_norm
+
+from quasar_core.models.architectures import HeadNorms
+from quasar_core.models.rope import RopeConfig, swapped
+
+Tables = tuple[torch.Tensor, torch.Tensor]  # cosines and sines
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The norms and the rotation of one block's queries and keys."""
+
+    queries: int  # H·G
+    norms: HeadNorms | None
+    weight: torch.Tensor | None  # of the norms [H·G + H, D]
+    rope: RopeConfig | None
+    eps: float
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether all queries are normed as one row, and all keys."""
+        return self.norms is not None and self.norms.whole_rows
+
+    @property
+    def norms_last(self) -> bool:
+        """Whether norms come after the rotation."""
+        return self.norms is not None and self.norms.after_rotation
+
+    def __call__(self, heads: torch.Tensor, tables: Tables | None) -> torch.Tensor:
+        """Queries and keys [T, H·G + H, D], normed and rotated; cosines and sines are [T, 1, D]."""
+        x = heads if self.norms_last else self.normed(heads)
+        if self.rope is not None and tables is not None:
+            x = torch.addcmul(x * tables[0], swapped(x, self.rope), tables[1])
+        return self.normed(x) if self.norms_last else x
+
+    def normed(self, heads: torch.Tensor) -> torch.Tensor:
+        """The norms alone, where there are such."""
+        if self.weight is None:
+            return heads
+        if self.of_rows:
+            sizes = [self.queries, heads.shape[1] - self.queries]
+            parts = zip(heads.split(sizes, 1), self.weight.split(sizes), strict=True)
+            rows = [normed(part.flatten(1), weight.flatten(), self.eps).view_as(part) for part, weight in parts]
+            return torch.cat(rows, 1)
+        x = rms_norm(heads.to(self.weight.dtype), heads.shape[-1:], None, self.eps) * self.weight
+        return x.to(heads.dtype)
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm of x [..., D]; by a weight in float32 it is rounded once, at the end."""
+    if weight.dtype == x.dtype:
+        return rms_norm(x, weight.shape, weight, eps)
+    return rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)

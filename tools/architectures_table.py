@@ -1,0 +1,97 @@
+"""Write the table of docs/architectures.md from the code's own: `python -m tools.architectures_table`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from quasar_core.models.architectures import ARCHITECTURES, BEFORE, BEHIND, Architecture, Switch
+
+PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
+BEGIN, END = "<!-- made by tools/architectures_table.py -->\n", "<!-- end of it -->"
+
+
+def table() -> str:
+    """One row for each architecture: what it has beyond Llama's skeleton, in words and names of options."""
+    rows = [f"| `{name}` ({row.models}) | {'; '.join(departures(row))} |" for name, row in ARCHITECTURES.items()]
+    return "\n".join(["| architecture | beyond the skeleton |", "|---|---|", *rows]) + "\n"
+
+
+def departures(row: Architecture) -> Iterator[str]:
+    """What the row's switches say, each in a few words."""
+    yield from _biases(row)
+    if row.norms == BEHIND:
+        yield "norms behind attention and MLP only"
+    elif row.norms != BEFORE and row.norms.behind_mlp:
+        yield "norms before and behind attention and MLP"
+    if row.centred_norms:
+        yield "norms of 1 + w"
+    if row.head_norms:
+        what = "all queries and all keys" if row.head_norms.whole_rows else "queries and keys"
+        yield f"norms of {what}{' after the rotation' if row.head_norms.after_rotation else ''}"
+    yield from _windows(row)
+    yield from _rotations(row)
+    yield from _mlp(row)
+    yield from _scales(row)
+
+
+def _biases(row: Architecture) -> Iterator[str]:
+    switches: dict[str, Switch] = {"q, k, v": row.qkv_bias, "o": row.out_bias, "the MLP": row.mlp_bias}
+    for option in dict.fromkeys(switch for switch in switches.values() if switch):
+        places = " and ".join(place for place, switch in switches.items() if switch == option)
+        yield f"biases of {places}" + (f" (`{option}`)" if isinstance(option, str) else "")
+
+
+def _windows(row: Architecture) -> Iterator[str]:
+    if row.windows.kind == "all":
+        yield "windows in all layers (`sliding_window`)"
+    if row.windows.kind == "listed":
+        yield "windows in some layers (`use_sliding_window`, `layer_types` or `max_window_layers`)"
+    if row.windows.kind == "typed":
+        rule = f", or all but one in {row.windows.period}" if row.windows.period else ", or all"
+        yield f"windows in some layers (`layer_types`{rule})"
+
+
+def _rotations(row: Architecture) -> Iterator[str]:
+    if row.rotates == "marked":
+        yield "layers without positions (`no_rope_layers`)"
+    if row.rotates == "sliding":
+        yield "only layers with a window rotate, where there are any"
+    if row.ropes_by_type:
+        yield "full and sliding layers rotate differently"
+    if row.rotates_part:
+        yield "a part of a head rotates (`partial_rotary_factor`)" + (", its channels in pairs" * row.interleaved)
+    if row.grows_queries:
+        yield "queries grow with the position (`llama_4_scaling_beta`)"
+
+
+def _mlp(row: Architecture) -> Iterator[str]:
+    activation = row.defaults.get(row.activation_option)
+    if not row.gated:
+        yield f"an MLP without gates ({activation})"
+    elif activation:
+        yield f"gates of {activation}"
+    if row.fused:
+        yield f"{' and '.join(sorted(row.fused))} stored as one layer{' each' if len(row.fused) > 1 else ''}"
+
+
+def _scales(row: Architecture) -> Iterator[str]:
+    if row.scales.embedding == "√hidden":
+        yield "embedding times √hidden"
+    scales = row.scales
+    options = [scales.embedding, scales.residual, scales.scores, scales.scores_root, scales.logits_divisor]
+    named = [f"`{option}`" for option in options if option and option != "√hidden"]
+    if named:
+        yield f"factors of {', '.join(named)}"
+    if row.scores_cap:
+        yield f"a soft cap on scores (`{row.scores_cap}`)"
+    if row.logits_cap:
+        yield f"a soft cap on logits (`{row.logits_cap}`)"
+
+
+def renewed(page: str) -> str:
+    """The page with today's table between its marks."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(renewed(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
