@@ -26,19 +26,34 @@ class Piece:
 
 @dataclass(frozen=True)
 class Step:
-    """One verify pass (in `full`: one target pass): draft tokens offered and accepted, and the pieces of the draft."""
+    """One pass that checked a draft, or a token alone: draft tokens offered and accepted, the pieces of the draft.
+
+    The verifier's, or with `by_target` the target's: always in `full`, and in `exact` where a draft went to the target
+    at once. `margins` are the verifier's, of the tokens that the step added; `seconds` are the pass's, in greedy
+    `exact`, and 0 where a confirm with the same pass has them.
+    """
 
     drafted: int
     accepted: int
     pieces: list[Piece] = field(default_factory=list)
+    by_target: bool = False
+    margins: list[float] = field(default_factory=list)
+    draft_s: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Confirm:
-    """One confirm pass: tokens that waited in the window, and how many of them the target accepted."""
+    """One confirm pass: tokens that waited in the window, and how many of them the target accepted.
+
+    `drafted` tokens of a draft passed behind them, which are a step's as well; `step` is how many steps were before.
+    """
 
     window: int
     accepted: int
+    drafted: int = 0
+    step: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -65,7 +80,7 @@ class Stats:
 
     @property
     def steps(self) -> int:
-        """Verify passes; in a mode without a verifier, target passes after the prompt's."""
+        """Verify passes, and target passes that checked a draft or had no window: all after the prompt's in `full`."""
         return len(self.step_log)
 
     @property

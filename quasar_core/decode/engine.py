@@ -2,15 +2,18 @@
 
 It knows models, a cache and token ids; nothing of text. In `full` the target verifies the drafts itself; in
 `quantized` the verifier does, and its word is final; in `exact` verified tokens wait in the window until the target
-has confirmed them. Letters: k draft tokens, W window tokens, V vocabulary.
+has confirmed them, or the target checks a draft at once. Letters: k draft tokens, W window tokens, V vocabulary.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 
 from quasar_core.config import GenerationConfig, VerifyMode
+from quasar_core.decode.agreement import Estimate
+from quasar_core.decode.checking import Checking
 from quasar_core.decode.policy import DraftLength, WindowPolicy
 from quasar_core.decode.processors import Processors
 from quasar_core.decode.sampling import accept_matching, confirm_sampled, distribution, draw
@@ -34,8 +37,8 @@ from quasar_core.records import Confirm, Stats, Step
 PREFILL_CHUNK = {"cpu": 512, "cuda": PROMPT_CHUNK}
 
 
-# Told the tokens and seconds of a confirm pass; when to confirm from now on.
-Replan = Callable[[int, float], WindowPolicy]
+# Told the tokens and seconds of a confirm pass.
+Observe = Callable[[int, float], None]
 
 
 class Engine:
@@ -51,25 +54,29 @@ class Engine:
         window: WindowPolicy,
         generator: torch.Generator,
         max_tokens: int,
-        replan: Replan | None = None,
+        checking: Checking | None = None,
+        observe: Observe | None = None,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.pair, self.cache, self.config = pair, cache, config
         self.drafter, self.draft_length, self.window_policy = drafter, draft_length, window
         self.generator = generator
         self.max_tokens = max_tokens  # prompt included
-        self._replan, self._now = replan, now
+        self._checking, self._observe, self._now = checking, observe, now
         self.confirms = config.verify == "exact"
         self.verifying = _verifying_model(pair, config.verify)
         self.processors = Processors(pair.processors, config)
         self._reads_logits = not config.sampling.greedy or bool(self.processors)  # beyond the best of each row
+
         # What is drawn depends on how drafts are cut: a seed would fix nothing if that followed the clock.
         self._learns_costs = config.sampling.greedy
         self.eos_ids = frozenset() if config.ignore_eos else pair.eos_ids
         self.stats = Stats()
         self.tokens: list[int] = []
         self.committed = 0
-        self._survival = 1.0
+        self._survival = 1.0  # P(the target agrees with the whole window)
+        self._estimates: list[Estimate] = []  # and with each of its tokens, where it is asked of either model
+        self._drafts: list[tuple[int, Draft]] = []  # that the verifier checked since the last confirm, and their places
         self._window_q: list[torch.Tensor] = []  # the verifier's distribution [V] of each window token, when sampling
 
     @property
@@ -98,23 +105,49 @@ class Engine:
         self.stats.prefill_s = self._now() - start
 
     def step(self) -> None:
-        """Draft, verify, and confirm when it is due."""
+        """Draft, let one of the models check the draft, and confirm when it is due."""
         start = self._now()
-        draft = self._draft()
-        drafted = self._now()
-        self._verify(draft, drafted - start)
-        verified = self._now()
-        self.stats.draft_s += drafted - start
-        self.stats.verify_s += verified - drafted
-        if self.confirms and self._confirm_is_due():
-            self._confirm()
-            self.stats.confirm_s += self._now() - verified
+        if self._checking:
+            self._check_by_either(self._checking, start)
+        else:
+            draft = self._draft()
+            self._verify_timed(draft, start)
+            due = self.confirms and self.window_policy.is_due(len(self.window), self._survival)
+            if due or self._must_confirm():
+                self._confirm_timed()
         self.stats.decode_s += self._now() - start
 
+    def _check_by_either(self, checking: Checking, start: float) -> None:
+        """Offer a draft to both models; the one that is worth more checks it."""
+        offered = self._propose(checking.limit)
+        check, draft = checking.choose(offered, len(self.window), self._survival)
+        if check.by_target:
+            self.stats.draft_s += self._now() - start
+            self._confirm_timed(draft, self._now() - start)
+            return
+        self._verify_timed(draft, start)
+        checking.verified(len(draft.tokens) + 1)
+        if self._must_confirm():
+            self._confirm_timed()
+
+    def _verify_timed(self, draft: Draft, start: float) -> None:
+        drafted = self._now()
+        self._verify(draft, drafted - start)
+        self.stats.draft_s += drafted - start
+        self.stats.verify_s += self._now() - drafted
+
+    def _confirm_timed(self, draft: Draft = NO_DRAFT, drafting_s: float = 0.0) -> None:
+        start = self._now()
+        self._confirm(draft, drafting_s)
+        self.stats.confirm_s += self._now() - start
+
     def _draft(self) -> Draft:
+        return self.draft_length.cut(self._propose(self.draft_length.limit))
+
+    def _propose(self, limit: int) -> Draft:
         room = self.max_tokens - len(self.tokens) - 1  # the bonus token needs a place
-        limit = min(self.draft_length.limit, room)
-        return self.draft_length.cut(self.drafter.propose(limit)) if limit > 0 else NO_DRAFT
+        limit = min(limit, room)
+        return self.drafter.propose(limit) if limit > 0 else NO_DRAFT
 
     def _verify(self, draft: Draft, drafting_s: float) -> None:
         """One pass over the last token and the draft; accepted tokens and the bonus join the text."""
@@ -124,9 +157,11 @@ class Engine:
         accepted, bonus = _accept(choices, draft.tokens)
         new = self._cut_at_eos([*draft.tokens[:accepted], bonus])
         accepted = min(accepted, len(new))
+        margins = choices.margins[: len(new)] if self.confirms else []
+        self._log_step(draft, accepted, margins, drafting_s, pass_s)
         if self.confirms:
-            self._remember(choices.margins[: len(new)], None if q is None else q[: len(new)])
-        self.stats.step_log.append(Step(len(draft.tokens), accepted, list(draft.pieces)))
+            self._drafts.append((len(self.tokens), draft))
+            self._remember(margins, accepted, accepted < len(draft.tokens), None if q is None else q[: len(new)])
         if self._learns_costs:
             self.draft_length.learn(draft, accepted, drafting_s, pass_s)
         else:
@@ -135,40 +170,92 @@ class Engine:
         if not self.confirms:
             self.committed = len(self.tokens)
 
-    def _confirm_is_due(self) -> bool:
-        return (
-            self.window_policy.is_due(len(self.window), self._survival)
-            or self.tokens[-1] in self.eos_ids
-            or len(self.tokens) >= self.max_tokens
-        )
+    def _log_step(
+        self,
+        draft: Draft,
+        accepted: int,
+        margins: list[float],
+        drafting_s: float,
+        pass_s: float,
+        by_target: bool = False,
+    ) -> None:
+        """Margins and seconds are what a bench replays."""
+        by_target = by_target or self.verifying is self.pair.target
+        step = Step(len(draft.tokens), accepted, list(draft.pieces), by_target, margins, drafting_s, pass_s)
+        self.stats.step_log.append(step)
 
-    def _confirm(self) -> None:
-        """One target pass over the window; what it accepts is committed with its bonus token, the rest taken back."""
+    def _must_confirm(self) -> bool:
+        """Whether the text ends here, if the target agrees."""
+        ends = self.tokens[-1] in self.eos_ids or len(self.tokens) >= self.max_tokens
+        return self.confirms and ends and bool(self.window)
+
+    def _confirm(self, draft: Draft = NO_DRAFT, drafting_s: float = 0.0) -> None:
+        """One target pass over the window, and a draft behind it.
+
+        What it accepts is committed with its bonus token, the rest taken back.
+        """
         window, start = self.window, self._now()
         self.cache.rollback(self.committed - 1)
-        accepted, bonus = self._accept_window(window)
-        if self._replan and self._learns_costs:
-            self.window_policy = self._replan(len(window) + 1, self._now() - start)
-        self.stats.confirm_log.append(Confirm(len(window), accepted))
-        self.drafter.forget(len(window) - accepted)
-        self.tokens = self.tokens[: self.committed + accepted]
-        ended = self.tokens[-1] in self.eos_ids and accepted > 0
-        self._extend([] if ended or len(self.tokens) >= self.max_tokens else [bonus])
+        accepted, bonus = self._accept_window(window, draft.tokens)
+        pass_s = self._now() - start
+        kept, before = min(accepted, len(window)), self.committed
+        self.drafter.forget(len(window) - kept)
+        self.tokens = self.tokens[: self.committed + kept]
+        ended = bool(window) and kept > 0 and self.tokens[-1] in self.eos_ids
+        new = self._cut_at_eos([*draft.tokens[: accepted - kept], bonus])
+        self._extend([] if ended or len(self.tokens) >= self.max_tokens else new)
         self.committed = len(self.tokens)
-        self._survival = 1.0
+        self._log_confirm(len(window), kept, draft, min(accepted - kept, len(new)), drafting_s, pass_s)
+        self._learn_from_confirm(len(window), kept, draft, accepted - kept, drafting_s, pass_s)
+        if self._checking:
+            passed = len(window) + 1 + len(draft.tokens)
+            self._checking.confirmed(passed, self.committed - before, self._estimates, kept)
+        self._survival, self._estimates, self._drafts = 1.0, [], []
         self._window_q.clear()
 
-    def _accept_window(self, window: Sequence[int]) -> tuple[int, int]:
-        """Pass the window through the target → how many of its tokens are accepted, and the bonus token."""
-        tokens, prefix = self.tokens[self.committed - 1 :], self.tokens[: self.committed]
+    def _log_confirm(
+        self, window: int, kept: int, draft: Draft, accepted: int, drafting_s: float, pass_s: float
+    ) -> None:
+        """A confirm where there was a window, a step where there was a draft, or nothing but the newest token."""
+        if window:
+            before = len(self.stats.step_log)
+            self.stats.confirm_log.append(Confirm(window, kept, len(draft.tokens), before, pass_s))
+        if draft.tokens or not window:
+            self._log_step(draft, accepted, [], drafting_s, 0.0 if window else pass_s, by_target=True)
+
+    def _learn_from_confirm(
+        self, window: int, kept: int, draft: Draft, accepted: int, drafting_s: float, pass_s: float
+    ) -> None:
+        """What the pass cost; what the target accepts of drafts, those that the verifier checked before among them."""
+        if self._observe and self._learns_costs:
+            self._observe(window + 1 + len(draft.tokens), pass_s)
+        if self._checking:
+            tried = draft if kept == window else NO_DRAFT
+            self._checking.learn_drafts(self._drafts, self.tokens)
+            self._checking.target_length.learn(tried, accepted, drafting_s if self._learns_costs else 0.0)
+
+    def _accept_window(self, window: Sequence[int], draft: Sequence[int]) -> tuple[int, int]:
+        """Pass window and draft through the target → how many of their tokens are accepted, and the bonus token."""
+        tokens, prefix = [*self.tokens[self.committed - 1 :], *draft], self.tokens[: self.committed]
+        offered = tokens[1:]
         if not self._reads_logits:
-            return _accept(self.pair.primary.choose(tokens, self.cache), window)
+            return _accept(self.pair.primary.choose(tokens, self.cache), offered)
         logits = self.pair.primary.forward(tokens, self.cache)
-        logits = self.processors(logits, prefix, window)
+        logits = self.processors(logits, prefix, offered)
         if self.config.sampling.greedy:
-            return _accept(choose_best(logits), window)
-        p = distribution(logits, self.config.sampling)
-        return confirm_sampled(p, torch.stack(self._window_q), window, self.generator)
+            return _accept(choose_best(logits), offered)
+        return self._confirm_drawn(distribution(logits, self.config.sampling), window, draft)
+
+    def _confirm_drawn(self, p: torch.Tensor, window: Sequence[int], draft: Sequence[int]) -> tuple[int, int]:
+        """Sampling: confirm the window by p [W + 1 + k, V]; where all of it is accepted, check the draft behind it."""
+        if not window:
+            return accept_matching(draw(p, self.generator).tolist(), draft)
+        accepted, bonus = confirm_sampled(p[: len(window) + 1], torch.stack(self._window_q), window, self.generator)
+        if accepted < len(window) or not draft:
+            return accepted, bonus
+        drawn = draw(p[len(window) + 1 :], self.generator).tolist()
+        further, bonus = accept_matching([bonus, *drawn], draft)
+        return accepted + further, bonus
 
     def _pass(self, tokens: Sequence[int]) -> tuple[Choices, torch.Tensor | None]:
         """A verify pass over the last token and a draft; see `_choose`."""
@@ -181,17 +268,21 @@ class Engine:
 
         This is where the host waits for the device, once in a pass.
         """
-        margins = best_tokens(logits)[1] if self.window_policy.agreement else None
+        margins = best_tokens(logits)[1] if self.confirms else None
         logits = self.processors(logits, self.tokens, draft)
         if self.config.sampling.greedy:
             return bring_over(best_tokens(logits)[0], margins), None
         probabilities = distribution(logits, self.config.sampling)
         return bring_over(draw(probabilities, self.generator), margins), probabilities
 
-    def _remember(self, margins: Sequence[float], q: torch.Tensor | None) -> None:
+    def _remember(self, margins: list[float], accepted: int, refused: bool, q: torch.Tensor | None) -> None:
         """Keep what a later confirm needs of the new tokens: how sure the verifier was of each, and its q of each."""
-        for margin in margins:
-            self._survival *= self.window_policy.survival(margin)
+        if self._checking:
+            estimates = self._checking.agreement.estimates(margins, accepted, refused)
+            self._estimates += estimates
+            self._survival *= prod(estimate.p for estimate in estimates)
+        else:
+            self._survival *= prod(self.window_policy.survival(margin) for margin in margins)
         if q is not None:
             self._window_q.extend(q)
 

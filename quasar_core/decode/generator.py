@@ -11,19 +11,19 @@ from typing import Literal
 import torch
 
 from quasar_core.config import GenerationConfig, Request
+from quasar_core.decode.agreement import UNKNOWN, AgreementCurve, RunningAgreement, shift_to
+from quasar_core.decode.check import Checker
+from quasar_core.decode.checking import Checking
 from quasar_core.decode.costs import KNOWN, LiveCost, PairCosts, Role, forget_cost, pair_costs, pass_sampler
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.policy import (
-    ALWAYS,
     DEFAULT_WINDOW,
     TYPICAL_ACCEPTANCE,
     AdaptiveLength,
     DraftLength,
     FixedLength,
     WindowPolicy,
-    Windows,
     plan_exact,
-    windows_of,
 )
 from quasar_core.decode.processors import Processors, describe_processors
 from quasar_core.decode.text import TextStream
@@ -38,7 +38,6 @@ from quasar_core.system import Load, LoadMeter
 
 TextPieces = Iteration[str, None, GenerationResult]  # finished text as it comes; returns the result
 
-REPLANNED = 8  # confirm passes
 CHECKED_TOKENS = 16  # room of the cache that passes are checked over
 
 
@@ -59,10 +58,10 @@ class Generator:
         self._now = now
         self._costs: PairCosts | None = None
         self._live: dict[Role, LiveCost] = {}
-        self._windows: Windows | None = None
-        self.target_alone = False  # whether the target verifies the drafts of `exact` itself: the same output, sooner
-        self._window = self._choose_window()
-        self._draft_length = self._choose_draft_length()
+        self.target_alone = False  # whether the target verifies all drafts of `exact` itself: the same output, sooner
+        self._window = WindowPolicy(DEFAULT_WINDOW if config.window == "auto" else config.window)
+        self._checking = self._choose_checking()
+        self._draft_length = self._checking.verifier_length if self._checking else self._choose_draft_length()
         self._cache: KVCache | None = None
         self._cached: list[int] = []
 
@@ -192,8 +191,9 @@ class Generator:
     def _make_engine(self, max_tokens: int, request: Request) -> Engine:
         assert self._cache is not None
         generator = torch.Generator(self.pair.device).manual_seed(request.seed)
-        if isinstance(self._draft_length, AdaptiveLength):
-            self._draft_length.begin()
+        for length in (self._draft_length, self._checking.target_length if self._checking else None):
+            if isinstance(length, AdaptiveLength):
+                length.begin()
         return Engine(
             self.pair,
             self._cache,
@@ -203,7 +203,8 @@ class Generator:
             self._window,
             generator,
             max_tokens,
-            replan=self._replan if self._windows else None,
+            checking=self._checking,
+            observe=self._live["target"].observe if "target" in self._live else None,
             now=self._now,
         )
 
@@ -226,41 +227,50 @@ class Generator:
             return AdaptiveLength(live if self.config.sampling.greedy else live.known)  # as the engine times passes
         return FixedLength(self.config.num_draft_tokens)
 
-    def _choose_window(self) -> WindowPolicy:
-        """The window of `exact`; its `auto` may also find that the target had better verify the drafts itself."""
+    def _choose_checking(self) -> Checking | None:
+        """Who checks drafts in `exact`; its `auto` may also find that the target had better do so always."""
         if self.config.verify != "exact" or self.config.window != "auto":
-            return WindowPolicy(DEFAULT_WINDOW if self.config.window == "auto" else self.config.window)
-        fidelity = self.pair.fidelity
-        windows, costs = windows_of(fidelity.margins if fidelity else ALWAYS), self._measured_costs()
-        plan = plan_exact(costs, windows, self._acceptance)
+            return None
+        costs, agreement = self._measured_costs(), self._known_agreement()
+        plan = plan_exact(costs, agreement.now, self._acceptance)
         if plan.target_alone and self._check_memory():
-            plan = plan_exact(costs, windows, self._acceptance)
+            plan = plan_exact(costs, agreement.now, self._acceptance)
         self.target_alone = plan.target_alone
         if plan.target_alone:
             self._note("exact: the target verifies alone, as confirming the verifier's tokens would take longer here")
-        elif fidelity is None:
-            self._note(f"window: {DEFAULT_WINDOW} tokens, as the verifier has no margin table")
-        else:
-            self._note(
-                f"window: at most {plan.window.limit} tokens, confirmed below a survival of "
-                f"{plan.window.threshold:.2f}, as the measured costs and the verifier's margins advise"
-            )
-            self._windows = windows
-            return plan.window
-        return WindowPolicy(DEFAULT_WINDOW)
+            return None
+        checker = Checker(self._known_costs(), agreement, [plan.usual])
+        self._note(
+            f"exact: {checker.longest} sure tokens wait for a confirm at most, and the target checks long drafts at "
+            "once, as costs and agreement advise at each step"
+        )
+        at_verifier = self._choose_draft_length()
+        is_fixed = isinstance(at_verifier, FixedLength)
+        at_target = FixedLength(at_verifier.limit) if is_fixed else AdaptiveLength(self._live["target"].known)
+        return Checking(checker, at_verifier, at_target)
+
+    def _known_agreement(self) -> RunningAgreement:
+        """As it was measured; without that, a guess, which decoding corrects."""
+        fidelity = self.pair.fidelity
+        if fidelity is None:
+            self._note("exact: the verifier has no margin table: how often the target agrees is learned on the way")
+            return RunningAgreement(AgreementCurve(UNKNOWN))
+        curve, temperature = AgreementCurve(fidelity.margins), self.config.sampling.temperature
+        if not temperature:
+            return RunningAgreement(curve)
+        sampled = fidelity.agreement + min(temperature, 1.0) * (fidelity.overlap - fidelity.agreement)
+        return RunningAgreement(curve, shift_to(curve, sampled))
+
+    def _known_costs(self) -> PairCosts:
+        """While sampling, as they were at first: a seed fixes the text."""
+        costs = self._measured_costs()
+        if self.config.sampling.greedy:
+            return costs
+        return PairCosts(self._live[self._verifying_role].known, self._live["target"].known)
 
     @property
     def _acceptance(self) -> float:
         return 0.0 if self.config.draft == "none" else TYPICAL_ACCEPTANCE
-
-    def _replan(self, tokens: int, seconds: float) -> WindowPolicy:
-        """The window after a confirm pass, by what passes have cost lately; looked at again after every few."""
-        assert self._windows is not None
-        confirm = self._live["target"]
-        confirm.observe(tokens, seconds)
-        if confirm.passes % REPLANNED == 0:
-            self._window, _ = self._windows.best(self._measured_costs(), self._acceptance)
-        return self._window
 
     def _measured_costs(self) -> PairCosts:
         """What is known of the models' passes, corrected by those of this generator."""

@@ -5,14 +5,13 @@ How long to draft, and whether at all; when to confirm; whether a verifier pays;
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
+from quasar_core.decode.agreement import AgreementCurve, agreements_of
 from quasar_core.decode.costs import DOUBTFUL, KNOWN, Cost, LiveCost, PairCosts
+from quasar_core.decode.window_values import Agreements, Prospect, best_values
 from quasar_core.draft.acceptance import Acceptance
 from quasar_core.draft.base import NO_DRAFT, Draft
 from quasar_core.records import MarginTable
@@ -33,20 +32,22 @@ ASKED = 9  # times that the drafter was asked, of which the median counts
 PLAIN_EVERY, PLAIN_AT_LEAST = 4, 64
 PROBED = 3  # tokens of a draft that is tried for what its pass costs
 
-MAX_WINDOW = 32
 DEFAULT_WINDOW = 8
-LIMITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-CYCLES = 1000
+LEAST_GAIN = 0.01  # of the rate, for which the verifier is worth asking at all
 # Of a token that n-grams draft, where the pass of any draft costs the same: 1.5 tokens a verify. The choice of the
 # window depends on it weakly.
 TYPICAL_ACCEPTANCE = 1 / 3
-ALWAYS = MarginTable([], [10**9], [10**9])  # of a verifier that always agrees: no real one does better
 
 # How long to draft
 
 
 class DraftLength(Protocol):
     """How many tokens of a draft to verify."""
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """How often draft tokens were right."""
+        ...
 
     @property
     def limit(self) -> int:
@@ -67,13 +68,15 @@ class FixedLength:
     """Always the same length."""
 
     limit: int
+    acceptance: Acceptance = field(default_factory=Acceptance, compare=False)
 
     def cut(self, draft: Draft) -> Draft:
         """Drafts come no longer than asked for."""
         return draft
 
     def learn(self, draft: Draft, accepted: int, drafting_s: float = 0.0, pass_s: float | None = None) -> None:
-        """Nothing to learn."""
+        """Count what was right: the length stays."""
+        self.acceptance.count(draft.pieces, accepted)
 
 
 class AdaptiveLength:
@@ -206,7 +209,7 @@ class WindowPolicy:
 
     limit: int
     threshold: float = 0.0
-    agreement: "AgreementCurve | None" = None
+    agreement: AgreementCurve | None = None
 
     def survival(self, margin: float) -> float:
         """P(agree) of a token verified with this margin; 1 where nothing is known."""
@@ -215,58 +218,6 @@ class WindowPolicy:
     def is_due(self, tokens: int, survival: float) -> bool:
         """Whether a window of this many tokens, right with probability `survival`, should be confirmed."""
         return tokens >= self.limit or survival < self.threshold
-
-
-class AgreementCurve:
-    """P(agree | margin) from a margin table; each bin smoothed by one agreement and one disagreement."""
-
-    def __init__(self, table: MarginTable) -> None:
-        self.edges = np.array(table.edges)
-        self.values = (np.array(table.agreed) + 1.0) / (np.array(table.counts) + 2.0)
-        self.weights = np.array(table.counts) / max(sum(table.counts), 1)
-
-    def __call__(self, margin: float) -> float:
-        """The agreement of the bin that holds the margin."""
-        return float(self.values[np.searchsorted(self.edges, margin, side="right")])
-
-    def sample(self, shape: tuple[int, int], seed: int = 0) -> NDArray[np.float64]:
-        """Agreements of tokens drawn as often as their margins occurred."""
-        rng = np.random.default_rng(seed)
-        return self.values[rng.choice(len(self.values), size=shape, p=self.weights)]
-
-
-class Windows:
-    """All limits and thresholds for an agreement curve: what a cycle commits, and how many tokens it holds.
-
-    Found once, by simulating cycles; for which costs which is best is then a matrix product. A cycle whose window
-    holds n tokens of agreements p_1 … p_n commits p_1 + p_1·p_2 + … + p_1⋯p_n tokens and the bonus.
-    """
-
-    def __init__(self, curve: AgreementCurve) -> None:
-        alive = np.cumprod(curve.sample((CYCLES, MAX_WINDOW)), axis=1)
-        gained = np.cumsum(alive, axis=1) + 1.0
-        self.policies: list[WindowPolicy] = []
-        committed, lengths = [], []
-        for limit in LIMITS:
-            for threshold in np.linspace(0.0, 0.95, 20):
-                below = alive[:, :limit] < threshold
-                last = np.where(below.any(axis=1), below.argmax(axis=1), limit - 1)
-                self.policies.append(WindowPolicy(limit, float(threshold), curve))
-                committed.append(gained[np.arange(CYCLES), last].mean())
-                lengths.append(np.bincount(last, minlength=MAX_WINDOW) / CYCLES)
-        self._committed, self._lengths = np.array(committed), np.array(lengths)  # [policies], [policies, n − 1]
-
-    def best(self, costs: PairCosts, acceptance: float = TYPICAL_ACCEPTANCE) -> tuple[WindowPolicy, float]:
-        """The window of the most committed tokens per second, and that rate.
-
-        A window of n tokens takes n ÷ (tokens of a verify) verify passes and a confirm of n + 1 tokens.
-        """
-        sizes = np.arange(1, MAX_WINDOW + 1)
-        confirm = np.array([costs.confirm(int(size) + 1) for size in sizes])
-        verified, verify = expected_pass(acceptance, costs.verify)
-        rates = self._committed / (self._lengths @ (np.ceil(sizes / verified) * verify + confirm))
-        best = int(rates.argmax())
-        return self.policies[best], float(rates[best])
 
 
 # What to expect
@@ -287,11 +238,11 @@ class Rates:
 
 @dataclass(frozen=True)
 class ExactPlan:
-    """How `exact` decodes: in windows of this policy, or with the target verifying the drafts itself."""
+    """How `exact` decodes: who checks each draft is decided as it comes, or always the target; tokens per second."""
 
-    window: WindowPolicy
     target_alone: bool
     rate: float
+    usual: Prospect  # drafts that may be expected
 
 
 def pass_rate(cost: Cost, acceptance: float) -> float:
@@ -300,16 +251,19 @@ def pass_rate(cost: Cost, acceptance: float) -> float:
     return tokens / seconds
 
 
-def plan_exact(costs: PairCosts, windows: Windows, acceptance: float = TYPICAL_ACCEPTANCE) -> ExactPlan:
-    """The faster of two ways to the same output."""
-    window, rate = windows.best(costs, acceptance)
+def plan_exact(costs: PairCosts, agreements: Agreements, acceptance: float = TYPICAL_ACCEPTANCE) -> ExactPlan:
+    """The rate of the best decisions, and whether the verifier is any help to it, by more than costs may err."""
+    usual = _usual_prospect(costs, acceptance)
     alone = pass_rate(costs.confirm, acceptance)
-    return ExactPlan(window, alone >= rate, max(alone, rate))
+    rate = best_values(agreements, [usual], costs).rate
+    return ExactPlan(rate < alone * (1 + LEAST_GAIN), max(rate, alone), usual)
 
 
-def windows_of(margins: MarginTable) -> Windows:
-    """The windows of a verifier with these margins."""
-    return Windows(AgreementCurve(margins))
+def _usual_prospect(costs: PairCosts, acceptance: float) -> Prospect:
+    """A draft of this acceptance, cut to the best length at either model."""
+    at_target, at_verifier = (best_length([acceptance] * MAX_DRAFT, cost) for cost in (costs.confirm, costs.verify))
+    right, accepted = (sum(acceptance**i for i in range(1, length + 1)) for length in (at_target, at_verifier))
+    return Prospect(right, at_target, 1 + accepted, 1 + at_verifier)
 
 
 def predict_rates(costs: PairCosts, margins: MarginTable | None, acceptance: float = TYPICAL_ACCEPTANCE) -> Rates:
@@ -318,5 +272,5 @@ def predict_rates(costs: PairCosts, margins: MarginTable | None, acceptance: flo
         plain=1.0 / costs.confirm(1),
         full=pass_rate(costs.confirm, acceptance),
         quantized=pass_rate(costs.verify, acceptance),
-        exact=plan_exact(costs, windows_of(margins), acceptance).rate if margins else None,
+        exact=plan_exact(costs, agreements_of(margins), acceptance).rate if margins else None,
     )

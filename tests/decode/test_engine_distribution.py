@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_models import TableModel, make_pair
+from helpers.tiny_models import TableModel, drawn_decisions, make_pair, routed_engine
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from quasar_core.config import GenerationConfig, SamplingConfig
@@ -166,6 +166,37 @@ def test_a_long_text_has_plain_samplings_transitions(window: int, verifier: Tabl
 def test_full_has_plain_samplings_transitions(make_drafter: Callable[[], Drafter]) -> None:
     text = run_engine("full", torch.Generator().manual_seed(0), 2500, BAD, make_drafter())
     assert p_of_transitions(text) > SUSPICIOUS
+
+
+def run_routed(seed: int, count: int, verifier: TableModel, drafter: Drafter, generator: torch.Generator) -> Text:
+    engine = routed_engine(make_pair(TARGET, verifier), drafter, drawn_decisions(seed), count, PLAIN, generator)
+    engine.max_tokens = len(PROMPT) + count
+    engine.prefill(PROMPT)
+    while engine.committed < engine.max_tokens:
+        engine.step()
+    return tuple(engine.tokens[len(PROMPT) :])
+
+
+@pytest.mark.parametrize("make_drafter", [NgramDrafter, RandomDrafter])
+@pytest.mark.parametrize("verifier", [GOOD, BAD])
+def test_whoever_checks_a_draft_transitions_are_plain_samplings(
+    verifier: TableModel, make_drafter: Callable[[], Drafter]
+) -> None:
+    """Target or verifier by chance, windows and drafts behind them of any length."""
+    text = run_routed(1, 2500, verifier, make_drafter(), torch.Generator().manual_seed(1))
+    assert p_of_transitions(text) > SUSPICIOUS
+
+
+def test_whoever_checks_a_draft_continuations_are_plain_samplings() -> None:
+    generator = torch.Generator().manual_seed(5)
+    texts = (run_routed(seed, 3, BAD, RandomDrafter(), generator) for seed in range(2500))
+    assert p_of_continuations(texts) > SUSPICIOUS
+
+
+def test_a_draft_that_passes_behind_a_window_unchecked_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "accept_matching", lambda choices, offered: (len(offered), choices[-1]))
+    text = run_routed(1, 1500, GOOD, RandomDrafter(), torch.Generator().manual_seed(1))
+    assert p_of_transitions(text) < IMPOSSIBLE
 
 
 def test_the_verifiers_own_distribution_is_another() -> None:

@@ -14,12 +14,14 @@ from helpers.tiny_models import (
     RoundedCheckpoint,
     TableModel,
     drafter_factory,
+    drawn_decisions,
     generate,
     greedy_by_hand,
     greedy_reference,
     make_pair,
     quantized_copy,
     random_model,
+    routed_engine,
     verifier_of,
 )
 from transformers import AutoModelForCausalLM
@@ -81,6 +83,25 @@ def test_exact_equals_plain_decoding_at_every_length_and_window(kind: str, noise
     for drafts in range(1, 9):
         for window in range(1, 13):
             assert generate(pair, "exact", drafts, window, 20, make_draft).token_ids == expected, (drafts, window)
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+@pytest.mark.parametrize("noise", [0.3, 3.0])
+@pytest.mark.parametrize("decisions", ["target", "verifier", "both"])
+def test_whoever_checks_a_draft_the_text_is_plain_decodings(kind: str, noise: float, decisions: str) -> None:
+    """Decisions are the target's, the verifier's, or drawn at random, with lengths drawn at random too."""
+    target = TableModel(VOCABULARY, seed=0)
+    pair, expected = make_pair(target, target.disturbed(noise)), greedy_by_hand(target, target, 40)
+    for seed in range(12):
+        drafter = drafter_factory(kind, PROMPT + expected)()
+        engine = routed_engine(pair, drafter, drawn_decisions(seed, decisions), 40)
+        engine.prefill(PROMPT)
+        while engine.committed < engine.max_tokens:
+            engine.step()
+        assert engine.tokens[len(PROMPT) :] == expected, seed
+        steps, confirms = engine.stats.step_log, engine.stats.confirm_log
+        assert sum(step.by_target for step in steps) + len(confirms) > 0
+        assert all(step.by_target for step in steps) == (decisions == "target")
 
 
 def test_exact_with_a_perfect_verifier_confirms_whole_windows() -> None:

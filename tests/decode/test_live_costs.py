@@ -280,11 +280,9 @@ class TestGenerator:
         pair = make_pair(target, verifier, max_context=4096, fidelity=fidelity)
         pair.measured.update(target=remembered(scaled(TRUE, 40)), verifier=remembered(verifier.cost, "verifier"))
         generator = Generator(pair, GenerationConfig(256, "exact", draft="none"), now=machine)
-        before = generator._window
-        generator.generate([0, 1])
-        after = generator._window
-        assert (after.limit, after.threshold) != (before.limit, before.threshold)
-        assert after.limit < before.limit or after.threshold > before.threshold
+        windows = [confirm.window for confirm in generator.generate([0, 1]).stats.confirm_log]
+        assert windows[0] > 8
+        assert max(windows[-20:]) <= 4
 
     @pytest.mark.parametrize(("busy", "forgotten"), [(0.0, True), (0.5, False)])
     def test_a_wrong_memory_is_forgotten_unless_the_machine_is_busy(

@@ -1,6 +1,5 @@
 """How long to draft and when to confirm, under costs and agreements made by hand."""
 
-import dataclasses
 import random
 from typing import Any
 
@@ -8,25 +7,21 @@ import pytest
 import torch
 from helpers.tiny_models import TableModel, make_pair
 
-from quasar_core.config import GenerationConfig
+from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import costs as costs_module
+from quasar_core.decode.agreement import AgreementCurve, agreements_of
 from quasar_core.decode.costs import SIZES, PairCosts, PassCost, cost_from_timings, measure_pass, pair_costs
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.policy import (
-    ALWAYS,
-    DEFAULT_WINDOW,
     MAX_DRAFT,
     AdaptiveLength,
-    AgreementCurve,
     FixedLength,
     WindowPolicy,
-    Windows,
     best_length,
     expected_pass,
     pass_rate,
     plan_exact,
     predict_rates,
-    windows_of,
 )
 from quasar_core.draft.base import NO_DRAFT, Draft
 from quasar_core.models.base import Choices
@@ -35,6 +30,7 @@ from quasar_core.timing import Timing
 
 FLAT = PassCost((1, 16), (1.0, 1.0))
 STEEP = PassCost((1, 16), (1.0, 16.0))
+ALWAYS = MarginTable([], [10**9], [10**9])  # no real verifier does better
 DRAFT = Draft.of(range(10), "ngram", 2)
 
 
@@ -250,31 +246,6 @@ class TestWindow:
         agreement = AgreementCurve(MarginTable([0.5, 2.0], [8, 18, 0], [3, 18, 0]))
         assert [agreement(m) for m in (0.0, 0.49, 0.5, 1.99, 2.0, 9.0)] == [0.4, 0.4, 0.95, 0.95, 0.5, 0.5]
 
-    def test_margins_are_drawn_as_often_as_they_occurred(self) -> None:
-        drawn = AgreementCurve(MarginTable([1.0], [1, 3], [0, 3])).sample((4000, 1))
-        assert set(drawn.ravel()) == {1 / 3, 0.8}
-        assert (drawn == 0.8).mean() == pytest.approx(0.75, abs=0.03)
-
-    def test_a_perfect_verifier_gets_long_windows_and_a_bad_one_short(self) -> None:
-        costs = PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (3.0,)))
-        limits = [Windows(curve(a)).best(costs)[0].limit for a in (0.3, 0.9, 0.9999)]
-        assert limits == sorted(limits)
-        assert limits[0] <= 2
-        assert limits[-1] == 32
-
-    def test_cheaper_confirms_make_shorter_windows(self) -> None:
-        verify = PassCost((1,), (1.0,))
-        dear, cheap = (PairCosts(verify, PassCost((1,), (s,))) for s in (10.0, 0.2))
-        windows = Windows(curve(0.9))
-        assert windows.best(cheap)[0].limit < windows.best(dear)[0].limit
-
-    def test_margins_that_tell_right_from_wrong_set_a_threshold(self) -> None:
-        telling = AgreementCurve(MarginTable([1.0], [2000, 8000], [600, 7990]))
-        policy, _ = Windows(telling).best(PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (3.0,))))
-        assert policy.is_due(1, policy.survival(0.1))
-        assert not policy.is_due(1, policy.survival(5.0))
-        assert policy.limit > 4
-
 
 class TestRates:
     CHEAP = PairCosts(verify=PassCost((1, 33), (1.0, 2.0)), confirm=PassCost((1, 33), (4.0, 5.0)))
@@ -289,18 +260,18 @@ class TestRates:
     def test_the_rate_of_a_perfect_verifier_by_hand(self) -> None:
         """Without drafts a window of 32 takes 32 verifies and a confirm, and commits 33 tokens."""
         costs = PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (8.0,)))
-        window, rate = windows_of(ALWAYS).best(costs, acceptance=0.0)
-        assert window.limit == 32
-        assert rate == pytest.approx(33 / (32 + 8), rel=1e-6)
+        plan = plan_exact(costs, agreements_of(ALWAYS), acceptance=0.0)
+        assert plan.rate == pytest.approx(33 / (32 + 8), rel=1e-4)
+        assert not plan.target_alone
 
     def test_a_cheap_verifier_is_used_and_a_dear_one_is_not(self) -> None:
-        assert not plan_exact(self.CHEAP, windows_of(self.GOOD)).target_alone
-        plan = plan_exact(self.EQUAL, windows_of(ALWAYS))
+        assert not plan_exact(self.CHEAP, agreements_of(self.GOOD)).target_alone
+        plan = plan_exact(self.EQUAL, agreements_of(ALWAYS))
         assert plan.target_alone
-        assert plan.rate == pass_rate(self.EQUAL.confirm, 1 / 3)
+        assert plan.rate == pytest.approx(pass_rate(self.EQUAL.confirm, 1 / 3))
 
     def test_a_verifier_that_is_mostly_wrong_is_not_used_however_cheap(self) -> None:
-        assert plan_exact(self.CHEAP, windows_of(MarginTable([], [1000], [10]))).target_alone
+        assert plan_exact(self.CHEAP, agreements_of(MarginTable([], [1000], [10]))).target_alone
 
     def test_rates_of_all_modes(self) -> None:
         rates = predict_rates(self.CHEAP, self.GOOD)
@@ -309,7 +280,8 @@ class TestRates:
         assert rates.plain < rates.full < rates.exact < rates.quantized
         assert predict_rates(self.CHEAP, None).exact is None
         worst = predict_rates(self.EQUAL, self.GOOD)
-        assert worst.exact == worst.full == worst.quantized
+        assert worst.exact == pytest.approx(worst.full)
+        assert worst.full == worst.quantized
 
 
 def fidelity(margins: MarginTable) -> FidelityReport:
@@ -327,34 +299,47 @@ class TestGeneratorsChoice:
             lambda pair, model: (self.seconds["target" if model is pair.target else "verifier"], None),
         )
 
-    def window_of(self, pair: Any, **options: Any) -> WindowPolicy:
-        return Generator(pair, GenerationConfig(num_draft_tokens=2, **options))._window
+    def generator_of(self, pair: Any, **options: Any) -> Generator:
+        return Generator(pair, GenerationConfig(num_draft_tokens=2, **options))
 
     def test_a_window_that_was_asked_for_is_taken(self) -> None:
         pair = make_pair(TableModel(8, 0), TableModel(8, 1))
-        assert self.window_of(pair, window=5) == WindowPolicy(5)
+        generator = self.generator_of(pair, window=5)
+        assert (generator._window, generator._checking) == (WindowPolicy(5), None)
 
-    def test_without_a_margin_table_the_window_is_fixed_and_the_reason_noted(self) -> None:
+    def test_without_a_margin_table_agreement_is_learned_and_that_is_noted(self) -> None:
         pair = make_pair(TableModel(8, 0), TableModel(8, 1))
-        assert self.window_of(pair) == WindowPolicy(DEFAULT_WINDOW)
-        assert "no margin table" in pair.notes[-1]
+        generator = self.generator_of(pair)
+        checking = generator._checking
+        assert checking is not None
+        assert checking.agreement(3.0) == pytest.approx(0.9)
+        assert any("no margin table" in note for note in pair.notes)
+        generator.generate([0, 1])
+        assert checking.agreement(3.0) < 0.7  # another model altogether
 
-    def test_with_one_the_window_follows_costs_and_margins(self) -> None:
+    def test_with_one_agreement_begins_as_measured(self) -> None:
         pair = make_pair(TableModel(8, 0), TableModel(8, 1), fidelity=fidelity(MarginTable([1.0], [20, 80], [6, 80])))
-        policy = self.window_of(pair)
-        assert policy.agreement is not None
-        assert policy.agreement(0.5) == pytest.approx(7 / 22)
-        assert f"at most {policy.limit} tokens" in pair.notes[-1]
+        checking = self.generator_of(pair)._checking
+        assert checking is not None
+        assert checking.agreement(0.5) == pytest.approx(7 / 22)
+        assert f"exact: {checking.checker.longest} sure tokens wait" in pair.notes[-1]
+
+    def test_sampling_begins_at_the_overlap(self) -> None:
+        report = FidelityReport("text", 100, 0.95, 0.9, 0.8, 0.1, 0.2, 5.0, 5.1, MarginTable([1.0], [20, 80], [6, 80]))
+        pair = make_pair(TableModel(8, 0), TableModel(8, 1), fidelity=report)
+        checking = self.generator_of(pair, sampling=SamplingConfig(temperature=1.0))._checking
+        assert checking is not None
+        assert checking.agreement.now.mean == pytest.approx(0.8, abs=1e-6)
 
     def test_notes_tell_the_costs_once(self) -> None:
         pair = make_pair(TableModel(8, 0), TableModel(8, 1))
         for _ in range(2):
-            self.window_of(pair)
+            self.generator_of(pair)
         assert pair.notes[:2] == [
             "cost: the target's passes of 1, 4, 8 tokens take 4e+03, 4e+03, 4e+03 ms, measured now",
             "cost: the verifier's passes of 1, 4, 8 tokens take 1e+03, 1e+03, 1e+03 ms, measured now",
         ]
-        assert len(pair.notes) == 3
+        assert len(pair.notes) == 4
 
     def test_each_model_of_a_mode_is_measured_once(self) -> None:
         pair = make_pair(TableModel(8, 0), TableModel(8, 1))
@@ -392,9 +377,8 @@ class TestGeneratorsChoice:
         model.table = torch.zeros(8, 8, 8)
         model.table[:, rows, (rows + 1) % 8] = 9.0  # counts upwards
         model.table[:, 3, 5] = 8.9  # after a 3, a 5 is nearly as good as the 4
-        pair = make_pair(model, model, fidelity=fidelity(MarginTable([1.0], [100, 900], [10, 900])))
-        generator = Generator(pair, GenerationConfig(17, draft="none", window=30))
-        generator._window = dataclasses.replace(WindowPolicy(30, 0.5), agreement=AgreementCurve(pair.fidelity.margins))
+        pair = make_pair(model, model.disturbed(0.0), fidelity=fidelity(MarginTable([1.0], [100, 900], [10, 900])))
+        generator = Generator(pair, GenerationConfig(17, draft="none"))
         result = generator.generate([0, 1])
         assert result.token_ids == [(2 + i) % 8 for i in range(17)]
         assert [confirm.window for confirm in result.stats.confirm_log][:2] == [2, 7]

@@ -1,5 +1,6 @@
 """What the proofs of decoding share: tiny random models, pairs of them, drafters that are always right or wrong."""
 
+import random
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,14 +24,22 @@ from transformers import (
 )
 
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
-from quasar_core.config import GenerationConfig
+from quasar_core.config import GenerationConfig, SamplingConfig
+from quasar_core.decode.agreement import AgreementCurve, RunningAgreement
+from quasar_core.decode.check import Check, Checker
+from quasar_core.decode.checking import Checking
+from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.decode.engine import Engine
 from quasar_core.decode.generator import Generator
+from quasar_core.decode.policy import FixedLength, WindowPolicy
+from quasar_core.decode.window_values import prospect_of
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.models.base import CausalLM
 from quasar_core.models.hf.causal_lm import TransformersLM, attach_verifier
 from quasar_core.models.pair import Pair
 from quasar_core.quantize.solve.grid import fit_grid, round_to_nearest
+from quasar_core.records import MarginTable
 
 VOCABULARY = 97
 CONTEXT = 128
@@ -231,3 +240,49 @@ def greedy_by_hand(first: Any, then: Any, count: int) -> list[int]:
         tokens.append(int(logits[-1].argmax()))
         logits = then.forward(tokens[-1:], cache)
     return tokens
+
+
+def drawn_decisions(seed: int, decisions: str = "both") -> Callable[..., Check]:
+    """In the place of `Checker.choose`: the target, the verifier, or one of both by chance, and any length."""
+    luck = random.Random(seed)
+
+    def choose(
+        window: int, survival: float, at_target: Sequence[float], at_verifier: Sequence[float], whole: bool = False
+    ) -> Check:
+        by_target = decisions == "target" or window > 9 or (decisions == "both" and luck.random() < 0.4)
+        return Check(by_target, luck.randint(0, len(at_target if by_target else at_verifier)), 0.0)
+
+    return choose
+
+
+@cache
+def _any_checker() -> Checker:
+    costs = PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (3.0,)))
+    curve = AgreementCurve(MarginTable([0.5], [100, 900], [60, 890]))
+    return Checker(costs, RunningAgreement(curve), [prospect_of((), (), costs, 0.0)])
+
+
+def routed_engine(
+    pair: Pair,
+    drafter: Drafter,
+    choose: Callable[..., Check],
+    count: int,
+    sampling: SamplingConfig | None = None,
+    generator: torch.Generator | None = None,
+) -> Engine:
+    """An engine of `exact` in which `choose` says who checks a draft."""
+    checker = _any_checker()
+    checker.choose = choose  # type: ignore[method-assign]
+    config = GenerationConfig(count, sampling=sampling or SamplingConfig())
+    limit = len(PROMPT) + count
+    return Engine(
+        pair,
+        pair.new_cache(limit),
+        config,
+        drafter,
+        FixedLength(4),
+        WindowPolicy(1),
+        generator or torch.Generator(),
+        limit,
+        checking=Checking(checker, FixedLength(4), FixedLength(6)),
+    )

@@ -1,0 +1,212 @@
+"""Decide at each step of `exact` which of the two models checks the draft: the verifier, or the target at once."""
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quasar_core.decode.agreement import Estimate, RunningAgreement
+from quasar_core.decode.costs import TABLE, Cost, PairCosts
+from quasar_core.decode.window_values import (
+    MAX_WINDOW,
+    Means,
+    Prospect,
+    WindowValues,
+    best_values,
+    prospect_of,
+    window_values,
+)
+
+REPLANNED = 12  # target passes
+LATELY, KINDS = 64, 12  # drafts that tell what may turn up, and how many stand for them
+FADING = 0.94  # of former tokens and passes, in the rate of late, whenever it is replanned
+USUAL = 8  # tokens of a confirm pass
+TRUSTED = 16.0  # tokens that the planned rate counts for beside them
+UNSEEN = 64  # target passes after which the verifier is tried again where it does not seem to pay; then twice as many
+
+
+@dataclass(frozen=True)
+class Check:
+    """Who checks a draft, and how many of its tokens."""
+
+    by_target: bool
+    length: int
+    worth: float  # tokens to be had from it, less the tokens that its time is worth
+
+
+def choose_check(
+    window: int,
+    survival: float,
+    by_target: Sequence[float],
+    by_verifier: Sequence[float],
+    agreement: Means,
+    costs: PairCosts,
+    values: WindowValues,
+    *,
+    whole: bool = False,
+) -> Check:
+    """Choose model and length so that the tokens to be committed, less rate × seconds, are most.
+
+    The window holds W = `window` tokens, right with probability s = `survival`. The draft's j-th token is the
+    target's with chance a_j (`by_target`), the verifier's with chance b_j (`by_verifier`), each if those before are.
+    What the window itself is expected to yield is had either way, and left out. In one pass,
+
+    - the target confirms the window and checks j tokens behind it, of which s·(a_1 + a_1·a_2 + … + a_1⋯a_j) and a
+      bonus are expected:  1 + s·Σ_i a_1⋯a_i − rate·confirm(W + 1 + j);
+    - the verifier checks j tokens, accepts r of them with P(r) = b_1⋯b_r·(1 − b_{r+1}), and the window goes on with
+      n = r + 1 more:  −rate·verify(1 + j) + Σ_r P(r)·[s·(p_1 + p_1·p_2 + … + p_1⋯p_n) + J(W + n, s·p_1⋯p_n)],
+      where p_i is the `agreement` of such a token and J is what a window is worth (`window_values.py`).
+
+    With `whole`, a draft is checked in full or, where the target only confirms, not at all.
+    """
+    target = _best(_worths_at_target(window, survival, by_target, costs.confirm, values.rate), whole)
+    if window >= MAX_WINDOW:
+        return Check(True, target[0], target[1])
+    verifier = _best_at_verifier(window, survival, by_verifier, agreement, costs.verify, values, whole)
+    return Check(True, *target) if target[1] >= verifier[1] else Check(False, *verifier)
+
+
+def _worths_at_target(
+    window: int, survival: float, chances: Sequence[float], confirm: Cost, rate: float
+) -> list[float]:
+    """What a target pass is worth, by the number of draft tokens behind the window."""
+    tokens, worths = 1.0, [1.0 - rate * confirm(window + 1)]
+    for length, chance in enumerate(chances, start=1):
+        survival *= chance
+        tokens += survival
+        worths.append(tokens - rate * confirm(window + 1 + length))
+    return worths
+
+
+def _best_at_verifier(
+    window: int,
+    survival: float,
+    chances: Sequence[float],
+    agreement: Means,
+    verify: Cost,
+    values: WindowValues,
+    whole: bool,
+) -> tuple[int, float]:
+    """The length at which a verify pass is worth most, and what it is worth."""
+    gained, alive, reached, settled = 0.0, survival, 1.0, 0.0
+    worths = []
+
+    def outcome(length: int, last: float) -> float:
+        """Of `length` accepted tokens and another, with which the target agrees at a chance of `last`."""
+        return gained + alive * last + values(window + length + 1, alive * last)
+
+    for length in range(len(chances) + 1):
+        worths.append(settled + reached * outcome(length, agreement.free) - values.rate * verify(1 + length))
+        if length < len(chances):
+            settled += reached * (1 - chances[length]) * outcome(length, agreement.instead)
+            reached *= chances[length]
+            alive *= agreement.drafted
+            gained += alive
+    return (len(chances), worths[-1]) if whole else _best(worths, whole=False)
+
+
+def _best(worths: Sequence[float], whole: bool) -> tuple[int, float]:
+    """The length of the largest worth, the shortest of equal ones; with `whole`, none or all."""
+    lengths = {0, len(worths) - 1} if whole else range(len(worths))
+    best = max(sorted(lengths), key=worths.__getitem__)
+    return best, worths[best]
+
+
+class Checker:
+    """Follows what passes cost, what drafts turn up, how often the models agree; decides who checks the next draft.
+
+    `rate` is the rate of late, in tokens committed per second of what passes are known to cost: no clock enters but
+    by the costs. It begins at the best that the `usual` drafts allow.
+    """
+
+    def __init__(self, costs: PairCosts, agreement: RunningAgreement, usual: Sequence[Prospect]) -> None:
+        self.costs, self.agreement = costs, agreement
+        self._prospects = deque(usual, maxlen=LATELY)
+        self._planned = best_values(agreement.now, usual, costs).rate * costs.confirm(
+            USUAL
+        )  # tokens in such a pass's time
+        self._tokens = 0.0
+        self._verified, self._confirmed = (
+            defaultdict[int, float](float),
+            defaultdict[int, float](float),
+        )  # passes of late, by their tokens
+        self._passes = self._unseen = 0
+        self._patience = UNSEEN
+        self._means = agreement.means
+        self.values = self._valued()
+
+    @property
+    def rate(self) -> float:
+        """Tokens committed per second of passes, of late, by what is now known of costs."""
+        verify = sum(count * self.costs.verify(tokens) for tokens, count in self._verified.items())
+        confirm = sum(count * self.costs.confirm(tokens) for tokens, count in self._confirmed.items())
+        return (self._tokens + TRUSTED) / (verify + confirm + TRUSTED * self.costs.confirm(USUAL) / self._planned)
+
+    @property
+    def longest(self) -> int:
+        """The window of sure tokens that is confirmed although no draft turns up."""
+        for window in range(1, MAX_WINDOW):
+            if choose_check(window, 1.0, (), (), self.agreement.means, self.costs, self.values).by_target:
+                return window
+        return MAX_WINDOW
+
+    def choose(
+        self,
+        window: int,
+        survival: float,
+        by_target: Sequence[float],
+        by_verifier: Sequence[float],
+        whole: bool = False,
+    ) -> Check:
+        """As `choose_check`; where the verifier was not seen for long, it checks a step that has no window."""
+        self._prospects.append(prospect_of(by_target, by_verifier, self._known, self.values.rate, whole))
+        check = choose_check(
+            window, survival, by_target, by_verifier, self._means, self._known, self.values, whole=whole
+        )
+        if check.by_target and not window and self._unseen >= self._patience:
+            self._patience *= 2
+            return Check(False, len(by_verifier), check.worth)
+        return check
+
+    def verified(self, passed: int) -> None:
+        """The verifier passed so many tokens."""
+        self._verified[passed] += 1
+        self._unseen = 0
+
+    def confirmed(self, passed: int, committed: int, estimates: Sequence[Estimate], accepted: int) -> None:
+        """The target passed so many tokens and committed so many; of the window's, of these estimates, `accepted`."""
+        self.agreement.learn(estimates, accepted)
+        self._means = self.agreement.means
+        self._tokens += committed
+        self._confirmed[passed] += 1
+        self._unseen += 1
+        self._passes += 1
+        if self._passes % REPLANNED == 0:
+            self.values = self._valued()
+            self._fade()
+
+    def _valued(self) -> WindowValues:
+        self._known = PairCosts(_Table(self.costs.verify), _Table(self.costs.confirm))
+        return window_values(self.agreement.now, _spread(self._prospects), self._known, self.rate)
+
+    def _fade(self) -> None:
+        self._tokens *= FADING
+        for passes in (self._verified, self._confirmed):
+            for tokens in passes:
+                passes[tokens] *= FADING
+
+
+class _Table:
+    """A cost that is looked up: a decision asks for many."""
+
+    def __init__(self, cost: Cost) -> None:
+        self._cost, self._seconds = cost, [cost(tokens) for tokens in range(1, TABLE)]
+
+    def __call__(self, tokens: int) -> float:
+        return self._seconds[tokens - 1] if tokens < TABLE else self._cost(tokens)
+
+
+def _spread(prospects: Sequence[Prospect]) -> list[Prospect]:
+    """Few prospects for many: in the order of what they bring, the one in the middle of each of KINDS equal parts."""
+    ordered = sorted(prospects, key=lambda prospect: (prospect.right, prospect.new))
+    count = min(KINDS, len(ordered))
+    return [ordered[(2 * i + 1) * len(ordered) // (2 * count)] for i in range(count)]

@@ -1,0 +1,55 @@
+"""Let either model check a draft, and learn what each accepts of each drafter: what an engine of `exact` consults."""
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+from quasar_core.decode.agreement import Estimate, RunningAgreement
+from quasar_core.decode.check import Check, Checker
+from quasar_core.decode.policy import DraftLength, FixedLength
+from quasar_core.draft.base import NO_DRAFT, Draft
+
+
+class Checking:
+    """A checker, and for each model how long drafts may be; each model's acceptance is learned by itself."""
+
+    def __init__(self, checker: Checker, verifier_length: DraftLength, target_length: DraftLength) -> None:
+        self.checker, self.verifier_length, self.target_length = checker, verifier_length, target_length
+        self._whole = isinstance(verifier_length, FixedLength)
+
+    @property
+    def agreement(self) -> RunningAgreement:
+        """P(agree | margin), as it shows."""
+        return self.checker.agreement
+
+    @property
+    def limit(self) -> int:
+        """The longest draft that one of the models may want."""
+        return max(self.verifier_length.limit, self.target_length.limit)
+
+    def choose(self, offered: Draft, window: int, survival: float) -> tuple[Check, Draft]:
+        """Who checks, and what part of the draft."""
+        at_verifier = self.verifier_length.cut(offered) if self.verifier_length.limit > 0 else NO_DRAFT
+        at_target = offered if self.target_length.limit > 0 else NO_DRAFT
+        by_target = self.target_length.acceptance.of(at_target)
+        by_verifier = self.verifier_length.acceptance.of(at_verifier)
+        check = self.checker.choose(window, survival, by_target, by_verifier, self._whole)
+        return check, (at_target if check.by_target else at_verifier).first(check.length)
+
+    def verified(self, passed: int) -> None:
+        """The verifier passed so many tokens."""
+        self.checker.verified(passed)
+
+    def confirmed(self, passed: int, committed: int, estimates: Sequence[Estimate], accepted: int) -> None:
+        """The target passed and committed so many tokens; of the window's, of these estimates, `accepted`."""
+        self.checker.confirmed(passed, committed, estimates, accepted)
+
+    def learn_drafts(self, drafts: Sequence[tuple[int, Draft]], text: Sequence[int]) -> None:
+        """What the target would have accepted of drafts that the verifier checked: how far they are its text.
+
+        `drafts` come with their places in `text`, which ends where the target's word ends.
+        """
+        for place, draft in drafts:
+            known = text[place : place + len(draft.tokens)]
+            right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(draft.tokens, known, strict=False)))
+            tried = draft if right < len(known) else draft.first(len(known))
+            self.target_length.acceptance.count(tried.pieces, right)

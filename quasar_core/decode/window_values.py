@@ -1,0 +1,178 @@
+"""Find what a window is worth: dynamic programming over its length and its survival.
+
+The survival s of a window of W tokens is the probability that the target agrees with all of them. Before each step a
+draft turns up, one of the kinds that turned up lately, and is checked by one of the two models. Time is worth `rate`
+tokens a second, the rate that decoding reaches; what a window is worth from now on is, in tokens,
+
+    J(W, s) = E_draft max(1 + s·D − rate·confirm(W + 1 + k),  −rate·verify + s·(p + … + p^n) + E_p J(W + n, s·p^n))
+
+of which the first is a target pass over the window and k draft tokens, D of which are expected to be right (the bonus
+token is sure), the second a verify pass that adds n tokens, with each of which the target agrees at a chance p. At the
+best rate that there is a fresh window is worth nothing: J(0, 1) = 0 (a renewal reward process; Howard, 1960).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quasar_core.decode.costs import Cost, PairCosts
+
+MAX_WINDOW = 32
+SPACING = 0.08  # of log survivals
+LEVELS = 64  # of survival, from 1 to 1 in 150
+MOST_NEW = 17  # tokens that a verify pass adds to a window
+SEARCHES = 20  # halvings of the interval of rates
+
+_Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Agreements:
+    """The chances that the target agrees with a verified token [bins], and how often each occurs [bins]."""
+
+    chances: _Array
+    weights: _Array
+
+    @property
+    def mean(self) -> float:
+        """Of all tokens."""
+        return float(self.chances @ self.weights)
+
+
+@dataclass(frozen=True)
+class Means:
+    """Chances that the target agrees with a verified token.
+
+    Of one without a draft, of one that was drafted, and of one that came instead of a drafted one.
+    """
+
+    free: float
+    drafted: float
+    instead: float
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What a draft that may turn up would bring at either model, checked to the length that is best there.
+
+    Of `length` tokens the target is expected to accept `right`; the verifier adds `new` tokens to the window, its
+    bonus included, in a pass of `passed` tokens.
+    """
+
+    right: float
+    length: int
+    new: float
+    passed: int
+
+
+@dataclass(frozen=True)
+class WindowValues:
+    """J(W, s) for one rate, on levels of −log s: table [MAX_WINDOW + 1, LEVELS]."""
+
+    rate: float
+    table: _Array
+    rows: list[list[float]] = field(init=False, repr=False)  # the table, for single looks
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", self.table.tolist())
+
+    def __call__(self, tokens: int, survival: float) -> float:
+        """What a window of so many tokens is worth from now on; a longer one than MAX_WINDOW as one of MAX_WINDOW."""
+        place = min(-math.log(max(survival, 1e-12)) / SPACING, LEVELS - 1.001)
+        low = int(place)
+        row, share = self.rows[min(tokens, MAX_WINDOW)], place - low
+        return (1 - share) * row[low] + share * row[low + 1]
+
+
+def window_values(agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts, rate: float) -> WindowValues:
+    """J for drafts that turn up equally often. From MAX_WINDOW on the target must confirm."""
+    steps = _Steps(agreements, prospects, costs)
+    table = np.empty((MAX_WINDOW + 1, LEVELS))
+    for tokens in range(MAX_WINDOW, -1, -1):
+        at_target = 1 + steps.right - rate * steps.confirm[tokens][:, None]
+        if tokens == MAX_WINDOW:
+            table[tokens] = at_target.mean(axis=0)
+        else:
+            at_verifier = steps.gained - rate * steps.verify[:, None] + steps.later(tokens, table)
+            table[tokens] = np.maximum(at_target, at_verifier).mean(axis=0)
+    return WindowValues(rate, table)
+
+
+def best_values(agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts) -> WindowValues:
+    """J at the best rate, its `rate`. Where the target had better decode alone, that is the target's."""
+    low, high = 0.0, (1 + max(max(p.right, p.new) for p in prospects)) / min(costs.verify(1), costs.confirm(1))
+    values = None
+    for _ in range(SEARCHES):
+        values = window_values(agreements, prospects, costs, (low + high) / 2)
+        low, high = (values.rate, high) if values(0, 1.0) > 0 else (low, values.rate)
+    assert values is not None
+    return values
+
+
+class _Steps:
+    """What every rate has in common: arrays [prospects, LEVELS], and seconds [prospects]."""
+
+    def __init__(self, agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts) -> None:
+        survivals = np.exp(-SPACING * np.arange(LEVELS))
+        self.moves = _moves(agreements.chances.tobytes(), agreements.weights.tobytes())
+        self.right = np.array([prospect.right for prospect in prospects])[:, None] * survivals
+        gained = [_sum_of_powers(agreements.mean, prospect.new) for prospect in prospects]
+        self.gained = np.array(gained)[:, None] * survivals
+        self.verify = np.array([costs.verify(prospect.passed) for prospect in prospects])
+        lengths = [prospect.length for prospect in prospects]
+        self.confirm = [
+            np.array([costs.confirm(tokens + 1 + length) for length in lengths]) for tokens in range(MAX_WINDOW + 1)
+        ]
+        self._new = [min(prospect.new, MOST_NEW - 1.0) for prospect in prospects]
+
+    def later(self, tokens: int, table: _Array) -> _Array:
+        """E_p J(W + n, s·p^n) of each prospect; between whole numbers of new tokens, linear."""
+        reached = {}
+        for new in {whole for n in self._new for whole in (int(n), int(n) + 1)}:
+            reached[new] = self.moves[new] @ table[min(tokens + new, MAX_WINDOW)]
+        return np.array([(1 - n % 1) * reached[int(n)] + n % 1 * reached[int(n) + 1] for n in self._new])
+
+
+@lru_cache(maxsize=4)
+def _moves(chances: bytes, weights: bytes) -> list[_Array]:
+    """Matrices [LEVELS, LEVELS] that take values at s to their mean at s·p_1⋯p_n, for n from 0 to MOST_NEW."""
+    once, levels = np.zeros((LEVELS, LEVELS)), np.arange(LEVELS)
+    for p, weight in zip(np.frombuffer(chances), np.frombuffer(weights), strict=True):
+        place = np.minimum(levels - math.log(max(p, 1e-12)) / SPACING, LEVELS - 1)
+        low = np.minimum(place.astype(int), LEVELS - 2)
+        once[levels, low] += weight * (low + 1 - place)
+        once[levels, low + 1] += weight * (place - low)
+    powers = [np.eye(LEVELS)]
+    for _ in range(MOST_NEW):
+        powers.append(once @ powers[-1])
+    return powers
+
+
+def _sum_of_powers(p: float, count: float) -> float:
+    """p + p² + … + p^count, between whole numbers linear."""
+    whole = int(count)
+    return sum(p**i for i in range(1, whole + 1)) + (count - whole) * p ** (whole + 1)
+
+
+def prospect_of(
+    by_target: Sequence[float], by_verifier: Sequence[float], costs: PairCosts, rate: float, whole: bool = False
+) -> Prospect:
+    """A draft of these chances, cut to where a token more is worth less than its time; with `whole`, not at all."""
+    right, length = _cut(by_target, costs.confirm, rate, whole)
+    accepted, checked = _cut(by_verifier, costs.verify, rate, whole)
+    return Prospect(right, length, 1 + accepted, 1 + checked)
+
+
+def _cut(chances: Sequence[float], cost: Cost, rate: float, whole: bool) -> tuple[float, int]:
+    """Tokens expected to be right, and the length, at which tokens − rate · seconds is most."""
+    expected, alive, best = 0.0, 1.0, (-rate * cost(1), 0.0, 0)
+    for length, chance in enumerate(chances, start=1):
+        alive *= chance
+        expected += alive
+        worth = (expected - rate * cost(1 + length), expected, length)
+        best = worth if worth[0] > best[0] or whole else best
+    return best[1], best[2]
