@@ -16,7 +16,7 @@ from quasar_core.decode.agreement import Estimate
 from quasar_core.decode.checking import Checking
 from quasar_core.decode.policy import DraftLength, WindowPolicy
 from quasar_core.decode.processors import Processors
-from quasar_core.decode.sampling import accept_matching, confirm_sampled, distribution, draw
+from quasar_core.decode.sampling import accept_matching, confirm_block, distribution, draw
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import (
@@ -250,7 +250,7 @@ class Engine:
         """Sampling: confirm the window by p [W + 1 + k, V]; where all of it is accepted, check the draft behind it."""
         if not window:
             return accept_matching(draw(p, self.generator).tolist(), draft)
-        accepted, bonus = confirm_sampled(p[: len(window) + 1], torch.stack(self._window_q), window, self.generator)
+        accepted, bonus = confirm_block(p[: len(window) + 1], torch.stack(self._window_q), window, self.generator)
         if accepted < len(window) or not draft:
             return accepted, bonus
         drawn = draw(p[len(window) + 1 :], self.generator).tolist()

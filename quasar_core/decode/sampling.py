@@ -6,7 +6,9 @@ returns how many of the offered tokens are accepted, and the bonus token that fo
 was refused, the next token where none was. Letters: T rows, k draft tokens, W window tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -64,22 +66,48 @@ def accept_matching(choices: Sequence[int], offered: Sequence[int]) -> tuple[int
     return accepted, choices[accepted]
 
 
-def confirm_sampled(
+def confirm_block(
     p: torch.Tensor, q: torch.Tensor, window: Sequence[int], generator: torch.Generator
 ) -> tuple[int, int]:
-    """Accept window token x with probability min(1, p(x) / q(x)); at the first refusal draw from (p − q)+.
+    """Accept as long a part of a window x_1 … x_W as leaves the target's distribution, judged as a block.
+
+    With r_0 = 1 and r_i = min(1, r_{i−1}·p(x_i) ÷ q(x_i)), the first i tokens are accepted with probability r_i: the
+    longest i < W whose luck is below R_i ÷ (R_i + 1 − r_i), R_i = Σ_x (r_i·p − q)+ of the next token's distributions,
+    or W, whose luck must be below r_W. After i < W tokens the next is drawn from (r_i·p − q)+, after W from p. A token
+    whose ratio is above 1 makes up for one before it, which would be refused if judged by itself; so no fewer are
+    accepted than token by token (Leviathan et al., 2023). This is block verification (Sun et al., 2024, arXiv
+    2403.10444, Algorithm 2). That the first i pass with probability r_i follows backwards from the window's end,
+    wherever that is: it may depend on the tokens before it.
 
     p [W + 1, V] are the target's distributions, q [W, V] the verifier's, from which the window was drawn.
-    (Leviathan et al., 2023, Theorem 1; the accepted tokens and the bonus are draws from p.)
     """
+    count = len(window)
     offered = torch.tensor(window, dtype=torch.long, device=p.device)[:, None]
-    luck = torch.rand(len(window), generator=generator, device=p.device)
-    passed = luck * q.gather(1, offered)[:, 0] < p.gather(1, offered)[:, 0]
-    accepted = passed.cumprod(0).sum()[None]  # those before the first refusal; on the device, so nothing waits for it
-    refusing_q = q.index_select(0, accepted.clamp_max(len(window) - 1)) * (accepted < len(window))
-    bonus = draw(residual(p.index_select(0, accepted), refusing_q), generator)
-    count, token = torch.cat((accepted, bonus)).tolist()
-    return count, token
+    ratios = (p[:count].gather(1, offered).double() / q.gather(1, offered).double())[:, 0].tolist()
+    reached = list(accumulate(ratios, _carried, initial=1.0))  # r_0 … r_W
+    scaled = p[:count] * torch.tensor(reached[:count], dtype=p.dtype, device=p.device)[:, None]
+    rests = (scaled - q).clamp_min(0).sum(dim=-1).tolist()  # R_0 … R_{W−1}
+    bounds = [_bound(rest, r) for rest, r in zip(rests, reached, strict=False)]
+    luck = torch.rand(count, generator=generator, device=p.device).tolist()
+    passed = [i for i, bound in enumerate([*bounds[1:], reached[count]], start=1) if luck[i - 1] < bound]
+    accepted = max(passed, default=0)
+    if accepted == count:
+        return accepted, int(draw(p[count:], generator)[0])
+    rest = residual(scaled[accepted : accepted + 1], q[accepted : accepted + 1])
+    return accepted, int(draw(rest, generator)[0])
+
+
+def _carried(r: float, ratio: float) -> float:
+    """min(1, r · ratio); what follows logits that are not numbers is never accepted."""
+    product = r * ratio
+    return 0.0 if math.isnan(product) else min(1.0, product)
+
+
+def _bound(rest: float, r: float) -> float:
+    """R ÷ (R + 1 − r); where p is not a number no further token is accepted, and r is left."""
+    if math.isnan(rest):
+        return r
+    return rest / (rest + 1 - r) if rest + 1 > r else 1.0
 
 
 def residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

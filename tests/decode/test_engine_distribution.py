@@ -220,7 +220,7 @@ def forget_the_residual(p: torch.Tensor, q: torch.Tensor, window: Sequence[int],
 
 @pytest.mark.parametrize("broken", [accept_everything, forget_the_residual])
 def test_a_broken_confirm_is_detected(broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "confirm_sampled", broken)
+    monkeypatch.setattr(engine_module, "confirm_block", broken)
     assert p_of_continuations(continuations(1500, NgramDrafter, "exact", verifier=BAD)) < IMPOSSIBLE
 
 
