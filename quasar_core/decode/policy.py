@@ -67,13 +67,16 @@ class FixedLength:
     """Always the same length."""
 
     limit: int
+    acceptance: Acceptance | None = None  # by which drafters that draft together choose
 
     def cut(self, draft: Draft) -> Draft:
         """Drafts come no longer than asked for."""
         return draft
 
     def learn(self, draft: Draft, accepted: int, drafting_s: float = 0.0, pass_s: float | None = None) -> None:
-        """Nothing to learn."""
+        """Count what was right."""
+        if self.acceptance is not None:
+            self.acceptance.count(draft.pieces, accepted)
 
 
 class AdaptiveLength:
