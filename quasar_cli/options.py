@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from quasar_core.config import Auto, DraftKind, Dtype, GenerationConfig, LoadOptions, SamplingConfig, VerifyMode
+from quasar_core.config import (
+    DRAFT_KINDS,
+    Auto,
+    DraftKind,
+    Dtype,
+    GenerationConfig,
+    LoadOptions,
+    SamplingConfig,
+    VerifyMode,
+)
 from quasar_core.errors import UsageError
 
 _MODEL, _DECODING, _SAMPLING = "Model", "Speculation", "Sampling"
@@ -132,7 +141,24 @@ Verify = Annotated[
         rich_help_panel=_DECODING,
     ),
 ]
-Draft = Annotated[DraftKind, typer.Option("--draft", help="Who guesses the next tokens.", rich_help_panel=_DECODING)]
+Draft = Annotated[
+    str,
+    typer.Option(
+        "--draft",
+        metavar="|".join(DRAFT_KINDS),
+        help="Who guesses the next tokens: auto combines all that need no other model; packages may add names.",
+        rich_help_panel=_DECODING,
+    ),
+]
+DraftFrom = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--draft-from",
+        metavar="FILE|FOLDER",
+        help="Text that answers may repeat, such as the code at hand; may be given again.",
+        rich_help_panel=_DECODING,
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to generate.")]
 NumDraftTokens = Annotated[
     str, typer.Option("--num-draft-tokens", metavar="N|auto", help="Tokens of a draft.", rich_help_panel=_DECODING)
@@ -227,7 +253,8 @@ class DecodeOptions:
     max_new_tokens: MaxNewTokens = 256
     stop: Stop = None
     verify: Verify = "exact"
-    draft: Draft = "ngram"
+    draft: Draft = "auto"
+    draft_from: DraftFrom = None
     num_draft_tokens: NumDraftTokens = "auto"
     ngram_max: NgramMax = 3
     ngram_min: NgramMin = 1
@@ -246,6 +273,7 @@ class DecodeOptions:
             max_new_tokens=self.max_new_tokens,
             verify=self.verify,
             draft=self.draft,
+            draft_from=tuple(self.draft_from or ()),
             num_draft_tokens=parse_auto("--num-draft-tokens", self.num_draft_tokens),
             ngram_max=self.ngram_max,
             ngram_min=self.ngram_min,

@@ -1,6 +1,7 @@
 """What a run is asked to do: frozen, checked once, in messages that name the flag."""
 
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from math import inf
 from typing import Any, Literal
 
@@ -9,8 +10,9 @@ from quasar_core.files import require_characters
 
 VerifyMode = Literal["full", "quantized", "exact"]
 VERIFY_MODES: tuple[VerifyMode, ...] = ("full", "quantized", "exact")
-DraftKind = Literal["none", "ngram"]
-DRAFT_KINDS: tuple[DraftKind, ...] = ("none", "ngram")
+DraftKind = str  # one of DRAFT_KINDS, or a name under which another package registers a drafter
+DRAFT_KINDS: tuple[DraftKind, ...] = ("auto", "none", "ngram", "suffix")
+DRAFTERS_GROUP = "quasar.drafters"  # the entry points of other packages' drafters
 Auto = Literal["auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -73,6 +75,7 @@ class Request:
 
     max_new_tokens: int
     seed: int
+    prediction: str = ""  # the text that is expected
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ class GenerationConfig:
 
     max_new_tokens: int = 256
     verify: VerifyMode = "exact"
-    draft: DraftKind = "ngram"
+    draft: DraftKind = "auto"
+    draft_from: tuple[str, ...] = ()  # files and folders whose text drafts are made from
+    prediction: str = ""  # the text that is expected
     num_draft_tokens: int | Auto = "auto"
     ngram_max: int = 3
     ngram_min: int = 1
@@ -94,7 +99,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
         _require(self.verify in VERIFY_MODES, f"--verify must be one of {', '.join(VERIFY_MODES)}, not {self.verify}.")
-        _require(self.draft in DRAFT_KINDS, f"--draft must be one of {', '.join(DRAFT_KINDS)}, not {self.draft}.")
+        self._require_drafter()
         if self.num_draft_tokens != "auto":
             _require(
                 1 <= self.num_draft_tokens <= 64,
@@ -111,10 +116,22 @@ class GenerationConfig:
         for text in self.stop:
             require_characters(text, "--stop")
 
+    def _require_drafter(self) -> None:
+        if self.draft not in DRAFT_KINDS:  # looked for only now, as that takes milliseconds
+            known = [*DRAFT_KINDS, *registered_drafters()]
+            _require(self.draft in known, f"--draft must be one of {', '.join(known)}, not {self.draft}.")
+        for flag, given in (("--draft-from", self.draft_from), ("--prediction", self.prediction)):
+            _require(self.draft != "none" or not given, f"{flag} is what drafts are made from: leave --draft none out.")
+
     @property
     def request(self) -> Request:
         """The request of an answer that asks for nothing by itself."""
-        return Request(self.max_new_tokens, self.sampling.seed)
+        return Request(self.max_new_tokens, self.sampling.seed, self.prediction)
+
+
+def registered_drafters() -> list[str]:
+    """The names under which other packages register drafters."""
+    return sorted({point.name for point in entry_points(group=DRAFTERS_GROUP)})
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,15 @@ class Step:
 
 
 @dataclass(frozen=True)
+class DrafterUse:
+    """What one drafter did: steps whose draft had tokens of it, such tokens, and those of them that were accepted."""
+
+    steps: int
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
 class Confirm:
     """One confirm pass: tokens that waited in the window, and how many of them the target accepted.
 
@@ -141,12 +150,29 @@ class Stats:
         """Tokens that the steps yielded ÷ seconds of decoding, the prompt's pass left out."""
         return (self.new_tokens - self.prefill_tokens) / self.decode_s if self.decode_s else None
 
+    @property
+    def drafters(self) -> dict[str, DrafterUse]:
+        """What each drafter did, those of the most accepted tokens first."""
+        uses: dict[str, list[int]] = {}
+        for step in self.step_log:
+            accepted = step.accepted
+            for source in {piece.source for piece in step.pieces}:
+                uses.setdefault(source, [0, 0, 0])[0] += 1
+            for piece in step.pieces:
+                use, right = uses[piece.source], min(piece.length, accepted)
+                accepted -= right
+                use[1] += piece.length
+                use[2] += right
+        ranked = sorted(uses.items(), key=lambda item: (-item[1][2], item[0]))
+        return {source: DrafterUse(*counts) for source, counts in ranked}
+
     def to_dict(self, logs: bool = False) -> dict[str, Any]:
         """The JSON form; with `logs`, every step and confirm too."""
         content = asdict(self)
         step_log, confirm_log = content.pop("step_log"), content.pop("confirm_log")
         for name in _DERIVED:
             content[name] = getattr(self, name)
+        content["drafters"] = {source: asdict(use) for source, use in self.drafters.items()}
         if logs:
             content |= {"step_log": step_log, "confirm_log": confirm_log}
         return content
@@ -180,7 +206,7 @@ def stored_stats(stats: Any) -> Any:
     """
     if not isinstance(stats, dict):
         return stats
-    stored = {name: value for name, value in stats.items() if name not in _DERIVED}
+    stored = {name: value for name, value in stats.items() if name not in (*_DERIVED, "drafters")}
     if isinstance(stored.get("step_log"), list):
         stored["step_log"] = [_step_of_today(step) for step in stored["step_log"]]
     return stored

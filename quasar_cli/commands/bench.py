@@ -12,6 +12,7 @@ from quasar_cli.commands.generate import say_digest
 from quasar_cli.commands.models import announce
 from quasar_cli.help import Command, Group, examples
 from quasar_cli.options import (
+    DraftFrom,
     Json,
     MaxNewTokens,
     ModelOptions,
@@ -65,6 +66,7 @@ class BenchOptions:
         bool, typer.Option("--ignore-eos", help="Go on after the end of text, up to --max-new-tokens.")
     ] = False
     num_draft_tokens: NumDraftTokens = "auto"
+    draft_from: DraftFrom = None
     window: Window = "auto"
     temperature: Temperature = 0.0
     processors: Processors = True
@@ -80,6 +82,7 @@ class BenchOptions:
             repeats=self.repeats,
             max_new_tokens=self.max_new_tokens,
             num_draft_tokens=parse_auto("--num-draft-tokens", self.num_draft_tokens),
+            draft_from=tuple(self.draft_from or ()),
             window=parse_auto("--window", self.window),
             ignore_eos=self.ignore_eos,
             processors=self.processors,

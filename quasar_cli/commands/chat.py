@@ -81,7 +81,9 @@ def chat(
     from quasar_core import api
 
     answers = Answers(pair, config, stream, stats, verbose, as_json)
-    conversation = Conversation(api.Generator(pair, config), system, think, stream and not as_json, answers.show)
+    with console.progress_bar() as progress:
+        generator = api.Generator(pair, config, progress=progress)
+    conversation = Conversation(generator, system, think, stream and not as_json, answers.show)
     if verbose:
         show_notes(pair)
     if sys.stdin.isatty():

@@ -1,6 +1,7 @@
 """`quasar generate`: one prompt, one answer."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,12 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Through the chat template, or the text as it is.")] = True,
     system: System = None,
     think: Think = None,
+    prediction: Annotated[
+        Path | None,
+        typer.Option(
+            "--prediction", metavar="FILE", help="The text that is expected, such as the file before an edit."
+        ),
+    ] = None,
     decoding: DecodeOptions,
     models: ModelOptions,
     stream: Stream = True,
@@ -63,7 +70,7 @@ def generate(
 
     The answer goes to stdout as it comes; what it gained goes to stderr after it.
     """
-    config = decoding.config()
+    config = replace(decoding.config(), prediction=read_text(prediction, kind=UsageError) if prediction else "")
     asked = read_prompt(text, prompt, prompt_file)
     if system is not None and not chat:
         raise UsageError("--system is part of the chat template; leave --raw out, or put the text into the prompt.")
@@ -73,7 +80,8 @@ def generate(
 
     messages = asked if system is None else conversation(system, asked)
     prompt_ids = api.encode_prompt(pair.tokenizer, messages, raw=not chat, think=think)
-    generator = api.Generator(pair, config)
+    with console.progress_bar() as progress:
+        generator = api.Generator(pair, config, progress=progress)
     streamed = stream and not as_json
     result = generator.generate(prompt_ids, console.stream_text if streamed else None)
     if as_json:

@@ -4,7 +4,7 @@ from rich.table import Table
 
 from quasar_cli.render import as_bytes, as_ratio, facts_table
 from quasar_core.config import GenerationConfig
-from quasar_core.records import FidelityReport, GenerationResult, Stats
+from quasar_core.records import DrafterUse, FidelityReport, GenerationResult, Stats
 
 
 def stats_table(result: GenerationResult, config: GenerationConfig) -> Table:
@@ -20,6 +20,7 @@ def stats_table(result: GenerationResult, config: GenerationConfig) -> Table:
     if config.draft != "none":
         accepted = f"{stats.accepted} of {stats.drafted} draft tokens"
         facts.append(("acceptance rate", f"{as_ratio(stats.acceptance_rate)} ({accepted})"))
+        facts += [(f"  {source}", _use(use)) for source, use in stats.drafters.items()]
     if stats.confirms:
         confirmed = f"{stats.confirm_accepted} of {stats.confirm_window} tokens kept in {stats.confirms} confirms"
         facts.append(("confirm rate", f"{as_ratio(stats.confirm_rate)} ({confirmed})"))
@@ -45,6 +46,12 @@ def promise(fidelity: FidelityReport | None, config: GenerationConfig) -> str:
 def _prompt(stats: Stats) -> str:
     cached = f", {stats.cached_tokens} of them cached" if stats.cached_tokens else ""
     return f"{stats.prompt_tokens} tokens{cached}, first token after {stats.ttft_s:.3f} s"
+
+
+def _use(use: DrafterUse) -> str:
+    """What one drafter did."""
+    steps = "1 step" if use.steps == 1 else f"{use.steps} steps"
+    return f"{use.accepted} of {use.drafted} draft tokens in {steps}"
 
 
 def _seconds(stats: Stats) -> str:

@@ -28,8 +28,12 @@ ARMS = {
     for arm in (
         Arm(BASELINE, "full", "none"),
         Arm("ngram", "full", "ngram"),
-        Arm("quantized", "quantized", "ngram"),
-        Arm("exact", "exact", "ngram"),
+        Arm("full", "full", "auto"),
+        Arm("quantized", "quantized", "auto"),
+        Arm("exact", "exact", "auto"),
+        Arm("suffix", "full", "suffix"),
+        Arm("quantized-ngram", "quantized", "ngram"),
+        Arm("exact-ngram", "exact", "ngram"),
         Arm("quantized-only", "quantized", "none"),
         Arm("transformers", "full", "none", is_peer=True),
         Arm("transformers-pld", "full", "ngram", is_peer=True),
@@ -62,6 +66,7 @@ class BenchConfig:
     repeats: int = 1
     max_new_tokens: int = 256
     num_draft_tokens: int | Auto = "auto"
+    draft_from: tuple[str, ...] = ()
     window: int | Auto = "auto"
     ignore_eos: bool = False
     processors: bool = True
@@ -80,6 +85,7 @@ class BenchConfig:
             max_new_tokens=self.max_new_tokens,
             verify=arm.verify,
             draft=arm.draft,
+            draft_from=self.draft_from if arm.draft not in ("none", "ngram") else (),
             num_draft_tokens=self.num_draft_tokens,
             window=self.window,
             sampling=SamplingConfig(temperature=self.temperature, seed=seed),

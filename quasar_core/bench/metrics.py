@@ -8,7 +8,7 @@ numbers of two result files beside one another, arm by arm.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from quasar_core.bench.arms import BASELINE
 from quasar_core.bench.results import Results, Row, differing_settings
 from quasar_core.errors import UsageError
-from quasar_core.records import Stats
+from quasar_core.records import DrafterUse, Stats
 from quasar_core.system import Load
 
 SAMPLES = 2000
@@ -99,6 +99,7 @@ class ArmMetrics:
     speedup_mean: Estimate | None
     speedup_total: Estimate | None
     identical: int | None
+    drafters: dict[str, DrafterUse] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ def _measure_arm(
         speedup_mean=speedup_mean,
         speedup_total=speedup_total,
         identical=_count_identical(answers, vanilla) if vanilla and greedy else None,
+        drafters=total.drafters,
     )
 
 
@@ -218,7 +220,7 @@ def pool(stats: Iterable[Stats]) -> Stats:
 
 
 _JOINED = {"step_log", "confirm_log", "peak_memory_bytes"}
-_ADDED = [field.name for field in fields(Stats) if field.name not in _JOINED]
+_ADDED = [each.name for each in fields(Stats) if each.name not in _JOINED]
 
 
 def mean_over_datasets(metrics: Sequence[ArmMetrics]) -> list[ArmMean]:

@@ -15,6 +15,7 @@ from quasar_core.decode.agreement import UNKNOWN, AgreementCurve, RunningAgreeme
 from quasar_core.decode.check import Checker
 from quasar_core.decode.checking import Checking
 from quasar_core.decode.costs import KNOWN, LiveCost, PairCosts, Role, forget_cost, pair_costs, pass_sampler
+from quasar_core.decode.drafting import Drafting
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.policy import (
     DEFAULT_WINDOW,
@@ -28,12 +29,11 @@ from quasar_core.decode.policy import (
 from quasar_core.decode.processors import Processors, describe_processors
 from quasar_core.decode.text import TextStream
 from quasar_core.draft.base import Drafter
-from quasar_core.draft.make import make_drafter
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.base import KVCache
 from quasar_core.models.pair import Pair
 from quasar_core.models.rope import begin_text
-from quasar_core.records import FinishReason, GenerationResult
+from quasar_core.records import FinishReason, GenerationResult, Progress, no_progress
 from quasar_core.system import Load, LoadMeter
 
 TextPieces = Iteration[str, None, GenerationResult]  # finished text as it comes; returns the result
@@ -50,11 +50,13 @@ class Generator:
         config: GenerationConfig,
         make_draft: Callable[[], Drafter] | None = None,
         now: Callable[[], float] = time.perf_counter,
+        progress: Progress = no_progress,
     ) -> None:
         _check_models(pair, config)
         self.pair, self.config = pair, config
         self._check_processors()
-        self._make_drafter = make_draft or (lambda: make_drafter(config))
+        self._drafting = Drafting(pair, config, progress)
+        self._make_draft = make_draft
         self._now = now
         self._costs: PairCosts | None = None
         self._live: dict[Role, LiveCost] = {}
@@ -115,6 +117,7 @@ class Generator:
         engine.stats.new_tokens = count
         engine.stats.peak_memory_bytes = _peak_memory(self.pair.device)
         new = engine.tokens[len(prompt_ids) : len(prompt_ids) + count]
+        self._drafting.end(new)
         verified_by: Literal["target", "verifier"] = "target" if engine.verifying is self.pair.target else "verifier"
         if rest := text.finish():
             yield rest
@@ -198,7 +201,7 @@ class Generator:
             self.pair,
             self._cache,
             replace(self.config, verify="full" if self.target_alone else self.config.verify),
-            self._make_drafter(),
+            self._make_draft() if self._make_draft else self._drafting.begin(request),
             self._draft_length,
             self._window,
             generator,
@@ -224,8 +227,9 @@ class Generator:
         if self.config.num_draft_tokens == "auto":
             self._measured_costs()
             live = self._live["target" if self.target_alone else self._verifying_role]
-            return AdaptiveLength(live if self.config.sampling.greedy else live.known)  # as the engine times passes
-        return FixedLength(self.config.num_draft_tokens)
+            cost = live if self.config.sampling.greedy else live.known  # as the engine times passes
+            return AdaptiveLength(cost, self._drafting.sources.acceptance)
+        return FixedLength(self.config.num_draft_tokens, self._drafting.sources.acceptance)
 
     def _choose_checking(self) -> Checking | None:
         """Who checks drafts in `exact`; its `auto` may also find that the target had better do so always."""

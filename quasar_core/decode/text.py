@@ -138,9 +138,14 @@ def encode_prompt(
     return _encode(tokenizer, text, add_special_tokens=False)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
-    require_characters(text, "The prompt")
-    with foreign_errors("The tokenizer cannot encode the prompt"):
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that stands within another: without tokens that begin or end one."""
+    return _encode(tokenizer, text, "The text", add_special_tokens=False)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, what: str = "The prompt", **options: Any) -> list[int]:
+    require_characters(text, what)
+    with foreign_errors(f"The tokenizer cannot encode {what.lower()}"):
         return list(tokenizer(text, **options)["input_ids"])
 
 

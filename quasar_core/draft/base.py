@@ -69,7 +69,7 @@ class Drafter(Protocol):
     wants_best: int = 0
 
     def observe(self, tokens: Sequence[int]) -> None:
-        """The text goes on with `tokens`."""
+        """The text goes on with `tokens`; the first call brings the prompt."""
         ...
 
     def forget(self, count: int) -> None:

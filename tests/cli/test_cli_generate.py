@@ -37,13 +37,14 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
     seen: list[GenerationConfig] = []
 
     class Watched(StandInGenerator):
-        def __init__(self, pair: Any, config: GenerationConfig) -> None:
+        def __init__(self, pair: Any, config: GenerationConfig, progress: Any) -> None:
             seen.append(config)
             super().__init__(pair, config)
 
     monkeypatch.setattr("quasar_core.api.Generator", Watched)
     decoding = (
-        "--max-new-tokens 9 --verify quantized --draft none --num-draft-tokens 7 --ngram-max 5 --ngram-min 2 "
+        "--max-new-tokens 9 --verify quantized --draft ngram --draft-from a --draft-from b --num-draft-tokens 7 "
+        "--ngram-max 5 --ngram-min 2 "
         "--window 6 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --seed 8 "
         "--stop A --stop B --no-processors"
     )
@@ -54,15 +55,16 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
     assert run(["generate", "--prompt", "x", *decoding.split(), *models.split()]) == 0
     config = seen[0]
     sampling = (0.5, 3, 0.9, 0.1, 1.2, 8)
-    assert (config.max_new_tokens, config.verify, config.draft, config.num_draft_tokens) == (9, "quantized", "none", 7)
+    assert (config.max_new_tokens, config.verify, config.draft, config.num_draft_tokens) == (9, "quantized", "ngram", 7)
     assert (config.ngram_max, config.ngram_min, config.window, config.stop) == (5, 2, 6, ("A", "B"))
     assert tuple(vars(config.sampling).values()) == sampling
+    assert config.draft_from == ("a", "b")
     assert not config.processors
     assert vars(stand_in_pair.asked) == {
         "model": "org/m",
         "verifier": "v",
         "verify": "quantized",
-        "draft": "none",
+        "draft": "ngram",
         "use_target": False,
         "device": "cuda:1",
         "dtype": "float16",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.drafters import source_factory
 from helpers.tiny_models import TableModel, drawn_decisions, make_pair, routed_engine
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -24,6 +25,7 @@ from quasar_core.decode.sampling import distribution, draw
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.draft.none import NoDrafter
+from quasar_core.draft.suffix import SuffixDrafter
 
 VOCABULARY = 5
 PROMPT = [1, 2, 1, 2]
@@ -42,6 +44,15 @@ class RandomDrafter(NoDrafter):
 
     def propose(self, limit: int, after: Sequence[int] = ()) -> Draft:
         return Draft.of([self.random.randrange(VOCABULARY) for _ in range(max(limit, 0))], "random", 1)
+
+
+def _source(kind: str) -> Callable[[], Drafter]:
+    """Drafts from texts that are likely after PROMPT, and so would show if they were taken more often than drawn."""
+    likely = [int(token) for token in TARGET.table.argmax(-1)[:, 0]] * 3
+    return source_factory(kind, [*PROMPT, *likely], 0, VOCABULARY)
+
+
+ALL_SOURCES = _source("auto")
 
 
 def run_engine(
@@ -130,7 +141,7 @@ def p_of_transitions(text: Sequence[int], sampling: SamplingConfig = PLAIN) -> f
     return p_value(statistic, freedom)
 
 
-@pytest.mark.parametrize("make_drafter", [NgramDrafter, RandomDrafter])
+@pytest.mark.parametrize("make_drafter", [NgramDrafter, RandomDrafter, ALL_SOURCES])
 @pytest.mark.parametrize(("verify", "verifier"), [("full", BAD), ("exact", GOOD), ("exact", BAD)])
 def test_continuations_are_distributed_as_plain_samplings(
     verify: str, verifier: TableModel, make_drafter: Callable[[], Drafter]
@@ -162,7 +173,7 @@ def test_a_long_text_has_plain_samplings_transitions(window: int, verifier: Tabl
     assert p_of_transitions(text) > SUSPICIOUS
 
 
-@pytest.mark.parametrize("make_drafter", [NoDrafter, NgramDrafter, RandomDrafter])
+@pytest.mark.parametrize("make_drafter", [NoDrafter, NgramDrafter, RandomDrafter, SuffixDrafter, ALL_SOURCES])
 def test_full_has_plain_samplings_transitions(make_drafter: Callable[[], Drafter]) -> None:
     text = run_engine("full", torch.Generator().manual_seed(0), 2500, BAD, make_drafter())
     assert p_of_transitions(text) > SUSPICIOUS
@@ -227,3 +238,4 @@ def test_a_broken_confirm_is_detected(broken: Callable[..., Any], monkeypatch: p
 def test_a_broken_acceptance_of_drafts_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "accept_matching", lambda choices, offered: (len(offered), choices[-1]))
     assert p_of_continuations(continuations(600, RandomDrafter, "full", verifier=BAD)) < IMPOSSIBLE
+    assert p_of_continuations(continuations(600, ALL_SOURCES, "full", verifier=BAD)) < IMPOSSIBLE

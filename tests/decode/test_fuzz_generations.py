@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from helpers.decoder_cases import CASES, CPU, SIZES
+from helpers.drafters import SOURCES, source_factory
 from helpers.quantized_decoder import quantize_layers
 from helpers.tiny_models import OracleDrafter, make_pair
 
@@ -33,7 +34,7 @@ INNER = (32, 96, 160)
 # Nearer to a tie, in nats, another order of summation may choose another token.
 NEAR_TIE = 1e-4
 VERIFIERS = ("2 bits", "4 bits", "8 bits", "mixed", "the target", "another model")
-DRAFTERS = ("ngram", "oracle", "wrong", "mixed")
+DRAFTERS = ("ngram", "oracle", "wrong", "mixed", *SOURCES)
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class MixedDrafter(OracleDrafter):
 def drafter_of(kind: str, text: Sequence[int], seed: int) -> Callable[[], Drafter]:
     if kind == "ngram":
         return NgramDrafter
+    if kind in SOURCES:
+        return source_factory(kind, text, seed, VOCABULARY)
     if kind == "mixed":
         return lambda: MixedDrafter(text, seed)
     return lambda: OracleDrafter(text, int(kind == "wrong"), VOCABULARY)

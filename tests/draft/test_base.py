@@ -1,10 +1,13 @@
 """A draft: tokens in pieces, cut and joined."""
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter, Piece
+from quasar_core.records import DrafterUse, Stats, Step
 
 PIECES = st.lists(st.builds(Piece, st.sampled_from("ab"), st.integers(0, 4), st.integers(1, 5)), max_size=5)
 
@@ -46,3 +49,19 @@ def test_a_drafter_need_not_look_at_passes() -> None:
 
     assert Least.wants_best == 0
     assert Least().see([1], [[2]]) is None
+
+
+def test_what_each_drafter_did_is_counted_from_the_steps() -> None:
+    steps = [
+        Step(5, 3, [Piece("a", 1, 2), Piece("b", 2, 2), Piece("a", 1, 1)]),
+        Step(2, 0, [Piece("b", 1, 2)]),
+        Step(0, 0),
+    ]
+    stats = Stats(step_log=steps)
+    assert stats.drafters == {"a": DrafterUse(1, 3, 2), "b": DrafterUse(2, 4, 1)}
+    assert list(stats.drafters) == ["a", "b"]  # the most accepted first
+    assert sum(use.accepted for use in stats.drafters.values()) == stats.accepted
+    assert sum(use.drafted for use in stats.drafters.values()) == stats.drafted
+    stored = json.loads(json.dumps(stats.to_dict(logs=True)))
+    assert stored["drafters"]["b"] == {"steps": 2, "drafted": 4, "accepted": 1}
+    assert Stats.from_dict(stored) == stats

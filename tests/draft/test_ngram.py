@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quasar_core.config import GenerationConfig
 from quasar_core.draft.base import NO_DRAFT, Draft
-from quasar_core.draft.make import make_drafter
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.draft.none import NoDrafter
 
@@ -88,14 +85,3 @@ def test_no_drafter_proposes_nothing() -> None:
     drafter.observe([1, 1, 1])
     drafter.forget(1)
     assert drafter.propose(5) == NO_DRAFT
-
-
-@pytest.mark.parametrize(("draft", "kind"), [("none", NoDrafter), ("ngram", NgramDrafter)])
-def test_drafters_are_made_by_name(draft: str, kind: type) -> None:
-    assert type(make_drafter(GenerationConfig(draft=draft))) is kind  # type: ignore[arg-type]
-
-
-def test_the_sizes_of_the_command_line_reach_the_drafter() -> None:
-    drafter = make_drafter(GenerationConfig(ngram_min=2, ngram_max=4))
-    assert isinstance(drafter, NgramDrafter)
-    assert list(drafter.sizes) == [4, 3, 2]

@@ -30,7 +30,7 @@ class StandInGenerator:
 
     resets = 0
 
-    def __init__(self, pair: Any, config: GenerationConfig) -> None:
+    def __init__(self, pair: Any, config: GenerationConfig, progress: Any = None) -> None:
         self.pair, self.config = pair, config
 
     def reset(self) -> None:
