@@ -63,7 +63,8 @@ def test_the_result_file_says_everything_again(tmp_path: Path) -> None:
     assert {"python", "torch", "transformers", "quasar-cli"} <= set(content["versions"])
     assert content["datasets"] == {"d": {"questions": 3, "sha256": DATASET.sha256}}
     step = content["rows"][1]["stats"]["step_log"][0]
-    assert set(step) == {"drafted", "accepted", "pieces", "by_target", "margins", "draft_s", "seconds"}
+    names = {"drafted", "accepted", "pieces", "by_target", "margins", "draft_s", "seconds", "target_margins"}
+    assert set(step) == names
 
 
 def test_a_file_whose_steps_tell_a_match_length_is_read(tmp_path: Path) -> None:
