@@ -27,7 +27,7 @@ def with_values(arguments: list[str]) -> list[str]:
     following = [*given[1:], ""]
     return [
         f"{word}={BARE[word]}" if word in BARE and not _is_json_file(after) else word
-        for word, after in zip(given, following, strict=True)
+        for word, after in zip(given, following, strict=False)
     ] + arguments[end:]
 
 

@@ -15,7 +15,7 @@ from quasar_core.decode.generator import Generator
 from quasar_core.decode.traced import trace_of
 from quasar_core.errors import UsageError
 from quasar_core.records import Confirm, Stats, Step
-from quasar_core.trace import Trace, TracedToken, origins, read_trace, show, windows, write_trace
+from quasar_core.trace import Trace, origins, read_trace, show, windows, write_trace
 
 
 def stats(steps: list[Step], confirms: list[Confirm] | None = None) -> Stats:
