@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from quasar_core.errors import UsageError, reason
 from quasar_core.files import read_json, refuse_foreign, write_json
-from quasar_core.records import Confirm, Stats, Step, without_derived
+from quasar_core.records import Confirm, Stats, Step, stored_stats
 from quasar_core.typed import build
 
 FORMAT, FORMAT_VERSION = "quasar trace", 1
@@ -118,8 +118,15 @@ def _of_step(number: int, step: Step, drafter: str) -> list[Origin]:
     """
     margins: Sequence[float | None] = step.margins or (None,) * (step.accepted + 1)
     margins = (*margins, None) if len(margins) == step.accepted else margins
-    drafted = [Origin("draft", number, drafter, margins[place]) for place in range(step.accepted)]
+    names = sources(step, drafter)
+    drafted = [Origin("draft", number, names[place], margins[place]) for place in range(step.accepted)]
     return [*drafted, Origin("bonus", number, margin=margins[step.accepted])]
+
+
+def sources(step: Step, drafter: str) -> list[str]:
+    """Who proposed each token of a step's draft; `drafter`, where its pieces do not tell."""
+    told = [piece.source for piece in step.pieces for _ in range(piece.length)][: step.drafted]
+    return told + [drafter] * (step.drafted - len(told))
 
 
 def show(pieces: Sequence[str], stats: Stats, refused: Sequence[str] = (), drafter: str = "ngram") -> list[TracedToken]:
@@ -164,7 +171,7 @@ def trace_from_dict(content: dict[str, Any], path: Path) -> Trace:
         if content.get("format_version") != FORMAT_VERSION:
             raise ValueError(f"format version {content.get('format_version')}, where {FORMAT_VERSION} is read")
         fields = {name: value for name, value in content.items() if name not in ("format", "format_version")}
-        return build(Trace, {**fields, "stats": without_derived(fields.get("stats"))})
+        return build(Trace, {**fields, "stats": stored_stats(fields.get("stats"))})
     except ValueError as error:
         raise UsageError(f"{path} is not a trace of quasar generate: {reason(error)}.") from error
 

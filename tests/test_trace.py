@@ -14,7 +14,7 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.traced import trace_of
 from quasar_core.errors import UsageError
-from quasar_core.records import Confirm, Stats, Step
+from quasar_core.records import Confirm, Piece, Stats, Step
 from quasar_core.trace import Trace, origins, read_trace, show, windows, write_trace
 
 
@@ -29,15 +29,21 @@ def makers(given: Stats, count: int) -> str:
 
 
 def test_without_confirms_a_step_gives_its_accepted_draft_and_a_bonus() -> None:
-    logs = stats([Step(3, 2, 2, (1.0, 2.0, 0.5)), Step(0, 0)])
+    logs = stats([Step(3, 2, [Piece("ngram", 2, 3)], (1.0, 2.0, 0.5)), Step(0, 0)])
     assert makers(logs, 5) == "pddbb"
     first, second, bonus = (origins(logs, 5) or [])[1:4]
     assert (first.margin, second.margin, bonus.margin) == (1.0, 2.0, 0.5)
     assert (first.step, first.drafter, bonus.drafter, bonus.confirmed) == (0, "ngram", None, None)
 
 
+def test_a_draft_of_several_pieces_names_the_drafter_of_each_token() -> None:
+    pieces = [Piece("suffix", 3, 2), Piece("recycle", 1, 2)]
+    found = origins(stats([Step(4, 3, pieces), Step(1, 1)]), 7, "none") or []
+    assert [origin.drafter for origin in found] == [None, "suffix", "suffix", "recycle", None, "none", None]
+
+
 def test_an_end_of_text_within_a_draft_has_no_bonus() -> None:
-    assert makers(stats([Step(0, 0), Step(4, 2, 3, (1.0, 1.0))]), 4) == "pbdd"
+    assert makers(stats([Step(0, 0), Step(4, 2, [], (1.0, 1.0))]), 4) == "pbdd"
 
 
 def test_a_confirm_keeps_the_window_or_corrects_it() -> None:
@@ -58,7 +64,7 @@ def test_a_window_that_ends_with_the_text_is_followed_by_nothing() -> None:
 
 def test_the_windows_of_confirms() -> None:
     (first, waited), _ = windows(
-        stats([Step(1, 1, 1, (2.0, 0.5)), Step(0, 0, 0, (3.0,))], [Confirm(2, 0), Confirm(1, 1)])
+        stats([Step(1, 1, [], (2.0, 0.5)), Step(0, 0, [], (3.0,))], [Confirm(2, 0), Confirm(1, 1)])
     )
     assert first.window == 2
     assert [(token.origin.by, token.origin.margin, token.accepted, token.judged) for token in waited] == [

@@ -242,7 +242,7 @@ def known_passes(pair: Pair) -> dict[str, Passes]:
     models: dict[str, Any] = {"target": pair.target, "verifier": pair.verifier}
     for role, model in models.items():
         if isinstance(model, LeanDecoder):
-            record = pair.measured.get(role)  # type: ignore[call-overload]
+            record = pair.measured.get(role)
             cost = record.cost if record else None
             sizes, seconds = (cost.sizes, cost.seconds) if cost else ((), ())
             found[role] = Passes(lean_candidate(model).weight_bytes, tuple(sizes), tuple(seconds))

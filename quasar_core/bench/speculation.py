@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from quasar_core.records import Stats, Step
-from quasar_core.trace import windows
+from quasar_core.trace import sources, windows
 
 TEXT_EDGES = (32, 64, 128, 256, 512, 1024)  # positions in the answer
 MARGIN_EDGES = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # nats
@@ -80,8 +80,9 @@ def by_drafter(steps: Iterable[Step], drafter: str) -> list[Share]:
     drafted: Counter[str] = Counter()
     accepted: Counter[str] = Counter()
     for step in steps:
-        drafted[drafter] += step.drafted
-        accepted[drafter] += step.accepted
+        names = sources(step, drafter)
+        drafted.update(names)
+        accepted.update(names[: step.accepted])
     return [Share(name, accepted[name], count) for name, count in drafted.items() if count]
 
 

@@ -38,7 +38,8 @@ class TransformersPeer:
         folder = self.settings["assistant"]
         if folder is None:
             return None
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+        assistant: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return assistant.to(self.device).eval()
 
     def answer(self, ask: Ask) -> Told:
         """One answer."""
