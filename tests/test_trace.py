@@ -1,6 +1,7 @@
 """Who made each token: answers whose logs were written by hand, files, and what the terminal shows."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quasar_cli.help import with_values
+from quasar_cli.main import run
 from quasar_cli.render.trace import bracketed, coloured, legend
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
@@ -16,6 +18,8 @@ from quasar_core.decode.traced import trace_of
 from quasar_core.errors import UsageError
 from quasar_core.records import Confirm, Piece, Stats, Step
 from quasar_core.trace import Trace, origins, read_trace, show, windows, write_trace
+
+pytest_plugins = ["helpers.cli_fixtures"]
 
 
 def stats(steps: list[Step], confirms: list[Confirm] | None = None) -> Stats:
@@ -165,3 +169,43 @@ def test_colours_differ_and_have_styles_beside_them() -> None:
 )
 def test_the_option_takes_a_file_only_where_one_is_named(given: list[str], read: list[str]) -> None:
     assert with_values(given) == read
+
+
+# The command
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch, own_home: None) -> None:
+    """`generate` with models that count, the verifier with errors."""
+    monkeypatch.setattr("quasar_core.api.load", lambda *given: make_pair(CountingModel(wrong_after=6)))
+
+
+ASK = ["generate", "w3 w4 w5 w3", "-n", "12", "--num-draft-tokens", "4", "--window", "3", "--raw"]
+
+
+@pytest.mark.usefixtures("counting")
+def test_generate_shows_who_made_each_token(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*ASK, "--no-stats"]) == 0
+    plain = capsys.readouterr().out
+    assert run([*ASK, "--no-stats", "--trace"]) == 0
+    shown = capsys.readouterr()
+    assert re.sub(r"[\[\]<>{}]", "", shown.out) == plain
+    assert "[" in shown.out
+    assert "{" in shown.out
+    assert "drafted, and accepted" in shown.err
+    assert "corrected by the confirm" in shown.err
+
+
+@pytest.mark.usefixtures("counting")
+def test_generate_saves_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*ASK, "--trace", "t.json"]) == 0
+    trace = read_trace(Path("t.json"))
+    assert "".join(token.text for token in trace.tokens) + "\n" == capsys.readouterr().out
+    assert (trace.model, trace.verify, trace.prompt) == ("counting", "exact", "w3 w4 w5 w3")
+    assert run([*ASK, "--trace", "t.json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"]
+    Path("mine.json").write_text('{"a": 1}')
+    assert run([*ASK, "--trace", "mine.json"]) == 2
+    assert "mine.json exists and is not a trace of quasar generate" in capsys.readouterr().err
+    assert run([*ASK, "--trace=notes.txt"]) == 2
+    assert "--trace must be a .json file" in capsys.readouterr().err

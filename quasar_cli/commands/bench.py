@@ -25,7 +25,6 @@ from quasar_cli.options import (
     use_threads,
 )
 from quasar_core.bench.arms import ARMS, BASELINE, DEFAULT_ARMS, TWIN, TWIN_EVERY, BenchConfig, PeerOptions, parse_arms
-from quasar_core.bench.estimates import FEWEST
 from quasar_core.config import VerifyMode
 from quasar_core.errors import UsageError
 from quasar_core.records import Progress
@@ -221,6 +220,8 @@ def bench(
 
 def _without_idle_twin(config: BenchConfig, questions: list[int]) -> BenchConfig:
     """Vanilla is not asked again where too few questions would be to tell anything."""
+    from quasar_core.bench.estimates import FEWEST
+
     if sum(-(-count // TWIN_EVERY) for count in questions) >= FEWEST:
         return config
     return replace(config, arms=tuple(name for name in config.arms if name != TWIN))

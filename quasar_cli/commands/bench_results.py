@@ -64,7 +64,7 @@ def _recompute(results: "Results", path: Path) -> None:
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="BEFORE AFTER…", help="Result files over the same questions.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Result files over the same questions.")],
     markdown: Markdown = False,
     max_regression: Annotated[
         str | None,
@@ -148,7 +148,7 @@ def plot(
 def report(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="RESULTS…", help="A result file of quasar bench, and traces of generate; or traces."),
+        typer.Argument(metavar="FILE", help="A result file of quasar bench, and traces of generate; or traces."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
     verbose: Verbose = False,
@@ -169,7 +169,7 @@ def report(
 
 COMMANDS: list[tuple[str, Callable[..., None], str]] = [
     ("show", takes_groups(show_tables), "quasar bench show results.json --markdown"),
-    ("compare", compare, "quasar bench compare before.json after.json --max-regression 5%"),
+    ("compare", compare, "quasar bench compare a.json b.json --max-regression 5%"),
     ("plot", plot, "quasar bench plot results.json -o results.svg"),
     ("report", report, "quasar bench report results.json -o report.html"),
 ]

@@ -103,6 +103,8 @@ def _trace_file(trace: str | None) -> Path | None:
     from quasar_core import api
 
     path = Path(str(trace))
+    if path.suffix != ".json":
+        raise UsageError(f"--trace must be a .json file, not {trace}.")
     api.refuse_foreign_trace(path)
     return path
 

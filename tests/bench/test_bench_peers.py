@@ -1,6 +1,7 @@
 """Other programs as arms of a bench: the same text, honest counts, and a reason where one fails."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,20 @@ def test_why_a_peer_fails(tmp_path: Path, begin: str, answer: str, reason: str) 
         ask()
 
 
+def test_a_peer_takes_the_processes_that_it_began_with_it(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    spawn = "import subprocess; p = subprocess.Popen(['sleep', '1000']); open(settings['file'], 'w').write(str(p.pid))"
+    script = tmp_path / "peer.py"
+    folder = str(Path(start.__file__).parent)
+    script.write_text(TALKS.format(folder=folder, begin=spawn, answer="pass"))
+    peer = TalkingPeer("toy", make_counting_pair(), True, [sys.executable, str(script)], {"file": str(begun)})
+    child = int(begun.read_text())
+    os.kill(child, 0)
+    peer.close()
+    status = Path(f"/proc/{child}/stat")  # a process that has ended may wait to be collected
+    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def test_a_peer_that_fails_is_rows_with_its_reason(tmp_path: Path) -> None:
     pair = make_counting_pair()  # which has no files
     run = BenchConfig(("vanilla", "transformers"), max_new_tokens=4)
@@ -199,7 +214,7 @@ def test_what_a_peer_lacks_is_said_before_the_run(
     arm: str, peers: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(llama_cpp, "PACKAGES", ("no-such-package",))
+    monkeypatch.setattr(llama_cpp, "PACKAGE", "no-such-package")
     monkeypatch.setattr(start, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=sentence):
         start.check_peers([ARMS[arm]], config(arm, peers=PeerOptions(**peers)))
@@ -219,6 +234,24 @@ def test_llama_cpp_needs_a_model_or_its_converter(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv(llama_cpp.CONVERTER_FOLDER, str(tmp_path))
     llama_cpp.check(PeerOptions())
     assert llama_cpp.server_program(PeerOptions()) == str(server)
+
+
+def test_the_server_of_a_package_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "own_server"
+    (package / "bin").mkdir(parents=True)
+    (package / "__init__.py").write_text("from pathlib import Path\nPath(__file__).with_name('made').touch()\n")
+    server = package / "bin" / "llama-server"
+    server.write_text("")
+    server.chmod(0o755)
+    info = tmp_path / "own_server-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: own-server\nVersion: 1\n")
+    (info / "RECORD").write_text("own_server/__init__.py,,\nown_server/bin/llama-server,,\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(llama_cpp, "PACKAGE", "own-server")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert llama_cpp.server_program(PeerOptions()) == str(server)
+    assert (package / "made").exists()  # what a package does when it is imported is done
 
 
 # What they count

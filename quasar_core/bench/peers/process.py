@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import IO, Any
 
@@ -102,18 +104,22 @@ class Child:
         return next((" ".join(line.split())[:300] for line in reversed(lines) if line.strip()), "it printed nothing")
 
     def close(self) -> None:
-        """Ask it to end, and end it."""
+        """Ask it to end, and end it, with all processes that it began."""
         if self.process.stdin:
             self.process.stdin.close()
-        self.process.terminate()
-        try:
+        self._signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):  # what follows does not ask
             self.process.wait(ENDING_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self._signal(signal.SIGKILL)
+        self.process.wait()
         if self.process.stdout:
             self.process.stdout.close()
         self._log.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the process and to those that it began, which are a group of their own."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
 
 class TalkingPeer(Peer):
