@@ -37,6 +37,12 @@ def show(*renderables: RenderableType) -> None:
             console.print(renderable)
 
 
+def has_colours() -> bool:
+    """Whether stdout shows colours: a terminal, and NO_COLOR is not set."""
+    found = _console(stderr=False)
+    return found.is_terminal and not found.no_color and found.color_system is not None
+
+
 def note(*renderables: RenderableType) -> None:
     """Print what accompanies a result on stderr."""
     console = _console(stderr=True)

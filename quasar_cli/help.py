@@ -13,8 +13,34 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+# Options that may stand without the file that they can be given; what they then mean.
+BARE = {"--trace": "-"}
+
+
+def with_values(arguments: list[str]) -> list[str]:
+    """Arguments in which an option of `BARE` has its value: the name of a .json file where one follows, else its own.
+
+    A prompt that follows is no name: it does not end so, or has spaces.
+    """
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    given = arguments[:end]
+    following = [*given[1:], ""]
+    return [
+        f"{word}={BARE[word]}" if word in BARE and not _is_json_file(after) else word
+        for word, after in zip(given, following, strict=False)
+    ] + arguments[end:]
+
+
+def _is_json_file(word: str) -> bool:
+    return word.endswith(".json") and not word.startswith("-") and len(word.split()) == 1
+
+
 class Command(TyperCommand):
     """A command whose options stand in groups."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments, options that stand without a value included."""
+        return super().parse_args(ctx, with_values(args))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, then the options by their panels."""

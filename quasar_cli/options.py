@@ -219,6 +219,14 @@ Think = Annotated[
 ]
 Stream = Annotated[bool, typer.Option("--stream/--no-stream", help="Print text as it comes, or at the end.")]
 ShowStats = Annotated[bool, typer.Option("--stats/--no-stats", help="Print what the generation gained.")]
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        "--trace",
+        metavar="[FILE.json]",
+        help="Show who made each token: in the terminal, or in a file for `quasar bench report`.",
+    ),
+]
 Folder = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FOLDER", help="Where the verifier goes; default: beside the target."),

@@ -28,6 +28,7 @@ from quasar_core.decode.costs import pair_costs
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.processors import read_processors
 from quasar_core.decode.text import encode_prompt
+from quasar_core.decode.traced import trace_of
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_folder
 from quasar_core.kernels.threads import describe_threads, most_threads, use_threads
@@ -63,6 +64,7 @@ from quasar_core.store import (
 from quasar_core.store.folders import refuse_existing, refuse_place, replaced_folder
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import weight_files
+from quasar_core.trace import refuse_foreign_trace, write_trace
 
 __all__ = [
     "Generator",
@@ -88,11 +90,14 @@ __all__ = [
     "parse_bytes",
     "quantize",
     "refuse_foreign_report",
+    "refuse_foreign_trace",
     "refuse_what_cannot_fit",
     "replaced_folder",
     "run_bench",
     "spare_gpus",
+    "trace_of",
     "use_threads",
+    "write_trace",
 ]
 
 

@@ -24,13 +24,22 @@ class Piece:
     length: int
 
 
+LARGEST_MARGIN = 1000.0  # nats; where all other tokens are forbidden a margin is infinite
+
+
+def as_recorded(margins: Sequence[float]) -> list[float]:
+    """Margins as they stand in records: short, and finite."""
+    return [round(min(margin, LARGEST_MARGIN), 4) for margin in margins]
+
+
 @dataclass(frozen=True)
 class Step:
     """One pass that checked a draft, or a token alone: draft tokens offered and accepted, the pieces of the draft.
 
     The verifier's, or with `by_target` the target's: always in `full`, and in `exact` where a draft went to the target
-    at once. `margins` are the verifier's, of the tokens that the step added; `seconds` are the pass's, in greedy
-    `exact`, and 0 where a confirm with the same pass has them.
+    at once. `margins` are the verifier's, of the tokens that the step added, or in `full` the target's; those of the
+    target in `exact` are `target_margins`. `seconds` are the pass's, in greedy `exact`, and 0 where a confirm with the
+    same pass has them.
     """
 
     drafted: int
@@ -40,6 +49,7 @@ class Step:
     margins: list[float] = field(default_factory=list)
     draft_s: float = 0.0
     seconds: float = 0.0
+    target_margins: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,8 @@ class Confirm:
     """One confirm pass: tokens that waited in the window, and how many of them the target accepted.
 
     `drafted` tokens of a draft passed behind them, which are a step's as well; `step` is how many steps were before.
+    `margins` are the target's, of the accepted tokens, and of its own where no step has that one; `refused` is the
+    token in whose place its own stands.
     """
 
     window: int
@@ -63,6 +75,8 @@ class Confirm:
     drafted: int = 0
     step: int = 0
     seconds: float = 0.0
+    margins: list[float] = field(default_factory=list)
+    refused: int | None = None
 
 
 @dataclass

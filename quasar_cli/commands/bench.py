@@ -1,12 +1,14 @@
 """`quasar bench`: measure the arms side by side, and look at what was measured."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from quasar_cli import console
+from quasar_cli.commands import bench_results
+from quasar_cli.commands.bench_results import Forms, present
 from quasar_cli.commands.bench_steps import EXAMPLES, steps
 from quasar_cli.commands.generate import say_digest
 from quasar_cli.commands.models import announce
@@ -14,42 +16,43 @@ from quasar_cli.help import Command, Group, examples
 from quasar_cli.options import (
     DraftFrom,
     Json,
-    MaxNewTokens,
     ModelOptions,
-    NumDraftTokens,
     Processors,
     Seed,
-    Temperature,
     Verbose,
     Window,
     parse_auto,
     takes_groups,
     use_threads,
 )
-from quasar_core.bench.arms import ARMS, DEFAULT_ARMS, BenchConfig, parse_arms
+from quasar_core.bench.arms import ARMS, BASELINE, DEFAULT_ARMS, TWIN, TWIN_EVERY, BenchConfig, PeerOptions, parse_arms
 from quasar_core.config import VerifyMode
 from quasar_core.errors import UsageError
 from quasar_core.records import Progress
 
 if TYPE_CHECKING:
     from quasar_core.api import Pair
-    from quasar_core.bench.results import Results
 
 app = typer.Typer(
     cls=Group,
-    help="Measure acceptance length and speedup; compare and plot what was measured.",
+    help="Measure acceptance length and speedup; compare, plot and report what was measured.",
     invoke_without_command=True,
     epilog=examples(
         "quasar bench --dataset demo",
         "quasar bench --dataset mt-bench,gsm8k --limit 20",
+        "quasar bench --dataset spec-bench --profile quick",
         "quasar bench show results.json --markdown",
-        "quasar bench --help",
+        "quasar bench report results.json -o report.html",
     ),
 )
 
-ResultFile = Annotated[Path, typer.Argument(metavar="RESULTS", help="A result file of quasar bench.")]
-Markdown = Annotated[bool, typer.Option("--markdown", help="Print the tables as Markdown.")]
-Csv = Annotated[bool, typer.Option("--csv", help="Print one CSV table, numbers at full precision.")]
+# What --profile stands for; an option that is given counts more.
+PROFILES: dict[str, dict[str, Any]] = {
+    "quick": {"max_new_tokens": 64, "repeats": 1, "temperature": "0"},
+    "paper": {"max_new_tokens": 1024, "repeats": 3, "temperature": "0,1", "num_draft_tokens": "5"},
+}
+Profile = Literal["quick", "paper"]
+_PEERS = "Other programs"
 
 
 @dataclass(frozen=True)
@@ -57,36 +60,108 @@ class BenchOptions:
     """The options that make a BenchConfig."""
 
     arms: Annotated[str, typer.Option("--arms", help=f"Comma-separated: {', '.join(ARMS)}.")] = DEFAULT_ARMS
+    profile: Annotated[
+        Profile | None,
+        typer.Option("--profile", help="quick: minutes; paper: its lengths, T = 0 and 1, three repeats."),
+    ] = None
     limit: Annotated[
         int | None, typer.Option("--limit", help="Questions of a dataset, spread evenly over it; default: all.")
     ] = None
-    repeats: Annotated[int, typer.Option("--repeats", help="How often each question is asked.")] = 1
-    max_new_tokens: MaxNewTokens = 256
+    repeats: Annotated[
+        int | None, typer.Option("--repeats", help="How often each question is asked; default: once.")
+    ] = None
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", "-n", help="The most tokens to generate; default: 256.")
+    ] = None
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after the end of text, up to --max-new-tokens.")
     ] = False
-    num_draft_tokens: NumDraftTokens = "auto"
+    num_draft_tokens: Annotated[
+        str | None,
+        typer.Option("--num-draft-tokens", metavar="N|auto", help="Tokens of a draft.", rich_help_panel="Speculation"),
+    ] = None
     draft_from: DraftFrom = None
     window: Window = "auto"
-    temperature: Temperature = 0.0
+    temperature: Annotated[
+        str | None,
+        typer.Option(
+            "--temperature",
+            "-t",
+            metavar="T[,T]",
+            help="0 takes the best token; above 0 draws. Several: one run for each.",
+            rich_help_panel="Sampling",
+        ),
+    ] = None
     processors: Processors = True
     seed: Seed = 0
+    check_noise: Annotated[
+        bool,
+        typer.Option(
+            "--check-noise/--no-check-noise",
+            help="Ask vanilla every fourth question again, to see how alike two identical arms come out.",
+        ),
+    ] = True
+    run_code: Annotated[
+        bool,
+        typer.Option("--run-code", help="Run the programs that models write, to score HumanEval. No sandbox."),
+    ] = False
+    assistant: Annotated[
+        str | None,
+        typer.Option("--assistant", metavar="FOLDER", help="A small model that drafts.", rich_help_panel=_PEERS),
+    ] = None
+    gguf: Annotated[
+        str | None,
+        typer.Option("--gguf", metavar="FILE", help="The model for llama.cpp.", rich_help_panel=_PEERS),
+    ] = None
+    llama_server: Annotated[
+        str | None,
+        typer.Option(
+            "--llama-server", metavar="FILE", help="llama.cpp's server; default: on PATH.", rich_help_panel=_PEERS
+        ),
+    ] = None
+    spec_type: Annotated[
+        str,
+        typer.Option("--spec-type", help="How llama.cpp-spec drafts, as llama-server says.", rich_help_panel=_PEERS),
+    ] = "ngram-simple"
+    vllm_python: Annotated[
+        str | None,
+        typer.Option("--vllm-python", metavar="FILE", help="The Python that has vLLM.", rich_help_panel=_PEERS),
+    ] = None
 
     def config(self) -> BenchConfig:
         """The checked config; UsageError for a value that cannot be."""
         return BenchConfig(
-            arms=tuple(arm.name for arm in parse_arms(self.arms)),
-            temperature=self.temperature,
+            arms=self._arms(),
+            temperatures=_parse_temperatures(str(self._chosen("temperature", "0"))),
             seed=self.seed,
             limit=self.limit,
-            repeats=self.repeats,
-            max_new_tokens=self.max_new_tokens,
-            num_draft_tokens=parse_auto("--num-draft-tokens", self.num_draft_tokens),
+            repeats=self._chosen("repeats", 1),
+            max_new_tokens=self._chosen("max_new_tokens", 256),
+            num_draft_tokens=parse_auto("--num-draft-tokens", self._chosen("num_draft_tokens", "auto")),
             draft_from=tuple(self.draft_from or ()),
             window=parse_auto("--window", self.window),
             ignore_eos=self.ignore_eos,
             processors=self.processors,
+            run_code=self.run_code,
+            peers=PeerOptions(self.assistant, self.gguf, self.llama_server, self.spec_type, self.vllm_python),
         )
+
+    def _chosen(self, name: str, usual: Any) -> Any:
+        """What was given, else what the profile says, else what is usual."""
+        given = getattr(self, name)
+        return PROFILES.get(self.profile or "", {}).get(name, usual) if given is None else given
+
+    def _arms(self) -> tuple[str, ...]:
+        names = [arm.name for arm in parse_arms(self.arms)]
+        twin = [TWIN] if self.check_noise and BASELINE in names and TWIN not in names else []
+        return (*names, *twin)
+
+
+def _parse_temperatures(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--temperature must be numbers separated by commas, not {text}.") from None
 
 
 @app.callback()
@@ -95,6 +170,7 @@ def bench(
     context: typer.Context,
     models: ModelOptions,
     options: BenchOptions,
+    form: Forms,
     dataset: Annotated[
         str | None,
         typer.Option(
@@ -108,14 +184,13 @@ def bench(
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with an interrupted run, or start anew.")
     ] = True,
-    markdown: Markdown = False,
-    as_csv: Csv = False,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
     """Run every arm on every question and print a table like the paper's.
 
-    Everything that a table needs is in the result file: `quasar bench show`, `compare` and `plot` read it.
+    Everything that a table needs is in the result file: `quasar bench show`, `report`, `compare` and `plot` read
+    it.
     """
     if context.invoked_subcommand is not None:
         return
@@ -128,6 +203,7 @@ def bench(
 
     refuse_foreign_results(output)
     datasets = load_datasets(dataset, config.limit)
+    config = _without_idle_twin(config, [len(one.questions) for one in datasets])
     announce(models.model)
     use_threads(models.threads, steer=True)
     with console.progress_bar() as progress:
@@ -142,7 +218,16 @@ def bench(
     if verbose:
         for line in [*results.run.notes, api.describe_threads()]:
             console.note_plain(f"- {line}")
-    _present(results, output, markdown, as_csv, as_json)
+    present(results, output, form, as_json)
+
+
+def _without_idle_twin(config: BenchConfig, questions: list[int]) -> BenchConfig:
+    """Vanilla is not asked again where too few questions would be to tell anything."""
+    from quasar_core.bench.estimates import FEWEST
+
+    if sum(-(-count // TWIN_EVERY) for count in questions) >= FEWEST:
+        return config
+    return replace(config, arms=tuple(name for name in config.arms if name != TWIN))
 
 
 def _load_pair(models: ModelOptions, config: BenchConfig, progress: Progress) -> "Pair":
@@ -158,105 +243,6 @@ def _load_pair(models: ModelOptions, config: BenchConfig, progress: Progress) ->
     return pair
 
 
-@app.command("show", cls=Command, epilog=examples("quasar bench show results.json --markdown"))
-def show(
-    results: ResultFile,
-    markdown: Markdown = False,
-    as_csv: Csv = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
-) -> None:
-    """Print the tables of a result file again."""
-    from quasar_core.bench.results import read_results
-
-    _present(read_results(results), results, markdown, as_csv, as_json)
-
-
-@app.command("compare", cls=Command, epilog=examples("quasar bench compare before.json after.json"))
-def compare(
-    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="A result file of quasar bench.")],
-    after: Annotated[Path, typer.Argument(metavar="AFTER", help="Another one, over the same questions.")],
-    markdown: Markdown = False,
-    verbose: Verbose = False,
-    as_json: Json = False,
-) -> None:
-    """Print what changed between two result files: speed, speedup and acceptance, by dataset and arm."""
-    from quasar_cli.render import bench as render
-    from quasar_core.bench.metrics import compare as compare_results
-    from quasar_core.bench.results import read_results
-
-    comparison = compare_results(read_results(before), read_results(after))
-    if as_json:
-        changes = [{**asdict(change), "ratio": change.ratio} for change in comparison.changes]
-        settings = [dict(zip(("setting", "before", "after"), one, strict=True)) for one in comparison.settings]
-        console.print_json({"changes": changes, "settings": settings})
-        return
-    _show_grids(render.comparison_grids(comparison), markdown)
-
-
-@app.command("plot", cls=Command, epilog=examples("quasar bench plot results.json -o results.svg"))
-def plot(
-    results: ResultFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="A PNG or SVG file.")] = Path("results.png"),
-    verbose: Verbose = False,
-    as_json: Json = False,
-) -> None:
-    """Draw speedups with their intervals, and how many draft tokens a step accepted."""
-    from quasar_core.bench.plots import plot as draw
-    from quasar_core.bench.results import read_results
-
-    draw(read_results(results), output)
-    if as_json:
-        console.print_json({"figure": str(output)})
-    else:
-        console.note_plain(f"The figure is in {output}.")
-
-
+for name, command, example in bench_results.COMMANDS:
+    app.command(name, cls=Command, epilog=examples(example))(command)
 app.command("steps", cls=Command, epilog=EXAMPLES)(steps)
-
-
-def _present(results: "Results", path: Path, markdown: bool, as_csv: bool, as_json: bool) -> None:
-    """The result file's tables on stdout in the form asked for; divergences and failures on stderr in every form."""
-    from quasar_cli.render import bench as render
-
-    if as_json:
-        console.print_json(_as_document(results, path))
-    elif as_csv:
-        console.stream_text(render.as_csv(results))
-    else:
-        _show_grids(render.result_grids(results), markdown)
-        console.note_plain(f"{render.legend(results)}\n{render.describe_run(results)}.\nThe result file is {path}.")
-    said = render.describe_conditions(results), render.describe_divergences(results), render.describe_errors(results)
-    for sentence in said:
-        if sentence:
-            console.note_plain(sentence)
-
-
-def _show_grids(grids: list[Any], markdown: bool) -> None:
-    from quasar_cli.render import bench as render
-
-    if markdown:
-        console.stream_text("\n".join(render.as_markdown(grid) for grid in grids))
-    else:
-        console.show(*map(render.as_table, grids))
-
-
-def _as_document(results: "Results", path: Path) -> dict[str, Any]:
-    """The JSON form: the run, the metrics by dataset and by category, the means, the failures."""
-    from quasar_cli.render.bench import as_record
-    from quasar_core.bench.metrics import conditions, mean_over_datasets, measure
-
-    metrics = measure(results)
-    return {
-        "results": str(path),
-        "run": results.run.to_dict(),
-        "metrics": [as_record(metric) for metric in metrics],
-        "categories": [as_record(metric) for metric in measure(results, by_category=True)],
-        "conditions": {**asdict(conditions(results)), "was_busy": conditions(results).was_busy},
-        "means": [asdict(mean) for mean in mean_over_datasets(metrics)],
-        "divergences": [{**asdict(one), "near_tie": one.near_tie} for one in results.divergences],
-        "errors": [
-            {"dataset": row.dataset, "question_id": row.question_id, "arm": row.arm, "error": row.error}
-            for row in results.errors
-        ],
-    }

@@ -155,7 +155,7 @@ def steps(
 
 
 def _present(report: "StepReport", markdown: bool, as_json: bool) -> None:
-    from quasar_cli.render import bench as tables
+    from quasar_cli.render import grids as tables
     from quasar_cli.render import steps as render
 
     if as_json:

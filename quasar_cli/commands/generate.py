@@ -18,6 +18,7 @@ from quasar_cli.options import (
     Stream,
     System,
     Think,
+    Trace,
     Verbose,
     takes_groups,
     use_threads,
@@ -27,6 +28,7 @@ from quasar_core.errors import UsageError, reason
 from quasar_core.files import read_text, require_characters
 
 if TYPE_CHECKING:
+    from quasar_core import trace as api_trace
     from quasar_core.api import Pair
     from quasar_core.records import GenerationResult
 
@@ -35,6 +37,7 @@ EXAMPLES = examples(
     "git diff | quasar generate --system 'Review this.'",
     "quasar generate -f prompt.txt -n 512 --json",
     "quasar generate --raw 'def fibonacci(' --no-stats",
+    "quasar generate --trace 'Count to ten.'",
 )
 
 
@@ -63,6 +66,7 @@ def generate(
     models: ModelOptions,
     stream: Stream = True,
     stats: ShowStats = True,
+    trace: Trace = None,
     verbose: Verbose = False,
     as_json: Json = False,
 ) -> None:
@@ -74,6 +78,7 @@ def generate(
     asked = read_prompt(text, prompt, prompt_file)
     if system is not None and not chat:
         raise UsageError("--system is part of the chat template; leave --raw out, or put the text into the prompt.")
+    trace_file = _trace_file(trace)
     pair = load_pair(models, config)
 
     from quasar_core import api
@@ -82,9 +87,14 @@ def generate(
     prompt_ids = api.encode_prompt(pair.tokenizer, messages, raw=not chat, think=think)
     with console.progress_bar() as progress:
         generator = api.Generator(pair, config, progress=progress)
-    streamed = stream and not as_json
+    coloured = trace == "-" and not as_json
+    streamed = stream and not as_json and not coloured
     result = generator.generate(prompt_ids, console.stream_text if streamed else None)
-    if as_json:
+    if trace_file is not None:
+        api.write_trace(api.trace_of(pair, config, result, asked), trace_file)
+    if coloured:
+        show_trace(api.trace_of(pair, config, result, asked))
+    elif as_json:
         console.print_json(as_document(pair, config, result))
     else:
         console.stream_text("\n" if streamed else result.text + "\n")
@@ -92,6 +102,27 @@ def generate(
         show_notes(pair)
     if stats:
         show_stats(pair, config, result)
+
+
+def _trace_file(trace: str | None) -> Path | None:
+    """The file that --trace names, if any; UsageError, before any work, where another program's stands there."""
+    if trace in (None, "-"):
+        return None
+    from quasar_core import api
+
+    path = Path(str(trace))
+    if path.suffix != ".json":
+        raise UsageError(f"--trace must be a .json file, not {trace}.")
+    api.refuse_foreign_trace(path)
+    return path
+
+
+def show_trace(trace: "api_trace.Trace") -> None:
+    """Print an answer on stdout coloured by who made each token, and the legend on stderr."""
+    from quasar_cli.render import trace as render
+
+    console.show(render.coloured(trace) if console.has_colours() else render.bracketed(trace))
+    console.note(render.legend(trace, console.has_colours()))
 
 
 def read_prompt(argument: str | None, prompt: str | None, prompt_file: Path | None) -> str:

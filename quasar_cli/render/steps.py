@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from quasar_cli.render import as_bytes, as_ratio
-from quasar_cli.render.bench import Column, Grid
+from quasar_cli.render.grids import Column, Grid
 from quasar_core.bench.steps import REFERENCE, StepReport, StepRow
 
 LEGEND = (

@@ -79,7 +79,8 @@ def _fetch(file: HubFile) -> Path:
 def _fastchat_rows(file: HubFile, path: Path) -> Iterator[dict[str, Any]]:
     try:
         for row in _json_rows(path):
-            yield {"category": row.get("category") or file.category, "turns": _turns(row)}
+            judged = {name: row[name] for name in ("reference", "answer", *_PROGRAM) if isinstance(row.get(name), str)}
+            yield {**judged, "category": row.get("category") or file.category, "turns": _turns(row)}
     except (ValueError, KeyError, TypeError) as error:
         raise QuasarError(f"{file.path} of the hub dataset {file.repository} is not as expected: {error}.") from error
 
@@ -107,11 +108,19 @@ DATA_VARIABLE = "QUASAR_DATA"
 
 @dataclass(frozen=True)
 class Question:
-    """One conversation to lead: the user's messages in order."""
+    """One conversation to lead: the user's messages in order.
+
+    `reference` holds the dataset's own answers, turn by turn. `test` and `entry_point` judge a program as HumanEval
+    does, `prompt` is the program that it continues.
+    """
 
     question_id: int | str
     category: str
     turns: tuple[str, ...]
+    reference: tuple[str, ...] = ()
+    test: str | None = None
+    entry_point: str | None = None
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,8 @@ class Dataset:
     @property
     def sha256(self) -> str:
         """Identity of the questions: runs over the same digest can be compared."""
-        content = json.dumps([asdict(question) for question in self.questions], sort_keys=True)
+        asked = ("question_id", "category", "turns")  # not the answers, which change nothing that is measured
+        content = json.dumps([{name: asdict(one)[name] for name in asked} for one in self.questions], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def limited(self, count: int | None) -> "Dataset":
@@ -205,7 +215,16 @@ def _question(row: Any, where: str) -> Question:
     category = str(row.get("category", "all"))
     for text in (*turns, category, str(question_id)):
         require_characters(text, where)
-    return Question(question_id, category, tuple(turns))
+    return Question(question_id, category, tuple(turns), _reference(row), *map(row.get, _PROGRAM))
+
+
+_PROGRAM = ("test", "entry_point", "prompt")
+
+
+def _reference(row: dict[str, Any]) -> tuple[str, ...]:
+    """The dataset's own answers, in FastChat's form or in GSM8K's; what is neither judges nothing."""
+    found = row.get("reference", row.get("answer", ()))
+    return tuple(map(str, [found] if isinstance(found, str) else found or ()))
 
 
 def _check(questions: Sequence[Question], path: Path) -> None:

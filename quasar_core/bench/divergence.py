@@ -11,7 +11,8 @@ import torch
 
 from quasar_core.bench.arms import ARMS, BASELINE
 from quasar_core.bench.datasets import Dataset
-from quasar_core.bench.results import Divergence, Row
+from quasar_core.bench.quality import first_difference
+from quasar_core.bench.results import Divergence, Key, Row
 from quasar_core.decode.text import encode_prompt
 from quasar_core.models.pair import Pair
 from quasar_core.models.rope import begin_text
@@ -35,26 +36,18 @@ def find_divergences(pair: Pair, datasets: Sequence[Dataset], rows: Sequence[Row
 
 
 def _splits(rows: Sequence[Row]) -> Iterator[_Split]:
-    conversations: dict[tuple[str, int | str, int, str], list[Row]] = {}
+    conversations: dict[Key, list[Row]] = {}
     for row in rows:
         conversations.setdefault(row.conversation, []).append(row)
-    for (dataset, question, repeat, arm), answers in conversations.items():
-        vanilla = conversations.get((dataset, question, repeat, BASELINE))
-        if vanilla and arm != BASELINE and ARMS[arm].verify in ("full", "exact"):
+    for (dataset, question, repeat, arm, temperature), answers in conversations.items():
+        vanilla = conversations.get((dataset, question, repeat, BASELINE, temperature))
+        if vanilla and arm != BASELINE and not ARMS[arm].is_peer and ARMS[arm].verify in ("full", "exact"):
             for turn, (row, own) in enumerate(zip(answers, vanilla, strict=False)):
                 if row.error is not None or own.error is not None:
                     break
                 if row.token_ids != own.token_ids:
                     yield _Split(row, vanilla[: turn + 1], first_difference(row.token_ids, own.token_ids))
                     break
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    """The first position at which two sequences differ; where one continues the other, the shorter's length."""
-    for position, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return position
-    return min(len(a), len(b))
 
 
 def _judge(pair: Pair, split: _Split, turns: Sequence[str]) -> Divergence:

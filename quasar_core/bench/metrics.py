@@ -1,87 +1,57 @@
-"""Compute a table's numbers from a result file: acceptance, speed, equality with vanilla, and speedup with intervals.
+"""Compute a table's numbers from a result file: acceptance, speed, cost, quality, and speedup with intervals.
 
 Pure: knows nothing of models. A question's turns and repeats are pooled, and the ratios of the pooled counts are those
 of `records.Stats`, each defined there. A question of which an arm failed any turn counts as failed for that arm, and
-is left out of its other numbers. Speedup has two definitions, each with a bootstrap interval over questions; arrays
-[n, 2] hold a row for each question: the tokens that its steps yielded, and the seconds they took. `compare` sets the
-numbers of two result files beside one another, arm by arm.
+is left out of its other numbers. docs/measuring.md defines every figure.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import fmean
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from quasar_core.bench.arms import BASELINE
-from quasar_core.bench.results import Results, Row, differing_settings
-from quasar_core.errors import UsageError
+from quasar_core.bench.arms import ARMS, BASELINE, TWIN
+from quasar_core.bench.estimates import Estimate, Yields, estimate, mean_of_ratios, ratio_of_totals
+from quasar_core.bench.quality import Agreement, agreement
+from quasar_core.bench.results import Passes, Results, Row, Run
+from quasar_core.bench.speculation import Speculation, speculation
 from quasar_core.records import DrafterUse, Stats
-from quasar_core.system import Load
-
-SAMPLES = 2000
-CONFIDENCE = 0.95
-SPEED = "tokens/s"
-FEWEST = 8  # questions: of fewer, a bootstrap's interval is too narrow
-
-E4M3Format = npt.NDArray[np.float64]
-Statistic = Callable[[E4M3Format, E4M3Format], E4M3Format]
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A speedup over so many questions and its 95 % interval; no interval from fewer than two questions."""
+class Spread:
+    """The median and the 95th percentile over answers."""
 
-    value: float
-    interval: tuple[float, float] | None
-    questions: int
-
-    @property
-    def is_shown(self) -> bool:
-        """Whether the run shows that the arm is faster, or slower: the interval of enough questions leaves 1 out."""
-        if self.interval is None or self.questions < FEWEST:
-            return False
-        low, high = self.interval
-        return low > 1 or high < 1
+    median: float
+    p95: float
 
 
-def mean_of_ratios(arm: E4M3Format, vanilla: E4M3Format) -> E4M3Format:
-    """Spec-Bench's: the mean over questions of the ratio of tokens per second; [..., n, 2] twice to [...]."""
-    speed, speed_of_vanilla = arm[..., 0] / arm[..., 1], vanilla[..., 0] / vanilla[..., 1]
-    return np.asarray((speed / speed_of_vanilla).mean(axis=-1))
+@dataclass(frozen=True)
+class Shares:
+    """Where the seconds of decoding went, as shares of them; `other` is the engine's own, and Python."""
 
-
-def ratio_of_totals(arm: E4M3Format, vanilla: E4M3Format) -> E4M3Format:
-    """The ratio of total tokens ÷ total seconds; [..., n, 2] twice to [...]."""
-    total, total_of_vanilla = arm.sum(axis=-2), vanilla.sum(axis=-2)
-    return np.asarray((total[..., 0] / total[..., 1]) / (total_of_vanilla[..., 0] / total_of_vanilla[..., 1]))
-
-
-def estimate(statistic: Statistic, arm: E4M3Format, vanilla: E4M3Format) -> Estimate:
-    """A statistic of all n questions, and its interval when n are drawn with replacement, pairs kept together."""
-    value, count = float(statistic(arm, vanilla)), len(arm)
-    if count < 2:
-        return Estimate(value, None, count)
-    drawn = np.random.default_rng(0).integers(0, count, size=(SAMPLES, count))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(statistic(arm[drawn], vanilla[drawn]), (tail, 1 - tail))
-    return Estimate(value, (float(low), float(high)), count)
+    draft: float
+    verify: float
+    confirm: float
+    other: float
 
 
 @dataclass(frozen=True)
 class ArmMetrics:
-    """One arm on one dataset, or on one category of it; None where a number does not exist.
+    """One arm on one dataset at one temperature, or on one category of it; None where a number does not exist.
 
     `acceptance_length` is total new tokens ÷ total steps, the prompt's token left out; `acceptance_length_mean` is the
     mean of the questions' own. `speedup_total`, the headline, is the ratio of total tokens ÷ total seconds;
-    `speedup_mean` is Spec-Bench's, the mean over questions of the ratio of tokens per second. `identical` counts the
-    questions whose every answer is vanilla's, token for token; sampled text differs by design, so there it does not
-    exist.
+    `speedup_mean` is Spec-Bench's, the mean over questions of the ratio of tokens per second. `ttft_s` is the time to
+    the first token and `token_s` the seconds of decoding ÷ tokens, both over answers. `bytes_per_token` counts the
+    weights that passes read, `floor_share` is the least time that they could take ÷ the time that decoding took.
+    `identical` counts the questions whose every answer is vanilla's, token for token; sampled text differs by design,
+    so there it does not exist. `correct` of `scored` answers are right.
     """
 
     dataset: str
+    temperature: float
     category: str | None
     arm: str
     questions: int
@@ -99,93 +69,83 @@ class ArmMetrics:
     speedup_mean: Estimate | None
     speedup_total: Estimate | None
     identical: int | None
+    ttft_s: Spread | None
+    token_s: Spread | None
+    shares: Shares | None
+    bytes_per_token: float | None
+    floor_share: float | None
+    peak_memory_bytes: int
+    joules_per_token: float | None
+    agreement: Agreement | None
+    correct: int
+    scored: int
+    speculation: Speculation
     drafters: dict[str, DrafterUse] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ArmMean:
-    """One arm over all datasets, each counting the same; None where a dataset lacks the number."""
+    """One arm at one temperature over all datasets, each counting the same; None where a dataset lacks the number."""
 
+    temperature: float
     arm: str
     speedup: float | None
     acceptance_length: float | None
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """How far the machine was the run's own; None where the system did not tell.
+class _Answer:
+    """One arm's answers to one question: its rows, and their pooled counts; None where one failed."""
 
-    `others` and `most_others` are the mean and the largest share of the cores that other programs took during an
-    answer, `busy` the answers during which that was too much to trust their seconds. `mhz` is the range of the cores'
-    frequency. `reference_spread` is that of vanilla's tokens per second: the half of its answers in the middle, high ÷
-    low − 1.
-    """
-
-    answers: int
-    busy: int
-    others: float | None
-    most_others: float | None
-    mhz: tuple[float, float] | None
-    reference_spread: float | None
+    rows: list[Row]
+    stats: Stats | None
 
     @property
-    def was_busy(self) -> bool:
-        """Whether enough answers were disturbed to doubt the seconds."""
-        return 10 * self.busy > self.answers
-
-
-def conditions(results: Results) -> Conditions:
-    """What the rows say of the machine; answers that an older version wrote say nothing."""
-    others = [row.others for row in results.rows if row.others is not None]
-    mhz = [row.mhz for row in results.rows if row.mhz is not None]
-    speeds = [row.stats.tokens_per_s for row in results.rows if row.arm == BASELINE and row.stats]
-    known = [speed for speed in speeds if speed]
-    low, high = np.quantile(known, (0.25, 0.75)) if len(known) > 1 else (1.0, 1.0)
-    return Conditions(
-        answers=len(results.rows),
-        busy=sum(Load(share).is_busy for share in others),
-        others=fmean(others) if others else None,
-        most_others=max(others, default=None),
-        mhz=(min(mhz), max(mhz)) if mhz else None,
-        reference_spread=float(high / low - 1) if len(known) > 1 else None,
-    )
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """One arm's token ids for one question, turn by turn; `stats` is None where a turn failed."""
-
-    token_ids: list[list[int]]
-    stats: Stats | None
+    def token_ids(self) -> list[list[int]]:
+        """Turn by turn."""
+        return [row.token_ids for row in self.rows]
 
 
 _Answers = dict[int | str, _Answer]  # by question
 
 
 def measure(results: Results, by_category: bool = False) -> list[ArmMetrics]:
-    """The metrics of each dataset (with `by_category`: of each of its categories) and arm, in the order of the run."""
-    groups: dict[tuple[str, str | None], list[Row]] = {}
+    """The metrics of each dataset (with `by_category`: of each of its categories), temperature and arm, in order."""
+    groups: dict[tuple[str, float, str | None], list[Row]] = {}
     for row in results.rows:
-        groups.setdefault((row.dataset, row.category if by_category else None), []).append(row)
-    return [metric for group, rows in groups.items() for metric in _measure_group(*group, rows, results)]
+        groups.setdefault((row.dataset, row.temperature, row.category if by_category else None), []).append(row)
+    return [metric for group, rows in groups.items() for metric in _measure_group(*group, rows, results.run)]
 
 
-def _measure_group(dataset: str, category: str | None, rows: Sequence[Row], results: Results) -> list[ArmMetrics]:
-    arms = [arm for arm in results.run.config.arms if any(row.arm == arm for row in rows)]
+def _measure_group(
+    dataset: str, temperature: float, category: str | None, rows: Sequence[Row], run: Run
+) -> list[ArmMetrics]:
+    arms = [arm for arm in run.config.arms if any(row.arm == arm for row in rows)]
     answers = {arm: _by_question([row for row in rows if row.arm == arm]) for arm in arms}
-    greedy = results.run.config.temperature == 0
-    return [_measure_arm(dataset, category, arm, answers[arm], answers.get(BASELINE), greedy) for arm in arms]
+    place = dataset, temperature, category
+    return [_measure_arm(*place, arm, answers[arm], answers.get(BASELINE), run) for arm in arms]
 
 
 def _measure_arm(
-    dataset: str, category: str | None, arm: str, answers: _Answers, vanilla: _Answers | None, greedy: bool
+    dataset: str,
+    temperature: float,
+    category: str | None,
+    arm: str,
+    answers: _Answers,
+    vanilla: _Answers | None,
+    run: Run,
 ) -> ArmMetrics:
-    whole = [answer.stats for answer in answers.values() if answer.stats is not None]
-    total = pool(whole)
-    lengths = [length for stats in whole if (length := stats.acceptance_length) is not None]
+    whole = [answer for answer in answers.values() if answer.stats is not None]
+    pooled = [answer.stats for answer in whole if answer.stats is not None]
+    rows = [row for answer in whole for row in answer.rows]
+    total = pool(pooled)
+    lengths = [length for stats in pooled if (length := stats.acceptance_length) is not None]
     speedup_mean, speedup_total = _speedups(answers, vanilla) if vanilla else (None, None)
+    read = bytes_read(arm, total, run.passes)
+    greedy = vanilla is not None and temperature == 0
     return ArmMetrics(
         dataset=dataset,
+        temperature=temperature,
         category=category,
         arm=arm,
         questions=len(answers),
@@ -204,7 +164,54 @@ def _measure_arm(
         speedup_total=speedup_total,
         identical=_count_identical(answers, vanilla) if vanilla and greedy else None,
         drafters=total.drafters,
+        ttft_s=spread([row.stats.ttft_s for row in rows if row.stats and row.stats.ttft_s]),
+        token_s=spread([1 / speed for row in rows if row.stats and (speed := row.stats.tokens_per_s)]),
+        shares=shares(total),
+        bytes_per_token=read / _yielded(total) if read and _yielded(total) else None,
+        floor_share=read / run.bandwidth / total.decode_s if read and run.bandwidth and total.decode_s else None,
+        peak_memory_bytes=total.peak_memory_bytes,
+        joules_per_token=joules_per_token(rows),
+        agreement=_agreement(answers, vanilla) if vanilla and greedy else None,
+        correct=sum(row.correct is True for row in rows),
+        scored=sum(row.correct is not None for row in rows),
+        speculation=speculation([row.stats for row in rows if row.stats], ARMS[arm].draft),
     )
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Median and 95th percentile, between values linear; None of none."""
+    return Spread(*map(float, np.quantile(values, (0.5, 0.95)))) if values else None
+
+
+def shares(total: Stats) -> Shares | None:
+    """Where decoding's seconds went; None where they were not told apart, as by other programs."""
+    known = total.draft_s + total.verify_s + total.confirm_s
+    if not known or not total.decode_s:
+        return None
+    draft, verify, confirm = (part / total.decode_s for part in (total.draft_s, total.verify_s, total.confirm_s))
+    return Shares(draft, verify, confirm, max(0.0, 1 - draft - verify - confirm))
+
+
+def bytes_read(arm: str, total: Stats, passes: dict[str, Passes]) -> int | None:
+    """Bytes of weights that decoding's passes read: a step's of the model that verifies, a confirm's of the target.
+
+    None for other programs, and where a model's bytes are not known. The keys and values of the text are left out.
+    """
+    chosen = ARMS[arm]
+    role = "verifier" if chosen.needs_verifier else "target"
+    if chosen.is_peer or role not in passes or (total.confirms and "target" not in passes):
+        return None
+    if chosen.verify == "exact" and not total.confirms:
+        role = "target"  # which verified alone, as the costs advised
+    confirmed = total.confirms * passes["target"].bytes if total.confirms else 0
+    return total.steps * passes[role].bytes + confirmed
+
+
+def joules_per_token(rows: Sequence[Row]) -> float | None:
+    """Joules of whole answers, prompts included, ÷ new tokens; None where an answer's are not known."""
+    joules = [row.joules for row in rows if row.joules is not None]
+    tokens = sum(len(row.token_ids) for row in rows)
+    return sum(joules) / tokens if tokens and len(joules) == len(rows) else None
 
 
 def pool(stats: Iterable[Stats]) -> Stats:
@@ -224,17 +231,19 @@ _ADDED = [each.name for each in fields(Stats) if each.name not in _JOINED]
 
 
 def mean_over_datasets(metrics: Sequence[ArmMetrics]) -> list[ArmMean]:
-    """The last column pair of the paper's table, for each arm."""
-    by_arm: dict[str, list[ArmMetrics]] = {}
+    """The last column pair of the paper's table, for each temperature and arm; the twin of vanilla is left out."""
+    by_arm: dict[tuple[float, str], list[ArmMetrics]] = {}
     for metric in metrics:
-        by_arm.setdefault(metric.arm, []).append(metric)
+        if metric.arm != TWIN:
+            by_arm.setdefault((metric.temperature, metric.arm), []).append(metric)
     return [
         ArmMean(
+            temperature,
             arm,
             _mean([metric.speedup_total.value if metric.speedup_total else None for metric in of_arm]),
             _mean([metric.acceptance_length for metric in of_arm]),
         )
-        for arm, of_arm in by_arm.items()
+        for (temperature, arm), of_arm in by_arm.items()
     ]
 
 
@@ -250,9 +259,9 @@ def _by_question(rows: Sequence[Row]) -> _Answers:
     return {question_id: _answer(of_one) for question_id, of_one in grouped.items()}
 
 
-def _answer(rows: Sequence[Row]) -> _Answer:
+def _answer(rows: list[Row]) -> _Answer:
     stats = [row.stats for row in rows if row.stats is not None]
-    return _Answer([row.token_ids for row in rows], pool(stats) if len(stats) == len(rows) else None)
+    return _Answer(rows, pool(stats) if len(stats) == len(rows) else None)
 
 
 def _pairs(answers: _Answers, vanilla: _Answers) -> list[tuple[_Answer, _Answer]]:
@@ -265,81 +274,38 @@ def _count_identical(answers: _Answers, vanilla: _Answers) -> int:
     return sum(ours.token_ids == theirs.token_ids for ours, theirs in _pairs(answers, vanilla))
 
 
+def _agreement(answers: _Answers, vanilla: _Answers) -> Agreement:
+    """Of the first turns: what follows another answer has another prompt."""
+    pairs = _pairs(answers, vanilla)
+    return agreement((ours.token_ids[0], theirs.token_ids[0]) for ours, theirs in pairs)
+
+
 def _speedups(answers: _Answers, vanilla: _Answers) -> tuple[Estimate, Estimate] | tuple[None, None]:
     """Both speedups, over the questions on which both arms took at least one step."""
-    pairs = [(_yield(ours), _yield(theirs)) for ours, theirs in _pairs(answers, vanilla)]
-    timed = np.array([pair for pair in pairs if np.all(pair)], dtype=np.float64).reshape(-1, 2, 2)
-    if not len(timed):
+    arm, baseline = paired_yields(answers, vanilla)
+    if not len(arm):
         return None, None
-    arm, baseline = timed[:, 0], timed[:, 1]
     return estimate(mean_of_ratios, arm, baseline), estimate(ratio_of_totals, arm, baseline)
+
+
+def paired_yields(answers: _Answers, others: _Answers) -> tuple[Yields, Yields]:
+    """Tokens and seconds [n, 2] of the questions that both answered, one beside the other."""
+    pairs = [(_yield(ours), _yield(theirs)) for ours, theirs in _pairs(answers, others)]
+    timed = np.array([pair for pair in pairs if np.all(pair)], dtype=np.float64).reshape(-1, 2, 2)
+    return timed[:, 0], timed[:, 1]
+
+
+def answers_of(results: Results, dataset: str, temperature: float, arm: str) -> _Answers:
+    """One arm's answers, by question."""
+    place = dataset, temperature, arm
+    return _by_question([row for row in results.rows if (row.dataset, row.temperature, row.arm) == place])
 
 
 def _yield(answer: _Answer) -> tuple[float, float]:
     """Tokens that the steps yielded, and their seconds."""
     stats = answer.stats or Stats()
-    return stats.new_tokens - stats.prefill_tokens, stats.decode_s
+    return _yielded(stats), stats.decode_s
 
 
-@dataclass(frozen=True)
-class Change:
-    """One number of one arm in two runs; None where a run has no such number."""
-
-    dataset: str
-    arm: str
-    quantity: str
-    before: float | None
-    after: float | None
-
-    @property
-    def ratio(self) -> float | None:
-        """After ÷ before."""
-        return self.after / self.before if self.before and self.after is not None else None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All changes, and the settings that the two runs do not share: name, before, after."""
-
-    settings: list[tuple[str, Any, Any]]
-    changes: list[Change]
-
-
-QUANTITIES: dict[str, Callable[[ArmMetrics], float | None]] = {
-    SPEED: lambda metric: metric.tokens_per_s,
-    "speedup": lambda metric: metric.speedup_total.value if metric.speedup_total else None,
-    "acceptance length": lambda metric: metric.acceptance_length,
-}
-
-
-def compare(before: Results, after: Results) -> Comparison:
-    """Compare two runs over the same questions, arm by arm; arms of one run only are left out.
-
-    Raises UsageError when the questions differ, or no arm is in both.
-    """
-    _check_questions(before, after)
-    metrics = {(metric.dataset, metric.arm): metric for metric in measure(before)}
-    pairs = [(metrics[key], metric) for metric in measure(after) if (key := (metric.dataset, metric.arm)) in metrics]
-    if not pairs:
-        raise UsageError("The two result files have no arm in common.")
-    changes = [
-        Change(old.dataset, old.arm, quantity, value(old), value(new))
-        for old, new in pairs
-        for quantity, value in QUANTITIES.items()
-        if old.arm != BASELINE or quantity == SPEED  # vanilla's ratios are 1 by definition
-    ]
-    return Comparison(differing_settings(before.run, after.run), changes)
-
-
-def _check_questions(before: Results, after: Results) -> None:
-    if before.run.datasets != after.run.datasets:
-        raise UsageError(
-            f"The two result files are not about the same questions: {_describe(before)} and {_describe(after)}."
-        )
-
-
-def _describe(results: Results) -> str:
-    return ", ".join(
-        f"{name} ({content['questions']} questions, digest {content['sha256'][:8]})"
-        for name, content in results.run.datasets.items()
-    )
+def _yielded(stats: Stats) -> int:
+    return stats.new_tokens - stats.prefill_tokens

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from quasar_core.bench.arms import BASELINE
 from quasar_core.bench.metrics import measure
-from quasar_core.bench.results import Results
+from quasar_core.bench.results import Results, temperatures
 from quasar_core.bench.steps import REFERENCE, StepReport
 from quasar_core.errors import QuasarError, UsageError, foreign_errors
 from quasar_core.files import refuse_foreign, written_whole
@@ -41,7 +41,7 @@ def plot(results: Results, path: Path) -> None:
     _draw_speedups(left, results)
     _draw_accepted(right, results)
     run = results.run
-    _title(figure, f"{run.model} · {run.dtype} on {run.device} · temperature {run.config.temperature:g}")
+    _title(figure, f"{run.model} · {run.dtype} on {run.device} · {temperatures(run)}")
     _legend_below(figure, left, right)
     save_figure(figure, path)
 

@@ -7,7 +7,7 @@ conversation, which is a list of rows, so a line that was cut off takes its whol
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,30 @@ from quasar_core.records import FinishReason, Stats, stored_stats
 from quasar_core.store.folders import reached
 from quasar_core.typed import build, known_part
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)  # 1: one temperature for a run, no traces
+
+
+Key = tuple[str, int | str, int, str, float]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What passes of a model cost when the run began: seconds of a pass of so many tokens, and the bytes it reads."""
+
+    bytes: int
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One answer of one arm, or the error that stands in its place; `turn` and `repeat` count from 0."""
+    """One answer of one arm, or the error that stands in its place; `turn` and `repeat` count from 0.
+
+    `lengths` are the characters of `text` that each token finished, `refused` the texts of the tokens that confirms
+    refused: with the logs of `stats` they make up the trace. `reference` is the dataset's own answer, `correct` whether
+    this one is right.
+    """
 
     dataset: str
     question_id: int | str
@@ -48,11 +66,17 @@ class Row:
     error: str | None = None
     others: float | None = None  # the share of the cores that other programs took meanwhile
     mhz: float | None = None  # the cores' frequency after it
+    temperature: float = 0.0
+    lengths: list[int] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    reference: str | None = None
+    correct: bool | None = None
+    joules: float | None = None  # that the processor's package and the GPU took meanwhile
 
     @property
-    def conversation(self) -> tuple[str, int | str, int, str]:
-        """The turns that belong together: dataset, question, repeat, arm."""
-        return self.dataset, self.question_id, self.repeat, self.arm
+    def conversation(self) -> Key:
+        """The turns that belong together: dataset, question, repeat, arm, temperature."""
+        return self.dataset, self.question_id, self.repeat, self.arm, self.temperature
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, every step and confirm included."""
@@ -68,7 +92,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """What ran and where. `datasets` gives the number and the digest of the questions asked, by dataset."""
+    """What ran and where. `datasets` gives the number and the digest of the questions asked, by dataset.
+
+    `passes` are known of models of our own decoder, by role; `bandwidth` is what the machine reads, in bytes a second.
+    `peers` says of each arm that is another program what ran, with its version and options.
+    """
 
     config: BenchConfig
     model: str
@@ -79,6 +107,9 @@ class Run:
     versions: dict[str, str]
     notes: list[str]
     git: str | None
+    passes: dict[str, Passes] = field(default_factory=dict)
+    bandwidth: float | None = None
+    peers: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -88,11 +119,11 @@ class Run:
     def from_dict(cls, content: dict[str, Any]) -> "Run":
         """Rebuild from `to_dict`; ValueError for another format version and for what does not fit."""
         version = content.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READ_VERSIONS:
             raise ValueError(f"format version {version}, where {FORMAT_VERSION} is read")
         for name, facts in build(dict[str, dict], content.get("datasets"), "datasets").items():
             build(_Asked, known_part(_Asked, facts), f"datasets.{name}")
-        return build(cls, _with_arms_of_today(known_part(cls, content)))
+        return build(cls, _as_of_today(known_part(cls, content)))
 
     def settings(self) -> dict[str, Any]:
         """Everything that may change a number, flat: setting → value."""
@@ -107,11 +138,15 @@ def _arm(name: Any) -> Any:
     return FORMER_NAMES.get(name, name) if isinstance(name, str) else name
 
 
-def _with_arms_of_today(run: dict[str, Any]) -> dict[str, Any]:
+def _as_of_today(run: dict[str, Any]) -> dict[str, Any]:
+    """A run of an earlier version: arms by their names of today, one temperature as several."""
     config = run.get("config")
     if not isinstance(config, dict) or not isinstance(config.get("arms"), list):
         return run  # which is refused
-    return {**run, "config": {**config, "arms": [_arm(name) for name in config["arms"]]}}
+    config = {**config, "arms": [_arm(name) for name in config["arms"]]}
+    if "temperature" in config:
+        config["temperatures"] = [config.pop("temperature")]
+    return {**run, "config": config}
 
 
 @dataclass(frozen=True)
@@ -120,6 +155,12 @@ class _Asked:
 
     questions: int
     sha256: str
+
+
+def temperatures(run: Run) -> str:
+    """Such as "temperature 0" or "temperatures 0 and 1"."""
+    shown = [f"{one:g}" for one in run.config.temperatures]
+    return f"temperature{'s' if len(shown) > 1 else ''} {' and '.join(shown)}"
 
 
 def differing_settings(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
@@ -195,13 +236,21 @@ def read_results(path: Path) -> Results:
     content = read_json(path, UsageError)
     try:
         rows = build(list[Any], content.get("rows"), "rows")
+        run = Run.from_dict(content)
         return Results(
-            Run.from_dict(content),
-            [Row.from_dict(row, f"rows[{i}]") for i, row in enumerate(rows)],
+            run,
+            _with_temperature([Row.from_dict(row, f"rows[{i}]") for i, row in enumerate(rows)], content, run),
             build(list[Divergence], content.get("divergences"), "divergences"),
         )
     except (ValueError, UsageError) as error:  # the config's own checks name the flag
         raise UsageError(f"{path} is not a result file of quasar bench: {reason(error)}.") from error
+
+
+def _with_temperature(rows: list[Row], content: dict[str, Any], run: Run) -> list[Row]:
+    """Rows of version 1 have the temperature of their run."""
+    if content.get("format_version") != 1:
+        return rows
+    return [replace(row, temperature=run.config.temperatures[0]) for row in rows]
 
 
 class RowLog:
@@ -259,6 +308,7 @@ class RowLog:
         try:
             earlier = Run.from_dict(build(dict, parse_json(header)))
             conversations = [[Row.from_dict(row) for row in build(list, parse_json(line))] for line in lines[:-1]]
+            conversations = [_with_temperature(rows, parse_json(header), earlier) for rows in conversations]
         except (ValueError, UsageError) as error:
             raise QuasarError(f"{self.path} is damaged; pass --no-resume to start anew.") from error
         differences = differing_settings(earlier, self.run)

@@ -31,7 +31,7 @@ from quasar_core.models.base import (
 )
 from quasar_core.models.memory import PROMPT_CHUNK
 from quasar_core.models.pair import Pair
-from quasar_core.records import Confirm, Stats, Step
+from quasar_core.records import Confirm, Stats, Step, as_recorded
 
 # Tokens of a prompt's pass: enough to be bound by arithmetic, few enough that their activations are small.
 PREFILL_CHUNK = {"cpu": 512, "cuda": PROMPT_CHUNK}
@@ -157,7 +157,7 @@ class Engine:
         accepted, bonus = _accept(choices, draft.tokens)
         new = self._cut_at_eos([*draft.tokens[:accepted], bonus])
         accepted = min(accepted, len(new))
-        margins = choices.margins[: len(new)] if self.confirms else []
+        margins = choices.margins[: len(new)]
         self._log_step(draft, accepted, margins, drafting_s, pass_s)
         if self.confirms:
             self._drafts.append((len(self.tokens), draft))
@@ -180,9 +180,12 @@ class Engine:
         by_target: bool = False,
     ) -> None:
         """Margins and seconds are what a bench replays."""
+        shown = as_recorded(margins)
+        verifiers, targets = ([], shown) if by_target else (shown, [])
         by_target = by_target or self.verifying is self.pair.target
-        step = Step(len(draft.tokens), accepted, list(draft.pieces), by_target, margins, drafting_s, pass_s)
-        self.stats.step_log.append(step)
+        self.stats.step_log.append(
+            Step(len(draft.tokens), accepted, list(draft.pieces), by_target, verifiers, drafting_s, pass_s, targets)
+        )
 
     def _must_confirm(self) -> bool:
         """Whether the text ends here, if the target agrees."""
@@ -196,7 +199,7 @@ class Engine:
         """
         window, start = self.window, self._now()
         self.cache.rollback(self.committed - 1)
-        accepted, bonus = self._accept_window(window, draft.tokens)
+        accepted, bonus, margins = self._accept_window(window, draft.tokens)
         pass_s = self._now() - start
         kept, before = min(accepted, len(window)), self.committed
         self.drafter.forget(len(window) - kept)
@@ -205,7 +208,7 @@ class Engine:
         new = self._cut_at_eos([*draft.tokens[: accepted - kept], bonus])
         self._extend([] if ended or len(self.tokens) >= self.max_tokens else new)
         self.committed = len(self.tokens)
-        self._log_confirm(len(window), kept, draft, min(accepted - kept, len(new)), drafting_s, pass_s)
+        self._log_confirm(window, kept, draft, min(accepted - kept, len(new)), margins, drafting_s, pass_s)
         self._learn_from_confirm(len(window), kept, draft, accepted - kept, drafting_s, pass_s)
         if self._checking:
             passed = len(window) + 1 + len(draft.tokens)
@@ -214,14 +217,25 @@ class Engine:
         self._window_q.clear()
 
     def _log_confirm(
-        self, window: int, kept: int, draft: Draft, accepted: int, drafting_s: float, pass_s: float
+        self,
+        window: Sequence[int],
+        kept: int,
+        draft: Draft,
+        accepted: int,
+        margins: Sequence[float],
+        drafting_s: float,
+        pass_s: float,
     ) -> None:
         """A confirm where there was a window, a step where there was a draft, or nothing but the newest token."""
+        with_step = bool(draft.tokens) or not window
+        own = kept if with_step and kept == len(window) else kept + 1  # margins that are not the step's
         if window:
-            before = len(self.stats.step_log)
-            self.stats.confirm_log.append(Confirm(window, kept, len(draft.tokens), before, pass_s))
-        if draft.tokens or not window:
-            self._log_step(draft, accepted, [], drafting_s, 0.0 if window else pass_s, by_target=True)
+            refused = window[kept] if kept < len(window) else None
+            before, shown = len(self.stats.step_log), as_recorded(margins[:own])
+            self.stats.confirm_log.append(Confirm(len(window), kept, len(draft.tokens), before, pass_s, shown, refused))
+        if with_step:
+            seconds, rest = 0.0 if window else pass_s, margins[own : len(window) + accepted + 1]
+            self._log_step(draft, accepted, list(rest), drafting_s, seconds, by_target=True)
 
     def _learn_from_confirm(
         self, window: int, kept: int, draft: Draft, accepted: int, drafting_s: float, pass_s: float
@@ -234,17 +248,21 @@ class Engine:
             self._checking.learn_drafts(self._drafts, self.tokens)
             self._checking.target_length.learn(tried, accepted, drafting_s if self._learns_costs else 0.0)
 
-    def _accept_window(self, window: Sequence[int], draft: Sequence[int]) -> tuple[int, int]:
-        """Pass window and draft through the target → how many of their tokens are accepted, and the bonus token."""
+    def _accept_window(self, window: Sequence[int], draft: Sequence[int]) -> tuple[int, int, Sequence[float]]:
+        """Pass window and draft through the target → how many of their tokens are accepted, the bonus token, and the
+        target's margins of all of them, which are known of greedy choices.
+        """
         tokens, prefix = [*self.tokens[self.committed - 1 :], *draft], self.tokens[: self.committed]
         offered = tokens[1:]
         if not self._reads_logits:
-            return _accept(self.pair.primary.choose(tokens, self.cache), offered)
+            choices = self.pair.primary.choose(tokens, self.cache)
+            return *_accept(choices, offered), choices.margins
         logits = self.pair.primary.forward(tokens, self.cache)
         logits = self.processors(logits, prefix, offered)
         if self.config.sampling.greedy:
-            return _accept(choose_best(logits), offered)
-        return self._confirm_drawn(distribution(logits, self.config.sampling), window, draft)
+            choices = choose_best(logits)
+            return *_accept(choices, offered), choices.margins
+        return *self._confirm_drawn(distribution(logits, self.config.sampling), window, draft), []
 
     def _confirm_drawn(self, p: torch.Tensor, window: Sequence[int], draft: Sequence[int]) -> tuple[int, int]:
         """Sampling: confirm the window by p [W + 1 + k, V]; where all of it is accepted, check the draft behind it."""

@@ -204,6 +204,15 @@ class TextStream:
         return self._take(len(self._waiting))
 
 
+def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[str]:
+    """The text that each token finishes, as it is streamed; what waits until the end is the last token's."""
+    stream = TextStream(tokenizer, ())
+    pieces = [stream.add(token) for token in token_ids]
+    if rest := stream.finish():
+        pieces[-1] += rest
+    return pieces
+
+
 def special_tokens_within(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> dict[int, str]:
     """The special tokens, which decoding drops, that stand in one of the stop strings: their ids and their texts."""
     added = getattr(tokenizer, "added_tokens_decoder", {})

@@ -7,7 +7,7 @@ import pytest
 from helpers.bench_pair import CountingModel, make_pair
 from helpers.bench_records import make_row, make_stats
 
-from quasar_cli.render.bench import describe_divergences
+from quasar_cli.render.bench_words import describe_divergences
 from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.divergence import find_divergences, first_difference

@@ -9,15 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.bench.arms import BenchConfig
-from quasar_core.bench.metrics import (
-    ArmMetrics,
-    estimate,
-    mean_of_ratios,
-    mean_over_datasets,
-    measure,
-    pool,
-    ratio_of_totals,
-)
+from quasar_core.bench.estimates import estimate, mean_of_ratios, ratio_of_totals
+from quasar_core.bench.metrics import ArmMetrics, mean_over_datasets, measure, pool
 from quasar_core.bench.results import Results
 from quasar_core.records import Confirm, Step
 
@@ -71,8 +64,9 @@ def test_identical_needs_every_turn() -> None:
 
 def test_sampled_text_is_not_compared() -> None:
     results = make_results()
-    run = make_run(config=BenchConfig(("vanilla", "ngram"), temperature=1.0))
-    assert by_arm(Results(run, results.rows))["ngram"].identical is None
+    run = make_run(config=BenchConfig(("vanilla", "ngram"), temperatures=(1.0,)))
+    rows = [replace(row, temperature=1.0) for row in results.rows]
+    assert by_arm(Results(run, rows))["ngram"].identical is None
 
 
 def test_a_failed_turn_fails_its_question_and_leaves_the_others() -> None:

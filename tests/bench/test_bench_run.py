@@ -58,12 +58,13 @@ def test_the_result_file_says_everything_again(tmp_path: Path) -> None:
     assert read_results(path) == results
     assert not list(path.parent.glob("*.partial.jsonl"))
     content = json.loads(path.read_text())
-    assert content["format_version"] == 1
+    assert content["format_version"] == 2
     assert content["config"]["arms"] == list(ALL)
     assert {"python", "torch", "transformers", "quasar-cli"} <= set(content["versions"])
     assert content["datasets"] == {"d": {"questions": 3, "sha256": DATASET.sha256}}
     step = content["rows"][1]["stats"]["step_log"][0]
-    assert set(step) == {"drafted", "accepted", "pieces", "by_target", "margins", "draft_s", "seconds"}
+    names = {"drafted", "accepted", "pieces", "by_target", "margins", "draft_s", "seconds", "target_margins"}
+    assert set(step) == names
 
 
 def test_a_file_whose_steps_tell_a_match_length_is_read(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_the_order_of_the_arms_rotates() -> None:
 
 
 def test_an_answer_has_one_seed_for_all_arms(tmp_path: Path) -> None:
-    run = config(("vanilla", "ngram"), repeats=2, temperature=1.0)
+    run = config(("vanilla", "ngram"), repeats=2, temperatures=(1.0,))
     rows = run_bench(make_pair(), [DATASET], run, tmp_path / "r.json").rows
     seeds = {arm: {(r.question_id, r.turn, r.repeat): r.seed for r in rows if r.arm == arm} for arm in run.arms}
     assert seeds["vanilla"] == seeds["ngram"]
@@ -203,8 +204,15 @@ def test_arms_by_name() -> None:
         "quantized-ngram": ("quantized", "ngram"),
         "exact-ngram": ("exact", "ngram"),
         "quantized-only": ("quantized", "none"),
+        "vanilla-again": ("full", "none"),
         "transformers": ("full", "none"),
         "transformers-pld": ("full", "ngram"),
+        "transformers-assisted": ("full", "none"),
+        "llama.cpp": ("full", "none"),
+        "llama.cpp-spec": ("full", "ngram"),
+        "vllm": ("full", "none"),
+        "vllm-ngram": ("full", "ngram"),
+        "vllm-draft": ("full", "none"),
     }
     with pytest.raises(UsageError, match=r"--arms must be a list of vanilla, .*, not fast, slow\."):
         parse_arms("fast,vanilla,slow")
@@ -219,7 +227,9 @@ def test_arms_by_name() -> None:
         ({"repeats": 0}, "--repeats"),
         ({"repeats": 10**9}, "--repeats"),
         ({"max_new_tokens": 0}, "--max-new-tokens"),
-        ({"temperature": -1.0}, "--temperature"),
+        ({"temperatures": (-1.0,)}, "--temperature"),
+        ({"temperatures": (0.0, 0.0)}, "--temperature"),
+        ({"temperatures": ()}, "--temperature"),
         ({"num_draft_tokens": 0}, "--num-draft-tokens"),
         ({"window": 0}, "--window"),
     ],
@@ -238,5 +248,6 @@ def test_progress_counts_conversations(tmp_path: Path) -> None:
         tmp_path / "r.json",
         progress=lambda stage, done, total: seen.append((stage, done, total)),
     )
-    assert seen[:3] == [("warm-up", 0, 2), ("warm-up", 1, 2), ("warm-up", 2, 2)]
-    assert seen[3:] == [("bench", done, 6) for done in range(7)]
+    assert seen[:3] == [("loading arms", done, 2) for done in range(3)]
+    assert seen[3:6] == [("warm-up", done, 2) for done in range(3)]
+    assert seen[6:] == [("bench", done, 6) for done in range(7)]

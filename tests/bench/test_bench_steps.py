@@ -10,7 +10,7 @@ from helpers.decoder_cases import CPU, FLOAT
 
 from quasar_cli.main import run
 from quasar_cli.render import steps as render
-from quasar_cli.render.bench import as_markdown
+from quasar_cli.render.grids import as_markdown
 from quasar_core.bench import steps, synthetic_models
 from quasar_core.bench.steps import (
     Candidate,

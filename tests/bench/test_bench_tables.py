@@ -14,8 +14,12 @@ from helpers.bench_records import make_results, make_row, make_run, make_stats
 from quasar_cli import console
 from quasar_cli.main import run
 from quasar_cli.render import bench as render
+from quasar_cli.render import bench_words as words
+from quasar_cli.render import grids
 from quasar_core.bench.arms import BenchConfig
-from quasar_core.bench.metrics import compare, measure
+from quasar_core.bench.compare import compare
+from quasar_core.bench.document import as_record
+from quasar_core.bench.metrics import measure
 from quasar_core.bench.plots import accepted_per_step, plot
 from quasar_core.bench.results import Results, read_results, write_results
 from quasar_core.config import LoadOptions
@@ -61,7 +65,7 @@ def test_an_older_file_shows_its_arms_by_their_names_of_today(tmp_path: Path) ->
     [
         ("x", r"r\.json is not readable JSON"),
         ("{}", "rows must be a list, not null"),
-        ('{"format_version": 2, "rows": []}', "not a result file of quasar bench: format version 2, where 1 is read"),
+        ('{"format_version": 3, "rows": []}', "not a result file of quasar bench: format version 3, where 2 is read"),
         ("[]", "does not hold a JSON object"),
     ],
 )
@@ -142,11 +146,13 @@ def test_without_matplotlib_it_says_how_to_install_it(tmp_path: Path, monkeypatc
 
 # Tables
 
+UNCERTAIN = render.Shown(uncertain=True)
+
 
 def test_the_papers_table() -> None:
-    (grid,) = render.main_grids(measure(make_results()))
+    (grid,) = render.main_grids(measure(make_results()), UNCERTAIN)
     assert grid.rows == [["vanilla", "1.00×", "1.00"], ["ngram", "2.80×?", "1.75"]]
-    assert render.as_markdown(grid).splitlines()[2:] == [
+    assert grids.as_markdown(grid).splitlines()[2:] == [
         "| arm | d speedup | d len |",
         "| :--- | ---: | ---: |",
         "| vanilla | 1.00× | 1.00 |",
@@ -165,14 +171,14 @@ def results_on(names: list[str]) -> Results:
 
 
 def test_many_datasets_are_split_and_end_in_the_mean() -> None:
-    first, second = render.main_grids(measure(results_on([*PAPERS_DATASETS, "spec-bench"])))
+    first, second = render.main_grids(measure(results_on([*PAPERS_DATASETS, "spec-bench"])), UNCERTAIN)
     assert [column.group for column in first.columns[1::2]] == PAPERS_DATASETS
     assert [column.group for column in second.columns[1::2]] == ["spec-bench", "mean"]
     assert second.rows[1] == ["ngram", "2.80×?", "1.75", "2.80×", "1.75"]
 
 
 def test_the_papers_datasets_fit_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    console.show(*map(render.as_table, render.result_grids(results_on(PAPERS_DATASETS))))
+    console.show(*map(grids.as_table, render.result_grids(results_on(PAPERS_DATASETS))))
     shown = capsys.readouterr().out
     assert "humaneval" in shown
     assert "mean" in shown
@@ -208,11 +214,11 @@ def test_a_speedup_is_shown_by_enough_questions_whose_interval_leaves_one_out(
     questions: int, seconds: float, shown: bool
 ) -> None:
     results = of_questions(questions, seconds)
-    cell = render.speed_grid(measure(results)).rows[1][3]
+    cell = render.speed_grid(measure(results), UNCERTAIN).rows[1][3]
     assert cell.endswith("×" if shown else "×?")
-    record = render.as_record(measure(results)[1])
+    record = as_record(measure(results)[1])
     assert record["speedup_total_shown"] == shown
-    assert "fewer than 8 questions" in render.LEGEND
+    assert "fewer than 8 questions" in words.LEGEND
 
 
 def test_a_busy_machine_is_said(tmp_path: Path) -> None:
@@ -222,7 +228,7 @@ def test_a_busy_machine_is_said(tmp_path: Path) -> None:
         for row, share, mhz in zip(results.rows, (0.0, 0.6, 0.1, 0.1), (2000.0, 1500.0, 2000.0, 1999.0), strict=True)
     ]
     busy = Results(results.run, rows)
-    said = render.describe_conditions(busy)
+    said = words.describe_conditions(busy)
     assert said.startswith("The machine was busy during 1 of 4 answers: measure again on a quiet one. Conditions: ")
     assert "other programs took 20 % of the cores, at most 60; cores at 1500 to 2000 MHz" in said
     assert "vanilla's speed varied by 0 % between answers" in said
@@ -231,8 +237,8 @@ def test_a_busy_machine_is_said(tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_of_the_machine_is_not_said() -> None:
-    assert render.describe_conditions(make_results()) == "Conditions: vanilla's speed varied by 0 % between answers."
-    assert render.describe_conditions(Results(make_run(), [])) == ""
+    assert words.describe_conditions(make_results()) == "Conditions: vanilla's speed varied by 0 % between answers."
+    assert words.describe_conditions(Results(make_run(), [])) == ""
 
 
 # Commands
@@ -303,7 +309,10 @@ def test_bench_json_is_one_document(counting_pair: dict[str, Any], capsys: pytes
     assert document["errors"] == []
 
 
-@pytest.mark.parametrize(("flag", "begin"), [("--markdown", "**Speedup"), ("--csv", "dataset,category,arm,")])
+@pytest.mark.parametrize(
+    ("flag", "begin"),
+    [("--markdown", "**Speedup"), ("--csv", "dataset,temperature,category,arm,"), ("--latex", r"\begin{table}")],
+)
 def test_other_forms_stand_alone_on_stdout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, begin: str
 ) -> None:

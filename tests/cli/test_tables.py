@@ -15,9 +15,10 @@ from rich.console import Console, RenderableType  # noqa: TID251 - what is drawn
 from quasar_cli.render import bench, generation, quantize, steps
 from quasar_cli.render.doctor import findings_tables
 from quasar_cli.render.fidelity import measured_tables
+from quasar_cli.render.grids import as_table
 from quasar_core.bench import plots
 from quasar_core.bench.arms import ARMS, BenchConfig
-from quasar_core.bench.metrics import compare
+from quasar_core.bench.compare import compare
 from quasar_core.bench.results import Results
 from quasar_core.bench.steps import StepConfig, StepReport, StepRow
 from quasar_core.config import GenerationConfig
@@ -45,7 +46,7 @@ def results(arms: tuple[str, ...] = tuple(ARMS)) -> Results:
 
 
 def grids(of: list[Any]) -> list[RenderableType]:
-    return [bench.as_table(grid) for grid in of]
+    return [as_table(grid) for grid in of]
 
 
 def step_report() -> StepReport:

@@ -1,0 +1,90 @@
+"""What a run shows, in one sentence: which way of decoding is how much faster, how sure that is, whose the text is."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from quasar_core.bench.arms import ARMS, BASELINE, TWIN
+from quasar_core.bench.estimates import FEWEST, Estimate, estimate, ratio_of_totals
+from quasar_core.bench.metrics import answers_of, measure, paired_yields
+from quasar_core.bench.results import Results
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An arm beside vanilla over all questions at one temperature; `identical` of the questions have the same text."""
+
+    arm: str
+    temperature: float
+    speedup: Estimate
+    datasets: tuple[str, ...]
+    identical: int | None
+
+    @property
+    def sentence(self) -> str:
+        """The claim, or that the run shows none."""
+        value, questions = self.speedup.value, self.speedup.questions
+        where = f"On {questions} questions of {_listed(self.datasets)}"
+        interval = "{:.2f} to {:.2f}".format(*self.speedup.interval) if self.speedup.interval else "not known"
+        if not self.speedup.is_shown:
+            few = f"; {FEWEST} questions are the least" if questions < FEWEST else ""
+            return f"{where}, this run does not show how fast {self.arm} is (95 % interval {interval}{few})."
+        if self.speedup.is_uncertain:
+            than = "faster" if value > 1 else "slower"
+            return (
+                f"{where}, {self.arm} is {than} than plain decoding, but the interval of this run, {interval} times, "
+                f"is too wide to say by how much{self._text}."
+            )
+        speed = f"{value:.2f} times as fast as plain decoding (95 % interval {interval})"
+        return f"{where}, {self.arm} is {speed}{self._text}."
+
+    @property
+    def _text(self) -> str:
+        """What is to be said of the text."""
+        if ARMS[self.arm].verify == "quantized":
+            return ", and its text is the low-bit copy's"
+        if self.identical is None:
+            return ", and its text is drawn from the full-precision model's distribution"
+        count = self.speedup.questions
+        if self.identical == count:
+            return f", and its text is the same, token for token, in all {count} answers"
+        return f", and its text is the same in {self.identical} of {count} answers"
+
+
+def claims(results: Results) -> list[Claim]:
+    """A claim for each temperature: of the fastest arm that promises the target's text, or of the fastest there is."""
+    return [claim for temperature in results.run.config.temperatures if (claim := _claim(results, temperature))]
+
+
+def _claim(results: Results, temperature: float) -> Claim | None:
+    names = [name for name in results.run.config.arms if name not in (BASELINE, TWIN) and not ARMS[name].is_peer]
+    found = [claim for name in names if (claim := claim_of(results, name, temperature))]
+    lossless = [claim for claim in found if ARMS[claim.arm].verify != "quantized"]
+    return max(lossless or found, key=lambda claim: claim.speedup.value, default=None)
+
+
+def claim_of(results: Results, arm: str, temperature: float) -> Claim | None:
+    """One arm beside vanilla, all datasets together; None where no question was answered by both."""
+    metrics = [one for one in measure(results) if (one.arm, one.temperature) == (arm, temperature)]
+    datasets = [metric.dataset for metric in metrics]
+    pairs = [
+        paired_yields(
+            answers_of(results, dataset, temperature, arm), answers_of(results, dataset, temperature, BASELINE)
+        )
+        for dataset in datasets
+    ]
+    timed = [np.concatenate([pair[side] for pair in pairs]) for side in (0, 1)] if pairs else [np.empty((0, 2))] * 2
+    if not len(timed[0]):
+        return None
+    identical = [metric.identical for metric in metrics if metric.identical is not None]
+    return Claim(
+        arm,
+        temperature,
+        estimate(ratio_of_totals, timed[0], timed[1]),
+        tuple(datasets),
+        sum(identical) if len(identical) == len(metrics) else None,
+    )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,186 @@
+"""Tell of each token of an answer who made it; read and write traces, in which a text is shown so.
+
+The one place that knows how the logs of steps and confirms make up a text. `bench report` and `generate --trace` show
+what it says, and the metrics of confirms are computed from it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from quasar_core.errors import UsageError, reason
+from quasar_core.files import read_json, refuse_foreign, write_json
+from quasar_core.records import Confirm, Stats, Step, stored_stats
+from quasar_core.typed import build
+
+FORMAT, FORMAT_VERSION = "quasar trace", 1
+
+# prompt: out of the prompt's own pass. draft: proposed by a drafter, accepted by a pass. bonus: the verify pass's own.
+# target: the confirm's own, behind a window that it accepted whole. corrected: the confirm's own in place of another.
+Maker = Literal["prompt", "draft", "bonus", "target", "corrected"]
+MAKERS: tuple[Maker, ...] = ("draft", "bonus", "target", "corrected", "prompt")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who made a token: `drafter` of a draft; `step` is the number of its verify pass, from 0, -1 before the first.
+
+    `margin` is that of the pass that verified it or made it, in nats, `target_margin` the confirm's; None where they
+    are not known. `confirmed` says whether the target accepted it, None where nothing confirms, or it made it itself.
+    """
+
+    by: Maker
+    step: int = -1
+    drafter: str | None = None
+    margin: float | None = None
+    target_margin: float | None = None
+    confirmed: bool | None = None
+
+
+@dataclass(frozen=True)
+class WindowToken:
+    """A token that waited for a confirm, with the verifier's margin; `judged` unless one before it was refused."""
+
+    origin: Origin
+    accepted: bool
+    judged: bool
+
+
+@dataclass(frozen=True)
+class TracedToken:
+    """A token of a shown text; `refused` is the text in whose place it stands."""
+
+    text: str
+    origin: Origin
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One answer, token by token; `verify` and `draft` name the mode."""
+
+    model: str
+    verifier: str | None
+    verify: str
+    draft: str
+    prompt: str
+    tokens: list[TracedToken]
+    stats: Stats
+
+
+def origins(stats: Stats, count: int, drafter: str = "ngram") -> list[Origin] | None:
+    """Who made each of the `count` new tokens; None where the logs do not tell, as those of other programs.
+
+    `drafter` is the name of a draft whose steps name none.
+    """
+    made = [Origin("prompt")] * stats.prefill_tokens
+    if stats.confirm_log:
+        for confirm, window in windows(stats, drafter):
+            made += [token.origin for token in window[: confirm.accepted]]
+            made.append(_own(confirm, window[-1].origin.step if window else -1))
+    else:
+        for number, step in enumerate(stats.step_log):
+            made += _of_step(number, step, drafter)
+    return made[:count] if len(made) >= count else None
+
+
+def windows(stats: Stats, drafter: str = "ngram") -> Iterator[tuple[Confirm, list[WindowToken]]]:
+    """Each confirm with the tokens that waited for it, as the steps before it yielded them."""
+    steps = iter(enumerate(stats.step_log))
+    for confirm in stats.confirm_log:
+        waiting: list[Origin] = []
+        while len(waiting) < confirm.window:
+            found = next(steps, None)
+            if found is None:
+                return  # the logs of something else
+            waiting += _of_step(*found, drafter)
+        yield confirm, [_judge(confirm, place, origin) for place, origin in enumerate(waiting[: confirm.window])]
+
+
+def _judge(confirm: Confirm, place: int, origin: Origin) -> WindowToken:
+    accepted = place < confirm.accepted
+    margin = confirm.margins[place] if accepted and place < len(confirm.margins) else None
+    return WindowToken(replace(origin, confirmed=accepted, target_margin=margin), accepted, place <= confirm.accepted)
+
+
+def _own(confirm: Confirm, step: int) -> Origin:
+    """The token that the target adds."""
+    whole = confirm.accepted == confirm.window
+    margin = confirm.margins[confirm.accepted] if len(confirm.margins) > confirm.accepted else None
+    return Origin("target" if whole else "corrected", step, target_margin=margin)
+
+
+def _of_step(number: int, step: Step, drafter: str) -> list[Origin]:
+    """What a verify pass yields: the accepted part of its draft, and its own token.
+
+    The latter is one too many where an end of text was accepted; what follows in the logs, or the text's length, tells.
+    """
+    margins: Sequence[float | None] = step.margins or (None,) * (step.accepted + 1)
+    margins = (*margins, None) if len(margins) == step.accepted else margins
+    names = sources(step, drafter)
+    drafted = [Origin("draft", number, names[place], margins[place]) for place in range(step.accepted)]
+    return [*drafted, Origin("bonus", number, margin=margins[step.accepted])]
+
+
+def sources(step: Step, drafter: str) -> list[str]:
+    """Who proposed each token of a step's draft; `drafter`, where its pieces do not tell."""
+    told = [piece.source for piece in step.pieces for _ in range(piece.length)][: step.drafted]
+    return told + [drafter] * (step.drafted - len(told))
+
+
+def show(pieces: Sequence[str], stats: Stats, refused: Sequence[str] = (), drafter: str = "ngram") -> list[TracedToken]:
+    """The tokens of a text with who made them; `pieces` are their texts, `refused` those that confirms refused.
+
+    Empty where the logs do not tell.
+    """
+    made = origins(stats, len(pieces), drafter)
+    if made is None:
+        return []
+    others = iter(refused)
+    return [
+        TracedToken(piece, origin, next(others, None) if origin.by == "corrected" else None)
+        for piece, origin in zip(pieces, made, strict=True)
+    ]
+
+
+def refused_ids(stats: Stats) -> list[int]:
+    """The tokens that confirms refused, in order."""
+    return [confirm.refused for confirm in stats.confirm_log if confirm.refused is not None]
+
+
+# Files
+
+
+def write_trace(trace: Trace, path: Path) -> None:
+    """Write a trace as JSON, whole or not at all."""
+    content = {**asdict(trace), "stats": trace.stats.to_dict(logs=True)}
+    write_json(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **content})
+
+
+def read_trace(path: Path) -> Trace:
+    """Read a trace; UsageError, in one sentence, where it is none."""
+    return trace_from_dict(read_json(path, UsageError), path)
+
+
+def trace_from_dict(content: dict[str, Any], path: Path) -> Trace:
+    """Rebuild what `write_trace` wrote; raises as `read_trace`."""
+    try:
+        if not is_trace(content):
+            raise ValueError(f"its format is not “{FORMAT}”")
+        if content.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"format version {content.get('format_version')}, where {FORMAT_VERSION} is read")
+        fields = {name: value for name, value in content.items() if name not in ("format", "format_version")}
+        return build(Trace, {**fields, "stats": stored_stats(fields.get("stats"))})
+    except ValueError as error:
+        raise UsageError(f"{path} is not a trace of quasar generate: {reason(error)}.") from error
+
+
+def is_trace(content: Any) -> bool:
+    """Whether a file's content says that it is a trace."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def refuse_foreign_trace(path: Path) -> None:
+    """Refuse, before any work, a --trace that exists and that quasar did not write."""
+    refuse_foreign(path, "--trace", "a trace of quasar generate", lambda found: is_trace(read_json(found)))

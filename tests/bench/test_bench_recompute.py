@@ -1,0 +1,82 @@
+"""Every figure again, by the package's second way and by a few lines here that share nothing with either."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.bench_pair import CountingModel, make_pair
+
+from quasar_cli.main import run
+from quasar_core.bench.arms import BenchConfig
+from quasar_core.bench.datasets import Dataset, Question
+from quasar_core.bench.metrics import measure
+from quasar_core.bench.recompute import differences
+from quasar_core.bench.results import Results, write_results
+from quasar_core.bench.run import run_bench
+
+pytest_plugins = ["helpers.cli_fixtures"]
+pytestmark = pytest.mark.usefixtures("own_home")
+ARMS = ("vanilla", "ngram", "quantized", "exact")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    questions = [Question(number, f"k{number % 2}", (f"w{3 + number % 7} w4", "w5")) for number in range(9)]
+    config = BenchConfig(ARMS, (0.0, 1.0), repeats=2, max_new_tokens=12, num_draft_tokens=4, window=3)
+    pair = make_pair(CountingModel(wrong_after=6))
+    found = run_bench(pair, [Dataset("d", tuple(questions))], config, tmp_path_factory.mktemp("run") / "r.json")
+    # Seconds of a fake clock: by the passes, so that the intervals are the same on every machine.
+    rows = [
+        replace(row, stats=replace(row.stats, decode_s=0.01 * row.stats.steps + 0.02 * row.stats.confirms + 0.001))
+        for row in found.rows
+        if row.stats
+    ]
+    return Results(found.run, rows, found.divergences)
+
+
+def test_a_few_lines_give_the_tables_figures(results: Results, tmp_path: Path) -> None:
+    write_results(results, tmp_path / "r.json")
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    for metric in measure(results):
+        of = {
+            arm: [r["stats"] for r in rows if (r["arm"], r["temperature"]) == (arm, metric.temperature)]
+            for arm in ("vanilla", metric.arm)
+        }
+        tokens = {arm: sum(s["new_tokens"] - s["prefill_tokens"] for s in stats) for arm, stats in of.items()}
+        seconds = {arm: sum(s["decode_s"] for s in stats) for arm, stats in of.items()}
+        steps = sum(len(s["step_log"]) for s in of[metric.arm])
+        assert metric.acceptance_length == tokens[metric.arm] / steps
+        assert metric.tokens_per_s == pytest.approx(tokens[metric.arm] / seconds[metric.arm], rel=1e-12)
+        assert metric.speedup_total is not None
+        assert metric.speedup_total.value == pytest.approx(
+            tokens[metric.arm] / seconds[metric.arm] * seconds["vanilla"] / tokens["vanilla"], rel=1e-12
+        )
+
+
+def test_the_second_way_agrees_on_everything(results: Results, tmp_path: Path) -> None:
+    write_results(results, tmp_path / "r.json")
+    count, wrong = differences(tmp_path / "r.json", results)
+    assert wrong == []
+    assert count > 1000
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ('"acceptance_length": 1.0,', '"acceptance_length": 1.5,', "acceptance_length: 1.5, but 1.0"),
+        ('"new_tokens": 12', '"new_tokens": 13', "new_tokens: 13, but 12"),
+        ('"steps": 11', '"steps": 10', "steps: 10, but 11"),
+    ],
+)
+def test_a_figure_that_the_rows_do_not_give_is_named(
+    results: Results, tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, named: str
+) -> None:
+    write_results(results, tmp_path / "r.json")
+    assert run(["bench", "show", "r.json", "--recompute"]) == 0
+    assert "figures were computed again from the rows, and are the same" in capsys.readouterr().err
+    text = (tmp_path / "r.json").read_text()
+    assert old in text
+    (tmp_path / "r.json").write_text(text.replace(old, new, 1))
+    assert run(["bench", "show", "r.json", "--recompute"]) == 1
+    assert named in " ".join(capsys.readouterr().err.split())
