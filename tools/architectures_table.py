@@ -26,7 +26,12 @@ def departures(row: Architecture) -> Iterator[str]:
         yield "norms of 1 + w"
     if row.head_norms:
         what = "all queries and all keys" if row.head_norms.whole_rows else "queries and keys"
+        what = "queries, keys and values" if row.head_norms.of_values else what
         yield f"norms of {what}{' after the rotation' if row.head_norms.after_rotation else ''}"
+    if row.blocks_differ:
+        yield "full layers have heads of another size and number, whose keys may be values (`attention_k_eq_v`)"
+        yield "last layers may read the keys and values of earlier ones (`num_kv_shared_layers`)"
+        yield "layers may have inputs of their own (`hidden_size_per_layer_input`)"
     yield from _windows(row)
     yield from _rotations(row)
     yield from _mlp(row)

@@ -44,6 +44,7 @@ class HeadNorms:
     names: tuple[str, str] = ("q_norm", "k_norm")
     whole_rows: bool = False
     after_rotation: bool = False
+    of_values: bool = False  # each value's too, without a weight
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Scales:
     embedding: str = ""  # or "√hidden"
     residual: str = ""
     scores: str = ""  # in place of 1 ÷ √D
+    scores_are_plain: bool = False  # neither divided nor multiplied
     scores_root: str = ""  # the number whose inverse root stands in place of 1 ÷ √D
     logits_divisor: str = ""
 
@@ -95,6 +97,7 @@ class Architecture:
     scales: Scales = Scales()
     scores_cap: str = ""  # the option with the soft cap of attention's scores
     logits_cap: str = ""
+    blocks_differ: bool = False  # as Gemma 4's do: in head size, heads, MLP, in whose keys and values they read
     only: Mapping[str, Any] = field(default_factory=dict)  # options of which the decoder has but one value
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -198,6 +201,29 @@ ARCHITECTURES: dict[str, Architecture] = {
         scales=Scales("√hidden", scores_root="query_pre_attn_scalar"),
         only={**CAUSAL_ONLY, "attn_logit_softcapping": (None,)},
         defaults={**GEMMA_DEFAULTS, "rope_theta": 1e6, "rope_local_base_freq": 1e4},
+    ),
+    "Gemma4ForCausalLM": Architecture(
+        "gemma4_text",
+        "Gemma 4, text, without experts",
+        **{**GEMMA, "centred_norms": False},
+        head_norms=HeadNorms(of_values=True),
+        windows=Windows("typed", period=6),
+        ropes_by_type=True,
+        scales=Scales("√hidden", scores_are_plain=True),
+        blocks_differ=True,
+        only={**CAUSAL_ONLY, "enable_moe_block": (False, None), "per_layer_config": ()},
+        defaults={
+            **GEMMA_DEFAULTS,
+            "sliding_window": 512,
+            "global_head_dim": 512,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262_144,
+            "num_kv_shared_layers": 0,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+            },
+        },
     ),
     "GraniteForCausalLM": Architecture(
         "granite",

@@ -9,6 +9,7 @@ plain decoding writes, in bfloat16 too. Letters: T tokens of a pass, D head size
 import ctypes
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +19,15 @@ from quasar_core.kernels.cpu.vnni import VnniWeight
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.architectures import HeadNorms
 from quasar_core.models.base import Choices
-from quasar_core.models.decoder import DecoderCache, DecoderLayer, DenseLinear, FusedLinear, LeanDecoder, Linear
+from quasar_core.models.decoder import (
+    DecoderCache,
+    DecoderLayer,
+    DenseLinear,
+    FusedLinear,
+    LayerInputs,
+    LeanDecoder,
+    Linear,
+)
 from quasar_core.models.rope import RopeTables, query_growth
 
 ACTIVATIONS = ("silu", "gelu_tanh", "relu2", "xielu")  # in the order of `elementwise.h`
@@ -32,6 +41,7 @@ def why_not(decoder: LeanDecoder) -> str | None:
         return f"it takes bfloat16 and float32, not {str(decoder.dtype).removeprefix('torch.')}"
     config = decoder.config
     sizes = {config.hidden_size, *(size for block in config.blocks for size in (block.inner, block.head_size))}
+    sizes.add(config.inputs_size)
     if any(size % 16 for size in sizes):
         return "hidden, intermediate and head sizes must be multiples of 16"
     foreign = {layer.choice.kernel.name for layer in decoder.packed_layers} - KERNELS
@@ -155,8 +165,22 @@ class CpuPass:
             embedding=self._address(decoder.embedding),
             norm=self._floats(decoder.norm),
             head=self._fused(decoder.head),
+            norms_values=norms.of_values,
+            **self._inputs(decoder.inputs),
             layer=(cpp.Layer * len(layers))(*layers),
         )
+
+    def _inputs(self, inputs: LayerInputs | None) -> dict[str, Any]:
+        """The inputs that each block has of its own, by the fields of `Model`."""
+        if inputs is None:
+            return {}
+        return {
+            "inputs_size": self.config.inputs_size,
+            "inputs_embedding": self._address(inputs.embedding),
+            "inputs_projection": self._fused(inputs.projection),
+            "inputs_norm": self._floats(inputs.norm),
+            "inputs_scale": inputs.scale,
+        }
 
     def _layer(self, layer: DecoderLayer) -> cpp.Layer:
         shape = layer.shape
@@ -171,6 +195,11 @@ class CpuPass:
             out=self._fused(layer.out),
             gate_up=self._fused(layer.gate_up),
             down=self._fused(layer.down),
+            input_gate=self._fused(layer.input_gate),
+            input_out=self._fused(layer.input_out),
+            input_out_norm=self._floats(layer.input_out_norm),
+            scalar=1 if layer.scalar is None else layer.scalar.item(),
+            shares=layer.shares,
             window=shape.window or 0,
             rope=-1 if shape.rope is None else shape.rope,
             channels=0 if shape.rope is None else self.config.ropes[shape.rope].channels,
@@ -181,7 +210,9 @@ class CpuPass:
     def _floats(self, weights: torch.Tensor | None) -> int | None:
         return None if weights is None else self._address(weights.float())
 
-    def _fused(self, product: Linear) -> cpp.FusedWeight:
+    def _fused(self, product: Linear | None) -> cpp.FusedWeight:
+        if product is None:
+            return cpp.FusedWeight()
         parts = [self._product(part) for part in (product.parts if isinstance(product, FusedLinear) else (product,))]
         return cpp.FusedWeight(
             parts=(cpp.Product * cpp.MOST_PARTS)(*parts),

@@ -18,10 +18,11 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
-from quasar_core.models.activations import activated
+from quasar_core.models.activations import activated, apply
 from quasar_core.models.attention import AttentionMask, attend, make_mask
 from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, join_choices
-from quasar_core.models.decoder_config import BlockConfig, DecoderConfig
+from quasar_core.models.block_config import BlockConfig
+from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.heads import Turn, normed
 from quasar_core.models.rope import PromptLength, RopeTables, query_growth
 
@@ -34,9 +35,12 @@ class DecoderCache(PromptLength):
 
     def __init__(self, blocks: Sequence[BlockConfig], capacity: int, device: torch.device, dtype: torch.dtype) -> None:
         shapes = [(2, block.kv_heads, capacity, block.head_size) for block in blocks]
-        sizes = [math.prod(shape) for shape in shapes]
-        whole = empty_in_huge_pages(sum(sizes), device=device, dtype=dtype)
-        self.layers = [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
+        sizes = [
+            math.prod(shape) * (block.states_of == i)
+            for i, (block, shape) in enumerate(zip(blocks, shapes, strict=True))
+        ]
+        parts = empty_in_huge_pages(sum(sizes), device=device, dtype=dtype).split(sizes)
+        self.layers = [parts[block.states_of].view(shape) for block, shape in zip(blocks, shapes, strict=True)]
         self.addresses = (ctypes.c_void_p * len(blocks))(*(states.data_ptr() for states in self.layers))
         self._length, self._capacity = 0, capacity
 
@@ -107,17 +111,40 @@ class DecoderLayer:
     activation: torch.Tensor | None  # weights of the activation, where it has some
     down: Linear
     down_norm: torch.Tensor | None  # of what the MLP adds
+    shares: bool = False  # keys and values are an earlier block's
+    input_gate: Linear | None = None  # of the block's own input, where it has one
+    input_out: Linear | None = None
+    input_out_norm: torch.Tensor | None = None
+    scalar: torch.Tensor | None = None  # [1], times what the block gives
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """The four products."""
-        return self.qkv, self.out, self.gate_up, self.down
+        """Its products: four, and two of its own input."""
+        every = (self.qkv, self.out, self.gate_up, self.down, self.input_gate, self.input_out)
+        return tuple(product for product in every if product is not None)
 
     @property
     def norms(self) -> tuple[torch.Tensor, ...]:
         """Those that the block has."""
-        every = (self.input_norm, self.head_norms, self.out_norm, self.mlp_norm, self.down_norm)
+        every = (self.input_norm, self.head_norms, self.out_norm, self.mlp_norm, self.down_norm, self.input_out_norm)
         return tuple(norm for norm in every if norm is not None)
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Inputs that each block has of its own (Gemma 4's E sizes): of the token, and of its embedding."""
+
+    embedding: torch.Tensor  # [V, blocks · P]
+    projection: Linear  # hidden → blocks · P
+    norm: torch.Tensor  # [P]
+    scale: float  # √P as the weights' dtype has it
+
+    def __call__(self, tokens: torch.Tensor, hidden: torch.Tensor, eps: float) -> torch.Tensor:
+        """Of T tokens with embeddings [T, in] → [blocks, T, P]."""
+        own = embedding(tokens, self.embedding) * self.scale
+        projected = (self.projection(hidden) * hidden.shape[-1] ** -0.5).unflatten(-1, (-1, len(self.norm)))
+        mixed = (normed(projected, self.norm, eps) + own.view_as(projected)) * 2**-0.5
+        return mixed.transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -142,9 +169,10 @@ class LeanDecoder(CausalLM):
         norm: torch.Tensor,
         head: Linear,
         ropes: Sequence[RopeTables],
+        inputs: LayerInputs | None = None,
     ) -> None:
         self.config, self.embedding, self.layers = config, embedding, tuple(layers)
-        self.norm, self.head, self.ropes = norm, head, tuple(ropes)
+        self.norm, self.head, self.ropes, self.inputs = norm, head, tuple(ropes), inputs
         self.fast: FastPass | None = None  # runs the passes of decoding, where there is one
         self._sights = {(block.window, block.kv_heads) for block in config.blocks}
         rounded = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
@@ -203,18 +231,35 @@ class LeanDecoder(CausalLM):
     @torch.inference_mode()
     def _plain_pass(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool) -> torch.Tensor:
         place = self._place(cache, len(tokens))
-        hidden = embedding(torch.tensor(tokens, device=self.device), self.embedding)
-        if self.embedding_scale != 1:
-            hidden *= self.embedding_scale
-        for layer, states in zip(self.layers, cache.layers, strict=True):
-            self._add(
-                hidden, self._attention(layer, self._normed(hidden, layer.input_norm), states, place), layer.out_norm
-            )
-            self._add(hidden, self._mlp(layer, self._normed(hidden, layer.mlp_norm)), layer.down_norm)
+        hidden, inputs = self.embed(torch.tensor(tokens, device=self.device))
+        for layer, states, given in zip(self.layers, cache.layers, inputs, strict=True):
+            x = self._normed(hidden, layer.input_norm)
+            self._add(hidden, self._attention(layer, x, states, place), layer.out_norm)
+            x = self._normed(hidden, layer.mlp_norm)
+            self._add(hidden, self._mlp(layer, x), layer.down_norm)
+            if given is not None:
+                self._add(hidden, self.own_input(layer, hidden, given), layer.input_out_norm)
+            if layer.scalar is not None:
+                hidden *= layer.scalar
         cache.advance(len(tokens))
         if last_only:
             hidden = hidden[-1:]
         return self.logits(self.head(self._normed(hidden, self.norm))).float()
+
+    def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        """The embeddings of T tokens [T, in], and the input [T, P] that each block has of its own, or None."""
+        hidden = embedding(tokens, self.embedding)
+        if self.embedding_scale != 1:
+            hidden *= self.embedding_scale
+        if self.inputs is None:
+            return hidden, [None] * len(self.layers)
+        return hidden, self.inputs(tokens, hidden, self.config.eps).unbind()
+
+    def own_input(self, layer: DecoderLayer, hidden: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """What a block makes of its own input [T, P], by a gate of the residual stream [T, in] → [T, in]."""
+        assert layer.input_gate is not None
+        assert layer.input_out is not None
+        return layer.input_out(apply(layer.input_gate(hidden), self.config.activation) * given)
 
     def _place(self, cache: DecoderCache, count: int) -> _Place:
         start, end = cache.length, cache.length + count
@@ -240,11 +285,14 @@ class LeanDecoder(CausalLM):
         """Write the pass's keys and values into the layer's states [2, H, capacity, D], and attend over them."""
         config, shape = self.config, layer.shape
         heads = layer.qkv(x).view(x.shape[0], -1, shape.head_size)  # [T, H·G + 2·H, D]
-        tables = None if shape.rope is None else place.tables[shape.rope]
-        turned = self.turn(layer)(heads[:, : -shape.kv_heads], tables)
-        queries, keys = turned.split([config.num_heads, shape.kv_heads], 1)
-        states[0, :, place.start : place.end] = keys.transpose(0, 1)
-        states[1, :, place.start : place.end] = heads[:, -shape.kv_heads :].transpose(0, 1)
+        tables, turn = None if shape.rope is None else place.tables[shape.rope], self.turn(layer)
+        if layer.shares:
+            queries = turn(heads, tables)
+        else:
+            turned = turn(heads[:, : -shape.kv_heads], tables)
+            queries, keys = turned.split([config.num_heads, shape.kv_heads], 1)
+            states[0, :, place.start : place.end] = keys.transpose(0, 1)
+            states[1, :, place.start : place.end] = turn.values(heads[:, -shape.kv_heads :]).transpose(0, 1)
         if place.growth is not None:
             queries = queries * place.growth
         mask = place.masks[shape.window, shape.kv_heads]
@@ -253,7 +301,9 @@ class LeanDecoder(CausalLM):
     def turn(self, layer: DecoderLayer) -> Turn:
         """How a layer norms and rotates its queries and keys."""
         rope = None if layer.shape.rope is None else self.config.ropes[layer.shape.rope]
-        return Turn(self.config.num_heads, self.config.head_norms, layer.head_norms, rope, self.config.eps)
+        return Turn(
+            self.config.num_heads, self.config.head_norms, layer.head_norms, rope, self.config.eps, layer.shares
+        )
 
     def _mlp(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
         return layer.down(activated(layer.gate_up(x), self.config.activation, self.config.gated, layer.activation))

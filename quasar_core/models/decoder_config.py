@@ -3,13 +3,21 @@
 The options that transformers gives values where a file leaves them out have the same values here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
 
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures import ACTIVATIONS, ARCHITECTURES, Architecture, BlockNorms, HeadNorms, Switch
+from quasar_core.models.block_config import (
+    BlockConfig,
+    head_size_of,
+    inputs_size_of,
+    read_blocks,
+    why_not_differing,
+    why_not_layers,
+)
 from quasar_core.models.rope import RopeConfig
 from quasar_core.models.rope_options import LAYER_TYPES, ROPE_TYPES, read_ropes, why_not_rope
 from quasar_core.typed import build
@@ -22,7 +30,6 @@ REQUIRED = (
     "num_attention_heads",
     "max_position_embeddings",
 )
-SLIDING = "sliding_attention"
 
 # Options that transformers reads for any model, in its masks and caches, and the values that the decoder has.
 ONLY_VALUES: dict[str, Any] = {"is_causal": (True,), "attention_chunk_size": (None,), "per_layer_config": (None,)}
@@ -41,6 +48,8 @@ WITHOUT_EFFECT = frozenset(
         "id2label",
         "initializer_range",
         "is_encoder_decoder",
+        "moe_intermediate_size",
+        "num_experts",
         "label2id",
         "output_attentions",
         "output_hidden_states",
@@ -48,6 +57,7 @@ WITHOUT_EFFECT = frozenset(
         "pretraining_tp",
         "problem_type",
         "return_dict",
+        "top_k_experts",
         "transformers_version",
         "use_cache",
     )
@@ -59,7 +69,19 @@ _WHOLE, _NUMBER, _SWITCH = int | None, float | None, bool | None
 _OPTION_TYPES: dict[str, Any] = {
     **dict.fromkeys(REQUIRED, int),
     **dict.fromkeys(
-        ("num_key_value_heads", "head_dim", "sliding_window", "max_window_layers", "no_rope_layer_interval"), _WHOLE
+        (
+            "num_key_value_heads",
+            "head_dim",
+            "sliding_window",
+            "max_window_layers",
+            "no_rope_layer_interval",
+            "global_head_dim",
+            "num_global_key_value_heads",
+            "num_kv_shared_layers",
+            "hidden_size_per_layer_input",
+            "vocab_size_per_layer_input",
+        ),
+        _WHOLE,
     ),
     **dict.fromkeys(
         (
@@ -78,9 +100,19 @@ _OPTION_TYPES: dict[str, Any] = {
         _NUMBER,
     ),
     **dict.fromkeys(
-        ("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "bias", "use_sliding_window"),
+        (
+            "tie_word_embeddings",
+            "attention_bias",
+            "attention_out_bias",
+            "mlp_bias",
+            "bias",
+            "use_sliding_window",
+            "attention_k_eq_v",
+            "use_double_wide_mlp",
+        ),
         _SWITCH,
     ),
+    "per_layer_config": dict | None,
     "hidden_act": str | None,
     "hidden_activation": str | None,
     "layer_types": list[str] | None,
@@ -88,17 +120,6 @@ _OPTION_TYPES: dict[str, Any] = {
     "rope_scaling": dict | None,
     "rope_parameters": dict | None,
 }
-
-
-@dataclass(frozen=True)
-class BlockConfig:
-    """What may differ from block to block."""
-
-    window: int | None  # positions that it sees, its own included; None is all of them
-    rope: int | None  # which of the model's rotary embeddings; None: it does not rotate
-    head_size: int
-    kv_heads: int
-    inner: int  # of the MLP
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,8 @@ class DecoderConfig:
     scores_cap: float | None
     logits_cap: float | None
     query_growth: tuple[float, int] | None  # β and L: queries grow by 1 + β · ln(1 + ⌊position ÷ L⌋)
+    inputs_size: int  # P, of the inputs that each block has of its own; 0 is none
+    inputs_vocab: int  # tokens that have such inputs
     blocks: tuple[BlockConfig, ...]
     ropes: tuple[RopeConfig, ...]
 
@@ -154,7 +177,7 @@ class DecoderConfig:
             num_layers=options["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=options.get("num_key_value_heads") or heads,
-            head_size=_head_size(options),
+            head_size=head_size_of(options),
             eps=options.get("rms_norm_eps", 1e-6),
             max_positions=options["max_position_embeddings"],
             tied=options.get("tie_word_embeddings", False),
@@ -168,14 +191,21 @@ class DecoderConfig:
             activation=_activation(row, options),
             fused=row.fused,
             **_scales(row, options),
-            blocks=_blocks(row, options),
-            ropes=read_ropes(row, options, _head_size(options)),
+            inputs_size=(inputs := inputs_size_of(row, options)),
+            inputs_vocab=options["vocab_size_per_layer_input"] if inputs else 0,
+            blocks=(blocks := read_blocks(row, options)),
+            ropes=read_ropes(row, options, _head_sizes_by_type(options, blocks)),
         )
 
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Of each layer, how many positions it sees, its own included; None is all of them."""
         return tuple(block.window for block in self.blocks)
+
+    @property
+    def blocks_are_scaled(self) -> bool:
+        """Whether what a block gives is multiplied by a stored number."""
+        return ARCHITECTURES[self.architecture].blocks_differ
 
     @property
     def can_be_smoothed(self) -> bool:
@@ -204,7 +234,8 @@ def why_not_lean(config: Mapping[str, Any]) -> str | None:
         return f"in its config.json {wrong}"
     row = ARCHITECTURES[name]
     options = complete(row, config)
-    return _why_not_options(name, options) or _why_not_layers(row, options) or why_not_rope(row, options)
+    differing = why_not_differing(row, options) if row.blocks_differ else None
+    return differing or _why_not_options(name, options) or why_not_layers(row, options) or why_not_rope(row, options)
 
 
 def _why_not_options(name: str, options: Mapping[str, Any]) -> str | None:
@@ -217,7 +248,7 @@ def _why_not_options(name: str, options: Mapping[str, Any]) -> str | None:
     if _activation(row, options) == "xielu" and row.model_type != "apertus":
         return f"{row.model_type} has no weights of the activation xielu"
     known = {**ONLY_VALUES, **row.only}
-    other = next((key for key, values in known.items() if options.get(key, values[0]) not in values), None)
+    other = next((key for key, values in known.items() if values and options.get(key, values[0]) not in values), None)
     return f"it has no {other} of {options[other]}" if other else None
 
 
@@ -247,34 +278,6 @@ def _check_types(options: Mapping[str, Any], types: Mapping[str, Any], where: st
                 raise ValueError(f"{where}{name} is {value}")
 
 
-def _why_not_layers(row: Architecture, options: Mapping[str, Any]) -> str | None:
-    """Lists of layers that contradict their number, and windows that the table's row does not have."""
-    for key in ("layer_types", "no_rope_layers"):
-        listed = options.get(key)
-        if listed and len(listed) != options["num_hidden_layers"]:
-            return f"config.json has {options['num_hidden_layers']} layers, and {len(listed)} {key}"
-    types = set(options.get("layer_types") or ())
-    if types - set(LAYER_TYPES):
-        return f"it has no layers of the type {sorted(map(str, types - set(LAYER_TYPES)))[0]}"
-    return _why_not_windows(row, options, types)
-
-
-def _why_not_windows(row: Architecture, options: Mapping[str, Any], types: set[str]) -> str | None:
-    window, kind = options.get("sliding_window"), row.windows.kind
-    if kind == "none":
-        narrow = window is not None and window < options["max_position_embeddings"]
-        return f"{row.model_type} has no windows, and config.json has a sliding_window" if narrow else None
-    if kind == "all":
-        usual = "full_attention" if window is None else SLIDING
-        return f"layers of {row.model_type} are of one type, and config.json lists others" if types - {usual} else None
-    if kind == "typed" and row.windows.option and not isinstance(options.get(row.windows.option, 0), int | None):
-        return None if types else f"its {row.windows.option} is no number"
-    in_use = window is not None and (kind == "typed" or options.get("use_sliding_window"))
-    if SLIDING in types and not in_use:
-        return "config.json has sliding layers, and no window in use"
-    return None
-
-
 def _activation(row: Architecture, options: Mapping[str, Any]) -> str:
     name = options.get(row.activation_option, "silu")
     return ACTIVATIONS.get(name, str(name))
@@ -285,6 +288,8 @@ def _scales(row: Architecture, options: Mapping[str, Any]) -> dict[str, Any]:
     scales, of_hidden = row.scales, row.scales.embedding == "√hidden"
     embedding = options["hidden_size"] ** 0.5 if of_hidden else _factor(scales.embedding, options)
     scores = _factor(scales.scores, options) if scales.scores else None
+    if scales.scores_are_plain:
+        scores = 1.0
     if scales.scores_root:
         scores = float(options[scales.scores_root] ** -0.5)
     rope = options.get("rope_scaling") or options.get("rope_parameters") or {}
@@ -307,64 +312,12 @@ def _factor(option: str, options: Mapping[str, Any]) -> float:
     return float(options[option]) if option else 1.0
 
 
-def _head_size(options: Mapping[str, Any]) -> int:
-    return int(options.get("head_dim") or options["hidden_size"] // options["num_attention_heads"])
-
-
 def _is_on(switch: Switch, options: Mapping[str, Any]) -> bool:
     return bool(options.get(switch, False)) if isinstance(switch, str) else switch
 
 
-def _blocks(row: Architecture, options: Mapping[str, Any]) -> tuple[BlockConfig, ...]:
-    marks = _marked_layers(row, options)
-    windows = _windows(row, options, marks)
-    in_use = options.get("sliding_window") is not None
-    rotates = marks if row.rotates != "sliding" else tuple(w is not None or not in_use for w in windows)
-    heads = options.get("num_key_value_heads") or options["num_attention_heads"]
-    return tuple(
-        BlockConfig(
-            window=window,
-            rope=(int(row.ropes_by_type and window is not None) if rotating else None),
-            head_size=_head_size(options),
-            kv_heads=heads,
-            inner=options["intermediate_size"],
-        )
-        for window, rotating in zip(windows, rotates, strict=True)
-    )
-
-
-def _marked_layers(row: Architecture, options: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Which layers rotate: all, or those that `no_rope_layers` marks with 1 (by default all but every fourth)."""
-    count = int(options["num_hidden_layers"])
-    if row.rotates != "marked":
-        return (True,) * count
-    interval = options.get("no_rope_layer_interval") or 4
-    marks = options.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(count)]
-    return tuple(map(bool, marks[:count]))
-
-
-def _windows(row: Architecture, options: Mapping[str, Any], rotates: tuple[bool, ...]) -> tuple[int | None, ...]:
-    """How many positions each layer sees, its own included; None is all of them."""
-    window, count, kind = options.get("sliding_window"), int(options["num_hidden_layers"]), row.windows.kind
-    if kind == "all":
-        return (window,) * count
-    if kind == "none" or (kind == "listed" and not options.get("use_sliding_window")):
-        return (None,) * count
-    types = options.get("layer_types")
-    if types:
-        slides = [kind == SLIDING for kind in types]
-    elif kind == "typed":
-        slides = _slides_by_period(row, options)
-    elif row.rotates == "marked":
-        slides = [not rotating for rotating in rotates]
-    else:
-        slides = [i >= options.get("max_window_layers", 28) for i in range(count)]
-    return tuple(window if sliding else None for sliding in slides)
-
-
-def _slides_by_period(row: Architecture, options: Mapping[str, Any]) -> list[bool]:
-    count, rule = int(options["num_hidden_layers"]), row.windows
-    period = options.get(rule.option, rule.period) if rule.option else rule.period
-    if not period:
-        return [options.get("sliding_window") is not None] * count
-    return [i % period != rule.first % period for i in range(count)]
+def _head_sizes_by_type(options: Mapping[str, Any], blocks: Sequence[BlockConfig]) -> tuple[int, int]:
+    """Of full layers and of sliding ones, which rotate by different tables where there are two."""
+    full = [block.head_size for block in blocks if block.window is None]
+    sliding = [block.head_size for block in blocks if block.window is not None]
+    return (full or sliding)[0], (sliding or full)[0]

@@ -23,6 +23,7 @@ class Turn:
     weight: torch.Tensor | None  # of the norms [H·G + H, D]
     rope: RopeConfig | None
     eps: float
+    shares: bool = False  # keys and values are an earlier block's, and there are queries alone
 
     @property
     def of_rows(self) -> bool:
@@ -40,6 +41,12 @@ class Turn:
         if self.rope is not None and tables is not None:
             x = torch.addcmul(x * tables[0], swapped(x, self.rope), tables[1])
         return self.normed(x) if self.norms_last else x
+
+    def values(self, values: torch.Tensor) -> torch.Tensor:
+        """Values [T, H, D], normed where the block norms them."""
+        if self.norms is None or not self.norms.of_values:
+            return values
+        return rms_norm(values.float(), values.shape[-1:], None, self.eps).to(values.dtype)
 
     def normed(self, heads: torch.Tensor) -> torch.Tensor:
         """The norms alone, where there are such."""

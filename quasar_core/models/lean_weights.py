@@ -19,7 +19,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.models.activations import xielu_weights
 from quasar_core.models.architectures import BlockNorms
-from quasar_core.models.decoder import DecoderLayer, DenseLinear, LeanDecoder, Linear
+from quasar_core.models.decoder import DecoderLayer, DenseLinear, LayerInputs, LeanDecoder, Linear
 from quasar_core.models.decoder_config import DecoderConfig, why_not_lean
 from quasar_core.models.linear import (
     Dense,
@@ -30,6 +30,7 @@ from quasar_core.models.linear import (
     dense_rows,
     head_norm_shapes,
     head_product,
+    inputs_product,
     stored_shapes,
     xielu_names,
 )
@@ -118,7 +119,7 @@ def attach_verifier(
 
     layers = [attached_layer(index, layer) for index, layer in enumerate(target.layers)]
     head = attached(head_product(target.config), target.head)
-    return LeanDecoder(target.config, target.embedding, layers, target.norm, head, target.ropes)
+    return LeanDecoder(target.config, target.embedding, layers, target.norm, head, target.ropes, target.inputs)
 
 
 def norm_fields(norms: BlockNorms) -> dict[str, str]:
@@ -145,7 +146,7 @@ class Filling:
     ) -> None:
         self.files, self.device, self.dtype = files, device, dtype
         self._centred = centred_norms
-        self._waiting: dict[str, torch.Tensor] = {}  # its place
+        self._waiting: dict[str, list[torch.Tensor]] = {}  # its places
         self._norms: list[torch.Tensor] = []
         self._activations: list[torch.Tensor] = []
 
@@ -155,8 +156,12 @@ class Filling:
             self.files.check_shape(name, (count, *columns))  # before anything is allocated
         whole = self._empty(sum(rows), *columns)
         for name, place in zip(names, whole.split(list(rows)), strict=True):
-            self._waiting[name] = place
+            self._waiting.setdefault(name, []).append(place)
         return whole
+
+    def number(self, name: str) -> torch.Tensor:
+        """One stored number [1]."""
+        return self.tensor([name], [1])
 
     def norm(self, name: str, size: int) -> torch.Tensor:
         """A norm's weight [size]; centred ones become whole, in float32, as 1 + w has more bits than w."""
@@ -174,7 +179,7 @@ class Filling:
         dtype = torch.float32 if self._centred else self.dtype
         whole = torch.empty(sum(times), size, device=self.device, dtype=dtype)
         for name, place in zip(names, whole.split(list(times)), strict=True):
-            self._waiting[name] = place if self.files.shape(name) == (size,) else place.view(-1)
+            self._waiting[name] = [place if self.files.shape(name) == (size,) else place.view(-1)]
         self._norms.append(whole)
         return whole
 
@@ -184,8 +189,9 @@ class Filling:
         whole = self._empty(len(names))
         for name, place in zip(names, whole.split(1), strict=True):
             shape = self.files.shape(name)  # of one element, in one dimension or in none
-            self._waiting[name] = place.view(shape) if math.prod(shape) == 1 else place
-            self.files.check_shape(name, tuple(self._waiting[name].shape))
+            place = place.view(shape) if math.prod(shape) == 1 else place
+            self.files.check_shape(name, tuple(place.shape))
+            self._waiting[name] = [place]
         self._activations.append(whole)
         return whole
 
@@ -207,7 +213,8 @@ class Filling:
         with Upload(self.device) as upload:
             for done, (name, stored) in enumerate(self.files.load_many(list(self._waiting))):
                 progress("reading weights", done, len(self._waiting))
-                upload.copy(self._waiting[name], stored)
+                for place in self._waiting[name]:
+                    upload.copy(place, stored)
         if self._centred:
             for norm in self._norms:
                 norm += 1
@@ -228,18 +235,34 @@ def _build(config: DecoderConfig, filling: Filling, make: Callable[[Product, Den
     own_head: Dense = (lambda _: DenseLinear(embedding)) if config.tied else filling.linear
     head = make(head_product(config), own_head)
     ropes = [RopeTables(rope, filling.device, filling.dtype) for rope in config.ropes]
-    return LeanDecoder(config, embedding, layers, norm, head, ropes)
+    return LeanDecoder(config, embedding, layers, norm, head, ropes, _build_inputs(config, filling))
+
+
+def _build_inputs(config: DecoderConfig, filling: Filling) -> LayerInputs | None:
+    """The inputs that each block has of its own, in 16 or 32 bits."""
+    if not config.inputs_size:
+        return None
+    size = config.num_layers * config.inputs_size
+    return LayerInputs(
+        filling.tensor(["model.embed_tokens_per_layer.weight"], [config.inputs_vocab], size),
+        filling.linear(inputs_product(config)),
+        filling.norm("model.per_layer_projection_norm.weight", config.inputs_size),
+        torch.tensor(config.inputs_size**0.5, dtype=filling.dtype).item(),
+    )
 
 
 def _build_layer(
     config: DecoderConfig, index: int, filling: Filling, make: Callable[[Product, Dense], Linear]
 ) -> DecoderLayer:
     block, norms = config.blocks[index], dict[str, Any]()
+    prefix = f"model.layers.{index}"
     for field in ("input_norm", "out_norm", "mlp_norm", "down_norm"):
         name = norm_fields(config.norms).get(field)
-        norms[field] = filling.norm(f"model.layers.{index}.{name}.weight", config.hidden_size) if name else None
+        norms[field] = filling.norm(f"{prefix}.{name}.weight", config.hidden_size) if name else None
+    if config.inputs_size:
+        norms["input_out_norm"] = filling.norm(f"{prefix}.post_per_layer_input_norm.weight", config.hidden_size)
     head_norms = list(head_norm_shapes(config, index))
-    times = config.num_heads, block.kv_heads
+    times = (config.num_heads, block.kv_heads)[: len(head_norms)]
     products: dict[str, Any] = {
         field: make(product, filling.linear) for field, product in block_products(config, index).items()
     }
@@ -247,6 +270,8 @@ def _build_layer(
         shape=block,
         head_norms=filling.repeated_norms(head_norms, times, block.head_size) if head_norms else None,
         activation=filling.xielu(index) if config.activation == "xielu" else None,
+        shares=block.states_of != index,
+        scalar=filling.number(f"{prefix}.layer_scalar") if config.blocks_are_scaled else None,
         **norms,
         **products,
     )

@@ -38,9 +38,11 @@ def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
     def product(names: str, rows: tuple[int, ...], columns: int, bias: bool) -> Product:
         return Product(tuple(f"model.layers.{index}.{name}" for name in names.split()), rows, columns, bias)
 
-    qkv = product(
-        "self_attn.q_proj self_attn.k_proj self_attn.v_proj", (queries, states, states), hidden, config.qkv_bias
-    )
+    values = "k_proj" if block.values_are_keys else "v_proj"  # such rows stand twice: a few thousandths of a model
+    names = f"self_attn.q_proj self_attn.k_proj self_attn.{values}"
+    qkv = product(names, (queries, states, states), hidden, config.qkv_bias)
+    if block.states_of != index:
+        qkv = product("self_attn.q_proj", (queries,), hidden, config.qkv_bias)
     if "qkv" in config.fused:
         qkv = product("self_attn.qkv_proj", (queries + 2 * states,), hidden, config.qkv_bias)
     up = product("mlp.gate_proj mlp.up_proj", (inner, inner), hidden, config.mlp_bias)
@@ -48,12 +50,22 @@ def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
         up = product("mlp.gate_up_proj", (2 * inner,), hidden, config.mlp_bias)
     elif not config.gated:
         up = product("mlp.up_proj", (inner,), hidden, config.mlp_bias)
-    return {
+    products = {
         "qkv": qkv,
         "out": product("self_attn.o_proj", (hidden,), queries, config.out_bias),
         "gate_up": up,
         "down": product("mlp.down_proj", (hidden,), inner, config.mlp_bias),
     }
+    if config.inputs_size:
+        products["input_gate"] = product("per_layer_input_gate", (config.inputs_size,), hidden, False)
+        products["input_out"] = product("per_layer_projection", (hidden,), config.inputs_size, False)
+    return products
+
+
+def inputs_product(config: DecoderConfig) -> Product:
+    """The projection of the embedding to the inputs of all blocks."""
+    rows = config.num_layers * config.inputs_size
+    return Product(("model.per_layer_model_projection",), (rows,), config.hidden_size, bias=False)
 
 
 def head_product(config: DecoderConfig) -> Product:
@@ -178,8 +190,17 @@ def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{name}.weight"] = (rows, product.columns)
             if product.bias:
                 shapes[f"{name}.bias"] = (rows,)
+    if config.inputs_size:
+        size = config.num_layers * config.inputs_size
+        shapes["model.embed_tokens_per_layer.weight"] = (config.inputs_vocab, size)
+        shapes["model.per_layer_model_projection.weight"] = (size, hidden)
+        shapes["model.per_layer_projection_norm.weight"] = (config.inputs_size,)
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}"
+        if config.blocks_are_scaled:
+            shapes[f"{prefix}.layer_scalar"] = (1,)
+        if config.inputs_size:
+            shapes[f"{prefix}.post_per_layer_input_norm.weight"] = (hidden,)
         shapes |= {f"{prefix}.{name}.weight": (hidden,) for name in config.norms.names}
         shapes |= head_norm_shapes(config, index)
         if config.activation == "xielu":
@@ -192,8 +213,9 @@ def head_norm_shapes(config: DecoderConfig, index: int) -> dict[str, tuple[int]]
     if config.head_norms is None:
         return {}
     block, whole = config.blocks[index], config.head_norms.whole_rows
-    heads = (config.num_heads, block.kv_heads) if whole else (1, 1)
-    names = (f"model.layers.{index}.self_attn.{name}.weight" for name in config.head_norms.names)
+    kinds = 2 if block.states_of == index else 1
+    heads = (config.num_heads, block.kv_heads)[:kinds] if whole else (1, 1)[:kinds]
+    names = [f"model.layers.{index}.self_attn.{name}.weight" for name in config.head_norms.names[:kinds]]
     return {name: (count * block.head_size,) for name, count in zip(names, heads, strict=True)}
 
 

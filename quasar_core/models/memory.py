@@ -14,7 +14,7 @@ from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
-from quasar_core.models.linear import Product, block_products, head_product
+from quasar_core.models.linear import Product, block_products, head_product, inputs_product
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import read_headers
 
@@ -65,13 +65,27 @@ def tensor_elements(config: DecoderConfig) -> dict[str, int]:
     products = [product for index in range(config.num_layers) for product in block_products(config, index).values()]
     norms = config.hidden_size * (len(config.norms.names) * config.num_layers + 1)
     if config.head_norms:
-        norms += sum((config.num_heads + block.kv_heads) * block.head_size for block in config.blocks)
+        norms += sum(
+            (config.num_heads + block.kv_heads * (block.states_of == index)) * block.head_size
+            for index, block in enumerate(config.blocks)
+        )
     return {
         "embedding": config.vocab_size * config.hidden_size,
         "blocks": sum(map(elements, products)),
         "norms": norms + (4 * config.num_layers if config.activation == "xielu" else 0),
+        "inputs": input_elements(config),
         "head": 0 if config.tied else elements(head_product(config)),
     }
+
+
+def input_elements(config: DecoderConfig) -> int:
+    """Of the inputs that each block has of its own, and of the numbers that multiply what blocks give."""
+    scalars = config.num_layers if config.blocks_are_scaled else 0
+    if not config.inputs_size:
+        return scalars
+    embedding = config.inputs_vocab * config.num_layers * config.inputs_size
+    norms = config.inputs_size + config.num_layers * config.hidden_size
+    return scalars + embedding + norms + elements(inputs_product(config))
 
 
 def elements(product: Product) -> int:
@@ -97,7 +111,8 @@ def stored_bytes(checkpoint: VerifierCheckpoint) -> int:
 
 def token_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
     """Keys and values of one position in all layers, a cosine and a sine for each channel."""
-    states = sum(2 * block.kv_heads * block.head_size for block in config.blocks)
+    own = (block for index, block in enumerate(config.blocks) if block.states_of == index)
+    states = sum(2 * block.kv_heads * block.head_size for block in own)
     return (states + sum(2 * rope.head_size for rope in config.ropes)) * dtype.itemsize
 
 

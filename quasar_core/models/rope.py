@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "alpha")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "alpha", "proportional")
 FIRST_ROWS = 1024
 
 
@@ -48,6 +48,8 @@ def inverse_frequencies(rope: RopeConfig, positions: int) -> tuple[torch.Tensor,
     if rope.kind == "alpha":  # of HunYuan: as dynamic scaling has it, of one stretch for all texts
         size = rope.channels
         return _frequencies(rope.theta * float(rope.options["alpha"]) ** (size / (size - 2)), size), 1.0
+    if rope.kind == "proportional":
+        return _proportional(rope), 1.0
     frequencies = _frequencies(rope.theta, rope.channels)
     if rope.kind == "linear":
         return frequencies / rope.options["factor"], 1.0
@@ -60,6 +62,14 @@ def inverse_frequencies(rope: RopeConfig, positions: int) -> tuple[torch.Tensor,
 
 def _frequencies(theta: float, head_size: int) -> torch.Tensor:
     return torch.pow(theta, torch.arange(0, head_size, 2, dtype=torch.float32) / head_size).reciprocal()
+
+
+def _proportional(rope: RopeConfig) -> torch.Tensor:
+    """Gemma 4: the frequencies of whole heads, of which the slow ones do not turn at all."""
+    frequencies = _frequencies(rope.theta, rope.head_size) / float(rope.options.get("factor") or 1)
+    turning = int(float(rope.options.get("partial_rotary_factor") or 1) * rope.head_size // 2)
+    frequencies[turning:] = 0
+    return frequencies
 
 
 def _stretched_theta(rope: RopeConfig, positions: int) -> float:

@@ -39,14 +39,14 @@ ROPE_TYPES: dict[str, Any] = {
 }
 
 
-def read_ropes(row: Architecture, options: Mapping[str, Any], head_size: int) -> tuple[RopeConfig, ...]:
-    """The rotary embeddings: of all layers, or of full layers and of sliding ones."""
+def read_ropes(row: Architecture, options: Mapping[str, Any], head_sizes: tuple[int, int]) -> tuple[RopeConfig, ...]:
+    """The rotary embeddings: of all layers, or of full layers and of sliding ones, whose heads have these sizes."""
     if not row.ropes_by_type:
-        return (_rope(row, options, _flat_options(options), options.get("rope_theta"), head_size),)
+        return (_rope(row, options, _flat_options(options), options.get("rope_theta"), head_sizes[0]),)
     thetas = options.get("rope_theta"), options.get("rope_local_base_freq")
     return tuple(
         _rope(row, options, rope, theta, head_size)
-        for rope, theta in zip(_options_by_type(options), thetas, strict=True)
+        for rope, theta, head_size in zip(_options_by_type(options), thetas, head_sizes, strict=True)
     )
 
 
@@ -69,6 +69,8 @@ def why_not_rope(row: Architecture, options: Mapping[str, Any]) -> str | None:
 
 def _why_not_one(row: Architecture, options: Mapping[str, Any], rope: Mapping[str, Any]) -> str | None:
     part, kind = _rotated_part(rope, options), _kind(row, rope)
+    if kind == "proportional" and row.blocks_differ:
+        return None
     if part != 1 and not row.rotates_part:
         return "it rotates whole heads, and config.json has a partial_rotary_factor"
     if not 0 < part <= 1:
@@ -93,7 +95,7 @@ def _rope(
         head_size,
         options["max_position_embeddings"],
         options=rope,
-        rotated=int(head_size * _rotated_part(rope, options)),
+        rotated=head_size if _kind(row, rope) == "proportional" else int(head_size * _rotated_part(rope, options)),
         interleaved=row.interleaved,
     )
 

@@ -36,6 +36,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
 GEMMA = {"query_pre_attn_scalar": 24, "tie_word_embeddings": True}
+GEMMA_4 = {"head_dim": 16, "global_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
 SLIDING = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -90,6 +91,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **GEMMA,
         },
     ),
+    "gemma 4": ("Gemma4", {"sliding_window": 7, "hidden_size_per_layer_input": 0, **GEMMA_4}),
+    "gemma 4, keys are values": (
+        "Gemma4",
+        {
+            "sliding_window": 7,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "final_logit_softcapping": 3.0,
+            "attention_bias": True,
+            **GEMMA_4,
+        },
+    ),
+    "gemma 4, shared states and own inputs": (
+        "Gemma4",
+        {
+            "sliding_window": 6,
+            "num_hidden_layers": 5,
+            "layer_types": [
+                "sliding_attention",
+                "full_attention",
+                "sliding_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 96,
+            "use_double_wide_mlp": True,
+            **{key: value for key, value in GEMMA_4.items() if key != "layer_types"},
+        },
+    ),
     "granite": (
         "Granite",
         {
@@ -127,7 +160,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("Apertus", {"rope_parameters": LLAMA3}),
 }
 # Classes whose names do not come of that of their model.
-CLASSES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM")}
+CLASSES = {"Gemma4": ("Gemma4TextConfig", "Gemma4ForCausalLM"), "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM")}
 
 
 def classes_of(name: str) -> tuple[Any, Any]:
@@ -145,8 +178,12 @@ def save_model(folder: Path, name: str, options: dict[str, Any]) -> Any:
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.normal_(0, 0.15)
-            if "norm" in key and not name.startswith("Gemma"):  # whose norms are 1 + w
+            small = name == "Gemma4" and "q_norm" in key  # whose scores nothing divides
+            if "norm" in key and not small and name not in ("Gemma2", "Gemma3"):  # whose norms are 1 + w
                 parameter += 1
+        for key, buffer in model.named_buffers():
+            if key.endswith("layer_scalar"):
+                buffer.fill_(0.7)
     model.save_pretrained(folder)
     return model
 

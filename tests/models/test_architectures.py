@@ -53,9 +53,30 @@ def test_options_that_are_left_out_have_the_values_that_transformers_gives_them(
     if given and ARCHITECTURES[name].windows.kind == "none":
         pytest.skip("has no windows")
     sizes |= {"hidden_size": 1024, "num_hidden_layers": 32, **given}
-    complete = classes_of(name.removesuffix("ForCausalLM"))[0](**sizes).to_dict()
+    complete = json.loads(classes_of(name.removesuffix("ForCausalLM"))[0](**sizes).to_json_string(use_diff=False))
     architecture = {"architectures": [name]}
     assert parse_without_rope_options(sizes | architecture) == parse_without_rope_options(complete | architecture)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"per_layer_config": {"03": {"head_dim": 48}}}, None),
+        ({"per_layer_config": {"3": {"intermediate_size": 32}}}, "its per_layer_config has intermediate_size"),
+        ({"per_layer_config": {"x": {}}}, "its per_layer_config is not one of layers by their numbers"),
+        (
+            {"per_layer_config": {"1": {"head_dim": 48}}, "layer_types": ["sliding_attention", "full_attention"] * 2},
+            "layers that rotate alike have heads of several sizes",
+        ),
+        ({"num_kv_shared_layers": 4}, "4 of its layers share keys and values, and not all of them with an earlier one"),
+        ({"hidden_size_per_layer_input": 8}, "some of its tokens have no inputs for each layer"),
+        ({"enable_moe_block": True}, "it has no enable_moe_block of True"),
+    ],
+)
+def test_blocks_that_differ_otherwise_are_said(changes: dict[str, Any], reason: str | None) -> None:
+    own = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 8}
+    assert why_not_lean({"architectures": ["Gemma4ForCausalLM"], **SIZES, **own, **changes}) == reason
 
 
 def test_a_model_that_is_not_in_the_table_is_refused(tmp_path: Path) -> None:

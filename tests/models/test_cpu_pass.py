@@ -178,7 +178,9 @@ def test_prompts_run_in_pytorchs_operations(tmp_path: Path) -> None:
 EXACT_CASES = ["qwen3", "mistral, window", "gemma 2", "gemma 3, two ropes", "granite", "hunyuan", "phi 3", "olmo 3"]
 
 
-@pytest.mark.parametrize("case", [*EXACT_CASES, "glm 4", "exaone 4", "ministral 3", "apertus"])
+@pytest.mark.parametrize(
+    "case", [*EXACT_CASES, "glm 4", "exaone 4", "ministral 3", "apertus", "gemma 4, shared states and own inputs"]
+)
 def test_exact_text_is_that_of_plain_decoding_in_bf16_too(tmp_path: Path, case: str) -> None:
     target = fast(tiny_target(tmp_path, case, BF16))
     pair = make_pair(target, fast(tiny_verifier(tmp_path, target, 4)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.decoder_cases import CASES as DECODER_CASES
 from helpers.decoder_cases import CPU, FLOAT, YARN, random_tokens, save_model
 from helpers.interpret import interpret_on_cpu
 from helpers.quantized_decoder import quantize_layers
@@ -29,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "biases": ("Qwen2", {}),
     "gemma 2": ("Gemma2", {"head_dim": 32, "sliding_window": 7, "attn_logit_softcapping": 2.0}),
     "gemma 3": ("Gemma3", {"head_dim": 32, "sliding_window": 7}),
+    "gemma 4": DECODER_CASES["gemma 4, shared states and own inputs"],
     "norms after the rotation": ("HunYuanDenseV1", {"head_dim": 32}),
     "norms of rows": ("Olmo3", {"sliding_window": 7}),
     "interleaved halves rotate": ("Glm4", {"head_dim": 32}),
@@ -50,7 +52,7 @@ def triton_steps() -> Steps:
 def test_logits_are_as_near_to_float32_as_those_of_plain_passes(tmp_path: Path, name: str) -> None:
     """In float16, to which the interpreter rounds as a GPU does; its bfloat16 is cut off."""
     kind, options = CASES[name]
-    save_model(tmp_path, kind, {**options, "num_hidden_layers": 2})
+    save_model(tmp_path, kind, {"num_hidden_layers": 2, **options})
     tokens = random_tokens(28)
     logits = {}
     for way, dtype in (("exact", FLOAT), ("plain", torch.float16), ("triton", torch.float16)):

@@ -21,8 +21,10 @@ GB = 1_000_000_000
 def held_bytes(decoder: LeanDecoder) -> int:
     """Storage of every tensor in 32 bits, each once; packed layers left out."""
     tensors = [decoder.embedding, decoder.norm]
+    if decoder.inputs:
+        tensors += [decoder.inputs.embedding, decoder.inputs.projection.weight, decoder.inputs.norm]  # type: ignore[attr-defined]
     for layer in decoder.layers:
-        tensors += [*layer.norms, *([] if layer.activation is None else [layer.activation])]
+        tensors += [*layer.norms, *(part for part in (layer.activation, layer.scalar) if part is not None)]
     for product in (*(product for layer in decoder.layers for product in layer.linears), decoder.head):
         if isinstance(product, DenseLinear):
             tensors += [product.weight, *([] if product.bias is None else [product.bias])]
@@ -63,13 +65,14 @@ def test_the_verifiers_share_is_its_codes_and_alone_what_it_holds_beside_them(tm
     assert attach_verifier(target, checkpoint, "reference").embedding is target.embedding
 
 
-def test_a_token_takes_what_the_cache_and_the_rotary_tables_hold(tmp_path: Path) -> None:
-    save_model(tmp_path, *CASES["qwen3"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma 4, shared states and own inputs"])
+def test_a_token_takes_what_the_cache_and_the_rotary_tables_hold(tmp_path: Path, name: str) -> None:
+    save_model(tmp_path, *CASES[name])
     decoder, need = load_target(tmp_path, CPU, FLOAT), pair_need(tmp_path, None, FLOAT)
     assert need is not None
     cache = decoder.new_cache(100)
     tables = sum(table.nbytes for rope in decoder.ropes for table in rope.rows(0, 100))
-    assert 100 * need.per_token == sum(layer.nbytes for layer in cache.layers) + tables
+    assert 100 * need.per_token == cache.layers[0].untyped_storage().nbytes() + tables
 
 
 NEED = MemoryNeed(target=16 * GB, verifier=4 * GB, workspace=GB, per_token=150_000)

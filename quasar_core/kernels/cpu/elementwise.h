@@ -8,12 +8,16 @@
 
 namespace quasar {
 
+// A weight of null is one of ones.
 inline void normalise(const float* x, const float* weight, int size, float eps, float* y) {
     __m512 squares = _mm512_setzero_ps();
     for (int i = 0; i < size; i += LANES) squares = _mm512_fmadd_ps(load(x + i), load(x + i), squares);
     __m512 inverse = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / size + eps));
     for (int i = 0; i < size; i += LANES)
-        store(y + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), inverse), load(weight + i)));
+        if (weight)
+            store(y + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), inverse), load(weight + i)));
+        else
+            store(y + i, _mm512_mul_ps(load(x + i), inverse));
 }
 
 // In place: x · cos + x' · sin, where x' holds the partners. The first of two partners has its sine negated; of a head's

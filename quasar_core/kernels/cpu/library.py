@@ -166,7 +166,10 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("input_norm", "out_norm", "mlp_norm", "down_norm")),
         ("head_norms", ctypes.c_void_p),
         ("activation", ctypes.c_void_p),
-        *((name, FusedWeight) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, FusedWeight) for name in ("qkv", "out", "gate_up", "down", "input_gate", "input_out")),
+        ("input_out_norm", ctypes.c_void_p),
+        ("scalar", ctypes.c_float),
+        ("shares", ctypes.c_int),
         *((name, ctypes.c_int) for name in ("window", "rope", "channels", "kv_heads", "head_size")),
     )
 
@@ -183,6 +186,12 @@ class Model(ctypes.Structure):
         ("embedding", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
         ("head", FusedWeight),
+        ("inputs_size", ctypes.c_int),
+        ("norms_values", ctypes.c_int),
+        ("inputs_embedding", ctypes.c_void_p),
+        ("inputs_projection", FusedWeight),
+        ("inputs_norm", ctypes.c_void_p),
+        ("inputs_scale", ctypes.c_float),
         ("layer", ctypes.POINTER(Layer)),
     )
 

@@ -21,6 +21,10 @@ struct Layer {
     const float* head_norms;                                    // [query heads + key heads, D], or null
     const float* activation;                                    // its weights, or null
     FusedWeight qkv, out, gate_up, down;
+    FusedWeight input_gate, input_out;  // of the block's own input, or without parts
+    const float* input_out_norm;        // [hidden]
+    float scalar;                       // times what the block gives
+    int shares;                         // keys and values are an earlier block's
     int window;               // positions that a token sees, its own included; 0 is all of them
     int rope;                 // which rotary embedding, or -1
     int channels;             // of a head that rotate
@@ -36,6 +40,11 @@ struct Model {
     const void* embedding;             // [vocabulary, hidden]
     const float* norm;                 // [hidden]
     FusedWeight head;
+    int inputs_size, norms_values;   // P, of the inputs that each block has of its own, or 0; weightless norms of values
+    const void* inputs_embedding;    // [vocabulary, layers · P]
+    FusedWeight inputs_projection;   // hidden → layers · P
+    const float* inputs_norm;        // [P]
+    float inputs_scale;              // of that embedding
     const Layer* layer;
 };
 
@@ -63,23 +72,32 @@ public:
         {
             const Team team;
             embed(tokens, count, team);
+            if (m.inputs_size) make_inputs(tokens, count, team);
+            Waiting waiting;
             for (size_t i = 0; i < layers.size(); ++i) {
                 const Layer& layer = layers[i];
                 auto keys = static_cast<X*>(states[i]);
                 auto values = keys + size_t(layer.kv_heads) * capacity * layer.head_size;
-                prepare_normed(layer.qkv, i ? layers[i - 1].down_norm : nullptr, layer.input_norm, count, team);
+                prepare_normed(layer.qkv, waiting, layer.input_norm, count, team);
                 multiply_into(layer.qkv, mixed.data(), count, team);
                 if (layer.head_norms && m.norms_whole_rows) norm_rows(layer, count, team);
                 place_heads(layer, keys, values, place, team);
                 attend_heads(layer, keys, values, place, team);
                 prepare_input(layer.out, attended.data(), count, team);
-                multiply_onto_hidden(layer.out, layer.out_norm, count, team);
-                prepare_normed(layer.gate_up, layer.out_norm, layer.mlp_norm, count, team);
+                waiting = multiply_onto_hidden(layer.out, layer.out_norm, count, team);
+                prepare_normed(layer.gate_up, waiting, layer.mlp_norm, count, team);
                 multiply_into(layer.gate_up, mixed.data(), count, team);
                 prepare_activated(layer, count, team);
-                multiply_onto_hidden(layer.down, layer.down_norm, count, team);
+                waiting = multiply_onto_hidden(layer.down, layer.down_norm, count, team);
+                if (m.inputs_size) {
+                    prepare_normed(layer.input_gate, waiting, nullptr, count, team);
+                    multiply_into(layer.input_gate, mixed.data(), count, team);
+                    prepare_own_input(layer, int(i), count, team);
+                    waiting = multiply_onto_hidden(layer.input_out, layer.input_out_norm, count, team);
+                }
+                waiting.scalar = layer.scalar;
             }
-            prepare_normed(m.head, layers.back().down_norm, m.norm, count, team);
+            prepare_normed(m.head, waiting, m.norm, count, team);
             multiply(m.head, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
                 value = _mm512_mul_ps(value, _mm512_set1_ps(m.logits_scale));
                 if (m.logits_cap) value = capped(value, m.logits_cap);
@@ -103,9 +121,15 @@ private:
         const float *const *cos, *const *sin, *growth;
     };
 
+    // What is to become of the residual stream before it is read: `delta` comes on top behind its norm, then a factor.
+    struct Waiting {
+        const float* norm = nullptr;
+        float scalar = 1;
+    };
+
     Model m;
     std::vector<Layer> layers;
-    Buffer<float> hidden, normed, delta, mixed, attended, rooms;
+    Buffer<float> hidden, normed, delta, mixed, attended, rooms, own_inputs;
     Buffer<X> queries;
     Buffer<Best> seen;
     ProductInput inputs[MOST_PARTS];
@@ -119,12 +143,13 @@ private:
             widest = std::max({widest, size_t(layer.qkv.out), size_t(layer.gate_up.out)});
             size = std::max(size, size_t(layer.head_size)), heads = std::max(heads, size_t(m.heads) * layer.head_size);
             make_room(layer.qkv), make_room(layer.out), make_room(layer.gate_up), make_room(layer.down);
+            make_room(layer.input_gate), make_room(layer.input_out);
         }
-        make_room(m.head);
+        make_room(m.head), make_room(m.inputs_projection);
         const size_t rows = count;
         grow(hidden, rows * m.hidden), grow(normed, rows * m.hidden), grow(delta, rows * m.hidden);
         grow(mixed, rows * widest), grow(queries, rows * heads), grow(attended, rows * heads);
-        grow(rooms, threads * LANES * size);
+        grow(rooms, threads * LANES * size), grow(own_inputs, rows * layers.size() * m.inputs_size);
     }
 
     void embed(const int64_t* tokens, int count, const Team& team) {
@@ -138,17 +163,54 @@ private:
 #pragma omp barrier
     }
 
-    // Adds what waits in `delta` for its norm, where it has one; then the inputs of a product, normed where they are.
-    void prepare_normed(const FusedWeight& weight, const float* waiting, const float* norm, int count,
+    // own_inputs [T, layers · P]: of the token's own embedding, and of a projection of the other, normed.
+    void make_inputs(const int64_t* tokens, int count, const Team& team) {
+        prepare_normed(m.inputs_projection, Waiting(), nullptr, count, team);
+        multiply_into(m.inputs_projection, own_inputs.data(), count, team);
+        const int blocks = int(layers.size()), size = m.inputs_size;
+        const __m512 shrink = _mm512_set1_ps(1 / std::sqrt(float(m.hidden))), scale = _mm512_set1_ps(m.inputs_scale);
+        const Range share = team.share(count * blocks);
+        for (int at = share.begin; at < share.end; ++at) {
+            float* row = own_inputs.data() + size_t(at) * size;
+            auto own = static_cast<const X*>(m.inputs_embedding) + (size_t(tokens[at / blocks]) * blocks + at % blocks) * size;
+            for (int i = 0; i < size; i += LANES) store(row + i, _mm512_mul_ps(load(row + i), shrink));
+            normalise(row, m.inputs_norm, size, m.eps, row);
+            for (int i = 0; i < size; i += LANES) {
+                __m512 both = _mm512_fmadd_ps(load(own + i), scale, load(row + i));
+                store(row + i, _mm512_mul_ps(both, _mm512_set1_ps(0.70710678f)));
+            }
+        }
+#pragma omp barrier
+    }
+
+    // The gate of the block's own input stands in `mixed`.
+    void prepare_own_input(const Layer& layer, int index, int count, const Team& team) {
+        const int size = m.inputs_size;
+        const Range share = team.share(count);
+        for (int t = share.begin; t < share.end; ++t) {
+            float* row = mixed.data() + size_t(t) * size;
+            const float* own = own_inputs.data() + (size_t(t) * layers.size() + index) * size;
+            for (int i = 0; i < size; i += LANES)
+                store(row + i, _mm512_mul_ps(activate(load(row + i), m.activation, nullptr), load(own + i)));
+            for (int i = 0; i < layer.input_out.count; ++i) inputs[i].take(layer.input_out.parts[i], t, row, 0, size);
+        }
+#pragma omp barrier
+    }
+
+    // Settles what waits, then makes the inputs of a product, normed where they are.
+    void prepare_normed(const FusedWeight& weight, const Waiting& waiting, const float* norm, int count,
                         const Team& team) {
         const Range rows = team.share(count);
         for (int t = rows.begin; t < rows.end; ++t) {
             const size_t from = size_t(t) * m.hidden;
             float *row = normed.data() + from, *stream = hidden.data() + from;
-            if (waiting) {
-                normalise(delta.data() + from, waiting, m.hidden, m.eps, row);
+            if (waiting.norm) {
+                normalise(delta.data() + from, waiting.norm, m.hidden, m.eps, row);
                 for (int i = 0; i < m.hidden; i += LANES) store(stream + i, with_residual(stream + i, load(row + i)));
             }
+            if (waiting.scalar != 1)
+                for (int i = 0; i < m.hidden; i += LANES)
+                    store(stream + i, _mm512_mul_ps(load(stream + i), _mm512_set1_ps(waiting.scalar)));
             if (norm) normalise(stream, norm, m.hidden, m.eps, row);
             for (int i = 0; i < weight.count; ++i) inputs[i].take(weight.parts[i], t, norm ? row : stream, 0, m.hidden);
         }
@@ -207,12 +269,16 @@ private:
     }
 
     // Onto the residual stream, or to where it waits for its norm.
-    void multiply_onto_hidden(const FusedWeight& weight, const float* norm, int count, const Team& team) {
-        if (norm) return multiply_into(weight, delta.data(), count, team);
+    Waiting multiply_onto_hidden(const FusedWeight& weight, const float* norm, int count, const Team& team) {
+        if (norm) {
+            multiply_into(weight, delta.data(), count, team);
+            return Waiting{norm, 1};
+        }
         multiply(weight, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
             float* to = hidden.data() + size_t(t) * m.hidden + o;
             store(to, with_residual(to, value, lanes), lanes);
         });
+        return Waiting();
     }
 
     // The norm of all queries of a token as one row, and of all its keys.
@@ -229,13 +295,14 @@ private:
 
     // Norm and rotate queries and keys as the layer has it; keys and values go to the cache.
     void place_heads(const Layer& layer, X* keys, X* values, const Place& place, const Team& team) {
-        const int all = m.heads + 2 * layer.kv_heads, size = layer.head_size;
+        const int all = m.heads + (layer.shares ? 0 : 2 * layer.kv_heads), size = layer.head_size;
         const Range share = team.share(place.count * all);
         for (int at = share.begin; at < share.end; ++at) {
             const int t = at / all, head = at % all;
             float* x = mixed.data() + size_t(at) * size;
             const size_t position = place.position + t;
             if (head >= m.heads + layer.kv_heads) {
+                if (m.norms_values) normalise(x, nullptr, size, m.eps, x);
                 keep(x, 1, size, values + (size_t(head - m.heads - layer.kv_heads) * place.capacity + position) * size);
                 continue;
             }

@@ -144,11 +144,9 @@ class CudaPass:
             (window, heads): steps.make_mask(position, bucket, count, window, config.num_heads // heads)
             for window, heads in self._sights
         }
-        hidden = decoder.embedding.index_select(0, tokens)
-        if decoder.embedding_scale != 1:
-            hidden *= decoder.embedding_scale
+        hidden, inputs = decoder.embed(tokens)
         delta = None
-        for layer, states in zip(decoder.layers, cache.layers, strict=True):
+        for layer, states, given in zip(decoder.layers, cache.layers, inputs, strict=True):
             x = self._normed(hidden, delta, layer.input_norm, layer.qkv)
             rope = layer.shape.rope
             queries = steps.rotate_and_store(
@@ -166,6 +164,11 @@ class CudaPass:
             activation = Activation(config.activation, config.gated, layer.activation)
             x = self.dense.gate(layer.gate_up, x, self.dense.number_for(layer.down, count), activation)
             delta = self._behind(self.dense.multiply(layer.down, x), layer.down_norm)
+            if given is not None:
+                hidden += delta
+                delta = self._behind(decoder.own_input(layer, hidden, given), layer.input_out_norm)
+            if layer.scalar is not None:
+                hidden, delta = hidden.add_(delta).mul_(layer.scalar), None
         x = self._normed(hidden, delta, decoder.norm, decoder.head)
         logits.copy_(decoder.logits(self.dense.multiply(decoder.head, x)))
         steps.choose(logits, tokens, self._buffers.drafted, self._buffers.output.first(count))

@@ -142,8 +142,10 @@ class TorchSteps:
         heads = qkv.view(qkv.shape[0], -1, size)  # [T, H·G + 2·H, D]
         places = position + torch.arange(qkv.shape[0], device=qkv.device)
         own = tables and tuple(table.index_select(0, places)[:, None] for table in tables)
+        if turn.shares:
+            return turn(heads, own)  # type: ignore[arg-type]
         rotated = turn(heads[:, :-kv_heads], own)  # type: ignore[arg-type]
-        written = torch.stack((rotated[:, -kv_heads:], heads[:, -kv_heads:]))  # [2, T, H, D]
+        written = torch.stack((rotated[:, -kv_heads:], turn.values(heads[:, -kv_heads:])))  # [2, T, H, D]
         states.index_copy_(2, places, written.transpose(1, 2))
         return rotated[:, :-kv_heads]
 

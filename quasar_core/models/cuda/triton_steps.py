@@ -84,6 +84,11 @@ class TritonSteps:
         """One launch, however many tokens; norms of whole rows are PyTorch's."""
         keys, values = states.unbind()
         size = keys.shape[-1]
+        if turn.shares:  # queries alone: nothing is kept
+            keys = keys[:0]
+        elif turn.norms is not None and turn.norms.of_values:
+            heads = qkv.view(qkv.shape[0], -1, size)
+            qkv = torch.cat((heads[:, : -len(keys)], turn.values(heads[:, -len(keys) :])), 1).flatten(1)
         if turn.of_rows:
             heads = qkv.view(qkv.shape[0], -1, size)
             qkv = torch.cat((turn.normed(heads[:, : -len(keys)]), heads[:, -len(keys) :]), 1).flatten(1)

@@ -1,0 +1,158 @@
+"""The layout of a decoder's blocks, as a config.json has it: windows, rotations, sizes, and whose states they read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quasar_core.models.architectures import Architecture
+from quasar_core.models.rope_options import LAYER_TYPES
+
+SLIDING = "sliding_attention"
+PER_LAYER = {"head_dim": "head_size", "num_key_value_heads": "kv_heads"}  # fields of blocks by options
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """What may differ from block to block."""
+
+    window: int | None  # positions that it sees, its own included; None is all of them
+    rope: int | None  # which of the model's rotary embeddings; None: it does not rotate
+    head_size: int
+    kv_heads: int
+    inner: int  # of the MLP
+    states_of: int  # the block whose keys and values it reads: itself, or an earlier one
+    values_are_keys: bool = False  # before norm and rotation
+
+
+def read_blocks(row: Architecture, options: Mapping[str, Any]) -> tuple[BlockConfig, ...]:
+    marks = _marked_layers(row, options)
+    windows = _windows(row, options, marks)
+    in_use = options.get("sliding_window") is not None
+    rotates = marks if row.rotates != "sliding" else tuple(w is not None or not in_use for w in windows)
+    heads = options.get("num_key_value_heads") or options["num_attention_heads"]
+    blocks = tuple(
+        BlockConfig(
+            window=window,
+            rope=(int(row.ropes_by_type and window is not None) if rotating else None),
+            head_size=head_size_of(options),
+            kv_heads=heads,
+            inner=options["intermediate_size"],
+            states_of=index,
+        )
+        for index, (window, rotating) in enumerate(zip(windows, rotates, strict=True))
+    )
+    return differing_blocks(options, blocks) if row.blocks_differ else blocks
+
+
+def differing_blocks(options: Mapping[str, Any], blocks: Sequence[BlockConfig]) -> tuple[BlockConfig, ...]:
+    """Gemma 4's blocks: full layers of heads of their own, whose keys may be values; last ones that share states."""
+    own, count = options.get("per_layer_config"), len(blocks)
+    first_sharing = count - (options.get("num_kv_shared_layers") or 0)
+    equal = bool(options.get("attention_k_eq_v"))
+    heads = options.get("num_global_key_value_heads") if equal else None
+    found: list[BlockConfig] = []
+    for index, block in enumerate(blocks):
+        changes: dict[str, Any] = {}
+        if own is None and block.window is None:
+            changes = {"head_size": options["global_head_dim"], "kv_heads": heads or block.kv_heads}
+        elif own is not None:
+            given = {int(name): changed for name, changed in own.items()}.get(index, {})
+            changes = {field: given[name] for name, field in PER_LAYER.items() if name in given}
+        changes["values_are_keys"] = equal and block.window is None
+        if index >= first_sharing:
+            changes["states_of"] = max(i for i in range(first_sharing) if blocks[i].window == block.window)
+            changes["inner"] = block.inner * (2 if options.get("use_double_wide_mlp") else 1)
+        found.append(replace(block, **changes))
+    return tuple(found)
+
+
+def head_size_of(options: Mapping[str, Any]) -> int:
+    return int(options.get("head_dim") or options["hidden_size"] // options["num_attention_heads"])
+
+
+def _marked_layers(row: Architecture, options: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Which layers rotate: all, or those that `no_rope_layers` marks with 1 (by default all but every fourth)."""
+    count = int(options["num_hidden_layers"])
+    if row.rotates != "marked":
+        return (True,) * count
+    interval = options.get("no_rope_layer_interval") or 4
+    marks = options.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(count)]
+    return tuple(map(bool, marks[:count]))
+
+
+def _windows(row: Architecture, options: Mapping[str, Any], rotates: tuple[bool, ...]) -> tuple[int | None, ...]:
+    """How many positions each layer sees, its own included; None is all of them."""
+    window, count, kind = options.get("sliding_window"), int(options["num_hidden_layers"]), row.windows.kind
+    if kind == "all":
+        return (window,) * count
+    if kind == "none" or (kind == "listed" and not options.get("use_sliding_window")):
+        return (None,) * count
+    types = options.get("layer_types")
+    if types:
+        slides = [kind == SLIDING for kind in types]
+    elif kind == "typed":
+        slides = _slides_by_period(row, options)
+    elif row.rotates == "marked":
+        slides = [not rotating for rotating in rotates]
+    else:
+        slides = [i >= options.get("max_window_layers", 28) for i in range(count)]
+    slides[-1] &= not row.blocks_differ  # Gemma 4's last layer sees everything, whatever is listed
+    return tuple(window if sliding else None for sliding in slides)
+
+
+def _slides_by_period(row: Architecture, options: Mapping[str, Any]) -> list[bool]:
+    count, rule = int(options["num_hidden_layers"]), row.windows
+    period = options.get(rule.option, rule.period) if rule.option else rule.period
+    if not period:
+        return [options.get("sliding_window") is not None] * count
+    return [i % period != rule.first % period for i in range(count)]
+
+
+def inputs_size_of(row: Architecture, options: Mapping[str, Any]) -> int:
+    return int(options.get("hidden_size_per_layer_input") or 0) if row.blocks_differ else 0
+
+
+def why_not_layers(row: Architecture, options: Mapping[str, Any]) -> str | None:
+    """Lists of layers that contradict their number, and windows that the table's row does not have."""
+    for key in ("layer_types", "no_rope_layers"):
+        listed = options.get(key)
+        if listed and len(listed) != options["num_hidden_layers"]:
+            return f"config.json has {options['num_hidden_layers']} layers, and {len(listed)} {key}"
+    types = set(options.get("layer_types") or ())
+    if types - set(LAYER_TYPES):
+        return f"it has no layers of the type {sorted(map(str, types - set(LAYER_TYPES)))[0]}"
+    return _why_not_windows(row, options, types)
+
+
+def _why_not_windows(row: Architecture, options: Mapping[str, Any], types: set[str]) -> str | None:
+    window, kind = options.get("sliding_window"), row.windows.kind
+    if kind == "none":
+        narrow = window is not None and window < options["max_position_embeddings"]
+        return f"{row.model_type} has no windows, and config.json has a sliding_window" if narrow else None
+    if kind == "all":
+        usual = "full_attention" if window is None else SLIDING
+        return f"layers of {row.model_type} are of one type, and config.json lists others" if types - {usual} else None
+    if kind == "typed" and row.windows.option and not isinstance(options.get(row.windows.option, 0), int | None):
+        return None if types else f"its {row.windows.option} is no number"
+    in_use = window is not None and (kind == "typed" or options.get("use_sliding_window"))
+    if SLIDING in types and not in_use:
+        return "config.json has sliding layers, and no window in use"
+    return None
+
+
+def why_not_differing(row: Architecture, options: Mapping[str, Any]) -> str | None:
+    """What of blocks that differ contradicts itself, or is more than the decoder has."""
+    own = options.get("per_layer_config") or {}
+    if not all(str(name).isdecimal() and isinstance(given, Mapping) for name, given in own.items()):
+        return "its per_layer_config is not one of layers by their numbers"
+    unknown = {name for given in own.values() for name in given} - set(PER_LAYER)
+    if unknown:
+        return f"its per_layer_config has {min(unknown)}"
+    windows = _windows(row, options, ())
+    sharing = options.get("num_kv_shared_layers") or 0
+    if not 0 <= sharing < len(windows) or set(windows) - set(windows[: len(windows) - sharing]):
+        return f"{sharing} of its layers share keys and values, and not all of them with an earlier one"
+    if inputs_size_of(row, options) and (options.get("vocab_size_per_layer_input") or 0) < options["vocab_size"]:
+        return "some of its tokens have no inputs for each layer"
+    sizes = {(block.rope, block.head_size) for block in read_blocks(row, options)}
+    return "layers that rotate alike have heads of several sizes" if len(sizes) > len(dict(sizes)) else None
