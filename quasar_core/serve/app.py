@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from quasar_core.config import DRAFT_KINDS
 from quasar_core.models.pair import Pair
 from quasar_core.serve.asks import content_text
 from quasar_core.serve.chat import read_chat, read_messages, stream_chat, whole_chat
@@ -111,11 +112,8 @@ class Server:
         return JSONResponse(self._describe())
 
     def _describe(self) -> dict[str, Any]:
-        modes = {
-            "modes": self.served.modes,
-            "verify": self.settings.defaults.verify,
-            "draft": self.settings.defaults.draft,
-        }
+        defaults = self.settings.defaults
+        modes = {"modes": self.served.modes, "verify": defaults.verify, "drafts": DRAFT_KINDS, "draft": defaults.draft}
         names = {"id": self.served.name, "object": "model", "created": self._head.created, "owned_by": "quasar"}
         fidelity = self.served.pair.fidelity
         agreement = None if fidelity is None else fidelity.agreement

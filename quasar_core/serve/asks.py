@@ -54,7 +54,6 @@ class Common:
     presence: float
     frequency: float
     biases: dict[int, float]
-    trace: bool
     prediction: tuple[int, ...]
 
     def rules(self, prompt_ids: Sequence[int]) -> list[TokenRule]:
@@ -90,7 +89,6 @@ def read_common(fields: Fields, served: Served, usual_tokens: int, least_tokens:
         presence=penalties[0],
         frequency=penalties[1],
         biases=_biases(fields, served),
-        trace=fields.flag("trace"),
         prediction=_prediction(fields, served, draft),
     )
 

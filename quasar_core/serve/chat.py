@@ -50,6 +50,7 @@ def read_chat(body: Mapping[str, Any], served: Served) -> ChatAsk:
     if top and not logprobs:
         raise refused("top_logprobs goes with logprobs true.", "top_logprobs")
     tools, form, forced = _tools(fields, served)
+    trace = fields.flag("trace")
     variables, schema = fields.mapping("chat_template_kwargs"), _schema(fields)
     fields.end()
     if schema is not None and tools:
@@ -73,7 +74,7 @@ def read_chat(body: Mapping[str, Any], served: Served) -> ChatAsk:
 
     ask = Ask(
         ids, common.request, common.verify, common.draft, rules, (top or 0) if logprobs else None,
-        prediction=common.prediction, shown=shown, trace=common.trace,
+        prediction=common.prediction, shown=shown, trace=trace,
     )  # fmt: skip
     asks = [replace(ask, request=common.request_of(number)) for number in range(common.count)]
     return ChatAsk(asks, common, top or 0, logprobs, form, tools, served.thinks, inside)
@@ -198,11 +199,14 @@ class Choice:
     calls: list[dict[str, Any]] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)  # not told yet
     reason: str | None = None
+    traced: list[dict[str, Any]] = field(default_factory=list)  # texts, and who wrote each
 
     def take(self, event: Event, tally: Tally) -> list[Part]:
         """The finished parts of an event."""
         if isinstance(event, Written):
             self.scores += event.scores
+            if event.maker is not None:
+                self.traced.append({"text": event.text, "by": event.maker})
             parts = self.parts.add(event.text)
             tally.reasoning_tokens += len(event.tokens) if parts and parts[-1].kind == "reasoning" else 0
             return parts
@@ -252,6 +256,9 @@ async def whole_chat(chat: ChatAsk, job: Job, served: Served) -> dict[str, Any]:
     ]
     head = Head("chatcmpl", "chat.completion", served.name)
     measures = tally.measures(chat.asks[-1], served)
+    if chat.asks[0].trace:
+        for number, choice in enumerate(choices):
+            listed[number]["tokens"] = choice.traced
     return head.document(choices=listed, usage=tally.usage(chat.asks), **measures)
 
 
@@ -275,8 +282,9 @@ async def stream_chat(chat: ChatAsk, job: Job, served: Served) -> AsyncIterator[
         number, event = found
         choice = choices[number]
         for part in choice.take(event, tally):
-            yield chunk(number, choice.delta(part), choice.scores)
-            choice.scores = []
+            traced = {"quasar": {"tokens": choice.traced}} if choice.traced else {}
+            yield {**chunk(number, choice.delta(part), choice.scores), **traced}
+            choice.scores, choice.traced = [], []
         if choice.reason is not None and isinstance(event, Finished):
             last = chunk(number, {}, choice.scores, finish_reason=choice.reason)
             yield {**last, **tally.measures(chat.asks[number], served)}

@@ -69,7 +69,7 @@ class AnswerParts:
     def _think(self, parts: list[Part]) -> bool:
         at = self._buffer.find(END_OF_THINKING)
         if at < 0:
-            self._emit(parts, "reasoning", self._take(len(self._buffer) - _overlap(self._buffer, END_OF_THINKING)))
+            self._emit(parts, "reasoning", self._take(len(self._buffer) - _held(self._buffer, END_OF_THINKING, "\n")))
             return False
         self._emit(parts, "reasoning", self._buffer[:at].rstrip("\n"))
         self._buffer = self._buffer[at + len(END_OF_THINKING) :]
@@ -85,8 +85,7 @@ class AnswerParts:
             self._emit(parts, "content", self._take(at).rstrip())
             self._state = "call"
             return True
-        text = self._buffer
-        self._emit(parts, "content", self._take(len(text) - max(_overlap(text, self._form.opening), _white(text))))
+        self._emit(parts, "content", self._take(len(self._buffer) - _held(self._buffer, self._form.opening, None)))
         return False
 
     def _opening_at(self, form: ToolForm) -> int | None:
@@ -103,7 +102,7 @@ class AnswerParts:
         if closing is None or at < 0:
             return False
         self._read_call(self._take(at + len(closing)), parts)
-        self._state = "content"
+        self._state, self._fresh = "content", parts[-1].kind == "call"
         return True
 
     def _read_call(self, block: str, parts: list[Part]) -> None:
@@ -129,13 +128,8 @@ class AnswerParts:
             self._said = self._said or kind == "content"
 
 
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of a text that begins a mark."""
-    return next(
-        (length for length in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-length:])), 0
-    )
-
-
-def _white(text: str) -> int:
-    """Length of the white space that ends a text: before a call it is no part of the answer."""
-    return len(text) - len(text.rstrip())
+def _held(text: str, mark: str, white: str | None) -> int:
+    """Length of the end of a text that may belong to a mark: the mark's beginning, and white space before it."""
+    lengths = range(min(len(text), len(mark) - 1), 0, -1)
+    overlap = next((length for length in lengths if mark.startswith(text[-length:])), 0)
+    return len(text) - len(text[: len(text) - overlap].rstrip(white))

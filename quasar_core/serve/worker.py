@@ -22,6 +22,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.records import GenerationResult
 from quasar_core.serve.asks import Ask
 from quasar_core.serve.errors import ApiError
+from quasar_core.serve.makers import Maker, makers
 from quasar_core.serve.metrics import Metrics
 from quasar_core.serve.served import Served
 
@@ -40,6 +41,7 @@ class Written:
     text: str
     tokens: Sequence[int]
     scores: Sequence[TokenScore] = ()
+    maker: Maker | None = None  # of the last token, which finished the text, where it was asked for
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,10 @@ class Worker:
                 return result
             tokens = answering.tokens[sent:]
             found = answering.scores.tokens[sent : sent + len(tokens)] if answering.scores else ()
-            job.emit(number, Written(text, tokens, found))
             sent += len(tokens)
+            job.emit(
+                number, Written(text, tokens, found, _maker(ask, generator, answering, sent) if ask.trace else None)
+            )
 
     def _drafter_of(self, ask: Ask) -> Callable[[], Drafter] | None:
         """A drafter that has read the prediction before the text; None where there is no prediction."""
@@ -198,3 +202,10 @@ class Worker:
             )
             self._generators[key] = Generator(self.served.pair, config, prefixes=self._prefixes)
         return self._generators[key]
+
+
+def _maker(ask: Ask, generator: Generator, answering: Answering, count: int) -> Maker | None:
+    """Who made the last of so many tokens."""
+    assert answering.stats is not None
+    made = makers(answering.stats, ask.verify == "exact" and not generator.target_alone)
+    return made[count - 1] if 0 < count <= len(made) else None

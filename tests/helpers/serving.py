@@ -37,7 +37,7 @@ def demo_models() -> tuple[Any, Any]:
 
 def demo_pair(**changes: Any) -> Pair:
     """A new pair of them."""
-    target, verifier = demo_models()
+    target, verifier = changes.pop("models", None) or demo_models()
     tokenizer = load_tokenizer(DEMO)
     eos_ids = end_of_text_ids(DEMO, tokenizer)
     options: dict[str, Any] = {"tokenizer": tokenizer, "eos_ids": eos_ids, "max_context": 2048, "target_name": "demo"}
@@ -47,7 +47,7 @@ def demo_pair(**changes: Any) -> Pair:
 class GatedModel(TableModel):
     """Each pass waits for a permit, and is counted."""
 
-    def __init__(self, open_from: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__(97, 1)
         self.permits, self.passes = threading.Semaphore(0), 0
         self.begun = threading.Event()  # whether a pass waits or ran
@@ -63,6 +63,7 @@ class ScriptedModel(CausalLM):
     """Writes one text, whatever it is asked: the token after n tokens of an answer is the text's n-th."""
 
     device = torch.device("cpu")
+    vocab_size = 0
 
     def __init__(self, vocabulary: int, script: Sequence[int], prompt_end: int) -> None:
         self.vocab_size, self.script, self.prompt_end = vocabulary, list(script), prompt_end

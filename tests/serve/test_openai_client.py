@@ -1,5 +1,6 @@
 """openai-python against a real server: what is answered is what the library generates."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -111,10 +112,8 @@ def test_a_sampled_answer_is_the_librarys(api: Any) -> None:
 
 
 def test_parts_and_both_names_of_the_length(api: Any) -> None:
-    parts = [
-        {"role": "user", "content": [{"type": "text", "text": QUESTION[:10]}, {"type": "text", "text": QUESTION[10:]}]}
-    ]
-    reply = ask(api, messages=parts, max_tokens=openai.omit, max_completion_tokens=12)
+    parts = [{"type": "text", "text": QUESTION[:10]}, {"type": "text", "text": QUESTION[10:]}]
+    reply = ask(api, messages=[{"role": "user", "content": parts}], max_tokens=openai.omit, max_completion_tokens=12)
     assert reply.choices[0].message.content == expected(12).text
     assert reply.usage.completion_tokens == 12
 
@@ -143,9 +142,8 @@ def test_log_probabilities_are_the_targets_in_every_mode(api: Any) -> None:
 
 def test_json_by_a_schema_is_the_plain_constrained_text_in_every_mode(api: Any) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "found", "schema": SCHEMA, "strict": True}}
-    modes = [
-        {"verify": verify, "draft": draft} for verify in ("full", "exact", "quantized") for draft in ("none", "ngram")
-    ]
+    pairs = itertools.product(("full", "exact", "quantized"), ("none", "ngram"))
+    modes = [{"verify": verify, "draft": draft} for verify, draft in pairs]
     replies = [ask(api, response_format=form, max_tokens=80, extra_body=mode) for mode in modes]
     texts = [reply.choices[0].message.content for reply in replies]
     for text in texts:
@@ -164,9 +162,8 @@ def test_json_by_a_schema_is_the_plain_constrained_text_in_every_mode(api: Any) 
 def test_penalties_and_biases_change_the_text_alike_in_every_mode(api: Any) -> None:
     plain_text = expected().text
     for option in ({"frequency_penalty": 1.5}, {"presence_penalty": 2.0}, {"logit_bias": {"100": 30}}):
-        texts = [
-            ask(api, extra_body={"verify": mode}, **option).choices[0].message.content for mode in ("full", "exact")
-        ]
+        replies = [ask(api, extra_body={"verify": mode}, **option) for mode in ("full", "exact")]
+        texts = [reply.choices[0].message.content for reply in replies]
         assert texts[0] == texts[1] != plain_text
 
 
