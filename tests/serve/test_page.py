@@ -64,6 +64,7 @@ def test_everything_has_a_name_and_news_are_announced(page: Any) -> None:
     assert all(node["name"]["value"] for node in found)
     assert page.run("document.getElementById('status').getAttribute('role')") == "status"
     assert page.run("document.documentElement.lang") == "en"
+    assert not page.run("document.getElementById('key').checkVisibility()"), "no key is asked for here"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -150,7 +150,7 @@ async function ask(text) {
     });
     if (!reply.ok) throw new Error((await reply.json()).error.message);
     for await (const chunk of events(reply.body)) take(chunk, answer);
-    say("The answer is whole.");
+    say("The answer has ended.");
   } catch (error) {
     const stopped = error.name === "AbortError";
     answer.figures.classList.toggle("error", !stopped);
