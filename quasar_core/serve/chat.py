@@ -245,7 +245,7 @@ async def whole_chat(chat: ChatAsk, job: Job, served: Served) -> dict[str, Any]:
     async for number, event in read_events(job):
         for part in choices[number].take(event, tally):
             choices[number].delta(part)
-    listed = [
+    listed: list[dict[str, Any]] = [
         {
             "index": number,
             "message": choice.message(),

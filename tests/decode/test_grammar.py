@@ -97,7 +97,7 @@ def test_what_is_no_schema_is_refused_in_a_sentence(grammars: Grammars) -> None:
         assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("drafts", "window"), product((1, 4, 8), (1, 3, 9)))
+@pytest.mark.parametrize(("drafts", "window"), [*product((1, 4, 8), (1, 3, 9))])
 def test_the_constrained_text_is_the_plain_one_whatever_is_drafted(
     pair: Any, grammars: Grammars, drafts: int, window: int
 ) -> None:
