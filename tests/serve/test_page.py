@@ -127,9 +127,18 @@ def test_makers_follow_the_logs() -> None:
         "bonus",
         "bonus",
     ]
-    confirms = [Confirm(4, 4), Confirm(1, 0)]
+    confirms = [Confirm(4, 4, step=2), Confirm(1, 0, step=3)]
     made = makers(Stats(prefill_tokens=1, step_log=steps, confirm_log=confirms), True)
     assert made == ["prompt", "draft", "draft", "bonus", "bonus", "target", "corrected"]
+
+
+def test_drafts_that_the_target_checks_itself_are_told_too() -> None:
+    by_target, behind = Step(3, 2, by_target=True), Step(2, 1, by_target=True)
+    steps = [by_target, Step(2, 1), behind, Step(0, 0), Step(2, 0, by_target=True)]
+    confirms = [Confirm(2, 2, drafted=2, step=2), Confirm(1, 0, drafted=2, step=4)]
+    made = makers(Stats(prefill_tokens=1, step_log=steps, confirm_log=confirms), True)
+    first, second = ["draft", "draft", "target"], ["draft", "bonus", "draft", "target"]
+    assert made == ["prompt", *first, *second, "corrected"]
 
 
 def test_a_whole_reply_says_who_wrote_each_token() -> None:
