@@ -71,11 +71,18 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Request:
-    """What one answer may ask for by itself; all else of a `GenerationConfig` is settled before the first."""
+    """What one answer may ask for by itself; all else of a `GenerationConfig` is settled before the first.
+
+    `sampling` and `stop` stand in for the config's own where they are given; the temperature is 0 in both or in
+    neither. `alone`: what earlier answers taught of drafts is left aside, so that a seed fixes a sampled text.
+    """
 
     max_new_tokens: int
     seed: int
     prediction: str = ""  # the text that is expected
+    sampling: SamplingConfig | None = None
+    stop: tuple[str, ...] = ()
+    alone: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.agreement import Estimate
+from quasar_core.decode.answering import Answering
 from quasar_core.decode.checking import Checking
 from quasar_core.decode.policy import DraftLength, WindowPolicy
 from quasar_core.decode.processors import Processors
@@ -57,6 +58,7 @@ class Engine:
         checking: Checking | None = None,
         observe: Observe | None = None,
         now: Callable[[], float] = time.perf_counter,
+        answering: Answering | None = None,
     ) -> None:
         self.pair, self.cache, self.config = pair, cache, config
         self.drafter, self.draft_length, self.window_policy = drafter, draft_length, window
@@ -66,7 +68,10 @@ class Engine:
         self.confirms = config.verify == "exact"
         self.verifying = _verifying_model(pair, config.verify)
         self.processors = Processors(pair.processors, config)
-        self._reads_logits = not config.sampling.greedy or bool(self.processors)  # beyond the best of each row
+        self.answering = answering or Answering()
+        changed = bool(self.processors or self.answering.rules)
+        self._reads_logits = not config.sampling.greedy or changed or self.answering.scores is not None
+        self._logits: torch.Tensor | None = None  # of the last pass, as the model gave them, where they are scored
 
         # What is drawn depends on how drafts are cut: a seed would fix nothing if that followed the clock.
         self._learns_costs = config.sampling.greedy
@@ -93,11 +98,13 @@ class Engine:
         self.processors.begin(prompt, self.max_tokens, self.eos_ids, self.pair.primary.device)
         chunk = PREFILL_CHUNK[self.pair.primary.device.type] if self.pair.rolls_back else len(prompt)
         for begin in range(cached, len(prompt), chunk):
+            self.answering.before_pass()
             logits = self.pair.primary.forward(prompt[begin : begin + chunk], self.cache, last_only=True)
         self.tokens = list(prompt)
         choices, _ = self._choose(logits, [])
         self.drafter.observe(self.tokens)
         self._extend(choices.tokens)
+        self._score(choices.tokens)
         self.drafter.propose(1)  # so that indexing the prompt is part of its own time
         self.committed = len(self.tokens)
         self.stats.prompt_tokens, self.stats.cached_tokens = len(prompt), cached
@@ -147,10 +154,12 @@ class Engine:
     def _propose(self, limit: int) -> Draft:
         room = self.max_tokens - len(self.tokens) - 1  # the bonus token needs a place
         limit = min(limit, room)
-        return self.drafter.propose(limit) if limit > 0 else NO_DRAFT
+        draft = self.drafter.propose(limit) if limit > 0 else NO_DRAFT
+        return draft.first(self.answering.allowed(self.tokens, draft.tokens))
 
     def _verify(self, draft: Draft, drafting_s: float) -> None:
         """One pass over the last token and the draft; accepted tokens and the bonus join the text."""
+        self.answering.before_pass()
         start = self._now()
         choices, q = self._pass([self.tokens[-1], *draft.tokens])
         pass_s = self._now() - start
@@ -168,6 +177,7 @@ class Engine:
             self.draft_length.learn(draft, accepted)
         self._extend(new)
         if not self.confirms:
+            self._score(new)
             self.committed = len(self.tokens)
 
     def _log_step(
@@ -197,6 +207,7 @@ class Engine:
 
         What it accepts is committed with its bonus token, the rest taken back.
         """
+        self.answering.before_pass()
         window, start = self.window, self._now()
         self.cache.rollback(self.committed - 1)
         accepted, bonus, margins = self._accept_window(window, draft.tokens)
@@ -208,6 +219,7 @@ class Engine:
         new = self._cut_at_eos([*draft.tokens[: accepted - kept], bonus])
         self._extend([] if ended or len(self.tokens) >= self.max_tokens else new)
         self.committed = len(self.tokens)
+        self._score(self.tokens[before:])
         self._log_confirm(window, kept, draft, min(accepted - kept, len(new)), margins, drafting_s, pass_s)
         self._learn_from_confirm(len(window), kept, draft, accepted - kept, drafting_s, pass_s)
         if self._checking:
@@ -258,7 +270,7 @@ class Engine:
             choices = self.pair.primary.choose(tokens, self.cache)
             return *_accept(choices, offered), choices.margins
         logits = self.pair.primary.forward(tokens, self.cache)
-        logits = self.processors(logits, prefix, offered)
+        logits = self._change(logits, prefix, offered)
         if self.config.sampling.greedy:
             choices = choose_best(logits)
             return *_accept(choices, offered), choices.margins
@@ -287,11 +299,22 @@ class Engine:
         This is where the host waits for the device, once in a pass.
         """
         margins = best_tokens(logits)[1] if self.confirms else None
-        logits = self.processors(logits, self.tokens, draft)
+        logits = self._change(logits, self.tokens, draft)
         if self.config.sampling.greedy:
             return bring_over(best_tokens(logits)[0], margins), None
         probabilities = distribution(logits, self.config.sampling)
         return bring_over(draw(probabilities, self.generator), margins), probabilities
+
+    def _change(self, logits: torch.Tensor, prefix: Sequence[int], continuation: Sequence[int]) -> torch.Tensor:
+        """Logits [T, V] after the model's processors and the answer's own rules."""
+        self._logits = logits if self.answering.scores is not None else None
+        return self.answering.apply(self.processors(logits, prefix, continuation), prefix, continuation)
+
+    def _score(self, new: Sequence[int]) -> None:
+        """Keep the scores of committed tokens by the pass that decided them."""
+        if self.answering.scores is not None:
+            assert self._logits is not None
+            self.answering.scores.add(self._logits, new)
 
     def _remember(self, margins: list[float], accepted: int, refused: bool, q: torch.Tensor | None) -> None:
         """Keep what a later confirm needs of the new tokens: how sure the verifier was of each, and its q of each."""

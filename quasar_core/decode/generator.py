@@ -12,6 +12,7 @@ import torch
 
 from quasar_core.config import GenerationConfig, Request
 from quasar_core.decode.agreement import UNKNOWN, AgreementCurve, RunningAgreement, shift_to
+from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.check import Checker
 from quasar_core.decode.checking import Checking
 from quasar_core.decode.costs import KNOWN, LiveCost, PairCosts, Role, forget_cost, pair_costs, pass_sampler
@@ -26,13 +27,13 @@ from quasar_core.decode.policy import (
     WindowPolicy,
     plan_exact,
 )
+from quasar_core.decode.prefixes import Prefix, Prefixes
 from quasar_core.decode.processors import Processors, describe_processors
 from quasar_core.decode.text import TextStream
+from quasar_core.draft.acceptance import Acceptance
 from quasar_core.draft.base import Drafter
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.models.base import KVCache
 from quasar_core.models.pair import Pair
-from quasar_core.models.rope import begin_text
 from quasar_core.records import FinishReason, GenerationResult, Progress, no_progress
 from quasar_core.system import Load, LoadMeter
 
@@ -51,6 +52,7 @@ class Generator:
         make_draft: Callable[[], Drafter] | None = None,
         now: Callable[[], float] = time.perf_counter,
         progress: Progress = no_progress,
+        prefixes: Prefixes | None = None,
     ) -> None:
         _check_models(pair, config)
         self.pair, self.config = pair, config
@@ -64,12 +66,11 @@ class Generator:
         self._window = WindowPolicy(DEFAULT_WINDOW if config.window == "auto" else config.window)
         self._checking = self._choose_checking()
         self._draft_length = self._checking.verifier_length if self._checking else self._choose_draft_length()
-        self._cache: KVCache | None = None
-        self._cached: list[int] = []
+        self._prefixes = prefixes or Prefixes(pair)
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self._cached = []
+        self._prefixes.forget()
 
     def generate(
         self,
@@ -88,31 +89,35 @@ class Generator:
             if on_text:
                 on_text(piece)
 
-    def stream(self, prompt_ids: Sequence[int], request: Request | None = None) -> TextPieces:
+    def stream(
+        self, prompt_ids: Sequence[int], request: Request | None = None, answering: Answering | None = None
+    ) -> TextPieces:
         """Generate after the prompt, and yield each piece of text when it is finished; returns the result.
 
         Nothing is decoded between two pieces that are asked for; closing the iterator ends the answer. A `request`
-        stands in for the config's own length and seed. Raises UsageError, before the first piece, for an empty prompt
-        and for one that leaves no room in the model's context.
+        stands in for the config's own length and seed; `answering` brings what else one answer has. Raises UsageError,
+        before the first piece, for an empty prompt and for one that leaves no room in the model's context.
         """
         request = request or self.config.request
-        return self._stream(prompt_ids, request, self._check_prompt(prompt_ids, request))
+        max_tokens = self._check_prompt(prompt_ids, request)
+        return self._stream(prompt_ids, request, max_tokens, answering or Answering())
 
-    def _stream(self, prompt_ids: Sequence[int], request: Request, max_tokens: int) -> TextPieces:
+    def _stream(self, prompt_ids: Sequence[int], request: Request, max_tokens: int, answering: Answering) -> TextPieces:
         meter = LoadMeter()
         start = self._now()
-        cached = self._reuse_cache(prompt_ids, max_tokens)
-        engine = self._make_engine(max_tokens, request)
-        text = TextStream(self.pair.tokenizer, self.config.stop)
+        prefix, cached = self._prefixes.take(prompt_ids, max_tokens)
+        engine = self._make_engine(prefix, max_tokens, request, answering)
+        text = TextStream(self.pair.tokenizer, request.stop or self.config.stop, answering.shown)
         _reset_peak_memory(self.pair.device)
-        engine.prefill(prompt_ids, cached)
+        self._prefill(engine, prefix, prompt_ids, cached)
         engine.stats.ttft_s = self._now() - start
+        answering.stats = engine.stats
         end = engine.max_tokens
         try:
             count, reason = yield from self._run(engine, text, len(prompt_ids))
             end = len(prompt_ids) + count
         finally:
-            self._keep_cache(engine, end)
+            self._keep_cache(engine, prefix, end)
             self._forget_what_was_wrong(meter.read())
         engine.stats.new_tokens = count
         engine.stats.peak_memory_bytes = _peak_memory(self.pair.device)
@@ -123,6 +128,14 @@ class Generator:
             yield rest
         return GenerationResult(list(prompt_ids), new, text.text, reason, engine.stats, verified_by)
 
+    def _prefill(self, engine: Engine, prefix: Prefix, prompt_ids: Sequence[int], cached: int) -> None:
+        """Pass the prompt; what is passed of one that is stopped is kept."""
+        try:
+            engine.prefill(prompt_ids, cached)
+        except Stopped:
+            self._prefixes.keep(prefix, list(prompt_ids[: engine.cache.length]))
+            raise
+
     def _run(
         self, engine: Engine, text: TextStream, prompt_length: int
     ) -> Iteration[str, None, tuple[int, FinishReason]]:
@@ -132,6 +145,7 @@ class Generator:
             while read < engine.committed:
                 token = engine.tokens[read]
                 read += 1
+                engine.answering.tokens.append(token)
                 if token in engine.eos_ids:
                     return read - prompt_length, "eos"
                 if piece := text.add(token):
@@ -142,17 +156,13 @@ class Generator:
                     return read - prompt_length, "length"
             engine.step()
 
-    def _keep_cache(self, engine: Engine, end: int) -> None:
+    def _keep_cache(self, engine: Engine, prefix: Prefix, end: int) -> None:
         """Keep the committed tokens that precede the answer's last one, which ends at `end`.
 
         What was committed behind a stop text goes: how much that is depends on the mode, and the pass over the next
         prompt must not.
         """
-        if not self.pair.rolls_back:
-            self._cache = None
-            return
-        self._cached = engine.tokens[: min(end - 1, engine.committed - 1, engine.cache.length)]
-        engine.cache.rollback(len(self._cached))
+        self._prefixes.keep(prefix, engine.tokens[: min(end - 1, engine.committed - 1, engine.cache.length)])
 
     def _check_prompt(self, prompt_ids: Sequence[int], request: Request) -> int:
         """The number of tokens, prompt included, at which to end."""
@@ -176,39 +186,30 @@ class Generator:
                 "model do not belong together."
             )
 
-    def _reuse_cache(self, prompt_ids: Sequence[int], max_tokens: int) -> int:
-        """Keep the cached tokens that begin the prompt too, but one at least is passed anew; their number."""
-        if self._cache is None or self._cache.capacity < max_tokens:
-            capacity = min(self.pair.max_context, -(-max_tokens // 1024) * 1024)
-            self._cache, self._cached = self.pair.new_cache(capacity), []
-        common = 0
-        for old, new in zip(self._cached, prompt_ids[:-1], strict=False):
-            if old != new:
-                break
-            common += 1
-        self._cache.rollback(common)
-        kept = begin_text(self._cache, len(prompt_ids), common)
-        self._cached = self._cached[:kept]
-        return kept
-
-    def _make_engine(self, max_tokens: int, request: Request) -> Engine:
-        assert self._cache is not None
+    def _make_engine(self, prefix: Prefix, max_tokens: int, request: Request, answering: Answering) -> Engine:
         generator = torch.Generator(self.pair.device).manual_seed(request.seed)
-        for length in (self._draft_length, self._checking.target_length if self._checking else None):
+        checking, draft_length = self._checking, self._draft_length
+        if request.alone:
+            self._drafting.sources.acceptance = Acceptance()
+            checking = self._choose_checking()
+            draft_length = checking.verifier_length if checking else self._choose_draft_length()
+        for length in (draft_length, checking.target_length if checking else None):
             if isinstance(length, AdaptiveLength):
                 length.begin()
+        config = replace(self.config, sampling=request.sampling or self.config.sampling)
         return Engine(
             self.pair,
-            self._cache,
-            replace(self.config, verify="full" if self.target_alone else self.config.verify),
+            prefix.cache,
+            replace(config, verify="full" if self.target_alone else self.config.verify),
             self._make_draft() if self._make_draft else self._drafting.begin(request),
-            self._draft_length,
+            draft_length,
             self._window,
             generator,
             max_tokens,
-            checking=self._checking,
+            checking=checking,
             observe=self._live["target"].observe if "target" in self._live else None,
             now=self._now,
+            answering=answering,
         )
 
     def _check_processors(self) -> None:

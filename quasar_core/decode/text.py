@@ -117,24 +117,25 @@ def line_limit(most: int) -> Iterator[None]:
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]] | str,
+    messages: list[dict[str, Any]] | str,
     *,
     raw: bool = False,
     think: bool | None = None,
+    **template: Any,
 ) -> list[int]:
     """Token ids of a raw text, or of messages through the chat template.
 
     A text with `raw` False is one user message; where the tokenizer has no chat template it is taken as it is.
-    `think` is handed to templates that know `enable_thinking` (Qwen3's).
+    `think` is handed to templates that know `enable_thinking` (Qwen3's), and `template` are further variables.
     """
     if isinstance(messages, str):
         if raw or not tokenizer.chat_template:
             return _encode(tokenizer, messages)
         messages = [{"role": "user", "content": messages}]
-    options: dict[str, Any] = {} if think is None else {"enable_thinking": think}
+    options: dict[str, Any] = template if think is None else {**template, "enable_thinking": think}
     if not tokenizer.chat_template:
         return _encode(tokenizer, "\n".join(message["content"] for message in messages))
-    text = render(tokenizer, messages, add_generation_prompt=True, **options)
+    text = render(tokenizer, messages, **{"add_generation_prompt": True, **options})
     return _encode(tokenizer, text, add_special_tokens=False)
 
 
@@ -153,13 +154,14 @@ class TextStream:
     """Decodes committed tokens one by one, and yields text as soon as it is finished.
 
     Text that may be the beginning of a stop string waits; a stop string itself is never yielded. Special tokens have
-    no text, but those that a stop string names are known by their ids.
+    no text, but those that a stop string names are known by their ids, and those that are `shown` are text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], shown: Sequence[str] = ()) -> None:
         self._decoder = _Decoder(tokenizer)
         self._stop = stop
-        self._marks = special_tokens_within(tokenizer, stop) if stop else {}
+        self._marks = special_tokens_within(tokenizer, [*stop, *shown]) if stop or shown else {}
+        self._are_text = {number for number, text in self._marks.items() if text in shown}
         self._pieces: list[str] = []
         self._waiting = ""
         self._shown: list[bool] = []  # of each waiting character: whether it is text, and not a special token's name
@@ -175,7 +177,7 @@ class TextStream:
         mark = self._marks.get(token)
         piece = self._decoder.add(token) if mark is None else mark
         self._waiting += piece
-        self._shown += [mark is None] * len(piece)
+        self._shown += [mark is None or token in self._are_text] * len(piece)
         found = [at for s in self._stop if (at := self._waiting.find(s)) >= 0]
         if not found:
             return self._take(len(self._waiting) - self._held_back())

@@ -1,0 +1,127 @@
+"""Answers that follow a grammar: tokens that it forbids get no probability, in verify and confirm passes alike.
+
+The grammar's state follows the text, and goes back where a confirm takes tokens back. A draft is cut where the grammar
+forbids it, so that speculation goes on. llguidance (the extra `serve`) compiles schemas and computes the masks.
+Letters: T rows of a pass, V vocabulary.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from quasar_core.errors import QuasarError, UsageError, foreign_errors, reason
+from quasar_core.models.pair import Pair
+
+# JSON as Python's json.dumps writes it: white space of any length would let a small model write nothing else.
+STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+class Grammars:
+    """Compiles grammars for the vocabulary of one pair."""
+
+    def __init__(self, pair: Pair) -> None:
+        import llguidance
+        import llguidance.hf
+
+        self._library = llguidance
+        self.vocabulary, self.eos_ids = pair.primary.vocab_size, pair.eos_ids
+        tokenizer: Any = pair.tokenizer
+        with foreign_errors("A grammar cannot be served, as llguidance cannot read this model's tokenizer", UsageError):
+            self._tokenizer = llguidance.hf.from_tokenizer(
+                tokenizer, n_vocab=self.vocabulary, eos_token=sorted(pair.eos_ids) or None
+            )
+
+    def of_schema(self, schema: Mapping[str, Any]) -> str:
+        """The grammar of JSON that fits a schema; UsageError, in one sentence, where there is none."""
+        try:
+            grammar = self._library.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=STYLE)
+        except ValueError as error:
+            raise UsageError(f"the JSON schema cannot be served: {reason(error)}") from error
+        return self._checked(grammar, "the JSON schema")
+
+    def of_lark(self, text: str) -> str:
+        """The grammar of a text in llguidance's form of Lark."""
+        return self._checked(self._library.LLMatcher.grammar_from_lark(text), "the grammar")
+
+    def _checked(self, grammar: str, named: str) -> str:
+        failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
+        if failed:
+            raise UsageError(f"{named} cannot be served: {reason(ValueError(messages[0]))}")
+        return grammar
+
+    def rule(self, grammar: str, begin: int, behind: int | None = None) -> "GrammarRule":
+        """The rule of one answer whose first token stands at `begin`; with `behind`, from the token after that one."""
+        return GrammarRule(self._library.LLMatcher(self._tokenizer, grammar, log_level=0), self, begin, behind)
+
+
+class GrammarRule:
+    """Implements `answering.TokenRule`."""
+
+    def __init__(self, matcher: Any, grammars: Grammars, begin: int, behind: int | None) -> None:
+        self._matcher, self._behind = matcher, behind
+        self.vocabulary, self.eos_ids, self.begin = grammars.vocabulary, grammars.eos_ids, begin
+        self._read: list[int] = []  # tokens that the matcher has consumed
+
+    def allowed(self, text: Sequence[int], draft: Sequence[int]) -> int:
+        """How many tokens of a draft the grammar allows."""
+        answer = list(text[self.begin :])
+        if self._behind is None:
+            self._follow(answer)
+            return int(self._matcher.validate_tokens(list(draft)))
+        return next(
+            (i for i, token in enumerate(draft) if not self._allows(answer + list(draft[:i]), token)), len(draft)
+        )
+
+    def _allows(self, answer: list[int], token: int) -> bool:
+        constrained = self._constrained(answer)
+        if constrained is None:
+            return True
+        self._follow(constrained)
+        return bool(self._matcher.validate_tokens([token]))
+
+    def __call__(self, logits: torch.Tensor, prefix: Sequence[int], continuation: Sequence[int]) -> torch.Tensor:
+        """Logits [T, V] with −∞ for what the grammar forbids; rows behind a forbidden or last token stay."""
+        answer = list(prefix[self.begin :])
+        logits = logits.clone()
+        for row in range(len(logits)):
+            if row > 0:
+                token = continuation[row - 1]
+                if token in self.eos_ids or not self._allows(answer, token):
+                    break
+                answer.append(token)
+            constrained = self._constrained(answer)
+            if constrained is not None:
+                self._follow(constrained)
+                logits[row].masked_fill_(~self._mask().to(logits.device), -torch.inf)
+        return logits
+
+    def _constrained(self, answer: list[int]) -> list[int] | None:
+        """The part of an answer that the grammar governs; None before it begins."""
+        if self._behind is None:
+            return answer
+        return answer[answer.index(self._behind) + 1 :] if self._behind in answer else None
+
+    def _follow(self, answer: list[int]) -> None:
+        """Bring the matcher to the state behind the answer."""
+        common = 0
+        for old, new in zip(self._read, answer, strict=False):
+            if old != new:
+                break
+            common += 1
+        if common < len(self._read):
+            self._matcher.rollback(len(self._read) - common)
+        if answer[common:]:
+            self._matcher.consume_tokens(answer[common:])
+        self._read = list(answer)
+        if self._matcher.is_error():
+            raise QuasarError(f"The grammar could not be followed: {reason(ValueError(self._matcher.get_error()))}.")
+
+    def _mask(self) -> torch.Tensor:
+        """Whether each token may come next [V]."""
+        packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        bits = np.unpackbits(packed, bitorder="little")[: self.vocabulary].astype(bool)
+        return torch.from_numpy(np.pad(bits, (0, self.vocabulary - len(bits))))

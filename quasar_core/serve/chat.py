@@ -1,0 +1,313 @@
+"""`POST /v1/chat/completions`: messages in, the assistant's message out, whole or in chunks."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from quasar_core.decode.answering import TokenRule
+from quasar_core.decode.grammar import ANY_OBJECT
+from quasar_core.decode.scores import TokenScore
+from quasar_core.errors import UsageError
+from quasar_core.serve.asks import MOST_TOP, Ask, Common, content_text, read_common
+from quasar_core.serve.errors import ApiError, of_usage, refused
+from quasar_core.serve.fields import Fields
+from quasar_core.serve.parts import AnswerParts, Part
+from quasar_core.serve.replies import REASONS, Head, Tally, chat_logprobs
+from quasar_core.serve.served import END_OF_THINKING, THINK, Served
+from quasar_core.serve.tools import ToolForm, form_of, read_tools
+from quasar_core.serve.worker import Event, Finished, Job, Written
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+PROMPT_END = 8  # tokens of a prompt in which thinking may be opened
+
+
+@dataclass(frozen=True)
+class ChatAsk:
+    """A checked request: its answers, and how their texts are split."""
+
+    asks: list[Ask]
+    common: Common
+    top: int  # tokens beside each in logprobs
+    logprobs: bool
+    form: ToolForm | None
+    tools: list[dict[str, Any]]
+    thinks: bool
+    inside: bool  # whether the prompt ends within thinking
+
+    def parts(self) -> AnswerParts:
+        """The splitter of one answer."""
+        return AnswerParts(self.thinks, self.inside, self.form, self.tools)
+
+
+def read_chat(body: Mapping[str, Any], served: Served) -> ChatAsk:
+    """Check a body, and encode its messages; ApiError names the field that cannot be."""
+    fields = Fields(body)
+    common = read_common(fields, served, served.settings.defaults.max_new_tokens)
+    messages = read_messages(fields.take("messages"))
+    logprobs, top = fields.flag("logprobs"), fields.whole("top_logprobs", 0, MOST_TOP)
+    if top and not logprobs:
+        raise refused("top_logprobs goes with logprobs true.", "top_logprobs")
+    tools, form, forced = _tools(fields, served)
+    trace = fields.flag("trace")
+    variables, schema = fields.mapping("chat_template_kwargs"), _schema(fields)
+    fields.end()
+    if schema is not None and tools:
+        raise refused("response_format and tools cannot both shape an answer.", "response_format")
+    if schema is not None and "enable_thinking" in served.variables:
+        variables = {"enable_thinking": False, **variables}
+    if tools:
+        variables = {**variables, "tools": tools}
+    if messages[-1]["role"] == "assistant" and "add_generation_prompt" not in variables:
+        raise refused("The last of messages must not be the assistant's: an answer is what is asked for.", "messages")
+    ids = served.encode_messages(messages, variables)
+    served.check_prompt(ids, "messages")
+    inside = served.thinks and served.decode(ids[-PROMPT_END:]).rstrip().endswith(THINK)
+    grammar = _grammar(served, schema, forced, form)
+    behind = served.end_of_thinking if inside or variables.get("enable_thinking") else None
+    shown = (*(form.special if form else ()), *((THINK, END_OF_THINKING) if served.thinks else ()))
+
+    def rules() -> list[TokenRule]:
+        made = common.rules(ids)
+        return made if grammar is None else [*made, served.grammars.rule(grammar, len(ids), behind)]
+
+    ask = Ask(
+        ids, common.request, common.verify, common.draft, rules, (top or 0) if logprobs else None,
+        prediction=common.prediction, shown=shown, trace=trace,
+    )  # fmt: skip
+    asks = [replace(ask, request=common.request_of(number)) for number in range(common.count)]
+    return ChatAsk(asks, common, top or 0, logprobs, form, tools, served.thinks, inside)
+
+
+def read_messages(value: Any) -> list[dict[str, Any]]:
+    """The messages as templates read them: contents as texts, arguments of calls as objects."""
+    if not isinstance(value, list) or not value:
+        raise refused("messages must be a list of at least one message.", "messages")
+    return [_message(message, f"messages[{number}]") for number, message in enumerate(value)]
+
+
+def _message(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise refused(f"{where} must be an object.", "messages")
+    fields = Fields(value)
+    role = fields.take("role")
+    if not isinstance(role, str) or role not in ROLES:
+        raise refused(f"{where}: role must be one of {', '.join(ROLES)}.", "messages")
+    calls = fields.take("tool_calls", [])
+    content = fields.take("content", "" if calls else None)
+    if content is None:
+        raise refused(f"{where} has no content.", "messages")
+    message: dict[str, Any] = {"role": ROLES[role], "content": content_text(content, where)}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        text = fields.take(name)
+        if isinstance(text, str):
+            message[name] = text
+        elif text is not None:
+            raise refused(f"{where}: {name} must be a text.", "messages")
+    for name in ("refusal", "annotations", "audio"):
+        if fields.take(name):
+            raise refused(f"{where}: {name} is not served.", "messages", "unsupported_field")
+    try:
+        fields.end()
+    except ApiError as error:
+        raise refused(f"{where}: {error.message}", "messages", error.code) from error
+    return {**message, "tool_calls": [_call(call, where) for call in calls]} if calls else message
+
+
+def _call(value: Any, where: str) -> dict[str, Any]:
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise refused(f"{where}: each of tool_calls must have a function with a name.", "messages")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            raise refused(f"{where}: the arguments of a call must be JSON.", "messages") from None
+    return {"id": value.get("id"), "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _tools(fields: Fields, served: Served) -> tuple[list[dict[str, Any]], ToolForm | None, list[dict[str, Any]]]:
+    """The tools that are offered, the form of their calls, and those of which one must be called."""
+    given, choice = fields.take("tools", []), fields.take("tool_choice", "auto")
+    tools = read_tools(given)
+    if not tools or choice == "none":
+        if choice not in ("auto", "none"):
+            raise refused("tool_choice goes with tools.", "tool_choice")
+        return [], None, []
+    form = form_of(served.template)
+    if choice == "auto":
+        return tools, form, []
+    if choice == "required":
+        return tools, form, tools
+    name = (choice.get("function") or {}).get("name") if isinstance(choice, dict) else None
+    forced = [tool for tool in tools if tool["function"]["name"] == name]
+    if not forced:
+        raise refused("tool_choice must be none, auto, required, or one of the tools.", "tool_choice")
+    return tools, form, forced
+
+
+def _schema(fields: Fields) -> dict[str, Any] | None:
+    """The JSON schema that `response_format` asks for; None for plain text."""
+    given = fields.mapping("response_format")
+    if not given:
+        return None
+    inner = Fields(given)
+    kind = inner.one_of("type", ("text", "json_object", "json_schema"), "text")
+    wrapped = Fields(inner.mapping("json_schema"))
+    inner.end()
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return ANY_OBJECT
+    for name in ("name", "description", "strict"):
+        wrapped.take(name)
+    schema = wrapped.mapping("schema")
+    wrapped.end()
+    if not schema:
+        raise refused("response_format: json_schema needs a schema.", "response_format")
+    return schema
+
+
+def _grammar(
+    served: Served, schema: dict[str, Any] | None, forced: list[dict[str, Any]], form: ToolForm | None
+) -> str | None:
+    """The grammar of the answer; None where it is free."""
+    try:
+        if schema is not None:
+            return served.grammars.of_schema(schema)
+        if not forced or form is None:
+            return None
+        lark = form.grammar(forced, served.added_tokens)
+        if lark is None:
+            raise refused("A call that must be made is not served for this model's form of calls.", "tool_choice")
+        return served.grammars.of_lark(lark)
+    except UsageError as error:
+        wrong = of_usage(error)
+        wrong.field = "response_format" if schema is not None else "tools"
+        raise wrong from error
+
+
+@dataclass
+class Choice:
+    """One answer of a reply as it grows."""
+
+    parts: AnswerParts
+    content: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)  # not told yet
+    reason: str | None = None
+    traced: list[dict[str, Any]] = field(default_factory=list)  # texts, and who wrote each
+
+    def take(self, event: Event, tally: Tally) -> list[Part]:
+        """The finished parts of an event."""
+        if isinstance(event, Written):
+            self.scores += event.scores
+            if event.maker is not None:
+                self.traced.append({"text": event.text, "by": event.maker})
+            parts = self.parts.add(event.text)
+            tally.reasoning_tokens += len(event.tokens) if parts and parts[-1].kind == "reasoning" else 0
+            return parts
+        if not isinstance(event, Finished) or event.result is None:
+            return []
+        ended = event.result.finish_reason == "eos"
+        self.scores += event.scores[:-1] if ended else event.scores
+        parts = self.parts.finish()
+        tally.results.append(event.result)
+        self.reason = "tool_calls" if self.parts.calls else REASONS[event.result.finish_reason]
+        return parts
+
+    def delta(self, part: Part) -> dict[str, Any]:
+        """What a chunk says of a part; what it adds is kept."""
+        if part.kind == "reasoning":
+            self.reasoning.append(part.text)
+            return {"reasoning_content": part.text}
+        if part.call is None:
+            self.content.append(part.text)
+            return {"content": part.text}
+        self.calls.append(part.call.as_json())
+        return {"tool_calls": [{"index": len(self.calls) - 1, **self.calls[-1]}]}
+
+    def message(self) -> dict[str, Any]:
+        """The whole message."""
+        content = "".join(self.content)
+        message: dict[str, Any] = {"role": "assistant", "content": content if content or not self.calls else None}
+        if self.reasoning:
+            message["reasoning_content"] = "".join(self.reasoning)
+        return {**message, "tool_calls": self.calls} if self.calls else message
+
+
+async def whole_chat(chat: ChatAsk, job: Job, served: Served) -> dict[str, Any]:
+    """The reply to a request that does not stream."""
+    choices, tally = [Choice(chat.parts()) for _ in chat.asks], Tally()
+    async for number, event in read_events(job):
+        for part in choices[number].take(event, tally):
+            choices[number].delta(part)
+    listed: list[dict[str, Any]] = [
+        {
+            "index": number,
+            "message": choice.message(),
+            "logprobs": chat_logprobs(choice.scores, served, chat.top) if chat.logprobs else None,
+            "finish_reason": choice.reason,
+        }
+        for number, choice in enumerate(choices)
+    ]
+    head = Head("chatcmpl", "chat.completion", served.name)
+    measures = tally.measures(chat.asks[-1], served)
+    if chat.asks[0].trace:
+        for number, choice in enumerate(choices):
+            listed[number]["tokens"] = choice.traced
+    return head.document(choices=listed, usage=tally.usage(chat.asks), **measures)
+
+
+async def stream_chat(chat: ChatAsk, job: Job, served: Served) -> AsyncIterator[dict[str, Any] | None]:
+    """The chunks of a reply: the role first, the reason of the end last; None where nothing came for a while."""
+    head, tally = Head("chatcmpl", "chat.completion.chunk", served.name), Tally()
+    choices = [Choice(chat.parts()) for _ in chat.asks]
+    usage = {"usage": None} if chat.common.include_usage else {}
+
+    def chunk(number: int, delta: dict[str, Any], scores: Sequence[TokenScore] = (), **rest: Any) -> dict[str, Any]:
+        logprobs = chat_logprobs(scores, served, chat.top) if scores else None
+        choice = {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        return head.document(choices=[{**choice, **rest}], **usage)
+
+    for number in range(len(choices)):
+        yield chunk(number, {"role": "assistant", "content": ""})
+    async for found in read_events(job, pauses=True):
+        if found is None:
+            yield None
+            continue
+        number, event = found
+        choice = choices[number]
+        for part in choice.take(event, tally):
+            traced = {"quasar": {"tokens": choice.traced}} if choice.traced else {}
+            yield {**chunk(number, choice.delta(part), choice.scores), **traced}
+            choice.scores, choice.traced = [], []
+        if choice.reason is not None and isinstance(event, Finished):
+            last = chunk(number, {}, choice.scores, finish_reason=choice.reason)
+            yield {**last, **tally.measures(chat.asks[number], served)}
+    if chat.common.include_usage:
+        yield head.document(choices=[], usage=tally.usage(chat.asks))
+
+
+PAUSE = 10.0  # seconds without an event, after which a stream says that it is alive
+
+
+async def read_events(job: Job, pauses: bool = False) -> AsyncIterator[Any]:
+    """The events of a request's answers until all are whole; with `pauses`, None now and then while nothing comes.
+
+    Raises the ApiError of one that failed.
+    """
+    left = len(job.asks)
+    while left:
+        try:
+            found = await asyncio.wait_for(job.events.get(), PAUSE if pauses else None)
+        except asyncio.TimeoutError:
+            yield None
+            continue
+        if isinstance(found[1], ApiError):
+            raise found[1]
+        left -= isinstance(found[1], Finished)
+        yield found

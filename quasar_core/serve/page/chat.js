@@ -1,0 +1,201 @@
+"use strict";
+// A chat over the server's own API. Each chunk of a stream tells, in `quasar.tokens`, who wrote each of its tokens.
+
+const find = (id) => document.getElementById(id);
+const messages = [];
+let running = null; // the AbortController of the answer that is being written
+let agreement = null;
+
+const PROMISES = {
+  exact: "exact: the text is the full-precision model's own; the low-bit copy only proposes.",
+  full: "full: the full-precision model decides each token.",
+  quantized: "quantized: the low-bit copy decides each token, so the text is the copy's.",
+};
+
+function headers() {
+  const key = find("key").value.trim();
+  return { "content-type": "application/json", ...(key ? { authorization: `Bearer ${key}` } : {}) };
+}
+
+function say(text) {
+  find("status").textContent = text;
+}
+
+async function begin() {
+  const reply = await fetch("v1/models", { headers: headers() });
+  if (reply.status === 401) {
+    find("key-row").hidden = false;
+    say("This server asks for an API key.");
+    return;
+  }
+  const model = (await reply.json()).data[0];
+  agreement = model.agreement;
+  find("model").textContent = `${model.id}, context of ${model.max_model_len} tokens`;
+  fill(find("verify"), model.modes, model.verify);
+  fill(find("draft"), model.drafts, model.draft);
+  promise();
+  say("");
+}
+
+function fill(select, names, chosen) {
+  select.replaceChildren(...names.map((name) => new Option(name, name, name === chosen, name === chosen)));
+}
+
+function promise() {
+  const mode = find("verify").value;
+  const measured = mode === "quantized" && agreement !== null ? ` It agreed with the model on ${(100 * agreement).toFixed(1)} % of measured tokens.` : "";
+  const drawn = Number(find("temperature").value) > 0 && mode === "exact" ? " Above temperature 0, drawn from exactly its distribution." : "";
+  find("promise").textContent = (PROMISES[mode] || "") + measured + drawn;
+}
+
+function add(role, name) {
+  const article = document.createElement("article");
+  article.className = role;
+  const title = document.createElement("h2");
+  title.textContent = name;
+  const thought = document.createElement("div");
+  thought.className = "text thought";
+  thought.hidden = true;
+  const text = document.createElement("div");
+  text.className = "text";
+  const figures = document.createElement("p");
+  figures.className = "figures";
+  article.append(title, thought, text, figures);
+  find("conversation").append(article);
+  return { article, thought, text, figures };
+}
+
+function write(into, text, tokens) {
+  // Tokens colour the text where they make up all of it; else, as at the end of thinking, it stays plain.
+  const whole = tokens && tokens.map((token) => token.text).join("") === text;
+  for (const piece of whole ? tokens : [{ text }]) {
+    const last = into.lastElementChild;
+    const by = piece.by || "bonus";
+    if (last && last.className === by) last.textContent += piece.text;
+    else {
+      const span = document.createElement("span");
+      span.className = by;
+      if (piece.by) span.title = piece.by;
+      span.textContent = piece.text;
+      into.append(span);
+    }
+  }
+}
+
+function take(chunk, answer) {
+  if (chunk.error) throw new Error(chunk.error.message);
+  const choice = chunk.choices[0];
+  if (!choice) return;
+  const { content, reasoning_content: thought } = choice.delta;
+  if (thought) {
+    answer.thought.hidden = false;
+    write(answer.thought, thought, null);
+  }
+  if (content) {
+    answer.whole += content;
+    write(answer.text, content, chunk.quasar && chunk.quasar.tokens);
+  }
+  if (choice.finish_reason) answer.figures.textContent = figures(chunk, choice.finish_reason);
+  const log = find("conversation");
+  log.scrollTop = log.scrollHeight;
+}
+
+function figures(chunk, reason) {
+  const { timings, quasar } = chunk;
+  const parts = [`${timings.predicted_n} tokens`];
+  if (timings.predicted_per_second) parts.push(`${timings.predicted_per_second.toFixed(1)} tokens/s`);
+  if (quasar.acceptance_length) parts.push(`acceptance length ${quasar.acceptance_length.toFixed(2)}`);
+  if (quasar.confirm_rate !== null) parts.push(`confirm rate ${quasar.confirm_rate.toFixed(2)}`);
+  if (timings.draft_n) parts.push(`${timings.draft_n_accepted} of ${timings.draft_n} draft tokens accepted`);
+  parts.push(quasar.lossless ? `${quasar.verify}: the model's own text` : `${quasar.verify}: the copy's text`);
+  if (reason === "length") parts.push("cut at its length");
+  return parts.join(" · ");
+}
+
+async function* events(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let waiting = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const lines = (waiting + value).split("\n\n");
+    waiting = lines.pop();
+    for (const line of lines) {
+      if (line.startsWith("data: ") && line !== "data: [DONE]") yield JSON.parse(line.slice(6));
+    }
+  }
+}
+
+async function ask(text) {
+  messages.push({ role: "user", content: text });
+  add("user", "You").text.textContent = text;
+  const answer = { ...add("assistant", "Answer"), whole: "" };
+  running = new AbortController();
+  buttons();
+  say("Writing …");
+  try {
+    const reply = await fetch("v1/chat/completions", {
+      method: "POST",
+      headers: headers(),
+      signal: running.signal,
+      body: JSON.stringify({
+        messages,
+        stream: true,
+        trace: true,
+        verify: find("verify").value,
+        draft: find("draft").value,
+        temperature: Number(find("temperature").value),
+        max_tokens: Number(find("length").value),
+      }),
+    });
+    if (!reply.ok) throw new Error((await reply.json()).error.message);
+    for await (const chunk of events(reply.body)) take(chunk, answer);
+    say("The answer has ended.");
+  } catch (error) {
+    const stopped = error.name === "AbortError";
+    answer.figures.classList.toggle("error", !stopped);
+    answer.figures.textContent = stopped ? "stopped" : error.message;
+    say(stopped ? "Stopped." : "The answer failed.");
+  }
+  if (answer.whole) messages.push({ role: "assistant", content: answer.whole });
+  else messages.pop();
+  running = null;
+  buttons();
+  find("message").focus();
+}
+
+function buttons() {
+  find("send").disabled = running !== null;
+  find("stop").disabled = running === null;
+}
+
+find("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const text = find("message").value;
+  if (running || !text.trim()) return;
+  find("message").value = "";
+  ask(text);
+});
+find("message").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    find("ask").requestSubmit();
+  }
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && running) running.abort();
+});
+find("stop").addEventListener("click", () => running && running.abort());
+find("clear").addEventListener("click", () => {
+  if (running) running.abort();
+  messages.length = 0;
+  find("conversation").replaceChildren();
+  say("A new conversation.");
+  find("message").focus();
+});
+find("origins").addEventListener("change", () => document.body.classList.toggle("coloured", find("origins").checked));
+find("verify").addEventListener("change", promise);
+find("temperature").addEventListener("change", promise);
+find("key").addEventListener("change", begin);
+document.body.classList.add("coloured");
+begin().catch((error) => say(`The server does not answer: ${error.message}`));

@@ -1,0 +1,211 @@
+"""One thread that computes: it answers one request after another, and tells each what has come.
+
+A request's events reach its own event loop; a request that nobody reads any more, or whose time is over, ends before
+the next pass.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from quasar_core.config import SamplingConfig
+from quasar_core.decode.answering import Answering, Stopped
+from quasar_core.decode.generator import Generator
+from quasar_core.decode.prefixes import Prefixes
+from quasar_core.decode.scores import Scores, TokenScore, score_text
+from quasar_core.draft.base import Drafter
+from quasar_core.draft.ngram import NgramDrafter
+from quasar_core.errors import QuasarError
+from quasar_core.records import GenerationResult
+from quasar_core.serve.asks import Ask
+from quasar_core.serve.errors import ApiError
+from quasar_core.serve.makers import Maker, makers
+from quasar_core.serve.metrics import Metrics
+from quasar_core.serve.served import Served
+
+
+@dataclass(frozen=True)
+class Begun:
+    """An answer begins; the scores of its prompt where they were asked for."""
+
+    prompt_scores: Sequence[TokenScore] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """A piece of an answer's text, the tokens that it is made of, and their scores where they were asked for."""
+
+    text: str
+    tokens: Sequence[int]
+    scores: Sequence[TokenScore] = ()
+    maker: Maker | None = None  # of the last token, which finished the text, where it was asked for
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An answer is whole; without a result only its prompt was scored. Tokens without text of their own come here."""
+
+    result: GenerationResult | None
+    tokens: Sequence[int] = ()
+    scores: Sequence[TokenScore] = ()
+
+
+Event = Begun | Written | Finished | ApiError
+
+
+@dataclass
+class Job:
+    """The answers of one request; `events` yields (number of the answer, event), and an ApiError is the last."""
+
+    asks: Sequence[Ask]
+    loop: asyncio.AbstractEventLoop
+    timeout: float
+    events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
+    received: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+
+    def emit(self, number: int, event: Event) -> None:
+        """Tell the request's own loop, from the computing thread."""
+        if not self.cancelled:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (number, event))
+
+    def before_pass(self) -> None:
+        """End where nobody reads, or the time is over."""
+        if self.cancelled:
+            raise Stopped
+        if time.monotonic() - self.received > self.timeout:
+            raise ApiError(504, f"The answer took longer than {self.timeout:g} seconds.", code="timeout")
+
+
+class Worker:
+    """The thread, its queue, and what is kept between answers."""
+
+    def __init__(self, served: Served, metrics: Metrics) -> None:
+        self.served, self.metrics = served, metrics
+        settings = served.settings
+        self._prefixes = Prefixes(served.pair, settings.prefixes, settings.prefix_positions)
+        self._queue: queue.Queue[Job | None] = queue.Queue(settings.queue)
+        self._thread = threading.Thread(target=self._work, name="quasar engine", daemon=True)
+        self._current: Job | None = None
+        self._generators: dict[tuple[str, str, bool], Generator] = {}
+        metrics.waiting.set_function(self._queue.qsize)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the present answer before its next pass, refuse what waits, and wait for the thread."""
+        waiting = []
+        while not self._queue.empty():
+            waiting.append(self._queue.get_nowait())
+        for job in filter(None, [*waiting, self._current]):
+            job.emit(0, ApiError(503, "The server is shutting down.", code="shutting_down"))
+            job.cancelled = True
+        self._queue.put(None)
+        self._thread.join()
+
+    def submit(self, asks: Sequence[Ask]) -> Job:
+        """Queue a request; ApiError where too many wait."""
+        job = Job(asks, asyncio.get_running_loop(), self.served.settings.timeout)
+        try:
+            self._queue.put_nowait(job)
+        except queue.Full:
+            self.metrics.requests.labels("refused").inc()
+            sentence = f"{self.served.settings.queue} requests wait already; try again later."
+            raise ApiError(503, sentence, code="queue_full", retry_after=1) from None
+        return job
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            self._current = job
+            outcome = self._answer_all(job)
+            self._current = None
+            self.metrics.requests.labels(outcome).inc()
+
+    def _answer_all(self, job: Job) -> str:
+        """Answer a request; what became of it, in a word. Whatever fails is told to the request, and work goes on."""
+        try:
+            for number, ask in enumerate(job.asks):
+                self._answer(job, number, ask)
+        except Stopped:
+            return "cancelled"
+        except ApiError as error:
+            job.emit(0, error)
+            return "failed"
+        except QuasarError as error:
+            job.emit(0, ApiError(500, str(error)))
+            return "failed"
+        except Exception as error:
+            job.emit(0, ApiError(500, f"Internal error: {type(error).__name__}: {error}"))
+            self.metrics.defects.append(error)
+            return "failed"
+        return "answered"
+
+    def _answer(self, job: Job, number: int, ask: Ask) -> None:
+        job.before_pass()
+        pair = self.served.pair
+        prompt_scores = score_text(pair, ask.prompt_ids, ask.top or 0, job.before_pass) if ask.score_prompt else []
+        job.emit(number, Begun(prompt_scores))
+        if ask.request.max_new_tokens == 0:
+            job.emit(number, Finished(None))
+            return
+        scores = None if ask.top is None else Scores(ask.top)
+        answering = Answering(ask.rules(), job.before_pass, scores, self._drafter_of(ask), ask.shown)
+        result = self._write(job, number, self._generator(ask), ask, answering)
+        self.metrics.take(result.stats)
+
+    def _write(self, job: Job, number: int, generator: Generator, ask: Ask, answering: Answering) -> GenerationResult:
+        """Stream one answer, and tell of each piece."""
+        pieces = generator.stream(ask.prompt_ids, ask.request, answering)
+        sent = 0
+        while True:
+            try:
+                text = next(pieces)
+            except StopIteration as end:
+                result: GenerationResult = end.value
+                told, scores = result.token_ids[sent:], answering.scores
+                last = scores.tokens[sent : sent + len(told)] if scores else ()
+                job.emit(number, Finished(result, told, last))
+                return result
+            tokens = answering.tokens[sent:]
+            found = answering.scores.tokens[sent : sent + len(tokens)] if answering.scores else ()
+            sent += len(tokens)
+            job.emit(
+                number, Written(text, tokens, found, _maker(ask, generator, answering, sent) if ask.trace else None)
+            )
+
+    def _drafter_of(self, ask: Ask) -> Callable[[], Drafter] | None:
+        """A drafter that has read the prediction before the text; None where there is no prediction."""
+        if not ask.prediction:
+            return None
+        defaults = self.served.settings.defaults
+
+        def make() -> Drafter:
+            drafter = NgramDrafter(defaults.ngram_min, defaults.ngram_max)
+            drafter.observe(ask.prediction)
+            return drafter
+
+        return make
+
+    def _generator(self, ask: Ask) -> Generator:
+        """What is settled once for a mode: the costs of passes, the window, how long to draft."""
+        greedy = ask.request.sampling is None or ask.request.sampling.greedy
+        key = (ask.verify, ask.draft, greedy)
+        if key not in self._generators:
+            sampling = SamplingConfig(0.0 if greedy else 1.0)
+            config = replace(
+                self.served.settings.defaults, verify=ask.verify, draft=ask.draft, sampling=sampling, stop=()
+            )
+            self._generators[key] = Generator(self.served.pair, config, prefixes=self._prefixes)
+        return self._generators[key]
+
+
+def _maker(ask: Ask, generator: Generator, answering: Answering, count: int) -> Maker | None:
+    """Who made the last of so many tokens."""
+    assert answering.stats is not None
+    made = makers(answering.stats, ask.verify == "exact" and not generator.target_alone)
+    return made[count - 1] if 0 < count <= len(made) else None

@@ -1,0 +1,75 @@
+"""`quasar serve` as it is typed: what is refused before anything is loaded, and a server that starts and ends."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quasar_cli.main import run
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert run(["serve", *arguments]) == 2
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_without_the_extra_it_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "uvicorn" else real(name, *rest)
+    )
+    said = refused(capsys)
+    assert "needs uvicorn" in said
+    assert "pip install 'quasar-cli[serve]'" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--host", "0.0.0.0"], "--api-key"),
+        (["--host", "example.org"], "--api-key"),
+        (["--api-key", "short"], "at least 16 characters"),
+        (["--api-key", "k" * 20, "--api-key-file", "x"], "once"),
+        (["--api-key-file", "missing.txt"], "missing.txt"),
+        (["--port", "99999"], "--port"),
+        (["--prefixes", "-1"], "--prefixes"),
+        (["--queue", "0"], "--queue"),
+        (["--max-body", "3"], "--max-body"),
+        (["--timeout", "0"], "--timeout"),
+        (["--cors", "*"], "--cors"),
+        (["--temperature", "-1"], "--temperature"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    pytest.importorskip("starlette")
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(capsys, *arguments)
+
+
+def test_a_server_starts_answers_and_ends(tmp_path: Path) -> None:
+    httpx = pytest.importorskip("httpx")
+    pytest.importorskip("starlette")
+    (tmp_path / "key.txt").write_text("a-key-of-some-length\n")
+    arguments = ["--model", "demo", "--verify", "full", "--draft", "none", "--port", "0", "--api-key-file", "key.txt"]
+    command = [sys.executable, "-m", "quasar_cli.main", "serve", *arguments]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
+        assert process.stderr is not None
+        line = next(line for line in process.stderr if "Serving at " in line)
+        url = line.split("Serving at ")[1].split("/v1")[0]
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
+        headers = {"authorization": "Bearer a-key-of-some-length"}
+        reply = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+        assert reply.json()["usage"]["completion_tokens"] <= 3
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) in (0, 130, -signal.SIGINT)

@@ -1,0 +1,149 @@
+"""The chat page in a headless browser: by keyboard, with who wrote each token, in both colour schemes."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette")
+
+from helpers.chromium import Browser, chromium
+from helpers.serving import FIXED, LINES, QUESTION, client, demo_pair, plain, serving
+
+from quasar_core.decode.generator import Generator
+from quasar_core.decode.text import encode_prompt
+from quasar_core.records import Confirm, Stats, Step
+from quasar_core.serve.makers import makers
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    if chromium() is None:
+        pytest.skip("no Chromium is installed")
+    with serving(demo_pair()) as server:
+        browser = Browser(tmp_path_factory.mktemp("profile"))
+        browser.call("Page.enable")
+        browser.call("Page.navigate", url=server.url)
+        browser.wait("document.getElementById('verify')?.options.length")
+        yield browser
+        browser.close()
+
+
+def test_an_answer_is_asked_and_read_by_keyboard_alone(page: Any, tmp_path: Path) -> None:
+    pair = demo_pair()
+    config = plain(FIXED, max_new_tokens=40)
+    wanted = Generator(pair, config).generate(encode_prompt(pair.tokenizer, LINES))
+    page.run("document.getElementById('length').value = 40")
+    assert page.run("document.activeElement.id") == "message"
+    page.call("Input.insertText", text=QUESTION)
+    page.key("Enter", 13, "\r")
+    page.wait("document.querySelector('.assistant .figures')?.textContent")
+    assert page.run("document.querySelector('.assistant .text:not(.thought)').textContent") == wanted.text
+    figures = page.run("document.querySelector('.assistant .figures').textContent")
+    assert "acceptance length" in figures
+    assert "tokens/s" in figures
+    assert "exact: the model's own text" in figures
+    kinds = set(page.run("[...document.querySelectorAll('.assistant .text span')].map((s) => s.className)"))
+    assert kinds <= {"prompt", "draft", "bonus", "target", "corrected"}
+    assert len(kinds) > 1
+    assert page.run("document.activeElement.id") == "message"
+    assert "own" in page.run("document.getElementById('promise').textContent")
+    if folder := os.environ.get("QUASAR_PICTURES"):
+        for scheme in ("light", "dark"):
+            page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            page.picture(Path(folder) / f"chat-{scheme}.png")
+
+
+def test_everything_has_a_name_and_news_are_announced(page: Any) -> None:
+    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+    roles = {"textbox", "button", "combobox", "spinbutton", "checkbox", "log"}
+    found = [node for node in nodes if node.get("role", {}).get("value") in roles and not node.get("ignored")]
+    assert {node["role"]["value"] for node in found} >= {"textbox", "button", "combobox", "log"}
+    assert all(node["name"]["value"] for node in found)
+    assert page.run("document.getElementById('status').getAttribute('role')") == "status"
+    assert page.run("document.documentElement.lang") == "en"
+    assert not page.run("document.getElementById('key').checkVisibility()"), "no key is asked for here"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_can_be_told_from_the_ground(page: Any, scheme: str) -> None:
+    """WCAG's contrast of 4.5, in both schemes; and more than the colour tells who wrote a token."""
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    ratios = page.run("""(() => {
+      const light = (text) => {
+        const parts = text.match(/[0-9.]+/g).slice(0, 3).map((v) => v / 255);
+        const [r, g, b] = parts.map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+      };
+      const ground = light(getComputedStyle(document.body).backgroundColor);
+      return [...document.querySelectorAll('#legend span, footer, #model, label, .figures')].map((element) => {
+        const own = light(getComputedStyle(element).color);
+        return (Math.max(own, ground) + 0.05) / (Math.min(own, ground) + 0.05);
+      });
+    })()""")
+    assert min(ratios) >= 4.5
+    styles = page.run("""[...document.querySelectorAll('#legend span')].map((element) => {
+      const style = getComputedStyle(element);
+      return style.fontWeight + style.textDecorationLine + style.textDecorationStyle;
+    })""")
+    assert len(set(styles)) == 4
+
+
+def test_a_mode_and_a_new_conversation_are_chosen(page: Any) -> None:
+    choose = (
+        "(() => { const s = document.getElementById('verify'); s.value = %r; s.dispatchEvent(new Event('change')); })()"
+    )
+    page.run(choose % "quantized")
+    assert "copy decides" in page.run("document.getElementById('promise').textContent")
+    page.run("document.getElementById('clear').click()")
+    assert page.run("document.querySelectorAll('article').length") == 0
+    page.run(choose % "exact")
+
+
+def test_html_in_an_answer_stays_text(page: Any) -> None:
+    page.run("write(add('assistant', 'Answer').text, '<img src=x onerror=\"window.hit = 1\">', null)")
+    assert page.run("document.querySelectorAll('img').length") == 0
+    assert page.run("window.hit === undefined")
+
+
+def test_the_pages_files_come_with_a_policy_and_load_nothing_from_elsewhere() -> None:
+    with serving(demo_pair()) as server, client(server) as http:
+        for path in ("/", "/chat.js", "/chat.css"):
+            reply = http.get(path)
+            assert reply.status_code == 200
+            assert "default-src 'none'" in reply.headers["content-security-policy"]
+            assert "://" not in reply.text
+
+
+def test_makers_follow_the_logs() -> None:
+    steps = [Step(3, 2), Step(0, 0), Step(1, 0)]
+    assert makers(Stats(prefill_tokens=1, step_log=steps), False) == [
+        "prompt",
+        "draft",
+        "draft",
+        "bonus",
+        "bonus",
+        "bonus",
+    ]
+    confirms = [Confirm(4, 4, step=2), Confirm(1, 0, step=3)]
+    made = makers(Stats(prefill_tokens=1, step_log=steps, confirm_log=confirms), True)
+    assert made == ["prompt", "draft", "draft", "bonus", "bonus", "target", "corrected"]
+
+
+def test_drafts_that_the_target_checks_itself_are_told_too() -> None:
+    by_target, behind = Step(3, 2, by_target=True), Step(2, 1, by_target=True)
+    steps = [by_target, Step(2, 1), behind, Step(0, 0), Step(2, 0, by_target=True)]
+    confirms = [Confirm(2, 2, drafted=2, step=2), Confirm(1, 0, drafted=2, step=4)]
+    made = makers(Stats(prefill_tokens=1, step_log=steps, confirm_log=confirms), True)
+    first, second = ["draft", "draft", "target"], ["draft", "bonus", "draft", "target"]
+    assert made == ["prompt", *first, *second, "corrected"]
+
+
+def test_a_whole_reply_says_who_wrote_each_token() -> None:
+    with serving(demo_pair()) as server, client(server) as http:
+        body = {"messages": LINES, "max_tokens": 30, "trace": True}
+        choice = http.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert "".join(token["text"] for token in choice["tokens"]) == choice["message"]["content"]
+    assert choice["tokens"][0]["by"] == "prompt"
