@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from quasar_core.config import (
-    DRAFT_KINDS,
     Auto,
     DraftKind,
     Dtype,
@@ -88,6 +87,15 @@ Verifier = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Assistant = Annotated[
+    str | None,
+    typer.Option(
+        "--assistant",
+        metavar="MODEL",
+        help="A small model of the same vocabulary that drafts, for --draft assistant and the bench's arms.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Device = Annotated[
     str, typer.Option("--device", metavar="auto|cpu|cuda|cuda:N", help="Where to compute.", rich_help_panel=_MODEL)
 ]
@@ -96,7 +104,7 @@ Kernel = Annotated[
     str,
     typer.Option(
         "--kernel",
-        metavar="NAME",
+        metavar="auto|none|ngram|suffix|NAME",
         help="What runs the packed layers; `quasar doctor` lists them.",
         rich_help_panel=_MODEL,
     ),
@@ -145,8 +153,8 @@ Draft = Annotated[
     str,
     typer.Option(
         "--draft",
-        metavar="|".join(DRAFT_KINDS),
-        help="Who guesses the next tokens: auto combines all that need no other model; packages may add names.",
+        metavar="NAME",
+        help="Who guesses the next tokens, or recycle, assistant, layer-skip; packages may add names.",
         rich_help_panel=_DECODING,
     ),
 ]
@@ -162,6 +170,14 @@ DraftFrom = Annotated[
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to generate.")]
 NumDraftTokens = Annotated[
     str, typer.Option("--num-draft-tokens", metavar="N|auto", help="Tokens of a draft.", rich_help_panel=_DECODING)
+]
+Trees = Annotated[
+    bool,
+    typer.Option(
+        "--trees/--no-trees",
+        help="Whether likely tokens are checked beside a draft's, where that pays.",
+        rich_help_panel=_DECODING,
+    ),
 ]
 NgramMax = Annotated[
     int,
@@ -239,6 +255,7 @@ class ModelOptions:
 
     model: Model = None
     verifier: Verifier = None
+    assistant: Assistant = None
     use_target: UseTarget = True
     device: Device = "auto"
     dtype: Precision = "auto"
@@ -264,6 +281,7 @@ class DecodeOptions:
     draft: Draft = "auto"
     draft_from: DraftFrom = None
     num_draft_tokens: NumDraftTokens = "auto"
+    trees: Trees = True
     ngram_max: NgramMax = 3
     ngram_min: NgramMin = 1
     window: Window = "auto"
@@ -283,6 +301,7 @@ class DecodeOptions:
             draft=self.draft,
             draft_from=tuple(self.draft_from or ()),
             num_draft_tokens=parse_auto("--num-draft-tokens", self.num_draft_tokens),
+            trees=self.trees,
             ngram_max=self.ngram_max,
             ngram_min=self.ngram_min,
             window=parse_auto("--window", self.window),

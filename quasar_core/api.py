@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_folder
 from quasar_core.kernels.threads import describe_threads, most_threads, use_threads
 from quasar_core.kernels.times import forget_times
+from quasar_core.models.assistant import load_assistant
 from quasar_core.models.describe import describe
 from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.hf.cache import recurrent_layers_of, refuse_drafts
@@ -354,7 +355,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         progress=progress,
     )
     tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
-    return Pair(
+    pair = Pair(
         tokenizer=tokenizer,
         target=models.target,
         verifier=models.verifier,
@@ -378,6 +379,22 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
             *(["context: no limit, as config.json names none"] if context == UNLIMITED else []),
             *models.notes,
         ],
+    )
+    return _with_assistant(pair, options, progress) if options.assistant else pair
+
+
+def _with_assistant(pair: Pair, options: LoadOptions, progress: Progress) -> Pair:
+    """The pair, and the small model that drafts for it."""
+    assert options.assistant is not None
+    source, trusted = resolve_model(options.assistant), options.trust_remote_code
+    refuse_drafts(source.label, source.folder, trusted)
+    found = load_assistant(source.folder, source.label, pair.tokenizer, pair.device, pair.dtype, trusted, progress)
+    return replace(
+        pair,
+        assistant=found.model,
+        assistant_fingerprint=fingerprint(source.folder),
+        assistant_context=context_limit(source.folder, trusted),
+        notes=[*pair.notes, *found.notes],
     )
 
 

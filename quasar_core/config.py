@@ -11,7 +11,7 @@ from quasar_core.files import require_characters
 VerifyMode = Literal["full", "quantized", "exact"]
 VERIFY_MODES: tuple[VerifyMode, ...] = ("full", "quantized", "exact")
 DraftKind = str  # one of DRAFT_KINDS, or a name under which another package registers a drafter
-DRAFT_KINDS: tuple[DraftKind, ...] = ("auto", "none", "ngram", "suffix")
+DRAFT_KINDS: tuple[DraftKind, ...] = ("auto", "none", "ngram", "suffix", "recycle", "assistant", "layer-skip")
 DRAFTERS_GROUP = "quasar.drafters"  # the entry points of other packages' drafters
 Auto = Literal["auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -95,6 +95,7 @@ class GenerationConfig:
     draft_from: tuple[str, ...] = ()  # files and folders whose text drafts are made from
     prediction: str = ""  # the text that is expected
     num_draft_tokens: int | Auto = "auto"
+    trees: bool = True  # whether branches may stand beside a draft, where they pay
     ngram_max: int = 3
     ngram_min: int = 1
     window: int | Auto = "auto"
@@ -149,6 +150,7 @@ class LoadOptions:
     verifier: str | None = None  # None: the one recorded for the model
     verify: VerifyMode = "exact"
     draft: DraftKind = "none"  # what will be asked: where a model cannot have drafts, that is said before it is loaded
+    assistant: str | None = None  # the model that drafts with `--draft assistant`
     use_target: bool = True
     device: str = "auto"
     dtype: str = "auto"

@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/kernels/test_vnni.py", "tests/models/test_cpu_pass.py", "tests/quantize/test_cpu_solver.py")
+CPP = ("kernels/test_vnni.py", "models/test_cpu_pass.py", "models/test_trees.py", "quantize/test_cpu_solver.py")
+TESTS = tuple(f"tests/{name}" for name in CPP)
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 BEYOND = "int planted(int i) { int* volatile four = new int[4](); int read = four[i]; delete[] four; return read; }"
 SHIFT = "int planted(int i) { return 1 << (i * 10); }"

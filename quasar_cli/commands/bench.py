@@ -105,10 +105,6 @@ class BenchOptions:
         bool,
         typer.Option("--run-code", help="Run the programs that models write, to score HumanEval. No sandbox."),
     ] = False
-    assistant: Annotated[
-        str | None,
-        typer.Option("--assistant", metavar="FOLDER", help="A small model that drafts.", rich_help_panel=_PEERS),
-    ] = None
     gguf: Annotated[
         str | None,
         typer.Option("--gguf", metavar="FILE", help="The model for llama.cpp.", rich_help_panel=_PEERS),
@@ -128,8 +124,8 @@ class BenchOptions:
         typer.Option("--vllm-python", metavar="FILE", help="The Python that has vLLM.", rich_help_panel=_PEERS),
     ] = None
 
-    def config(self) -> BenchConfig:
-        """The checked config; UsageError for a value that cannot be."""
+    def config(self, assistant: str | None = None) -> BenchConfig:
+        """The checked config, with the small model that peers are given; UsageError for a value that cannot be."""
         return BenchConfig(
             arms=self._arms(),
             temperatures=_parse_temperatures(str(self._chosen("temperature", "0"))),
@@ -143,7 +139,7 @@ class BenchOptions:
             ignore_eos=self.ignore_eos,
             processors=self.processors,
             run_code=self.run_code,
-            peers=PeerOptions(self.assistant, self.gguf, self.llama_server, self.spec_type, self.vllm_python),
+            peers=PeerOptions(assistant, self.gguf, self.llama_server, self.spec_type, self.vllm_python),
         )
 
     def _chosen(self, name: str, usual: Any) -> Any:
@@ -196,7 +192,7 @@ def bench(
         return
     if dataset is None:
         raise UsageError("--dataset is missing: name one, such as --dataset demo.")
-    config = options.config()
+    config = options.config(models.assistant)
 
     from quasar_core.bench.datasets import load_datasets
     from quasar_core.bench.results import refuse_foreign_results
@@ -237,7 +233,11 @@ def _load_pair(models: ModelOptions, config: BenchConfig, progress: Progress) ->
     verify: VerifyMode = "exact" if models.use_target else "quantized"
     if not any(ARMS[name].needs_verifier for name in config.arms):
         verify = "full"
-    pair = api.load(models.to_load(verify), progress)
+    asks = any(ARMS[name].draft == "assistant" for name in config.arms)
+    if asks and models.assistant is None:
+        raise UsageError("The arm assistant needs --assistant MODEL, a small model of the same vocabulary.")
+    wanted = models.to_load(verify)
+    pair = api.load(wanted if asks else replace(wanted, assistant=None), progress)
     if models.check_digest:
         say_digest(pair)
     return pair

@@ -172,6 +172,7 @@ def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
     """Load what the options name, with a progress bar."""
     use_threads(models.threads, steer=True)
     announce(models.model)
+    refuse_idle_assistant(models.assistant, config)
     from quasar_core import api
 
     with console.progress_bar() as progress:
@@ -179,6 +180,14 @@ def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
     if models.check_digest:
         say_digest(pair)
     return pair
+
+
+def refuse_idle_assistant(assistant: str | None, config: GenerationConfig) -> None:
+    """UsageError for an assistant that nothing asks: loading it would take memory for nothing."""
+    if assistant is not None and config.draft != "assistant":
+        raise UsageError(f"--assistant goes with --draft assistant, not with --draft {config.draft}.")
+    if assistant is None and config.draft == "assistant":
+        raise UsageError("--draft assistant needs --assistant MODEL, a small model of the same vocabulary.")
 
 
 def say_digest(pair: "Pair") -> None:

@@ -18,6 +18,7 @@ class Arm:
     verify: VerifyMode
     draft: DraftKind
     program: Program = "quasar"
+    trees: bool = True
 
     @property
     def is_peer(self) -> bool:
@@ -42,6 +43,10 @@ ARMS = {
         Arm("quantized", "quantized", "auto"),
         Arm("exact", "exact", "auto"),
         Arm("suffix", "full", "suffix"),
+        Arm("recycle", "full", "recycle"),
+        Arm("recycle-chain", "full", "recycle", trees=False),
+        Arm("assistant", "full", "assistant"),
+        Arm("layer-skip", "full", "layer-skip"),
         Arm("quantized-ngram", "quantized", "ngram"),
         Arm("exact-ngram", "exact", "ngram"),
         Arm("quantized-only", "quantized", "none"),
@@ -118,6 +123,7 @@ class BenchConfig:
             max_new_tokens=self.max_new_tokens,
             verify=arm.verify,
             draft=arm.draft,
+            trees=arm.trees,
             draft_from=self.draft_from if arm.draft not in ("none", "ngram") else (),
             num_draft_tokens=self.num_draft_tokens,
             window=self.window,

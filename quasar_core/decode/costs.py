@@ -31,7 +31,7 @@ FEW, OLD_FEW = 8, 24  # of a size so few that all may have been disturbed: they 
 DOUBTFUL, WRONG = 1.5, 2.0
 TABLE = 65  # tokens of passes whose remembered cost is looked up
 
-Role = Literal["target", "verifier"]
+Role = Literal["target", "verifier", "assistant"]
 SHOWN = (1, 4, 8)  # tokens
 
 
@@ -163,7 +163,7 @@ def measure_pass(
     """
     context = min(CONTEXT, pair.max_context // 2)
     sizes = [size for size in SIZES if context + size <= pair.max_context]
-    cache = pair.new_cache(context + max(sizes))
+    cache = model.new_cache(context + max(sizes))
     model.forward([0] * context, cache, last_only=True)
     on_gpu = model.device.type == "cuda"  # where the first pass of a size pays for its kernels and its graph
     samplers = {size: pass_sampler(model, cache, size, now) for size in sizes}
@@ -269,7 +269,7 @@ def _kept(conditions: dict[str, str]) -> Measured[PassCost]:
 
 
 def _model(pair: Pair, role: Role) -> CausalLM:
-    model = pair.target if role == "target" else pair.verifier
+    model = {"target": pair.target, "verifier": pair.verifier, "assistant": pair.assistant}[role]
     assert model is not None
     return model
 
@@ -279,6 +279,8 @@ def _fingerprints(pair: Pair, role: Role) -> dict[str, str] | None:
     prints = {"target": pair.target_fingerprint}
     if role == "verifier":
         prints["verifier"] = pair.verifier_fingerprint
+    if role == "assistant":
+        prints = {"assistant": pair.assistant_fingerprint}
     return {name: value for name, value in prints.items() if value} if all(prints.values()) else None
 
 

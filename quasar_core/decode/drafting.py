@@ -9,6 +9,7 @@ from quasar_core.draft.automaton import SuffixAutomaton
 from quasar_core.draft.base import Drafter
 from quasar_core.draft.make import Sources, make_drafter
 from quasar_core.draft.memory import remember
+from quasar_core.draft.recycle import Successors
 from quasar_core.models.pair import Pair
 from quasar_core.records import Progress, no_progress
 
@@ -26,6 +27,8 @@ class Drafting:
             return
         if config.draft == "auto" and config.sampling.greedy:
             self.sources.memory = SuffixAutomaton()
+        if config.draft == "recycle" and config.sampling.greedy:
+            self.sources.successors = Successors()
         if config.draft_from:
             self.sources.texts, note = read_index(config.draft_from, pair.tokenizer, progress)
             if note not in pair.notes:

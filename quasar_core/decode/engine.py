@@ -8,6 +8,7 @@ has confirmed them, or the target checks a draft at once. Letters: k draft token
 import time
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import cast
 
 import torch
 
@@ -18,6 +19,7 @@ from quasar_core.decode.checking import Checking
 from quasar_core.decode.policy import DraftLength, WindowPolicy
 from quasar_core.decode.processors import Processors
 from quasar_core.decode.sampling import accept_matching, confirm_block, distribution, draw
+from quasar_core.decode.trees import Branching, Tree
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import (
@@ -26,9 +28,11 @@ from quasar_core.models.base import (
     CausalLM,
     Choices,
     KVCache,
+    TreeCache,
     best_tokens,
     bring_over,
     choose_best,
+    likeliest_tokens,
 )
 from quasar_core.models.memory import PROMPT_CHUNK
 from quasar_core.models.pair import Pair
@@ -59,6 +63,7 @@ class Engine:
         observe: Observe | None = None,
         now: Callable[[], float] = time.perf_counter,
         answering: Answering | None = None,
+        branching: Branching | None = None,
     ) -> None:
         self.pair, self.cache, self.config = pair, cache, config
         self.drafter, self.draft_length, self.window_policy = drafter, draft_length, window
@@ -72,6 +77,8 @@ class Engine:
         changed = bool(self.processors or self.answering.rules)
         self._reads_logits = not config.sampling.greedy or changed or self.answering.scores is not None
         self._logits: torch.Tensor | None = None  # of the last pass, as the model gave them, where they are scored
+        # With rules or scores each row would need the text of its own path.
+        self._branching = None if changed or self.answering.scores is not None else branching
 
         # What is drawn depends on how drafts are cut: a seed would fix nothing if that followed the clock.
         self._learns_costs = config.sampling.greedy
@@ -103,6 +110,7 @@ class Engine:
         self.tokens = list(prompt)
         choices, _ = self._choose(logits, [])
         self.drafter.observe(self.tokens)
+        self._show(prompt[-1:], choices.likeliest, len(prompt) - 1)
         self._extend(choices.tokens)
         self._score(choices.tokens)
         self.drafter.propose(1)  # so that indexing the prompt is part of its own time
@@ -133,7 +141,7 @@ class Engine:
             self._confirm_timed(draft, self._now() - start)
             return
         self._verify_timed(draft, start)
-        checking.verified(len(draft.tokens) + 1)
+        checking.verified(self.stats.step_log[-1].drafted + 1)
         if self._must_confirm():
             self._confirm_timed()
 
@@ -160,9 +168,18 @@ class Engine:
     def _verify(self, draft: Draft, drafting_s: float) -> None:
         """One pass over the last token and the draft; accepted tokens and the bonus join the text."""
         self.answering.before_pass()
+        tree = self._grow(draft)
+        if tree.branches:
+            self._verify_tree(tree, drafting_s)
+        else:
+            self._verify_chain(draft, drafting_s)
+
+    def _verify_chain(self, draft: Draft, drafting_s: float) -> None:
         start = self._now()
-        choices, q = self._pass([self.tokens[-1], *draft.tokens])
+        tokens = [self.tokens[-1], *draft.tokens]
+        choices, q = self._pass(tokens)
         pass_s = self._now() - start
+        self._show(tokens, choices.likeliest, len(self.tokens) - 1)
         accepted, bonus = _accept(choices, draft.tokens)
         new = self._cut_at_eos([*draft.tokens[:accepted], bonus])
         accepted = min(accepted, len(new))
@@ -196,6 +213,43 @@ class Engine:
         self.stats.step_log.append(
             Step(len(draft.tokens), accepted, list(draft.pieces), by_target, verifiers, drafting_s, pass_s, targets)
         )
+
+    def _grow(self, draft: Draft) -> Tree:
+        """The draft, and what is worth a row of the pass beside it."""
+        reach = self.max_tokens - len(self.tokens) - 1  # the bonus token needs a place
+        if self._branching is None or reach <= 0:
+            return Tree(self.tokens[-1], draft)
+        room = self.cache.capacity - self.cache.length
+        return self._branching.grow(self.tokens[-1], draft, self.drafter, reach, room)
+
+    def _verify_tree(self, tree: Tree, drafting_s: float) -> None:
+        """As of a draft alone; the cache keeps the path that the pass's own tokens lead through."""
+        assert self._branching is not None
+        before, start = self.cache.length, self._now()
+        choices, q = self._pass_tree(tree)
+        pass_s = self._now() - start
+        for nodes in tree.paths():
+            likeliest = [choices.likeliest[node] for node in nodes] if choices.likeliest else []
+            self._show([tree.tokens[node] for node in nodes], likeliest, len(self.tokens) - 1)
+        path = tree.follow(choices.tokens)
+        cast(TreeCache, self.cache).keep(before, [0, *path])
+        new = self._cut_at_eos([*(tree.tokens[node] for node in path), choices.tokens[path[-1] if path else 0]])
+        accepted, rows = path[: len(new)], [0, *path][: len(new)]
+        margins = [choices.margins[row] for row in rows] if choices.margins else []
+        self._log_step(tree.as_draft(accepted), len(accepted), margins, drafting_s, pass_s)
+        if self.confirms:
+            self._drafts.append((len(self.tokens), tree.draft))
+            self._remember(margins, len(accepted), tree.refuses_behind(accepted), None if q is None else q[rows])
+        self._branching.learn(tree, accepted, drafting_s, pass_s if self._learns_costs else None)
+        self._extend(new)
+        if not self.confirms:
+            self.committed = len(self.tokens)
+
+    def _pass_tree(self, tree: Tree) -> tuple[Choices, torch.Tensor | None]:
+        """A verify pass over a tree; see `_choose`. No logits processor is there, so rows need no text."""
+        if not self._reads_logits:
+            return self.verifying.choose_tree(tree.tokens, tree.parents, self.cache, self.drafter.wants_best), None
+        return self._choose(self.verifying.forward_tree(tree.tokens, tree.parents, self.cache), [])
 
     def _must_confirm(self) -> bool:
         """Whether the text ends here, if the target agrees."""
@@ -267,9 +321,11 @@ class Engine:
         tokens, prefix = [*self.tokens[self.committed - 1 :], *draft], self.tokens[: self.committed]
         offered = tokens[1:]
         if not self._reads_logits:
-            choices = self.pair.primary.choose(tokens, self.cache)
+            choices = self.pair.primary.choose(tokens, self.cache, self.drafter.wants_best)
+            self._show(tokens, choices.likeliest, len(prefix) - 1)
             return *_accept(choices, offered), choices.margins
         logits = self.pair.primary.forward(tokens, self.cache)
+        self._show(tokens, self._likeliest(logits), len(prefix) - 1)
         logits = self._change(logits, prefix, offered)
         if self.config.sampling.greedy:
             choices = choose_best(logits)
@@ -290,7 +346,7 @@ class Engine:
     def _pass(self, tokens: Sequence[int]) -> tuple[Choices, torch.Tensor | None]:
         """A verify pass over the last token and a draft; see `_choose`."""
         if not self._reads_logits:
-            return self.verifying.choose(tokens, self.cache), None
+            return self.verifying.choose(tokens, self.cache, self.drafter.wants_best), None
         return self._choose(self.verifying.forward(tokens, self.cache), tokens[1:])
 
     def _choose(self, logits: torch.Tensor, draft: Sequence[int]) -> tuple[Choices, torch.Tensor | None]:
@@ -299,11 +355,21 @@ class Engine:
         This is where the host waits for the device, once in a pass.
         """
         margins = best_tokens(logits)[1] if self.confirms else None
+        likeliest = self._likeliest(logits)
         logits = self._change(logits, self.tokens, draft)
         if self.config.sampling.greedy:
-            return bring_over(best_tokens(logits)[0], margins), None
+            return bring_over(best_tokens(logits)[0], margins, likeliest), None
         probabilities = distribution(logits, self.config.sampling)
-        return bring_over(draw(probabilities, self.generator), margins), probabilities
+        return bring_over(draw(probabilities, self.generator), margins, likeliest), probabilities
+
+    def _likeliest(self, logits: torch.Tensor) -> list[list[int]]:
+        """What the drafter wants of each row of logits [T, V], before any logits processor."""
+        return likeliest_tokens(logits, self.drafter.wants_best) if self.drafter.wants_best else []
+
+    def _show(self, tokens: Sequence[int], likeliest: list[list[int]], start: int) -> None:
+        """Let the drafter see what a pass over the tokens computed, the first of which stands at `start`."""
+        if self.drafter.wants_best:
+            self.drafter.see(tokens, likeliest, start)
 
     def _change(self, logits: torch.Tensor, prefix: Sequence[int], continuation: Sequence[int]) -> torch.Tensor:
         """Logits [T, V] after the model's processors and the answer's own rules."""

@@ -18,6 +18,7 @@ from quasar_core.decode.checking import Checking
 from quasar_core.decode.costs import KNOWN, LiveCost, PairCosts, Role, forget_cost, pair_costs, pass_sampler
 from quasar_core.decode.drafting import Drafting
 from quasar_core.decode.engine import Engine
+from quasar_core.decode.guessers import make_guesser
 from quasar_core.decode.policy import (
     DEFAULT_WINDOW,
     TYPICAL_ACCEPTANCE,
@@ -30,9 +31,11 @@ from quasar_core.decode.policy import (
 from quasar_core.decode.prefixes import Prefix, Prefixes
 from quasar_core.decode.processors import Processors, describe_processors
 from quasar_core.decode.text import TextStream
+from quasar_core.decode.trees import Branching
 from quasar_core.draft.acceptance import Acceptance
 from quasar_core.draft.base import Drafter
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.models.base import KVCache
 from quasar_core.models.pair import Pair
 from quasar_core.records import FinishReason, GenerationResult, Progress, no_progress
 from quasar_core.system import Load, LoadMeter
@@ -67,6 +70,11 @@ class Generator:
         self._checking = self._choose_checking()
         self._draft_length = self._checking.verifier_length if self._checking else self._choose_draft_length()
         self._prefixes = prefixes or Prefixes(pair)
+        self._branching = self._choose_branching(self._draft_length)
+        self._in_use: KVCache | None = None  # the cache of the answer that is being written
+        role: Role = "target" if self.target_alone else self._verifying_role
+        if not make_draft:
+            self._drafting.sources.guesser = make_guesser(pair, config, role, lambda: self._in_use)
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -188,11 +196,13 @@ class Generator:
 
     def _make_engine(self, prefix: Prefix, max_tokens: int, request: Request, answering: Answering) -> Engine:
         generator = torch.Generator(self.pair.device).manual_seed(request.seed)
-        checking, draft_length = self._checking, self._draft_length
+        checking, draft_length, branching = self._checking, self._draft_length, self._branching
         if request.alone:
             self._drafting.sources.acceptance = Acceptance()
             checking = self._choose_checking()
             draft_length = checking.verifier_length if checking else self._choose_draft_length()
+            branching = self._choose_branching(draft_length)
+        self._in_use = prefix.cache
         for length in (draft_length, checking.target_length if checking else None):
             if isinstance(length, AdaptiveLength):
                 length.begin()
@@ -210,6 +220,7 @@ class Generator:
             observe=self._live["target"].observe if "target" in self._live else None,
             now=self._now,
             answering=answering,
+            branching=branching,
         )
 
     def _check_processors(self) -> None:
@@ -231,6 +242,14 @@ class Generator:
             cost = live if self.config.sampling.greedy else live.known  # as the engine times passes
             return AdaptiveLength(cost, self._drafting.sources.acceptance)
         return FixedLength(self.config.num_draft_tokens, self._drafting.sources.acceptance)
+
+    def _choose_branching(self, length: DraftLength) -> Branching | None:
+        """Trees, where drafts are as long as pays and the model that checks them passes trees."""
+        alone = self.target_alone or self._verifying_role == "target"
+        longest = (self.pair.primary if alone or self.pair.verifier is None else self.pair.verifier).longest_tree
+        if isinstance(length, AdaptiveLength) and self.config.trees and longest > 1:
+            return Branching(length, longest)
+        return None
 
     def _choose_checking(self) -> Checking | None:
         """Who checks drafts in `exact`; its `auto` may also find that the target had better do so always."""

@@ -121,20 +121,33 @@ class AdaptiveLength:
             best = self._probe(longest)
         return draft.first(best)
 
-    def learn(self, draft: Draft, accepted: int, drafting_s: float = 0.0, pass_s: float | None = None) -> None:
-        """A refused token is one trial more; tokens behind it were never tried."""
+    def learn(
+        self,
+        draft: Draft,
+        accepted: int,
+        drafting_s: float = 0.0,
+        pass_s: float | None = None,
+        branches: int = 0,
+        gained: int = 0,
+    ) -> None:
+        """A refused token is one trial more; tokens behind it were never tried.
+
+        Beside the draft's tokens the pass had so many `branches`, which `gained` tokens.
+        """
+        passed = len(draft.tokens) + 1 + branches
         if pass_s is not None:
-            self.cost.observe(len(draft.tokens) + 1, pass_s)
+            self.cost.observe(passed, pass_s)
         self._budget += ALLOWANCE
         self._forgive()
         if drafting_s:
             self._asking.append(drafting_s)
             self._budget -= min(median_low(self._asking) / self.cost(1), MAX_CHARGE)
         else:
-            self._rested += not draft.tokens
+            self._rested += passed == 1
         if draft.tokens:
             self._count(draft, accepted)
-            self._budget += accepted + 1 - self._charge(len(draft.tokens) + 1, pass_s)
+        if passed > 1:
+            self._budget += accepted + gained + 1 - self._charge(passed, pass_s)
         self._budget = min(max(self._budget, -MAX_DEBT), MAX_BUDGET)
 
     def _plain_is_due(self) -> bool:

@@ -29,11 +29,16 @@ class AutoDrafter(Drafter):
         for drafter in self.drafters:
             drafter.forget(count)
 
-    def see(self, tokens: Sequence[int], best: Sequence[Sequence[int]]) -> None:
+    def alternatives(self, draft: Sequence[int]) -> list[list[int]]:
+        """Those of the first drafter that knows some."""
+        found = (drafter.alternatives(draft) for drafter in self.drafters)
+        return next((rows for rows in found if rows), [])
+
+    def see(self, tokens: Sequence[int], best: Sequence[Sequence[int]], start: int) -> None:
         """Each drafter that wants them is told as many successors as it asked for."""
         for drafter in self.drafters:
             if drafter.wants_best:
-                drafter.see(tokens, [row[: drafter.wants_best] for row in best])
+                drafter.see(tokens, [row[: drafter.wants_best] for row in best], start)
 
     def propose(self, limit: int, after: Sequence[int] = ()) -> Draft:
         """The best draft, another behind where that ends, and so on."""

@@ -80,9 +80,17 @@ class Drafter(Protocol):
         """At most `limit` tokens to follow the text and `after`, which is another's draft and not part of the text."""
         ...
 
-    def see(self, tokens: Sequence[int], best: Sequence[Sequence[int]]) -> None:
+    def alternatives(self, draft: Sequence[int]) -> list[list[int]]:
+        """What is likely behind the text, behind the first token of a draft, …, behind its last: tokens, best first.
+
+        The draft's own may be among them; −1 stands for none.
+        """
+        return []
+
+    def see(self, tokens: Sequence[int], best: Sequence[Sequence[int]], start: int) -> None:
         """A pass ran over `tokens`: `best[i]` are the likeliest successors that it found of `tokens[i]`, best first.
 
-        Tokens of a draft that was refused are among them. Called before the new text is observed.
+        The first of them is the text's token at `start`. Those of a draft that was refused are among them. Called
+        before the new text is observed, and before refused text is taken back.
         """
         return  # nothing to learn from it

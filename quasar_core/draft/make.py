@@ -8,11 +8,13 @@ from quasar_core.draft.acceptance import Acceptance
 from quasar_core.draft.auto import AutoDrafter
 from quasar_core.draft.automaton import SuffixAutomaton
 from quasar_core.draft.base import Drafter
+from quasar_core.draft.by_model import Guesser, ModelDrafter, NoGuesser
 from quasar_core.draft.memory import MemoryDrafter
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.draft.none import NoDrafter
 from quasar_core.draft.plugins import load_plugin
 from quasar_core.draft.prediction import PredictionDrafter
+from quasar_core.draft.recycle import RecycleDrafter, Successors
 from quasar_core.draft.suffix import SuffixDrafter
 from quasar_core.draft.texts import TextIndex, TextsDrafter
 
@@ -24,12 +26,17 @@ class Sources:
     acceptance: Acceptance = field(default_factory=Acceptance)
     texts: TextIndex | None = None
     memory: SuffixAutomaton | None = None
+    successors: Successors | None = None
+    guesser: Guesser = field(default_factory=NoGuesser)
 
 
 Make = Callable[[GenerationConfig, Sources], Drafter]
 BY_NAME: dict[str, Make] = {
     "ngram": lambda config, sources: NgramDrafter(config.ngram_min, config.ngram_max),
     "suffix": lambda config, sources: SuffixDrafter(),
+    "recycle": lambda config, sources: RecycleDrafter(sources.successors),
+    "assistant": lambda config, sources: ModelDrafter("assistant", sources.guesser),
+    "layer-skip": lambda config, sources: ModelDrafter("layer-skip", sources.guesser),
 }
 AUTO = ("suffix",)  # the drafters that need no other model; of equal drafts, that of the first is taken
 

@@ -3,11 +3,14 @@
 Letters: T tokens of a pass, L positions that it sees, H key-value heads, G query heads per key-value head, D head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+
+from quasar_core.models.base import depths_of
 
 # Up to here the query heads of a group are rows of one product, so that keys and values are read once for all of them.
 FOLDED_TOKENS = 32
@@ -45,6 +48,27 @@ def make_mask(
     added = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
     return AttentionMask(
         first, end, causal=False, added=added.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else added
+    )
+
+
+def make_tree_mask(
+    start: int, parents: Sequence[int], window: int | None, group: int, device: torch.device, dtype: torch.dtype
+) -> AttentionMask:
+    """Make the mask of a tree whose nodes lie from `start` on: each sees what is before, its ancestors and itself."""
+    count = len(parents)
+    depths = torch.tensor(depths_of(parents), device=device)
+    family = torch.eye(count, dtype=torch.bool, device=device)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            family[node] |= family[parent]
+    own = start + depths[:, None]
+    places = torch.cat((torch.arange(start, device=device), start + depths))
+    hidden = torch.cat((family.new_zeros(count, start), ~family), dim=1)
+    if window is not None:
+        hidden |= places <= own - window
+    added = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    return AttentionMask(
+        0, start + count, causal=False, added=added.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else added
     )
 
 

@@ -7,16 +7,18 @@ Letters: T tokens (rows) of a pass, V vocabulary.
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.triton.adapters import why_not_triton
 
 NO_TOKEN = -1  # the choice of a row whose best logit is not a finite number
+MOST_LIKELIEST = 8  # tokens of a row that a pass lists
 NOT_NUMBERS = "The model's logits are not numbers"
 
 
@@ -25,12 +27,15 @@ class Choices:
     """The token of each row of a pass, or `NO_TOKEN`; its margin, the difference of the two best logits in nats.
 
     `margins` may be left out. `accepted` is how many of the pass's own tokens, behind the first, its choices confirm,
-    where the device counted.
+    where the device counted. `likeliest` holds, where they were asked for, the few tokens of each row with the best
+    logits, the best first and of equal ones the lowest; `NO_TOKEN` stands for those of a row without a choice, and for
+    what lies at −∞.
     """
 
     tokens: list[int]
     margins: list[float]
     accepted: int | None = None
+    likeliest: list[list[int]] = field(default_factory=list)
 
 
 class KVCache(Protocol):
@@ -48,6 +53,14 @@ class KVCache(Protocol):
 
     def rollback(self, length: int) -> None:
         """Forget the positions from `length` on: the length moves, nothing is copied."""
+        ...
+
+
+class TreeCache(KVCache, Protocol):
+    """A cache of a model through which trees pass."""
+
+    def keep(self, start: int, nodes: Sequence[int]) -> None:
+        """Of a tree that was passed at `start` keep these nodes, a path, as the positions from `start` on."""
         ...
 
 
@@ -75,9 +88,27 @@ class CausalLM(Protocol):
         """
         ...
 
-    def choose(self, tokens: Sequence[int], cache: Any) -> Choices:
-        """One pass as `forward` runs it, and the best token of each row with its margin."""
-        return choose_best(self.forward(tokens, cache))
+    def choose(self, tokens: Sequence[int], cache: Any, likeliest: int = 0) -> Choices:
+        """One pass as `forward` runs it → the best token of each row, its margin, and so many `likeliest` tokens."""
+        return choose_best(self.forward(tokens, cache), likeliest)
+
+    @property
+    def longest_tree(self) -> int:
+        """Nodes of a tree that passes at once (SpecInfer, Miao et al., 2024, §4); 0 where none does.
+
+        A tree is tokens with the place of each one's parent among them, −1 for the first: each sees what the cache
+        holds, its ancestors and itself, as though it ended a text of its own. The cache is a `TreeCache`, which keeps a
+        path of it.
+        """
+        return 0
+
+    def forward_tree(self, tokens: Sequence[int], parents: Sequence[int], cache: Any) -> torch.Tensor:
+        """One pass over a tree, `cache.length` moves on by T → float32 logits [T, V] behind each node's path."""
+        raise RuntimeError(f"no trees pass through {type(self).__name__}")
+
+    def choose_tree(self, tokens: Sequence[int], parents: Sequence[int], cache: Any, likeliest: int = 0) -> Choices:
+        """The same pass → what `choose` gives."""
+        return choose_best(self.forward_tree(tokens, parents, cache), likeliest)
 
 
 class FastPass(Protocol):
@@ -85,19 +116,43 @@ class FastPass(Protocol):
 
     name: str
     longest: int
+    longest_tree: int  # nodes of a tree that passes at once; 0 where none does
 
-    def run(self, tokens: Sequence[int], cache: Any) -> torch.Tensor:
-        """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
+    def run(self, tokens: Sequence[int], cache: Any, parents: Sequence[int] | None = None) -> torch.Tensor:
+        """One pass at position `cache.length`, which moves on by T → float32 logits [T, V].
+
+        With `parents` the tokens are a tree, see `CausalLM.longest_tree`.
+        """
         ...
 
-    def choose(self, tokens: Sequence[int], cache: Any) -> Choices:
-        """The same pass → the best token of each row with its margin."""
+    def choose(
+        self, tokens: Sequence[int], cache: Any, likeliest: int = 0, *, parents: Sequence[int] | None = None
+    ) -> Choices:
+        """The same pass → the best token of each row, its margin, and so many `likeliest` tokens."""
         ...
 
 
-def choose_best(logits: torch.Tensor) -> Choices:
-    """The best token of each row of logits [T, V] and its margin, on the host."""
-    return bring_over(*best_tokens(logits))
+def choose_best(logits: torch.Tensor, likeliest: int = 0) -> Choices:
+    """The best token of each row of logits [T, V], its margin, and so many `likeliest` tokens, on the host."""
+    return bring_over(*best_tokens(logits), likeliest_tokens(logits, likeliest) if likeliest else [])
+
+
+def depths_of(parents: Sequence[int]) -> list[int]:
+    """How far below the first token each node of a tree stands; a parent stands before its children, −1 for the first.
+
+    ValueError for what is no tree.
+    """
+    depths: list[int] = []
+    for node, parent in enumerate(parents):
+        if not -1 <= parent < node or (parent < 0) != (node == 0):
+            raise ValueError(f"node {node} of a tree cannot stand behind {parent}")
+        depths.append(depths[parent] + 1 if node else 0)
+    return depths
+
+
+def in_rows(tokens: list[int], width: int) -> list[list[int]]:
+    """Tokens in rows of so many; none for a width of 0."""
+    return [tokens[begin : begin + width] for begin in range(0, len(tokens), width or 1)]
 
 
 def best_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,14 +164,43 @@ def best_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _best_in_torch(logits)
 
 
-def bring_over(tokens: torch.Tensor, margins: torch.Tensor | None = None) -> Choices:
-    """Tokens [T], and margins [T] where they are asked for, in one transfer from the device."""
+def likeliest_tokens(logits: torch.Tensor, count: int) -> list[list[int]]:
+    """Of each row of logits [T, V] the tokens of the `count` best, as `Choices` has them, on the host."""
+    check_likeliest(count)
+    if logits.device.type == "cpu":
+        return [_likeliest_on_host(row, count) for row in logits.numpy()]
+    return likeliest_in_torch(logits, count).tolist()
+
+
+def check_likeliest(count: int) -> None:
+    """ValueError where more tokens of a row are asked for than fast passes list."""
+    if count > MOST_LIKELIEST:
+        raise ValueError(f"a pass lists at most {MOST_LIKELIEST} tokens of a row, not {count}")
+
+
+def likeliest_in_torch(logits: torch.Tensor, count: int) -> torch.Tensor:
+    """The same on the device → int64 [T, count]. Logit and token make one whole number each, so that none are equal."""
+    width = logits.shape[-1]
+    bits = (logits.float() + 0.0).view(torch.int32)  # −0 becomes 0
+    rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # whole numbers in the order of their logits
+    keys = (rising << 32) + torch.arange(width - 1, -1, -1, device=logits.device)
+    best = keys.topk(min(count, width), dim=-1).values
+    tokens = width - 1 - (best & 0xFFFFFFFF)
+    is_choice = logits.amax(dim=-1, keepdim=True).isfinite() & (logits.gather(-1, tokens) > -torch.inf)
+    missing = (0, count - tokens.shape[-1])
+    return pad(torch.where(is_choice, tokens, NO_TOKEN), missing, value=NO_TOKEN)
+
+
+def bring_over(
+    tokens: torch.Tensor, margins: torch.Tensor | None = None, likeliest: Sequence[list[int]] = ()
+) -> Choices:
+    """Tokens [T], and margins [T] where they are asked for, in one transfer from the device; `likeliest` are there."""
     if margins is None:
-        return Choices(tokens.tolist(), [])
+        return Choices(tokens.tolist(), [], likeliest=[*likeliest])
     if tokens.device.type == "cpu":
-        return Choices(tokens.tolist(), margins.tolist())
+        return Choices(tokens.tolist(), margins.tolist(), likeliest=[*likeliest])
     chosen, brought = torch.stack((tokens.double(), margins.double())).tolist()  # float64 holds any token id
-    return Choices([int(token) for token in chosen], brought)
+    return Choices([int(token) for token in chosen], brought, likeliest=[*likeliest])
 
 
 def join_choices(parts: Sequence[Choices]) -> Choices:
@@ -124,7 +208,8 @@ def join_choices(parts: Sequence[Choices]) -> Choices:
     if len(parts) == 1:
         return parts[0]
     tokens = [token for part in parts for token in part.tokens]
-    return Choices(tokens, [margin for part in parts for margin in part.margins])
+    margins = [margin for part in parts for margin in part.margins]
+    return Choices(tokens, margins, likeliest=[row for part in parts for row in part.likeliest])
 
 
 def refuse_odd_logits(logits: torch.Tensor) -> None:
@@ -163,3 +248,21 @@ def _best_on_host(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         before, behind = row[:place].max(initial=-np.inf), row[place + 1 :].max(initial=-np.inf)
         margins.append(best - float(max(before, behind)))
     return torch.tensor(tokens), torch.tensor(margins)
+
+
+BLOCK = 64  # logits
+
+
+def _likeliest_on_host(row: np.ndarray[Any, np.dtype[np.float32]], count: int) -> list[int]:
+    """The best of a row lie in the blocks of the best maxima, so that few logits are sorted."""
+    whole = len(row) // BLOCK * BLOCK
+    maxima = np.append(row[:whole].reshape(-1, BLOCK).max(axis=1), row[whole:].max(initial=-np.inf))
+    if not np.isfinite(maxima.max()):
+        return [NO_TOKEN] * count
+    blocks = np.sort(np.argsort(-maxima, kind="stable")[:count])
+    places = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
+    places = places[places < len(row)]
+    found = row[places]
+    order = np.argsort(-found, kind="stable")[:count]
+    tokens: list[int] = places[order[found[order] > -np.inf]].tolist()
+    return tokens + [NO_TOKEN] * (count - len(tokens))

@@ -18,7 +18,7 @@ from quasar_core.kernels.cpu import library as cpp
 from quasar_core.kernels.cpu.vnni import VnniWeight
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.architectures import HeadNorms
-from quasar_core.models.base import Choices
+from quasar_core.models.base import Choices, check_likeliest, depths_of, in_rows
 from quasar_core.models.decoder import (
     DecoderCache,
     DecoderLayer,
@@ -62,19 +62,27 @@ class Tables:
         self.rope = rope
         self._reach = 0  # positions in the tables
 
-    def rows(self, start: int, end: int, prompt_length: int) -> tuple[int, int]:
-        """Addresses of cosines and sines [T, D] of these positions."""
+    def rows(self, start: int, end: int, prompt_length: int, depths: Sequence[int] | None = None) -> tuple[int, int]:
+        """Addresses of cosines and sines [T, D] of these positions, or of those that stand so deep below the first."""
         if self.rope.stretches_at(end, prompt_length):
             self._stretched = self._widened(start, end, prompt_length)
-            cos, sin = self._stretched
-            return cos.data_ptr(), sin.data_ptr()
+            (cos, sin), first = self._stretched, 0
+        else:
+            (cos, sin), first = self._up_to(end), start
+        if depths is not None:
+            places = first + torch.tensor(depths)
+            self._branched = cos, sin = cos[places].contiguous(), sin[places].contiguous()
+            first = 0
+        before = first * cos.shape[-1] * cos.element_size()
+        return cos.data_ptr() + before, sin.data_ptr() + before
+
+    def _up_to(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of all positions before `end`, at least."""
         if end > self._reach:
             further = 2 * end
             self._reach = end if self.rope.stretches_at(further) else further
             self._kept = self._widened(0, self._reach)
-        cos, sin = self._kept
-        before = start * cos.shape[-1] * cos.element_size()
-        return cos.data_ptr() + before, sin.data_ptr() + before
+        return self._kept
 
     def _widened(self, start: int, end: int, prompt_length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self.rope.rows(start, end, prompt_length)
@@ -85,7 +93,7 @@ class CpuPass:
     """Implements `base.FastPass`. The decoder's tensors must stay where they are."""
 
     name = "C++"
-    longest = 64
+    longest = longest_tree = 64
 
     def __init__(self, decoder: LeanDecoder) -> None:
         self.config = decoder.config
@@ -96,26 +104,41 @@ class CpuPass:
         self._pass = cpp.library().quasar_pass_new(ctypes.byref(self._describe(decoder)))
         weakref.finalize(self, cpp.library().quasar_pass_delete, self._pass, self._is_bfloat16)
 
-    def run(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
+    def run(self, tokens: Sequence[int], cache: DecoderCache, parents: Sequence[int] | None = None) -> torch.Tensor:
         """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
         logits = torch.empty(len(tokens), self.config.vocab_size)
-        self.choose(tokens, cache, logits)
+        self.choose(tokens, cache, logits=logits, parents=parents)
         return logits
 
-    def choose(self, tokens: Sequence[int], cache: DecoderCache, logits: torch.Tensor | None = None) -> Choices:
-        """The same pass → the best token of each row with its margin; `logits` [T, V] are written where given."""
+    def choose(
+        self,
+        tokens: Sequence[int],
+        cache: DecoderCache,
+        likeliest: int = 0,
+        *,
+        logits: torch.Tensor | None = None,
+        parents: Sequence[int] | None = None,
+    ) -> Choices:
+        """The same pass → the choices of its rows; `logits` [T, V] are written where given.
+
+        With `parents` the tokens are a tree: each stands behind its parent, and sees its own ancestors alone.
+        """
         count = len(tokens)
+        check_likeliest(likeliest)
         if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
             raise IndexError(f"a token of {tokens} is not in a vocabulary of {self.config.vocab_size}")
         chosen, margins = (ctypes.c_int64 * count)(), (ctypes.c_float * count)()
-        end = cache.length + count
-        addresses = [tables.rows(cache.length, end, cache.prompt_length) for tables in self._tables]
+        found = (ctypes.c_int32 * (count * likeliest))()
+        depths = None if parents is None else depths_of(parents)
+        end = cache.length + (count if depths is None else max(depths) + 1)
+        addresses = [tables.rows(cache.length, end, cache.prompt_length, depths) for tables in self._tables]
         cos, sin = ((ctypes.c_void_p * len(addresses))(*some) for some in zip(*addresses, strict=True))
-        growth = self._growth(cache.length, end)
+        growth = self._growth(cache.length, end, depths)
         self._run(
             self._pass,
             self._is_bfloat16,
             (ctypes.c_int64 * count)(*tokens),
+            None if parents is None else (ctypes.c_int * count)(*parents),
             count,
             cache.length,
             cos,
@@ -126,15 +149,20 @@ class CpuPass:
             None if logits is None else logits.data_ptr(),
             chosen,
             margins,
+            likeliest,
+            found,
             torch.get_num_threads(),
         )
         cache.advance(count)
-        return Choices(chosen[:], margins[:])
+        return Choices(chosen[:], margins[:], likeliest=in_rows(found[:], likeliest))
 
-    def _growth(self, start: int, end: int) -> torch.Tensor | None:
+    def _growth(self, start: int, end: int, depths: Sequence[int] | None) -> torch.Tensor | None:
         """By what the queries of a pass grow [T], where they do."""
         growth = self.config.query_growth
-        return None if growth is None else query_growth(torch.arange(start, end), *growth).contiguous()
+        if growth is None:
+            return None
+        positions = torch.arange(start, end) if depths is None else start + torch.tensor(depths)
+        return query_growth(positions, *growth).contiguous()
 
     def seconds(self) -> tuple[float, float]:
         """Seconds of all passes so far, and those of them in matrix products."""

@@ -19,12 +19,14 @@ from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.activations import activated, apply
-from quasar_core.models.attention import AttentionMask, attend, make_mask
-from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, join_choices
+from quasar_core.models.attention import AttentionMask, attend, make_mask, make_tree_mask
+from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, join_choices
 from quasar_core.models.block_config import BlockConfig
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.heads import Turn, normed
 from quasar_core.models.rope import PromptLength, RopeTables, query_growth
+
+LONGEST_TREE = 32  # nodes, in PyTorch's operations
 
 
 class DecoderCache(PromptLength):
@@ -62,6 +64,14 @@ class DecoderCache(PromptLength):
     def advance(self, count: int) -> None:
         """Count a finished pass of `count` positions."""
         self._length += count
+
+    def keep(self, start: int, nodes: Sequence[int]) -> None:
+        """Of a tree that was passed at `start` keep these nodes, a path, as the positions from `start` on."""
+        for place, node in enumerate(nodes):
+            if place != node:  # a node lies behind every place before its own
+                for states in self.layers:
+                    states[:, :, start + place] = states[:, :, start + node]
+        self.rollback(start + len(nodes))
 
     def rollback(self, length: int) -> None:
         """Move the length back; a length ahead of what is written is a defect of the caller."""
@@ -208,6 +218,29 @@ class LeanDecoder(CausalLM):
         cache.limit = self.ropes[0].limit
         return cache
 
+    @property
+    def longest_tree(self) -> int:
+        """Nodes of a tree that passes at once; 0 where none does."""
+        return LONGEST_TREE if self.fast is None else self.fast.longest_tree
+
+    @steered
+    def forward_tree(self, tokens: Sequence[int], parents: Sequence[int], cache: DecoderCache) -> torch.Tensor:
+        """See `models/base.py`."""
+        cache.check_room(len(tokens))
+        if self.fast is None:
+            return self._plain_pass(tokens, cache, last_only=False, parents=parents)
+        return self.fast.run(tokens, cache, parents)
+
+    @steered
+    def choose_tree(
+        self, tokens: Sequence[int], parents: Sequence[int], cache: DecoderCache, likeliest: int = 0
+    ) -> Choices:
+        """See `models/base.py`."""
+        cache.check_room(len(tokens))
+        if self.fast is None:
+            return choose_best(self._plain_pass(tokens, cache, last_only=False, parents=parents), likeliest)
+        return self.fast.choose(tokens, cache, likeliest, parents=parents)
+
     @steered
     def forward(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool = False) -> torch.Tensor:
         """One pass of T tokens → float32 logits [T, V] ([1, V] with `last_only`, as of a prompt).
@@ -221,16 +254,22 @@ class LeanDecoder(CausalLM):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @steered
-    def choose(self, tokens: Sequence[int], cache: DecoderCache) -> Choices:
-        """One pass, and the best token of each row with its margin."""
+    def choose(self, tokens: Sequence[int], cache: DecoderCache, likeliest: int = 0) -> Choices:
+        """One pass → the best token of each row, its margin, and so many `likeliest` tokens."""
         cache.check_room(len(tokens))
         if self.fast is None:
-            return choose_best(self._plain_pass(tokens, cache, last_only=False))
-        return join_choices([self.fast.choose(part, cache) for part in _parts(tokens, self.fast.longest)])
+            return choose_best(self._plain_pass(tokens, cache, last_only=False), likeliest)
+        return join_choices([self.fast.choose(part, cache, likeliest) for part in _parts(tokens, self.fast.longest)])
+
+    def plain_logits(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
+        """One pass in PyTorch's operations, whatever fast pass there is → float32 logits [T, V]."""
+        return self._plain_pass(tokens, cache, last_only=False)
 
     @torch.inference_mode()
-    def _plain_pass(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool) -> torch.Tensor:
-        place = self._place(cache, len(tokens))
+    def _plain_pass(
+        self, tokens: Sequence[int], cache: DecoderCache, last_only: bool, parents: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        place = self._place(cache, len(tokens), parents)
         hidden, inputs = self.embed(torch.tensor(tokens, device=self.device))
         for layer, states, given in zip(self.layers, cache.layers, inputs, strict=True):
             x = self._normed(hidden, layer.input_norm)
@@ -261,18 +300,26 @@ class LeanDecoder(CausalLM):
         assert layer.input_out is not None
         return layer.input_out(apply(layer.input_gate(hidden), self.config.activation) * given)
 
-    def _place(self, cache: DecoderCache, count: int) -> _Place:
-        start, end = cache.length, cache.length + count
+    def _place(self, cache: DecoderCache, count: int, parents: Sequence[int] | None) -> _Place:
+        start, device, dtype = cache.length, self.device, self.dtype
+        depths = torch.arange(count) if parents is None else torch.tensor(depths_of(parents))
+        end = start + int(depths.max()) + 1
         tables = [rope.rows(start, end, cache.prompt_length) for rope in self.ropes]
+        if parents is not None:
+            tables = [(cos[depths], sin[depths]) for cos, sin in tables]
         growth = None
         if self.config.query_growth:
-            positions = torch.arange(start, end, device=self.device)
-            growth = query_growth(positions, *self.config.query_growth)[:, None, None].to(self.dtype)
-        masks = {
-            (window, heads): make_mask(start, count, window, self.config.num_heads // heads, self.device, self.dtype)
-            for window, heads in self._sights
-        }
-        return _Place(start, end, tables, growth, masks)
+            positions = start + depths.to(device)
+            growth = query_growth(positions, *self.config.query_growth)[:, None, None].to(dtype)
+        masks = dict[tuple[int | None, int], AttentionMask]()
+        for window, heads in self._sights:
+            group = self.config.num_heads // heads
+            masks[window, heads] = (
+                make_mask(start, count, window, group, device, dtype)
+                if parents is None
+                else make_tree_mask(start, parents, window, group, device, dtype)
+            )
+        return _Place(start, start + count, tables, growth, masks)
 
     def _normed(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         return x if weight is None else normed(x, weight, self.config.eps)

@@ -39,6 +39,9 @@ class Pair:
     verifier_fingerprint: str | None = None
     measured: dict[str, Any] = field(default_factory=dict, repr=False)
     processors: Mapping[str, Any] = field(default_factory=dict)  # options of logits processors, by name
+    assistant: CausalLM | None = None  # a smaller model that drafts
+    assistant_fingerprint: str | None = None
+    assistant_context: int | None = None  # tokens that it can follow
     rolls_back: bool = True  # whether its cache can; else it generates plainly
 
     @property

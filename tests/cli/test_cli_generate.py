@@ -20,6 +20,25 @@ pytestmark = pytest.mark.usefixtures("own_home")
 # generate
 
 
+def test_an_assistant_is_loaded_for_the_drafts_that_ask_it(stand_in_pair: SimpleNamespace) -> None:
+    assert run(["generate", "--prompt", "x", "--draft", "assistant", "--assistant", "small"]) == 0
+    assert (stand_in_pair.asked.draft, stand_in_pair.asked.assistant) == ("assistant", "small")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--assistant", "small"], "--assistant goes with --draft assistant, not with --draft"),
+        (["--draft", "assistant"], "--draft assistant needs --assistant MODEL, a small model of the same vocabulary."),
+    ],
+)
+def test_an_assistant_that_is_not_asked_or_missing_is_refused(
+    options: list[str], sentence: str, stand_in_pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "--prompt", "x", *options]) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
 def test_generate_streams_text_to_stdout_and_statistics_to_stderr(
     stand_in_pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,7 +65,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
         "--max-new-tokens 9 --verify quantized --draft ngram --draft-from a --draft-from b --num-draft-tokens 7 "
         "--ngram-max 5 --ngram-min 2 "
         "--window 6 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --seed 8 "
-        "--stop A --stop B --no-processors"
+        "--stop A --stop B --no-processors --no-trees"
     )
     models = (
         "--model org/m --verifier v --no-target --device cuda:1 --dtype float16 --kernel reference "
@@ -60,9 +79,11 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
     assert tuple(vars(config.sampling).values()) == sampling
     assert config.draft_from == ("a", "b")
     assert not config.processors
+    assert not config.trees
     assert vars(stand_in_pair.asked) == {
         "model": "org/m",
         "verifier": "v",
+        "assistant": None,
         "verify": "quantized",
         "draft": "ngram",
         "use_target": False,

@@ -53,6 +53,55 @@ def test_every_route_chooses_as_torch_does(best: object, seed: int) -> None:
     assert torch.allclose(margins, expected[:, 0] - expected[:, 1])
 
 
+LIKELIEST = {
+    "host": base.likeliest_tokens,
+    "torch": lambda logits, count: base.likeliest_in_torch(logits, count).tolist(),
+    "triton": lambda logits, count: likeliest_in_triton(logits, count),
+}
+
+
+def likeliest_in_triton(logits: torch.Tensor, count: int) -> list[list[int]]:
+    from quasar_core.kernels.triton.choices import likeliest_tokens
+
+    found = torch.empty(len(logits), count, dtype=torch.int32)
+    likeliest_tokens(logits, found)
+    return found.tolist()
+
+
+def stably_sorted(logits: torch.Tensor, count: int) -> list[list[int]]:
+    """The oracle: all of a row in falling order, equal ones in the order of their tokens."""
+    order = [sorted(range(len(row)), key=lambda token, row=row: -row[token])[:count] for row in logits.tolist()]  # type: ignore[misc]
+    return [[*tokens, *[NO_TOKEN] * (count - len(tokens))] for tokens in order]
+
+
+@pytest.fixture(params=LIKELIEST)
+def likeliest(request: pytest.FixtureRequest) -> object:
+    if request.param == "triton":
+        if find_spec("triton") is None:
+            pytest.skip("Triton is not installed")
+        interpret_on_cpu()
+    return LIKELIEST[request.param]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+@pytest.mark.parametrize("width", [3, 64, 301, 2100])
+@pytest.mark.parametrize("grain", [0, 1, 3])
+def test_the_likeliest_tokens_are_those_of_a_stable_sort(likeliest: object, width: int, count: int, grain: int) -> None:
+    """Coarse logits are full of ties, zeros of both signs among them."""
+    logits = torch.randn(3, width, generator=torch.Generator().manual_seed(width)).round(decimals=grain)
+    assert likeliest(logits, count) == stably_sorted(logits, count)  # type: ignore[operator]
+
+
+def test_where_there_is_no_choice_none_is_likely(likeliest: object) -> None:
+    assert likeliest(ODD, 2) == [[NO_TOKEN] * 2] * len(ODD)  # type: ignore[operator]
+    assert likeliest(LEFT_OUT, 3) == [[1, NO_TOKEN, NO_TOKEN], [1, 2, NO_TOKEN]]  # type: ignore[operator]
+
+
+def test_no_more_than_a_pass_lists_may_be_asked_for() -> None:
+    with pytest.raises(ValueError, match="at most 8 tokens of a row, not 9"):
+        choose_best(LOGITS, 9)
+
+
 def test_margins_may_be_of_other_logits_than_the_choice() -> None:
     assert bring_over(best_tokens(-LOGITS)[0], best_tokens(LOGITS)[1]) == Choices([3, 2, 1], MARGINS)
 
@@ -71,15 +120,15 @@ def test_what_a_device_gives_comes_over_whole() -> None:
 
 
 def test_the_parts_of_a_pass_are_joined_and_its_count_is_left_to_the_host() -> None:
-    parts = [Choices([1, 2], [0.5, 0.25], 1), Choices([3], [0.0], 0)]
-    assert join_choices(parts) == Choices([1, 2, 3], [0.5, 0.25, 0.0])
+    parts = [Choices([1, 2], [0.5, 0.25], 1, [[1, 4], [2, 5]]), Choices([3], [0.0], 0, [[3, 0]])]
+    assert join_choices(parts) == Choices([1, 2, 3], [0.5, 0.25, 0.0], None, [[1, 4], [2, 5], [3, 0]])
     assert join_choices(parts[:1]) is parts[0]
 
 
 def test_a_model_chooses_the_best_of_its_own_logits() -> None:
     model = TableModel(11, seed=2)
     cache = model.new_cache(8)
-    expected = choose_best(model.forward([1, 2, 3], cache))
+    expected = choose_best(model.forward([1, 2, 3], cache), 4)
     cache.rollback(0)
-    assert model.choose([1, 2, 3], cache) == expected
+    assert model.choose([1, 2, 3], cache, 4) == expected
     assert cache.length == 3

@@ -1,8 +1,7 @@
 """Sampling: what `full` and `exact` write is distributed as what plain sampling writes.
 
 Two tests of it: all continuations of three tokens, counted out; and the transitions of a long text, which depend on
-the last two tokens only. A right decoder is suspected by chance once in a million runs;
-what is broken on purpose gets a p-value a thousand times smaller.
+the last two tokens only.
 """
 
 import itertools
@@ -14,25 +13,32 @@ from typing import Any
 import pytest
 import torch
 from helpers.drafters import source_factory
+from helpers.sampled_text import (
+    IMPOSSIBLE,
+    PLAIN,
+    PROMPT,
+    SUSPICIOUS,
+    TARGET,
+    VOCABULARY,
+    chi_square,
+    next_token,
+    p_of_transitions,
+    p_value,
+)
 from helpers.tiny_models import TableModel, drawn_decisions, make_pair, routed_engine
-from transformers import RepetitionPenaltyLogitsProcessor
 
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import engine as engine_module
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.policy import FixedLength, WindowPolicy
-from quasar_core.decode.sampling import distribution, draw
+from quasar_core.decode.sampling import draw
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.draft.none import NoDrafter
+from quasar_core.draft.recycle import RecycleDrafter
 from quasar_core.draft.suffix import SuffixDrafter
 
-VOCABULARY = 5
-PROMPT = [1, 2, 1, 2]
-TARGET = TableModel(VOCABULARY, seed=0)
 GOOD, BAD = TARGET.disturbed(0.3), TableModel(VOCABULARY, seed=1)
-PLAIN = SamplingConfig(temperature=1.0)
-SUSPICIOUS, IMPOSSIBLE = 1e-6, 1e-9
 Text = tuple[int, ...]
 
 
@@ -83,13 +89,6 @@ def continuations(runs: int, make_drafter: Callable[[], Drafter], verify: str, *
         yield run_engine(verify, generator, 3, drafter=make_drafter(), **options)
 
 
-def next_token(context: Sequence[int], sampling: SamplingConfig) -> list[float]:
-    """The target's distribution after a context."""
-    logits = TARGET.table[context[-2], context[-1]][None]
-    penalized = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty or 1.0)(torch.tensor([context]), logits)
-    return distribution(penalized, sampling)[0].tolist()
-
-
 def enumerate_continuations(sampling: SamplingConfig) -> dict[Text, float]:
     """The probability of every text of three tokens after PROMPT under plain sampling."""
     return {
@@ -100,21 +99,6 @@ def enumerate_continuations(sampling: SamplingConfig) -> dict[Text, float]:
     }
 
 
-def chi_square(cells: list[tuple[float, float]]) -> tuple[float, int]:
-    """The statistic and the number of cells of (observed, expected) pairs; rare cells are merged."""
-    common = [cell for cell in cells if cell[1] >= 5]
-    rare = [cell for cell in cells if 0 < cell[1] < 5]
-    if rare:
-        common.append((sum(o for o, _ in rare), sum(e for _, e in rare)))
-    return sum((o - e) ** 2 / e for o, e in common), len(common)
-
-
-def p_value(statistic: float, freedom: int) -> float:
-    """P(a chi-square variable of so many degrees of freedom is larger)."""
-    halves = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(halves[0], halves[1]))
-
-
 def p_of_continuations(texts: Iterator[Text], sampling: SamplingConfig = PLAIN) -> float:
     """How likely counts as far from plain sampling's are; 0 for a text that plain sampling never writes."""
     counts, expected = Counter(texts), enumerate_continuations(sampling)
@@ -123,22 +107,6 @@ def p_of_continuations(texts: Iterator[Text], sampling: SamplingConfig = PLAIN) 
     total = sum(counts.values())
     statistic, cells = chi_square([(counts[text], total * p) for text, p in expected.items()])
     return p_value(statistic, cells - 1)
-
-
-def p_of_transitions(text: Sequence[int], sampling: SamplingConfig = PLAIN) -> float:
-    """The same for the tokens that follow each pair of tokens in a long text."""
-    whole = [*PROMPT, *text]
-    counts = Counter(zip(whole[2:], whole[3:], whole[4:], strict=False))
-    statistic, freedom = 0.0, 0
-    for pair in itertools.product(range(VOCABULARY), repeat=2):
-        observed = [counts[(*pair, token)] for token in range(VOCABULARY)]
-        expected = [sum(observed) * p for p in next_token(pair, sampling)]
-        if any(o > 0 and e == 0 for o, e in zip(observed, expected, strict=True)):
-            return 0.0
-        if sum(observed) >= 20:
-            value, cells = chi_square(list(zip(observed, expected, strict=True)))
-            statistic, freedom = statistic + value, freedom + cells - 1
-    return p_value(statistic, freedom)
 
 
 @pytest.mark.parametrize("make_drafter", [NgramDrafter, RandomDrafter, ALL_SOURCES])
@@ -169,11 +137,13 @@ def test_every_option_is_applied_to_target_and_verifier_alike(sampling: Sampling
 @pytest.mark.parametrize("verifier", [GOOD, BAD])
 def test_a_long_text_has_plain_samplings_transitions(window: int, verifier: TableModel) -> None:
     generator = torch.Generator().manual_seed(window)
-    text = run_engine("exact", generator, 1500, verifier, NgramDrafter(), window)
+    text = run_engine("exact", generator, 1500, verifier, RecycleDrafter() if window == 2 else NgramDrafter(), window)
     assert p_of_transitions(text) > SUSPICIOUS
 
 
-@pytest.mark.parametrize("make_drafter", [NoDrafter, NgramDrafter, RandomDrafter, SuffixDrafter, ALL_SOURCES])
+@pytest.mark.parametrize(
+    "make_drafter", [NoDrafter, NgramDrafter, RecycleDrafter, RandomDrafter, SuffixDrafter, ALL_SOURCES]
+)
 def test_full_has_plain_samplings_transitions(make_drafter: Callable[[], Drafter]) -> None:
     text = run_engine("full", torch.Generator().manual_seed(0), 2500, BAD, make_drafter())
     assert p_of_transitions(text) > SUSPICIOUS

@@ -24,6 +24,7 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.draft.base import Drafter
 from quasar_core.draft.ngram import NgramDrafter
+from quasar_core.draft.recycle import RecycleDrafter
 from quasar_core.kernels.cpu import library
 from quasar_core.models import loading
 from quasar_core.models.lean_weights import attach_verifier, load_target
@@ -34,7 +35,7 @@ INNER = (32, 96, 160)
 # Nearer to a tie, in nats, another order of summation may choose another token.
 NEAR_TIE = 1e-4
 VERIFIERS = ("2 bits", "4 bits", "8 bits", "mixed", "the target", "another model")
-DRAFTERS = ("ngram", "oracle", "wrong", "mixed", *SOURCES)
+DRAFTERS = ("ngram", "oracle", "wrong", "mixed", "recycle", *SOURCES)
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class MixedDrafter(OracleDrafter):
 
 
 def drafter_of(kind: str, text: Sequence[int], seed: int) -> Callable[[], Drafter]:
-    if kind == "ngram":
-        return NgramDrafter
+    if kind in ("ngram", "recycle"):
+        return NgramDrafter if kind == "ngram" else RecycleDrafter
     if kind in SOURCES:
         return source_factory(kind, text, seed, VOCABULARY)
     if kind == "mixed":

@@ -95,7 +95,7 @@ class TestCosts:
             def forward(self, tokens: Any, cache: Any, last_only: bool = False) -> Any:
                 pytest.fail("logits are written")
 
-            def choose(self, tokens: Any, cache: Any) -> Choices:
+            def choose(self, tokens: Any, cache: Any, likeliest: int = 0) -> Choices:
                 cache.tokens += tokens
                 return Choices([0] * len(tokens), [1.0] * len(tokens))
 

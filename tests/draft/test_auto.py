@@ -24,7 +24,7 @@ class Fixed(Drafter):
         begun = sum(token in self.tokens for token in after)
         return Draft.of(self.tokens[begun : begun + max(limit, 0)], self.source, self.sureness)
 
-    def see(self, tokens: Sequence[int], best: Sequence[Sequence[int]]) -> None:
+    def see(self, tokens: Sequence[int], best: Sequence[Sequence[int]], start: int) -> None:
         self.calls.append(("see", tuple(tokens), tuple(map(tuple, best))))
 
 
@@ -60,7 +60,7 @@ def test_all_are_told_what_happens() -> None:
     assert auto.wants_best == 1
     auto.observe([1, 2])
     auto.forget(1)
-    auto.see([1], [[5, 6]])
+    auto.see([1], [[5, 6]], 0)
     assert one.calls == [("observe", (1, 2)), ("forget", 1)]
     assert other.calls == [("observe", (1, 2)), ("forget", 1), ("see", (1,), ((5,),))]
 

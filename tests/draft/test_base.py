@@ -48,7 +48,7 @@ def test_a_drafter_need_not_look_at_passes() -> None:
         pass
 
     assert Least.wants_best == 0
-    assert Least().see([1], [[2]]) is None
+    assert Least().see([1], [[2]], 0) is None
 
 
 def test_what_each_drafter_did_is_counted_from_the_steps() -> None:

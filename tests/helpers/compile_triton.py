@@ -92,7 +92,11 @@ def launch_all() -> None:
     workspace = attention.attention_workspace(CPU, 4, 32, 128)
     attention.attend(queries, states, states, position, 512, workspace, x, 1024)
     tokens = zeros(4, dtype=torch.int64)
+    qkv, norms = zeros(4, 48 * 128), zeros(40, 128)
+    elementwise.rotate_and_store(qkv, norms, *tables, position, states, states, queries, 1e-6, depths=tokens)
+    attention.attend(queries, states, states, position, 512, workspace, x, 1024, tree=(tokens, tokens))
     choices.argmax_and_margin(zeros(4, 151936), tokens, steps, steps)
+    choices.likeliest_tokens(zeros(4, 151936), zeros(4, 8, dtype=torch.int32))
     choices.accept_greedy(tokens, tokens, tokens[:1], tokens[:1])
     for kind in (torch.int8, torch.float8_e4m3fn):
         codes = zeros(4, 4096, dtype=kind)

@@ -33,7 +33,7 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     for line in run.stdout.splitlines():
         launch = json.loads(line)
         found[launch["kernel"]].append(launch)
-    assert len(found) == 12, sorted(found)
+    assert len(found) == 14, sorted(found)
     for launch in (*found["_packed_kernel"], *found["_dense_kernel"], *found["_w8a8_kernel"]):
         assert launch["wgmma"], "the product is not on Hopper's tensor cores"
     for launch in (launch for launches in found.values() for launch in launches):

@@ -1,5 +1,6 @@
 """The C++ pass computes what the plain pass computes, and a token's logits whatever passes beside it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,11 @@ def test_what_it_chose_is_the_best_of_each_row(tmp_path: Path, count: int) -> No
         torch.set_num_threads(team)
         logits = decoder.forward(random_tokens(count), decoder.new_cache(256))
         found = decoder.choose(random_tokens(count), decoder.new_cache(256))
+        for few in (1, 3, 8):
+            listed = decoder.choose(random_tokens(count), decoder.new_cache(256), few)
+            assert listed == replace(
+                found, likeliest=logits.sort(stable=True, descending=True).indices[:, :few].tolist()
+            )
         best = logits.topk(2, dim=-1).values
         assert found.tokens == logits.argmax(dim=-1).tolist()
         assert found.margins == (best[:, 0] - best[:, 1]).tolist()
@@ -154,7 +160,9 @@ def test_logits_that_are_no_numbers_yield_no_token(tmp_path: Path, spoiled: dict
     for token, value in spoiled.items():
         decoder.head.bias[token] = value
     for count in (1, 3):
-        assert fast(decoder).choose([1, 2, 3][:count], decoder.new_cache(8)).tokens == [NO_TOKEN] * count
+        found = fast(decoder).choose([1, 2, 3][:count], decoder.new_cache(8), 3)
+        assert found.tokens == [NO_TOKEN] * count
+        assert found.likeliest == [[NO_TOKEN] * 3] * count
 
 
 @pytest.mark.parametrize("count", [64, 65, 129, 200])

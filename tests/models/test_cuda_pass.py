@@ -22,7 +22,7 @@ from helpers.tiny_models import generate, make_pair
 
 from quasar_core.config import SamplingConfig
 from quasar_core.decode.sampling import accept_matching
-from quasar_core.models.base import NO_TOKEN, choose_best
+from quasar_core.models.base import NO_TOKEN, choose_best, likeliest_tokens
 from quasar_core.models.cuda.graph_pass import CudaPass, length_bucket, pass_size, why_not
 from quasar_core.models.cuda.torch_steps import TorchSteps
 from quasar_core.models.decoder import DenseLinear, LeanDecoder
@@ -138,8 +138,9 @@ def test_choices_made_in_a_pass_are_those_of_its_logits(tmp_path: Path, drafted:
         logits = decoder.forward(offered, cache)
         expected = choose_best(logits)
         cache.rollback(10)
-        found = decoder.choose(offered, cache)
+        found = decoder.choose(offered, cache, 5)
         assert found.tokens == expected.tokens
+        assert found.likeliest == likeliest_tokens(logits, 5)
         assert found.margins == pytest.approx(expected.margins)
         assert found.accepted == accept_matching(expected.tokens, offered[1:])[0] == differs
         assert cache.length == 10 + len(offered)
@@ -235,7 +236,7 @@ def test_passes_are_filled_up_to_the_sizes_that_are_recorded(tmp_path: Path) -> 
     launches = RecordingLauncher()
     decoder = recorded(load_target(tmp_path, CPU, FLOAT), launches=launches)
     logits = in_passes(decoder, random_tokens(), [3, 4, 3, 5, 7, 6, 8, 5, 3, 1])
-    assert sorted(size for _, (size, _) in launches.launches) == [1, 4, 8]
+    assert sorted(size for _, (size, *_) in launches.launches) == [1, 4, 8]
     assert_close(logits, fresh_logits(model, random_tokens()))
 
 

@@ -14,7 +14,7 @@ from helpers.quantized_decoder import quantize_layers
 
 from quasar_core.kernels.select import KernelChoice
 from quasar_core.kernels.triton.adapters import TRITON_INT8, TritonKernel
-from quasar_core.models.base import choose_best
+from quasar_core.models.base import choose_best, likeliest_tokens
 from quasar_core.models.cuda import graph_pass
 from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.cuda.products import DenseChoices, tune_products
@@ -80,8 +80,9 @@ def test_choices_are_those_of_the_logits(tmp_path: Path, count: int) -> None:
         logits = decoder.forward(offered, cache)
         expected = choose_best(logits)
         cache.rollback(0)
-        found = decoder.choose(offered, cache)
+        found = decoder.choose(offered, cache, 4)
         assert (found.tokens, found.accepted) == (expected.tokens, changed - 1)
+        assert found.likeliest == likeliest_tokens(logits, 4)
         assert found.margins == pytest.approx(expected.margins, abs=1e-6)
 
 

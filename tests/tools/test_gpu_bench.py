@@ -98,10 +98,10 @@ def test_a_wrong_decoder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(correctness, "in_passes", lambda *given: right(*given) * 1.1)
     correctness.check_decoder("qwen3", PLAN, report)
     assert report.failed
-    assert "checks: 5 right, 1 wrong or failed" in summary(report.parts)
+    assert "checks: 7 right, 1 wrong or failed" in summary(report.parts)
     monkeypatch.setattr(TorchSteps, "choose", lambda self, logits, tokens, drafted, found: found.accepted.fill_(0))
     correctness.check_decoder("qwen3", PLAN, report)
-    assert "checks: 6 right, 3 wrong or failed" in summary(report.parts)
+    assert "checks: 9 right, 3 wrong or failed" in summary(report.parts)
 
 
 @needs_demo

@@ -16,7 +16,7 @@ from quasar_core.bench.datasets import load_datasets
 from quasar_core.bench.run import run_bench
 from quasar_core.decode.sampling import accept_matching
 from quasar_core.kernels.triton.adapters import why_not_triton
-from quasar_core.models.base import choose_best
+from quasar_core.models.base import MOST_LIKELIEST, choose_best
 from quasar_core.models.cuda.graph_pass import POSITION, CudaPass, cache_at, differing_passes
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.hf.skeleton import context_limit
@@ -58,6 +58,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 # Passes of these sizes, one after the other: short ones, chunks of a prompt, on both sides of the bucket at 1024.
 PASSES = (100, 1, 4, 16, 2, 120, 33, 700, 8, 33, 1, 5, 3, 16)
 DRY_PASSES = (6, 1, 4, 16, 2, 8)
+BEFORE, TREE = 6, (-1, 0, 0, 2, 1, 0, 5)  # tokens before a tree, and its nodes' parents
 DRAFTS = (1, 2, 3, 6, 8, 16)  # tokens of a pass, and how many of its text are the decoder's own
 
 
@@ -115,11 +116,13 @@ def check_decoder(name: str, plan: Plan, report: Report) -> None:
         decoder = with_untuned_pass(load_target(Path(folder), plan.device, plan.dtype))
     ids = torch.tensor([tokens])
     with torch.inference_mode():
-        exact = model(input_ids=ids, use_cache=False).logits[0]
+        exact, paths = model(input_ids=ids, use_cache=False).logits[0], logits_of_paths(model, tokens)
         rounded = model.to(plan.device, plan.dtype)(input_ids=ids.to(plan.device), use_cache=False).logits[0]
     ours = in_passes(decoder, tokens, sizes)
     error, allowed = relative_error(ours, exact), MORE_ROUNDING * relative_error(rounded, exact)
     report.add(PART, what=f"decoder, {name}", relative_error=error, tolerance=allowed, ok=error <= allowed)
+    error = relative_error(logits_of_tree(decoder, tokens), paths)
+    report.add(PART, what=f"tree, {name}", relative_error=error, tolerance=allowed, ok=error <= allowed)
     wrong = wrong_choices(decoder, tokens[0])
     report.add(PART, what=f"choices, {name}", passes=len(DRAFTS) ** 2, wrong=wrong, ok=not wrong)
     verifier = small_verifier(decoder)
@@ -129,6 +132,22 @@ def check_decoder(name: str, plan: Plan, report: Report) -> None:
     report.add(PART, what=f"verifier, {name}", relative_error=error, tolerance=allowed, ok=error <= allowed)
     if name == OVERLAPPED and not plan.dry:
         report.attempt(PART, "overlapping launches", partial(check_overlap, plan, decoder, report))
+
+
+def logits_of_tree(decoder: LeanDecoder, tokens: Sequence[int]) -> torch.Tensor:
+    """Logits of the nodes of TREE, which are the text's tokens behind the first few."""
+    cache = decoder.new_cache(BEFORE + len(TREE))
+    decoder.forward(tokens[:BEFORE], cache)
+    return decoder.forward_tree(tokens[BEFORE : BEFORE + len(TREE)], TREE, cache)
+
+
+def logits_of_paths(model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    """The same by transformers, each node's path as a text of its own."""
+    rows, paths = [], list[list[int]]()
+    for node, parent in enumerate(TREE):
+        paths.append([*(paths[parent] if parent >= 0 else []), tokens[BEFORE + node]])
+        rows.append(model(input_ids=torch.tensor([[*tokens[:BEFORE], *paths[-1]]]), use_cache=False).logits[0, -1])
+    return torch.stack(rows)
 
 
 def check_overlap(plan: Plan, target: LeanDecoder, report: Report) -> None:
@@ -190,10 +209,10 @@ def wrong_choices(decoder: LeanDecoder, first: int) -> int:
             offered = [*text[:right], *(token ^ 1 for token in text[right:])][:count]
             cache.rollback(0)
             logits = decoder.forward(offered, cache).cpu()
-            expected = choose_best(logits)
+            expected = choose_best(logits, MOST_LIKELIEST)
             cache.rollback(0)
             accepted, _ = accept_matching(expected.tokens, offered[1:])
-            wrong += decoder.choose(offered, cache) != replace(expected, accepted=accepted)
+            wrong += decoder.choose(offered, cache, MOST_LIKELIEST) != replace(expected, accepted=accepted)
     return wrong
 
 

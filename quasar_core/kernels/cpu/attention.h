@@ -20,6 +20,8 @@ struct Query {
     const X* q;       // [D], scaled
     int last, first;  // positions that it sees, both ends included
     float* out;       // [D]
+    int branch = std::numeric_limits<int>::max();  // from this position on its own path through a tree is seen:
+    const int* path = nullptr;                     // where the states of each of these positions lie
     float largest = -std::numeric_limits<float>::infinity(), total = 0;  // of the scores so far
 };
 
@@ -85,6 +87,22 @@ void attend_to(Query<X>& query, const X* keys, const float* values, int start, i
     weigh_all<X>(packed, values, size, fade, query.out);
 }
 
+// Sixteen positions of which some stand on a query's own path: keys and values are copied in the order of positions, so
+// that the sums are those of a pass over that path alone. `own` has place for 2 · 16 · D numbers of the cache.
+template <typename X>
+void attend_along(Query<X>& query, const X* keys, const X* values, int start, int size, float cap, X* own, float* room) {
+    const int left = std::min(query.last + 1 - start, LANES);
+    if (left <= 0) return;
+    for (int p = 0; p < left; ++p) {
+        const int position = start + p;
+        const size_t from = size_t(position < query.branch ? position : query.path[position - query.branch]) * size;
+        std::memcpy(own + p * size, keys + from, size * sizeof(X));
+        std::memcpy(own + (LANES + p) * size, values + from, size * sizeof(X));
+    }
+    Numbers<X>::spread(own + LANES * size, left, size, room);
+    attend_to(query, own, room, start, left, size, cap);
+}
+
 // Sets out for the sixteen positions from `states` on, which later reads will find near.
 template <typename X>
 void fetch(const X* states, int size) {
@@ -93,15 +111,19 @@ void fetch(const X* states, int size) {
 }
 
 // Some queries over the keys and values [positions, D] of one head, scores below a soft cap where it is not 0; `room` has
-// place for 16 · D numbers.
+// place for 16 · D numbers, `own` for twice as many of the cache where queries stand in a tree.
 template <typename X>
-void attend(std::vector<Query<X>>& queries, const X* keys, const X* values, int size, float cap, float* room) {
+void attend(std::vector<Query<X>>& queries, const X* keys, const X* values, int size, float cap, float* room, X* own) {
     int first = std::numeric_limits<int>::max(), last = 0;
     for (const auto& query : queries) {
         first = std::min(first, query.first), last = std::max(last, query.last);
         std::fill(query.out, query.out + size, 0.0f);
     }
     for (int start = first / LANES * LANES; start <= last; start += LANES) {
+        if (start + LANES > queries.front().branch) {  // the same for all queries of a pass
+            for (auto& query : queries) attend_along(query, keys, values, start, size, cap, own, room);
+            continue;
+        }
         const int left = std::min(last + 1 - start, LANES);
         fetch(keys + size_t(start + LANES) * size, size);
         fetch(values + size_t(start + LANES) * size, size);

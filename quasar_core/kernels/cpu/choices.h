@@ -1,4 +1,4 @@
-// The best of a row of logits, of equal ones the first, and how far the next best lies below it: found as they come.
+// The likeliest tokens of a row of logits, of equal ones the first, found while the logits come.
 
 #pragma once
 
@@ -9,46 +9,70 @@
 
 namespace quasar {
 
+constexpr int MOST_LIKELIEST = 8;
+constexpr float LEAST = -std::numeric_limits<float>::infinity();
+
 struct Choice {
     int64_t token;  // -1 where a logit is not a number, or the best of them is infinite
-    float margin;
+    float margin;   // of the best logit over the next
 };
 
-// What a thread has seen of one row, lane by lane.
-struct alignas(64) Best {
-    __m512 best = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), next = best;
-    __m512i where = _mm512_setzero_si512();
-    __mmask16 odd = 0;
+// The `wanted` greatest logits that a thread has seen of one row, in falling order, with their tokens. Nearly every
+// register of logits lies below the last of them, which is one comparison.
+class Leaders {
+public:
+    explicit Leaders(int wanted = 2) : wanted(wanted) {
+        std::fill(logits, logits + MOST_LIKELIEST, LEAST);
+        std::fill(tokens, tokens + MOST_LIKELIEST, -1);
+    }
 
     // Logits [at, at + 16), of which `lanes` exist; they come in rising order.
-    void see(int at, __mmask16 lanes, __m512 logits) {
-        const __m512i own = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        __m512 x = _mm512_mask_mov_ps(_mm512_set1_ps(-std::numeric_limits<float>::infinity()), lanes, logits);
-        odd |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-        const __mmask16 better = _mm512_cmp_ps_mask(x, best, _CMP_GT_OQ);
-        next = _mm512_max_ps(next, _mm512_min_ps(x, best));
-        best = _mm512_max_ps(best, x);
-        where = _mm512_mask_mov_epi32(where, better, _mm512_add_epi32(own, _mm512_set1_epi32(at)));
+    void see(int at, __mmask16 lanes, __m512 x) {
+        odd |= _mm512_mask_cmp_ps_mask(lanes, x, x, _CMP_UNORD_Q);
+        const __mmask16 above = _mm512_mask_cmp_ps_mask(lanes, x, _mm512_set1_ps(logits[wanted - 1]), _CMP_GT_OQ);
+        if (above) take(at, above, x);
     }
 
     // Take in what another thread has seen of the row.
-    void merge(const Best& other) {
-        const __mmask16 better = _mm512_cmp_ps_mask(other.best, best, _CMP_GT_OQ) |
-                                 (_mm512_cmp_ps_mask(other.best, best, _CMP_EQ_OQ) &
-                                  _mm512_cmplt_epi32_mask(other.where, where));
-        next = _mm512_max_ps(_mm512_max_ps(next, other.next), _mm512_min_ps(other.best, best));
-        best = _mm512_max_ps(best, other.best);
-        where = _mm512_mask_mov_epi32(where, better, other.where);
+    void merge(const Leaders& other) {
         odd |= other.odd;
+        for (int i = 0; i < wanted && other.tokens[i] >= 0; ++i) insert(other.logits[i], other.tokens[i]);
     }
 
     Choice choose() const {
-        const float largest = _mm512_reduce_max_ps(best);
-        const __mmask16 winners = _mm512_cmp_ps_mask(best, _mm512_set1_ps(largest), _CMP_EQ_OQ);
-        const int token = _mm512_mask_reduce_min_epi32(winners, where);
-        const __mmask16 winner = _mm512_mask_cmp_epi32_mask(winners, where, _mm512_set1_epi32(token), _MM_CMPINT_EQ);
-        const float second = _mm512_reduce_max_ps(_mm512_mask_mov_ps(best, winner, next));
-        return {odd || std::isinf(largest) ? -1 : token, largest - second};
+        const bool is_number = !odd && !std::isinf(logits[0]);
+        return {is_number ? tokens[0] : -1, logits[0] - logits[1]};
+    }
+
+    // The first `count` tokens; -1 for each of a row that has no choice, and where no more logits are above −∞.
+    void list(int count, int32_t* to) const {
+        const bool has_choice = choose().token >= 0;
+        for (int i = 0; i < count; ++i) to[i] = has_choice ? tokens[i] : -1;
+    }
+
+private:
+    float logits[MOST_LIKELIEST];
+    int32_t tokens[MOST_LIKELIEST];
+    int wanted;
+    __mmask16 odd = 0;
+
+    __attribute__((noinline)) void take(int at, __mmask16 above, __m512 x) {
+        alignas(64) float values[LANES];
+        _mm512_store_ps(values, x);
+        for (unsigned left = above; left; left &= left - 1) {
+            const int lane = __builtin_ctz(left);
+            insert(values[lane], at + lane);
+        }
+    }
+
+    // Behind all that are greater, and behind equal ones of lower tokens.
+    void insert(float logit, int32_t token) {
+        auto is_before = [&](int i) { return logits[i] > logit || (logits[i] == logit && tokens[i] < token); };
+        int place = wanted;
+        while (place > 0 && !is_before(place - 1)) --place;
+        if (place == wanted) return;
+        for (int i = wanted - 1; i > place; --i) logits[i] = logits[i - 1], tokens[i] = tokens[i - 1];
+        logits[place] = logit, tokens[place] = token;
     }
 };
 

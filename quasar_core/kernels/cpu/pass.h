@@ -59,13 +59,17 @@ class Pass {
 public:
     explicit Pass(const Model& model) : m(model), layers(model.layer, model.layer + model.layers) {}
 
-    // tokens [T] at `position`; cos and sin [T, D] of each rotary embedding; growth of queries [T], or null; states: of
-    // each layer, keys then values, [2, heads, capacity, D]; logits [T, vocabulary], or null where nobody reads them; of
-    // each row the best token and its margin.
-    void run(const int64_t* tokens, int count, int position, const float* const* cos, const float* const* sin,
-             const float* growth, void* const* states, int capacity, float* logits, int64_t* chosen, float* margins, int threads) {
+    // tokens [T] at `position`, one behind the other, or where `parents` [T] are given each behind its parent, which
+    // stands before it (−1 for the first): keys and values lie in the order of the tokens, and each sees its own
+    // ancestors alone. Of each token's place in the text cos and sin [T, D], for each rotary embedding, and growth of
+    // queries [T], or null. states: of each layer, keys then values, [2, heads, capacity, D]; logits [T, vocabulary], or
+    // null where nobody reads them; of each row the best token, its margin, and the `wanted` likeliest tokens [T, wanted].
+    void run(const int64_t* tokens, const int* parents, int count, int position, const float* const* cos,
+             const float* const* sin, const float* growth, void* const* states, int capacity, float* logits,
+             int64_t* chosen, float* margins, int wanted, int32_t* likeliest, int threads) {
         reserve(count, threads);
-        seen.assign(size_t(threads) * count, Best());
+        seen.assign(size_t(threads) * count, Leaders(std::max(wanted, 2)));
+        trace_paths(parents, count, position);
         const Place place{count, position, capacity, cos, sin, growth};
         const double start = omp_get_wtime();
 #pragma omp parallel num_threads(threads)
@@ -109,6 +113,7 @@ public:
             for (int thread = 1; thread < threads; ++thread) seen[t].merge(seen[size_t(thread) * count + t]);
             const Choice choice = seen[t].choose();
             chosen[t] = choice.token, margins[t] = choice.margin;
+            seen[t].list(wanted, likeliest + size_t(t) * wanted);
         }
         seconds += omp_get_wtime() - start;
     }
@@ -131,7 +136,9 @@ private:
     std::vector<Layer> layers;
     Buffer<float> hidden, normed, delta, mixed, attended, rooms, own_inputs;
     Buffer<X> queries;
-    Buffer<Best> seen;
+    Buffer<Leaders> seen;
+    std::vector<std::vector<int>> paths;  // of each token of a tree, from the first one to itself: where states lie
+    std::vector<Buffer<X>> own;           // of each thread
     ProductInput inputs[MOST_PARTS];
 
     void reserve(int count, int threads) {
@@ -150,6 +157,16 @@ private:
         grow(hidden, rows * m.hidden), grow(normed, rows * m.hidden), grow(delta, rows * m.hidden);
         grow(mixed, rows * widest), grow(queries, rows * heads), grow(attended, rows * heads);
         grow(rooms, threads * LANES * size), grow(own_inputs, rows * layers.size() * m.inputs_size);
+        if (own.size() < size_t(threads)) own.resize(threads);
+        for (auto& buffer : own) grow(buffer, 2 * LANES * size);
+    }
+
+    void trace_paths(const int* parents, int count, int position) {
+        paths.clear();
+        for (int t = 0; parents && t < count; ++t) {
+            paths.push_back(parents[t] < 0 ? std::vector<int>() : paths[parents[t]]);
+            paths.back().push_back(position + t);
+        }
     }
 
     void embed(const int64_t* tokens, int count, const Team& team) {
@@ -342,13 +359,16 @@ private:
             const Range part(rows, at % splits, splits);
             some.clear();
             for (int row = part.begin; row < part.end; ++row) {
-                const int last = place.position + row / group;
-                const size_t from = (size_t(row / group) * m.heads + head * group + row % group) * size;
+                const int t = row / group, depth = paths.empty() ? t : int(paths[t].size()) - 1;
+                const int last = place.position + depth;
+                const size_t from = (size_t(t) * m.heads + head * group + row % group) * size;
                 const int first = layer.window ? std::max(0, last - layer.window + 1) : 0;
                 some.push_back({queries.data() + from, last, first, attended.data() + from});
+                if (!paths.empty()) some.back().branch = place.position, some.back().path = paths[t].data();
             }
             const size_t begin = size_t(head) * place.capacity * size;
-            attend(some, keys + begin, values + begin, size, m.scores_cap, rooms.data() + size_t(team.thread) * LANES * size);
+            attend(some, keys + begin, values + begin, size, m.scores_cap,
+                   rooms.data() + size_t(team.thread) * LANES * size, own[team.thread].data());
         }
 #pragma omp barrier
     }

@@ -55,13 +55,16 @@ void quasar_pass_delete(void* pass, int is_bfloat16) {
     delete static_cast<Pass<float>*>(pass);
 }
 
-void quasar_pass_run(void* pass, int is_bfloat16, const int64_t* tokens, int count, int position,
-                     const float* const* cos, const float* const* sin, const float* growth, void* const* states, int capacity, float* logits, int64_t* chosen,
-                     float* margins, int threads) {
-    if (is_bfloat16)
-        static_cast<Pass<uint16_t>*>(pass)->run(tokens, count, position, cos, sin, growth, states, capacity, logits, chosen, margins, threads);
-    else
-        static_cast<Pass<float>*>(pass)->run(tokens, count, position, cos, sin, growth, states, capacity, logits, chosen, margins, threads);
+void quasar_pass_run(void* pass, int is_bfloat16, const int64_t* tokens, const int* parents, int count, int position,
+                     const float* const* cos, const float* const* sin, const float* growth, void* const* states,
+                     int capacity, float* logits, int64_t* chosen, float* margins, int wanted, int32_t* likeliest,
+                     int threads) {
+    auto run = [&](auto* of) {
+        of->run(tokens, parents, count, position, cos, sin, growth, states, capacity, logits, chosen, margins, wanted,
+                likeliest, threads);
+    };
+    if (is_bfloat16) return run(static_cast<Pass<uint16_t>*>(pass));
+    run(static_cast<Pass<float>*>(pass));
 }
 
 // Seconds of all its passes so far, and those of them in products.

@@ -25,15 +25,16 @@ Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-
     rounded to 8 bits.
 `rope`
     `rotate_and_store(qkv [T, (H·G + 2·H)·D], head_norms [H·G + H, D] or None, cos, sin [positions, D] or None,
-    position [1], keys, values [H, capacity, D], queries [T, H·G, D], eps)`: queries and keys normed and rotated, keys
-    and values written at position + t.
+    position [1], keys, values [H, capacity, D], queries [T, H·G, D], eps, depths=None)`: queries and keys normed and
+    rotated, keys and values written at position + t; the nodes of a tree are rotated by position + depth.
 `attention`
     `attend(queries [T, H·G, D], keys, values [H, capacity, D], position [1], window or None, workspace,
-    out [T, H·G·D], max_length)`: causal; token t sees position + t + 1 positions. The workspace is
-    `attention_workspace(device, tokens, heads, head_size)`.
+    out [T, H·G·D], max_length, tree=None)`: causal; token t sees position + t + 1 positions, a node of a tree its own
+    ancestors alone. The workspace is `attention_workspace(device, tokens, heads, head_size)`.
 `choices`
     `argmax_and_margin(logits [T, V], tokens [T] int64, best [T] float32, second [T] float32)`: the first greatest logit
-    of a row (−1 where it is not a finite number), and the next. `accept_greedy(choices, tokens [T], drafted,
+    of a row (−1 where it is not a finite number), and the next. `likeliest_tokens(logits [T, V], likeliest [T, K]
+    int32)`: those of the K greatest logits, in order. `accept_greedy(choices, tokens [T], drafted,
     accepted [1])`, all int64: how many of the `drafted` tokens behind the pass's first one the choices confirm.
 `weights`
     `prepare_packed(weight: QuantizedWeight, device) -> TritonWeight`: codes in the kernel's order.

@@ -36,24 +36,29 @@ def attend(
     max_length: int,
     scale: float | None = None,
     cap: float | None = None,
+    tree: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """queries [T, H·G, D] over keys and values [H, capacity, D] → out [T, H·G·D].
 
     Token t, at position + t (`position`: an integer [1] on the device), sees the positions up to its own, the last
     `window` of them where there is a window. `max_length` bounds position + T and sets the number of shares.
-    Scores are multiplied by `scale`, 1 ÷ √D by default, and then held below a soft `cap`, where there is one.
+    Scores are multiplied by `scale`, 1 ÷ √D by default, and then held below a soft `cap`, where there is one. Nodes of
+    a `tree`, given by depths and families int64 [T] (bit i: sees node i), stand at position + depth.
     """
     count, heads, size = queries.shape
     kv_heads, capacity, _ = keys.shape
     share, shares = _shares(min(max_length, capacity), kv_heads, queries.device)
     group, padded = heads // kv_heads, triton.next_power_of_2(size)
     rows = max(16, triton.next_power_of_2(count * group))
+    depths, families = tree or (position, position)
     stats = workspace[shares * count * heads * size :]
     _attend_kernel[(kv_heads, shares)](
         queries,
         keys,
         values,
         position,
+        depths,
+        families,
         workspace,
         stats,
         capacity,
@@ -69,6 +74,7 @@ def attend(
         ROWS=rows,
         BLOCK=_BLOCK,
         CAPPED=cap is not None,
+        IS_TREE=tree is not None,
         num_warps=4 if rows * padded <= 64 * 128 else 8,  # more sums than four warps have registers for
         num_stages=3 if rows * padded <= 64 * 128 else 2,
         **overlap(),
@@ -104,6 +110,8 @@ def _attend_kernel(
     keys_ptr,
     values_ptr,
     position_ptr,
+    depths_ptr,
+    families_ptr,
     mixed_ptr,
     stats_ptr,
     capacity,
@@ -119,6 +127,7 @@ def _attend_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     CAPPED: tl.constexpr,
+    IS_TREE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     wait(OVERLAPS)
@@ -147,8 +156,11 @@ def _attend_kernel(
             scores = matrix_product(queries, tl.trans(key), tl.zeros((ROWS, BLOCK), tl.float32)) * scale
             if CAPPED:  # cap · tanh(score ÷ cap), in powers of 2
                 scores = cap * 1.4426950408889634 * (2 / (1 + tl.exp(-2 * scores / cap)) - 1)
-            own = position + token[:, None]
-            hidden = (seen[None, :] > own) | ((window > 0) & (seen[None, :] <= own - window))
+            if IS_TREE:
+                hidden = _hidden_in_tree(seen, token, position, count, window, depths_ptr, families_ptr)
+            else:
+                own = position + token[:, None]
+                hidden = (seen[None, :] > own) | ((window > 0) & (seen[None, :] <= own - window))
             scores = tl.where(hidden | (seen >= end)[None, :], float("-inf"), scores)
             higher = tl.maximum(top, tl.max(scores, axis=1))
             finite = tl.where(higher == float("-inf"), 0.0, higher)
@@ -162,6 +174,20 @@ def _attend_kernel(
         tl.store(mixed_ptr + part[:, None] * SIZE + d[None, :], acc, mask=inside)
         tl.store(stats_ptr + 2 * part, top, mask=token < count)
         tl.store(stats_ptr + 2 * part + 1, total, mask=token < count)
+
+
+@triton.jit
+def _hidden_in_tree(seen, token, position, count, window, depths_ptr, families_ptr):
+    """Of each row of tokens the positions that its node does not see."""
+    node = seen - position
+    is_node = (node >= 0) & (node < count)
+    family = tl.load(families_ptr + token, mask=token < count, other=0)
+    member = (family[:, None] >> tl.where(is_node, node, 0).to(tl.int64)[None, :]) & 1
+    depth = tl.load(depths_ptr + node, mask=is_node, other=0).to(tl.int32)
+    place = tl.where(is_node, position + depth, seen)
+    own = position + tl.load(depths_ptr + token, mask=token < count, other=0).to(tl.int32)
+    hidden = (node >= 0)[None, :] & ((member == 0) | (node >= count)[None, :])
+    return hidden | ((window > 0) & (place[None, :] <= own[:, None] - window))
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The greedy choice of each row of logits and its margin, and how many drafted tokens the choices confirm."""
+"""The greedy choice of each row of logits and its margin, its likeliest tokens, and how many drafts are confirmed."""
 
 import torch
 import triton
@@ -33,6 +33,21 @@ def argmax_and_margin(logits: torch.Tensor, tokens: torch.Tensor, best: torch.Te
         BLOCKS=triton.next_power_of_2(blocks),
         num_warps=1,
     )
+
+
+def likeliest_tokens(logits: torch.Tensor, likeliest: torch.Tensor) -> None:
+    """logits [T, V] → int32 [T, K]: the tokens of the K best logits, the best first and of equal ones the lowest.
+
+    −1 for all of a row whose greatest is not a finite number, and for a logit of −∞.
+    """
+    count, vocabulary = logits.shape
+    wanted, blocks = likeliest.shape[1], triton.cdiv(vocabulary, _BLOCK)
+    size = count * blocks * wanted
+    partials = scratch(logits.device).partials
+    values, tokens = partials[:size], partials[size : 2 * size].view(torch.int32)
+    _block_leaders_kernel[(count, blocks)](logits, values, tokens, vocabulary, WANTED=wanted, BLOCK=_BLOCK, num_warps=4)
+    found = triton.next_power_of_2(blocks * wanted)
+    _leaders_kernel[(count,)](values, tokens, likeliest, blocks * wanted, WANTED=wanted, FOUND=found, num_warps=4)
 
 
 def accept_greedy(choices: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, accepted: torch.Tensor) -> None:
@@ -89,6 +104,35 @@ def _merge_kernel(
     tl.store(tokens_ptr + row, token.to(tl.int64))
     tl.store(best_ptr + row, best)
     tl.store(second_ptr + row, second)
+
+
+@triton.jit
+def _block_leaders_kernel(logits_ptr, values_ptr, tokens_ptr, vocabulary, WANTED: tl.constexpr, BLOCK: tl.constexpr):
+    row, block = tl.program_id(0), tl.program_id(1)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    left = index < vocabulary
+    x = tl.load(logits_ptr + row.to(tl.int64) * vocabulary + index, mask=left, other=0.0).to(tl.float32)
+    place = (row * tl.num_programs(1) + block) * WANTED
+    for i in range(WANTED):
+        best, chosen = _first_greatest(x, index, left)
+        tl.store(values_ptr + place + i, best)
+        tl.store(tokens_ptr + place + i, chosen)
+        left = left & (index != chosen)
+
+
+@triton.jit
+def _leaders_kernel(values_ptr, tokens_ptr, likeliest_ptr, count, WANTED: tl.constexpr, FOUND: tl.constexpr):
+    row = tl.program_id(0)
+    place = tl.arange(0, FOUND)
+    left = place < count
+    x = tl.load(values_ptr + row * count + place, mask=left, other=0.0)
+    tokens = tl.load(tokens_ptr + row * count + place, mask=left, other=_NONE)
+    greatest, _ = _first_greatest(x, tokens, left)
+    for i in range(WANTED):
+        best, chosen = _first_greatest(x, tokens, left)
+        is_choice = (tl.abs(greatest) < float("inf")) & (best > float("-inf"))
+        tl.store(likeliest_ptr + row * WANTED + i, tl.where(is_choice, chosen, -1))
+        left = left & (tokens != chosen)
 
 
 @triton.jit(do_not_specialize=["count"])  # one kernel for every T

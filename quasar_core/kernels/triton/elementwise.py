@@ -157,6 +157,7 @@ def rotate_and_store(
     channels: int = 0,
     interleaved: bool = False,
     norms_last: bool = False,
+    depths: torch.Tensor | None = None,
 ) -> None:
     """The heads of qkv [T, (H·G + 2·H)·D] → queries [T, H·G, D], and keys and values at positions of the cache.
 
@@ -164,7 +165,8 @@ def rotate_and_store(
     Tables `cos` and `sin` [positions, D] are those of `models/rope.py` (the first half of every row of sines is
     negated), or None where a layer does not rotate; `head_norms` [H·G + H, D] are of the queries' heads, then of the
     keys', before the rotation or, with `norms_last`, after it. A rotated head is x · cos + x' · sin in float32, rounded
-    once; x' are the partners of the first `channels` (0: all), half of these apart or, interleaved, one.
+    once; x' are the partners of the first `channels` (0: all), half of these apart or, interleaved, one. Token t is
+    rotated by position + t, or where `depths` [T] are given by position + depth.
     """
     count, query_heads, size = queries.shape
     kv_heads, capacity, _ = keys.shape
@@ -174,6 +176,7 @@ def rotate_and_store(
         cos,
         sin,
         position,
+        position if depths is None else depths,
         keys,
         values,
         queries,
@@ -188,6 +191,7 @@ def rotate_and_store(
         HAS_NORMS=head_norms is not None,
         NORMS_LAST=norms_last,
         ROTATES=cos is not None,
+        IS_TREE=depths is not None,
         num_warps=1,
         **overlap(),
     )
@@ -200,6 +204,7 @@ def _rotate_kernel(
     cos_ptr,
     sin_ptr,
     position_ptr,
+    depths_ptr,
     keys_ptr,
     values_ptr,
     queries_ptr,
@@ -214,6 +219,7 @@ def _rotate_kernel(
     HAS_NORMS: tl.constexpr,
     NORMS_LAST: tl.constexpr,
     ROTATES: tl.constexpr,
+    IS_TREE: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     wait(OVERLAPS)
@@ -237,8 +243,11 @@ def _rotate_kernel(
             x = _normed(x, factor, norms + d, known, dtype)
             y = _normed(y, factor, norms + rolled, known, dtype)
         if ROTATES:
-            cos = tl.load(cos_ptr + place * SIZE + d, mask=known, other=0.0).to(tl.float32)
-            sin = tl.load(sin_ptr + place * SIZE + d, mask=known, other=0.0).to(tl.float32)
+            turn = place
+            if IS_TREE:
+                turn = place - token + tl.load(depths_ptr + token)
+            cos = tl.load(cos_ptr + turn * SIZE + d, mask=known, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + turn * SIZE + d, mask=known, other=0.0).to(tl.float32)
             x = x * cos + y * sin
         if HAS_NORMS and NORMS_LAST:
             x = round_to(x, dtype)

@@ -20,7 +20,7 @@ import torch
 
 from quasar_core.kernels.triton.adapters import why_not_triton
 from quasar_core.models.base import Choices
-from quasar_core.models.cuda.graphs import Launcher, PinnedBuffers, PlainLauncher, launcher
+from quasar_core.models.cuda.graphs import LONGEST_TREE, Launcher, PinnedBuffers, PlainLauncher, TreeInputs, launcher
 from quasar_core.models.cuda.products import DenseChoices, tune_products
 from quasar_core.models.cuda.torch_steps import Activation, Rows, Steps, TorchSteps
 from quasar_core.models.decoder import DecoderCache, LeanDecoder, Linear
@@ -86,6 +86,7 @@ class CudaPass:
     """Implements `models.base.FastPass`. On other devices the same steps run unrecorded: so they are tested."""
 
     name = "CUDA graphs"
+    longest_tree = LONGEST_TREE
 
     def __init__(self, decoder: LeanDecoder, steps: Steps, launches: Launcher | None = None) -> None:
         self.decoder, self.steps = decoder, steps
@@ -101,27 +102,31 @@ class CudaPass:
         self._sights = {(block.window, block.kv_heads) for block in decoder.config.blocks}
 
     @torch.inference_mode()
-    def run(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
+    def run(self, tokens: Sequence[int], cache: DecoderCache, parents: Sequence[int] | None = None) -> torch.Tensor:
         """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
-        self._pass(tokens, cache)
+        self._pass(tokens, cache, likeliest=False, parents=parents)
         return self._logits[: len(tokens)].to(torch.float32, copy=True)  # the next pass writes over these
 
     @torch.inference_mode()
-    def choose(self, tokens: Sequence[int], cache: DecoderCache) -> Choices:
+    def choose(
+        self, tokens: Sequence[int], cache: DecoderCache, likeliest: int = 0, *, parents: Sequence[int] | None = None
+    ) -> Choices:
         """One pass at position `cache.length`, which moves on by T, and the choices that the device made."""
-        self._pass(tokens, cache)
-        return self._buffers.fetch(len(tokens))
+        self._pass(tokens, cache, likeliest > 0, parents)
+        return self._buffers.fetch(len(tokens), likeliest, is_tree=parents is not None)
 
-    def _pass(self, tokens: Sequence[int], cache: DecoderCache) -> None:
+    def _pass(self, tokens: Sequence[int], cache: DecoderCache, likeliest: bool, parents: Sequence[int] | None) -> None:
         count = len(tokens)
         size = pass_size(count, cache.capacity - cache.length)
         self._clear(cache)
-        self._buffers.send(cache.length, tokens, filled=size - count)
+        self._buffers.send(cache.length, tokens, size - count, parents)
+        is_tree = parents is not None
         bucket = length_bucket(cache.length + size, cache.capacity)
         tables = self._tables.get(cache.capacity) or self._cut_tables(cache.capacity)
         with self.steps.launching():
             self.dense.choose(size)
-            self._launches.run(cache, (size, bucket), lambda: self._launch(size, cache, bucket, tables))
+            kind = size, bucket, likeliest, is_tree
+            self._launches.run(cache, kind, lambda: self._launch(size, cache, bucket, tables, likeliest, is_tree))
         cache.advance(count)
 
     def _clear(self, cache: DecoderCache) -> None:
@@ -136,12 +141,15 @@ class CudaPass:
         self._tables[positions] = tables = PositionTables.of(self.decoder, positions)
         return tables
 
-    def _launch(self, count: int, cache: DecoderCache, bucket: int, tables: "PositionTables") -> None:
+    def _launch(
+        self, count: int, cache: DecoderCache, bucket: int, tables: "PositionTables", likeliest: bool, is_tree: bool
+    ) -> None:
         """All steps of a pass of the `count` tokens in the input buffer, into `_logits`; then its choices."""
         decoder, steps, config = self.decoder, self.steps, self.decoder.config
         position, tokens, logits = self._buffers.position, self._buffers.tokens[:count], self._logits[:count]
+        tree = self._buffers.tree(count) if is_tree else None
         masks = {
-            (window, heads): steps.make_mask(position, bucket, count, window, config.num_heads // heads)
+            (window, heads): steps.make_mask(position, bucket, count, window, config.num_heads // heads, tree)
             for window, heads in self._sights
         }
         hidden, inputs = decoder.embed(tokens)
@@ -155,8 +163,9 @@ class CudaPass:
                 None if rope is None else tables.rotations[rope],
                 position,
                 states,
+                tree,
             )
-            queries = tables.grown(queries, position)
+            queries = tables.grown(queries, position, tree)
             mask = masks[layer.shape.window, layer.shape.kv_heads]
             x = steps.attend(queries, states, mask, config.scores_scale, config.scores_cap)
             delta = self._behind(self.dense.multiply(layer.out, x), layer.out_norm)
@@ -171,7 +180,10 @@ class CudaPass:
                 hidden, delta = hidden.add_(delta).mul_(layer.scalar), None
         x = self._normed(hidden, delta, decoder.norm, decoder.head)
         logits.copy_(decoder.logits(self.dense.multiply(decoder.head, x)))
-        steps.choose(logits, tokens, self._buffers.drafted, self._buffers.output.first(count))
+        output = self._buffers.output.first(count)
+        steps.choose(logits, tokens, self._buffers.drafted, output)
+        if likeliest:
+            steps.find_likeliest(logits, output.likeliest)
 
     def _normed(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.Tensor | None, product: Linear
@@ -209,11 +221,11 @@ class PositionTables:
             growth = query_growth(places, *decoder.config.query_growth).to(decoder.dtype)
         return cls([(cos[:, 0], sin[:, 0]) for cos, sin in rows], growth)
 
-    def grown(self, queries: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def grown(self, queries: torch.Tensor, position: torch.Tensor, tree: TreeInputs | None = None) -> torch.Tensor:
         """Queries [T, H·G, D] at `position` [1], a tensor on the device, as they grow with it."""
         if self.growth is None:
             return queries
-        places = position + torch.arange(len(queries), device=queries.device)
+        places = position + (torch.arange(len(queries), device=queries.device) if tree is None else tree.depths)
         return queries * self.growth.index_select(0, places)[:, None, None]
 
 

@@ -15,7 +15,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from quasar_core.models.base import Choices
+from quasar_core.models.base import MOST_LIKELIEST, Choices, check_likeliest, depths_of
+
+LONGEST_TREE = 16  # nodes: the tokens of one launch of attention
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,33 @@ class GreedyOutput:
     best: torch.Tensor  # [T] float32: its logit
     second: torch.Tensor  # [T] float32: the next logit
     accepted: torch.Tensor  # [1] int64: drafted tokens that the choices confirm
+    likeliest: torch.Tensor  # [T, MOST_LIKELIEST] int32: as `Choices` has them, where they were asked for
 
     def first(self, count: int) -> "GreedyOutput":
         """Of so many tokens."""
-        return GreedyOutput(self.tokens[:count], self.best[:count], self.second[:count], self.accepted)
+        likeliest = self.likeliest[:count]
+        return GreedyOutput(self.tokens[:count], self.best[:count], self.second[:count], self.accepted, likeliest)
+
+
+@dataclass(frozen=True)
+class TreeInputs:
+    """Of each node of a tree, on the device."""
+
+    depths: torch.Tensor  # [T] int64: how far below the first it stands
+    families: torch.Tensor  # [T] int64: bit i is set where node i is an ancestor of it, or itself
+
+    def first(self, count: int) -> "TreeInputs":
+        """Of so many nodes."""
+        return TreeInputs(self.depths[:count], self.families[:count])
+
+
+def describe_tree(parents: Sequence[int], filled: int) -> list[int]:
+    """The depths, then the families, of a tree's nodes and of `filled` more, each of which sees itself alone."""
+    families: list[int] = []
+    for node, parent in enumerate(parents):
+        families.append((families[parent] if parent >= 0 else 0) | 1 << node)
+    count = len(parents)
+    return [*depths_of(parents), *[0] * filled, *families, *(1 << node for node in range(count, count + filled))]
 
 
 class PinnedBuffers:
@@ -41,16 +66,25 @@ class PinnedBuffers:
     def __init__(self, longest: int, device: torch.device) -> None:
         self._longest = longest
         on_cuda = device.type == "cuda"
-        self._in = torch.zeros(2 + longest, dtype=torch.int64, device=device)
-        self._out = torch.zeros(2 * longest + 1, dtype=torch.int64, device=device)
-        self._host_in = torch.zeros(2 + longest, dtype=torch.int64, pin_memory=on_cuda)
-        self._host_out = torch.zeros(2 * longest + 1, dtype=torch.int64, pin_memory=on_cuda)
+        self._in = torch.zeros(2 + longest + 2 * LONGEST_TREE, dtype=torch.int64, device=device)
+        words = 2 * longest + 1 + longest * MOST_LIKELIEST // 2
+        self._out = torch.zeros(words, dtype=torch.int64, device=device)
+        self._host_in = torch.zeros(len(self._in), dtype=torch.int64, pin_memory=on_cuda)
+        self._host_out = torch.zeros(words, dtype=torch.int64, pin_memory=on_cuda)
         self._fetched = torch.cuda.Event() if on_cuda else None
-        self.position, self.drafted, self.tokens = self._in[:1], self._in[1:2], self._in[2:]
+        self.position, self.drafted, self.tokens = self._in[:1], self._in[1:2], self._in[2 : 2 + longest]
         logits = self._out[longest : 2 * longest].view(torch.float32)
-        self.output = GreedyOutput(self._out[:longest], logits[:longest], logits[longest:], self._out[2 * longest :])
+        accepted, likeliest = self._out[2 * longest : 2 * longest + 1], self._out[2 * longest + 1 :].view(torch.int32)
+        self.output = GreedyOutput(
+            self._out[:longest], logits[:longest], logits[longest:], accepted, likeliest.view(longest, MOST_LIKELIEST)
+        )
 
-    def send(self, position: int, tokens: Sequence[int], filled: int) -> None:
+    def tree(self, count: int) -> TreeInputs:
+        """Where a tree of so many nodes is told of, behind its tokens."""
+        told = self._in[2 + count :]
+        return TreeInputs(told[:count], told[count : 2 * count])
+
+    def send(self, position: int, tokens: Sequence[int], filled: int, parents: Sequence[int] | None = None) -> None:
         """Copy to the device where the pass stands and its tokens, the first not drafted, and `filled` more as padding.
 
         Waits only for the last copy from the buffer, which is written over.
@@ -58,19 +92,27 @@ class PinnedBuffers:
         if self._fetched:
             self._fetched.synchronize()
         words = [position, len(tokens) - 1, *tokens, *[tokens[-1]] * filled]
+        if parents is not None:
+            words += describe_tree(parents, filled)
         self._host_in.numpy()[: len(words)] = words
         self._in[: len(words)].copy_(self._host_in[: len(words)], non_blocking=True)
         if self._fetched:
             self._fetched.record(torch.cuda.current_stream(self._in.device))
 
-    def fetch(self, count: int) -> Choices:
-        """Copy to the host what the pass chose at its first `count` tokens; here the host waits for the device."""
+    def fetch(self, count: int, likeliest: int = 0, is_tree: bool = False) -> Choices:
+        """Copy to the host what the pass chose at its first `count` tokens; here the host waits for the device.
+
+        What it counted is of tokens one behind the other: of a tree nothing.
+        """
+        check_likeliest(likeliest)
         self._host_out.copy_(self._out)
         words, longest = self._host_out.numpy(), self._longest
         best, second = words[longest : 2 * longest].view("float32").reshape(2, longest)[:, :count]
         with np.errstate(invalid="ignore"):  # of two infinities
             margins = (best - second).tolist()
-        return Choices(words[:count].tolist(), margins, int(words[2 * longest]))
+        rows = words[2 * longest + 1 :].view("int32").reshape(longest, MOST_LIKELIEST)[:count, :likeliest]
+        accepted = None if is_tree else int(words[2 * longest])
+        return Choices(words[:count].tolist(), margins, accepted, rows.tolist() if likeliest else [])
 
 
 Launch = Callable[[], Any]  # reads and writes tensors that outlive it; waits for nothing

@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 from quasar_core.kernels.base import RoundedRows
 from quasar_core.models.activations import activated
 from quasar_core.models.attention import FOLDED_TOKENS, AttentionMask, attend
-from quasar_core.models.base import NO_TOKEN
-from quasar_core.models.cuda.graphs import GreedyOutput
+from quasar_core.models.base import NO_TOKEN, likeliest_in_torch
+from quasar_core.models.cuda.graphs import GreedyOutput, TreeInputs
 from quasar_core.models.decoder import Linear
 from quasar_core.models.heads import Tables, Turn, normed
 
@@ -67,14 +67,27 @@ class Steps(Protocol):
         tables: Tables | None,
         position: torch.Tensor,
         states: torch.Tensor,
+        tree: TreeInputs | None = None,
     ) -> torch.Tensor:
         """Norm and rotate queries and keys of qkv [T, (H·G + 2·H)·D], write keys and values into states [2, H, C, D]
-        at `position` [1] and behind it → queries [T, H·G, D]. `tables` are cosines and sines [positions, D].
+        at `position` [1] and behind it → queries [T, H·G, D]. `tables` are cosines and sines [positions, D]; the nodes
+        of a tree are rotated by their depths.
         """
         ...
 
-    def make_mask(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
-        """What `count` tokens at `position` see of the first `length` positions; made once for a pass."""
+    def make_mask(
+        self,
+        position: torch.Tensor,
+        length: int,
+        count: int,
+        window: int | None,
+        group: int,
+        tree: TreeInputs | None = None,
+    ) -> Any:
+        """What `count` tokens at `position` see of the first `length` positions; made once for a pass.
+
+        A node of a tree sees what is before the tree, its ancestors and itself.
+        """
         ...
 
     def attend(
@@ -104,6 +117,10 @@ class Steps(Protocol):
         """The best token of each row of logits [T, V], as `models/base.py` has it, and how many of the `drafted` [1]
         tokens behind the first of tokens [T] they confirm, into `output`.
         """
+        ...
+
+    def find_likeliest(self, logits: torch.Tensor, likeliest: torch.Tensor) -> None:
+        """The tokens of the best logits of each row of [T, V], as `models/base.py` has them, into int32 [T, K]."""
         ...
 
 
@@ -136,12 +153,14 @@ class TorchSteps:
         tables: Tables | None,
         position: torch.Tensor,
         states: torch.Tensor,
+        tree: TreeInputs | None = None,
     ) -> torch.Tensor:
         """See `Steps`."""
         kv_heads, size = states.shape[1], states.shape[-1]
         heads = qkv.view(qkv.shape[0], -1, size)  # [T, H·G + 2·H, D]
         places = position + torch.arange(qkv.shape[0], device=qkv.device)
-        own = tables and tuple(table.index_select(0, places)[:, None] for table in tables)
+        turned = places if tree is None else position + tree.depths
+        own = tables and tuple(table.index_select(0, turned)[:, None] for table in tables)
         if turn.shares:
             return turn(heads, own)  # type: ignore[arg-type]
         rotated = turn(heads[:, :-kv_heads], own)  # type: ignore[arg-type]
@@ -149,11 +168,26 @@ class TorchSteps:
         states.index_copy_(2, places, written.transpose(1, 2))
         return rotated[:, :-kv_heads]
 
-    def make_mask(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
+    def make_mask(
+        self,
+        position: torch.Tensor,
+        length: int,
+        count: int,
+        window: int | None,
+        group: int,
+        tree: TreeInputs | None = None,
+    ) -> Any:
         """A mask over the whole length."""
-        own = (position + torch.arange(count, device=position.device))[:, None]
         seen = torch.arange(length, device=position.device)
-        visible = seen <= own
+        if tree is None:
+            own = (position + torch.arange(count, device=position.device))[:, None]
+            visible = seen <= own
+        else:
+            own = (position + tree.depths)[:, None]
+            node = seen - position
+            known = node.clamp(0, count - 1)
+            visible = (node < 0) | ((node < count) & (tree.families[:, None] >> known & 1).bool())
+            seen = torch.where(node < 0, seen, position + tree.depths[known])
         if window is not None:
             visible &= seen > own - window
         mask = visible.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else visible
@@ -191,3 +225,7 @@ class TorchSteps:
         place = torch.arange(len(tokens) - 1, device=tokens.device)
         confirmed = (output.tokens[:-1] == tokens[1:]) & (place < drafted)
         output.accepted.copy_(confirmed.cumprod(0).sum())
+
+    def find_likeliest(self, logits: torch.Tensor, likeliest: torch.Tensor) -> None:
+        """See `Steps`."""
+        likeliest.copy_(likeliest_in_torch(logits, likeliest.shape[1]))

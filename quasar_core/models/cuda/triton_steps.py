@@ -16,7 +16,7 @@ from quasar_core.kernels.base import RoundedRows
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.triton.attention import attend, attention_workspace
 from quasar_core.kernels.triton.blocks import why_not_gated
-from quasar_core.kernels.triton.choices import accept_greedy, argmax_and_margin
+from quasar_core.kernels.triton.choices import accept_greedy, argmax_and_margin, likeliest_tokens
 from quasar_core.kernels.triton.elementwise import (
     rms_norm_residual,
     rotate_and_store,
@@ -27,7 +27,7 @@ from quasar_core.kernels.triton.language import overlapping
 from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
 from quasar_core.kernels.triton.weights import TritonWeight
 from quasar_core.models.activations import activated
-from quasar_core.models.cuda.graphs import GreedyOutput
+from quasar_core.models.cuda.graphs import GreedyOutput, TreeInputs
 from quasar_core.models.cuda.torch_steps import SILU, Activation, Gated, Rows
 from quasar_core.models.decoder import DenseLinear, Linear
 from quasar_core.models.heads import Tables, Turn
@@ -42,6 +42,7 @@ class TritonSight:
     positions: tuple[torch.Tensor, ...]
     length: int
     window: int | None
+    tree: TreeInputs | None
 
 
 class TritonSteps:
@@ -80,6 +81,7 @@ class TritonSteps:
         tables: Tables | None,
         position: torch.Tensor,
         states: torch.Tensor,
+        tree: TreeInputs | None = None,
     ) -> torch.Tensor:
         """One launch, however many tokens; norms of whole rows are PyTorch's."""
         keys, values = states.unbind()
@@ -107,13 +109,22 @@ class TritonSteps:
             channels=turn.rope.channels if turn.rope else size,
             interleaved=turn.rope is not None and turn.rope.interleaved,
             norms_last=turn.norms_last,
+            depths=None if tree is None else tree.depths,
         )
         return queries
 
-    def make_mask(self, position: torch.Tensor, length: int, count: int, window: int | None, group: int) -> Any:
-        """A position for every sixteen tokens."""
+    def make_mask(
+        self,
+        position: torch.Tensor,
+        length: int,
+        count: int,
+        window: int | None,
+        group: int,
+        tree: TreeInputs | None = None,
+    ) -> Any:
+        """A position for every sixteen tokens; a tree has no more."""
         positions = (position + begin if begin else position for begin in range(0, count, WIDEST))
-        return TritonSight(tuple(positions), length, window)
+        return TritonSight(tuple(positions), length, window, tree)
 
     def attend(
         self,
@@ -129,7 +140,8 @@ class TritonSteps:
         out = queries.new_empty(count, heads * size)
         for position, rows, part in zip(mask.positions, queries.split(WIDEST), out.split(WIDEST), strict=True):
             workspace = attention_workspace(queries.device, rows.shape[0], heads, size)
-            attend(rows, keys, values, position, mask.window, workspace, part, mask.length, scale, cap)
+            tree = None if mask.tree is None else (mask.tree.depths, mask.tree.families)
+            attend(rows, keys, values, position, mask.window, workspace, part, mask.length, scale, cap, tree)
         return out
 
     def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None, activation: Activation = SILU) -> Rows:
@@ -162,6 +174,10 @@ class TritonSteps:
         """Three launches."""
         argmax_and_margin(logits, output.tokens, output.best, output.second)
         accept_greedy(output.tokens, tokens, drafted, output.accepted)
+
+    def find_likeliest(self, logits: torch.Tensor, likeliest: torch.Tensor) -> None:
+        """Two launches."""
+        likeliest_tokens(logits, likeliest)
 
 
 def _empty_rows(count: int, size: int, number: torch.dtype, device: torch.device) -> RoundedRows:

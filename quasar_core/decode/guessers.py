@@ -1,0 +1,58 @@
+"""Make what guesses for a model drafter: an assistant, or the checking model without some of its blocks."""
+
+from collections.abc import Callable
+from typing import Any
+
+from quasar_core.config import GenerationConfig
+from quasar_core.decode.costs import Role, cost_record
+from quasar_core.draft.assistant import Assistant
+from quasar_core.draft.by_model import Guesser, NoGuesser
+from quasar_core.draft.layer_skip import LayerSkip
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.loading import attach
+from quasar_core.models.pair import Pair
+from quasar_core.models.skipping import remembered_layers, share_of_weights, skip_layers
+
+
+def make_guesser(pair: Pair, config: GenerationConfig, role: Role, cache: Callable[[], Any]) -> Guesser:
+    """What `--draft` needs beside the text; `role` is the model that checks drafts, over what `cache` returns."""
+    if config.draft == "assistant":
+        return _assistant(pair, role)
+    return _layer_skip(pair, role, cache) if config.draft == "layer-skip" else NoGuesser()
+
+
+def _assistant(pair: Pair, role: Role) -> Assistant:
+    if pair.assistant is None:
+        raise UsageError("--draft assistant needs --assistant MODEL, a small model of the same vocabulary.")
+    ratio = cost_record(pair, "assistant").cost(1) / cost_record(pair, role).cost(1)
+    _note(pair, f"assistant: its pass of a token takes {ratio:.2f} of the {role}'s")
+    return Assistant(pair.assistant, ratio, pair.primary.vocab_size, pair.assistant_context or pair.max_context)
+
+
+def _layer_skip(pair: Pair, role: Role, cache: Callable[[], Any]) -> Guesser:
+    model = pair.target if role == "target" else pair.verifier
+    if not isinstance(model, LeanDecoder):
+        raise QuasarError("--draft layer-skip needs our own decoder, and this model runs through transformers.")
+    if len(model.layers) < 2:
+        raise QuasarError("--draft layer-skip needs a model of two blocks at least.")
+    if model.inputs is not None or any(layer.shares for layer in model.layers):
+        raise QuasarError("--draft layer-skip leaves out blocks, and this model's read what others of them hold.")
+    kept, how = remembered_layers(model, _fingerprint(pair, role), role)
+    if not kept:
+        _note(pair, f"layer-skip: no drafts, as leaving out blocks of the {role} would not pay here, {how}")
+        return NoGuesser()
+    some = skip_layers(model, kept)
+    attach(some)
+    ratio = share_of_weights(model, kept)
+    _note(pair, f"layer-skip: {len(kept)} of the {role}'s {len(model.layers)} blocks draft, {how}")
+    return LayerSkip(some, kept, ratio, cache)
+
+
+def _fingerprint(pair: Pair, role: Role) -> str | None:
+    return pair.target_fingerprint if role == "target" else pair.verifier_fingerprint
+
+
+def _note(pair: Pair, sentence: str) -> None:
+    if sentence not in pair.notes:
+        pair.notes.append(sentence)

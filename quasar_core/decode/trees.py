@@ -1,0 +1,163 @@
+"""Verify a small tree in the place of a draft: beside some of its tokens, what else is likely in their places.
+
+A tree costs a row for each node and yields one path, so branches are added while the expected tokens ÷ the cost of the
+pass rise (SpecInfer, Miao et al., 2024, verifies trees; here the shape follows from measured costs, step by step).
+Whatever the tree, the text is the pass's own: at each node its own token is taken, greedy or drawn, and the child that
+equals it is gone to. Letters: k draft tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+
+from quasar_core.decode.costs import Cost
+from quasar_core.decode.policy import AdaptiveLength
+from quasar_core.draft.acceptance import FADING
+from quasar_core.draft.base import Draft, Drafter, Piece, first_pieces
+
+SOURCE = "branch"
+PRIOR_TRIALS, PRIOR_RIGHT = 4.0, 0.4  # of branches of a rank, before any was tried
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A token beside the draft's: behind which node, and how many likelier ones there were in its place."""
+
+    parent: int
+    token: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The nodes of a pass: the text's last token, the draft behind it, then the branches; each branch is a leaf."""
+
+    last: int
+    draft: Draft
+    branches: tuple[Branch, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        """The token of each node."""
+        return [self.last, *self.draft.tokens, *(branch.token for branch in self.branches)]
+
+    @property
+    def parents(self) -> list[int]:
+        """The parent of each node, which stands before it; −1 for the first."""
+        return [*range(-1, len(self.draft.tokens)), *(branch.parent for branch in self.branches)]
+
+    def follow(self, chosen: Sequence[int]) -> list[int]:
+        """The nodes behind the first that the pass's own token at each node leads through."""
+        behind = {
+            (parent, token): node for node, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))
+        }
+        path, node = list[int](), behind.get((0, chosen[0]))
+        while node is not None:
+            path.append(node)
+            node = behind.get((node, chosen[node]))
+        return path
+
+    def paths(self) -> Iterator[list[int]]:
+        """The nodes from the first to the draft's last, and to each branch."""
+        yield list(range(len(self.draft.tokens) + 1))
+        for number, branch in enumerate(self.branches, start=len(self.draft.tokens) + 1):
+            yield [*range(branch.parent + 1), number]
+
+    def as_draft(self, path: Sequence[int]) -> Draft:
+        """All nodes behind the first as one draft, those of the `path` before the others: as a step is recorded."""
+        rest = (node for node in range(1, len(self.tokens)) if node not in path)
+        return Draft(tuple(self.tokens[node] for node in (*path, *rest)), tuple(self.pieces(path)))
+
+    def refuses_behind(self, path: Sequence[int]) -> bool:
+        """Whether something was offered behind the last node of a path that ends there."""
+        return (path[-1] if path else 0) in self.parents
+
+    def pieces(self, path: Sequence[int]) -> list[Piece]:
+        """The sources of all nodes behind the first, those of the `path` before the others."""
+        known = len(self.draft.tokens)
+        on_draft = sum(node <= known for node in path)
+        before = first_pieces(self.draft.pieces, on_draft)
+        rest = _last_pieces(self.draft.pieces, known - on_draft)
+        sides = [(node, Piece(SOURCE, branch.rank, 1)) for node, branch in enumerate(self.branches, start=known + 1)]
+        gained = [piece for node, piece in sides if node in path]
+        return [*before, *gained, *rest, *(piece for node, piece in sides if node not in path)]
+
+
+def _last_pieces(pieces: Sequence[Piece], count: int) -> list[Piece]:
+    turned = first_pieces(pieces[::-1], count)
+    return list(turned[::-1])
+
+
+class BranchChances:
+    """P(a branch is right | its rank, the node before it was reached): a running mean that forgets slowly."""
+
+    def __init__(self) -> None:
+        self._right: dict[int, float] = {}
+        self._tried: dict[int, float] = {}
+
+    def __call__(self, rank: int) -> float:
+        """The estimate of a rank."""
+        return (self._right.get(rank, 0.0) + PRIOR_RIGHT) / (self._tried.get(rank, 0.0) + PRIOR_TRIALS)
+
+    def learn(self, tree: Tree, path: Sequence[int]) -> None:
+        """Count the branches whose parents the path went through; a branch on it was right."""
+        for node, branch in enumerate(tree.branches, start=len(tree.draft.tokens) + 1):
+            if branch.parent == 0 or branch.parent in path:
+                self._right[branch.rank] = self._right.get(branch.rank, 0.0) * FADING + (node in path)
+                self._tried[branch.rank] = self._tried.get(branch.rank, 0.0) * FADING + 1.0
+
+
+class Branching:
+    """Chooses the branches of a generator's passes, and learns from what the passes found."""
+
+    def __init__(self, length: AdaptiveLength, longest: int) -> None:
+        self._length, self._longest = length, longest
+        self._chances = BranchChances()
+
+    def grow(self, last: int, draft: Draft, drafter: Drafter, reach: int, room: int) -> Tree:
+        """The tree of a draft: at most `room` nodes in all, and no path of more than `reach` behind the first."""
+        room = min(room, self._longest) - 1 - len(draft.tokens)
+        if self._length.limit <= 0 or room <= 0:
+            return Tree(last, draft)
+        alternatives = drafter.alternatives(draft.tokens)[:reach]
+        chances = self._length.acceptance.of(draft)
+        return Tree(last, draft, choose_branches(draft, chances, alternatives, self._chances, self._length.cost, room))
+
+    def learn(self, tree: Tree, path: Sequence[int], drafting_s: float = 0.0, pass_s: float | None = None) -> None:
+        """The pass went along `path`; its branches and its draft are both counted, and what it cost."""
+        self._chances.learn(tree, path)
+        on_draft = sum(node <= len(tree.draft.tokens) for node in path)
+        seconds = drafting_s if pass_s is not None else 0.0
+        self._length.learn(tree.draft, on_draft, seconds, pass_s, len(tree.branches), len(path) - on_draft)
+
+
+def choose_branches(
+    draft: Draft,
+    chances: Sequence[float],
+    alternatives: Sequence[Sequence[int]],
+    chance_of: BranchChances,
+    cost: Cost,
+    room: int,
+) -> tuple[Branch, ...]:
+    """The branches, at most `room`, for which the expected tokens ÷ the cost of the pass are most.
+
+    `chances` are those of the draft's tokens, each if those before are right; `alternatives[i]` are the likeliest
+    tokens behind node i, the draft's own among them. A branch of chance b behind a node that is reached with
+    probability r adds r·b tokens.
+    """
+    reached = [1.0, *accumulate(chances, mul)]
+    worth = [
+        (reach * chance_of(rank), Branch(node, token, rank))
+        for node, (reach, likely) in enumerate(zip(reached, alternatives, strict=False))
+        for rank, token in enumerate(likely)
+        if token >= 0 and token not in draft.tokens[node : node + 1]
+    ]
+    worth.sort(key=lambda found: -found[0])
+    expected, passed = sum(reached), len(reached)
+    best, rate = 0, expected / cost(passed)
+    for count, (gain, _) in enumerate(worth[:room], start=1):
+        expected += gain
+        if expected / cost(passed + count) > rate:
+            best, rate = count, expected / cost(passed + count)
+    return tuple(branch for _, branch in worth[:best])
