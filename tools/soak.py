@@ -148,10 +148,11 @@ def expected_answers(model: str | None) -> dict[tuple[str, int], str]:
     }
 
 
-def start_server(model: str | None, clients: int) -> tuple[subprocess.Popen[str], str]:
+def start_server(model: str | None, clients: int, draft: str) -> tuple[subprocess.Popen[str], str]:
     """A server on a free port, and its address."""
     named = [] if model is None else ["--model", model]
-    command = [sys.executable, "-m", "quasar_cli.main", "serve", "--port", "0", "--queue", str(4 * clients), *named]
+    command = [sys.executable, "-m", "quasar_cli.main", "serve", "--port", "0", "--queue", str(4 * clients)]
+    command += ["--draft", draft, *named]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
@@ -162,10 +163,12 @@ def start_server(model: str | None, clients: int) -> tuple[subprocess.Popen[str]
     raise SystemExit("The server did not start.")
 
 
-def soak_server(requests: int, clients: int, seed: int = 0, model: str | None = None) -> dict[str, Any]:
-    """Run it all; the figures."""
+def soak_server(
+    requests: int, clients: int, seed: int = 0, model: str | None = None, draft: str = "auto"
+) -> dict[str, Any]:
+    """Run it all; the figures. With `auto`, memory grows until the drafts' own memory of earlier answers is full."""
     expected = expected_answers(model)
-    process, url = start_server(model, clients)
+    process, url = start_server(model, clients, draft)
     try:
         soak, start = Soak(url, expected, requests, process.pid, seed), time.monotonic()
         threads = [threading.Thread(target=run_client, args=(soak,)) for _ in range(clients)]
@@ -206,8 +209,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="default: the current pair")
+    parser.add_argument("--draft", default="auto")
     options = parser.parse_args()
-    found = soak_server(options.requests, options.clients, options.seed, options.model)
+    found = soak_server(options.requests, options.clients, options.seed, options.model, options.draft)
     print(json.dumps(found, indent=1))
     sys.exit(bool(found["wrong_answers"] or not found["alive_at_the_end"]))
 

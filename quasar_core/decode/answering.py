@@ -11,7 +11,6 @@ from typing import Protocol
 import torch
 
 from quasar_core.decode.scores import Scores
-from quasar_core.draft.base import Drafter
 from quasar_core.records import Stats
 
 
@@ -37,12 +36,11 @@ def go_on() -> None:
 
 @dataclass
 class Answering:
-    """Of one answer; `make_drafter` stands in for the config's own drafter."""
+    """Of one answer."""
 
     rules: Sequence[TokenRule] = ()
     before_pass: Callable[[], None] = go_on
     scores: Scores | None = None
-    make_drafter: Callable[[], Drafter] | None = None
     shown: Sequence[str] = ()  # special tokens that are text here
     tokens: list[int] = field(default_factory=list)  # of the answer, those whose text was yielded or waits
     stats: Stats | None = None  # of the answer, once its prompt is passed

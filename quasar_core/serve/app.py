@@ -17,7 +17,6 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from quasar_core.config import DRAFT_KINDS
 from quasar_core.models.pair import Pair
 from quasar_core.serve.asks import content_text
 from quasar_core.serve.chat import read_chat, read_messages, stream_chat, whole_chat
@@ -113,7 +112,12 @@ class Server:
 
     def _describe(self) -> dict[str, Any]:
         defaults = self.settings.defaults
-        modes = {"modes": self.served.modes, "verify": defaults.verify, "drafts": DRAFT_KINDS, "draft": defaults.draft}
+        modes: dict[str, Any] = {
+            "modes": self.served.modes,
+            "verify": defaults.verify,
+            "drafts": self.served.drafts,
+            "draft": defaults.draft,
+        }
         names = {"id": self.served.name, "object": "model", "created": self._head.created, "owned_by": "quasar"}
         fidelity = self.served.pair.fidelity
         agreement = None if fidelity is None else fidelity.agreement

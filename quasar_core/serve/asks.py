@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quasar_core.config import DRAFT_KINDS, VERIFY_MODES, DraftKind, Request, SamplingConfig, VerifyMode
+from quasar_core.config import VERIFY_MODES, DraftKind, Request, SamplingConfig, VerifyMode
 from quasar_core.decode.answering import TokenRule
 from quasar_core.decode.rules import Bias, WrittenPenalty
 from quasar_core.errors import QuasarError
@@ -25,8 +25,8 @@ Rules = Callable[[], list[TokenRule]]
 class Ask:
     """One answer to one prompt. With `score_prompt` the prompt's own tokens are scored before; `top` None scores none.
 
-    `rules` makes the answer's rules. `prediction` is what the answer may well be; `shown` are special tokens that are
-    text here. `max_new_tokens` 0 asks for the prompt's scores alone.
+    `rules` makes the answer's rules; `shown` are special tokens that are text here. `max_new_tokens` 0 asks for the
+    prompt's scores alone.
     """
 
     prompt_ids: Sequence[int]
@@ -36,7 +36,6 @@ class Ask:
     rules: Rules
     top: int | None = None
     score_prompt: bool = False
-    prediction: tuple[int, ...] = ()
     shown: tuple[str, ...] = ()
     trace: bool = False
 
@@ -54,7 +53,6 @@ class Common:
     presence: float
     frequency: float
     biases: dict[int, float]
-    prediction: tuple[int, ...]
 
     def rules(self, prompt_ids: Sequence[int]) -> list[TokenRule]:
         """Those of penalties and biases, for an answer behind the prompt."""
@@ -77,8 +75,15 @@ def read_common(fields: Fields, served: Served, usual_tokens: int, least_tokens:
     include_usage = _stream_options(fields, stream)
     sampling, penalties = _sampling(fields, served)
     tokens = _most_tokens(fields, usual_tokens, least_tokens)
-    request = Request(tokens, sampling.seed, sampling=sampling, stop=_stop(fields), alone=not sampling.greedy)
     verify, draft = _mode(fields, served)
+    request = Request(
+        tokens,
+        sampling.seed,
+        prediction=_prediction(fields, served, draft),
+        sampling=sampling,
+        stop=_stop(fields),
+        alone=not sampling.greedy,
+    )
     return Common(
         stream=stream,
         include_usage=include_usage,
@@ -89,7 +94,6 @@ def read_common(fields: Fields, served: Served, usual_tokens: int, least_tokens:
         presence=penalties[0],
         frequency=penalties[1],
         biases=_biases(fields, served),
-        prediction=_prediction(fields, served, draft),
     )
 
 
@@ -152,7 +156,7 @@ def _mode(fields: Fields, served: Served) -> tuple[VerifyMode, DraftKind]:
     """Who decides each token, and who drafts."""
     defaults = served.settings.defaults
     verify: Any = fields.one_of("verify", VERIFY_MODES, defaults.verify)
-    draft: Any = fields.one_of("draft", DRAFT_KINDS, defaults.draft)
+    draft = fields.one_of("draft", served.drafts, defaults.draft)
     if verify not in served.modes:
         raise refused(f"verify {verify} is not served: this server has {', '.join(served.modes)}.", "verify")
     return verify, draft
@@ -170,18 +174,18 @@ def _biases(fields: Fields, served: Served) -> dict[int, float]:
     return {int(name): values.number(name, -100, 100, 0.0) for name in given}
 
 
-def _prediction(fields: Fields, served: Served, draft: DraftKind) -> tuple[int, ...]:
-    """The tokens of what the answer may well be: `{"type": "content", "content": …}`."""
+def _prediction(fields: Fields, served: Served, draft: DraftKind) -> str:
+    """What the answer may well be: `{"type": "content", "content": …}`."""
     given = fields.mapping("prediction")
     if not given:
-        return ()
+        return served.settings.defaults.prediction if draft != "none" else ""
     inner = Fields(given)
     inner.one_of("type", ("content",), "content")
     text = content_text(inner.take("content"), "prediction")
     inner.end()
     if draft == "none":
         raise refused("prediction is a draft, and draft none takes none.", "prediction")
-    return tuple(served.encode(text))
+    return text
 
 
 def content_text(content: Any, field: str) -> str:

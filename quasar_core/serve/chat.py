@@ -74,7 +74,7 @@ def read_chat(body: Mapping[str, Any], served: Served) -> ChatAsk:
 
     ask = Ask(
         ids, common.request, common.verify, common.draft, rules, (top or 0) if logprobs else None,
-        prediction=common.prediction, shown=shown, trace=trace,
+        shown=shown, trace=trace,
     )  # fmt: skip
     asks = [replace(ask, request=common.request_of(number)) for number in range(common.count)]
     return ChatAsk(asks, common, top or 0, logprobs, form, tools, served.thinks, inside)

@@ -42,7 +42,7 @@ def read_completion(body: Mapping[str, Any], served: Served) -> TextAsk:
         served.check_prompt(ids, "prompt")
         ask = Ask(
             ids, common.request, common.verify, common.draft, lambda ids=ids: common.rules(ids), top,  # type: ignore[misc]
-            score_prompt=echo and top is not None, prediction=common.prediction,
+            score_prompt=echo and top is not None,
         )  # fmt: skip
         asks += [replace(ask, request=common.request_of(number)) for number in range(common.count)]
         echoed += [text] * common.count

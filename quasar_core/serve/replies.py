@@ -43,9 +43,9 @@ class Tally:
         prompts = {id(ask.prompt_ids): len(ask.prompt_ids) for ask in asks}
         prompt, new = sum(prompts.values()), sum(result.stats.new_tokens for result in self.results)
         details: dict[str, Any] = {"reasoning_tokens": self.reasoning_tokens}
-        if any(ask.prediction for ask in asks):
-            accepted = sum(result.stats.accepted for result in self.results)
-            drafted = sum(result.stats.drafted for result in self.results)
+        if any(ask.request.prediction for ask in asks):
+            counts = [predicted(result.stats) for result in self.results]
+            drafted, accepted = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
             details |= {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted}
         return {
             "prompt_tokens": prompt,
@@ -71,6 +71,18 @@ class Tally:
         if ask.verify == "quantized":
             own["agreement"] = served.pair.fidelity.agreement if served.pair.fidelity else None
         return {"timings": timings(result.stats), "quasar": own}
+
+
+def predicted(stats: Stats) -> tuple[int, int]:
+    """Draft tokens out of a prediction, and those of them that were accepted."""
+    drafted = accepted = 0
+    for step in stats.step_log:
+        left = step.accepted
+        for piece in step.pieces:
+            if piece.source == "prediction":
+                drafted, accepted = drafted + piece.length, accepted + min(piece.length, left)
+            left = max(left - piece.length, 0)
+    return drafted, accepted
 
 
 def timings(stats: Stats) -> dict[str, Any]:

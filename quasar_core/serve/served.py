@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, meta
 
-from quasar_core.config import VERIFY_MODES, VerifyMode
+from quasar_core.config import DRAFT_KINDS, VERIFY_MODES, VerifyMode
 from quasar_core.decode.grammar import Grammars
 from quasar_core.decode.text import encode_prompt
 from quasar_core.errors import QuasarError
@@ -32,6 +32,7 @@ class Served:
         has_target, has_verifier = pair.target is not None, pair.verifier is not None
         runs = {"exact": has_target and has_verifier, "full": has_target, "quantized": has_verifier}
         self.modes: list[VerifyMode] = [mode for mode in VERIFY_MODES if runs[mode]]
+        self.drafts = tuple(dict.fromkeys([*DRAFT_KINDS, settings.defaults.draft]))
         self.most_prompt = min(settings.most_prompt or pair.max_context, pair.max_context - 1)
         self._tokenizer = copy.deepcopy(pair.tokenizer)
         self._lock = threading.Lock()

@@ -8,7 +8,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from quasar_core.config import SamplingConfig
@@ -16,8 +16,6 @@ from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.prefixes import Prefixes
 from quasar_core.decode.scores import Scores, TokenScore, score_text
-from quasar_core.draft.base import Drafter
-from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.errors import QuasarError
 from quasar_core.records import GenerationResult
 from quasar_core.serve.asks import Ask
@@ -154,7 +152,7 @@ class Worker:
             job.emit(number, Finished(None))
             return
         scores = None if ask.top is None else Scores(ask.top)
-        answering = Answering(ask.rules(), job.before_pass, scores, self._drafter_of(ask), ask.shown)
+        answering = Answering(ask.rules(), job.before_pass, scores, ask.shown)
         result = self._write(job, number, self._generator(ask), ask, answering)
         self.metrics.take(result.stats)
 
@@ -177,19 +175,6 @@ class Worker:
             job.emit(
                 number, Written(text, tokens, found, _maker(ask, generator, answering, sent) if ask.trace else None)
             )
-
-    def _drafter_of(self, ask: Ask) -> Callable[[], Drafter] | None:
-        """A drafter that has read the prediction before the text; None where there is no prediction."""
-        if not ask.prediction:
-            return None
-        defaults = self.served.settings.defaults
-
-        def make() -> Drafter:
-            drafter = NgramDrafter(defaults.ngram_min, defaults.ngram_max)
-            drafter.observe(ask.prediction)
-            return drafter
-
-        return make
 
     def _generator(self, ask: Ask) -> Generator:
         """What is settled once for a mode: the costs of passes, the window, how long to draft."""

@@ -110,10 +110,10 @@ def test_the_constrained_text_is_the_plain_one_whatever_is_drafted(
     prompt = pair.tokenizer("Some JSON: ")["input_ids"]
     grammar = grammars.of_schema(SCHEMA)
 
-    def write(verify: str, draft: str, **options: Any) -> Any:
+    def write(verify: str, draft: str, make: Any = None) -> Any:
         config = GenerationConfig(40, verify, draft, num_draft_tokens=drafts, window=window)  # type: ignore[arg-type]
-        answering = Answering(rules=[grammars.rule(grammar, len(prompt))], **options)
-        pieces = Generator(pair, config).stream(prompt, answering=answering)
+        answering = Answering(rules=[grammars.rule(grammar, len(prompt))])
+        pieces = Generator(pair, config, make).stream(prompt, answering=answering)
         while True:
             try:
                 next(pieces)
@@ -124,7 +124,7 @@ def test_the_constrained_text_is_the_plain_one_whatever_is_drafted(
     assert plain.finish_reason == "eos"
     for verify, kind in product(("full", "exact"), ("ngram", "oracle", "wrong")):
         make = drafter_factory(kind, [*prompt, *plain.token_ids], grammars.vocabulary)
-        found = write(verify, "ngram", make_drafter=make)
+        found = write(verify, "ngram", make)
         assert found.token_ids == plain.token_ids
         if kind == "oracle" and drafts > 1:
             assert found.stats.accepted > 0
