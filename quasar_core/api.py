@@ -22,7 +22,7 @@ from quasar_core.bench.steps import (
 )
 from quasar_core.checkpoint.checks import check_digest as digest_found
 from quasar_core.checkpoint.checks import refuse_other_target
-from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.config import GROUP_CHOICES, LoadOptions, QuantizeConfig
 from quasar_core.decode.costs import pair_costs
 from quasar_core.decode.generator import Generator
@@ -318,7 +318,9 @@ def fidelity_on_text(
 
 
 def _refuse_quantized(source: ModelSource) -> None:
-    if "quantization_config" in read_config(source.folder):
+    config = read_config(source.folder)
+    section = config.get("quantization_config", config.get("quantization"))  # the latter is mlx's
+    if section is not None and not TensorFiles(source.folder).dequantized:
         raise UsageError(f"{source.label} is quantized already; name the model that it was made from.")
 
 

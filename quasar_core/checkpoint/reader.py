@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from quasar_core.checkpoint import float8_blocks
 from quasar_core.checkpoint.compressed_tensors import METHOD as COMPRESSED_TENSORS
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, PackedWeight
 from quasar_core.checkpoint.gptq_format import (
@@ -47,8 +48,30 @@ class TensorFiles:
                 pass  # the library's own checks of a header are stricter than ours
         self._entries = {entry.name: entry for entry in read_headers(folder)}
         self._where = {name: entry.file for name, entry in self._entries.items()}
+        self._scales = self._take_scales()
         if files != [folder / WEIGHTS_NAME]:
             self._check_index()
+
+    def _take_scales(self) -> dict[str, Path]:
+        """Where the scales of weights in 8-bit blocks lie, by the weight; they are no tensors of the model."""
+        coded = [name for name, entry in self._entries.items() if entry.dtype == float8_blocks.STORED]
+        found = {name: self._where[scale] for name in coded if (scale := float8_blocks.scale_of(name)) in self._where}
+        for name in found:
+            module = name.removesuffix("weight")
+            for extra in (float8_blocks.scale_of(name), *(f"{module}{end}" for end in float8_blocks.UNUSED)):
+                self._entries.pop(extra, None)
+        if found:
+            self._block = float8_blocks.block_size(read_config(self.folder))
+        return found
+
+    @property
+    def dequantized(self) -> int:
+        """Weights that are stored in 8-bit floats and come as bfloat16."""
+        return len(self._scales)
+
+    def dequantizes(self, name: str) -> bool:
+        """Whether a weight is one of those."""
+        return name in self._scales
 
     def _check_index(self) -> None:
         """A tensor that the index names and no file holds is lost; a verifier would be without it, unnoticed."""
@@ -59,11 +82,11 @@ class TensorFiles:
             raise QuasarError(f"{index} names the tensor {lost[0]}, and {named[lost[0]]} does not hold it.")
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._entries
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
-        return sorted(self._where)
+        return sorted(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from its file's header."""
@@ -82,7 +105,16 @@ class TensorFiles:
         if name not in self._where:
             raise QuasarError(f"{self.folder} holds no tensor {name}.")
         with open_tensors(self._where[name]) as file:
-            return read_tensor(file, name, self._where[name])
+            return self._read(file, name)
+
+    def _read(self, file: Any, name: str) -> torch.Tensor:
+        """One tensor of an open file, dequantized where it is stored in 8-bit blocks."""
+        tensor = read_tensor(file, name, self._where[name])
+        if name not in self._scales:
+            return tensor
+        with open_tensors(self._scales[name]) as other:
+            scales = read_tensor(other, float8_blocks.scale_of(name), self._scales[name])
+        return float8_blocks.dequantize(name, tensor, scales, self._block)
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values."""
@@ -94,7 +126,7 @@ class TensorFiles:
             with open_tensors(path) as file:
                 for name in names:
                     if self._where[name] == path:
-                        yield name, read_tensor(file, name, path)
+                        yield name, self._read(file, name)
 
 
 def open_tensors(path: Path) -> Any:

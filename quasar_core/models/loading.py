@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.kernels.cpu.library import why_not_here
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import cpu_pass, lean_weights
@@ -77,7 +77,7 @@ def load_models(
             progress("reading weights", 0, 1)
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if obstacle else {"progress": progress}
         target = library.load_target(folder, device, dtype, **options)
-        notes += describe_left_out(target)
+        notes += [*describe_left_out(target), *describe_dequantized(folder)]
     if checkpoint is not None:
         progress("reading the verifier", 0, 1)
         if target is None:
@@ -96,6 +96,12 @@ def describe_left_out(target: CausalLM) -> list[str]:
     """A note of stored tensors that transformers has no place for, and leaves out of the model."""
     names = target.left_out if isinstance(target, TransformersLM) else ()
     return [f"weights: {len(names)} stored tensors are not of this model, such as {names[0]}"] if names else []
+
+
+def describe_dequantized(folder: Path) -> list[str]:
+    """A note of weights that are stored in 8-bit blocks."""
+    count = TensorFiles(folder).dequantized
+    return [f"weights: {count} are stored in 8-bit floats with scales, and dequantized to bfloat16"] if count else []
 
 
 def describe_passes(models: Mapping[str, CausalLM | None], progress: Progress = no_progress) -> list[str]:

@@ -19,10 +19,14 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def check_dtypes(folder: Path, model: StreamedModel) -> None:
-    """Refuse a model whose matrices are stored in anything but floating point of 16 bits and more: headers suffice."""
+    """Refuse a model whose matrices are stored in anything but floating point of 16 bits and more: headers suffice.
+
+    8-bit blocks with scales are read as bfloat16.
+    """
     wanted = {model.weights.stored(name) for name, _ in model.skeleton.named_parameters()}
     for entry in read_headers(folder):
-        if entry.name in wanted and entry.dtype not in FLOATS:
+        read_as_float = entry.dtype in FLOATS or model.weights.files.dequantizes(entry.name)
+        if entry.name in wanted and not read_as_float:
             raise QuasarError(
                 f"The tensor {entry.name} in {entry.file} is stored as {entry.dtype}: a target has weights of 16 or "
                 "32 bits, so name the model that this one was made from."

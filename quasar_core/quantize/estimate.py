@@ -333,9 +333,12 @@ def _routed_share(skeleton: PreTrainedModel) -> float:
 
 
 def stored_element(source: Path) -> int:
-    """Return the bytes of a weight in the files: of the widths that occur, the one that most bytes have."""
+    """Return the bytes of a weight as it is read: of the widths that occur, the one that most bytes have.
+
+    They are 2 or more, as weights of 8 bits are dequantized to 16.
+    """
     sizes: dict[int, int] = {}
     for entry in read_headers(source):
         element = entry.size // max(1, math.prod(entry.shape))
         sizes[element] = sizes.get(element, 0) + entry.size
-    return max(sizes, key=lambda element: sizes[element])
+    return max(2, max(sizes, key=lambda element: sizes[element]))

@@ -1,5 +1,6 @@
 """A verifier is written whole or not at all: interrupted, resumed, refused, replaced."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,13 @@ def test_a_quantized_model_is_refused(source: Path) -> None:
         UsageError, match="tiny-gptq-4bit-g32 is quantized already; name the model that it was made from"
     ):
         quantize(source.parent / "tiny-gptq-4bit-g32")
+
+
+def test_a_model_that_mlx_quantized_is_refused(source: Path) -> None:
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization": {"group_size": 64, "bits": 4}}))
+    with pytest.raises(UsageError, match="is quantized already; name the model that it was made from"):
+        quantize(source)
 
 
 def test_an_output_that_cannot_be_made(source: Path) -> None:

@@ -123,6 +123,11 @@ def load_target(
     folder: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> TransformersLM:
     """The model of a folder, from safetensors only."""
+    if TensorFiles(folder).dequantized:
+        raise QuasarError(
+            f"The weights in {folder} are stored in 8-bit floats, with which transformers would compute: name "
+            "a copy of this model in bfloat16."
+        )
     if not (trust_remote_code and "auto_map" in read_config(folder)):
         _check_sizes(folder, dtype)
     bar_was_shown = logging.is_progress_bar_enabled()
