@@ -76,9 +76,8 @@ def origins(stats: Stats, count: int, drafter: str = "ngram") -> list[Origin] | 
     """
     made = [Origin("prompt")] * stats.prefill_tokens
     if stats.confirm_log:
-        for confirm, window in windows(stats, drafter):
-            made += [token.origin for token in window[: confirm.accepted]]
-            made.append(_own(confirm, window[-1].origin.step if window else -1))
+        for passed in _passes(stats, drafter):
+            made += passed.made
     else:
         for number, step in enumerate(stats.step_log):
             made += _of_step(number, step, drafter)
@@ -87,15 +86,58 @@ def origins(stats: Stats, count: int, drafter: str = "ngram") -> list[Origin] | 
 
 def windows(stats: Stats, drafter: str = "ngram") -> Iterator[tuple[Confirm, list[WindowToken]]]:
     """Each confirm with the tokens that waited for it, as the steps before it yielded them."""
-    steps = iter(enumerate(stats.step_log))
-    for confirm in stats.confirm_log:
-        waiting: list[Origin] = []
-        while len(waiting) < confirm.window:
-            found = next(steps, None)
-            if found is None:
-                return  # the logs of something else
-            waiting += _of_step(*found, drafter)
-        yield confirm, [_judge(confirm, place, origin) for place, origin in enumerate(waiting[: confirm.window])]
+    return ((passed.confirm, passed.window) for passed in _passes(stats, drafter) if passed.confirm)
+
+
+@dataclass(frozen=True)
+class _TargetPass:
+    """A pass of the target in `exact`: its confirm, the window, and what it left in the text.
+
+    A pass without a window has no confirm.
+    """
+
+    confirm: Confirm | None
+    window: list[WindowToken]
+    made: list[Origin]
+
+
+def _passes(stats: Stats, drafter: str) -> Iterator[_TargetPass]:
+    """The target's passes in their order, as far as the logs make sense."""
+    confirms, waiting = iter(stats.confirm_log), list[Origin]()
+    due = next(confirms, None)
+    for number, step in enumerate(stats.step_log):
+        if step.by_target:
+            joint = due if due and due.drafted and due.step == number else None
+            yield _checked(joint, waiting, number, step, drafter)
+            due, waiting = (next(confirms, None) if joint else due), []
+            continue
+        waiting += _of_step(number, step, drafter)
+        if due and not due.drafted and len(waiting) >= due.window and due.step in (0, number + 1):  # 0: an older file
+            yield _confirmed(due, waiting, number)
+            due, waiting = next(confirms, None), []
+
+
+def _confirmed(confirm: Confirm, waiting: Sequence[Origin], number: int) -> _TargetPass:
+    """A pass over a window alone: what it accepts, and its own token."""
+    window = [_judge(confirm, place, origin) for place, origin in enumerate(waiting[: confirm.window])]
+    whole = confirm.accepted == confirm.window
+    margin = confirm.margins[confirm.accepted] if len(confirm.margins) > confirm.accepted else None
+    own = Origin("target" if whole else "corrected", number, target_margin=margin)
+    return _TargetPass(confirm, window, [*(token.origin for token in window[: confirm.accepted]), own])
+
+
+def _checked(confirm: Confirm | None, waiting: Sequence[Origin], number: int, step: Step, drafter: str) -> _TargetPass:
+    """A pass that checked a draft, or the newest token alone, behind a window or without one."""
+    if confirm is not None and confirm.accepted < confirm.window:
+        return _confirmed(confirm, waiting, number)  # the draft behind a refused token was not looked at
+    own = [
+        replace(origin, margin=None, target_margin=margin, by="target" if origin.by == "bonus" else origin.by)
+        for origin, margin in zip(_of_step(number, step, drafter), _padded(step.target_margins, step), strict=True)
+    ]
+    if confirm is None:
+        return _TargetPass(None, [], own)
+    before = _confirmed(confirm, waiting, number)
+    return _TargetPass(confirm, before.window, [*before.made[:-1], *own])
 
 
 def _judge(confirm: Confirm, place: int, origin: Origin) -> WindowToken:
@@ -104,23 +146,19 @@ def _judge(confirm: Confirm, place: int, origin: Origin) -> WindowToken:
     return WindowToken(replace(origin, confirmed=accepted, target_margin=margin), accepted, place <= confirm.accepted)
 
 
-def _own(confirm: Confirm, step: int) -> Origin:
-    """The token that the target adds."""
-    whole = confirm.accepted == confirm.window
-    margin = confirm.margins[confirm.accepted] if len(confirm.margins) > confirm.accepted else None
-    return Origin("target" if whole else "corrected", step, target_margin=margin)
-
-
 def _of_step(number: int, step: Step, drafter: str) -> list[Origin]:
-    """What a verify pass yields: the accepted part of its draft, and its own token.
+    """What a pass yields: the accepted part of its draft, and its own token.
 
     The latter is one too many where an end of text was accepted; what follows in the logs, or the text's length, tells.
     """
-    margins: Sequence[float | None] = step.margins or (None,) * (step.accepted + 1)
-    margins = (*margins, None) if len(margins) == step.accepted else margins
-    names = sources(step, drafter)
+    margins, names = _padded(step.margins, step), sources(step, drafter)
     drafted = [Origin("draft", number, names[place], margins[place]) for place in range(step.accepted)]
     return [*drafted, Origin("bonus", number, margin=margins[step.accepted])]
+
+
+def _padded(margins: Sequence[float], step: Step) -> list[float | None]:
+    """A margin, or None, of each token that a step yields."""
+    return [*margins, *[None] * (step.accepted + 1)][: step.accepted + 1]
 
 
 def sources(step: Step, drafter: str) -> list[str]:

@@ -33,7 +33,7 @@ def makers(given: Stats, count: int) -> str:
 
 
 def test_without_confirms_a_step_gives_its_accepted_draft_and_a_bonus() -> None:
-    logs = stats([Step(3, 2, [Piece("ngram", 2, 3)], (1.0, 2.0, 0.5)), Step(0, 0)])
+    logs = stats([Step(3, 2, [Piece("ngram", 2, 3)], False, [1.0, 2.0, 0.5]), Step(0, 0)])
     assert makers(logs, 5) == "pddbb"
     first, second, bonus = (origins(logs, 5) or [])[1:4]
     assert (first.margin, second.margin, bonus.margin) == (1.0, 2.0, 0.5)
@@ -47,12 +47,15 @@ def test_a_draft_of_several_pieces_names_the_drafter_of_each_token() -> None:
 
 
 def test_an_end_of_text_within_a_draft_has_no_bonus() -> None:
-    assert makers(stats([Step(0, 0), Step(4, 2, [], (1.0, 1.0))]), 4) == "pbdd"
+    assert makers(stats([Step(0, 0), Step(4, 2, [], False, [1.0, 1.0])]), 4) == "pbdd"
 
 
 def test_a_confirm_keeps_the_window_or_corrects_it() -> None:
     steps = [Step(2, 2), Step(1, 0), Step(3, 3), Step(0, 0)]
-    confirms = [Confirm(4, 4, (9.0, 8.0, 7.0, 6.0, 5.0)), Confirm(5, 2, (4.0, 3.0, 0.25), 77)]
+    confirms = [
+        Confirm(4, 4, margins=[9.0, 8.0, 7.0, 6.0, 5.0]),
+        Confirm(5, 2, margins=[4.0, 3.0, 0.25], refused=77),
+    ]
     logs = stats(steps, confirms)
     # prompt | d d bonus bonus, and the target's own | d d, and the third corrected
     assert makers(logs, 9) == "pddbbtddc"
@@ -66,9 +69,23 @@ def test_a_window_that_ends_with_the_text_is_followed_by_nothing() -> None:
     assert makers(stats([Step(3, 2)], [Confirm(2, 2)]), 3) == "pdd"
 
 
+def test_the_target_checks_a_draft_behind_a_window_or_without_one() -> None:
+    window, joint = Step(1, 1, [], False, [2.0, 1.0]), Step(2, 1, by_target=True, target_margins=[7.0, 6.0])
+    alone = Step(1, 1, by_target=True, target_margins=[5.0, 4.0])
+    refused = Step(3, 0, by_target=True)
+    confirms = [Confirm(2, 2, 2, 1, margins=[9.0, 8.0]), Confirm(2, 1, 3, 4, margins=[3.0, 2.0], refused=8)]
+    logs = stats([window, joint, alone, window, refused], confirms)
+    # prompt | d and bonus of the window, d and the target's own behind it | d, own | d, corrected
+    assert makers(logs, 9) == "pdbdtdtdc"
+    found = origins(logs, 9) or []
+    assert [origin.target_margin for origin in found] == [None, 9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]
+    assert [origin.margin for origin in found] == [None, 2.0, 1.0, None, None, None, None, 2.0, None]
+    assert [confirm.window for confirm, _ in windows(logs)] == [2, 2]
+
+
 def test_the_windows_of_confirms() -> None:
     (first, waited), _ = windows(
-        stats([Step(1, 1, [], (2.0, 0.5)), Step(0, 0, [], (3.0,))], [Confirm(2, 0), Confirm(1, 1)])
+        stats([Step(1, 1, [], False, [2.0, 0.5]), Step(0, 0, [], False, [3.0])], [Confirm(2, 0), Confirm(1, 1)])
     )
     assert first.window == 2
     assert [(token.origin.by, token.origin.margin, token.accepted, token.judged) for token in waited] == [
@@ -103,8 +120,9 @@ def test_every_token_of_an_answer_has_its_maker(wrong: int, window: int, drafts:
         if origin.by == "corrected":  # the counting target never errs: what it corrects is the verifier's error
             assert before.text.split() == [f"w{wrong}"]
             assert token.refused != f"w{token_id}"
-        if verify == "exact" and origin.by in ("draft", "bonus"):
-            assert (origin.confirmed, origin.margin, origin.target_margin) == (True, 9.0, 9.0)
+        if verify == "exact":
+            assert origin.target_margin == 9.0
+            assert (origin.margin == 9.0) == (origin.confirmed is True)
     drafted = sum(token.origin.by == "draft" for token in trace.tokens)
     assert drafted <= result.stats.accepted
 
@@ -113,7 +131,7 @@ def test_every_token_of_an_answer_has_its_maker(wrong: int, window: int, drafts:
 
 
 def make_trace() -> Trace:
-    logs = stats([Step(1, 1), Step(0, 0)], [Confirm(2, 2), Confirm(1, 0, (), 7)])
+    logs = stats([Step(1, 1), Step(0, 0)], [Confirm(2, 2), Confirm(1, 0, refused=7)])
     return Trace("m", None, "exact", "ngram", "p", show(["a", " b", " c", " d", " e"], logs, [" x"]), logs)
 
 

@@ -81,9 +81,9 @@ def test_a_known_part() -> None:
 
 COUNT, SECONDS = st.integers(0, 10**6), st.floats(0, 1e6)
 PIECES = st.lists(st.builds(Piece, st.text(max_size=3), COUNT, COUNT), max_size=2)
-MARGINS = st.lists(SECONDS, max_size=3).map(tuple)
-STEPS = st.lists(st.builds(Step, COUNT, COUNT, PIECES, MARGINS), max_size=3)
-CONFIRMS = st.lists(st.builds(Confirm, COUNT, COUNT, MARGINS, st.none() | COUNT), max_size=3)
+MARGINS = st.lists(SECONDS, max_size=3)
+STEPS = st.lists(st.builds(Step, COUNT, COUNT, PIECES, st.booleans(), MARGINS), max_size=3)
+CONFIRMS = st.lists(st.builds(Confirm, COUNT, COUNT, margins=MARGINS, refused=st.none() | COUNT), max_size=3)
 
 
 @given(st.builds(Stats, new_tokens=COUNT, step_log=STEPS, confirm_log=CONFIRMS, prefill_s=SECONDS, decode_s=SECONDS))

@@ -171,7 +171,8 @@ def bench(
         str | None,
         typer.Option(
             "--dataset",
-            help="Comma-separated: demo, mt-bench, gsm8k, humaneval, alpaca, cnn-dm, spec-bench, or JSONL files.",
+            help="Comma-separated: demo, mt-bench, gsm8k, humaneval, alpaca, cnn-dm, spec-bench, speed-bench, or JSONL "
+            "files.",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The result file; an earlier one is replaced.")] = Path(

@@ -2,7 +2,8 @@
 
 A question is one JSON object in FastChat's form: `question_id`, `category`, and `turns`, the user's messages of one
 conversation. A name is looked up in the package (`demo`), as a path, in the folder that `QUASAR_DATA` names, and on
-the hub, in this order. From the hub only plain JSON and JSONL files are read, so no dataset library is needed.
+the hub, in this order. From the hub plain JSON and JSONL files are read, so no dataset library is needed, and of
+SPEED-Bench a Parquet file, by pyarrow.
 Spec-Bench takes its 80 questions each of GSM8K and CNN/DM from the same sources as the paper does.
 """
 
@@ -11,10 +12,11 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from quasar_core.errors import QuasarError, UsageError, reason
+from quasar_core.errors import QuasarError, UsageError, foreign_errors, reason
 from quasar_core.files import MAX_JSON_BYTES, absolute, is_file, is_folder, parse_json, read_text, require_characters
 from quasar_core.store.hub import hub_failure
 from quasar_core.typed import build
@@ -32,14 +34,29 @@ SPEC_BENCH_PARTS = {
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a dataset repository; `category` stands in where its rows name none."""
+    """One file of a dataset repository; `category` stands in where its rows name none.
+
+    `revision` is the commit that is read, where its full hash is known.
+    """
 
     repository: str
     path: str
     category: str
+    revision: str | None = None
 
 
-_MT_BENCH = HubFile("HuggingFaceH4/mt_bench_prompts", "raw/question.jsonl", "mt_bench")
+_MT_BENCH = HubFile(
+    "HuggingFaceH4/mt_bench_prompts", "raw/question.jsonl", "mt_bench", "b60d01a44377daa2d9434e50a91a9e4169a090d5"
+)
+_ALPACA = HubFile(
+    "tatsu-lab/alpaca_eval", "alpaca_eval.json", "instruction", "2955709b93b0e08df511a752a3874b0a89b8910b"
+)
+_SPEED_BENCH = HubFile(
+    "nvidia/SPEED-Bench",
+    "qualitative/test-00000-of-00001.parquet",
+    "speed_bench",
+    "487aa718444e816458d1a0a52bfce7a454285cf4",
+)
 _SPECULATORS = "RedHatAI/speculator_benchmarks"
 _SPEC_BENCH_FILES = tuple(
     HubFile(_SPECULATORS, f"{category}.jsonl", category)
@@ -50,10 +67,14 @@ HUB_DATASETS: dict[str, tuple[HubFile, ...]] = {
     "mt-bench": (_MT_BENCH,),
     "gsm8k": (HubFile(_SPECULATORS, "math_reasoning.jsonl", "math_reasoning"),),
     "humaneval": (HubFile(_SPECULATORS, "HumanEval.jsonl", "coding"),),
-    "alpaca": (HubFile("tatsu-lab/alpaca_eval", "alpaca_eval.json", "instruction"),),
+    "alpaca": (_ALPACA,),
     "cnn-dm": (HubFile(_SPECULATORS, "summarization.jsonl", "summarization"),),
     "spec-bench": (_MT_BENCH, *_SPEC_BENCH_FILES),
+    "speed-bench": (_SPEED_BENCH,),
 }
+WHOLE = ("spec-bench", "speed-bench")  # which are not cut
+# What stands in SPEED-Bench's file in place of texts whose licences let only their sources hand them out.
+WITHHELD = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE"
 
 
 def download(name: str) -> list[dict[str, Any]]:
@@ -69,7 +90,7 @@ def _fetch(file: HubFile) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(file.repository, file.path, repo_type="dataset"))
+        return Path(hf_hub_download(file.repository, file.path, repo_type="dataset", revision=file.revision))
     except Exception as error:
         raise QuasarError(
             f"{hub_failure(file.repository, error)} (Or let QUASAR_DATA name a folder with NAME/question.jsonl in it.)"
@@ -86,9 +107,21 @@ def _fastchat_rows(file: HubFile, path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
     text = read_text(path, MAX_JSON_BYTES)
     lines = filter(str.strip, text.split("\n"))
     return build(list[dict], [*map(parse_json, lines)] if path.suffix == ".jsonl" else parse_json(text))
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    """QuasarError where pyarrow is missing."""
+    try:
+        parquet: Any = import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise QuasarError(f"Reading {path.name} needs pyarrow: pip install pyarrow.") from error
+    with foreign_errors(f"{path} cannot be read"):
+        return build(list[dict], parquet.read_table(path).to_pylist())
 
 
 def _turns(row: dict[str, Any]) -> list[str]:
@@ -248,5 +281,12 @@ def _from_folder(folder: Path, key: str) -> tuple[Question, ...] | None:
 
 
 def _cut(key: str, questions: Sequence[Question]) -> tuple[Question, ...]:
-    cut = PAPER_SIZE if key in HUB_DATASETS and key != "spec-bench" else None
+    cut = PAPER_SIZE if key in HUB_DATASETS and key not in WHOLE else None
+    withheld = sum(WITHHELD in turn for question in questions for turn in question.turns[:1])
+    if withheld:
+        raise QuasarError(
+            f"{key} lacks the text of {withheld} of its {len(questions)} questions, which licences leave to their "
+            f"sources: fetch them with NVIDIA's prepare_data.py, and let {DATA_VARIABLE} name the folder that holds "
+            f"{key}/question.jsonl."
+        )
     return tuple(questions[:cut])

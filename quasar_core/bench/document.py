@@ -21,7 +21,7 @@ def as_document(results: Results) -> dict[str, Any]:
     metrics, found = measure(results), conditions(results)
     return {
         "run": results.run.to_dict(),
-        "metrics": [{**as_record(metric), "speculation": asdict(metric.speculation)} for metric in metrics],
+        "metrics": [{**as_record(metric), **_tables_of(metric)} for metric in metrics],
         "categories": [as_record(metric) for metric in measure(results, by_category=True)],
         "conditions": {**asdict(found), "was_busy": found.was_busy, "twins_agree": found.twins_agree},
         "means": [asdict(mean) for mean in mean_over_datasets(metrics)],
@@ -33,9 +33,17 @@ def as_document(results: Results) -> dict[str, Any]:
     }
 
 
+def _tables_of(metric: ArmMetrics) -> dict[str, Any]:
+    """What of an arm's metrics is a table of its own."""
+    return {
+        "speculation": asdict(metric.speculation),
+        "drafters": {name: asdict(use) for name, use in metric.drafters.items()},
+    }
+
+
 def as_record(metric: ArmMetrics) -> dict[str, Any]:
     """The metrics of an arm, flat: an interval becomes two numbers; what is a table of its own is left out."""
-    record = {name: value for name, value in asdict(metric).items() if name != "speculation"}
+    record = {name: value for name, value in asdict(metric).items() if name not in ("speculation", "drafters")}
     for name in ESTIMATES:
         record |= _flat_estimate(name, getattr(metric, name))
     for name, parts in _NESTED.items():

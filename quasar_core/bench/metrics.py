@@ -163,7 +163,6 @@ def _measure_arm(
         speedup_mean=speedup_mean,
         speedup_total=speedup_total,
         identical=_count_identical(answers, vanilla) if vanilla and greedy else None,
-        drafters=total.drafters,
         ttft_s=spread([row.stats.ttft_s for row in rows if row.stats and row.stats.ttft_s]),
         token_s=spread([1 / speed for row in rows if row.stats and (speed := row.stats.tokens_per_s)]),
         shares=shares(total),
@@ -175,6 +174,7 @@ def _measure_arm(
         correct=sum(row.correct is True for row in rows),
         scored=sum(row.correct is not None for row in rows),
         speculation=speculation([row.stats for row in rows if row.stats], ARMS[arm].draft),
+        drafters=total.drafters,
     )
 
 
@@ -193,18 +193,24 @@ def shares(total: Stats) -> Shares | None:
 
 
 def bytes_read(arm: str, total: Stats, passes: dict[str, Passes]) -> int | None:
-    """Bytes of weights that decoding's passes read: a step's of the model that verifies, a confirm's of the target.
+    """Bytes of weights that decoding's passes read: a step's of the model that checked, a confirm's of the target.
 
     None for other programs, and where a model's bytes are not known. The keys and values of the text are left out.
     """
-    chosen = ARMS[arm]
-    role = "verifier" if chosen.needs_verifier else "target"
-    if chosen.is_peer or role not in passes or (total.confirms and "target" not in passes):
+    by_verifier, by_target = _passes_of(arm, total)
+    counts = {"verifier": by_verifier, "target": by_target}
+    if ARMS[arm].is_peer or any(count and role not in passes for role, count in counts.items()):
         return None
-    if chosen.verify == "exact" and not total.confirms:
-        role = "target"  # which verified alone, as the costs advised
-    confirmed = total.confirms * passes["target"].bytes if total.confirms else 0
-    return total.steps * passes[role].bytes + confirmed
+    return sum(count * passes[role].bytes for role, count in counts.items() if count)
+
+
+def _passes_of(arm: str, total: Stats) -> tuple[int, int]:
+    """Passes of the verifier, and of the target; one that checked a draft behind a window is a confirm and a step."""
+    told = sum(step.by_target for step in total.step_log)
+    if not told and (ARMS[arm].verify == "full" or (ARMS[arm].verify == "exact" and not total.confirms)):
+        told = total.steps  # files of before steps told whose they are; in `exact` the target then verified alone
+    joint = sum(confirm.drafted > 0 for confirm in total.confirm_log)
+    return total.steps - told, told + total.confirms - joint
 
 
 def joules_per_token(rows: Sequence[Row]) -> float | None:

@@ -110,6 +110,12 @@ def test_bytes_that_passes_read(arm: str, confirms: list[Confirm], read: int | N
     assert bytes_read("vanilla", total, {}) is None
 
 
+def test_a_pass_that_is_a_confirm_and_a_step_reads_its_bytes_once() -> None:
+    steps = [Step(2, 1), Step(3, 2, by_target=True), Step(1, 1, by_target=True)]
+    total = Stats(step_log=steps, confirm_log=[Confirm(2, 2, drafted=3, step=1)])
+    assert bytes_read("exact", total, PASSES) == 300 + 2 * 1000
+
+
 def test_the_floor_by_hand() -> None:
     row = make_row("vanilla", 1, [1, 2, 3, 4], make_stats(4, 2.0, [Step(0, 0)] * 3))
     run = make_run(passes=PASSES, bandwidth=3000.0)

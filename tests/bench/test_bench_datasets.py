@@ -3,8 +3,10 @@
 import ast
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,10 +100,19 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
-        UsageError, match=r"--dataset must be demo, .*spec-bench or the path of a JSONL file, not other"
+        UsageError, match=r"--dataset must be demo, .*spec-bench, speed-bench or the path of a JSONL file, not other"
     ):
         load_dataset("other")
-    assert set(DATASET_NAMES) == {"demo", "mt-bench", "gsm8k", "humaneval", "alpaca", "cnn-dm", "spec-bench"}
+    assert set(DATASET_NAMES) == {
+        "demo",
+        "mt-bench",
+        "gsm8k",
+        "humaneval",
+        "alpaca",
+        "cnn-dm",
+        "spec-bench",
+        "speed-bench",
+    }
 
 
 @pytest.mark.parametrize("name", ["cnn-dm", "cnn_dm"])
@@ -144,8 +155,12 @@ HUB_ROWS: dict[str, Any] = {
     "raw/question.jsonl": [{"prompt": ["first", "second"], "category": "writing", "reference": []}],
     "HumanEval.jsonl": [{"prompt": f"def f{i}():", "task_id": f"HumanEval/{i}"} for i in range(164)],
     "alpaca_eval.json": [{"instruction": f"do {i}", "output": "", "dataset": "x"} for i in range(805)],
-    "math_reasoning.jsonl": [{"prompt": "1 + 1?"}],
+    "math_reasoning.jsonl": [{"prompt": "1 + 1?", "reference": ["#### 2"]}],
+    "qualitative/test-00000-of-00001.parquet": [{"turns": ["a", "b"], "category": "coding"}] * 90,
 }
+
+
+revisions: dict[str, str | None] = {}
 
 
 @pytest.fixture
@@ -153,13 +168,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str,
     """What was downloaded: repository, file, kind."""
     asked: list[tuple[str, str, str]] = []
 
-    def download(repository: str, filename: str, *, repo_type: str) -> str:
+    def download(repository: str, filename: str, *, repo_type: str, revision: str | None) -> str:
         asked.append((repository, filename, repo_type))
+        revisions[repository] = revision
         rows = HUB_ROWS.get(filename, [{"prompt": filename}])
         path = tmp_path / Path(filename).name
         path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
         return str(path)
 
+    def read_parquet(path: Path) -> Any:
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        return SimpleNamespace(to_pylist=lambda: rows)
+
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", SimpleNamespace(read_table=read_parquet))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     return asked
 
@@ -173,7 +195,10 @@ def test_hub_rows_become_questions(hub: list[tuple[str, str, str]]) -> None:
         "alpaca": 80,
         "cnn-dm": 1,
         "spec-bench": 6,
+        "speed-bench": 90,
     }
+    assert all(found is None or re.fullmatch("[0-9a-f]{40}", found) for found in revisions.values())
+    assert revisions["nvidia/SPEED-Bench"] is not None
     assert datasets["mt-bench"][0].turns == ("first", "second")
     assert datasets["mt-bench"][0].category in MT_BENCH_CATEGORIES
     assert datasets["humaneval"][3].turns == ("def f3():",)
@@ -199,3 +224,39 @@ def test_a_hub_file_of_another_form_is_one_sentence(
     monkeypatch.setitem(HUB_ROWS, "alpaca_eval.json", rows)
     with pytest.raises(QuasarError, match=r"alpaca_eval\.json of the hub dataset tatsu-lab/alpaca_eval is not as"):
         load_dataset("alpaca")
+
+
+def test_texts_that_a_dataset_withholds_are_said(
+    hub: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    withheld = {
+        "turns": ["FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"],
+        "category": "qa",
+    }
+    rows = HUB_ROWS["qualitative/test-00000-of-00001.parquet"]
+    monkeypatch.setitem(HUB_ROWS, "qualitative/test-00000-of-00001.parquet", [*rows, withheld])
+    with pytest.raises(
+        QuasarError, match=r"lacks the text of 1 of its 91 questions.*QUASAR_DATA.*speed-bench/question"
+    ):
+        load_dataset("speed-bench")
+
+
+def test_parquet_without_pyarrow_is_one_sentence(
+    hub: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(QuasarError, match="needs pyarrow: pip install pyarrow"):
+        load_dataset("speed-bench")
+
+
+def test_a_questions_answer_comes_with_it(tmp_path: Path) -> None:
+    rows = [
+        {**ask(1), "reference": ["#### 2"]},
+        {**ask(2), "answer": "#### 3"},
+        {**ask(3), "test": "t", "entry_point": "f"},
+    ]
+    questions = load_dataset(str(write_questions(tmp_path / "mine.jsonl", *rows))).questions
+    assert [question.reference for question in questions] == [("#### 2",), ("#### 3",), ()]
+    assert (questions[2].test, questions[2].entry_point) == ("t", "f")
+    bare = load_dataset(str(write_questions(tmp_path / "bare" / "mine.jsonl", ask(1), ask(2), ask(3))))
+    assert load_dataset(str(tmp_path / "mine.jsonl")).sha256 == bare.sha256  # answers change nothing that is measured

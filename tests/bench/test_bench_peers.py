@@ -191,6 +191,20 @@ def test_a_peer_takes_the_processes_that_it_began_with_it(tmp_path: Path) -> Non
     assert has_ended(child)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends a process with the one that began it")
+def test_a_peer_ends_with_a_bench_that_is_killed() -> None:
+    bench = (
+        "import os, signal; from quasar_core.bench.peers.process import Child; "
+        "print(Child(['sleep', '1000'], with_pipes=False).process.pid, flush=True); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", bench], capture_output=True, text=True)
+    child, end = int(done.stdout), time.monotonic() + 60
+    while not has_ended(child) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert has_ended(child)
+
+
 def has_ended(process: int) -> bool:
     """Whether a process is gone, or waits to be collected."""
     done = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True)

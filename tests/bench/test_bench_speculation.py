@@ -45,7 +45,7 @@ def test_confirms_by_hand() -> None:
     stats = Stats(
         new_tokens=8,
         prefill_tokens=1,
-        step_log=[Step(2, 2, [], (3.0, 0.3, 5.0)), Step(0, 0, [], (0.3,)), Step(1, 1, [], (9.0, 0.05))],
+        step_log=[Step(2, 2, margins=[3.0, 0.3, 5.0]), Step(0, 0, margins=[0.3]), Step(1, 1, margins=[9.0, 0.05])],
         confirm_log=[Confirm(4, 1), Confirm(2, 2)],
     )
     found = speculation([stats])

@@ -1,9 +1,11 @@
 """Run a peer in a process of its own, ask it, and end it; what it prints goes to a file that tells why it failed."""
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -78,6 +80,15 @@ def stats_of(told: Told, prompt_tokens: int) -> Stats:
     )
 
 
+_DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
+
+
+def _end_with_parent() -> None:
+    """Called in the new process: on Linux it is ended where the bench is killed, and has no time to."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+
+
 class Child:
     """A program that runs beside this one, with its stderr in a file; it is ended with this object."""
 
@@ -92,6 +103,7 @@ class Child:
                 stderr=self._log,
                 env={**os.environ, **(variables or {})},
                 start_new_session=True,  # what is typed to end the bench ends it by `close`
+                preexec_fn=_end_with_parent,
             )
         except OSError as error:
             self._log.close()

@@ -335,11 +335,12 @@ def _arm(name: str) -> str:
         return "vanilla once more, on every fourth question, to see the noise"
     if arm.is_peer:
         return f"{arm.program}, in a process of its own"
-    drafts = "n-gram drafts" if arm.draft == "ngram" else "no drafts" if arm.draft == "none" else f"{arm.draft} drafts"
+    named = {"ngram": "n-gram drafts", "none": "no drafts", "auto": "drafts by all drafters that pay"}
+    drafts = named.get(arm.draft, f"{arm.draft} drafts")
     who = {
         "full": "the full-precision model decides",
         "quantized": "the low-bit copy decides",
-        "exact": "the low-bit copy verifies, the full-precision model confirms",
+        "exact": "the low-bit copy verifies, the full-precision model confirms or checks drafts itself",
     }
     return f"{drafts}; {who.get(arm.verify, arm.verify)}"
 
