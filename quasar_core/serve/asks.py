@@ -77,7 +77,7 @@ def read_common(fields: Fields, served: Served, usual_tokens: int, least_tokens:
     include_usage = _stream_options(fields, stream)
     sampling, penalties = _sampling(fields, served)
     tokens = _most_tokens(fields, usual_tokens, least_tokens)
-    request = Request(tokens, sampling.seed, sampling, _stop(fields), alone=not sampling.greedy)
+    request = Request(tokens, sampling.seed, sampling=sampling, stop=_stop(fields), alone=not sampling.greedy)
     verify, draft = _mode(fields, served)
     return Common(
         stream=stream,
