@@ -167,6 +167,14 @@ DraftFrom = Annotated[
         rich_help_panel=_DECODING,
     ),
 ]
+DraftMemory = Annotated[
+    bool,
+    typer.Option(
+        "--draft-memory",
+        help="Keep answers on this machine for the drafts of later runs; `quasar models forget` removes them.",
+        rich_help_panel=_DECODING,
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="The most tokens to generate.")]
 NumDraftTokens = Annotated[
     str, typer.Option("--num-draft-tokens", metavar="N|auto", help="Tokens of a draft.", rich_help_panel=_DECODING)
@@ -280,6 +288,7 @@ class DecodeOptions:
     verify: Verify = "exact"
     draft: Draft = "auto"
     draft_from: DraftFrom = None
+    draft_memory: DraftMemory = False
     num_draft_tokens: NumDraftTokens = "auto"
     trees: Trees = True
     ngram_max: NgramMax = 3
@@ -300,6 +309,7 @@ class DecodeOptions:
             verify=self.verify,
             draft=self.draft,
             draft_from=tuple(self.draft_from or ()),
+            draft_memory=self.draft_memory,
             num_draft_tokens=parse_auto("--num-draft-tokens", self.num_draft_tokens),
             trees=self.trees,
             ngram_max=self.ngram_max,

@@ -25,6 +25,8 @@ from quasar_core.checkpoint.checks import refuse_other_target
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.config import GROUP_CHOICES, LoadOptions, QuantizeConfig
 from quasar_core.decode.costs import pair_costs
+from quasar_core.decode.draft_memory import forget_answers
+from quasar_core.decode.draft_texts import forget_texts
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.processors import read_processors
 from quasar_core.decode.text import encode_prompt
@@ -466,3 +468,8 @@ def _describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu, {most_threads()} threads"
+
+
+def forget_drafts() -> tuple[int, int]:
+    """Remove answers that were kept for drafts, and indexes of texts; how many files of each there were."""
+    return forget_answers(), forget_texts()

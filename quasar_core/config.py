@@ -94,6 +94,7 @@ class GenerationConfig:
     draft: DraftKind = "auto"
     draft_from: tuple[str, ...] = ()  # files and folders whose text drafts are made from
     prediction: str = ""  # the text that is expected
+    draft_memory: bool = False  # whether answers are kept for the drafts of later runs
     num_draft_tokens: int | Auto = "auto"
     trees: bool = True  # whether branches may stand beside a draft, where they pay
     ngram_max: int = 3
@@ -128,7 +129,8 @@ class GenerationConfig:
         if self.draft not in DRAFT_KINDS:  # looked for only now, as that takes milliseconds
             known = [*DRAFT_KINDS, *registered_drafters()]
             _require(self.draft in known, f"--draft must be one of {', '.join(known)}, not {self.draft}.")
-        for flag, given in (("--draft-from", self.draft_from), ("--prediction", self.prediction)):
+        for name in ("draft_from", "prediction", "draft_memory"):
+            flag, given = f"--{name.replace('_', '-')}", getattr(self, name)
             _require(self.draft != "none" or not given, f"{flag} is what drafts are made from: leave --draft none out.")
 
     @property

@@ -105,6 +105,18 @@ def push_verifier(folder: Path, repository: str, private: bool) -> str:
     return address
 
 
+@app.command("forget", cls=Command, epilog=examples("quasar models forget"))
+def forget(verbose: Verbose = False, as_json: Json = False) -> None:
+    """Remove what drafts were made from in earlier runs: answers that --draft-memory kept, texts of --draft-from."""
+    from quasar_core import api
+
+    answers, texts = api.forget_drafts()
+    if as_json:
+        console.print_json({"memories": answers, "texts": texts})
+    else:
+        console.note_plain(f"Forgotten: files of kept answers, {answers}; of texts for drafts, {texts}.")
+
+
 @app.command("remove", cls=Command, epilog=examples("quasar models remove demo-gptq-4bit-g128 --keep-files"))
 def remove(
     name: Name,

@@ -60,7 +60,8 @@ class Texts:
 
     def describe(self, tokens: int) -> str:
         """What drafts are made from, in a sentence."""
-        parts = [f"draft texts: {len(self.contents)} files of {tokens:,} tokens"]
+        files = "1 file" if len(self.contents) == 1 else f"{len(self.contents)} files"
+        parts = [f"draft texts: {files} of {tokens:,} tokens"]
         for why, names in self.left_out.items():
             listed = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
             parts.append(f"left out as {why}: {listed} ({len(names)})")
@@ -111,12 +112,17 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _key(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> str:
     """A digest of all that an index depends on."""
-    digest = hashlib.sha256(FORMAT.encode())
-    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    digest.update(backend.to_str().encode() if backend is not None else b"")
+    digest = hashlib.sha256(f"{FORMAT} {tokenizer_digest(tokenizer)}".encode())
     for text in texts.contents.values():
         digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()[:32]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells tokenizers apart: the vocabulary, and the rules where they are at hand."""
+    digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    digest.update(backend.to_str().encode() if backend is not None else b"")
     return digest.hexdigest()[:32]
 
 

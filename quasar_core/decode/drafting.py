@@ -1,8 +1,10 @@
 """What a generator drafts from: the drafter of each answer, and what outlives it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from quasar_core.config import GenerationConfig, Request
+from quasar_core.decode.draft_memory import keep_answers, memory_file, recall_answers
 from quasar_core.decode.draft_texts import read_index
 from quasar_core.decode.text import encode_text
 from quasar_core.draft.automaton import SuffixAutomaton
@@ -17,7 +19,8 @@ from quasar_core.records import Progress, no_progress
 class Drafting:
     """Makes a drafter for each answer. With `auto`, later answers draft from earlier ones of the same generator.
 
-    While sampling they do not: what is drawn depends on the drafts, and a seed is to fix the text.
+    While sampling they do not, unless answers are kept for later runs: what is drawn depends on the drafts, and a seed
+    is to fix the text.
     """
 
     def __init__(self, pair: Pair, config: GenerationConfig, progress: Progress = no_progress) -> None:
@@ -25,8 +28,9 @@ class Drafting:
         self.sources = Sources()
         if config.draft == "none":
             return
-        if config.draft == "auto" and config.sampling.greedy:
+        if config.draft_memory or (config.draft == "auto" and config.sampling.greedy):
             self.sources.memory = SuffixAutomaton()
+            self.sources.memory.extend(self._recall() if config.draft_memory else ())
         if config.draft == "recycle" and config.sampling.greedy:
             self.sources.successors = Successors()
         if config.draft_from:
@@ -37,9 +41,23 @@ class Drafting:
     def begin(self, request: Request) -> Drafter:
         """The drafter of an answer."""
         expected = encode_text(self.pair.tokenizer, request.prediction) if request.prediction else []
-        return make_drafter(self.config, self.sources, expected)
+        sources = replace(self.sources, memory=None) if request.alone else self.sources
+        return make_drafter(self.config, sources, expected)
 
     def end(self, answer: Sequence[int]) -> None:
         """An answer is whole."""
-        if self.sources.memory is not None:
-            remember(self.sources.memory, answer)
+        if self.sources.memory is None:
+            return
+        remember(self.sources.memory, answer)
+        if self.config.draft_memory:
+            trouble = keep_answers(self._kept_in, self.sources.memory.text)
+            if trouble and trouble not in self.pair.notes:
+                self.pair.notes.append(trouble)
+
+    def _recall(self) -> list[int]:
+        """The answers of earlier runs; a note says how many tokens, or why there are none."""
+        self._kept_in = memory_file(self.pair.tokenizer)
+        tokens, note = recall_answers(self._kept_in)
+        if note not in self.pair.notes:
+            self.pair.notes.append(note)
+        return tokens
