@@ -109,22 +109,6 @@ def p_of_continuations(texts: Iterator[Text], sampling: SamplingConfig = PLAIN) 
     return p_value(statistic, cells - 1)
 
 
-def p_of_transitions(text: Sequence[int], sampling: SamplingConfig = PLAIN) -> float:
-    """The same for the tokens that follow each pair of tokens in a long text."""
-    whole = [*PROMPT, *text]
-    counts = Counter(zip(whole[2:], whole[3:], whole[4:], strict=False))
-    statistic, freedom = 0.0, 0
-    for pair in itertools.product(range(VOCABULARY), repeat=2):
-        observed = [counts[(*pair, token)] for token in range(VOCABULARY)]
-        expected = [sum(observed) * p for p in next_token(pair, sampling)]
-        if any(o > 0 and e == 0 for o, e in zip(observed, expected, strict=True)):
-            return 0.0
-        if sum(observed) >= 20:
-            value, cells = chi_square(list(zip(observed, expected, strict=True)))
-            statistic, freedom = statistic + value, freedom + cells - 1
-    return p_value(statistic, freedom)
-
-
 @pytest.mark.parametrize("make_drafter", [NgramDrafter, RandomDrafter])
 @pytest.mark.parametrize(("verify", "verifier"), [("full", BAD), ("exact", GOOD), ("exact", BAD)])
 def test_continuations_are_distributed_as_plain_samplings(
