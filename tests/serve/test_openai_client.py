@@ -175,8 +175,8 @@ def test_a_prediction_is_a_draft_and_counted(api: Any) -> None:
     reply = ask(api, prediction=given, extra_body={"verify": "full"})
     assert reply.choices[0].message.content == wanted.text
     details = reply.usage.completion_tokens_details
-    assert details.accepted_prediction_tokens > 20
-    assert details.accepted_prediction_tokens <= reply.timings["draft_n_accepted"]
+    assert details.rejected_prediction_tokens == 0
+    assert 0 < details.accepted_prediction_tokens <= reply.timings["draft_n_accepted"]  # as many as measured costs let
     assert ask(api).usage.completion_tokens_details.accepted_prediction_tokens is None
 
 
