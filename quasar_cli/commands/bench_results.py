@@ -1,4 +1,4 @@
-"""`quasar bench show`, `compare`, `plot` and `report`: look at what was measured."""
+"""`quasar bench show`, `compare`, `plot`, `report` and `simulate`: look at what was measured."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -167,11 +167,25 @@ def report(
         console.note_plain(f"The page is in {output}.")
 
 
+def simulate(results: ResultFile, markdown: Markdown = False, verbose: Verbose = False, as_json: Json = False) -> None:
+    """Replay what exact recorded under other windows, drafts and decisions: the speed that each would have."""
+    from quasar_cli.render import bench as render
+    from quasar_core.bench.results import read_results
+    from quasar_core.bench.simulate import simulate as replay
+
+    predictions = replay(read_results(results))
+    if as_json:
+        console.print_json({"predictions": [asdict(prediction) for prediction in predictions]})
+        return
+    _show_grids([render.simulation_grid(predictions)], Forms(markdown=markdown))
+
+
 COMMANDS: list[tuple[str, Callable[..., None], str]] = [
     ("show", takes_groups(show_tables), "quasar bench show results.json --markdown"),
     ("compare", compare, "quasar bench compare a.json b.json --max-regression 5%"),
     ("plot", plot, "quasar bench plot results.json -o results.svg"),
     ("report", report, "quasar bench report results.json -o report.html"),
+    ("simulate", simulate, "quasar bench simulate results.json"),
 ]
 
 

@@ -62,6 +62,7 @@ COMMANDS = (
     "bench show",
     "bench compare",
     "bench plot",
+    "bench simulate",
     "bench steps",
     "models",
     "models add",

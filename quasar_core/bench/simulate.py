@@ -1,0 +1,174 @@
+"""Replay recorded answers under other decisions: windows, draft lengths, who checks; the speed that each would have.
+
+Where a replay comes to a place of which nothing was recorded, as behind a token that the verifier had wrong, it takes
+what was recorded at another place, drawn at random.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from quasar_core.bench.results import Results
+from quasar_core.bench.traces import Drafted, Recorded, Trace, Verified, record_of
+from quasar_core.config import Auto
+from quasar_core.decode.agreement import AgreementCurve, Estimate, RunningAgreement
+from quasar_core.decode.check import Check, Checker
+from quasar_core.decode.window_values import MAX_WINDOW, prospect_of
+from quasar_core.draft.acceptance import Acceptance
+from quasar_core.draft.base import Draft
+
+LONGEST = 64  # drafts are no longer than recorded
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How `exact` may decide: step by step, or by a window's limit and threshold; or the target checks all drafts."""
+
+    name: str
+    limit: int | None = None  # of a window; None: as it is worth most at each step
+    threshold: float = 0.0
+    longest: int = LONGEST  # tokens of a draft
+    target_alone: bool = False
+    like: str | None = None  # the arm that decides so, of which the speed may have been measured
+
+
+POLICIES = (
+    Policy("as it pays", like="exact"),
+    *(Policy(f"window {limit}", limit) for limit in (2, 4, 8, 16, 32)),
+    *(Policy(f"survival {threshold}", MAX_WINDOW, threshold) for threshold in (0.5, 0.8, 0.9)),
+    *(Policy(f"drafts of {longest}", longest=longest) for longest in (2, 4, 8)),
+    Policy("no drafts", longest=0),
+    Policy("target alone", target_alone=True, like="ngram"),
+    Policy("target alone, no drafts", longest=0, target_alone=True, like="vanilla"),
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Tokens per second that a policy would reach, and what was measured where an arm decided so."""
+
+    policy: str
+    predicted: float
+    measured: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Predicted ÷ measured."""
+        return self.predicted / self.measured if self.measured else None
+
+
+def simulate(results: Results, arm: str = "exact", seed: int = 0) -> list[Prediction]:
+    """Replay an arm's answers under every policy. UsageError where the file does not hold what that needs."""
+    recorded = record_of(results, arm)
+    return [
+        Prediction(policy.name, replay(recorded, policy, seed), _measured(results, policy.like))
+        for policy in _policies(arm, results.run.config.window)
+    ]
+
+
+def _policies(arm: str, window: int | Auto) -> list[Policy]:
+    """What was recorded first."""
+    if window == "auto":
+        return list(POLICIES)
+    own = Policy(f"window {window}", window, like=arm)
+    others = [replace(policy, like=None) if policy.like == arm else policy for policy in POLICIES]
+    return [own, *(policy for policy in others if policy.name != own.name)]
+
+
+def _measured(results: Results, arm: str | None) -> float | None:
+    stats = [row.stats for row in results.rows if row.arm == arm and row.stats]
+    seconds = sum(one.decode_s for one in stats)
+    return sum(one.new_tokens - one.prefill_tokens for one in stats) / seconds if seconds else None
+
+
+def replay(recorded: Recorded, policy: Policy, seed: int = 0) -> float:
+    """Tokens per second of all answers together."""
+    replayed = _Replay(recorded, policy, seed)
+    for trace in recorded.traces:
+        replayed.answer(trace)
+    return replayed.tokens / replayed.seconds
+
+
+class _Replay:
+    """One policy over the answers, in turn: what it learns is kept between them."""
+
+    def __init__(self, recorded: Recorded, policy: Policy, seed: int) -> None:
+        self.recorded, self.policy, self.luck = recorded, policy, random.Random(seed)
+        self.verified = [one for trace in recorded.traces for one in trace.verified.values()]
+        self.drafted = [one for trace in recorded.traces for one in trace.drafted.values()]
+        self.lost = [one for trace in recorded.traces for one in trace.lost] or self.verified
+        self.lost_drafts = [one for trace in recorded.traces for one in trace.lost_drafts] or self.drafted
+        self.agreement = RunningAgreement(AgreementCurve(recorded.margins))
+        self.by_target, self.by_verifier = Acceptance(), Acceptance()
+        self.checker = Checker(recorded.costs, self.agreement, [prospect_of((), (), recorded.costs, 0.0)])
+        self.tokens, self.seconds = 0, 0.0
+
+    def answer(self, trace: Trace) -> None:
+        """Decode the answer again."""
+        place = 0
+        window: list[tuple[Estimate, bool]] = []
+        while place < trace.tokens:
+            alive = all(agrees for _, agrees in window)
+            draft = self._draft(trace, place + len(window), alive)
+            check = self._choose(draft, window)
+            ends = alive and place + len(window) >= trace.tokens
+            if check.by_target or ends:
+                place += self._confirm(window, self._first(draft, 0 if ends else check.length), alive)
+                window = []
+            else:
+                self._verify(trace, place, window, self._first(draft, check.length))
+        self.tokens += trace.tokens
+
+    def _draft(self, trace: Trace, place: int, alive: bool) -> Drafted:
+        known = trace.drafted.get(place) or trace.rests.get(place) or self.luck.choice(self.drafted)
+        return self._first(known if alive else self.luck.choice(self.lost_drafts), self.policy.longest)
+
+    def _first(self, draft: Drafted, length: int) -> Drafted:
+        pieces = Draft((0,) * draft.length, draft.pieces).first(length).pieces
+        return Drafted(pieces, min(draft.right, length))
+
+    def _choose(self, draft: Drafted, window: Sequence[tuple[Estimate, bool]]) -> Check:
+        survival = 1.0
+        for estimate, _ in window:
+            survival *= estimate.p
+        if self.policy.target_alone:
+            return Check(True, draft.length, 0.0)
+        if self.policy.limit is not None:
+            due = len(window) >= self.policy.limit or survival < self.policy.threshold
+            return Check(due, 0 if due else draft.length, 0.0)
+        offered = Draft((0,) * draft.length, draft.pieces)
+        return self.checker.choose(
+            len(window), survival, self.by_target.of(offered), self.by_verifier.of(offered), whole=True
+        )
+
+    def _verify(self, trace: Trace, place: int, window: list[tuple[Estimate, bool]], draft: Drafted) -> None:
+        """A verify pass: the verifier takes drafted tokens while they are right and it says what the target says."""
+        tokens: list[Verified] = []
+        for offset in range(draft.length + 1):
+            alive = all(agrees for _, agrees in window) and all(token.agrees for token in tokens)
+            known = trace.verified.get(place + len(window) + offset) or self.luck.choice(self.verified)
+            tokens.append(known if alive else self.luck.choice(self.lost))
+            if offset >= draft.right or not tokens[-1].agrees:
+                break
+        accepted = len(tokens) - 1
+        refused = accepted < draft.length
+        estimates = self.agreement.estimates([token.margin for token in tokens], accepted, refused)
+        window += zip(estimates, [token.agrees for token in tokens], strict=True)
+        self.by_verifier.count(draft.pieces, accepted)
+        self.by_target.count(draft.pieces, draft.right)
+        self.checker.verified(draft.length + 1)
+        self._spend(self.recorded.costs.verify(draft.length + 1))
+
+    def _confirm(self, window: list[tuple[Estimate, bool]], draft: Drafted, alive: bool) -> int:
+        """A target pass over window and draft; the tokens that it commits."""
+        accepted = next((i for i, (_, agrees) in enumerate(window) if not agrees), len(window))
+        committed = accepted + 1 + (draft.right if alive else 0)
+        passed = len(window) + 1 + draft.length
+        if alive:
+            self.by_target.count(draft.pieces, draft.right)
+        self.checker.confirmed(passed, committed, [estimate for estimate, _ in window], accepted)
+        self._spend(self.recorded.costs.confirm(passed))
+        return committed
+
+    def _spend(self, seconds: float) -> None:
+        self.seconds += seconds + self.recorded.drafting_s + self.recorded.other_s

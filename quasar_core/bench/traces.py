@@ -1,0 +1,185 @@
+"""Read what an arm's steps recorded as traces: what verifier, target and drafter said at each place of an answer.
+
+The committed text is the same whatever was decided, so what was seen at a place holds for other decisions too: the
+margin of the verifier's token there and whether the target took it, and how much of a draft was right.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from quasar_core.bench.results import Results
+from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.errors import UsageError
+from quasar_core.records import Confirm, MarginTable, Piece, Stats, Step
+
+BINS = 16
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The verifier's token at a place: its margin, and whether it is the target's."""
+
+    margin: float
+    agrees: bool
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """A draft at a place: its pieces, and how many of its tokens were right."""
+
+    pieces: tuple[Piece, ...]
+    right: int
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return sum(piece.length for piece in self.pieces)
+
+
+@dataclass
+class Trace:
+    """One answer behind its first token: its length, what is known of its places, and of what came to nothing.
+
+    Behind a token that the verifier had wrong drafts are right as far as the verifier took them.
+    """
+
+    tokens: int
+    verified: dict[int, Verified] = field(default_factory=dict)
+    drafted: dict[int, Drafted] = field(default_factory=dict)
+    rests: dict[int, Drafted] = field(default_factory=dict)  # inside a draft that was right so far: what is left of it
+    lost: list[Verified] = field(default_factory=list)
+    lost_drafts: list[Drafted] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """An arm's traces, what passes took on average, and what each step took beside them, in seconds."""
+
+    traces: list[Trace]
+    costs: PairCosts
+    drafting_s: float
+    other_s: float
+    measured: float  # tokens per second
+
+    @property
+    def margins(self) -> MarginTable:
+        """How often the target agreed, by margin, in bins of equal numbers."""
+        seen = [verified for trace in self.traces for verified in trace.verified.values()]
+        margins = np.array([verified.margin for verified in seen])
+        agreed = np.array([verified.agrees for verified in seen])
+        edges = np.unique(np.quantile(margins, np.linspace(0, 1, BINS + 1)[1:-1] ** 2)) if seen else np.array([])
+        edges = edges[edges > 0]
+        index = np.searchsorted(edges, margins, side="right")
+        counts = np.bincount(index, minlength=len(edges) + 1)
+        hits = np.bincount(index, weights=agreed, minlength=len(edges) + 1)
+        return MarginTable(edges.tolist(), counts.tolist(), hits.astype(int).tolist())
+
+
+def record_of(results: Results, arm: str) -> Recorded:
+    """The traces of an arm of greedy `exact`; UsageError where the file holds none."""
+    stats = [row.stats for row in results.rows if row.arm == arm and row.stats and row.stats.step_log]
+    if not stats:
+        raise UsageError(f"The results have no answers of the arm {arm}.")
+    if any(results.run.config.temperatures):
+        raise UsageError("Sampled answers cannot be replayed: other decisions would have drawn another text.")
+    if not any(one.confirm_log for one in stats) or not any(step.margins for one in stats for step in one.step_log):
+        raise UsageError(
+            f"The results hold no margins of the arm {arm}: it has no confirms, or an older version ran it. Run the "
+            "bench again."
+        )
+    seconds, passes = _pass_seconds(results), sum(len(one.step_log) + len(one.confirm_log) for one in stats)
+    within = sum(step.seconds + step.draft_s for one in stats for step in one.step_log)
+    within += sum(confirm.seconds for one in stats for confirm in one.confirm_log)
+    decode_s = sum(one.decode_s for one in stats)
+    drafting = sum(step.draft_s for one in stats for step in one.step_log)
+    return Recorded(
+        traces=[trace_of(one) for one in stats],
+        costs=PairCosts(_cost(seconds["verify"]), _cost(seconds["confirm"])),
+        drafting_s=drafting / sum(len(one.step_log) for one in stats),
+        other_s=max(decode_s - within, 0.0) / passes,
+        measured=sum(one.new_tokens - one.prefill_tokens for one in stats) / decode_s,
+    )
+
+
+def trace_of(stats: Stats) -> Trace:
+    """What is known of each place of an answer."""
+    trace = Trace(stats.new_tokens - stats.prefill_tokens)
+    place, window = 0, list[tuple[int, Step]]()  # committed so far; verify passes since, with their places
+    for confirm, step in _in_order(stats):
+        if confirm:
+            _settle(trace, place, confirm.accepted, window)
+            place, window = place + confirm.accepted + 1, []
+        if step and step.by_target:
+            survived = confirm is None or confirm.accepted == confirm.window
+            start = place - 1 if confirm else place  # a confirm's bonus is the token behind the draft
+            if survived:
+                trace.drafted[start] = Drafted(tuple(step.pieces), step.accepted)
+            place = start + step.accepted + 1 if survived else place
+        elif step:
+            window.append((place + sum(len(earlier.margins) for _, earlier in window), step))
+    for start, draft in trace.drafted.items():
+        for done in range(1, draft.right + 1):
+            trace.rests[start + done] = Drafted(_behind(draft.pieces, done), draft.right - done)
+    return trace
+
+
+def _behind(pieces: Sequence[Piece], count: int) -> tuple[Piece, ...]:
+    """The pieces of all but the first `count` tokens."""
+    left = []
+    for piece in pieces:
+        taken = min(piece.length, count)
+        count -= taken
+        if piece.length > taken:
+            left.append(replace(piece, length=piece.length - taken))
+    return tuple(left)
+
+
+def _in_order(stats: Stats) -> Iterator[tuple[Confirm | None, Step | None]]:
+    """Confirms and steps as they came; together where one pass was both."""
+    confirms = defaultdict[int, list[Confirm]](list)
+    for confirm in stats.confirm_log:
+        confirms[confirm.step].append(confirm)
+    for number, step in enumerate(stats.step_log):
+        joint = None
+        for confirm in confirms[number]:
+            if confirm.drafted:
+                joint = confirm
+            else:
+                yield confirm, None
+        yield joint, step
+    yield from ((confirm, None) for confirm in confirms[len(stats.step_log)])
+
+
+def _settle(trace: Trace, place: int, accepted: int, window: Sequence[tuple[int, Step]]) -> None:
+    """The target took so many tokens of the window, which begins at `place`; the next was wrong, if there was one."""
+    end = place + accepted
+    for start, step in window:
+        for offset, margin in enumerate(step.margins):
+            if start + offset <= end:
+                trace.verified[start + offset] = Verified(margin, start + offset < end)
+            else:
+                trace.lost.append(Verified(margin, True))
+        if start > end:
+            trace.lost_drafts.append(Drafted(tuple(step.pieces), step.accepted))
+        else:
+            trace.drafted[start] = Drafted(tuple(step.pieces), min(step.accepted, end - start))
+
+
+def _pass_seconds(results: Results) -> dict[str, dict[int, list[float]]]:
+    """Seconds of all passes of a run, by model and tokens."""
+    seconds: dict[str, dict[int, list[float]]] = {"verify": defaultdict(list), "confirm": defaultdict(list)}
+    for row in results.rows:
+        for step in row.stats.step_log if row.stats else []:
+            if step.seconds:
+                seconds["confirm" if step.by_target else "verify"][step.drafted + 1].append(step.seconds)
+        for confirm in row.stats.confirm_log if row.stats else []:
+            seconds["confirm"][confirm.window + 1 + confirm.drafted].append(confirm.seconds)
+    return seconds
+
+
+def _cost(seconds: dict[int, list[float]]) -> PassCost:
+    sizes = sorted(seconds)
+    return PassCost(tuple(sizes), tuple(float(np.mean(seconds[size])) for size in sizes))

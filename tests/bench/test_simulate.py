@@ -1,0 +1,157 @@
+"""Replays of recorded answers: the recorded policy's speed, others' by a clock made by hand, and what is refused."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from helpers.bench_records import make_results, make_row, make_run
+from helpers.tiny_models import TableModel, make_pair
+
+from quasar_core.bench.arms import BenchConfig
+from quasar_core.bench.results import Results
+from quasar_core.bench.simulate import POLICIES, replay, simulate
+from quasar_core.bench.traces import Drafted, Verified, record_of, trace_of
+from quasar_core.config import GenerationConfig
+from quasar_core.decode.costs import CostRecord, PassCost
+from quasar_core.decode.generator import Generator
+from quasar_core.draft.base import Draft, Drafter
+from quasar_core.errors import UsageError
+from quasar_core.records import Confirm, FidelityReport, MarginTable, Piece, Stats, Step
+
+VOCABULARY, TOKENS, ANSWERS = 40, 300, 6
+VERIFY, CONFIRM = PassCost((1, 33), (1.0, 1.6)), PassCost((1, 33), (3.0, 4.5))
+PLAIN, COPIED = GenerationConfig(TOKENS, "full", draft="none"), GenerationConfig(TOKENS, "full")
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TimedModel(TableModel):
+    """Each pass takes its cost on the clock."""
+
+    def __init__(self, clock: Clock, cost: PassCost, seed: int = 0) -> None:
+        super().__init__(VOCABULARY, seed)
+        self.clock, self.cost = clock, cost
+
+    def forward(self, tokens: Sequence[int], cache: Any, last_only: bool = False) -> torch.Tensor:
+        if not last_only:
+            self.clock.now += self.cost(len(tokens))
+        return super().forward(tokens, cache, last_only)
+
+
+class Passages(Drafter):
+    """Text comes in passages of 14 tokens: of one there is no copy, of another a bad one, of a third a good one."""
+
+    def __init__(self, text: Sequence[int]) -> None:
+        self.text, self.position = text, 0
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        self.position += len(tokens)
+
+    def forget(self, count: int) -> None:
+        self.position -= count
+
+    def propose(self, limit: int, after: Sequence[int] = ()) -> Draft:
+        passage = self.position // 14
+        chance = random.Random(passage).choice((0.0, 0.5, 0.97))
+        end = min(14 * (passage + 1), self.position + limit, len(self.text)) if chance else self.position
+        copy = [self.copied(place, chance) for place in range(self.position, end)]
+        return Draft.of(copy, "copy", 3 if chance > 0.5 else 1)
+
+    def copied(self, place: int, chance: float) -> int:
+        right = random.Random(-place).random() < chance
+        return self.text[place] if right else (self.text[place] + 1) % VOCABULARY
+
+
+def benched(window: Any = "auto") -> Results:
+    """Arms exact, ngram and vanilla on a clock on which nothing but passes takes time."""
+    clock = Clock()
+    target, verifier = TimedModel(clock, CONFIRM), TimedModel(clock, VERIFY)
+    verifier.table = target.disturbed(0.25).table
+    report = FidelityReport("t", 100, 0.9, 0.9, 0.9, 0.1, 0.2, 5.0, 5.1, MarginTable([0.3], [100, 900], [60, 880]))
+    pair = make_pair(target, verifier, max_context=2048, fidelity=report)
+    for role, cost in (("target", CONFIRM), ("verifier", VERIFY)):
+        pair.measured[role] = CostRecord(cost, {"role": role}, 0.0)
+    texts = [[0, n, *Generator(pair, PLAIN).generate([0, n]).token_ids] for n in range(ANSWERS)]
+    rows = []
+    for arm, config in (
+        ("exact", replace(COPIED, verify="exact", window=window)),
+        ("ngram", COPIED),
+        ("vanilla", PLAIN),
+    ):
+        known: list[int] = []
+        generator = Generator(pair, config, partial(Passages, known), now=clock)
+        for number, text in enumerate(texts):
+            known[:] = text
+            generator.reset()
+            result = generator.generate(text[:2])
+            assert result.token_ids == text[2:]
+            rows.append(make_row(arm, number, list(result.token_ids), result.stats))
+    return Results(make_run(config=BenchConfig(("exact", "ngram", "vanilla"), window=window)), rows)
+
+
+@pytest.mark.parametrize("window", ["auto", 4])
+def test_the_recorded_policy_is_predicted_within_five_percent(window: Any) -> None:
+    predictions = simulate(benched(window))
+    assert predictions[0].ratio == pytest.approx(1.0, abs=0.05)
+    named = {one.policy: one for one in predictions}
+    assert named["target alone, no drafts"].ratio == pytest.approx(1.0, abs=0.05)
+    assert len(named) == len(POLICIES)
+
+
+def test_other_policies_are_predicted_from_a_recording_of_one() -> None:
+    """A window of 4, replayed from what was recorded as it pays, against its own run."""
+    predicted = {one.policy: one.predicted for one in simulate(benched())}
+    assert predicted["window 4"] == pytest.approx(simulate(benched(4))[0].measured, rel=0.1)
+
+
+def test_a_trace_by_hand() -> None:
+    """Two verify passes, a confirm that refuses the third token, and a draft that goes to the target at once."""
+    piece = Piece("x", 1, 2)
+    steps = [
+        Step(2, 1, [piece], margins=[5.0, 4.0]),
+        Step(0, 0, margins=[0.1]),
+        Step(2, 2, [piece], by_target=True),
+    ]
+    trace = trace_of(Stats(new_tokens=7, prefill_tokens=1, step_log=steps, confirm_log=[Confirm(3, 2, step=2)]))
+    assert trace.tokens == 6
+    assert trace.verified == {0: Verified(5.0, True), 1: Verified(4.0, True), 2: Verified(0.1, False)}
+    one = Piece("x", 1, 1)
+    assert trace.drafted == {0: Drafted((piece,), 1), 2: Drafted((), 0), 3: Drafted((piece,), 2)}
+    assert trace.rests == {1: Drafted((one,), 0), 4: Drafted((one,), 1), 5: Drafted((), 0)}
+
+
+def test_a_draft_behind_a_window_by_hand() -> None:
+    piece = Piece("x", 1, 2)
+    steps = [Step(0, 0, margins=[5.0]), Step(2, 1, [piece], by_target=True)]
+    trace = trace_of(Stats(new_tokens=4, prefill_tokens=1, step_log=steps, confirm_log=[Confirm(1, 1, 2, 1)]))
+    assert trace.verified == {0: Verified(5.0, True)}
+    assert trace.drafted[1] == Drafted((piece,), 1)
+
+
+def test_margins_are_counted() -> None:
+    recorded = record_of(benched(), "exact")
+    table = recorded.margins
+    assert sum(table.counts) == sum(len(trace.verified) for trace in recorded.traces)
+    assert 0 < sum(table.agreed) < sum(table.counts)
+    assert replay(recorded, POLICIES[0], 1) > 0
+
+
+def test_files_without_margins_are_refused() -> None:
+    with pytest.raises(UsageError, match="no answers of the arm exact"):
+        simulate(make_results())
+    old = [replace(row, arm="exact") for row in make_results().rows if row.arm == "ngram"]
+    with pytest.raises(UsageError, match="no margins"):
+        simulate(Results(make_run(), old))
+    results = benched()
+    sampled = replace(results.run, config=replace(results.run.config, temperatures=(1.0,)))
+    with pytest.raises(UsageError, match="Sampled"):
+        simulate(Results(sampled, results.rows))
