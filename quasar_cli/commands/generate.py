@@ -74,7 +74,7 @@ def generate(
 
     The answer goes to stdout as it comes; what it gained goes to stderr after it.
     """
-    config = replace(decoding.config(), prediction=read_text(prediction, kind=UsageError) if prediction else "")
+    config = replace(decoding.config(), prediction=_read_prediction(prediction) if prediction else "")
     asked = read_prompt(text, prompt, prompt_file)
     if system is not None and not chat:
         raise UsageError("--system is part of the chat template; leave --raw out, or put the text into the prompt.")
@@ -102,6 +102,14 @@ def generate(
         show_notes(pair)
     if stats:
         show_stats(pair, config, result)
+
+
+def _read_prediction(path: Path) -> str:
+    """The text that is expected; UsageError where there is none."""
+    text = read_text(path, kind=UsageError)
+    if not text.strip():
+        raise UsageError(f"--prediction: {path} holds no text.")
+    return text
 
 
 def _trace_file(trace: str | None) -> Path | None:

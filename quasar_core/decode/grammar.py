@@ -41,7 +41,10 @@ class Grammars:
             grammar = self._library.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=STYLE)
         except ValueError as error:
             raise UsageError(f"the JSON schema cannot be served: {reason(error)}") from error
-        return self._checked(grammar, "the JSON schema")
+        checked = self._checked(grammar, "the JSON schema")
+        if not self._begins(checked):
+            raise UsageError("the JSON schema cannot be served: nothing fits it")
+        return checked
 
     def of_lark(self, text: str) -> str:
         """The grammar of a text in llguidance's form of Lark."""
@@ -52,6 +55,12 @@ class Grammars:
         if failed:
             raise UsageError(f"{named} cannot be served: {reason(ValueError(messages[0]))}")
         return grammar
+
+    def _begins(self, grammar: str) -> bool:
+        """Whether any token may come first, that of the end aside: no JSON is empty."""
+        first = self.rule(grammar, 0).mask()
+        first[list(self.eos_ids)] = False
+        return bool(first.any())
 
     def rule(self, grammar: str, begin: int, behind: int | None = None) -> "GrammarRule":
         """The rule of one answer whose first token stands at `begin`; with `behind`, from the token after that one."""
@@ -96,7 +105,7 @@ class GrammarRule:
             constrained = self._constrained(answer)
             if constrained is not None:
                 self._follow(constrained)
-                logits[row].masked_fill_(~self._mask().to(logits.device), -torch.inf)
+                logits[row].masked_fill_(~self.mask().to(logits.device), -torch.inf)
         return logits
 
     def _constrained(self, answer: list[int]) -> list[int] | None:
@@ -120,7 +129,7 @@ class GrammarRule:
         if self._matcher.is_error():
             raise QuasarError(f"The grammar could not be followed: {reason(ValueError(self._matcher.get_error()))}.")
 
-    def _mask(self) -> torch.Tensor:
+    def mask(self) -> torch.Tensor:
         """Whether each token may come next [V]."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         bits = np.unpackbits(packed, bitorder="little")[: self.vocabulary].astype(bool)

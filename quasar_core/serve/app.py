@@ -12,7 +12,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -32,6 +32,7 @@ from quasar_core.serve.worker import Job, Worker
 PAGE = Path(__file__).parent / "page"
 BODY_SECONDS = 30.0  # in which a body must arrive
 DEEPEST = 64  # objects and lists within one another
+POSTED = frozenset({"/v1/chat/completions", "/v1/completions"})
 ALIVE = ": working\n\n"  # a comment, which clients skip
 PAGE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'"
 
@@ -55,6 +56,7 @@ class Server:
             Route("/v1/completions", self.guarded(self.complete), methods=["POST"]),
             Route("/tokenize", self.guarded(self.tokenize), methods=["POST"]),
             Route("/detokenize", self.guarded(self.detokenize), methods=["POST"]),
+            Route("/v1/{rest:path}", self.unknown, methods=["GET", "POST", "PUT", "PATCH", "DELETE"]),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
         ]
         cors = Middleware(
@@ -63,7 +65,7 @@ class Server:
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-        handlers: dict[Any, Any] = {ApiError: _error_reply, HTTPException: _http_reply}
+        handlers: dict[Any, Any] = {ApiError: self._refuse, HTTPException: _http_reply}
         return Starlette(
             routes=routes,
             middleware=[Middleware(Guard, self.settings), *([cors] if self.settings.origins else [])],
@@ -92,6 +94,15 @@ class Server:
             return await endpoint(request)
 
         return checked
+
+    async def unknown(self, request: Request) -> Response:
+        """No such endpoint, or not by this method."""
+        raise HTTPException(405 if request.url.path in POSTED else 404)
+
+    def _refuse(self, request: Request, error: Exception) -> Response:
+        """Tell why a request was not begun, and count it."""
+        self.metrics.requests.labels("refused").inc()
+        return _error_reply(request, error)
 
     async def health(self, request: Request) -> Response:
         """Whether it answers."""
@@ -177,6 +188,8 @@ class Server:
             raise ApiError(415, "The body must be sent as application/json.")
         try:
             raw = await asyncio.wait_for(_receive(request, self.settings.most_bytes), BODY_SECONDS)
+        except ClientDisconnect:
+            raise refused("The client went away before the body had arrived.") from None
         except asyncio.TimeoutError:
             raise ApiError(408, f"The body did not arrive within {BODY_SECONDS:g} seconds.") from None
         try:

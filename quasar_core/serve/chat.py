@@ -163,10 +163,10 @@ def _schema(fields: Fields) -> dict[str, Any] | None:
         return ANY_OBJECT
     for name in ("name", "description", "strict"):
         wrapped.take(name)
-    schema = wrapped.mapping("schema")
+    schema = wrapped.take("schema")
     wrapped.end()
-    if not schema:
-        raise refused("response_format: json_schema needs a schema.", "response_format")
+    if not isinstance(schema, dict):
+        raise refused("response_format: json_schema needs a schema, which is an object.", "response_format")
     return schema
 
 

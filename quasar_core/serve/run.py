@@ -1,5 +1,6 @@
 """Run a server: in the foreground, or in a thread of a program's own."""
 
+import asyncio
 import importlib.util
 import socket
 import threading
@@ -50,7 +51,7 @@ class RunningServer:
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             server_header=False,
         )
-        self._uvicorn = _announcing(uvicorn.Server, lambda: on_ready(self.url))(config)
+        self._uvicorn = _announcing(uvicorn.Server, lambda: on_ready(self.url), self.server.worker.stop)(config)
         self._thread: threading.Thread | None = None
 
     def run(self) -> None:
@@ -73,13 +74,17 @@ class RunningServer:
             self._thread.join()
 
 
-def _announcing(base: Any, announce: Callable[[], None]) -> Any:
-    """uvicorn's server, which says when it answers."""
+def _announcing(base: Any, announce: Callable[[], None], end: Callable[[], None]) -> Any:
+    """uvicorn's server, which says when it answers, and ends answers before it waits for them."""
 
     class Announcing(base):  # type: ignore[misc]
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             self.announce()
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            await asyncio.to_thread(end)
+            await super().shutdown(sockets)
 
     Announcing.announce = staticmethod(announce)
     return Announcing

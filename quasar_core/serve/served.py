@@ -32,7 +32,8 @@ class Served:
         has_target, has_verifier = pair.target is not None, pair.verifier is not None
         runs = {"exact": has_target and has_verifier, "full": has_target, "quantized": has_verifier}
         self.modes: list[VerifyMode] = [mode for mode in VERIFY_MODES if runs[mode]]
-        self.drafts = tuple(dict.fromkeys([*DRAFT_KINDS, settings.defaults.draft]))
+        kinds = [kind for kind in DRAFT_KINDS if kind != "assistant" or pair.assistant is not None]
+        self.drafts = tuple(dict.fromkeys([*kinds, settings.defaults.draft]))
         self.most_prompt = min(settings.most_prompt or pair.max_context, pair.max_context - 1)
         self._tokenizer = copy.deepcopy(pair.tokenizer)
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.prefixes import Prefixes
 from quasar_core.decode.scores import Scores, TokenScore, score_text
-from quasar_core.errors import QuasarError
+from quasar_core.errors import QuasarError, UsageError
 from quasar_core.records import GenerationResult
 from quasar_core.serve.asks import Ask
 from quasar_core.serve.errors import ApiError
@@ -88,6 +88,7 @@ class Worker:
         self._queue: queue.Queue[Job | None] = queue.Queue(settings.queue)
         self._thread = threading.Thread(target=self._work, name="quasar engine", daemon=True)
         self._current: Job | None = None
+        self._ended = False
         self._generators: dict[tuple[str, str, bool], Generator] = {}
         metrics.waiting.set_function(self._queue.qsize)
 
@@ -96,23 +97,27 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the present answer before its next pass, refuse what waits, and wait for the thread."""
+        """End the present answer before its next pass, refuse what waits and what comes, and wait for the thread."""
+        if self._ended:
+            return
+        self._ended = True
         waiting = []
         while not self._queue.empty():
             waiting.append(self._queue.get_nowait())
         for job in filter(None, [*waiting, self._current]):
-            job.emit(0, ApiError(503, "The server is shutting down.", code="shutting_down"))
+            job.emit(0, _ending())
             job.cancelled = True
         self._queue.put(None)
         self._thread.join()
 
     def submit(self, asks: Sequence[Ask]) -> Job:
-        """Queue a request; ApiError where too many wait."""
+        """Queue a request; ApiError where too many wait, or the server ends."""
+        if self._ended:
+            raise _ending()
         job = Job(asks, asyncio.get_running_loop(), self.served.settings.timeout)
         try:
             self._queue.put_nowait(job)
         except queue.Full:
-            self.metrics.requests.labels("refused").inc()
             sentence = f"{self.served.settings.queue} requests wait already; try again later."
             raise ApiError(503, sentence, code="queue_full", retry_after=1) from None
         return job
@@ -133,6 +138,9 @@ class Worker:
             return "cancelled"
         except ApiError as error:
             job.emit(0, error)
+            return "failed"
+        except UsageError as error:
+            job.emit(0, ApiError(400, str(error)))
             return "failed"
         except QuasarError as error:
             job.emit(0, ApiError(500, str(error)))
@@ -187,6 +195,10 @@ class Worker:
             )
             self._generators[key] = Generator(self.served.pair, config, prefixes=self._prefixes)
         return self._generators[key]
+
+
+def _ending() -> ApiError:
+    return ApiError(503, "The server is shutting down.", code="shutting_down")
 
 
 def _maker(ask: Ask, generator: Generator, answering: Answering, count: int) -> Maker | None:

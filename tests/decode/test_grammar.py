@@ -97,6 +97,12 @@ def test_what_is_no_schema_is_refused_in_a_sentence(grammars: Grammars) -> None:
         assert "\n" not in str(refused.value)
 
 
+def test_a_schema_that_nothing_fits_is_refused(grammars: Grammars) -> None:
+    with pytest.raises(UsageError, match="nothing fits it"):
+        grammars.of_schema({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})
+    assert grammars.of_schema({})
+
+
 @pytest.mark.parametrize(("drafts", "window"), [*product((1, 4, 8), (1, 3, 9))])
 def test_the_constrained_text_is_the_plain_one_whatever_is_drafted(
     pair: Any, grammars: Grammars, drafts: int, window: int

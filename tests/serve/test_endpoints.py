@@ -56,6 +56,7 @@ def wait_for(holds: Callable[[], bool]) -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"verify": "never"}, "verify"),
         ({"draft": "oracle"}, "draft"),
+        ({"draft": "assistant"}, "draft"),  # none was loaded
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": 3}, "logprobs"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
@@ -288,3 +289,41 @@ def test_curl_reads_the_exact_lines_of_a_stream(http: Any) -> None:
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 6
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
+
+
+def test_paths_and_methods_that_are_not_served(http: Any) -> None:
+    assert http.post("/v1/embeddings", json={}).status_code == 404
+    assert http.get(CHAT).status_code == 405
+    assert "assistant" not in http.get("/v1/models").json()["data"][0]["drafts"]
+
+
+def test_refused_requests_are_counted(http: Any) -> None:
+    def refused() -> float:
+        lines = http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[1]) for line in lines if line.startswith('quasar_requests_total{outcome="ref'))
+
+    before = refused()
+    assert http.post(TEXT, json={"prompt": "a", "best_of": 3}).status_code == 400
+    assert refused() == before + 1
+
+
+def test_a_client_that_leaves_while_it_sends_disturbs_nobody(http: Any, caplog: pytest.LogCaptureFixture) -> None:
+    host, port = http.base_url.host, http.base_url.port
+    with socket.create_connection((host, port)) as leaving:
+        head = f"POST {TEXT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 500\r\n"
+        leaving.sendall(f"{head}\r\n{{".encode())
+    assert http.get("/health").status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_an_answer_that_the_end_of_the_server_cuts_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    found: list[Any] = []
+    with serving(demo_pair()) as running, client(running) as http:
+        body = {"prompt": "a", "max_tokens": 1500, "temperature": 1.5, "n": 8}
+        asking = threading.Thread(target=lambda: found.append(http.post(TEXT, json=body)))
+        asking.start()
+        wait_for(lambda: running.server.worker._current is not None)
+        running.stop()
+        asking.join()
+    assert (found[0].status_code, found[0].json()["error"]["code"]) == (503, "shutting_down")
+    assert not [record for record in caplog.records if record.exc_info]
