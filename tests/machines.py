@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).parent
+OPTIONS = ("-p", "no:cacheprovider", "--durations=0", "-n", "auto", "--dist", "worksteal")
 QUICK = ["factor", "gptq", "refine", "grid", "cpu_solver", "kernels", "products"]
 QUICK += ["decoder", "decoder_verifier", "engine_exactness", "module_cache"]
 OTHERS = ("bench", "demo_corpus", "gpu", "cuda_triton", "triton", "marlin")  # tables, texts, and kernels of GPUs
@@ -71,7 +72,7 @@ class Run:
 def run_tests(machine: Machine, names: list[str]) -> Run:
     """The tests of these files on that machine; of all files where none are named."""
     files = [str(path) for name in names for path in TESTS.rglob(f"test_{name}.py")] or [str(TESTS)]
-    command = [*machine.under, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--durations=0", *files]
+    command = [*machine.under, sys.executable, "-m", "pytest", *OPTIONS, *files]
     begin = time.perf_counter()
     done = subprocess.run(
         command, cwd=TESTS.parent, env={**os.environ, **machine.variables}, capture_output=True, text=True
