@@ -12,7 +12,7 @@ import numpy.typing as npt
 SAMPLES = 2000
 CONFIDENCE = 0.95
 FEWEST = 8  # questions: of fewer, a bootstrap's interval is too narrow
-WIDEST = 0.15  # half the interval ÷ the value: what is less certain is printed only where it is asked for
+WIDEST = 0.3  # half the interval ÷ the value: what is less certain is printed only where it is asked for
 
 Yields = npt.NDArray[np.float64]
 Statistic = Callable[[Yields, Yields], Yields]
