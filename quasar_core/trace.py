@@ -74,14 +74,20 @@ def origins(stats: Stats, count: int, drafter: str = "ngram") -> list[Origin] | 
 
     `drafter` is the name of a draft whose steps name none.
     """
+    made = origins_so_far(stats, bool(stats.confirm_log), drafter)
+    return made[:count] if len(made) >= count else None
+
+
+def origins_so_far(stats: Stats, confirms: bool, drafter: str = "ngram") -> list[Origin]:
+    """Who made each token of a growing answer; with `confirms`, the verifier's tokens wait for the target."""
     made = [Origin("prompt")] * stats.prefill_tokens
-    if stats.confirm_log:
+    if confirms:
         for passed in _passes(stats, drafter):
             made += passed.made
     else:
         for number, step in enumerate(stats.step_log):
             made += _of_step(number, step, drafter)
-    return made[:count] if len(made) >= count else None
+    return made
 
 
 def windows(stats: Stats, drafter: str = "ngram") -> Iterator[tuple[Confirm, list[WindowToken]]]:

@@ -17,7 +17,7 @@ from quasar_core.decode.generator import Generator
 from quasar_core.decode.traced import trace_of
 from quasar_core.errors import UsageError
 from quasar_core.records import Confirm, Piece, Stats, Step
-from quasar_core.trace import Trace, origins, read_trace, show, windows, write_trace
+from quasar_core.trace import Trace, origins, origins_so_far, read_trace, show, windows, write_trace
 
 pytest_plugins = ["helpers.cli_fixtures"]
 
@@ -227,3 +227,31 @@ def test_generate_saves_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mine.json exists and is not a trace of quasar generate" in capsys.readouterr().err
     assert run([*ASK, "--trace=notes.txt"]) == 2
     assert "--trace must be a .json file" in capsys.readouterr().err
+
+
+def growing(given: Stats, confirms: bool) -> list[str]:
+    return [origin.by for origin in origins_so_far(given, confirms)]
+
+
+def test_a_growing_answer_follows_the_logs() -> None:
+    steps = [Step(3, 2), Step(0, 0), Step(1, 0)]
+    assert growing(Stats(prefill_tokens=1, step_log=steps), False) == [
+        "prompt",
+        "draft",
+        "draft",
+        "bonus",
+        "bonus",
+        "bonus",
+    ]
+    confirms = [Confirm(4, 4, step=2), Confirm(1, 0, step=3)]
+    made = growing(Stats(prefill_tokens=1, step_log=steps, confirm_log=confirms), True)
+    assert made == ["prompt", "draft", "draft", "bonus", "bonus", "target", "corrected"]
+
+
+def test_drafts_that_the_target_checks_itself_are_told_too() -> None:
+    by_target, behind = Step(3, 2, by_target=True), Step(2, 1, by_target=True)
+    steps = [by_target, Step(2, 1), behind, Step(0, 0), Step(2, 0, by_target=True)]
+    confirms = [Confirm(2, 2, drafted=2, step=2), Confirm(1, 0, drafted=2, step=4)]
+    made = growing(Stats(prefill_tokens=1, step_log=steps, confirm_log=confirms), True)
+    first, second = ["draft", "draft", "target"], ["draft", "bonus", "draft", "target"]
+    assert made == ["prompt", *first, *second, "corrected"]

@@ -20,9 +20,9 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.records import GenerationResult
 from quasar_core.serve.asks import Ask
 from quasar_core.serve.errors import ApiError
-from quasar_core.serve.makers import Maker, makers
 from quasar_core.serve.metrics import Metrics
 from quasar_core.serve.served import Served
+from quasar_core.trace import Maker, origins_so_far
 
 
 @dataclass(frozen=True)
@@ -204,5 +204,5 @@ def _ending() -> ApiError:
 def _maker(ask: Ask, generator: Generator, answering: Answering, count: int) -> Maker | None:
     """Who made the last of so many tokens."""
     assert answering.stats is not None
-    made = makers(answering.stats, ask.verify == "exact" and not generator.target_alone)
-    return made[count - 1] if 0 < count <= len(made) else None
+    made = origins_so_far(answering.stats, ask.verify == "exact" and not generator.target_alone)
+    return made[count - 1].by if 0 < count <= len(made) else None

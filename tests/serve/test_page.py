@@ -14,8 +14,6 @@ from helpers.serving import FIXED, LINES, QUESTION, client, demo_pair, plain, se
 
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.text import encode_prompt
-from quasar_core.records import Confirm, Stats, Step
-from quasar_core.serve.makers import makers
 
 
 @pytest.fixture(scope="module")
@@ -115,30 +113,6 @@ def test_the_pages_files_come_with_a_policy_and_load_nothing_from_elsewhere() ->
             assert reply.status_code == 200
             assert "default-src 'none'" in reply.headers["content-security-policy"]
             assert "://" not in reply.text
-
-
-def test_makers_follow_the_logs() -> None:
-    steps = [Step(3, 2), Step(0, 0), Step(1, 0)]
-    assert makers(Stats(prefill_tokens=1, step_log=steps), False) == [
-        "prompt",
-        "draft",
-        "draft",
-        "bonus",
-        "bonus",
-        "bonus",
-    ]
-    confirms = [Confirm(4, 4, step=2), Confirm(1, 0, step=3)]
-    made = makers(Stats(prefill_tokens=1, step_log=steps, confirm_log=confirms), True)
-    assert made == ["prompt", "draft", "draft", "bonus", "bonus", "target", "corrected"]
-
-
-def test_drafts_that_the_target_checks_itself_are_told_too() -> None:
-    by_target, behind = Step(3, 2, by_target=True), Step(2, 1, by_target=True)
-    steps = [by_target, Step(2, 1), behind, Step(0, 0), Step(2, 0, by_target=True)]
-    confirms = [Confirm(2, 2, drafted=2, step=2), Confirm(1, 0, drafted=2, step=4)]
-    made = makers(Stats(prefill_tokens=1, step_log=steps, confirm_log=confirms), True)
-    first, second = ["draft", "draft", "target"], ["draft", "bonus", "draft", "target"]
-    assert made == ["prompt", *first, *second, "corrected"]
 
 
 def test_a_whole_reply_says_who_wrote_each_token() -> None:
