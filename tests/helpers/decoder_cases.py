@@ -44,6 +44,8 @@ TWO_ROPES = {
 }
 
 # The name of a transformers class without its endings, and what its config has beyond SIZES.
+# Families whose logits are held to 1e-5 itself; others amplify what float32 rounds (norms of 1 + w, growing queries).
+STRICT = {"Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama without groups": ("Llama", {"num_key_value_heads": 4}),
@@ -213,10 +215,12 @@ def in_passes(model: Any, tokens: Sequence[int], sizes: Sequence[int]) -> torch.
     return torch.cat(logits)
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """To 1e-5 of the largest logit, as float32 rounds sums of such."""
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, case: str | None = None) -> None:
+    """To 1e-5 of the largest logit, as float32 rounds sums of such; a case of strict families to 1e-5 itself."""
     assert actual.dtype == FLOAT
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    is_strict = case is not None and CASES[case][0] in STRICT
+    scale = 1.0 if is_strict else max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(actual, expected, atol=1e-5 * scale, rtol=1e-5)
 
 
 def assert_close_but_for_steps(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -58,7 +58,7 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, case: str) -> None:
     expected = fresh_logits(save_model(tmp_path, *CASES[case]), random_tokens())
     decoder = fast(load_target(tmp_path, CPU, FLOAT))
     for sizes in SPLITS:
-        assert_close(in_passes(decoder, random_tokens(), sizes), expected)
+        assert_close(in_passes(decoder, random_tokens(), sizes), expected, case)
 
 
 @pytest.mark.parametrize("case", ["llama, all biases", "qwen3, listed windows, biases", "smollm3, windows"])

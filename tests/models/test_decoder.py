@@ -45,10 +45,10 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LeanDecoder, t
 
 @pytest.mark.parametrize("sizes", [[LENGTH], [1], [12, 1, 4, 8], [3, 33]], ids=str)
 def test_logits_equal_those_of_transformers_however_the_text_is_passed(
-    case: tuple[LeanDecoder, torch.Tensor], sizes: list[int]
+    case: tuple[LeanDecoder, torch.Tensor], sizes: list[int], request: pytest.FixtureRequest
 ) -> None:
     decoder, expected = case
-    assert_close(in_passes(decoder, random_tokens(), sizes), expected)
+    assert_close(in_passes(decoder, random_tokens(), sizes), expected, request.node.callspec.params["case"])
 
 
 def test_logits_after_rollbacks_equal_those_of_a_fresh_text(case: tuple[LeanDecoder, torch.Tensor]) -> None:
