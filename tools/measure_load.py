@@ -2,8 +2,10 @@
 
     python tools/measure_load.py MODEL [--busy 0,2,4] [--threads 1,2] [--rounds 5] [--tokens 32] [--plain-pass]
 
-For each number of spinning processes it prints tokens per second of each number of threads, the median of the rounds,
-and that of `auto`, ÷ the best fixed number and ÷ one thread. Run it on a machine that does nothing else.
+For each number of spinning processes it prints tokens per second of each number of threads, all tokens ÷ all seconds
+of the rounds, and that of `auto`, ÷ the best fixed number and ÷ one thread. Run it on a machine that does nothing else,
+and let each arm compute for some seconds: beside other processes the same thread takes half or twice the time for a
+while.
 """
 
 import argparse
@@ -12,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from statistics import median
 
 from quasar_core import api
 from quasar_core.config import Auto, GenerationConfig
@@ -37,25 +38,26 @@ def busy(count: int) -> Iterator[None]:
             other.wait()
 
 
-def tokens_per_second(pair: Pair, prompt: Sequence[int], tokens: int) -> float:
-    """Of one answer, its prompt left out."""
+def decode(pair: Pair, prompt: Sequence[int], tokens: int) -> tuple[int, float]:
+    """The tokens of one answer and their seconds, its prompt left out."""
     config = GenerationConfig(tokens, "full", "none")
     stats = Generator(pair, config).generate(prompt).stats
-    return (stats.new_tokens - 1) / stats.decode_s
+    return stats.new_tokens - 1, stats.decode_s
 
 
 def measure(
     pair: Pair, prompt: Sequence[int], arms: Sequence[int | Auto], rounds: int, tokens: int
 ) -> dict[int | Auto, float]:
-    """The median of each arm's rounds; arms take turns, in the other order every second round."""
-    speeds: dict[int | Auto, list[float]] = {arm: [] for arm in arms}
+    """Tokens per second of each arm over all rounds; arms take turns, in the other order every second round."""
+    rows: dict[int | Auto, list[tuple[int, float]]] = {arm: [] for arm in arms}
     for turn in range(rounds):
         for arm in arms if turn % 2 else reversed(arms):
             api.use_threads(arm)
-            speeds[arm].append(tokens_per_second(pair, prompt, tokens))
+            rows[arm].append(decode(pair, prompt, tokens))
             if arm == AUTO:
                 print(f"  {describe_threads()}", file=sys.stderr)
-    return {arm: median(values) for arm, values in speeds.items()}
+    totals = {arm: [sum(column) for column in zip(*values, strict=True)] for arm, values in rows.items()}
+    return {arm: tokens / seconds for arm, (tokens, seconds) in totals.items()}
 
 
 def main() -> None:

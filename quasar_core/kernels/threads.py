@@ -16,6 +16,7 @@ look better than what follows. A trial that fails costs time, and the next one w
 import contextlib
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ _LOAD, _OWN_THREADS = Path("/proc/loadavg"), Path("/proc/self/task")
 BUSY = 0.1  # share of a pass in which its thread had no core, above which other processes are there
 PAUSE = 0.5  # seconds of passes between two trials, at least
 PRICE = 20  # seconds of passes for each second that a failed trial cost
+LOOK = 0.05  # seconds of passes between two looks at what their thread had of a core
 SETTLED = 0.1  # seconds of passes of one kind, after which their usual time is known; as long is a trial
 MEMORY = 1.0  # seconds of passes over which a usual time is averaged
 GAIN = 0.93  # of the usual time, below which a trial is kept
@@ -102,6 +104,30 @@ class Trial:
         return max(0.0, self.expected - self.spent)
 
 
+class CoreTime:
+    """How much of the passes' time their thread had a core.
+
+    Asked seldom: each time a thread asks for its own time, the kernel looks whether its turn is over, and a thread that
+    asks at every short pass loses turns to those that do not ask.
+    """
+
+    def __init__(self) -> None:
+        self._thread, self._start, self._passes = 0, 0.0, 0.0
+
+    def look(self, seconds: float) -> float | None:
+        """Take in a pass; now and then, the share of the time since the last look in which it had no core."""
+        thread = threading.get_ident()
+        if thread != self._thread:
+            self._thread, self._start, self._passes = thread, time.thread_time(), 0.0
+            return None
+        self._passes += seconds
+        if self._passes < LOOK:
+            return None
+        now, passes = time.thread_time(), self._passes
+        on_core, self._start, self._passes = now - self._start, now, 0.0
+        return 1 - min(on_core / passes, 1.0)
+
+
 class Steering:
     """Chooses the threads of each pass, from 1 to `most`. Its clock is the time of the passes."""
 
@@ -111,6 +137,7 @@ class Steering:
         self.free = free or (lambda most: most)
         self.waiting = 0.0  # the share of recent passes in which their thread had no core
         self.changes = 0
+        self._core_time = CoreTime()
         self._usual: dict[Hashable, Usual] = {}
         self._trial: Trial | None = None
         self._clock = self._next_trial = 0.0
@@ -124,16 +151,26 @@ class Steering:
             self._begin_trial()
         return self._trial.threads if self._trial else self.now
 
-    def saw(self, kind: Hashable, threads: int, seconds: float, on_core: float) -> None:
-        """Take in a pass: its time, and how much of that its thread had a core."""
+    def saw(self, kind: Hashable, threads: int, seconds: float) -> None:
+        """Take in the time of a pass."""
         self._clock += seconds
         if self._trial is not None and threads == self._trial.threads:
             self._trial.add(seconds, self._usual[kind].mean)
             self._judge(self._trial)
         elif threads == self.now:
             self._usual.setdefault(kind, Usual()).add(seconds)
-            share = 1 - min(on_core / seconds, 1.0) if seconds else 0.0
-            self.waiting += (share - self.waiting) * min(1.0, seconds / SETTLED)
+
+    def passed(self, kind: Hashable, threads: int, seconds: float) -> None:
+        """Take in a pass of the calling thread, and whether it had a core where that matters: with several threads."""
+        self.saw(kind, threads, seconds)
+        if threads != self.now or threads == 1:
+            self._core_time = CoreTime()
+        elif (share := self._core_time.look(seconds)) is not None:
+            self.waited(share, LOOK)
+
+    def waited(self, share: float, seconds: float) -> None:
+        """Take in the share of some seconds of passes in which their thread had no core."""
+        self.waiting += (share - self.waiting) * min(1.0, seconds / SETTLED)
 
     def candidates(self) -> list[int]:
         """Other numbers to try, one beside the present one and the ends of the range among them.
@@ -227,11 +264,10 @@ def steered(run: Pass) -> Pass:
         kind = (id(model), run.__name__, len(tokens), others[1:], tuple(named.items()))
         threads = steering.threads_for(kind)
         _set(threads)
-        start, core_start = time.perf_counter(), time.thread_time()
+        start = time.perf_counter()
         try:
             result = run(model, tokens, *others, **named)
-            on_core = time.thread_time() - core_start
-            steering.saw(kind, threads, time.perf_counter() - start, on_core)
+            steering.passed(kind, threads, time.perf_counter() - start)
         finally:
             _set(steering.now)
         return result

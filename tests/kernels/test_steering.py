@@ -41,7 +41,9 @@ def decode(
         count = steering.threads_for(work)
         assert 1 <= count <= steering.most
         taken, share = machine(count, work)
-        steering.saw(work, count, taken, taken * share)
+        steering.saw(work, count, taken)
+        if count == steering.now:
+            steering.waited(1 - share, taken)
         done, spent, index = done + work, spent + taken, index + 1
     return done, spent
 
@@ -76,7 +78,8 @@ def test_a_quiet_machine_sees_no_trial() -> None:
     for _ in range(2000):
         count = steering.threads_for("pass")
         asked.add(count)
-        steering.saw("pass", count, 0.01, 0.0099)
+        steering.saw("pass", count, 0.01)
+        steering.waited(0.01, 0.01)
     assert asked == {8}
     assert steering.changes == 0
 
@@ -102,7 +105,7 @@ def test_passes_of_other_kinds_are_not_compared() -> None:
     decode(steering, shared(2, 0), 0.2, (0.1,))
     for work in (0.001, 0.002, 0.003, 0.004):
         assert steering.threads_for(work) == 1
-        steering.saw(work, 1, work, work)
+        steering.saw(work, 1, work)
     assert steering.threads_for(0.1) == 2
     assert steering.changes == 0
 
@@ -161,6 +164,27 @@ def test_passes_wait_for_a_core_in_fewer_threads(own: int, monkeypatch: pytest.M
     assert model.seen[-1] == 1
     assert threads.describe_threads().startswith("threads: 1 of 2, as other processes take cores; changed ")
     assert times.device_name(model.device).endswith("2 threads")  # what is measured is kept for all of them
+
+
+def test_a_thread_seldom_asks_for_its_own_time(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question lets the kernel end its turn: none with one thread, few with several."""
+    torch.set_num_threads(2)
+    asked: list[float] = []
+    for free in (1, 2):
+        monkeypatch.setattr(threads, "free_threads", lambda most, looks=1, free=free: free)
+        threads.use_threads("auto")
+        model = Model({1: 0.0003, 2: 0.0003})
+
+        def thread_time(model: Model = model) -> float:
+            asked.append(model.now)
+            return model.now
+
+        clocks = SimpleNamespace(perf_counter=lambda model=model: model.now, thread_time=thread_time)
+        monkeypatch.setattr(threads, "time", clocks)
+        asked.clear()
+        for _ in range(1000):
+            model.forward([1], None, last_only=False)
+        assert len(asked) == (0 if free == 1 else 1 + int(0.3 / threads.LOOK))
 
 
 def test_a_pass_that_fails_leaves_the_number(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
