@@ -1,6 +1,7 @@
 """What every test starts from, so that none depends on the machine, on its user's files or on the tests before it.
 
-`tests/machines.py` varies it: OMP_NUM_THREADS is the number of threads, QUASAR_TEST_DENORMALS=flush flushes denormals.
+`tests/machines.py` varies it: OMP_NUM_THREADS is the number of threads, QUASAR_TEST_DENORMALS=flush flushes denormals,
+QUASAR_TEST_LACKS names what this processor is taken not to have.
 """
 
 import os
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -30,7 +32,7 @@ def pytest_collection_finish() -> None:
     """Collecting tests compiles nothing: a file that asks for a library while it is imported is a defect."""
     for name in ("quasar_core.kernels.cpu.library", "quasar_core.quantize.solve.cpp"):
         module = sys.modules.get(name)
-        if module is not None and module.why_not_here.cache_info().currsize:
+        if module is not None and module._why_not_in.cache_info().currsize:
             raise pytest.UsageError(f"a test asks {name} for its library while it is collected: ask in a fixture")
 
 
@@ -61,21 +63,62 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def cpp_pass() -> None:
-    """Skips where the C++ library of passes and products does not run; compiles it, once."""
-    from quasar_core.kernels.cpu import library
-
-    if reason := library.why_not_here():
-        pytest.skip(f"the C++ pass: {reason}")
+def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home in which libraries of C++ are compiled: that of all the processes of a run."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
 
 
 @pytest.fixture(scope="session")
-def cpp_solver() -> None:
+def _lacking() -> Iterator[None]:
+    """Takes off what this processor is not to have."""
+    lacks = frozenset(filter(None, os.environ.get("QUASAR_TEST_LACKS", "").split(",")))
+    if not lacks:
+        yield
+        return
+    from quasar_core.kernels.cpu import forms
+
+    has = forms.processor_flags()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(forms, "processor_flags", lambda: has - lacks)
+        yield
+
+
+@pytest.fixture(scope="session")
+def cpp_pass(_compiled: Path, _lacking: None) -> None:
+    """Skips where the C++ library of passes and products does not run; compiles it, once."""
+    from quasar_core.kernels.cpu import library
+
+    _skip_without(library, _compiled, "the C++ pass")
+
+
+@pytest.fixture(scope="session")
+def cpp_solver(_compiled: Path, _lacking: None) -> None:
     """Skips where the quantizer's loops in C++ do not run; compiles them, once."""
     from quasar_core.quantize.solve import cpp
 
-    if reason := cpp.why_not_here():
-        pytest.skip(f"the solver in C++: {reason}")
+    _skip_without(cpp, _compiled, "the solver in C++")
+
+
+@pytest.fixture(params=["avx512", "avx2", "neon", "portable"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _compiled: Path, _lacking: None) -> str:
+    """Each instruction set in turn for the C++ of passes and products; those that do not run here are skipped."""
+    from quasar_core.kernels.cpu import library
+    from quasar_core.kernels.cpu.forms import VARIABLE, find_form, why_not
+
+    if obstacle := why_not(find_form(request.param)):
+        pytest.skip(obstacle)
+    monkeypatch.setenv(VARIABLE, request.param)
+    _skip_without(library, _compiled, f"the C++ pass for {request.param}")
+    return str(request.param)
+
+
+def _skip_without(module: ModuleType, compiled: Path, what: str) -> None:
+    """Compile a module's library in a home of all tests, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUASAR_HOME", str(compiled))
+        if reason := module.why_not_here():
+            pytest.skip(f"{what}: {reason}")
 
 
 @pytest.fixture(scope="module", params=["C++", "PyTorch"])

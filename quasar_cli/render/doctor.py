@@ -60,6 +60,7 @@ def findings_tables(findings: dict[str, Any]) -> list[RenderableType]:
         ("memory", as_bytes(findings["memory_bytes"])),
         ("GPU", _gpu(gpu) if gpu else "none that CUDA reaches"),
         ("read bandwidth", f"{as_bytes(findings['read_bandwidth_bytes_per_s'])}/s measured on {findings['device']}"),
+        ("passes in C++", findings["cpp"]),
         ("quantizer's loops", findings["quantizer_loops"]),
         ("home", findings["home"]),
         (

@@ -16,6 +16,7 @@ from quasar_core.bench.compare_verifiers import compare_verifiers
 from quasar_core.bench.steps import read_bandwidth
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
+from quasar_core.kernels.cpu import library
 from quasar_core.kernels.select import describe_kernels
 from quasar_core.kernels.times import device_name
 from quasar_core.models.hf.skeleton import context_limit
@@ -46,6 +47,7 @@ def examine(progress: Progress) -> dict[str, Any]:
         "device": str(device),
         "read_bandwidth_bytes_per_s": bandwidth,
         "kernels": [asdict(report) for report in describe_kernels(device, dtype, progress)],
+        "cpp": describe_cpp(),
         "quantizer_loops": describe_loops(),
         "home": str(store.home()),
         "current_pair": asdict(pair) if pair else None,
@@ -74,6 +76,12 @@ def describe_memory(target: str, verifier: Path) -> str:
         return describe(need, torch.cuda.mem_get_info()[0], context_limit(folder))
     except QuasarError as error:
         return f"not known: {error}"
+
+
+def describe_cpp() -> str:
+    """The instruction set that the CPU's passes and products run on in C++, and why; or why they do not."""
+    obstacle = library.why_not_here()
+    return f"not here: {obstacle}" if obstacle else f"for {library.describe_form()}"
 
 
 def _cpu_features() -> list[str]:

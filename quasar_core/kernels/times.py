@@ -21,6 +21,7 @@ import torch
 from quasar_core.checkpoint.compressed_tensors import FLOAT8, Float8Weight, PackedWeight
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, count_groups, trivial_groups
 from quasar_core.kernels.base import Kernel, LayerShape, TunableKernel
+from quasar_core.kernels.cpu.forms import chosen
 from quasar_core.kernels.threads import most_threads
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.measured import Measured, forget, measured_file, positive
@@ -39,12 +40,13 @@ def device_name(device: torch.device) -> str:
 
 def measured_on(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """The conditions of a measurement: one that was made under others says nothing here."""
-    return {
+    conditions = {
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "kernels": sources_hash(),
     }
+    return conditions if device.type == "cuda" else {**conditions, "instructions": chosen().key}
 
 
 @cache

@@ -55,6 +55,11 @@ def remark() -> str:
     return library.remark(cpp.SOURCE)
 
 
+def describe_form() -> str:
+    """The instruction set that passes run on, and why."""
+    return cpp.describe_form()
+
+
 class Tables:
     """Cosines and sines of a rotary embedding in float32; they are kept, as Python is slow after every pass."""
 

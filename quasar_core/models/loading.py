@@ -40,7 +40,8 @@ def choose(decoder: LeanDecoder, progress: Progress = no_progress) -> tuple[Fast
     if obstacle:
         return None, f"passes: PyTorch's operations, not the C++ pass: {obstacle}"
     fast = cpu_pass.CpuPass(decoder)
-    return fast, f"passes: in C++, {fast.longest} tokens at a time{cpu_pass.remark()}"
+    form = cpu_pass.describe_form()
+    return fast, f"passes: in C++, {fast.longest} tokens at a time, for {form}{cpu_pass.remark()}"
 
 
 @dataclass(frozen=True)

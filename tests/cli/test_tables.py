@@ -114,6 +114,7 @@ def findings() -> dict[str, Any]:
         "device": "cpu",
         "read_bandwidth_bytes_per_s": 21.3e9,
         "kernels": kernels,
+        "cpp": "for AVX-512 with VNNI and BF16, the best that this processor has",
         "quantizer_loops": "C++, compiled here",
         "home": "/srv/models/.cache/quasar",
         "current_pair": {"name": "Qwen3-0.6B-gptq-4bit-g128", "target": "Qwen/Qwen3-0.6B"},

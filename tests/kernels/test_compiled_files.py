@@ -34,7 +34,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is known of the two libraries yet; afterwards all that was known is."""
     for module in (library, cpp):
-        for name in ("why_not_here", "library"):
+        for name in ("_why_not_in", "_library_in"):
             monkeypatch.setattr(module, name, cache(getattr(module, name).__wrapped__))
 
 
@@ -195,6 +195,16 @@ def test_two_libraries_are_two(source: Path, tmp_path: Path) -> None:
 
 
 @compiled
+def test_two_sources_of_one_folder_keep_both_their_libraries(source: Path) -> None:
+    other = source.with_name("eight.cpp")
+    other.write_text('extern "C" int eight() { return 8; }\n')
+    paths = [compiling.shared_library(path) for path in (source, other)]
+    built = [path.stat().st_mtime_ns for path in paths]
+    assert [compiling.shared_library(path).stat().st_mtime_ns for path in (source, other)] == built
+    assert compiling.remark(other) == ""
+
+
+@compiled
 def test_processes_that_compile_at_once_all_load_it(source: Path) -> None:
     program = (
         "from pathlib import Path; from quasar_core.kernels.cpu.library import load_library\n"
@@ -239,7 +249,7 @@ def test_descriptions_of_other_bytes_are_refused(forgotten: None, monkeypatch: p
 
     if library.why_not_here() is not None:
         pytest.skip(str(library.why_not_here()))
-    library.library.cache_clear()
+    library._library_in.cache_clear()
     monkeypatch.setattr(library, "Layer", Other)
     with pytest.raises(QuasarError, match="describes models in other bytes"):
         library.library()

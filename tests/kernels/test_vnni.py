@@ -21,6 +21,7 @@ CPU = torch.device("cpu")
 KERNEL = vnni.VnniKernel()
 COMMON = LayerShape(256, 64, bits=4, group_size=64, trivial_groups=True)
 usable = pytest.mark.usefixtures("cpp_pass")
+each_form = pytest.mark.usefixtures("form")
 DTYPES = [torch.float32, torch.bfloat16]
 # in, out: one block of outputs, several, a part of one; steps of 16, 32, 64 and 128 inputs; short last groups.
 SIZES = [(128, 16), (256, 48), (384, 80), (160, 32), (96, 96), (32, 128), (48, 33), (1024, 72)]
@@ -60,7 +61,7 @@ def test_the_error_on_a_common_layer_is_what_the_docstring_says(bits: int) -> No
     assert statistics.mean(errors) < 0.008
 
 
-@usable
+@each_form
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_integers_that_8_bits_hold_are_multiplied_exactly(bits: int) -> None:
     """Activations that are multiples of their step leave no rounding, so every code and zero is in its place."""
@@ -81,7 +82,7 @@ def test_zeros_at_the_ends_that_other_tools_write(zero: int) -> None:
     assert error < 0.02
 
 
-@usable
+@each_form
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -> None:
     """Bit for bit, whatever the tile and the chunk that it falls into."""
@@ -93,7 +94,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -> None
         assert torch.equal(KERNEL.multiply(x[:rows], prepared), alone[:rows])
 
 
-@usable
+@each_form
 def test_threads_change_nothing() -> None:
     weight = make_weight(4, 256, 200, 128)
     prepared = KERNEL.prepare(weight, CPU, torch.float32)
@@ -106,7 +107,7 @@ def test_threads_change_nothing() -> None:
     assert torch.equal(products[0], products[2])
 
 
-@usable
+@each_form
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_is_not_finite_stays_so(value: float, dtype: torch.dtype) -> None:
@@ -164,10 +165,8 @@ def test_what_it_does_not_run(shape: LayerShape, device: str, dtype: torch.dtype
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing is known of this machine yet; afterwards all that was known is."""
-    fresh_library, why_not_here = (cache(known.__wrapped__) for known in (library.library, library.why_not_here))
-    for module in (library, vnni):
-        monkeypatch.setattr(module, "library", fresh_library)
-        monkeypatch.setattr(module, "why_not_here", why_not_here)
+    for name in ("_library_in", "_why_not_in"):
+        monkeypatch.setattr(library, name, cache(getattr(library, name).__wrapped__))
     monkeypatch.delenv(compiling.SWITCH, raising=False)
     return tmp_path
 
@@ -180,23 +179,14 @@ def pretend_compiler(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("CXX", str(program))
 
 
-def test_a_processor_without_vnni(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "processor_flags", lambda: frozenset({"avx2", "avx512f"}))
-    monkeypatch.setattr(select, "PACKED_KERNELS", (KERNEL,))
-    choice = select_kernel(COMMON, CPU, torch.bfloat16)
-    assert choice.kernel.name == "dense"
-    assert choice.reason.startswith("not vnni: it needs a processor with AVX-512 VNNI, and Linux")
-    assert not (fresh / "home").exists()
-
-
 def test_no_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "processor_flags", lambda: library._NEEDED)
+    monkeypatch.setattr(select, "PACKED_KERNELS", (KERNEL,))
     monkeypatch.setenv("CXX", str(fresh / "nowhere"))
     assert select_kernel(COMMON, CPU, torch.bfloat16).reason.startswith("not vnni: no C++ compiler was found")
 
 
 def test_a_build_that_fails_is_a_reason_and_leaves_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "processor_flags", lambda: library._NEEDED)
+    monkeypatch.setattr(select, "PACKED_KERNELS", (KERNEL,))
     pretend_compiler(fresh, "echo 'note' >&2; echo 'x.h: error: not here' >&2; exit 1", monkeypatch)
     reason = KERNEL.why_not(COMMON, CPU, torch.float32)
     assert reason is not None
@@ -205,7 +195,7 @@ def test_a_build_that_fails_is_a_reason_and_leaves_nothing(fresh: Path, monkeypa
 
 
 def test_a_library_that_does_not_load_is_a_reason(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "processor_flags", lambda: library._NEEDED)
+    monkeypatch.setattr(select, "PACKED_KERNELS", (KERNEL,))
     pretend_compiler(fresh, 'for last; do :; done; echo "no library" > "$last"', monkeypatch)
     reason = KERNEL.why_not(COMMON, CPU, torch.float32)
     assert reason is not None

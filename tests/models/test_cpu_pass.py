@@ -34,6 +34,7 @@ BF16 = torch.bfloat16
 SPLITS = ([1], [2], [12, 1, 4, 8], [33, 12])
 
 pytestmark = pytest.mark.usefixtures("cpp_pass")
+each_form = pytest.mark.usefixtures("form")
 
 
 def fast(decoder: LeanDecoder) -> LeanDecoder:
@@ -61,6 +62,17 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, case: str) -> None:
         assert_close(in_passes(decoder, random_tokens(), sizes), expected, case)
 
 
+@each_form
+@pytest.mark.parametrize("case", ["gemma 2", "apertus", "gemma 4, shared states and own inputs"])
+def test_every_form_gives_the_logits_of_transformers(tmp_path: Path, case: str) -> None:
+    """Caps, tanh, xIELU, norms and rotations of each kind, in each instruction set."""
+    expected = fresh_logits(save_model(tmp_path, *CASES[case]), random_tokens())
+    decoder = fast(load_target(tmp_path, CPU, FLOAT))
+    for sizes in SPLITS:
+        assert_close(in_passes(decoder, random_tokens(), sizes), expected, case)
+
+
+@each_form
 @pytest.mark.parametrize("case", ["llama, all biases", "qwen3, listed windows, biases", "smollm3, windows"])
 def test_bf16_costs_a_few_roundings_of_cache_and_embedding(tmp_path: Path, case: str) -> None:
     """Between products all is float32, so that four blocks of two roundings each stay within six of bfloat16's."""
@@ -69,6 +81,7 @@ def test_bf16_costs_a_few_roundings_of_cache_and_embedding(tmp_path: Path, case:
     assert relative_error(logits, expected) <= 6 * 2**-8
 
 
+@each_form
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, None])
 def test_a_verifier_equals_its_plain_pass(tmp_path: Path, bits: int | None) -> None:
     verifier = tiny_verifier(tmp_path, tiny_target(tmp_path, "qwen3, listed windows, biases"), bits)
@@ -82,6 +95,7 @@ def test_a_verifier_that_was_unpacked_equals_its_plain_pass(tmp_path: Path) -> N
     assert_close(in_passes(fast(verifier), random_tokens(), [12, 4]), expected)
 
 
+@each_form
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 @pytest.mark.parametrize("kind", ["target", "verifier"])
 def test_logits_do_not_depend_on_the_pass_or_on_the_threads(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
@@ -118,6 +132,7 @@ def test_dynamic_rope_before_and_beyond_its_threshold(tmp_path: Path) -> None:
         assert_close(decoder.forward(tokens, caches[1]), plain.forward(tokens, caches[0]))
 
 
+@each_form
 @pytest.mark.parametrize("count", [1, 7, 40, 150])
 def test_what_it_chose_is_the_best_of_each_row(tmp_path: Path, count: int) -> None:
     decoder = fast(tiny_target(tmp_path, "qwen3"))

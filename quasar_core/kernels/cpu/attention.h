@@ -22,26 +22,31 @@ struct Query {
     float* out;       // [D]
     int branch = std::numeric_limits<int>::max();  // from this position on its own path through a tree is seen:
     const int* path = nullptr;                     // where the states of each of these positions lie
-    float largest = -std::numeric_limits<float>::infinity(), total = 0;  // of the scores so far
+    float largest = LEAST, total = 0;  // of the scores so far
 };
 
 // The products of a query with sixteen keys; those from `left` on repeat the last.
 template <typename X>
-__m512 scores_of(const X* q, const X* keys, int left, int size) {
+Floats scores_of(const X* q, const X* keys, int left, int size) {
     using Kind = Numbers<X>;
     const X* rows[LANES];
     for (int p = 0; p < LANES; ++p) rows[p] = keys + size_t(std::min(p, left - 1)) * size;
-    __m512 sums[LANES];
-    for (auto& sum : sums) sum = _mm512_setzero_ps();
-    int d = 0;
-    for (; d + Kind::WIDTH <= size; d += Kind::WIDTH) {
-        auto part = Kind::get(q + d);
+    Part sums[LANES];
+    for (int first = 0; first < LANES; first += WIDTH) {
+        Part some[WIDTH];
+        for (auto& sum : some) sum = spread(0);
+        int d = 0;
+        for (; d + Kind::STEP <= size; d += Kind::STEP) {
+            const auto part = Kind::get(q + d);
 #pragma GCC unroll 16
-        for (int p = 0; p < LANES; ++p) sums[p] = Kind::add(sums[p], part, Kind::get(rows[p] + d));
+            for (int p = 0; p < WIDTH; ++p) some[p] = Kind::add(some[p], part, Kind::get(rows[first + p] + d));
+        }
+        if constexpr (Kind::STEP > LANES)
+            if (d < size)
+                for (int p = 0; p < WIDTH; ++p)
+                    some[p] = Kind::add(some[p], Kind::get_last(q + d), Kind::get_last(rows[first + p] + d));
+        for (int p = 0; p < WIDTH; ++p) sums[first + p] = some[p];
     }
-    if (d < size)
-        for (int p = 0; p < LANES; ++p)
-            sums[p] = Kind::add(sums[p], Kind::get(q + d, size - d), Kind::get(rows[p] + d, size - d));
     return sum_lanes(sums);
 }
 
@@ -49,24 +54,25 @@ __m512 scores_of(const X* q, const X* keys, int left, int size) {
 template <typename X, int COUNT>
 void weigh(const float* shares, const float* values, int size, float fade, float* out) {
     using Kind = Numbers<X>;
-    __m512 sums[COUNT];
-    for (int c = 0; c < COUNT; ++c) sums[c] = _mm512_mul_ps(load(out + c * LANES), _mm512_set1_ps(fade));
+    Part sums[COUNT];
+    for (int c = 0; c < COUNT; ++c) sums[c] = load_part(out + c * WIDTH) * spread(fade);
     for (int step = 0; step < Kind::STEPS; ++step) {
-        auto share = Kind::share(shares, step);
+        float share;
+        std::memcpy(&share, shares + step, sizeof share);
 #pragma GCC unroll 8
         for (int c = 0; c < COUNT; ++c)
-            sums[c] = Kind::add(sums[c], share, Kind::spread_part(values + step * size + c * LANES));
+            sums[c] = Kind::weigh(sums[c], spread(share), values + step * size + c * WIDTH);
     }
-    for (int c = 0; c < COUNT; ++c) store(out + c * LANES, sums[c]);
+    for (int c = 0; c < COUNT; ++c) store_part(out + c * WIDTH, sums[c]);
 }
 
 template <typename X>
 void weigh_all(const float* shares, const float* values, int size, float fade, float* out) {
     int d = 0;
-    for (; d + CHANNELS * LANES <= size; d += CHANNELS * LANES)
+    for (; d + CHANNELS * WIDTH <= size; d += CHANNELS * WIDTH)
         weigh<X, CHANNELS>(shares, values + d, size, fade, out + d);
-    if (size - d >= 4 * LANES) weigh<X, 4>(shares, values + d, size, fade, out + d), d += 4 * LANES;
-    for (; d < size; d += LANES) weigh<X, 1>(shares, values + d, size, fade, out + d);
+    if (size - d >= 4 * WIDTH) weigh<X, 4>(shares, values + d, size, fade, out + d), d += 4 * WIDTH;
+    for (; d < size; d += WIDTH) weigh<X, 1>(shares, values + d, size, fade, out + d);
 }
 
 // The positions from `start` to `start` + 16, of which `left` are written; values as `spread` left them.
@@ -74,13 +80,13 @@ template <typename X>
 void attend_to(Query<X>& query, const X* keys, const float* values, int start, int left, int size, float cap) {
     const int below = std::max(query.first - start, 0), above = std::min(query.last - start + 1, LANES);
     if (below >= above) return;
-    const __mmask16 seen = first_lanes(above) & ~first_lanes(below);
-    __m512 scores = scores_of(query.q, keys, left, size);
+    const Lanes seen = first_lanes(above) & ~first_lanes(below);
+    Floats scores = scores_of(query.q, keys, left, size);
     if (cap) scores = capped(scores, cap);
-    const float largest = std::max(query.largest, _mm512_mask_reduce_max_ps(seen, scores));
-    __m512 shares = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(scores, _mm512_set1_ps(largest))));
+    const float largest = std::max(query.largest, largest_of(select(seen, scores, LEAST)));
+    const Floats shares = select(seen, exponential(scores - largest), 0.0f);
     const float fade = largest == query.largest ? 1.0f : std::exp(query.largest - largest);
-    query.total = query.total * fade + _mm512_reduce_add_ps(shares);
+    query.total = query.total * fade + sum_of(shares);
     query.largest = largest;
     alignas(64) float packed[LANES];
     Numbers<X>::pack(shares, packed);
@@ -107,7 +113,7 @@ void attend_along(Query<X>& query, const X* keys, const X* values, int start, in
 template <typename X>
 void fetch(const X* states, int size) {
     auto from = reinterpret_cast<const char*>(states);
-    for (size_t byte = 0; byte < LANES * size * sizeof(X); byte += 64) _mm_prefetch(from + byte, _MM_HINT_T0);
+    for (size_t byte = 0; byte < LANES * size * sizeof(X); byte += 64) __builtin_prefetch(from + byte);
 }
 
 // Some queries over the keys and values [positions, D] of one head, scores below a soft cap where it is not 0; `room` has
@@ -132,7 +138,7 @@ void attend(std::vector<Query<X>>& queries, const X* keys, const X* values, int 
     }
     for (const auto& query : queries)
         for (int d = 0; d < size; d += LANES)
-            store(query.out + d, _mm512_div_ps(load(query.out + d), _mm512_set1_ps(query.total)));
+            store(query.out + d, load(query.out + d) / query.total);
 }
 
 }  // namespace quasar

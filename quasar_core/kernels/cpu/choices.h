@@ -3,14 +3,12 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
-#include "lanes.h"
+#include "numbers.h"
 
 namespace quasar {
 
 constexpr int MOST_LIKELIEST = 8;
-constexpr float LEAST = -std::numeric_limits<float>::infinity();
 
 struct Choice {
     int64_t token;  // -1 where a logit is not a number, or the best of them is infinite
@@ -27,9 +25,9 @@ public:
     }
 
     // Logits [at, at + 16), of which `lanes` exist; they come in rising order.
-    void see(int at, __mmask16 lanes, __m512 x) {
-        odd |= _mm512_mask_cmp_ps_mask(lanes, x, x, _CMP_UNORD_Q);
-        const __mmask16 above = _mm512_mask_cmp_ps_mask(lanes, x, _mm512_set1_ps(logits[wanted - 1]), _CMP_GT_OQ);
+    void see(int at, Lanes lanes, Floats x) {
+        odd |= lanes & is_nan(x);
+        const Lanes above = lanes & is_less(logits[wanted - 1], x);
         if (above) take(at, above, x);
     }
 
@@ -54,11 +52,11 @@ private:
     float logits[MOST_LIKELIEST];
     int32_t tokens[MOST_LIKELIEST];
     int wanted;
-    __mmask16 odd = 0;
+    Lanes odd = 0;
 
-    __attribute__((noinline)) void take(int at, __mmask16 above, __m512 x) {
+    __attribute__((noinline)) void take(int at, Lanes above, Floats x) {
         alignas(64) float values[LANES];
-        _mm512_store_ps(values, x);
+        store(values, x);
         for (unsigned left = above; left; left &= left - 1) {
             const int lane = __builtin_ctz(left);
             insert(values[lane], at + lane);

@@ -1,12 +1,13 @@
-// A product with packed codes in 8-bit integers, for processors with AVX-512 VNNI.
+// A product with packed codes in 8-bit integers.
 //
 // y[t, o] = sum over groups of scale[o] · row_scale[t] · (sum of code[i, o] · q[t, i]  −  zero[o] · sum of q[t, i])
 //
 // where q are the activations of a row, rounded to 8 bits with one scale per row and group. The codes are read as one
-// stream, unpacked in registers once per tile of up to 8 rows, and multiplied by vpdpbusd (unsigned codes, signed
-// activations, 32-bit sums). For each block of 32 outputs and each group the stream holds 128 bytes of scales (float16)
-// and zeros (int16), half of them for each 16 outputs, then the codes: of 16 outputs × 4 inputs in 64 bytes, planes of
-// `BITS` bits on top of one another, so that 8-bit lanes hold the next 4 inputs in their higher bits.
+// stream, unpacked in registers once per tile of up to 8 rows, and multiplied as the instruction set can (`Dot`: unsigned
+// codes, signed activations, 32-bit sums, so all instruction sets agree). For each block of 32 outputs and each group the
+// stream holds 128 bytes of scales (float16) and zeros (int16), half of them for each 16 outputs, then the codes: of
+// 16 outputs × 4 inputs in 64 bytes, planes of `BITS` bits on top of one another, so that 8-bit lanes hold the next 4
+// inputs in their higher bits.
 
 #pragma once
 
@@ -14,11 +15,12 @@
 
 namespace quasar {
 
-constexpr int HALVES = 2;     // registers in a block of outputs
+constexpr int HALVES = 2;     // sixteens of outputs in a block
 constexpr int BLOCK = LANES * HALVES;
 constexpr int HEADER = 128;   // bytes of scales and zeros of a block and group
 constexpr int MAX_TILE = 8;   // rows that share an unpacking
 constexpr int AHEAD = 8192;   // bytes of the stream that are on their way from memory
+constexpr int FOURS = BLOCK * 4;  // bytes of four inputs of a block, in all planes
 
 struct CodedRows {   // activations in 8 bits
     int8_t* values;  // [T, in]
@@ -32,79 +34,116 @@ template <typename X>
 void quantize_group(const X* x, const CodedRows& rows, int row, int g) {
     const X* from = x + g * rows.group;
     int8_t* to = rows.values + size_t(row) * rows.in + g * rows.group;
-    __m512i largest = _mm512_setzero_si512();
+    IntPart largest = {};
     for (int i = 0; i < rows.group; i += LANES) {
-        __m512i bits = _mm512_castps_si512(load(from + i));
-        largest = _mm512_max_epi32(largest, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+        const Floats size = magnitude(load(from + i));
+        for (int p = 0; p < PARTS; ++p) largest = larger_ints(largest, IntPart(size.part[p]));
     }
-    int32_t magnitude = _mm512_reduce_max_epi32(largest);
+    const int32_t bits = largest_of(largest);
     float bound;
-    std::memcpy(&bound, &magnitude, sizeof bound);
-    __m512 inverse = _mm512_set1_ps(bound > 0 ? 127 / bound : 0);
-    __m512i sum = _mm512_setzero_si512();
+    std::memcpy(&bound, &bits, sizeof bound);
+    const Floats inverse = bound > 0 ? 127 / bound : 0;
+    IntPart sum = {};
     for (int i = 0; i < rows.group; i += LANES) {
-        __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(load(from + i), inverse));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtsepi32_epi8(value));
-        sum = _mm512_add_epi32(sum, value);
+        const Floats scaled = load(from + i) * inverse;
+        for (int p = 0; p < PARTS; ++p) {
+            const IntPart value = nearest_ints(scaled.part[p]);
+            store_bytes(to + i + p * WIDTH, value);
+            sum = IntPart(UnsignedPart(sum) + UnsignedPart(value));
+        }
     }
     rows.scales[size_t(row) * rows.groups + g] = bound / 127;
-    rows.sums[size_t(row) * rows.groups + g] = float(_mm512_reduce_add_epi32(sum));
+    rows.sums[size_t(row) * rows.groups + g] = float(sum_of(sum));
 }
 
-inline __m512i broadcast(const int8_t* four) {
+inline IntPart load_codes(const uint8_t* codes) {
+    IntPart packed;
+    std::memcpy(&packed, codes, sizeof packed);
+    return packed;
+}
+
+template <int BITS>
+IntPart plane_of(IntPart packed, int plane) {
+    constexpr uint32_t LOW = ((1u << BITS) - 1) * 0x01010101u;
+    return BITS == 8 ? packed : IntPart((UnsignedPart(packed) >> (BITS * plane)) & LOW);
+}
+
+inline IntPart four_of(const int8_t* x) {
     int32_t word;
-    std::memcpy(&word, four, sizeof word);
-    return _mm512_set1_epi32(word);
+    std::memcpy(&word, x, sizeof word);
+    return spread_int(word);
+}
+
+// The products of TILE rows of activations x [.., stride] with a group's codes for BESIDE registers of outputs.
+template <int BITS, int TILE, int BESIDE>
+void dot_codes(const uint8_t* codes, const int8_t* x, int stride, int group, IntPart (&dot)[TILE][BESIDE]) {
+    using Kind = Dot<BITS>;
+    constexpr int PLANES = 8 / BITS, RUN = std::max(Kind::STEPS / PLANES, 1) * PLANES * 4;  // inputs
+    for (auto& line : dot)
+        for (auto& part : line) part = IntPart{};
+    for (int begin = 0; begin < group; begin += RUN) {
+        const int end = std::min(begin + RUN, group);
+        typename Kind::Sum sums[TILE][BESIDE];
+        for (auto& line : sums)
+            for (auto& sum : line) sum = typename Kind::Sum{};
+        for (int i = begin; i < end; i += 4 * PLANES, codes += FOURS) {
+            IntPart packed[BESIDE];
+#pragma GCC unroll 4
+            for (int b = 0; b < BESIDE; ++b) {
+                if (b * WIDTH % LANES == 0) __builtin_prefetch(codes + AHEAD + b * WIDTH * 4);
+                packed[b] = load_codes(codes + b * WIDTH * 4);
+            }
+#pragma GCC unroll 4
+            for (int p = 0; p < PLANES; ++p) {
+                typename Kind::Codes plane[BESIDE];
+#pragma GCC unroll 4
+                for (int b = 0; b < BESIDE; ++b) plane[b] = Kind::codes(plane_of<BITS>(packed[b], p));
+#pragma GCC unroll 8
+                for (int t = 0; t < TILE; ++t) {
+                    const IntPart four = four_of(x + size_t(t) * stride + i + 4 * p);
+#pragma GCC unroll 4
+                    for (int b = 0; b < BESIDE; ++b) sums[t][b] = Kind::add(sums[t][b], plane[b], four);
+                }
+            }
+        }
+        for (int t = 0; t < TILE; ++t)
+            for (int b = 0; b < BESIDE; ++b) dot[t][b] = dot[t][b] + Kind::widen(sums[t][b]);
+    }
 }
 
 // TILE rows from `row` on, times the block of outputs whose stream begins at `codes`, to y [TILE, BLOCK].
 template <int BITS, int TILE>
 void multiply_tile(const uint8_t* codes, const CodedRows& rows, int row, float* y) {
-    constexpr int PLANES = 8 / BITS;
-    const __m512i low = _mm512_set1_epi8((1 << BITS) - 1);
-    __m512 total[TILE][HALVES];
+    constexpr int ALL_PARTS = BLOCK / WIDTH, BESIDE = parts_beside(TILE);
+    Part total[TILE][ALL_PARTS];
     for (auto& line : total)
-        for (auto& half : line) half = _mm512_setzero_ps();
+        for (auto& part : line) part = spread(0);
     for (int g = 0; g < rows.groups; ++g) {
         const uint8_t* header = codes;
         codes += HEADER;
         const int8_t* x = rows.values + size_t(row) * rows.in + g * rows.group;
-        __m512i dot[TILE][HALVES];
-        for (auto& line : dot)
-            for (auto& half : line) half = _mm512_setzero_si512();
-        for (int i = 0; i < rows.group; i += 4 * PLANES, codes += HALVES * 64) {
-            __m512i packed[HALVES];
-            for (int h = 0; h < HALVES; ++h) {
-                _mm_prefetch(codes + AHEAD + h * 64, _MM_HINT_T0);
-                packed[h] = _mm512_load_si512(codes + h * 64);
-            }
+        for (int first = 0; first < ALL_PARTS; first += BESIDE) {
+            IntPart dot[TILE][BESIDE];
+            dot_codes<BITS, TILE, BESIDE>(codes + first * WIDTH * 4, x, rows.in, rows.group, dot);
 #pragma GCC unroll 4
-            for (int p = 0; p < PLANES; ++p) {
-                __m512i plane[HALVES];
-                for (int h = 0; h < HALVES; ++h)
-                    plane[h] = BITS == 8 ? packed[h] : _mm512_and_si512(_mm512_srli_epi32(packed[h], BITS * p), low);
+            for (int b = 0; b < BESIDE; ++b) {
+                const int output = (first + b) * WIDTH, within = output % LANES;
+                const uint8_t* half = header + output / LANES * (HEADER / HALVES);
+                const Part scale = from_halves(reinterpret_cast<const uint16_t*>(half) + within);
+                const Part stored = from_shorts(reinterpret_cast<const int16_t*>(half + 2 * LANES) + within);
+                const Part zero = stored - spread(Dot<BITS>::OFFSET);
 #pragma GCC unroll 8
                 for (int t = 0; t < TILE; ++t) {
-                    __m512i four = broadcast(x + size_t(t) * rows.in + i + 4 * p);
-                    for (int h = 0; h < HALVES; ++h) dot[t][h] = _mm512_dpbusd_epi32(dot[t][h], plane[h], four);
+                    const size_t at = size_t(row + t) * rows.groups + g;
+                    const Part centred = fused(zero, spread(-rows.sums[at]), to_floats(dot[t][b]));
+                    total[t][first + b] = fused(centred, scale * spread(rows.scales[at]), total[t][first + b]);
                 }
             }
         }
-        for (int h = 0; h < HALVES; ++h) {
-            const __m256i* half = reinterpret_cast<const __m256i*>(header + h * 64);
-            __m512 scale = _mm512_cvtph_ps(_mm256_load_si256(half));
-            __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_load_si256(half + 1)));
-#pragma GCC unroll 8
-            for (int t = 0; t < TILE; ++t) {
-                size_t at = size_t(row + t) * rows.groups + g;
-                __m512 centred = _mm512_fnmadd_ps(zero, _mm512_set1_ps(rows.sums[at]), _mm512_cvtepi32_ps(dot[t][h]));
-                __m512 unit = _mm512_mul_ps(scale, _mm512_set1_ps(rows.scales[at]));
-                total[t][h] = _mm512_fmadd_ps(centred, unit, total[t][h]);
-            }
-        }
+        codes += size_t(rows.group) * BLOCK * BITS / 8;
     }
     for (int t = 0; t < TILE; ++t)
-        for (int h = 0; h < HALVES; ++h) _mm512_storeu_ps(y + t * BLOCK + h * LANES, total[t][h]);
+        for (int b = 0; b < ALL_PARTS; ++b) store_part(y + t * BLOCK + b * WIDTH, total[t][b]);
 }
 
 template <int BITS>
@@ -135,7 +174,7 @@ void multiply_blocks(const uint8_t* stream, const CodedRows& rows, Range blocks,
             for (int t = 0; t < count; ++t)
                 for (int o = 0; o < BLOCK; o += LANES)
                     put(row + t, block * BLOCK + o, first_lanes(out - block * BLOCK - o),
-                        _mm512_load_ps(tile + t * BLOCK + o));
+                        load(tile + t * BLOCK + o));
             row += count;
         }
     }

@@ -10,14 +10,14 @@ namespace quasar {
 
 // A weight of null is one of ones.
 inline void normalise(const float* x, const float* weight, int size, float eps, float* y) {
-    __m512 squares = _mm512_setzero_ps();
-    for (int i = 0; i < size; i += LANES) squares = _mm512_fmadd_ps(load(x + i), load(x + i), squares);
-    __m512 inverse = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / size + eps));
+    Floats squares = 0.0f;
+    for (int i = 0; i < size; i += LANES) squares = fused(load(x + i), load(x + i), squares);
+    const Floats inverse = 1 / std::sqrt(sum_of(squares) / size + eps);
     for (int i = 0; i < size; i += LANES)
         if (weight)
-            store(y + i, _mm512_mul_ps(_mm512_mul_ps(load(x + i), inverse), load(weight + i)));
+            store(y + i, load(x + i) * inverse * load(weight + i));
         else
-            store(y + i, _mm512_mul_ps(load(x + i), inverse));
+            store(y + i, load(x + i) * inverse);
 }
 
 // In place: x · cos + x' · sin, where x' holds the partners. The first of two partners has its sine negated; of a head's
@@ -35,48 +35,37 @@ inline void rotate(float* x, const float* cos, const float* sin, int channels, b
         for (int i = 0; i < half; ++i) turn(i, i + half);
 }
 
-inline __m512 sigmoid(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
+inline Floats sigmoid(Floats x) { return Floats(1.0f) / (Floats(1.0f) + exponential(Floats(0.0f) - x)); }
 
 // cap · tanh(x ÷ cap), by 2 · sigmoid(2x) − 1; near 0, where that loses bits, by x − x³ ÷ 3 + 2 · x⁵ ÷ 15.
-inline __m512 capped(__m512 x, float cap) {
-    const __m512 one = _mm512_set1_ps(1.0f), part = _mm512_div_ps(x, _mm512_set1_ps(cap));
-    __m512 y = _mm512_fmsub_ps(_mm512_set1_ps(2.0f), sigmoid(_mm512_add_ps(part, part)), one);
-    const __m512 square = _mm512_mul_ps(part, part);
-    __m512 series = _mm512_fmadd_ps(square, _mm512_set1_ps(2.0f / 15), _mm512_set1_ps(-1.0f / 3));
-    series = _mm512_fmadd_ps(_mm512_mul_ps(series, square), part, part);
-    const __mmask16 near = _mm512_cmp_ps_mask(_mm512_abs_ps(part), _mm512_set1_ps(0.05f), _CMP_LT_OQ);
-    y = _mm512_mask_mov_ps(y, near, series);
-    return _mm512_mul_ps(y, _mm512_set1_ps(cap));
+inline Floats capped(Floats x, float cap) {
+    const Floats part = x / cap, square = part * part;
+    const Floats y = fused(2.0f, sigmoid(part + part), -1.0f);
+    const Floats series = fused(fused(square, 2.0f / 15, -1.0f / 3) * square, part, part);
+    return select(is_less(magnitude(part), 0.05f), series, y) * cap;
 }
 
 enum Activation { SILU, GELU, RELU2, XIELU };  // in the order of `cpu_pass.ACTIVATIONS`
 
 // The approximation by tanh, as 0.5 · (1 + tanh(y)) is sigmoid(2y).
-inline __m512 gelu(__m512 x) {
-    const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
-    const __m512 inner = _mm512_fmadd_ps(cube, _mm512_set1_ps(0.044715f), x);
-    return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(inner, _mm512_set1_ps(2 * 0.7978845608f))));
+inline Floats gelu(Floats x) {
+    const Floats inner = fused(x * x * x, 0.044715f, x);
+    return x * sigmoid(inner * (2 * 0.7978845608f));
 }
 
-inline __m512 relu2(__m512 x) {
-    x = _mm512_max_ps(_mm512_setzero_ps(), x);  // in this order, so that a NaN stays one
-    return _mm512_mul_ps(x, x);
+inline Floats relu2(Floats x) {
+    x = larger(0.0f, x);  // in this order, so that a NaN stays one
+    return x * x;
 }
 
 // Weights: the curvature above 0 and below it, the slope at 0, the least input.
-inline __m512 xielu(__m512 x, const float* weights) {
-    const __m512 above = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(weights[0]), x), x);
-    const __m512 low = _mm512_min_ps(_mm512_set1_ps(weights[3]), x);
-    __m512 below = _mm512_sub_ps(_mm512_sub_ps(exponential(low), _mm512_set1_ps(1.0f)), x);
-    below = _mm512_mul_ps(below, _mm512_set1_ps(weights[1]));
-    const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
-    return _mm512_fmadd_ps(_mm512_set1_ps(weights[2]), x, _mm512_mask_mov_ps(below, positive, above));
+inline Floats xielu(Floats x, const float* weights) {
+    const Floats above = x * weights[0] * x;
+    const Floats below = (exponential(smaller(weights[3], x)) - 1.0f - x) * weights[1];
+    return fused(weights[2], x, select(is_less(0.0f, x), above, below));
 }
 
-inline __m512 activate(__m512 x, int activation, const float* weights) {
+inline Floats activate(Floats x, int activation, const float* weights) {
     switch (activation) {
         case SILU: return silu(x);
         case GELU: return gelu(x);

@@ -1,8 +1,8 @@
 """Compile and load the C++ library of the CPU, and declare its functions and structures.
 
-It needs a processor with AVX-512 VNNI, Linux and a C++ compiler, which builds it on first use. The shared library is
-kept in quasar's own folder, named by what it depends on (sources, flags, compiler, processor, PyTorch), so that a
-change of any of them compiles anew, and nothing is loaded that was built for another machine.
+It needs Linux and a C++ compiler, which builds it on first use for the instruction set that `forms.py` chooses. The
+shared library is kept in quasar's own folder, named by what it depends on (sources, options, compiler, instruction set,
+PyTorch), so that a change of any of them compiles anew, and nothing is loaded that was built for another machine.
 """
 
 import ctypes
@@ -21,10 +21,11 @@ import torch
 
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.cpu import private_files
+from quasar_core.kernels.cpu.forms import Chosen, chosen
 from quasar_core.store.folders import home
-from quasar_core.system import processor_flags
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+# Products and sums are fused where the code says so, and nowhere else: then all instruction sets know what is rounded.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 SWITCH = "QUASAR_CPU_PASS"
 _PATIENCE = 120  # seconds
 _BUILDING = "building-"
@@ -57,7 +58,8 @@ def shared_library(source: Path) -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise QuasarError("no C++ compiler was found (g++, or one that CXX names)")
-    library = home() / "kernels" / _key(source, compiler) / f"{source.stem}.so"
+    form = chosen()
+    library = home() / "kernels" / _key(source, compiler, form) / f"{source.stem}.so"
     kernels = library.parent.parent
     try:
         private_files.make_private(kernels)
@@ -67,7 +69,7 @@ def shared_library(source: Path) -> Path:
                 if wrong is None:
                     return library
                 _rebuilt[source] = wrong
-            _compile(compiler, source, library)
+            _compile(compiler, source, library, form)
     except OSError as error:
         raise QuasarError(f"its library could not be written to {library.parent}: {error}") from error
     return library
@@ -107,19 +109,19 @@ def find_compiler() -> str | None:
     return next((path for path in map(shutil.which, names) if path), None)
 
 
-def _key(source: Path, compiler: str) -> str:
-    processor = " ".join(sorted(processor_flags()))
+def _key(source: Path, compiler: str, form: Chosen) -> str:
     sources = [path.read_text(encoding="utf-8") for path in sorted(source.parent.glob("*.[ch]*"))]
-    parts = (*sources, *FLAGS, os.path.realpath(compiler), processor, torch.__version__)
+    parts = (source.name, *sources, *FLAGS, *form.options, os.path.realpath(compiler), torch.__version__)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, source: Path, library: Path) -> None:
+def _compile(compiler: str, source: Path, library: Path, form: Chosen) -> None:
     """Whole or not at all."""
     with tempfile.TemporaryDirectory(dir=library.parent.parent, prefix=_BUILDING) as folder:
         built = Path(folder) / library.parent.name / library.name
         private_files.make_private(built.parent)
-        command = [compiler, *FLAGS, str(source), "-o", str(built)]
+        options = [option for option in form.options if _is_known(compiler, option)]
+        command = [compiler, *FLAGS, *options, str(source), "-o", str(built)]
         try:
             run = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
         except subprocess.TimeoutExpired as error:
@@ -130,9 +132,14 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
         private_files.install(built, library)
 
 
+def _is_known(compiler: str, option: str) -> bool:
+    """Whether a compiler knows an option: an old one lacks some, and the code does without what they would add."""
+    empty = [compiler, option, "-fsyntax-only", "-x", "c++", os.devnull]
+    return not option.startswith("-m") or subprocess.run(empty, capture_output=True, timeout=_PATIENCE).returncode == 0
+
+
 SOURCE = Path(__file__).parent / "quasar.cpp"
 MOST_PARTS = 3
-_NEEDED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"})
 
 
 class Product(ctypes.Structure):
@@ -196,23 +203,32 @@ class Model(ctypes.Structure):
     )
 
 
-@cache
 def why_not_here() -> str | None:
-    """Why this machine cannot run the library, found out once: its processor, its compiler, the build, or the user."""
-    if off := why_switched_off():
-        return off
-    if not processor_flags() >= _NEEDED:
-        return "it needs a processor with AVX-512 VNNI, and Linux"
+    """Why this machine cannot run the library, found out once: its compiler, the build, or the user."""
+    return why_switched_off() or _why_not_in(chosen())
+
+
+def library() -> ctypes.CDLL:
+    """The compiled library; QuasarError where it cannot be built or loaded."""
+    return _library_in(chosen())
+
+
+def describe_form() -> str:
+    """The instruction set for which the library was compiled, and why, such as "AVX2 with VNNI, as QUASAR_ISA asks"."""
+    return f"{library().quasar_form().decode()}, {chosen().reason}"
+
+
+@cache
+def _why_not_in(form: Chosen) -> str | None:
     try:
-        library()
+        _library_in(form)
     except QuasarError as error:
         return str(error)
     return None
 
 
 @cache
-def library() -> ctypes.CDLL:
-    """The compiled library; QuasarError where it cannot be built or loaded."""
+def _library_in(form: Chosen) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int
     functions = load_library(
         SOURCE,
@@ -233,11 +249,13 @@ def library() -> ctypes.CDLL:
                 number,
             ],
             "quasar_pass_seconds": [pointer, number, pointer],
+            "quasar_form": [],
             "quasar_size_of_model": [],
             "quasar_size_of_layer": [],
         },
     )
     functions.quasar_pass_new.restype = pointer
+    functions.quasar_form.restype = ctypes.c_char_p
     sizes = functions.quasar_size_of_model(), functions.quasar_size_of_layer()
     if sizes != (ctypes.sizeof(Model), ctypes.sizeof(Layer)):
         raise QuasarError("its library describes models in other bytes than this version of quasar")

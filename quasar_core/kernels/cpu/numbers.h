@@ -1,7 +1,8 @@
-// The two kinds of numbers in weights and caches: bfloat16 and float32, and one register of their products.
+// The two kinds of numbers in weights and caches, bfloat16 and float32, and how a register of their products is summed.
 
 #pragma once
 
+#include <limits>
 #include <new>
 #include <vector>
 
@@ -9,7 +10,9 @@
 
 namespace quasar {
 
-constexpr std::align_val_t LINE{64};  // bytes of a register and of a cache line: a load across two of them takes twice
+constexpr std::align_val_t LINE{64};  // bytes of a cache line, and of the longest register: a load across two takes twice
+
+constexpr float LEAST = -std::numeric_limits<float>::infinity();
 
 template <typename V>
 struct Aligned {
@@ -31,65 +34,103 @@ void grow(Buffer<V>& buffer, size_t size) {
     if (buffer.size() < size) buffer.resize(size);
 }
 
-// Of a kind of numbers: how many make a register, the sum of products, and sixteen values as attention weighs them,
-// in STEPS rows of a room [16, D] of 32-bit lanes.
+// Of a kind of numbers X: a `Register` of STEP of them as products take it, from where weights and cached states lie and
+// from where activations do (a row of `Row`); the sum of their products; and sixteen values as attention weighs them, in
+// STEPS rows of a room [16, D] of 32-bit lanes. Where STEP is more than 16, `get` has a form for the last 16 of a row.
 template <typename X>
 struct Numbers;
 
-// Numbers that are float32 in registers.
+// Values that are weighed in float32, a row each.
 template <typename X>
-struct Widened {
-    using Register = __m512;
-    static constexpr int WIDTH = LANES, STEPS = LANES;
-    static Register get(const X* x) { return load(x); }
-    static Register get(const X* x, int) { return load(x); }
-    static __m512 add(__m512 sum, Register a, Register b) { return _mm512_fmadd_ps(a, b, sum); }
-
+struct WideValues {
+    static constexpr int STEPS = LANES;
     static void spread(const X* values, int left, int size, float* room) {
         for (int i = 0; i < left * size; i += LANES) store(room + i, load(values + i));
-        for (int i = left * size; i < LANES * size; i += LANES) store(room + i, _mm512_setzero_ps());
+        for (int i = left * size; i < LANES * size; i += LANES) store(room + i, Floats(0.0f));
     }
-    static Register spread_part(const float* room) { return load(room); }
-    static void pack(__m512 shares, float* packed) { store(packed, shares); }
-    static Register share(const float* packed, int step) { return _mm512_set1_ps(packed[step]); }
+    static void pack(Floats shares, float* packed) { store(packed, shares); }
+    static Part weigh(Part sum, Part share, const float* room) { return fused(share, load_part(room), sum); }
 };
 
 template <>
-struct Numbers<float> : Widened<float> {};
+struct Numbers<float> : WideValues<float> {
+    using Row = float;
+    using Register = Part;
+    static constexpr int STEP = WIDTH;
+    static Register get(const float* x) { return load_part(x); }
+    static Register get_row(const float* x) { return load_part(x); }
+    static Part add(Part sum, Register a, Register b) { return fused(a, b, sum); }
+    static void put(float* row, Floats x) { store(row, x); }
+};
 
-#ifdef __AVX512BF16__
+#if defined(QUASAR_PAIRS)
 template <>
 struct Numbers<uint16_t> {  // products of pairs
-    using Register = __m512i;
-    static constexpr int WIDTH = 2 * LANES, STEPS = LANES / 2;
-    static Register get(const uint16_t* x) { return _mm512_loadu_si512(x); }
-    static Register get(const uint16_t* x, int left) {  // the first `left` numbers, then zeros
-        return _mm512_maskz_loadu_epi16(__mmask32((1u << left) - 1), x);
-    }
-    static __m512 add(__m512 sum, Register a, Register b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+    using Row = uint16_t;
+    using Register = Pairs;
+    static constexpr int STEP = 2 * WIDTH, STEPS = LANES / 2;
+    static Register get(const uint16_t* x) { return load_pairs(x); }
+    static Register get_row(const uint16_t* x) { return load_pairs(x); }
+#ifdef QUASAR_AVX512
+    static Register get_last(const uint16_t* x) { return load_first_pairs(x); }
+#endif
+    static Part add(Part sum, Register a, Register b) { return add_pairs(sum, a, b); }
+    static void put(uint16_t* row, Floats x) { store(row, x); }
 
     static void spread(const uint16_t* values, int left, int size, float* room) {
         for (int step = 0; step < STEPS; ++step)
             for (int d = 0; d < size; d += LANES) {
-                __m512i low = half(values, 2 * step, left, size, d), high = half(values, 2 * step + 1, left, size, d);
-                _mm512_storeu_si512(room + step * size + d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+                const Floats low = value(values, 2 * step, left, size, d), high = value(values, 2 * step + 1, left, size, d);
+                store(room + step * size + d, Floats::each([&](int p) {
+                          return Part(UnsignedPart(low.part[p]) >> 16 | UnsignedPart(high.part[p]));
+                      }));
             }
     }
-    static Register spread_part(const float* room) { return _mm512_loadu_si512(room); }
-    static void pack(__m512 shares, float* packed) { store(reinterpret_cast<uint16_t*>(packed), shares); }
-    static Register share(const float* packed, int step) {
-        return _mm512_castps_si512(_mm512_set1_ps(packed[step]));
+    static void pack(Floats shares, float* packed) { store(reinterpret_cast<uint16_t*>(packed), shares); }
+    static Part weigh(Part sum, Part share, const float* room) {
+        return add_pairs(sum, Pairs(share), Pairs(load_part(room)));
     }
 
 private:
-    static __m512i half(const uint16_t* values, int row, int left, int size, int d) {
-        if (row >= left) return _mm512_setzero_si512();
-        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + row * size + d)));
+    static Floats value(const uint16_t* values, int row, int left, int size, int d) {
+        return row < left ? load(values + row * size + d) : Floats(0.0f);
     }
+};
+#elif defined(QUASAR_AVX512)
+template <>
+struct Numbers<uint16_t> : WideValues<uint16_t> {
+    using Row = uint16_t;
+    using Register = Part;
+    static constexpr int STEP = WIDTH;
+    static Register get(const uint16_t* x) { return from_bfloat16(x); }
+    static Register get_row(const uint16_t* x) { return from_bfloat16(x); }
+    static Part add(Part sum, Register a, Register b) { return fused(a, b, sum); }
+    static void put(uint16_t* row, Floats x) { store(row, x); }
 };
 #else
 template <>
-struct Numbers<uint16_t> : Widened<uint16_t> {};
+struct Numbers<uint16_t> : WideValues<uint16_t> {
+    using Row = float;  // rounded to bfloat16; of a register's numbers first the even ones, then the odd ones
+    struct Register {
+        Part even, odd;
+    };
+    static constexpr int STEP = 2 * WIDTH;
+    static Register get(const uint16_t* x) {
+        UnsignedPart both;
+        std::memcpy(&both, x, sizeof both);
+        return {Part(both << 16), Part(both & 0xffff0000)};
+    }
+    static Register get_row(const float* x) { return {load_part(x), load_part(x + WIDTH)}; }
+    static Part add(Part sum, Register a, Register b) { return fused(a.odd, b.odd, fused(a.even, b.even, sum)); }
+    static void put(float* row, Floats x) {
+        alignas(64) uint16_t rounded[LANES];
+        store(rounded, x);
+        for (int i = 0; i < LANES; i += STEP) {
+            const Register both = get(rounded + i);
+            store_part(row + i, both.even), store_part(row + i + WIDTH, both.odd);
+        }
+    }
+};
 #endif
 
 }  // namespace quasar

@@ -102,8 +102,8 @@ public:
                 waiting.scalar = layer.scalar;
             }
             prepare_normed(m.head, waiting, m.norm, count, team);
-            multiply(m.head, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
-                value = _mm512_mul_ps(value, _mm512_set1_ps(m.logits_scale));
+            multiply(m.head, count, team, [&](int t, int o, Lanes lanes, Floats value) {
+                value = value * m.logits_scale;
                 if (m.logits_cap) value = capped(value, m.logits_cap);
                 if (logits) store(logits + size_t(t) * m.head.out + o, value, lanes);
                 seen[size_t(team.thread) * count + t].see(o, lanes, value);
@@ -171,11 +171,11 @@ private:
 
     void embed(const int64_t* tokens, int count, const Team& team) {
         const Range rows = team.share(count);
-        const __m512 scale = _mm512_set1_ps(m.embedding_scale);
+        const Floats scale = m.embedding_scale;
         for (int t = rows.begin; t < rows.end; ++t) {
             auto row = static_cast<const X*>(m.embedding) + size_t(tokens[t]) * m.hidden;
             for (int i = 0; i < m.hidden; i += LANES)
-                store(hidden.data() + size_t(t) * m.hidden + i, _mm512_mul_ps(load(row + i), scale));
+                store(hidden.data() + size_t(t) * m.hidden + i, load(row + i) * scale);
         }
 #pragma omp barrier
     }
@@ -185,17 +185,15 @@ private:
         prepare_normed(m.inputs_projection, Waiting(), nullptr, count, team);
         multiply_into(m.inputs_projection, own_inputs.data(), count, team);
         const int blocks = int(layers.size()), size = m.inputs_size;
-        const __m512 shrink = _mm512_set1_ps(1 / std::sqrt(float(m.hidden))), scale = _mm512_set1_ps(m.inputs_scale);
+        const Floats shrink = 1 / std::sqrt(float(m.hidden)), scale = m.inputs_scale;
         const Range share = team.share(count * blocks);
         for (int at = share.begin; at < share.end; ++at) {
             float* row = own_inputs.data() + size_t(at) * size;
             auto own = static_cast<const X*>(m.inputs_embedding) + (size_t(tokens[at / blocks]) * blocks + at % blocks) * size;
-            for (int i = 0; i < size; i += LANES) store(row + i, _mm512_mul_ps(load(row + i), shrink));
+            for (int i = 0; i < size; i += LANES) store(row + i, load(row + i) * shrink);
             normalise(row, m.inputs_norm, size, m.eps, row);
-            for (int i = 0; i < size; i += LANES) {
-                __m512 both = _mm512_fmadd_ps(load(own + i), scale, load(row + i));
-                store(row + i, _mm512_mul_ps(both, _mm512_set1_ps(0.70710678f)));
-            }
+            for (int i = 0; i < size; i += LANES)
+                store(row + i, fused(load(own + i), scale, load(row + i)) * 0.70710678f);
         }
 #pragma omp barrier
     }
@@ -208,7 +206,7 @@ private:
             float* row = mixed.data() + size_t(t) * size;
             const float* own = own_inputs.data() + (size_t(t) * layers.size() + index) * size;
             for (int i = 0; i < size; i += LANES)
-                store(row + i, _mm512_mul_ps(activate(load(row + i), m.activation, nullptr), load(own + i)));
+                store(row + i, activate(load(row + i), m.activation, nullptr) * load(own + i));
             for (int i = 0; i < layer.input_out.count; ++i) inputs[i].take(layer.input_out.parts[i], t, row, 0, size);
         }
 #pragma omp barrier
@@ -226,16 +224,15 @@ private:
                 for (int i = 0; i < m.hidden; i += LANES) store(stream + i, with_residual(stream + i, load(row + i)));
             }
             if (waiting.scalar != 1)
-                for (int i = 0; i < m.hidden; i += LANES)
-                    store(stream + i, _mm512_mul_ps(load(stream + i), _mm512_set1_ps(waiting.scalar)));
+                for (int i = 0; i < m.hidden; i += LANES) store(stream + i, load(stream + i) * waiting.scalar);
             if (norm) normalise(stream, norm, m.hidden, m.eps, row);
             for (int i = 0; i < weight.count; ++i) inputs[i].take(weight.parts[i], t, norm ? row : stream, 0, m.hidden);
         }
 #pragma omp barrier
     }
 
-    __m512 with_residual(const float* stream, __m512 value, __mmask16 lanes = 0xffff) const {
-        return _mm512_fmadd_ps(value, _mm512_set1_ps(m.residual_scale), _mm512_maskz_loadu_ps(lanes, stream));
+    Floats with_residual(const float* stream, Floats value, Lanes lanes = ALL) const {
+        return fused(value, m.residual_scale, load(stream, lanes));
     }
 
     // x [T, in]; each piece of a row is made by `make` where it has to be.
@@ -261,8 +258,8 @@ private:
         const int inner = layer.down.in;
         prepare_pieces(layer.down, mixed.data(), layer.gate_up.out, count, team, [&](float* row, int begin, int end) {
             for (int i = begin; i < end; i += LANES) {
-                __m512 value = activate(load(row + i), m.activation, layer.activation);
-                if (m.gated) value = _mm512_mul_ps(value, load(row + inner + i));
+                Floats value = activate(load(row + i), m.activation, layer.activation);
+                if (m.gated) value = value * load(row + inner + i);
                 store(row + i, value);
             }
         });
@@ -274,13 +271,13 @@ private:
         int before = 0;
         for (int i = 0; i < weight.count; before += weight.parts[i++].out)
             inputs[i].multiply(weight.parts[i], count, team.thread, team.threads,
-                               [&](int t, int o, __mmask16 lanes, __m512 value) { put(t, before + o, lanes, value); });
+                               [&](int t, int o, Lanes lanes, Floats value) { put(t, before + o, lanes, value); });
 #pragma omp barrier
         if (team.thread == 0) seconds_in_products += omp_get_wtime() - start;
     }
 
     void multiply_into(const FusedWeight& weight, float* y, int count, const Team& team) {
-        multiply(weight, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
+        multiply(weight, count, team, [&](int t, int o, Lanes lanes, Floats value) {
             store(y + size_t(t) * weight.out + o, value, lanes);
         });
     }
@@ -291,7 +288,7 @@ private:
             multiply_into(weight, delta.data(), count, team);
             return Waiting{norm, 1};
         }
-        multiply(weight, count, team, [&](int t, int o, __mmask16 lanes, __m512 value) {
+        multiply(weight, count, team, [&](int t, int o, Lanes lanes, Floats value) {
             float* to = hidden.data() + size_t(t) * m.hidden + o;
             store(to, with_residual(to, value, lanes), lanes);
         });
@@ -344,7 +341,7 @@ private:
     }
 
     static void keep(const float* x, float factor, int size, X* to) {
-        for (int d = 0; d < size; d += LANES) store(to + d, _mm512_mul_ps(load(x + d), _mm512_set1_ps(factor)));
+        for (int d = 0; d < size; d += LANES) store(to + d, load(x + d) * factor);
     }
 
     // The queries of a key-value head share its keys and values; they are split where threads outnumber these heads.

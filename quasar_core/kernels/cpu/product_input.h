@@ -37,9 +37,9 @@ public:
     void take(const Product& product, int t, const float* x, int begin, int end) {
         const size_t row = size_t(t) * product.in;
         if (product.bits == 16)
-            for (int i = begin; i < end; i += LANES) store(halves.data() + row + i, load(x + i));
+            for (int i = begin; i < end; i += LANES) Numbers<uint16_t>::put(halves.data() + row + i, load(x + i));
         else if (product.bits == 32)
-            for (int i = begin; i < end; i += LANES) store(singles.data() + row + i, load(x + i));
+            for (int i = begin; i < end; i += LANES) Numbers<float>::put(singles.data() + row + i, load(x + i));
         else {
             const CodedRows rows = coded(product);
             for (int g = begin / rows.group; g < end / rows.group; ++g) quantize_group(x, rows, t, g);
@@ -49,8 +49,8 @@ public:
     // A thread's share of the product for all rows of the pass.
     template <typename Put>
     void multiply(const Product& product, int count, int thread, int threads, Put put) {
-        auto with_bias = [&](int t, int o, __mmask16 lanes, __m512 value) {
-            if (product.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, product.bias + o));
+        auto with_bias = [&](int t, int o, Lanes lanes, Floats value) {
+            if (product.bias) value = value + load(product.bias + o, lanes);
             put(t, o, lanes, value);
         };
         if (product.bits < 16) {
@@ -61,14 +61,13 @@ public:
         Range strips((product.out + STRIP - 1) / STRIP, thread, threads);
         if (product.bits == 16)
             multiply_strips<uint16_t>(product.weight, halves.data(), product.in, strips, 0, count, product.out,
-                                    with_bias);
+                                      with_bias);
         else
-            multiply_strips<float>(product.weight, singles.data(), product.in, strips, 0, count, product.out,
-                                     with_bias);
+            multiply_strips<float>(product.weight, singles.data(), product.in, strips, 0, count, product.out, with_bias);
     }
 
 private:
-    Buffer<uint16_t> halves;
+    Buffer<Numbers<uint16_t>::Row> halves;
     Buffer<int8_t> values;
     Buffer<float> singles, scales, sums;
 

@@ -14,7 +14,7 @@ void multiply_codes_of(const X* x, const Product& product, X* y, int count, int 
     Buffer<float> scales(size_t(count) * product.groups), sums(scales.size());
     const CodedRows rows{values.data(), scales.data(), sums.data(), product.in, product.groups,
                          product.in / product.groups};
-    auto put = [&](int t, int o, __mmask16 lanes, __m512 value) {
+    auto put = [&](int t, int o, Lanes lanes, Floats value) {
         store(y + size_t(t) * product.out + o, value, lanes);
     };
 #pragma omp parallel num_threads(threads)
@@ -73,6 +73,9 @@ void quasar_pass_seconds(void* pass, int is_bfloat16, double* seconds) {
     if (is_bfloat16) return report(static_cast<Pass<uint16_t>*>(pass));
     report(static_cast<Pass<float>*>(pass));
 }
+
+// What it was compiled for.
+const char* quasar_form() { return FORM; }
 
 // For Python to check that both sides describe a model in the same bytes.
 int quasar_size_of_model() { return sizeof(Model); }

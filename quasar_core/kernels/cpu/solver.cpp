@@ -4,6 +4,7 @@
 // column after the other in memory; in the search a group's weights do. No result depends on the number of threads.
 
 #include <cmath>
+#include <limits>
 
 #include "lanes.h"
 
@@ -14,28 +15,28 @@ namespace {
 constexpr int STRIPS = 4;  // registers of outputs side by side: a sum over columns waits for itself
 constexpr int WIDE = STRIPS * LANES;
 constexpr int MOST_COLUMNS = 128;  // of a block
-constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
-// ln x for x ≥ 0: the mantissa by its first four bits and a short series, |r| ≤ 1/32; −∞ at 0.
+// ln x for x ≥ 0: the mantissa by its first four bits and a short series, |r| ≤ 1/32; below −87 where x is 0 or nearly.
 struct Logarithm {
-    __m512 inverse, log;
+    float inverse[LANES], log[LANES];
     Logarithm() {
-        float inverses[LANES], logs[LANES];
         for (int i = 0; i < LANES; ++i) {
-            double middle = 1 + (i + 0.5) / LANES;
-            inverses[i] = float(1 / middle);
-            logs[i] = float(-std::log(double(inverses[i])));
+            const double middle = 1 + (i + 0.5) / LANES;
+            inverse[i] = float(1 / middle);
+            log[i] = float(-std::log(double(inverse[i])));
         }
-        inverse = load(inverses), log = load(logs);
     }
-    __m512 operator()(__m512 x) const {
-        __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
-        __m512i first = _mm512_srli_epi32(_mm512_castps_si512(m), 19);  // vpermps reads the lowest four bits
-        __m512 r = _mm512_fmsub_ps(m, _mm512_permutexvar_ps(first, inverse), _mm512_set1_ps(1.0f));
-        __m512 y = _mm512_set1_ps(0.2f);
-        for (float term : {-0.25f, 1.0f / 3, -0.5f, 1.0f}) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(term));
-        y = _mm512_fmadd_ps(y, r, _mm512_permutexvar_ps(first, log));
-        return _mm512_fmadd_ps(_mm512_getexp_ps(x), _mm512_set1_ps(0.693147181f), y);
+    Floats operator()(Floats x) const {
+        return Floats::each([&](int p) {
+            const UnsignedPart bits = UnsignedPart(x.part[p]);
+            const Part mantissa = Part((bits & 0x7fffff) | 0x3f800000);  // in [1, 2)
+            const IntPart exponent = IntPart(bits >> 23) - 127, first = IntPart(bits >> 19 & 15);
+            const Part r = fused(mantissa, look_up(inverse, first), spread(-1.0f));
+            Part y = spread(0.2f);
+            for (float term : {-0.25f, 1.0f / 3, -0.5f, 1.0f}) y = fused(y, r, spread(term));
+            y = fused(y, r, look_up(log, first));
+            return fused(to_floats(exponent), spread(0.693147181f), y);
+        });
     }
 };
 
@@ -43,14 +44,24 @@ struct Logarithm {
 struct Extent {
     float low, high;
     Extent(const float* weight, int size) {
-        __m512 lows = _mm512_setzero_ps(), highs = lows;
+        Floats lows = 0.0f, highs = 0.0f;
         for (int i = 0; i < size; i += LANES) {
-            const __m512 w = _mm512_maskz_loadu_ps(first_lanes(size - i), weight + i);
-            lows = _mm512_min_ps(lows, w), highs = _mm512_max_ps(highs, w);
+            const Floats w = load(weight + i, first_lanes(size - i));
+            lows = smaller(lows, w), highs = larger(highs, w);
         }
-        low = _mm512_reduce_min_ps(lows), high = _mm512_reduce_max_ps(highs);
+        low = least_of(lows), high = largest_of(highs);
     }
 };
+
+// What float16 keeps of x > 0: eleven bits, or multiples of 2^−24 below 2^−14.
+float rounded_to_half(float x) {
+    if (x < 1.0f / (1 << 14)) return std::nearbyint(x * float(1 << 24)) * (1.0f / (1 << 24));
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    bits = (bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu;
+    std::memcpy(&x, &bits, sizeof bits);
+    return x < 65536.0f ? x : std::numeric_limits<float>::infinity();
+}
 
 // A group's grid as `grid.py` has it: scale as float16 stores it, zero.
 struct Grid {
@@ -58,7 +69,7 @@ struct Grid {
     Grid(const Extent& extent, float shrink, int bits, bool sym, float smallest) {
         const float top = float((1 << bits) - 1), low = extent.low * shrink, high = extent.high * shrink;
         scale = (sym ? 2 * std::max(-low, high) : high - low) / top;
-        scale = _cvtsh_ss(_cvtss_sh(std::max(scale, smallest), _MM_FROUND_TO_NEAREST_INT));
+        scale = rounded_to_half(std::max(scale, smallest));
         if (sym && high > -low) scale = -scale;
         zero = sym ? float(1 << (bits - 1)) : std::clamp(std::nearbyint(-low / scale), 1.0f, top);
     }
@@ -66,17 +77,16 @@ struct Grid {
 
 // Σ |error|^exponent over a group.
 float error_of(const float* weight, int size, const Grid& grid, int bits, float exponent, const Logarithm& logarithm) {
-    const __m512 scale = _mm512_set1_ps(grid.scale), inverse = _mm512_set1_ps(1 / grid.scale);
-    const __m512 low = _mm512_set1_ps(-grid.zero), high = _mm512_set1_ps(float((1 << bits) - 1) - grid.zero);
-    __m512 sum = _mm512_setzero_ps();
+    const Floats scale = -grid.scale, inverse = 1 / grid.scale;
+    const Floats low = -grid.zero, high = float((1 << bits) - 1) - grid.zero;
+    Floats sum = 0.0f;
     for (int i = 0; i < size; i += LANES) {
-        __m512 w = _mm512_maskz_loadu_ps(first_lanes(size - i), weight + i);
-        __m512 step = _mm512_roundscale_ps(_mm512_mul_ps(w, inverse), NEAREST);
-        step = _mm512_min_ps(_mm512_max_ps(step, low), high);
-        __m512 error = _mm512_abs_ps(_mm512_fnmadd_ps(step, scale, w));
-        sum = _mm512_add_ps(sum, exponential(_mm512_mul_ps(_mm512_set1_ps(exponent), logarithm(error))));
+        const Floats w = load(weight + i, first_lanes(size - i));
+        const Floats step = smaller(larger(nearest(w * inverse), low), high);
+        const Floats error = magnitude(fused(step, scale, w));
+        sum = sum + exponential(logarithm(error) * exponent);
     }
-    return _mm512_reduce_add_ps(sum);
+    return sum_of(sum);
 }
 
 // A block of columns of a piece [columns, outputs] in the order in which they are visited, `stride` floats from one to
@@ -92,8 +102,8 @@ struct Block {
 // Sixteen outputs of a column, and what the column meets there.
 struct Place {
     int column, output;
-    __mmask16 lanes;
-    __m512 load(const float* x) const { return _mm512_maskz_loadu_ps(lanes, x); }
+    Lanes lanes;
+    Floats load(const float* x) const { return quasar::load(x, lanes); }
 };
 
 // Columns of 64 outputs, one after the other: column i meets base_i − Σ kernel[i][j] · carried_j over the columns j before
@@ -103,26 +113,29 @@ void visit(const float* base, const Block& block, const float* kernel, int begin
     alignas(64) float carried[MOST_COLUMNS][WIDE];
     for (int i = 0; i < block.columns; ++i) {
         Place places[STRIPS];
-        __m512 met[STRIPS];
+        Floats met[STRIPS];
         for (int s = 0; s < STRIPS; ++s) {
             const int output = begin + s * LANES;
             places[s] = {i, output, first_lanes(block.outputs - output)};
             met[s] = places[s].load(base + block.at(i, output));
         }
         for (int j = 0; j < i; ++j) {
-            const __m512 factor = _mm512_set1_ps(kernel[i * block.columns + j]);
-            for (int s = 0; s < STRIPS; ++s)
-                met[s] = _mm512_fnmadd_ps(factor, _mm512_load_ps(carried[j] + s * LANES), met[s]);
+            const Floats factor = -kernel[i * block.columns + j];
+            for (int s = 0; s < STRIPS; ++s) met[s] = fused(factor, load(carried[j] + s * LANES), met[s]);
         }
-        for (int s = 0; s < STRIPS; ++s) _mm512_store_ps(carried[i] + s * LANES, round(places[s], met[s]));
+        for (int s = 0; s < STRIPS; ++s) store(carried[i] + s * LANES, round(places[s], met[s]));
     }
 }
 
+// Of lanes that are not there 1, which divides.
+Floats scale_of(const Block& block, const Place& place) {
+    return select(place.lanes, place.load(block.scales + block.in_group(place.column, place.output)), 1.0f);
+}
+
 // The step nearest to a wish, ties to even.
-__m512 nearest(const Block& block, const Place& place, __m512 wish) {
+Floats nearest_step(const Block& block, const Place& place, Floats wish) {
     const size_t own = block.in_group(place.column, place.output);
-    wish = _mm512_roundscale_ps(wish, NEAREST);
-    return _mm512_min_ps(_mm512_max_ps(wish, place.load(block.low + own)), place.load(block.high + own));
+    return smaller(larger(nearest(wish), place.load(block.low + own)), place.load(block.high + own));
 }
 
 }  // namespace
@@ -156,12 +169,11 @@ void quasar_round_columns(const float* weight, const float* kernel, const float*
     const Block block{columns, outputs, stride, groups, scales, low, high};
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int begin = 0; begin < outputs; begin += WIDE)
-        visit(weight, block, kernel, begin, [&](const Place& place, __m512 met) {
+        visit(weight, block, kernel, begin, [&](const Place& place, Floats met) {
             const size_t at = block.at(place.column, place.output);
-            const __m512 scale = _mm512_mask_loadu_ps(_mm512_set1_ps(1), place.lanes,
-                                                      scales + block.in_group(place.column, place.output));
-            const __m512 step = nearest(block, place, _mm512_div_ps(met, scale));
-            const __m512 error = _mm512_fnmadd_ps(step, scale, met);
+            const Floats scale = scale_of(block, place);
+            const Floats step = nearest_step(block, place, met / scale);
+            const Floats error = fused(Floats(0.0f) - step, scale, met);
             store(steps + at, step, place.lanes);
             store(errors + at, error, place.lanes);
             return error;
@@ -176,19 +188,16 @@ void quasar_descend_columns(const float* gradient, const float* kernel, const fl
     const Block block{columns, outputs, stride, groups, scales, low, high};
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int begin = 0; begin < outputs; begin += WIDE)
-        visit(gradient, block, kernel, begin, [&](const Place& place, __m512 met) {
+        visit(gradient, block, kernel, begin, [&](const Place& place, Floats met) {
             const size_t at = block.at(place.column, place.output);
-            const __m512 scale = _mm512_mask_loadu_ps(_mm512_set1_ps(1), place.lanes,
-                                                      scales + block.in_group(place.column, place.output));
-            const __m512 bend = _mm512_set1_ps(curvature[place.column]), half = _mm512_set1_ps(0.5f);
-            const __m512 old = place.load(steps + at);
-            const __m512 wish = _mm512_sub_ps(old, _mm512_div_ps(met, _mm512_mul_ps(bend, scale)));
-            const __m512 step = nearest(block, place, wish);
-            const __m512 move = _mm512_mul_ps(_mm512_sub_ps(step, old), scale);
-            const __mmask16 moved = _mm512_cmp_ps_mask(step, old, _CMP_NEQ_UQ);  // else ∞ · 0 where the curvature is 0
-            const __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(half, bend), move, met);
+            const Floats scale = scale_of(block, place);
+            const float bend = curvature[place.column];
+            const Floats old = place.load(steps + at), step = nearest_step(block, place, old - met / (scale * bend));
+            const Floats move = (step - old) * scale, slope = fused(0.5f * bend, move, met);
             float* gain = gains + place.output;
-            store(gain, _mm512_mask3_fmadd_ps(slope, move, place.load(gain), moved), place.lanes);
+            const Floats before = place.load(gain);
+            const Lanes moved = is_less(step, old) | is_less(old, step);  // else ∞ · 0 where the curvature is 0
+            store(gain, select(moved, fused(slope, move, before), before), place.lanes);
             store(steps + at, step, place.lanes);
             store(moves + at, move, place.lanes);
             return move;

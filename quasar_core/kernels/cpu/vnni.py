@@ -1,10 +1,10 @@
-"""A packed product in 8-bit integers for processors with AVX-512 VNNI: nearly flat in the rows of a verify pass.
+"""A packed product in 8-bit integers on the CPU, nearly flat in the rows of a verify pass.
 
 Codes of 2 to 8 bits (those of 3 take 4) are unpacked in registers once for up to 8 rows, and multiplied with
 activations that are rounded to 8 bits, symmetrically, with one scale per row and group of at most 128 inputs. That
 rounding is the kernel's error: 0.6 % of a product's norm on normally distributed activations (a bfloat16 output alone
 rounds by 0.2 %). A row's product does not depend on the rows beside it, to the last bit. The arithmetic is
-`cpu/codes.h`, compiled on first use.
+`cpu/codes.h`, compiled on first use for the processor's instruction set; those with VNNI are the fastest.
 """
 
 import math
@@ -42,7 +42,7 @@ class VnniKernel:
     name = "vnni"
 
     def why_not(self, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Ordered groups of sixteens, bf16 or float32, on a CPU with AVX-512 VNNI and a C++ compiler."""
+        """Ordered groups of sixteens, bf16 or float32, on a CPU with a C++ compiler."""
         if device.type != "cpu":
             return f"it runs on the CPU, not on {device.type}"
         if dtype not in (torch.bfloat16, torch.float32):

@@ -1,8 +1,8 @@
 """The quantizer's inner loops in C++ (`kernels/cpu/solver.cpp`): the search for scales, and columns taken in turn.
 
-They need a processor with AVX-512, Linux and a C++ compiler, which builds them on first use; tensors are float32, on
-the CPU. Elsewhere `quantize/` does the same with PyTorch's operations. Letters: C columns of a block, r outputs of a
-piece, G groups; in a piece a column's outputs lie beside one another.
+They need Linux and a C++ compiler, which builds them on first use; tensors are float32, on the CPU. Elsewhere
+`quantize/` does the same with PyTorch's operations. Letters: C columns of a block, r outputs of a piece, G groups; in a
+piece a column's outputs lie beside one another.
 """
 
 import ctypes
@@ -13,23 +13,22 @@ from pathlib import Path
 import torch
 
 from quasar_core.errors import QuasarError
+from quasar_core.kernels.cpu.forms import Chosen, chosen
 from quasar_core.kernels.cpu.library import load_library, remark, why_switched_off
-from quasar_core.system import processor_flags
 
 SOURCE = Path(__file__).parents[2] / "kernels" / "cpu" / "solver.cpp"
 MOST_COLUMNS = 128
-_NEEDED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
+
+
+def why_not_here() -> str | None:
+    """Why this machine cannot run the loops, found out once: its compiler, the build, or the user."""
+    return why_switched_off() or _why_not_in(chosen())
 
 
 @cache
-def why_not_here() -> str | None:
-    """Why this machine cannot run the loops, found out once: its processor, its compiler, the build, or the user."""
-    if off := why_switched_off():
-        return off
-    if not processor_flags() >= _NEEDED:
-        return "it needs a processor with AVX-512, and Linux"
+def _why_not_in(form: Chosen) -> str | None:
     try:
-        library()
+        _library_in(form)
     except QuasarError as error:
         return str(error)
     return None
@@ -38,7 +37,9 @@ def why_not_here() -> str | None:
 def describe_loops() -> str:
     """Which loops the quantizer runs on this processor, and why."""
     obstacle = why_not_here()
-    return f"PyTorch's operations, not C++: {obstacle}" if obstacle else f"in C++{remark(SOURCE)}"
+    if obstacle:
+        return f"PyTorch's operations, not C++: {obstacle}"
+    return f"in C++ for {chosen().form.title}{remark(SOURCE)}"
 
 
 def runs(tensor: torch.Tensor) -> bool:
@@ -46,9 +47,13 @@ def runs(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and why_not_here() is None
 
 
-@cache
 def library() -> ctypes.CDLL:
     """The compiled library; QuasarError where it cannot be built or loaded."""
+    return _library_in(chosen())
+
+
+@cache
+def _library_in(form: Chosen) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int
     return load_library(
         SOURCE,
