@@ -81,7 +81,9 @@ def describe_memory(target: str, verifier: Path) -> str:
 def describe_cpp() -> str:
     """The instruction set that the CPU's passes and products run on in C++, and why; or why they do not."""
     obstacle = library.why_not_here()
-    return f"not here: {obstacle}" if obstacle else f"for {library.describe_form()}"
+    if obstacle:
+        return f"not here: {obstacle}"
+    return f"for {library.describe_form()}{library.remark(library.SOURCE)}"
 
 
 def _cpu_features() -> list[str]:

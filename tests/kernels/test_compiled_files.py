@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.kernels.cpu import library, private_files
+from quasar_core.kernels.cpu import build, library, private_files
 from quasar_core.kernels.cpu import library as compiling
+from quasar_core.kernels.cpu.forms import chosen
 from quasar_core.quantize.solve import cpp
 
 NO_COMPILER = compiling.find_compiler() is None
@@ -53,7 +54,7 @@ def test_a_library_lies_in_folders_of_the_user_alone_with_its_digest(source: Pat
     assert mode(library) == 0o600
     assert sorted(path.name for path in library.parent.iterdir()) == ["seven.so", "seven.so.sha256"]
     assert compiling.load_library(source, SEVEN).seven() == 7
-    assert compiling.remark(source) == ""
+    assert compiling.remark(source) == ", compiled here"
 
 
 @compiled
@@ -192,6 +193,28 @@ def test_two_libraries_are_two(source: Path, tmp_path: Path) -> None:
     other.write_text('extern "C" int seven() { return 8; }\n')
     both = [compiling.load_library(path, SEVEN) for path in (source, other)]
     assert [library.seven() for library in both] == [7, 8]
+
+
+@compiled
+def test_a_library_that_the_package_carries_is_taken_and_nothing_compiled(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "HERE", tmp_path)
+    monkeypatch.setattr(build, "CARRIED", tmp_path / "built")
+    carried = build.carried_library("seven", chosen())
+    carried.parent.mkdir()
+    carried.write_bytes(compiling.shared_library(source).read_bytes())
+    monkeypatch.setenv("CXX", "/nowhere")
+    monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "empty"))
+    assert compiling.load_library(source, SEVEN).seven() == 7
+    assert compiling.remark(source) == ", built into the package"
+    assert not (tmp_path / "empty").exists()
+    build.carried_library("broken", chosen()).write_text("no library")
+    with pytest.raises(QuasarError, match="its library could not be loaded: "):
+        compiling.load_library(tmp_path / "broken.cpp", SEVEN)
+    carried.unlink()
+    with pytest.raises(QuasarError, match=r"no C\+\+ compiler was found .* and the package carries no library"):
+        compiling.load_library(source, SEVEN)
 
 
 @compiled

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "lanes.h"
+#include "team.h"
 
 namespace quasar {
 

@@ -7,8 +7,7 @@ have besides (its extras) is used where it is there. Names of what processors ha
 import os
 import platform
 from dataclasses import dataclass
-
-import torch
+from itertools import takewhile
 
 from quasar_core.errors import UsageError
 from quasar_core.system import processor_flags
@@ -21,7 +20,8 @@ _X86, _ARM = frozenset({"x86_64", "AMD64"}), frozenset({"aarch64", "arm64"})
 class Form:
     """An instruction set: the architectures that have it, what it needs, the compiler's options, and its extras.
 
-    An extra's option that begins with + is added to `-march=armv8.2-a`.
+    An extra's option that begins with + is added to `-march=armv8.2-a`. Extras came one after the other: each is used
+    where those before it are there too, so that a wheel need not carry every choice of them.
     """
 
     name: str
@@ -99,6 +99,13 @@ def chosen() -> Chosen:
     return _with_extras(form, f"as {VARIABLE} asks")
 
 
+def all_for(architecture: str) -> list[Chosen]:
+    """What a wheel carries: each form of an architecture, with none of its extras, the first, the first two …"""
+    forms = [form for form in FORMS if form.architectures is None or architecture in form.architectures]
+    extras = [(form, tuple(name for name, _ in form.extras)) for form in forms]
+    return [Chosen(form, names[:count], "carried") for form, names in extras for count in range(len(names) + 1)]
+
+
 def find_form(name: str) -> Form:
     """The form of a name; UsageError where there is none."""
     form = next((form for form in FORMS if form.name == name), None)
@@ -126,6 +133,8 @@ def instructions() -> frozenset[str]:
         return told
     if platform.machine() in _ARM:
         return frozenset({"asimd", "asimddp"} if platform.system() == "Darwin" else {"asimd"})
+    import torch  # not where wheels are built
+
     has_avx2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return frozenset({"avx2", "fma", "f16c"} if has_avx2 else ())
 
@@ -138,4 +147,5 @@ def _best() -> tuple[Form, str]:
 
 
 def _with_extras(form: Form, reason: str) -> Chosen:
-    return Chosen(form, tuple(name for name, _ in form.extras if name in instructions()), reason)
+    has = instructions()
+    return Chosen(form, tuple(takewhile(has.__contains__, (name for name, _ in form.extras))), reason)

@@ -195,11 +195,4 @@ inline Floats exponential(Floats x) {
 
 inline Floats silu(Floats x) { return x / (Floats(1.0f) + exponential(Floats(0.0f) - x)); }
 
-// The part [begin, end) of `count` things that falls to one of `parts`, as even as can be.
-struct Range {
-    int begin, end;
-    Range(int count, int part, int parts)
-        : begin(int(int64_t(count) * part / parts)), end(int(int64_t(count) * (part + 1) / parts)) {}
-};
-
 }  // namespace quasar

@@ -1,8 +1,8 @@
-"""Compile and load the C++ library of the CPU, and declare its functions and structures.
+"""Load the C++ of the CPU, carried by a wheel or compiled here, and declare its functions and structures.
 
-It needs Linux and a C++ compiler, which builds it on first use for the instruction set that `forms.py` chooses. The
-shared library is kept in quasar's own folder, named by what it depends on (sources, options, compiler, instruction set,
-PyTorch), so that a change of any of them compiles anew, and nothing is loaded that was built for another machine.
+It is that for the instruction set which `forms.py` chooses. Where the package carries it, that one is loaded; else a C++
+compiler builds it on first use. What was compiled is kept in quasar's own folder, named by what it depends on (sources,
+options, compiler, instruction set), so that a change of any of them compiles anew.
 """
 
 import ctypes
@@ -11,35 +11,34 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
+from filelock import FileLock
 
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.kernels.cpu import private_files
+from quasar_core.kernels.cpu import build, private_files
+from quasar_core.kernels.cpu.build import find_compiler
 from quasar_core.kernels.cpu.forms import Chosen, chosen
 from quasar_core.store.folders import home
 
-# Products and sums are fused where the code says so, and nowhere else: then all instruction sets know what is rounded.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC")
 SWITCH = "QUASAR_CPU_PASS"
-_PATIENCE = 120  # seconds
-_BUILDING = "building-"
+_BUILDING, _LOCK = "building-", ".lock"
 _rebuilt: dict[Path, str] = {}  # by source: what was wrong with the library that was there
 
 
 def load_library(source: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:
-    """Load the library of a C++ source, compiled where it is not there yet or damaged; `functions` are their arguments.
+    """Load the library of a C++ source, the one that the package carries or that is compiled here.
 
-    QuasarError, with a reason, where it cannot be compiled or loaded, or lacks one of the functions.
+    `functions` are their arguments. QuasarError, with a reason, where it cannot be compiled or loaded, or lacks one of
+    the functions.
     """
-    path = shared_library(source)
+    carried = carried_library(source)
+    path = carried or shared_library(source)
     try:
-        library = private_files.load(path)
+        library = ctypes.CDLL(str(carried)) if carried else private_files.load(path)
     except (OSError, QuasarError) as error:
         raise QuasarError(f"its library could not be loaded: {error}") from error
     for name, arguments in functions.items():
@@ -50,6 +49,12 @@ def load_library(source: Path, functions: Mapping[str, Sequence[Any]]) -> ctypes
     return library
 
 
+def carried_library(source: Path) -> Path | None:
+    """The library of a source that the package carries for the chosen instruction set; None where it carries none."""
+    path = build.carried_library(source.stem, chosen())
+    return path if source.parent == build.HERE and path.is_file() else None
+
+
 def shared_library(source: Path) -> Path:
     """The library of a C++ source and the headers beside it, compiled where it is not there yet or damaged.
 
@@ -57,13 +62,15 @@ def shared_library(source: Path) -> Path:
     """
     compiler = find_compiler()
     if compiler is None:
-        raise QuasarError("no C++ compiler was found (g++, or one that CXX names)")
+        raise QuasarError("no C++ compiler was found (g++, or one that CXX names), and the package carries no library")
     form = chosen()
-    library = home() / "kernels" / _key(source, compiler, form) / f"{source.stem}.so"
+    library = home() / "kernels" / _key(source, compiler, form) / f"{source.stem}{build.suffix()}"
     kernels = library.parent.parent
     try:
         private_files.make_private(kernels)
-        with _alone_in(kernels):
+        with FileLock(kernels / _LOCK):  # no other process compiles here meanwhile
+            for left in kernels.glob(f"{_BUILDING}*"):
+                shutil.rmtree(left)
             if library.parent.exists():
                 wrong = private_files.damage(library)
                 if wrong is None:
@@ -76,8 +83,10 @@ def shared_library(source: Path) -> Path:
 
 
 def remark(source: Path) -> str:
-    """What is to be said of a library beside that it runs: that it was compiled anew, and why; else nothing."""
-    return f", compiled anew since {_rebuilt[source]}" if source in _rebuilt else ""
+    """What is to be said of a library beside that it runs: where it comes from, and why it was compiled anew."""
+    if carried_library(source):
+        return ", built into the package"
+    return f", compiled anew since {_rebuilt[source]}" if source in _rebuilt else ", compiled here"
 
 
 def why_switched_off() -> str | None:
@@ -88,30 +97,9 @@ def why_switched_off() -> str | None:
     return f"{SWITCH}=0 switches it off" if value == "0" else None
 
 
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process compiles here; what a killed one left is cleared."""
-    import fcntl  # not on every system, and nothing is compiled where it is missing
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        for left in folder.glob(f"{_BUILDING}*"):
-            shutil.rmtree(left)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def find_compiler() -> str | None:
-    """The path of the C++ compiler: the one that CXX names, else a common one."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    return next((path for path in map(shutil.which, names) if path), None)
-
-
 def _key(source: Path, compiler: str, form: Chosen) -> str:
     sources = [path.read_text(encoding="utf-8") for path in sorted(source.parent.glob("*.[ch]*"))]
-    parts = (source.name, *sources, *FLAGS, *form.options, os.path.realpath(compiler), torch.__version__)
+    parts = (source.name, *sources, *build.FLAGS, *form.options, os.path.realpath(compiler))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -120,25 +108,18 @@ def _compile(compiler: str, source: Path, library: Path, form: Chosen) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent.parent, prefix=_BUILDING) as folder:
         built = Path(folder) / library.parent.name / library.name
         private_files.make_private(built.parent)
-        options = [option for option in form.options if _is_known(compiler, option)]
-        command = [compiler, *FLAGS, *options, str(source), "-o", str(built)]
         try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+            command = build.command_here(compiler, source, built, form)
+            run = subprocess.run(command, capture_output=True, text=True, timeout=build.PATIENCE)
         except subprocess.TimeoutExpired as error:
-            raise QuasarError(f"{compiler} did not compile {source.name} within {_PATIENCE} seconds") from error
+            raise QuasarError(f"{compiler} did not compile {source.name} within {build.PATIENCE} seconds") from error
         if run.returncode:
             first = next((line for line in run.stderr.splitlines() if "error" in line), "no message")
             raise QuasarError(f"{compiler} could not compile {source.name}: {first.strip()}")
         private_files.install(built, library)
 
 
-def _is_known(compiler: str, option: str) -> bool:
-    """Whether a compiler knows an option: an old one lacks some, and the code does without what they would add."""
-    empty = [compiler, option, "-fsyntax-only", "-x", "c++", os.devnull]
-    return not option.startswith("-m") or subprocess.run(empty, capture_output=True, timeout=_PATIENCE).returncode == 0
-
-
-SOURCE = Path(__file__).parent / "quasar.cpp"
+SOURCE = build.HERE / f"{build.PASS}.cpp"
 MOST_PARTS = 3
 
 

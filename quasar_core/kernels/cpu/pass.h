@@ -5,14 +5,13 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include <vector>
 
 #include "attention.h"
 #include "choices.h"
 #include "elementwise.h"
 #include "product_input.h"
+#include "team.h"
 
 namespace quasar {
 
@@ -48,12 +47,6 @@ struct Model {
     const Layer* layer;
 };
 
-// Threads, and which of them runs this.
-struct Team {
-    int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    Range share(int count) const { return Range(count, thread, threads); }
-};
-
 template <typename X>  // of embedding and cache
 class Pass {
 public:
@@ -71,10 +64,8 @@ public:
         seen.assign(size_t(threads) * count, Leaders(std::max(wanted, 2)));
         trace_paths(parents, count, position);
         const Place place{count, position, capacity, cos, sin, growth};
-        const double start = omp_get_wtime();
-#pragma omp parallel num_threads(threads)
-        {
-            const Team team;
+        const double start = now();
+        in_parallel(threads, [&](const Team& team) {
             embed(tokens, count, team);
             if (m.inputs_size) make_inputs(tokens, count, team);
             Waiting waiting;
@@ -108,14 +99,14 @@ public:
                 if (logits) store(logits + size_t(t) * m.head.out + o, value, lanes);
                 seen[size_t(team.thread) * count + t].see(o, lanes, value);
             });
-        }
+        });
         for (int t = 0; t < count; ++t) {
             for (int thread = 1; thread < threads; ++thread) seen[t].merge(seen[size_t(thread) * count + t]);
             const Choice choice = seen[t].choose();
             chosen[t] = choice.token, margins[t] = choice.margin;
             seen[t].list(wanted, likeliest + size_t(t) * wanted);
         }
-        seconds += omp_get_wtime() - start;
+        seconds += now() - start;
     }
 
     double seconds = 0, seconds_in_products = 0;  // of all passes so far; waiting for other threads included
@@ -177,7 +168,7 @@ private:
             for (int i = 0; i < m.hidden; i += LANES)
                 store(hidden.data() + size_t(t) * m.hidden + i, load(row + i) * scale);
         }
-#pragma omp barrier
+        team.barrier();
     }
 
     // own_inputs [T, layers · P]: of the token's own embedding, and of a projection of the other, normed.
@@ -195,7 +186,7 @@ private:
             for (int i = 0; i < size; i += LANES)
                 store(row + i, fused(load(own + i), scale, load(row + i)) * 0.70710678f);
         }
-#pragma omp barrier
+        team.barrier();
     }
 
     // The gate of the block's own input stands in `mixed`.
@@ -209,7 +200,7 @@ private:
                 store(row + i, activate(load(row + i), m.activation, nullptr) * load(own + i));
             for (int i = 0; i < layer.input_out.count; ++i) inputs[i].take(layer.input_out.parts[i], t, row, 0, size);
         }
-#pragma omp barrier
+        team.barrier();
     }
 
     // Settles what waits, then makes the inputs of a product, normed where they are.
@@ -228,7 +219,7 @@ private:
             if (norm) normalise(stream, norm, m.hidden, m.eps, row);
             for (int i = 0; i < weight.count; ++i) inputs[i].take(weight.parts[i], t, norm ? row : stream, 0, m.hidden);
         }
-#pragma omp barrier
+        team.barrier();
     }
 
     Floats with_residual(const float* stream, Floats value, Lanes lanes = ALL) const {
@@ -246,7 +237,7 @@ private:
             make(row, begin, end);
             for (int i = 0; i < weight.count; ++i) inputs[i].take(weight.parts[i], t, row, begin, end);
         }
-#pragma omp barrier
+        team.barrier();
     }
 
     void prepare_input(const FusedWeight& weight, float* x, int count, const Team& team) {
@@ -267,13 +258,13 @@ private:
 
     template <typename Put>
     void multiply(const FusedWeight& weight, int count, const Team& team, Put put) {
-        const double start = omp_get_wtime();
+        const double start = now();
         int before = 0;
         for (int i = 0; i < weight.count; before += weight.parts[i++].out)
             inputs[i].multiply(weight.parts[i], count, team.thread, team.threads,
                                [&](int t, int o, Lanes lanes, Floats value) { put(t, before + o, lanes, value); });
-#pragma omp barrier
-        if (team.thread == 0) seconds_in_products += omp_get_wtime() - start;
+        team.barrier();
+        if (team.thread == 0) seconds_in_products += now() - start;
     }
 
     void multiply_into(const FusedWeight& weight, float* y, int count, const Team& team) {
@@ -304,7 +295,7 @@ private:
             float* x = mixed.data() + size_t(at / 2) * (queries + 2 * keys) + begin;
             normalise(x, layer.head_norms + begin, at % 2 ? keys : queries, m.eps, x);
         }
-#pragma omp barrier
+        team.barrier();
     }
 
     // Norm and rotate queries and keys as the layer has it; keys and values go to the cache.
@@ -332,7 +323,7 @@ private:
             else
                 keep(x, scale_of_queries(size, place, t), size, queries.data() + (size_t(t) * m.heads + head) * size);
         }
-#pragma omp barrier
+        team.barrier();
     }
 
     float scale_of_queries(int size, const Place& place, int t) const {
@@ -367,7 +358,7 @@ private:
             attend(some, keys + begin, values + begin, size, m.scores_cap,
                    rooms.data() + size_t(team.thread) * LANES * size, own[team.thread].data());
         }
-#pragma omp barrier
+        team.barrier();
     }
 };
 

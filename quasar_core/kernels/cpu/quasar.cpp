@@ -17,17 +17,15 @@ void multiply_codes_of(const X* x, const Product& product, X* y, int count, int 
     auto put = [&](int t, int o, Lanes lanes, Floats value) {
         store(y + size_t(t) * product.out + o, value, lanes);
     };
-#pragma omp parallel num_threads(threads)
-    {
-        const Team team;
+    in_parallel(threads, [&](const Team& team) {
         const Range own = team.share(count), blocks = team.share((product.out + BLOCK - 1) / BLOCK);
         for (int t = own.begin; t < own.end; ++t)
             for (int g = 0; g < product.groups; ++g) quantize_group(x + size_t(t) * product.in, rows, t, g);
-#pragma omp barrier
+        team.barrier();
         for (int begin = 0; begin < count; begin += CHUNK)
             multiply_codes(product.bits, product.weight, rows, blocks, begin, std::min(begin + CHUNK, count),
                            product.out, put);
-    }
+    });
 }
 
 }  // namespace

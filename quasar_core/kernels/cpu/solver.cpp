@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "lanes.h"
+#include "team.h"
 
 using namespace quasar;
 
@@ -146,8 +147,7 @@ extern "C" {
 void quasar_search_grids(const float* weight, float* scales, float* zeros, int64_t count, int size, int bits, int sym,
                          int steps, float smallest, float exponent, int threads) {
     const Logarithm logarithm;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
-    for (int64_t row = 0; row < count; ++row) {
+    for_each(threads, count, 16, [&](int64_t row) {
         const float* own = weight + row * size;
         const Extent extent(own, size);
         Grid best(extent, 1, bits, sym, smallest);
@@ -158,7 +158,7 @@ void quasar_search_grids(const float* weight, float* scales, float* zeros, int64
             if (error < least) least = error, best = grid;
         }
         scales[row] = best.scale, zeros[row] = best.zero;
-    }
+    });
 }
 
 // Round a block's columns of weights; `kernel` [columns, columns] spreads an error over those visited later. Writes steps
@@ -167,9 +167,8 @@ void quasar_round_columns(const float* weight, const float* kernel, const float*
                           const float* high, const int32_t* groups, float* steps, float* errors, int columns,
                           int outputs, int stride, int threads) {
     const Block block{columns, outputs, stride, groups, scales, low, high};
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int begin = 0; begin < outputs; begin += WIDE)
-        visit(weight, block, kernel, begin, [&](const Place& place, Floats met) {
+    for_each(threads, (outputs + WIDE - 1) / WIDE, 1, [&](int64_t wide) {
+        visit(weight, block, kernel, int(wide) * WIDE, [&](const Place& place, Floats met) {
             const size_t at = block.at(place.column, place.output);
             const Floats scale = scale_of(block, place);
             const Floats step = nearest_step(block, place, met / scale);
@@ -178,6 +177,7 @@ void quasar_round_columns(const float* weight, const float* kernel, const float*
             store(errors + at, error, place.lanes);
             return error;
         });
+    });
 }
 
 // Move a block's columns to their best steps: `kernel` is −H, `curvature` its diagonal with ∞ for 0. Overwrites steps,
@@ -186,9 +186,8 @@ void quasar_descend_columns(const float* gradient, const float* kernel, const fl
                             const float* low, const float* high, const int32_t* groups, float* steps, float* moves,
                             float* gains, int columns, int outputs, int stride, int threads) {
     const Block block{columns, outputs, stride, groups, scales, low, high};
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int begin = 0; begin < outputs; begin += WIDE)
-        visit(gradient, block, kernel, begin, [&](const Place& place, Floats met) {
+    for_each(threads, (outputs + WIDE - 1) / WIDE, 1, [&](int64_t wide) {
+        visit(gradient, block, kernel, int(wide) * WIDE, [&](const Place& place, Floats met) {
             const size_t at = block.at(place.column, place.output);
             const Floats scale = scale_of(block, place);
             const float bend = curvature[place.column];
@@ -202,5 +201,6 @@ void quasar_descend_columns(const float* gradient, const float* kernel, const fl
             store(moves + at, move, place.lanes);
             return move;
         });
+    });
 }
 }

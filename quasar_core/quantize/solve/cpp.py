@@ -1,6 +1,6 @@
 """The quantizer's inner loops in C++ (`kernels/cpu/solver.cpp`): the search for scales, and columns taken in turn.
 
-They need Linux and a C++ compiler, which builds them on first use; tensors are float32, on the CPU. Elsewhere
+A wheel carries them, else a C++ compiler builds them on first use; tensors are float32, on the CPU. Elsewhere
 `quantize/` does the same with PyTorch's operations. Letters: C columns of a block, r outputs of a piece, G groups; in a
 piece a column's outputs lie beside one another.
 """
@@ -8,15 +8,15 @@ piece a column's outputs lie beside one another.
 import ctypes
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from quasar_core.errors import QuasarError
+from quasar_core.kernels.cpu import build
 from quasar_core.kernels.cpu.forms import Chosen, chosen
 from quasar_core.kernels.cpu.library import load_library, remark, why_switched_off
 
-SOURCE = Path(__file__).parents[2] / "kernels" / "cpu" / "solver.cpp"
+SOURCE = build.HERE / f"{build.SOLVER}.cpp"
 MOST_COLUMNS = 128
 
 
