@@ -11,7 +11,7 @@ VLLM_STAMP := .venv-vllm/.setup-stamp
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-here test-gpu test-machines sanitize check fmt interop gpu-bench clean
+.PHONY: help demo test test-slow test-here test-gpu test-machines test-wheel sanitize check fmt interop gpu-bench clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do \
@@ -66,6 +66,9 @@ test-gpu: $(STAMP)  ## kernels on a GPU
 
 test-machines: $(STAMP)  ## the tests as other machines run them: instruction sets, threads, denormals, no compiler
 	$(BIN)/python tests/machines.py $(ARGS)
+
+test-wheel: $(STAMP)  ## the wheel, built, installed and run where no compiler is (Linux)
+	$(BIN)/python tests/installed_wheel.py
 
 check: $(STAMP)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

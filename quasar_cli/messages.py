@@ -8,7 +8,9 @@ import json
 import os
 import select
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from quasar_cli import console
@@ -116,7 +118,14 @@ def _read_pasted() -> str | None:
 
 
 def _more_is_there() -> bool:
-    return sys.stdin.isatty() and bool(select.select([sys.stdin], [], [], _PASTE_PAUSE)[0])
+    if not sys.stdin.isatty():
+        return False
+    if sys.platform == "win32":  # whose select knows sockets alone
+        import msvcrt
+
+        time.sleep(_PASTE_PAUSE)
+        return msvcrt.kbhit()
+    return bool(select.select([sys.stdin], [], [], _PASTE_PAUSE)[0])
 
 
 def _read_line(prompt: str) -> str | None:
@@ -124,7 +133,8 @@ def _read_line(prompt: str) -> str | None:
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         return line.removesuffix("\n") if line else None
-    import readline  # noqa: F401 - importing it gives input() its line editing
+    with suppress(ImportError):  # Windows edits lines itself
+        import readline  # noqa: F401 - importing it gives input() its line editing
 
     try:
         return input(prompt)

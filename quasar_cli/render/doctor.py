@@ -57,7 +57,7 @@ def findings_tables(findings: dict[str, Any]) -> list[RenderableType]:
         ("optional packages", _versions(present) or "none"),
         ("not installed", ", ".join(absent) or "none"),
         ("processor", f"{findings['cpu']['name']}; {features}"),
-        ("memory", as_bytes(findings["memory_bytes"])),
+        ("memory", as_bytes(findings["memory_bytes"]) if findings["memory_bytes"] else "unknown"),
         ("GPU", _gpu(gpu) if gpu else "none that CUDA reaches"),
         ("read bandwidth", f"{as_bytes(findings['read_bandwidth_bytes_per_s'])}/s measured on {findings['device']}"),
         ("passes in C++", findings["cpp"]),

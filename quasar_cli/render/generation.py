@@ -25,7 +25,8 @@ def stats_table(result: GenerationResult, config: GenerationConfig) -> Table:
         confirmed = f"{stats.confirm_accepted} of {stats.confirm_window} tokens kept in {stats.confirms} confirms"
         facts.append(("confirm rate", f"{as_ratio(stats.confirm_rate)} ({confirmed})"))
     facts.append(("seconds", _seconds(stats)))
-    facts.append(("peak memory", as_bytes(stats.peak_memory_bytes)))
+    if stats.peak_memory_bytes:
+        facts.append(("peak memory", as_bytes(stats.peak_memory_bytes)))
     return facts_table(facts)
 
 

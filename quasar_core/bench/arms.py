@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
+from quasar_core.bench.run_code import why_not as why_no_code
 from quasar_core.config import Auto, DraftKind, GenerationConfig, SamplingConfig, VerifyMode
 from quasar_core.errors import UsageError
 
@@ -113,6 +114,8 @@ class BenchConfig:
             raise UsageError(f"--repeats must be from 1 to {MOST_REPEATS}, not {self.repeats}.")
         if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
             raise UsageError("--temperature must be numbers, each once, separated by commas.")
+        if self.run_code and (obstacle := why_no_code()):
+            raise UsageError(f"--run-code cannot be: {obstacle}.")
         for arm in parse_arms(",".join(self.arms)):
             for temperature in self.temperatures:
                 self.generation(arm, temperature)

@@ -1,6 +1,5 @@
 """What this machine can do, and why: versions, processor, memory, kernels, and what a pair costs here."""
 
-import os
 import platform
 from dataclasses import asdict
 from importlib import import_module
@@ -23,7 +22,7 @@ from quasar_core.models.hf.skeleton import context_limit
 from quasar_core.models.memory import describe, pair_need
 from quasar_core.quantize.solve.cpp import describe_loops
 from quasar_core.records import Progress
-from quasar_core.system import processor_flags
+from quasar_core.system import processor_flags, total_memory
 
 _PACKAGES = ("quasar-cli", "torch", "transformers", "safetensors", "huggingface_hub", "numpy")
 _OPTIONAL = ("optimum", "gptqmodel", "triton", "matplotlib", "vllm")
@@ -42,7 +41,7 @@ def examine(progress: Progress) -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "optional_packages": {name: _version(name) if find_spec(name) else None for name in _OPTIONAL},
         "cpu": {"name": device_name(torch.device("cpu")), "features": _cpu_features()},
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": total_memory(),
         "gpu": _gpu(),
         "device": str(device),
         "read_bandwidth_bytes_per_s": bandwidth,

@@ -1,19 +1,25 @@
 """Run the program that a model wrote against a test, in a process of its own with limits.
 
 The limits keep an accident small: seconds, memory, files, processes, an empty folder, no inherited variables. They are
-no sandbox against code that wants to do harm, so a bench runs code only where that is asked for (`--run-code`).
+no sandbox against code that wants to do harm, so a bench runs code only where that is asked for (`--run-code`), and not
+where the system sets no limits (Windows).
 """
 
 import re
-import resource
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 
 SECONDS = 10
 MEMORY_BYTES = 1 << 30
 FILE_BYTES = 1 << 20
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+
+
+def why_not() -> str | None:
+    """Why programs are not run here."""
+    return None if find_spec("resource") else "this system sets no limits on what a program takes"
 
 
 def passes(prompt: str, text: str, test: str, entry_point: str) -> bool:
@@ -55,13 +61,16 @@ def runs(source: str, seconds: int = SECONDS) -> bool:
 
 
 def _limit(seconds: int) -> None:
-    """Called in the new process before it runs the program."""
+    """Called in the new process before it runs the program; macOS sets no limit on memory."""
+    import resource
+
     wanted = {
         resource.RLIMIT_CPU: seconds,
-        resource.RLIMIT_AS: MEMORY_BYTES,
         resource.RLIMIT_FSIZE: FILE_BYTES,
         resource.RLIMIT_CORE: 0,
     }
+    if sys.platform != "darwin":
+        wanted[resource.RLIMIT_AS] = MEMORY_BYTES
     if hasattr(resource, "RLIMIT_NPROC"):
         wanted[resource.RLIMIT_NPROC] = 64
     for kind, limit in wanted.items():

@@ -1,7 +1,5 @@
 """Generate answers with a pair: prompt in, text out, the cache kept between calls."""
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Iteration
@@ -38,7 +36,7 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.base import KVCache
 from quasar_core.models.pair import Pair
 from quasar_core.records import FinishReason, GenerationResult, Progress, no_progress
-from quasar_core.system import Load, LoadMeter
+from quasar_core.system import Load, LoadMeter, peak_memory
 
 TextPieces = Iteration[str, None, GenerationResult]  # finished text as it comes; returns the result
 
@@ -358,8 +356,7 @@ def _reset_peak_memory(device: torch.device) -> None:
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the device on CUDA, of the process on the CPU."""
+    """Bytes: of the device on CUDA, of the process on the CPU; 0 where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory()

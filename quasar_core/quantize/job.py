@@ -6,7 +6,6 @@ read the codes. So it is a shard of the checkpoint: one of `SHARD_BYTES` and mor
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -138,7 +137,14 @@ def _claim(job: Job) -> Iterator[None]:
 
 
 def take_lock(lock: int, output: Path) -> None:
-    """Hold an open lock file; the system gives it up when its process ends, however it ends."""
+    """Hold an open lock file; the system gives it up when its process ends, however it ends.
+
+    UsageError where another run holds it, and on Windows, which renames no folder in which a file is open.
+    """
+    try:
+        import fcntl
+    except ImportError as error:
+        raise UsageError("Quantizing needs Linux or macOS; on Windows, run it in WSL and copy the verifier.") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -84,9 +84,8 @@ _DEATH_SIGNAL = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def _end_with_parent() -> None:
-    """Called in the new process: on Linux it is ended where the bench is killed, and has no time to."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
+    """Called in the new process: it is ended where the bench is killed, and has no time to."""
+    ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGTERM)
 
 
 class Child:
@@ -103,7 +102,7 @@ class Child:
                 stderr=self._log,
                 env={**os.environ, **(variables or {})},
                 start_new_session=True,  # what is typed to end the bench ends it by `close`
-                preexec_fn=_end_with_parent,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
         except OSError as error:
             self._log.close()
@@ -119,19 +118,22 @@ class Child:
         """Ask it to end, and end it, with all processes that it began."""
         if self.process.stdin:
             self.process.stdin.close()
-        self._signal(signal.SIGTERM)
+        self._end(ask=True)
         with suppress(subprocess.TimeoutExpired):  # what follows does not ask
             self.process.wait(ENDING_SECONDS)
-        self._signal(signal.SIGKILL)
+        self._end(ask=False)
         self.process.wait()
         if self.process.stdout:
             self.process.stdout.close()
         self._log.close()
 
-    def _signal(self, number: signal.Signals) -> None:
-        """To the process and to those that it began, which are a group of their own."""
+    def _end(self, ask: bool) -> None:
+        """The process and those that it began, which are a group of their own; on Windows the process alone."""
+        if sys.platform == "win32":
+            self.process.terminate() if ask else self.process.kill()
+            return
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            os.killpg(self.process.pid, signal.SIGTERM if ask else signal.SIGKILL)
 
 
 class TalkingPeer(Peer):

@@ -71,8 +71,10 @@ def one_line(error: BaseException) -> str:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held."""
-    import resource
-
+    """The most bytes that this process has held; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,8 +1,8 @@
 """Load the C++ of the CPU, carried by a wheel or compiled here, and declare its functions and structures.
 
-It is that for the instruction set which `forms.py` chooses. Where the package carries it, that one is loaded; else a C++
-compiler builds it on first use. What was compiled is kept in quasar's own folder, named by what it depends on (sources,
-options, compiler, instruction set), so that a change of any of them compiles anew.
+It is that for the instruction set which `forms.py` chooses. Where the package carries it, that one is loaded; else a
+C++ compiler builds it on first use. What was compiled is kept in quasar's own folder, named by what it depends on
+(sources, options, compiler, instruction set), so that a change of any of them compiles anew.
 """
 
 import ctypes

@@ -1,7 +1,9 @@
 """Keep files that are loaded as code in folders of this user alone, each with a digest beside it.
 
 A library is opened once, and what was opened is what is checked and loaded: a path may name another file a moment
-later. POSIX systems only.
+later. Where a system has neither owners nor modes of files (Windows), the digest alone is checked: the user's own
+folders are closed to others there. Where it opens no file by its descriptor (macOS, Windows), the path is what is loaded
+once what lies there was checked.
 """
 
 import contextlib
@@ -13,9 +15,14 @@ import stat
 from pathlib import Path
 
 from quasar_core.errors import QuasarError
+from quasar_core.files import sync
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_HAS_OWNERS = hasattr(os, "geteuid")
+_DESCRIPTORS = Path("/proc/self/fd")  # where Linux opens files by them
+# Links are not followed, pipes not waited for, lines not translated; each where the system knows it.
+_HOW = sum(getattr(os, name, 0) for name in ("O_RDONLY", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 
 
 def make_private(folder: Path) -> None:
@@ -28,6 +35,8 @@ def make_private(folder: Path) -> None:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise QuasarError(f"code is not loaded from {folder}, which is not a folder")
+    if not _HAS_OWNERS:
+        return
     if found.st_uid != os.geteuid():
         raise QuasarError(f"code is not loaded from {folder}, which belongs to another user")
     if found.st_mode & _OTHERS:
@@ -42,11 +51,11 @@ def install(built: Path, library: Path) -> None:
     built.chmod(stat.S_IRUSR | stat.S_IWUSR)
     _digest_file(built).write_text(hashlib.sha256(built.read_bytes()).hexdigest() + "\n", encoding="ascii")
     for path in (built, _digest_file(built), built.parent):
-        _sync(path)
+        sync(path)
     if os.path.lexists(library.parent):
         _remove(library.parent)
     built.parent.rename(library.parent)
-    _sync(library.parent.parent)
+    sync(library.parent.parent)
 
 
 def damage(library: Path) -> str | None:
@@ -64,14 +73,18 @@ def load(library: Path) -> ctypes.CDLL:
     QuasarError where one of them is not, OSError where the system cannot load it.
     """
     # Left open: the loader takes two libraries of one path, such as that of a descriptor used again, for one.
-    return ctypes.CDLL(f"/proc/self/fd/{_open_whole(library)}")
+    descriptor = _open_whole(library)
+    if _DESCRIPTORS.is_dir():
+        return ctypes.CDLL(str(_DESCRIPTORS / str(descriptor)))
+    os.close(descriptor)
+    return ctypes.CDLL(str(library))
 
 
 def _open_whole(library: Path) -> int:
     """A descriptor of the library; QuasarError that says what is wrong with it."""
     make_private(library.parent)
     try:
-        descriptor = os.open(library, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = os.open(library, _HOW)
     except OSError as error:
         raise QuasarError(f"{library} cannot be read ({error.strerror})") from error
     try:
@@ -89,6 +102,8 @@ def _open_whole(library: Path) -> int:
 def _refuse_foreign(found: os.stat_result, path: Path) -> None:
     if not stat.S_ISREG(found.st_mode):
         raise QuasarError(f"{path} is not a file")
+    if not _HAS_OWNERS:
+        return
     if found.st_uid != os.geteuid() or found.st_mode & _OTHERS_WRITE:
         raise QuasarError(f"{path} belongs to another user, or others may write it")
 
@@ -112,12 +127,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or a folder to the disk, so that a name is not there before its content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
