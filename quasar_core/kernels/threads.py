@@ -27,7 +27,9 @@ from typing import Any, TypeVar
 import torch
 
 from quasar_core.config import Auto
+from quasar_core.cores import fast_cores, physical_cores
 from quasar_core.errors import UsageError
+from quasar_core.system import usable_cores
 
 MOST = 1024
 _SAMPLES, _APART = 5, 0.002  # looks at the system's load, and seconds between them
@@ -220,10 +222,20 @@ def use_threads(number: int | Auto = "auto", steer: bool = True) -> None:
         raise UsageError(f"--threads must be auto or a number from 1 to {MOST}, not {number}.")
     if torch.get_num_threads() != _Choice.set:
         _Choice.own = torch.get_num_threads()
-    most = _Choice.own or 1 if number == "auto" else number
+    most = _without_efficient_cores(_Choice.own or 1) if number == "auto" else number
     steers = number == "auto" and steer and most > 1
     _Choice.steering = Steering(most, free_threads(most), lambda most: free_threads(most, looks=1)) if steers else None
     _set(_Choice.steering.now if _Choice.steering else most)
+
+
+def _without_efficient_cores(number: int) -> int:
+    """PyTorch's number of threads, at most one for each fast core; a number that somebody set is kept."""
+    if any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
+        return number
+    usable = usable_cores()
+    if number not in (len(usable), physical_cores(usable)):
+        return number
+    return min(number, fast_cores() or number)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 A library is opened once, and what was opened is what is checked and loaded: a path may name another file a moment
 later. Where a system has neither owners nor modes of files (Windows), the digest alone is checked: the user's own
-folders are closed to others there. Where it opens no file by its descriptor (macOS, Windows), the path is what is loaded
-once what lies there was checked.
+folders are closed to others there. Where it opens no file by its descriptor (macOS, Windows), the path is loaded once
+what lies there was checked.
 """
 
 import contextlib
