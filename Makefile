@@ -11,7 +11,7 @@ VLLM_STAMP := .venv-vllm/.setup-stamp
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-here test-gpu test-machines test-wheel sanitize check fmt interop gpu-bench clean
+.PHONY: help demo test test-slow test-here test-gpu test-machines test-wheel test-systems sanitize check fmt interop gpu-bench clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do \
@@ -69,6 +69,9 @@ test-machines: $(STAMP)  ## the tests as other machines run them: instruction se
 
 test-wheel: $(STAMP)  ## the wheel, built, installed and run where no compiler is (Linux)
 	$(BIN)/python tests/installed_wheel.py
+
+test-systems: $(STAMP)  ## the C++ built for other systems by cross compilers, and run by qemu and wine where they are
+	$(BIN)/python tests/other_systems.py
 
 check: $(STAMP)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

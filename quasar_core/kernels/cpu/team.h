@@ -1,9 +1,9 @@
 // Threads that run one function side by side, and wait for one another inside it.
 //
-// Of our own rather than OpenMP: PyTorch brings an OpenMP runtime under a name of its own, so that a second one would
-// lie beside it in a process, each keeping threads awake on the cores that the other needs; and Apple's compiler brings
-// none. A thread that waits spins for some microseconds, then gives its core to whoever wants it; between calls it
-// sleeps soon. Nothing is pinned to a core.
+// Of our own rather than OpenMP: PyTorch brings an OpenMP runtime, and a wheel would bring a second, each keeping threads
+// awake on the cores that the other needs; and Apple's compiler brings none. A thread that waits spins for some
+// microseconds, then gives its core to whoever wants it, and soon sleeps, so that a thread whose core another program has
+// taken may move to this one. Nothing is pinned to a core.
 
 #pragma once
 
@@ -46,13 +46,31 @@ inline void relax() {
 
 constexpr int SPINS = 1000;  // some tens of microseconds: a step of a pass is often shorter
 
+constexpr double PATIENCE = 2e-4;  // seconds: what lies between two passes is mostly less
+
+// Whether it is done before long.
 template <typename Done>
-bool spin_until(Done done) {
+bool soon(Done done) {
     for (int i = 0; i < SPINS; ++i) {
         if (done()) return true;
         relax();
     }
+    for (const double start = now(); now() - start < PATIENCE; std::this_thread::yield())
+        if (done()) return true;
     return done();
+}
+
+// Waits for other threads, which work.
+template <typename Done>
+void wait_until(Done done) {
+    if (soon(done)) return;
+    while (!done()) {
+#ifdef _WIN32
+        std::this_thread::yield();  // the shortest sleep is a long one
+#else
+        std::this_thread::sleep_for(std::chrono::microseconds(50));
+#endif
+    }
 }
 
 // Lets all threads of a team go on once all have come.
@@ -67,9 +85,7 @@ public:
             rounds.store(before + 1, std::memory_order_release);
             return;
         }
-        const auto gone_on = [&] { return rounds.load(std::memory_order_acquire) != before; };
-        if (!spin_until(gone_on))
-            while (!gone_on()) std::this_thread::yield();
+        wait_until([&] { return rounds.load(std::memory_order_acquire) != before; });
     }
 
 private:
@@ -128,11 +144,8 @@ private:
     }
 
     Job* wait_for_job() {
-        constexpr double PATIENCE = 2e-4;  // seconds: what lies between two passes is mostly less
         const auto has_come = [this] { return job.load(std::memory_order_acquire) != nullptr; };
-        if (!spin_until(has_come))
-            for (const double start = now(); !has_come() && now() - start < PATIENCE;) std::this_thread::yield();
-        if (!has_come()) {
+        if (!soon(has_come)) {
             std::unique_lock<std::mutex> held(mutex);
             given.wait(held, has_come);
         }
@@ -160,9 +173,7 @@ public:
         job.left.store(job.threads - 1, std::memory_order_relaxed);
         for (int i = 0; i + 1 < job.threads; ++i) workers[i]->give(job);
         job.run(job.body, Team{0, job.threads, &meeting});
-        const auto done = [&] { return job.left.load(std::memory_order_acquire) == 0; };
-        if (!spin_until(done))
-            while (!done()) std::this_thread::yield();
+        wait_until([&] { return job.left.load(std::memory_order_acquire) == 0; });
     }
 
 private:
