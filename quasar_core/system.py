@@ -2,8 +2,10 @@
 
 import os
 import platform
+import resource
 import shutil
 import subprocess
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from quasar_core.files import exists
 CPU_INFO, STAT = Path("/proc/cpuinfo"), Path("/proc/stat")
 CPU_FOLDERS = Path("/sys/devices/system/cpu")
 MEMORY_INFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+OWN_SIZES = Path("/proc/self/statm")
 # Of a control group: its limit, what it holds of that, and what of this are files' pages that the system may drop.
 VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 VERSION_2 = "memory.max", "memory.current", "inactive_file"
@@ -187,6 +190,15 @@ def free_memory() -> int | None:
     if "MemAvailable" not in found:
         return None
     return min([int(found["MemAvailable"]) * 1024, *_left_by_groups()])
+
+
+def own_memory() -> int:
+    """Bytes that this process holds now; its peak so far where the system tells no more."""
+    try:
+        return int(OWN_SIZES.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def free_disk(output: Path) -> int:

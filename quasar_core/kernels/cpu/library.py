@@ -222,7 +222,7 @@ def library() -> ctypes.CDLL:
             "quasar_pass_delete": [pointer, number],
             "quasar_pass_run": [
                 pointer,
-                number,
+                *[number] * 3,
                 *[pointer] * 2,
                 *[number] * 2,
                 *[pointer] * 4,
