@@ -15,6 +15,7 @@ from quasar_core.config import (
     Dtype,
     GenerationConfig,
     LoadOptions,
+    Offload,
     SamplingConfig,
     VerifyMode,
 )
@@ -42,6 +43,15 @@ def parse_auto(flag: str, value: str) -> int | Auto:
         return int(value)
     except ValueError:
         raise UsageError(f"{flag} must be auto or a whole number, not {value}.") from None
+
+
+def parse_size(flag: str, value: str | None) -> int | None:
+    """The bytes of a size such as 6GB, where one is given; UsageError that names the flag."""
+    if value is None:
+        return None
+    from quasar_core import api
+
+    return api.parse_bytes(flag, value)
 
 
 def use_threads(value: str, steer: bool = False) -> None:
@@ -128,6 +138,23 @@ CheckDigest = Annotated[
     typer.Option(
         "--check-digest",
         help="Read the verifier's files in full first, and refuse them if they are not as quantize wrote them.",
+        rich_help_panel=_MODEL,
+    ),
+]
+OffloadOption = Annotated[
+    Offload,
+    typer.Option(
+        "--offload",
+        help="Which of the target's blocks are read from its files at each pass: what does not fit, none, or all.",
+        rich_help_panel=_MODEL,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="The most memory to take, such as 6GB; target blocks beyond it are streamed; default: what is free.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -271,12 +298,14 @@ class ModelOptions:
     max_context: MaxContext = None
     trust_remote_code: TrustRemoteCode = False
     check_digest: CheckDigest = False
+    offload: OffloadOption = "auto"
+    max_memory: MaxMemory = None
     threads: Threads = "auto"
 
     def to_load(self, verify: VerifyMode, draft: DraftKind = "none") -> LoadOptions:
         """What is to be loaded for a mode."""
-        chosen = {name: value for name, value in vars(self).items() if name != "threads"}
-        return LoadOptions(**chosen, verify=verify, draft=draft)
+        chosen = {name: value for name, value in vars(self).items() if name not in ("threads", "max_memory")}
+        return LoadOptions(**chosen, max_memory=parse_size("--max-memory", self.max_memory), verify=verify, draft=draft)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ DraftKind = str  # one of DRAFT_KINDS, or a name under which another package reg
 DRAFT_KINDS: tuple[DraftKind, ...] = ("auto", "none", "ngram", "suffix", "recycle", "assistant", "layer-skip")
 DRAFTERS_GROUP = "quasar.drafters"  # the entry points of other packages' drafters
 Auto = Literal["auto"]
+Offload = Literal["auto", "none", "target"]
+OFFLOADS: tuple[Offload, ...] = ("auto", "none", "target")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Method = Literal["gptq", "w8a8", "fp8"]
@@ -160,6 +162,8 @@ class LoadOptions:
     max_context: int | None = None  # None: the model's own limit
     trust_remote_code: bool = False
     check_digest: bool = False  # read the verifier's files in full first
+    offload: Offload = "auto"  # which of the target's blocks are streamed: those that do not fit, none, or all
+    max_memory: int | None = None  # bytes that the process may take; None: what is free
 
     def __post_init__(self) -> None:
         _require(
@@ -169,6 +173,15 @@ class LoadOptions:
         _require(
             self.max_context is None or self.max_context >= LEAST_CONTEXT,
             f"--max-context must be at least {LEAST_CONTEXT}, not {self.max_context}.",
+        )
+        _require(self.offload in OFFLOADS, f"--offload must be one of {', '.join(OFFLOADS)}, not {self.offload}.")
+        _require(self.max_memory is None or self.max_memory > 0, "--max-memory must be more than nothing.")
+        _require(
+            self.offload != "target" or self.use_target, "--offload target streams the target: leave --no-target out."
+        )
+        _require(
+            self.offload != "none" or self.max_memory is None,
+            "--max-memory streams what does not fit: leave --offload none out.",
         )
 
 

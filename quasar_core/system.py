@@ -18,6 +18,7 @@ from quasar_core.files import exists
 CPU_INFO, STAT = Path("/proc/cpuinfo"), Path("/proc/stat")
 CPU_FOLDERS = Path("/sys/devices/system/cpu")
 MEMORY_INFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+OWN_SIZES = Path("/proc/self/statm")
 # Of a control group: its limit, what it holds of that, and what of this are files' pages that the system may drop.
 VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 VERSION_2 = "memory.max", "memory.current", "inactive_file"
@@ -206,6 +207,14 @@ def peak_memory() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def own_memory() -> int:
+    """Bytes that this process holds now; its peak so far where the system tells no more."""
+    try:
+        return int(OWN_SIZES.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_memory()
 
 
 def free_disk(output: Path) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quasar_cli import console
-from quasar_cli.commands.generate import as_document, load_pair, show_notes, show_stats
+from quasar_cli.commands.generate import as_document, load_pair, make_generator, show_notes, show_stats
 from quasar_cli.help import examples
 from quasar_cli.messages import read_messages
 from quasar_cli.options import (
@@ -77,12 +77,8 @@ def chat(
     """
     config = decoding.config()
     pair = load_pair(models, config)
-
-    from quasar_core import api
-
     answers = Answers(pair, config, stream, stats, verbose, as_json)
-    with console.progress_bar() as progress:
-        generator = api.Generator(pair, config, progress=progress)
+    generator = make_generator(pair, config)
     conversation = Conversation(generator, system, think, stream and not as_json, answers.show)
     if verbose:
         show_notes(pair)

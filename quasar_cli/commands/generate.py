@@ -1,6 +1,7 @@
 """`quasar generate`: one prompt, one answer."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,7 +30,7 @@ from quasar_core.files import read_text, require_characters
 
 if TYPE_CHECKING:
     from quasar_core import trace as api_trace
-    from quasar_core.api import Pair
+    from quasar_core.api import Generator, Pair
     from quasar_core.records import GenerationResult
 
 EXAMPLES = examples(
@@ -85,8 +86,7 @@ def generate(
 
     messages = asked if system is None else conversation(system, asked)
     prompt_ids = api.encode_prompt(pair.tokenizer, messages, raw=not chat, think=think)
-    with console.progress_bar() as progress:
-        generator = api.Generator(pair, config, progress=progress)
+    generator = make_generator(pair, config)
     coloured = trace == "-" and not as_json
     streamed = stream and not as_json and not coloured
     result = generator.generate(prompt_ids, console.stream_text if streamed else None)
@@ -185,9 +185,19 @@ def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
 
     with console.progress_bar() as progress:
         pair = api.load(models.to_load(config.verify, config.draft), progress)
-    if models.check_digest:
-        say_digest(pair)
+    say_of_loading(pair, models)
     return pair
+
+
+def make_generator(pair: "Pair", config: GenerationConfig) -> "Generator":
+    """Prepare to generate, with a progress bar; what it says of streamed weights is said before it begins."""
+    from quasar_core import api
+
+    known = len(pair.notes)
+    with console.progress_bar() as progress:
+        generator = api.Generator(pair, config, progress=progress)
+    _say(pair.notes[known:], "offload:")
+    return generator
 
 
 def refuse_idle_assistant(assistant: str | None, config: GenerationConfig) -> None:
@@ -198,10 +208,16 @@ def refuse_idle_assistant(assistant: str | None, config: GenerationConfig) -> No
         raise UsageError("--draft assistant needs --assistant MODEL, a small model of the same vocabulary.")
 
 
-def say_digest(pair: "Pair") -> None:
-    """Print on stderr what --check-digest found, since it was asked for."""
-    for note in pair.notes:
-        if note.startswith("digest:"):
+def say_of_loading(pair: "Pair", models: ModelOptions) -> None:
+    """Print on stderr what --check-digest found, since it was asked for, and what is streamed, which takes long."""
+    if models.check_digest:
+        _say(pair.notes, "digest:")
+    _say(pair.notes, "offload:")
+
+
+def _say(notes: Sequence[str], kind: str) -> None:
+    for note in notes:
+        if note.startswith(kind):
             console.note_plain(note)
 
 

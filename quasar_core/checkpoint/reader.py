@@ -25,7 +25,14 @@ from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.files import is_file, is_folder, read_json, read_json_if_there, require_regular
 from quasar_core.records import FidelityReport
 from quasar_core.store.model_config import read_config
-from quasar_core.store.safetensors_header import INDEX_NAME, WEIGHTS_NAME, read_headers, read_index, weight_files
+from quasar_core.store.safetensors_header import (
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    TensorEntry,
+    read_headers,
+    read_index,
+    weight_files,
+)
 from quasar_core.typed import build, known_part
 
 CPU = torch.device("cpu")
@@ -94,6 +101,18 @@ class TensorFiles:
             raise QuasarError(f"{self.folder} holds no tensor {name}.")
         return self._entries[name].shape
 
+    def entry(self, name: str) -> TensorEntry:
+        """Where a tensor's bytes lie."""
+        self.shape(name)
+        return self._entries[name]
+
+    def scales_of(self, name: str) -> tuple[torch.Tensor, tuple[int, int]] | None:
+        """The scales of a weight in 8-bit floats, and the size of their blocks; None for other tensors."""
+        if name not in self._scales:
+            return None
+        with open_tensors(self._scales[name]) as file:
+            return read_tensor(file, float8_blocks.scale_of(name), self._scales[name]), self._block
+
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """QuasarError where the stored tensor has another shape than the model's config gives it."""
         stored = self.shape(name)
@@ -110,11 +129,8 @@ class TensorFiles:
     def _read(self, file: Any, name: str) -> torch.Tensor:
         """One tensor of an open file, dequantized where it is stored in 8-bit blocks."""
         tensor = read_tensor(file, name, self._where[name])
-        if name not in self._scales:
-            return tensor
-        with open_tensors(self._scales[name]) as other:
-            scales = read_tensor(other, float8_blocks.scale_of(name), self._scales[name])
-        return float8_blocks.dequantize(name, tensor, scales, self._block)
+        scales = self.scales_of(name)
+        return tensor if scales is None else float8_blocks.dequantize(name, tensor, *scales)
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values."""

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from quasar_core.decode.scores import Scores
+from quasar_core.models.base import go_on
 from quasar_core.records import Stats
 
 
@@ -28,10 +29,6 @@ class TokenRule(Protocol):
     def __call__(self, logits: torch.Tensor, prefix: Sequence[int], continuation: Sequence[int]) -> torch.Tensor:
         """Changed logits [T, V], a new tensor; row i follows `prefix` and i tokens of the continuation."""
         ...
-
-
-def go_on() -> None:
-    """Let the next pass run."""
 
 
 @dataclass

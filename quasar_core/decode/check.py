@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from quasar_core.decode.agreement import Estimate, RunningAgreement
 from quasar_core.decode.costs import TABLE, Cost, PairCosts
 from quasar_core.decode.window_values import (
-    MAX_WINDOW,
     Means,
     Prospect,
     WindowValues,
@@ -59,7 +58,7 @@ def choose_check(
     With `whole`, a draft is checked in full or, where the target only confirms, not at all.
     """
     target = _best(_worths_at_target(window, survival, by_target, costs.confirm, values.rate), whole)
-    if window >= MAX_WINDOW:
+    if window >= values.longest:
         return Check(True, target[0], target[1])
     verifier = _best_at_verifier(window, survival, by_verifier, agreement, costs.verify, values, whole)
     return Check(True, *target) if target[1] >= verifier[1] else Check(False, *verifier)
@@ -144,10 +143,10 @@ class Checker:
     @property
     def longest(self) -> int:
         """The window of sure tokens that is confirmed although no draft turns up."""
-        for window in range(1, MAX_WINDOW):
+        for window in range(1, self.values.longest):
             if choose_check(window, 1.0, (), (), self.agreement.means, self.costs, self.values).by_target:
                 return window
-        return MAX_WINDOW
+        return self.values.longest
 
     def choose(
         self,

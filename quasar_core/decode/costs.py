@@ -19,6 +19,8 @@ from quasar_core.typed import build
 # The longest verify has 16 tokens and the longest confirm 33; kernels take 8 rows at a time, so that 9 cost more.
 # In the order of measuring: a model so slow that the time is up within the first round is timed at both ends.
 SIZES = (1, 33, 4, 16, 2, 8, 9, 17)
+# Where weights are streamed a pass of any size takes long, and windows have up to 256 tokens.
+STREAMED_SIZES = (1, 257, 65)
 SECONDS = 0.8
 CONTEXT = 64
 KIND, NAME = "passes", "cost"
@@ -162,7 +164,8 @@ def measure_pass(
     A quiet machine needs a few rounds; a model of any size is timed at two sizes at least.
     """
     context = min(CONTEXT, pair.max_context // 2)
-    sizes = [size for size in SIZES if context + size <= pair.max_context]
+    planned = STREAMED_SIZES if model.streamed else SIZES
+    sizes = [size for size in planned if context + size <= pair.max_context]
     cache = model.new_cache(context + max(sizes))
     model.forward([0] * context, cache, last_only=True)
     on_gpu = model.device.type == "cuda"  # where the first pass of a size pays for its kernels and its graph
@@ -294,6 +297,7 @@ def _conditions(pair: Pair, role: Role) -> dict[str, str]:
         "products": ", ".join(kernels) or "torch linear",
         "passes": f"{type(model).__name__}, {fast.name}" if fast else type(model).__name__,
         "quasar": package_version("quasar-cli"),
+        **({"streamed": model.streamed} if model.streamed else {}),
         **measured_on(pair.device, pair.dtype),
     }
 

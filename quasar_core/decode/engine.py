@@ -104,9 +104,7 @@ class Engine:
         start = self._now()
         self.processors.begin(prompt, self.max_tokens, self.eos_ids, self.pair.primary.device)
         chunk = PREFILL_CHUNK[self.pair.primary.device.type] if self.pair.rolls_back else len(prompt)
-        for begin in range(cached, len(prompt), chunk):
-            self.answering.before_pass()
-            logits = self.pair.primary.forward(prompt[begin : begin + chunk], self.cache, last_only=True)
+        logits = self.pair.primary.pass_prompt(prompt[cached:], self.cache, chunk, self.answering.before_pass)
         self.tokens = list(prompt)
         choices, _ = self._choose(logits, [])
         self.drafter.observe(self.tokens)

@@ -30,6 +30,7 @@ from quasar_core.decode.prefixes import Prefix, Prefixes
 from quasar_core.decode.processors import Processors, describe_processors
 from quasar_core.decode.text import TextStream
 from quasar_core.decode.trees import Branching
+from quasar_core.decode.window_values import longest_window
 from quasar_core.draft.acceptance import Acceptance
 from quasar_core.draft.base import Drafter
 from quasar_core.errors import QuasarError, UsageError
@@ -258,6 +259,7 @@ class Generator:
         if plan.target_alone and self._check_memory():
             plan = plan_exact(costs, agreement.now, self._acceptance)
         self.target_alone = plan.target_alone
+        self._note_expected(plan.rate)
         if plan.target_alone:
             self._note("exact: the target verifies alone, as confirming the verifier's tokens would take longer here")
             return None
@@ -270,6 +272,16 @@ class Generator:
         is_fixed = isinstance(at_verifier, FixedLength)
         at_target = FixedLength(at_verifier.limit) if is_fixed else AdaptiveLength(self._live["target"].known)
         return Checking(checker, at_verifier, at_target)
+
+    def _note_expected(self, rate: float) -> None:
+        """Where the target's weights are streamed, what that means for whoever waits."""
+        assert self.pair.target is not None
+        if self.pair.target.streamed:
+            costs = self._measured_costs()
+            self._note(
+                f"offload: a confirm takes {costs.confirm(1):.2g} s and a verify {costs.verify(1):.2g} s, so about "
+                f"{rate:.2g} tokens a second are expected, in windows of up to {longest_window(costs)} tokens"
+            )
 
     def _known_agreement(self) -> RunningAgreement:
         """As it was measured; without that, a guess, which decoding corrects."""

@@ -34,6 +34,8 @@ def _layer_skip(pair: Pair, role: Role, cache: Callable[[], Any]) -> Guesser:
     model = pair.target if role == "target" else pair.verifier
     if not isinstance(model, LeanDecoder):
         raise QuasarError("--draft layer-skip needs our own decoder, and this model runs through transformers.")
+    if model.streamed:
+        raise QuasarError(f"--draft layer-skip needs all blocks in memory, and of the {role} {model.streamed} move.")
     if len(model.layers) < 2:
         raise QuasarError("--draft layer-skip needs a model of two blocks at least.")
     if model.inputs is not None or any(layer.shares for layer in model.layers):

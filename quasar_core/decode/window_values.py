@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from quasar_core.decode.costs import Cost, PairCosts
 
 MAX_WINDOW = 32
+# Where a confirm costs so many verifies, as it does where the target's weights are streamed, windows may be longer.
+DEAR, LONGEST_WINDOW = 20, 256
 SPACING = 0.08  # of log survivals
 LEVELS = 64  # of survival, from 1 to 1 in 150
 MOST_NEW = 17  # tokens that a verify pass adds to a window
@@ -71,7 +73,7 @@ class Prospect:
 
 @dataclass(frozen=True)
 class WindowValues:
-    """J(W, s) for one rate, on levels of −log s: table [MAX_WINDOW + 1, LEVELS]."""
+    """J(W, s) for one rate, on levels of −log s: table [longest window + 1, LEVELS]."""
 
     rate: float
     table: _Array
@@ -80,21 +82,27 @@ class WindowValues:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", self.table.tolist())
 
+    @property
+    def longest(self) -> int:
+        """The longest window; the target must confirm it."""
+        return len(self.table) - 1
+
     def __call__(self, tokens: int, survival: float) -> float:
-        """What a window of so many tokens is worth from now on; a longer one than MAX_WINDOW as one of MAX_WINDOW."""
+        """What a window of so many tokens is worth from now on; one beyond the longest as much as that."""
         place = min(-math.log(max(survival, 1e-12)) / SPACING, LEVELS - 1.001)
         low = int(place)
-        row, share = self.rows[min(tokens, MAX_WINDOW)], place - low
+        row, share = self.rows[min(tokens, self.longest)], place - low
         return (1 - share) * row[low] + share * row[low + 1]
 
 
 def window_values(agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts, rate: float) -> WindowValues:
-    """J for drafts that turn up equally often. From MAX_WINDOW on the target must confirm."""
-    steps = _Steps(agreements, prospects, costs)
-    table = np.empty((MAX_WINDOW + 1, LEVELS))
-    for tokens in range(MAX_WINDOW, -1, -1):
+    """J for drafts that turn up equally often. The longest window the target must confirm."""
+    longest = longest_window(costs)
+    steps = _Steps(agreements, prospects, costs, longest)
+    table = np.empty((longest + 1, LEVELS))
+    for tokens in range(longest, -1, -1):
         at_target = 1 + steps.right - rate * steps.confirm[tokens][:, None]
-        if tokens == MAX_WINDOW:
+        if tokens == longest:
             table[tokens] = at_target.mean(axis=0)
         else:
             at_verifier = steps.gained - rate * steps.verify[:, None] + steps.later(tokens, table)
@@ -113,10 +121,15 @@ def best_values(agreements: Agreements, prospects: Sequence[Prospect], costs: Pa
     return values
 
 
+def longest_window(costs: PairCosts) -> int:
+    """The most tokens that may wait for a confirm."""
+    return LONGEST_WINDOW if costs.confirm(1) >= DEAR * costs.verify(1) else MAX_WINDOW
+
+
 class _Steps:
     """What every rate has in common: arrays [prospects, LEVELS], and seconds [prospects]."""
 
-    def __init__(self, agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts) -> None:
+    def __init__(self, agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts, longest: int) -> None:
         survivals = np.exp(-SPACING * np.arange(LEVELS))
         self.moves = _moves(agreements.chances.tobytes(), agreements.weights.tobytes())
         self.right = np.array([prospect.right for prospect in prospects])[:, None] * survivals
@@ -125,7 +138,7 @@ class _Steps:
         self.verify = np.array([costs.verify(prospect.passed) for prospect in prospects])
         lengths = [prospect.length for prospect in prospects]
         self.confirm = [
-            np.array([costs.confirm(tokens + 1 + length) for length in lengths]) for tokens in range(MAX_WINDOW + 1)
+            np.array([costs.confirm(tokens + 1 + length) for length in lengths]) for tokens in range(longest + 1)
         ]
         self._new = [min(prospect.new, MOST_NEW - 1.0) for prospect in prospects]
 
@@ -133,7 +146,7 @@ class _Steps:
         """E_p J(W + n, s·p^n) of each prospect; between whole numbers of new tokens, linear."""
         reached = {}
         for new in {whole for n in self._new for whole in (int(n), int(n) + 1)}:
-            reached[new] = self.moves[new] @ table[min(tokens + new, MAX_WINDOW)]
+            reached[new] = self.moves[new] @ table[min(tokens + new, len(table) - 1)]
         return np.array([(1 - n % 1) * reached[int(n)] + n % 1 * reached[int(n) + 1] for n in self._new])
 
 

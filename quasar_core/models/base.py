@@ -6,7 +6,7 @@ Letters: T tokens (rows) of a pass, V vocabulary.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,10 @@ from quasar_core.kernels.triton.adapters import why_not_triton
 NO_TOKEN = -1  # the choice of a row whose best logit is not a finite number
 MOST_LIKELIEST = 8  # tokens of a row that a pass lists
 NOT_NUMBERS = "The model's logits are not numbers"
+
+
+def go_on() -> None:
+    """Let the next pass run."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,26 @@ class CausalLM(Protocol):
         """
         ...
 
+    def pass_prompt(
+        self, tokens: Sequence[int], cache: Any, chunk: int, before_pass: Callable[[], None] = go_on
+    ) -> torch.Tensor:
+        """A prompt, `chunk` tokens of it at a time → float32 logits [1, V] of the last token.
+
+        What `before_pass` raises ends it; the cache then holds whole chunks.
+        """
+        for begin in range(0, len(tokens), chunk):
+            before_pass()
+            logits = self.forward(tokens[begin : begin + chunk], cache, last_only=True)
+        return logits
+
     def choose(self, tokens: Sequence[int], cache: Any, likeliest: int = 0) -> Choices:
         """One pass as `forward` runs it → the best token of each row, its margin, and so many `likeliest` tokens."""
         return choose_best(self.forward(tokens, cache), likeliest)
+
+    @property
+    def streamed(self) -> str | None:
+        """What of its weights is fetched for every pass, in words; None where all are in memory."""
+        return None
 
     @property
     def longest_tree(self) -> int:

@@ -98,14 +98,14 @@ class CpuPass:
     """Implements `base.FastPass`. The decoder's tensors must stay where they are."""
 
     name = "C++"
-    longest = longest_tree = 64
+    longest, longest_tree = 320, 64  # a window of 256 tokens and a draft behind it are one pass
 
     def __init__(self, decoder: LeanDecoder) -> None:
         self.config = decoder.config
         self._kept: list[torch.Tensor] = []  # what the description points to
         self._is_bfloat16 = int(decoder.dtype == torch.bfloat16)
         self._tables = [Tables(rope) for rope in decoder.ropes]
-        self._run = cpp.library().quasar_pass_run
+        self._run, self._source = cpp.library().quasar_pass_run, decoder.source
         self._pass = cpp.library().quasar_pass_new(ctypes.byref(self._describe(decoder)))
         weakref.finalize(self, cpp.library().quasar_pass_delete, self._pass, self._is_bfloat16)
 
@@ -139,9 +139,7 @@ class CpuPass:
         addresses = [tables.rows(cache.length, end, cache.prompt_length, depths) for tables in self._tables]
         cos, sin = ((ctypes.c_void_p * len(addresses))(*some) for some in zip(*addresses, strict=True))
         growth = self._growth(cache.length, end, depths)
-        self._run(
-            self._pass,
-            self._is_bfloat16,
+        given = (
             (ctypes.c_int64 * count)(*tokens),
             None if parents is None else (ctypes.c_int * count)(*parents),
             count,
@@ -158,6 +156,8 @@ class CpuPass:
             found,
             torch.get_num_threads(),
         )
+        for layers in self._source.stretches():
+            self._run(self._pass, self._is_bfloat16, layers.start, layers.stop, *given)
         cache.advance(count)
         return Choices(chosen[:], margins[:], likeliest=in_rows(found[:], likeliest))
 

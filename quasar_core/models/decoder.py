@@ -10,6 +10,8 @@ import ctypes
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
 
 import torch
 from torch.nn.functional import embedding, linear
@@ -20,7 +22,7 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.activations import activated, apply
 from quasar_core.models.attention import AttentionMask, attend, make_mask, make_tree_mask
-from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, join_choices
+from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, go_on, join_choices
 from quasar_core.models.block_config import BlockConfig
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.heads import Turn, normed
@@ -168,6 +170,31 @@ class _Place:
     masks: dict[tuple[int | None, int], AttentionMask]  # by window and key-value heads
 
 
+class LayerSource(Protocol):
+    """Where the weights of blocks come from."""
+
+    @property
+    def streamed(self) -> str | None:
+        """What is fetched for every pass, in words; None where all is in memory."""
+        ...
+
+    def stretches(self) -> Iterator[range]:
+        """All blocks of a pass in order, in stretches; while one is yielded its weights are in their places."""
+        ...
+
+
+@dataclass(frozen=True)
+class AllThere:
+    """All weights are in memory."""
+
+    count: int
+    streamed = None
+
+    def stretches(self) -> Iterator[range]:
+        """All blocks at once."""
+        yield range(self.count)
+
+
 class LeanDecoder(CausalLM):
     """A pass over a prompt is a few PyTorch operations per layer; the passes of decoding are the fast pass's."""
 
@@ -184,6 +211,7 @@ class LeanDecoder(CausalLM):
         self.config, self.embedding, self.layers = config, embedding, tuple(layers)
         self.norm, self.head, self.ropes, self.inputs = norm, head, tuple(ropes), inputs
         self.fast: FastPass | None = None  # runs the passes of decoding, where there is one
+        self.source: LayerSource = AllThere(len(self.layers))
         self._sights = {(block.window, block.kv_heads) for block in config.blocks}
         rounded = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
         self.embedding_scale = rounded if config.rounds_embedding_scale else config.embedding_scale
@@ -217,6 +245,11 @@ class LeanDecoder(CausalLM):
         cache = DecoderCache(self.config.blocks, capacity, self.device, self.dtype)
         cache.limit = self.ropes[0].limit
         return cache
+
+    @property
+    def streamed(self) -> str | None:
+        """See `models/base.py`."""
+        return self.source.streamed
 
     @property
     def longest_tree(self) -> int:
@@ -261,6 +294,16 @@ class LeanDecoder(CausalLM):
             return choose_best(self._plain_pass(tokens, cache, last_only=False), likeliest)
         return join_choices([self.fast.choose(part, cache, likeliest) for part in _parts(tokens, self.fast.longest)])
 
+    @steered
+    def pass_prompt(
+        self, tokens: Sequence[int], cache: DecoderCache, chunk: int, before_pass: Callable[[], None] = go_on
+    ) -> torch.Tensor:
+        """See `models/base.py`. Where weights are fetched for every pass, they are for all chunks at once."""
+        if self.streamed is None:
+            return super().pass_prompt(tokens, cache, chunk, before_pass)
+        cache.check_room(len(tokens))
+        return self._sweep(list(_parts(tokens, chunk)), cache, before_pass)
+
     def plain_logits(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
         """One pass in PyTorch's operations, whatever fast pass there is → float32 logits [T, V]."""
         return self._plain_pass(tokens, cache, last_only=False)
@@ -269,20 +312,43 @@ class LeanDecoder(CausalLM):
     def _plain_pass(
         self, tokens: Sequence[int], cache: DecoderCache, last_only: bool, parents: Sequence[int] | None = None
     ) -> torch.Tensor:
-        place = self._place(cache, len(tokens), parents)
+        place = self._place(cache, cache.length, len(tokens), parents)
         hidden, inputs = self.embed(torch.tensor(tokens, device=self.device))
-        for layer, states, given in zip(self.layers, cache.layers, inputs, strict=True):
-            x = self._normed(hidden, layer.input_norm)
-            self._add(hidden, self._attention(layer, x, states, place), layer.out_norm)
-            x = self._normed(hidden, layer.mlp_norm)
-            self._add(hidden, self._mlp(layer, x), layer.down_norm)
-            if given is not None:
-                self._add(hidden, self.own_input(layer, hidden, given), layer.input_out_norm)
-            if layer.scalar is not None:
-                hidden *= layer.scalar
+        for layers in self.source.stretches():
+            for index in layers:
+                self._run_layer(index, hidden, inputs[index], cache, place)
         cache.advance(len(tokens))
-        if last_only:
-            hidden = hidden[-1:]
+        return self._head_logits(hidden[-1:] if last_only else hidden)
+
+    @torch.inference_mode()
+    def _sweep(self, parts: Sequence[Sequence[int]], cache: DecoderCache, before: Callable[[], None]) -> torch.Tensor:
+        """Passes one behind another, each block of all of them before the next block → float32 logits [1, V]."""
+        starts = [cache.length, *(cache.length + end for end in accumulate(map(len, parts)))]
+        embedded = [self.embed(torch.tensor(part, device=self.device)) for part in parts]
+        for layers in self.source.stretches():
+            for index in layers:
+                for start, (hidden, inputs) in zip(starts, embedded, strict=False):
+                    before()
+                    place = self._place(cache, start, len(hidden))
+                    self._run_layer(index, hidden, inputs[index], cache, place)
+        cache.advance(starts[-1] - cache.length)
+        return self._head_logits(embedded[-1][0][-1:])
+
+    def _run_layer(
+        self, index: int, hidden: torch.Tensor, given: torch.Tensor | None, cache: DecoderCache, place: _Place
+    ) -> None:
+        """Add to the residual stream what a block gives."""
+        layer, states = self.layers[index], cache.layers[index]
+        x = self._normed(hidden, layer.input_norm)
+        self._add(hidden, self._attention(layer, x, states, place), layer.out_norm)
+        x = self._normed(hidden, layer.mlp_norm)
+        self._add(hidden, self._mlp(layer, x), layer.down_norm)
+        if given is not None:
+            self._add(hidden, self.own_input(layer, hidden, given), layer.input_out_norm)
+        if layer.scalar is not None:
+            hidden *= layer.scalar
+
+    def _head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.logits(self.head(self._normed(hidden, self.norm))).float()
 
     def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
@@ -300,8 +366,8 @@ class LeanDecoder(CausalLM):
         assert layer.input_out is not None
         return layer.input_out(apply(layer.input_gate(hidden), self.config.activation) * given)
 
-    def _place(self, cache: DecoderCache, count: int, parents: Sequence[int] | None) -> _Place:
-        start, device, dtype = cache.length, self.device, self.dtype
+    def _place(self, cache: DecoderCache, start: int, count: int, parents: Sequence[int] | None = None) -> _Place:
+        device, dtype = self.device, self.dtype
         depths = torch.arange(count) if parents is None else torch.tensor(depths_of(parents))
         end = start + int(depths.max()) + 1
         tables = [rope.rows(start, end, cache.prompt_length) for rope in self.ropes]

@@ -6,9 +6,10 @@ from the files alone whether that will do.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,20 +36,28 @@ from quasar_core.models.linear import (
     xielu_names,
 )
 from quasar_core.models.rope import RopeTables
+from quasar_core.models.streaming import StreamedWeights
 from quasar_core.models.upload import Upload
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.model_config import read_config
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head"
+Streamed = Mapping[int, Sequence[Product]]  # products of blocks that are fetched for every pass, by their block
+NOTHING: Streamed = MappingProxyType({})
 
 __all__ = ["attach_verifier", "build_target", "load_target", "load_verifier_alone", "why_not_lean"]
 
 
 def load_target(
-    folder: Path, device: torch.device, dtype: torch.dtype, progress: Progress = no_progress
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = no_progress,
+    streamed: Streamed = NOTHING,
 ) -> LeanDecoder:
     """The model of a folder, from safetensors only; QuasarError where `why_not_lean` has a reason."""
-    return build_target(DecoderConfig.parse(read_config(folder)), TensorFiles(folder), device, dtype, progress)
+    config = DecoderConfig.parse(read_config(folder))
+    return build_target(config, TensorFiles(folder), device, dtype, progress, streamed)
 
 
 def build_target(
@@ -57,13 +66,20 @@ def build_target(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress = no_progress,
+    streamed: Streamed = NOTHING,
 ) -> LeanDecoder:
-    """The model of a config, from these files; QuasarError where a tensor is missing or of another shape."""
+    """The model of a config, from these files; QuasarError where a tensor is missing or of another shape.
+
+    Of the `streamed` products of blocks nothing stays in memory but their biases.
+    """
     config = tied_as_stored(config, files)
-    filling = Filling(files, device, dtype, config.centred_norms)
+    weights = StreamedWeights(files, streamed, dtype)
+    filling = Filling(files, device, dtype, config.centred_norms, weights.places)
     decoder = _build(config, filling, dense_only)
-    filling.refuse_unknown(config, files.names())
+    filling.refuse_unknown(config, [name for name in files.names() if name not in weights.names])
     filling.fill(progress)
+    if streamed:
+        decoder.source = weights.stream(config.num_layers)
     return decoder
 
 
@@ -142,9 +158,15 @@ class Filling:
     """Tensors that were allocated and wait for their content."""
 
     def __init__(
-        self, files: TensorFiles, device: torch.device, dtype: torch.dtype, centred_norms: bool = False
+        self,
+        files: TensorFiles,
+        device: torch.device,
+        dtype: torch.dtype,
+        centred_norms: bool = False,
+        places: Mapping[tuple[str, ...], torch.Tensor] = MappingProxyType({}),
     ) -> None:
         self.files, self.device, self.dtype = files, device, dtype
+        self._places = places  # of products whose weights are not filled here
         self._centred = centred_norms
         self._waiting: dict[str, list[torch.Tensor]] = {}  # its places
         self._norms: list[torch.Tensor] = []
@@ -197,7 +219,9 @@ class Filling:
 
     def linear(self, product: Product) -> DenseLinear:
         """A product in 16 or 32 bits."""
-        weight = self.tensor([f"{name}.weight" for name in product.names], product.rows, product.columns)
+        weight = self._places.get(product.names)
+        if weight is None:
+            weight = self.tensor([f"{name}.weight" for name in product.names], product.rows, product.columns)
         names = [f"{name}.bias" for name in product.names]
         return DenseLinear(weight, self.tensor(names, product.rows) if product.bias else None)
 

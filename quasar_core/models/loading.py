@@ -21,6 +21,8 @@ from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.hf import causal_lm
 from quasar_core.models.hf.causal_lm import TransformersLM
 from quasar_core.models.lean_weights import why_folder_not_lean
+from quasar_core.models.offload import OffloadPlan
+from quasar_core.models.streaming import LayerStream
 from quasar_core.records import Progress, no_progress
 
 
@@ -62,9 +64,13 @@ def load_models(
     kernel: str = "auto",
     use_target: bool = True,
     trust_remote_code: bool = False,
+    offload: OffloadPlan | None = None,
     progress: Progress = no_progress,
 ) -> LoadedModels:
-    """Load the target of `folder` (unless `use_target` is false) and the verifier of `checkpoint` (where given)."""
+    """Load the target of `folder` (unless `use_target` is false) and the verifier of `checkpoint` (where given).
+
+    With a plan of `offload` blocks of the target are streamed.
+    """
     obstacle = why_folder_not_lean(folder)
     library: Any = causal_lm if obstacle else lean_weights
     notes = [f"decoder: transformers, as {obstacle}" if obstacle else "decoder: our own"]
@@ -77,6 +83,8 @@ def load_models(
         if obstacle:
             progress("reading weights", 0, 1)
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if obstacle else {"progress": progress}
+        if offload:
+            options["streamed"] = offload.streamed
         target = library.load_target(folder, device, dtype, **options)
         notes += [*describe_left_out(target), *describe_dequantized(folder)]
     if checkpoint is not None:
@@ -90,7 +98,18 @@ def load_models(
         notes += [f"zeros: {zeros}"] if zeros else []
         notes += describe_kernels_in_use(verifier.packed_layers)
     notes += describe_passes({"target": target, "verifier": verifier}, progress)
+    notes += describe_stream(target, offload, progress) if offload else []
     return LoadedModels(target, verifier, notes)
+
+
+def describe_stream(target: CausalLM | None, plan: OffloadPlan, progress: Progress = no_progress) -> list[str]:
+    """A note of what is streamed, and how fast: the first blocks are read."""
+    assert isinstance(target, LeanDecoder)
+    assert isinstance(target.source, LayerStream)
+    progress("reading the first streamed blocks", 0, 1)
+    target.source.start()
+    progress("reading the first streamed blocks", 1, 1)
+    return [plan.describe(target.source)]
 
 
 def describe_left_out(target: CausalLM) -> list[str]:

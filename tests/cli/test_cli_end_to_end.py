@@ -68,6 +68,39 @@ def test_exact_is_full_and_both_say_what_they_counted(place: Path, capsys: pytes
     assert exact["stats"]["new_tokens"] == len(exact["token_ids"])
 
 
+def test_streamed_weights_write_the_same_and_that_is_said_before(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = []
+    for options in (["--offload", "none"], ["--offload", "target"], ["--offload", "auto", "--max-memory", "100GB"]):
+        assert run(["generate", "--prompt", "abcabc", "--raw", "-n", "12", *options]) == 0
+        shown = capsys.readouterr()
+        texts.append(shown.out)
+        said = "blocks stay in memory, with all else" in shown.err and "are read whenever it passes" in shown.err
+        assert said == (options[-1] == "target")
+    assert len(set(texts)) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence", "code"),
+    [
+        (["--max-memory", "1MB"], "--max-memory must be at least", 1),
+        (["--max-memory", "much"], "--max-memory must be a size such as 8GB or 500MB, not much.", 2),
+        (["--max-memory", "1GB", "--offload", "none"], "leave --offload none out", 2),
+        (
+            ["--offload", "target", "--no-target", "--verify", "quantized"],
+            "--offload target streams the target: leave --no-target out.",
+            2,
+        ),
+    ],
+)
+def test_memory_that_cannot_do_is_refused(
+    options: list[str], sentence: str, code: int, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "--prompt", "abc", *options]) == code
+    assert sentence in " ".join(capsys.readouterr().err.split())
+
+
 def test_streamed_text_is_the_text(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for stream in ("--stream", "--no-stream"):

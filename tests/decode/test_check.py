@@ -14,7 +14,15 @@ from quasar_core.decode.check import UNSEEN, Check, Checker, choose_check
 from quasar_core.decode.checking import Checking
 from quasar_core.decode.costs import PairCosts, PassCost
 from quasar_core.decode.policy import FixedLength
-from quasar_core.decode.window_values import LEVELS, MAX_WINDOW, Means, WindowValues, best_values, prospect_of
+from quasar_core.decode.window_values import (
+    LEVELS,
+    LONGEST_WINDOW,
+    MAX_WINDOW,
+    Means,
+    WindowValues,
+    best_values,
+    prospect_of,
+)
 from quasar_core.draft.acceptance import Acceptance
 from quasar_core.draft.base import Draft
 from quasar_core.records import MarginTable
@@ -175,14 +183,27 @@ class TestValues:
         best = best_values(agreements_of(TELLING), [prospect_of((), (), FLAT, 0.0)], FLAT)
         assert (np.diff(best.table, axis=1) <= 1e-9).all()
 
-    def test_by_brute_force(self) -> None:
-        """Every stopping rule of windows up to 3 tokens, all of one agreement, enumerated."""
-        costs, p = PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (2.5,))), 0.75
+    @pytest.mark.parametrize(
+        ("confirm", "p", "longest"), [(2.5, 0.75, MAX_WINDOW), (19.9, 0.99, MAX_WINDOW), (60.0, 0.995, LONGEST_WINDOW)]
+    )
+    def test_by_brute_force(self, confirm: float, p: float, longest: int) -> None:
+        """Every window, of tokens that are all as sure; where a confirm costs 20 verifies and more, up to 256."""
+        costs = PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (confirm,)))
         table = MarginTable([], [10**8], [round(p * 10**8)])
-        cycles = [(sum(p**i for i in range(n + 1)), n + costs.confirm(n + 1)) for n in range(MAX_WINDOW + 1)]
+        cycles = [(sum(p**i for i in range(n + 1)), n + costs.confirm(n + 1)) for n in range(longest + 1)]
         best = max(tokens / seconds for tokens, seconds in cycles)
         found = best_values(agreements_of(table), [prospect_of((), (), costs, 0.0)], costs)
-        assert found.rate == pytest.approx(best, rel=1e-3)
+        assert found.longest == longest
+        assert found.rate == pytest.approx(best, rel=1e-3 if confirm < 3 else 0.04)  # levels of survival are coarse
+
+
+def test_where_a_confirm_is_very_dear_windows_are_long() -> None:
+    costs = PairCosts(PassCost((1,), (1.0,)), PassCost((1, 257), (100.0, 110.0)))
+    sure = AgreementCurve(MarginTable([], [10**8], [round(0.998 * 10**8)]))
+    checker = Checker(costs, RunningAgreement(sure), [prospect_of((), (), costs, 0.0)])
+    assert 100 < checker.longest <= LONGEST_WINDOW
+    assert checker.choose(checker.longest, 0.7, [], []).by_target
+    assert not checker.choose(80, 0.85, [], []).by_target
 
 
 def test_a_verifier_that_was_not_seen_for_long_is_tried_again() -> None:

@@ -208,6 +208,7 @@ def test_bfloat16_equals_plain_decoding(tmp_path: Path, count: int, runs: int) -
         loading.attach(target), loading.attach(verifier)
         assert target.fast is not None
         assert verifier.fast is not None
+        target.fast.longest = 320 if number % 2 else 64  # long windows pass at once, and in parts
         pair = make_pair(target, verifier, max_context=CONTEXT, dtype=torch.bfloat16)
         for run in range(runs):
             longest = longest_answer(kind, dice, 250, 88)
@@ -218,4 +219,4 @@ def test_bfloat16_equals_plain_decoding(tmp_path: Path, count: int, runs: int) -
             ends = some_ends(dice, expected)
             assert answer(pair, drawn, expected, run, ends) == until(expected, ends), (case, kind, drawn, ends)
             longest_window = max(longest_window, min(drawn.window, drawn.length))
-    assert longest_window > target.fast.longest
+    assert longest_window > 64

@@ -219,7 +219,7 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
             "quasar_pass_delete": [pointer, number],
             "quasar_pass_run": [
                 pointer,
-                number,
+                *[number] * 3,
                 *[pointer] * 2,
                 *[number] * 2,
                 *[pointer] * 4,

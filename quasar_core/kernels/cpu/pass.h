@@ -57,19 +57,22 @@ public:
     // ancestors alone. Of each token's place in the text cos and sin [T, D], for each rotary embedding, and growth of
     // queries [T], or null. states: of each layer, keys then values, [2, heads, capacity, D]; logits [T, vocabulary], or
     // null where nobody reads them; of each row the best token, its margin, and the `wanted` likeliest tokens [T, wanted].
-    void run(const int64_t* tokens, const int* parents, int count, int position, const float* const* cos,
-             const float* const* sin, const float* growth, void* const* states, int capacity, float* logits,
-             int64_t* chosen, float* margins, int wanted, int32_t* likeliest, int threads) {
+    // It may run in parts, layers [begin, end) at a time, between which weights may come and go: the first embeds the
+    // tokens, the last has the results, and each but the first goes on where the one before it ended.
+    void run(int begin, int end, const int64_t* tokens, const int* parents, int count, int position,
+             const float* const* cos, const float* const* sin, const float* growth, void* const* states, int capacity,
+             float* logits, int64_t* chosen, float* margins, int wanted, int32_t* likeliest, int threads) {
+        const bool is_last = end == int(layers.size());
         reserve(count, threads);
-        seen.assign(size_t(threads) * count, Leaders(std::max(wanted, 2)));
+        if (is_last) seen.assign(size_t(threads) * count, Leaders(std::max(wanted, 2)));
         trace_paths(parents, count, position);
         const Place place{count, position, capacity, cos, sin, growth};
         const double start = now();
         in_parallel(threads, [&](const Team& team) {
-            embed(tokens, count, team);
-            if (m.inputs_size) make_inputs(tokens, count, team);
-            Waiting waiting;
-            for (size_t i = 0; i < layers.size(); ++i) {
+            if (begin == 0) embed(tokens, count, team);
+            if (begin == 0 && m.inputs_size) make_inputs(tokens, count, team);
+            Waiting waiting = begin == 0 ? Waiting() : left;
+            for (int i = begin; i < end; ++i) {
                 const Layer& layer = layers[i];
                 auto keys = static_cast<X*>(states[i]);
                 auto values = keys + size_t(layer.kv_heads) * capacity * layer.head_size;
@@ -87,20 +90,15 @@ public:
                 if (m.inputs_size) {
                     prepare_normed(layer.input_gate, waiting, nullptr, count, team);
                     multiply_into(layer.input_gate, mixed.data(), count, team);
-                    prepare_own_input(layer, int(i), count, team);
+                    prepare_own_input(layer, i, count, team);
                     waiting = multiply_onto_hidden(layer.input_out, layer.input_out_norm, count, team);
                 }
                 waiting.scalar = layer.scalar;
             }
-            prepare_normed(m.head, waiting, m.norm, count, team);
-            multiply(m.head, count, team, [&](int t, int o, Lanes lanes, Floats value) {
-                value = value * m.logits_scale;
-                if (m.logits_cap) value = capped(value, m.logits_cap);
-                if (logits) store(logits + size_t(t) * m.head.out + o, value, lanes);
-                seen[size_t(team.thread) * count + t].see(o, lanes, value);
-            });
+            if (team.thread == 0) left = waiting;  // the same on every thread
+            if (is_last) make_logits(waiting, count, logits, team);
         });
-        for (int t = 0; t < count; ++t) {
+        for (int t = 0; is_last && t < count; ++t) {
             for (int thread = 1; thread < threads; ++thread) seen[t].merge(seen[size_t(thread) * count + t]);
             const Choice choice = seen[t].choose();
             chosen[t] = choice.token, margins[t] = choice.margin;
@@ -124,6 +122,7 @@ private:
     };
 
     Model m;
+    Waiting left;  // of the part before
     std::vector<Layer> layers;
     Buffer<float> hidden, normed, delta, mixed, attended, rooms, own_inputs;
     Buffer<X> queries;
@@ -187,6 +186,16 @@ private:
                 store(row + i, fused(load(own + i), scale, load(row + i)) * 0.70710678f);
         }
         team.barrier();
+    }
+
+    void make_logits(const Waiting& waiting, int count, float* logits, const Team& team) {
+        prepare_normed(m.head, waiting, m.norm, count, team);
+        multiply(m.head, count, team, [&](int t, int o, Lanes lanes, Floats value) {
+            value = value * m.logits_scale;
+            if (m.logits_cap) value = capped(value, m.logits_cap);
+            if (logits) store(logits + size_t(t) * m.head.out + o, value, lanes);
+            seen[size_t(team.thread) * count + t].see(o, lanes, value);
+        });
     }
 
     // The gate of the block's own input stands in `mixed`.

@@ -1,0 +1,267 @@
+"""Stream the weights of blocks that memory does not hold: from the files into two buffers, block after block.
+
+Every pass reads them once, in order. While one block computes, the next is read into the other buffer; behind the last
+one the first two are read again, so that the next pass finds them there, whatever runs meanwhile. Each streamed block
+has its place in one of the two buffers for good, so the weights' addresses do not change. What was read leaves the
+system's page cache at once: it would push out what stays in memory.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from quasar_core.checkpoint import float8_blocks
+from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.errors import QuasarError, reason
+from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
+from quasar_core.models.linear import Product
+from quasar_core.store.safetensors_header import TensorEntry
+
+PIECE_BYTES = 8 << 20  # of one read
+BUFFERS = 2
+ALIGNED = 64  # bytes: where a tensor begins in a buffer
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    float8_blocks.STORED: torch.float8_e4m3fn,
+}
+
+
+class OpenFile:
+    """A file of weights that is read again and again, and must stay as it is meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise QuasarError(f"{path} cannot be read: {reason(error)}.") from error
+        self._state = self._look()
+
+    def __del__(self) -> None:
+        """Close it."""
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def check(self) -> None:
+        """QuasarError where the file is another one by now: its size, or when it was written."""
+        if self._look() != self._state:
+            raise QuasarError(f"{self.path} was changed while its weights were in use: start again with whole files.")
+
+    def read(self, start: int, into: memoryview) -> None:
+        """Fill a buffer with the bytes from `start` on; QuasarError where the system refuses or the file ends."""
+        done = 0
+        try:
+            while done < len(into):
+                count = os.preadv(self._descriptor, [into[done : done + PIECE_BYTES]], start + done)
+                if count == 0:
+                    raise QuasarError(
+                        f"{self.path} is cut short: it has no byte {start + done}, where weights should be."
+                    )
+                _drop(self._descriptor, start + done, count)
+                done += count
+        except OSError as error:
+            raise QuasarError(f"{self.path} cannot be read: {reason(error)}.") from error
+
+    def _look(self) -> tuple[int, int]:
+        found = os.fstat(self._descriptor)
+        return found.st_size, found.st_mtime_ns
+
+
+def _drop(descriptor: int, start: int, count: int) -> None:
+    """Let the system forget what it keeps of a file's bytes; advice, which not every system takes."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)
+
+
+@dataclass
+class StoredWeight:
+    """A weight in a file, and its place in a buffer, of another dtype perhaps."""
+
+    entry: TensorEntry
+    file: OpenFile
+    place: torch.Tensor
+    scales: torch.Tensor | None = None  # of blocks of 8-bit floats
+    block: tuple[int, int] = float8_blocks.BLOCK
+
+    def read(self) -> None:
+        """Bring it from the file to its place."""
+        dtype = DTYPES[self.entry.dtype]
+        if dtype == self.place.dtype:
+            self.file.read(self.entry.start, _bytes_of(self.place))
+            return
+        stored = torch.empty(self.entry.shape, dtype=dtype)
+        self.file.read(self.entry.start, _bytes_of(stored))
+        if self.scales is not None:
+            stored = float8_blocks.dequantize(self.entry.name, stored, self.scales, self.block)
+        self.place.copy_(stored)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(torch.uint8).view(-1).numpy().data
+
+
+@dataclass
+class _Buffer:
+    """What a buffer holds, or will when `reading` has ended."""
+
+    block: int | None = None
+    reading: Future[None] | None = None
+
+
+@dataclass
+class LayerStream:
+    """Implements `decoder.LayerSource`: `weights` are those of the streamed blocks, by their place among all `count`.
+
+    What fails in reading is raised by the pass that needs it, and the next pass tries again.
+    """
+
+    count: int
+    weights: Mapping[int, Sequence[StoredWeight]]
+    bytes_read: int = 0
+    seconds_reading: float = 0.0
+    _buffers: list[_Buffer] = field(default_factory=lambda: [_Buffer() for _ in range(BUFFERS)])
+
+    def __post_init__(self) -> None:
+        self._blocks = sorted(self.weights)
+        self._reader = ThreadPoolExecutor(1, "quasar weights")  # one thread: a buffer has one writer
+
+    @property
+    def streamed(self) -> str | None:
+        """How many blocks are fetched for every pass."""
+        return f"{len(self._blocks)} of {self.count} blocks" if self.pass_bytes else None
+
+    @property
+    def pass_bytes(self) -> int:
+        """Bytes that one pass reads."""
+        if len(self._blocks) <= BUFFERS:
+            return 0
+        return sum(weight.entry.size for weights in self.weights.values() for weight in weights)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second, of all that was read so far."""
+        return self.bytes_read / self.seconds_reading if self.seconds_reading else 0.0
+
+    def start(self) -> None:
+        """Read the first blocks, and wait for them."""
+        for number in range(min(BUFFERS, len(self._blocks))):
+            self._fetch(number)
+        for number in range(min(BUFFERS, len(self._blocks))):
+            self._await(number)
+
+    def stretches(self) -> Iterator[range]:
+        """All blocks in order; those that stay together, each streamed one alone while it is in its buffer."""
+        begin = 0
+        for number, block in enumerate(self._blocks):
+            if begin < block:
+                yield range(begin, block)
+            self._await(number)
+            yield range(block, block + 1)
+            self._fetch_after(number)
+            begin = block + 1
+        if begin < self.count:
+            yield range(begin, self.count)
+
+    def _await(self, number: int) -> None:
+        buffer = self._buffers[number % BUFFERS]
+        if buffer.block != self._blocks[number]:  # a pass was ended in its middle, or reading failed
+            self._fetch(number)
+        assert buffer.reading is not None
+        try:
+            buffer.reading.result()
+        except QuasarError:
+            buffer.block = None
+            raise
+
+    def _fetch(self, number: int) -> None:
+        """Let a block be read into its buffer; until that is settled the buffer holds nothing that may be used."""
+        buffer = self._buffers[number % BUFFERS]
+        buffer.block = None
+        buffer.reading = self._reader.submit(self._read, self._blocks[number])
+        buffer.block = self._blocks[number]
+
+    def _fetch_after(self, number: int) -> None:
+        """The next block of the same buffer; behind the last one the first."""
+        following = number + BUFFERS
+        following = following if following < len(self._blocks) else number % BUFFERS
+        if following != number:
+            self._fetch(following)
+
+    def _read(self, block: int) -> None:
+        start = time.perf_counter()
+        for weight in self.weights[block]:
+            weight.read()
+        for file in {weight.file for weight in self.weights[block]}:
+            file.check()
+        self.seconds_reading += time.perf_counter() - start
+        self.bytes_read += sum(weight.entry.size for weight in self.weights[block])
+
+
+class StreamedWeights:
+    """Places in two buffers for the weights of some blocks' products, and where these are stored.
+
+    `places` holds them by the names of a product, [out, in] in `dtype`.
+    """
+
+    def __init__(self, files: TensorFiles, products: Mapping[int, Sequence[Product]], dtype: torch.dtype) -> None:
+        self.files, self.dtype = files, dtype
+        self.places = dict[tuple[str, ...], torch.Tensor]()
+        self._opened = dict[Path, OpenFile]()
+        size = max((buffer_bytes(some, dtype) for some in products.values()), default=0)
+        buffers = [empty_in_huge_pages(size, dtype=torch.uint8) for _ in range(BUFFERS)]
+        self._stored = {
+            block: self._place(products[block], buffers[number % BUFFERS])
+            for number, block in enumerate(sorted(products))
+        }
+
+    @property
+    def names(self) -> set[str]:
+        """The stored tensors that are streamed."""
+        return {weight.entry.name for weights in self._stored.values() for weight in weights}
+
+    def stream(self, count: int) -> LayerStream:
+        """The stream of a decoder with so many blocks."""
+        return LayerStream(count, self._stored)
+
+    def _place(self, products: Sequence[Product], buffer: torch.Tensor) -> list[StoredWeight]:
+        """The weights of a block's products, one behind the other in its buffer."""
+        begin, found = 0, list[StoredWeight]()
+        for product in products:
+            size = weight_bytes(product, self.dtype)
+            whole = buffer[begin : begin + size].view(self.dtype).view(-1, product.columns)
+            self.places[product.names] = whole
+            for name, place in zip(product.names, whole.split(list(product.rows)), strict=True):
+                found.append(self._find(f"{name}.weight", place))
+            begin += _aligned(size)
+        return found
+
+    def _find(self, name: str, place: torch.Tensor) -> StoredWeight:
+        """A stored weight of the place's shape; QuasarError where there is none, or of a dtype that is not read."""
+        self.files.check_shape(name, tuple(place.shape))
+        entry, scales = self.files.entry(name), self.files.scales_of(name)
+        if entry.dtype not in DTYPES or (entry.dtype == float8_blocks.STORED and scales is None):
+            raise QuasarError(f"The tensor {name} in {self.files.folder} is {entry.dtype}, which cannot be streamed.")
+        if entry.file not in self._opened:
+            self._opened[entry.file] = OpenFile(entry.file)
+        return StoredWeight(entry, self._opened[entry.file], place, *(scales or ()))
+
+
+def weight_bytes(product: Product, dtype: torch.dtype) -> int:
+    """Of a product's weight in memory."""
+    return sum(product.rows) * product.columns * dtype.itemsize
+
+
+def buffer_bytes(products: Sequence[Product], dtype: torch.dtype) -> int:
+    """Of the weights of products in a buffer, one behind the other."""
+    return sum(_aligned(weight_bytes(product, dtype)) for product in products)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
