@@ -340,7 +340,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
     or no verifier, and QuasarError for a verifier that was made from another target or whose files are damaged, and for
     a pair that a GPU's memory cannot hold.
     """
-    source, checkpoint = _find_pair(options)
+    source, checkpoint = find_pair_files(options)
     if options.draft != "none":
         refuse_drafts(source.label, source.folder, options.trust_remote_code)
     place = choose_device(options.device)
@@ -424,7 +424,7 @@ def _check_room(
     return [require_room(need, alone, device, context)]
 
 
-def _find_pair(options: LoadOptions) -> tuple[ModelSource, VerifierCheckpoint | None]:
+def find_pair_files(options: LoadOptions) -> tuple[ModelSource, VerifierCheckpoint | None]:
     """The target's folder and its verifier's checkpoint, checked to belong together."""
     model, verifier = options.model, options.verifier
     if model is None:
