@@ -34,7 +34,10 @@ said = sys.stdout
 sys.stdout = sys.stderr
 try:
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    try:
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:  # before 0.32
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 except ImportError as error:
     print(json.dumps({"unknown": str(error)}), file=said)
