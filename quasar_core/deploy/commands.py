@@ -8,10 +8,12 @@ lacks), `utils/ompmultiprocessing.py` (cores of each rank). SGLang: `arg_groups/
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from quasar_core.deploy.batch import SECTION
 from quasar_core.deploy.wish import Command, Files, Wish
+from quasar_core.files import absolute
 
 PROPOSER = "quasar_core.deploy.vllm_proposer.VllmProposer"
 NGRAM_MIN, NGRAM_MAX = 2, 4  # tokens that a draft is looked up by; vLLM's own defaults are 5 and 5
@@ -58,7 +60,9 @@ def proposer_section(wish: Wish, files: Files) -> dict[str, Any]:
     """What our proposer is told; see `ProposerSettings`."""
     section: dict[str, Any] = {"verifier": files.verifier}
     section |= {"window": wish.window} if wish.window != "auto" else {}
-    return section | ({"draft_from": list(wish.draft_from)} if wish.draft_from else {})
+    return section | (
+        {"draft_from": [str(absolute(Path(name))) for name in wish.draft_from]} if wish.draft_from else {}
+    )
 
 
 def _vllm_environment(wish: Wish, cores: Sequence[int]) -> dict[str, str]:

@@ -46,7 +46,7 @@ def test_vllm_with_our_proposer() -> None:
     assert speculation["method"] == "custom_class"
     assert speculation["num_speculative_tokens"] == 16
     section = json.loads(after(words, "--additional-config"))["quasar"]
-    assert section == {"verifier": FILES.verifier, "window": 6, "draft_from": ["src"]}
+    assert section == {"verifier": FILES.verifier, "window": 6, "draft_from": [str(Path("src").absolute())]}
 
 
 def test_vllm_with_the_copy_as_target() -> None:

@@ -116,7 +116,9 @@ def counted(address: str) -> dict[str, int]:
     """vLLM's counters, without their labels."""
     text = urllib.request.urlopen(f"{address}/metrics").read().decode()
     rows = [line.rsplit(" ", 1) for line in text.splitlines() if line and line[0] != "#"]
-    return {name.split("{")[0].removeprefix("vllm:"): int(float(value)) for name, value in rows if "_bucket" not in name}
+    return {
+        name.split("{")[0].removeprefix("vllm:"): int(float(value)) for name, value in rows if "_bucket" not in name
+    }
 
 
 def served(model: Path, verifier: Path, folder: Path, *options: str) -> Served:
