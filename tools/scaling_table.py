@@ -33,7 +33,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of a pass over `rows` tokens of `texts` texts of one length: memory or arithmetic, whichever is slower."""
+    """Seconds of a pass over rows of `texts` texts of one length: memory or arithmetic, whichever is slower."""
 
     machine: Machine
     weight_bytes: float
