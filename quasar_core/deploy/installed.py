@@ -42,10 +42,10 @@ try:
 except ImportError as error:
     print(json.dumps({"unknown": str(error)}), file=said)
     sys.exit()
-words = sys.argv[1:]
+_, model, *options = sys.argv[1:]  # behind `serve` or `--model`
 try:
-    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(words[1:])
-    parsed.model = words[0]
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(options)
+    parsed.model = model
     AsyncEngineArgs.from_cli_args(parsed).create_engine_config()
     print(json.dumps({"accepted": True}), file=said)
 except SystemExit:
@@ -102,8 +102,8 @@ def check_command(engine: Engine, command: Command, python: Path | None) -> str:
     """
     if engine != "vllm":
         return "not checked by the engine itself"
-    serve = command.words.index("serve")
-    answer = _ask(python, _CHECK_VLLM, command.words[serve + 1 :], command.environment)
+    first = command.words.index("-m") + 2
+    answer = _ask(python, _CHECK_VLLM, command.words[first:], command.environment)
     if "refused" in answer:
         raise QuasarError(f"The installed {NAMES[engine]} refuses this: {_line(answer['refused'])}.")
     if "unknown" in answer:

@@ -42,12 +42,22 @@ class VllmProposer:
         slot_mappings: Any = None,
     ) -> list[list[int]]:
         """Drafts for each row of the batch, the same on every rank; rows in the middle of their prompts get none."""
-        limit = self._limit
-        drafts = None
-        if self._batch is not None:
-            drafts = self._batch.propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, limit)
-        shared: list[list[int]] = self._group.broadcast_object(drafts, src=0)
-        return shared
+        if self._batch is None:
+            return _received(self._group.broadcast_object(src=0))
+        try:
+            drafts = self._batch.propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, self._limit)
+        except Exception as error:  # the others wait: they end too
+            self._group.broadcast_object(f"{type(error).__name__}: {error}", src=0)
+            raise
+        self._group.broadcast_object(drafts, src=0)
+        return drafts
+
+
+def _received(sent: list[list[int]] | str) -> list[list[int]]:
+    """What the first rank sent; RuntimeError where it failed."""
+    if isinstance(sent, str):
+        raise RuntimeError(f"the first rank, which drafts, failed: {sent}")
+    return sent
 
 
 def _load(config: Any, verifier: str) -> Pair:

@@ -82,6 +82,7 @@ def test_a_cpu_shares_its_cores_out() -> None:
     assert command.environment["VLLM_CPU_OMP_THREADS_BIND"] == "0|1"
     assert command.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert "VLLM_CPU_OMP_THREADS_BIND='0|1'" in str(command)
+    assert command.words[1:5] == ("-m", "vllm.entrypoints.openai.api_server", "--model", FILES.target)
 
 
 @given(st.lists(st.integers(0, 200), min_size=1, max_size=40, unique=True), st.integers(1, 50))

@@ -55,6 +55,22 @@ def test_every_rank_has_the_same_drafts(ranks: list[VllmProposer]) -> None:
     assert sum(asked.accepted for asked in found) > 10
 
 
+def test_a_failure_of_the_first_rank_ends_the_others_too(
+    ranks: list[VllmProposer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would wait for its drafts for good."""
+
+    def fails(*rows: Any) -> Any:
+        raise MemoryError("too little")
+
+    monkeypatch.setattr(ranks[0]._batch, "propose", fails)
+    rows = ([[7]], np.array([4]), np.array([[1, 2, 3, 7]]))
+    with pytest.raises(MemoryError):
+        ranks[0].propose(*rows)
+    with pytest.raises(RuntimeError, match="MemoryError: too little"):
+        ranks[1].propose(*rows)
+
+
 def test_the_command_names_it() -> None:
     assert f"{VllmProposer.__module__}.{VllmProposer.__name__}" == PROPOSER
 
