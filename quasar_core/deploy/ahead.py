@@ -46,12 +46,11 @@ class Proposal:
         """
         offered, window = self.tokens, len(self.window)
         right = _common(offered, new)
-        known, kept = min(len(offered), max(right + 1, 0)), min(right, window)
-        if right == len(new):
-            known = right
-        self.checking.learn_drafts(self.drafts, text)
+        known = right if right == len(new) else min(right + 1, len(offered))
+        kept = min(right, window)
         tried = self.draft.first(known - window) if right >= window else NO_DRAFT
-        self.checking.target_length.learn(tried, min(right - window, len(tried.tokens)) if tried.tokens else 0)
+        self.checking.learn_drafts(self.drafts, text)
+        self.checking.target_length.learn(tried, right - kept)
         self.checking.confirmed(1 + len(offered), len(new), self.estimates[:known], kept)
         return kept
 
