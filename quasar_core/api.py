@@ -92,6 +92,7 @@ __all__ = [
     "new_figure",
     "parse_bytes",
     "quantize",
+    "read_texts",
     "refuse_foreign_report",
     "refuse_foreign_trace",
     "refuse_what_cannot_fit",

@@ -84,8 +84,10 @@ def _verdict(wish: Wish, source: ModelSource, checkpoint: VerifierCheckpoint, in
     """What the engine says of the verifier; QuasarError where it refuses it."""
     if not wish.loads_verifier:
         return "loaded by quasar, not by the engine" if wish.drafts_by == "quasar" else "not loaded"
-    loader = LOADER[wish.engine, bool(installed and installed.is_cpu) and wish.engine == "vllm"]
     section = checkpoint.config.get("quantization_config") or {}
+    if wish.dtype == "float32" and section.get("quant_method", "gptq") == "gptq":
+        raise UsageError(f"--dtype float32: {NAMES[wish.engine]} multiplies by GPTQ's codes in 16 bits alone.")
+    loader = LOADER[wish.engine, bool(installed and installed.is_cpu) and wish.engine == "vllm"]
     layers = stored_layers(checkpoint)
     said = judge(loader, layers, section, wish.tensor_parallel)
     if not said.startswith("no: "):

@@ -160,6 +160,12 @@ def test_a_checkpoint_that_is_refused_comes_with_one_that_would_not_be(demo_plan
         demo_plan(tensor_parallel=3)
 
 
+def test_codes_are_multiplied_in_16_bits(demo_plan: Any) -> None:
+    with pytest.raises(UsageError, match="--dtype float32"):
+        demo_plan(dtype="float32")
+    assert "--dtype" in demo_plan(dtype="float32", draft="ngram").command.words
+
+
 def test_our_drafts_need_quasar_beside_the_engine(demo_plan: Any) -> None:
     with pytest.raises(UsageError, match=r"quasar-cli\[vllm\]"):
         demo_plan(Installed("vllm", "0.32.0", False), draft="quasar")

@@ -1,6 +1,7 @@
 """`quasar deploy --run` with a real vLLM, its CPU build, on the demo model: `make scale` makes its environment.
 
-Every server is started by the command itself, in float32, so that two tokens are hardly ever a rounding apart. With
+Every server is started by the command itself; in float32, so that two tokens are hardly ever a rounding apart, but for
+those that load GPTQ's codes into vLLM, which takes them in 16 bits alone. With
 QUASAR_REAL_MODELS the folder of real models may be named whose smollm2 is served too. What vLLM's counters say is
 printed: `-s` shows it.
 """
@@ -63,7 +64,7 @@ def deployed(model: Path, verifier: Path, log: Path, *options: str) -> Iterator[
     """A server that answers, as `quasar deploy --run` starts it; its address and the process of the command."""
     port = free_port()
     words = ["deploy", "--model", str(model), "--verifier", str(verifier), "--port", str(port), *options, "--run"]
-    words += ["--no-check", "--dtype", "float32", "--max-context", "512"]
+    words += ["--no-check", "--max-context", "512"]
     engine = ["--enforce-eager", "--max-num-seqs", "4"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as output:
@@ -121,9 +122,9 @@ def counted(address: str) -> dict[str, int]:
     }
 
 
-def served(model: Path, verifier: Path, folder: Path, *options: str) -> Served:
+def served(model: Path, verifier: Path, folder: Path, *options: str, dtype: str = "float32") -> Served:
     """Serve, ask, count."""
-    with deployed(model, verifier, folder / "log.txt", *options) as (address, _):
+    with deployed(model, verifier, folder / "log.txt", "--dtype", dtype, *options) as (address, _):
         texts, counters = ask(address), counted(address)
     found = Served(
         texts,
@@ -154,7 +155,8 @@ def plain(verifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
 @pytest.fixture(scope="module")
 def plain_quantized(verifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """And of the low-bit copy."""
-    return served(DEMO, verifier, tmp_path_factory.mktemp("copy"), "--mode", "quantized", "--draft", "none")
+    folder = tmp_path_factory.mktemp("copy")
+    return served(DEMO, verifier, folder, "--mode", "quantized", "--draft", "none", dtype="float16")
 
 
 @pytest.fixture(scope="module")
@@ -167,18 +169,20 @@ def ngram(verifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
 def test_the_low_bit_copy_is_served_alone_by_one_rank_and_by_two(
     plain_quantized: Served, verifier: Path, tmp_path: Path
 ) -> None:
-    two = served(DEMO, verifier, tmp_path, "--mode", "quantized", "--draft", "none", "--tensor-parallel", "2")
+    options = ("--mode", "quantized", "--draft", "none", "--tensor-parallel", "2")
+    two = served(DEMO, verifier, tmp_path, *options, dtype="float16")
     assert two.texts == plain_quantized.texts
 
 
 def test_n_grams_draft_for_the_low_bit_copy(plain_quantized: Served, verifier: Path, tmp_path: Path) -> None:
-    found = served(DEMO, verifier, tmp_path, "--mode", "quantized", "--tensor-parallel", "2")
+    found = served(DEMO, verifier, tmp_path, "--mode", "quantized", "--tensor-parallel", "2", dtype="float16")
     assert found.texts == plain_quantized.texts
     assert found.accepted > 0
 
 
-def test_the_low_bit_copy_drafts_as_vllms_draft_model(plain: Served, verifier: Path, tmp_path: Path) -> None:
-    found = served(DEMO, verifier, tmp_path, "--tensor-parallel", "2")
+def test_the_low_bit_copy_drafts_as_vllms_draft_model(verifier: Path, tmp_path: Path) -> None:
+    plain = served(DEMO, verifier, tmp_path, "--draft", "none", dtype="bfloat16")
+    found = served(DEMO, verifier, tmp_path, "--tensor-parallel", "2", dtype="bfloat16")
     assert found.texts == plain.texts
     assert found.accepted > found.drafted / 2
 
@@ -194,7 +198,8 @@ def test_our_proposer_on_two_ranks_accepts_more_than_vllms_n_grams(
 def test_a_killed_worker_is_no_end(plain: Served, verifier: Path, tmp_path: Path) -> None:
     """The server dies with it, and is started anew with the same answers."""
     log = tmp_path / "log.txt"
-    with deployed(DEMO, verifier, log, "--draft", "quasar", "--tensor-parallel", "2") as (address, process):
+    options = ("--draft", "quasar", "--tensor-parallel", "2", "--dtype", "float32")
+    with deployed(DEMO, verifier, log, *options) as (address, process):
         assert ask(address)[:1] == plain.texts[:1]
         os.kill(workers_of(process.pid)[-1], signal.SIGKILL)
         end = time.monotonic() + ENDING
