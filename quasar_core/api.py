@@ -26,7 +26,7 @@ from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.config import GROUP_CHOICES, LoadOptions, QuantizeConfig
 from quasar_core.decode.costs import pair_costs
 from quasar_core.decode.draft_memory import forget_answers
-from quasar_core.decode.draft_texts import forget_texts
+from quasar_core.decode.draft_texts import forget_texts, read_texts
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.processors import read_processors
 from quasar_core.decode.text import encode_prompt
