@@ -11,7 +11,8 @@ VLLM_STAMP := .venv-vllm/.setup-stamp
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-here test-gpu test-machines test-wheel test-systems sanitize check fmt interop gpu-bench clean
+.PHONY: help demo test test-slow test-here test-gpu test-machines test-wheel test-systems sanitize check fmt interop \
+	scale gpu-bench clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do \
@@ -87,6 +88,9 @@ interop: $(INTEROP_STAMP) $(AUTOGPTQ_STAMP) $(VLLM_STAMP)  ## our checkpoints in
 	$(INTEROP_BIN)/python -m pytest tests/interop
 	PYTHONPATH=. $(AUTOGPTQ_BIN)/python -m pytest tests/interop/test_autogptq.py
 	$(VLLM_BIN)/python -m pytest tests/interop/test_vllm.py
+
+scale: $(VLLM_STAMP)  ## `quasar deploy` with vLLM's CPU build: drafts, two ranks, a killed worker (downloads much)
+	$(VLLM_BIN)/python -m pytest tests/interop/test_deploy.py -s
 
 gpu-bench: export PYTHONPATH := $(CURDIR)
 gpu-bench:  ## what only a GPU can answer, in eight minutes, by the PYTHON given; results in OUT, else gpu-bench-out/

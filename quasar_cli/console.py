@@ -37,6 +37,12 @@ def show(*renderables: RenderableType) -> None:
             console.print(renderable)
 
 
+def show_plain(text: str) -> None:
+    """Print text on stdout as it is: no markup is read in it, nothing is folded."""
+    with foreign_errors(_UNWRITABLE):
+        _console(stderr=False).print(text, markup=False, soft_wrap=True)
+
+
 def has_colours() -> bool:
     """Whether stdout shows colours: a terminal, and NO_COLOR is not set."""
     found = _console(stderr=False)

@@ -1,5 +1,6 @@
 """Help pages: plain text that is whole at any width, options under the headings of their panels, examples last."""
 
+import re
 import textwrap
 from typing import Any
 
@@ -18,21 +19,21 @@ BARE = {"--trace": "-"}
 
 
 def with_values(arguments: list[str]) -> list[str]:
-    """Arguments in which an option of `BARE` has its value: the name of a .json file where one follows, else its own.
+    """Arguments in which an option of `BARE` has its value: the name of a file where one follows, else its own.
 
-    A prompt that follows is no name: it does not end so, or has spaces.
+    A prompt that follows is no name: it has spaces, or no ending of a few letters.
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     given = arguments[:end]
     following = [*given[1:], ""]
     return [
-        f"{word}={BARE[word]}" if word in BARE and not _is_json_file(after) else word
+        f"{word}={BARE[word]}" if word in BARE and not _is_file_name(after) else word
         for word, after in zip(given, following, strict=False)
     ] + arguments[end:]
 
 
-def _is_json_file(word: str) -> bool:
-    return word.endswith(".json") and not word.startswith("-") and len(word.split()) == 1
+def _is_file_name(word: str) -> bool:
+    return re.fullmatch(r"[^\s-]\S*\.[A-Za-z][A-Za-z0-9]{0,4}|\.[A-Za-z]{1,5}", word) is not None
 
 
 class Command(TyperCommand):

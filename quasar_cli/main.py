@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quasar_cli.commands import bench, chat, doctor, generate, inspect, models, quantize, serve
+from quasar_cli.commands import bench, chat, deploy, doctor, generate, inspect, models, quantize, serve
 from quasar_cli.console import print_error, print_traceback
 from quasar_cli.help import Command, Group, examples
 from quasar_cli.options import Reporting
@@ -35,6 +35,7 @@ app.command("quantize", cls=Command, epilog=quantize.EXAMPLES)(quantize.quantize
 app.command("generate", cls=Command, epilog=generate.EXAMPLES)(generate.generate)
 app.command("chat", cls=Command, epilog=chat.EXAMPLES)(chat.chat)
 app.command("serve", cls=Command, epilog=serve.EXAMPLES)(serve.serve)
+app.command("deploy", cls=Command, epilog=deploy.EXAMPLES)(deploy.deploy)
 app.add_typer(bench.app, name="bench")
 app.add_typer(models.app, name="models")
 app.command("inspect", cls=Command, epilog=inspect.EXAMPLES)(inspect.inspect)

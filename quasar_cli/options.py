@@ -114,7 +114,7 @@ Kernel = Annotated[
     str,
     typer.Option(
         "--kernel",
-        metavar="auto|none|ngram|suffix|NAME",
+        metavar="auto|NAME",
         help="What runs the packed layers; `quasar doctor` lists them.",
         rich_help_panel=_MODEL,
     ),
@@ -180,7 +180,7 @@ Draft = Annotated[
     str,
     typer.Option(
         "--draft",
-        metavar="NAME",
+        metavar="auto|none|ngram|suffix|NAME",
         help="Who guesses the next tokens, or recycle, assistant, layer-skip; packages may add names.",
         rich_help_panel=_DECODING,
     ),

@@ -26,7 +26,7 @@ from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.config import GROUP_CHOICES, LoadOptions, QuantizeConfig
 from quasar_core.decode.costs import pair_costs
 from quasar_core.decode.draft_memory import forget_answers
-from quasar_core.decode.draft_texts import forget_texts
+from quasar_core.decode.draft_texts import forget_texts, read_texts
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.processors import read_processors
 from quasar_core.decode.text import encode_prompt
@@ -101,6 +101,7 @@ __all__ = [
     "new_figure",
     "parse_bytes",
     "quantize",
+    "read_texts",
     "refuse_foreign_report",
     "refuse_foreign_trace",
     "refuse_what_cannot_fit",
@@ -349,7 +350,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
     or no verifier, and QuasarError for a verifier that was made from another target or whose files are damaged, and for
     a pair that a GPU's memory cannot hold.
     """
-    source, checkpoint = _find_pair(options)
+    source, checkpoint = find_pair_files(options)
     if options.draft != "none":
         refuse_drafts(source.label, source.folder, options.trust_remote_code)
     place = choose_device(options.device)
@@ -464,7 +465,7 @@ def _plan_offload(
     return plan_all(movable, dtype, need, tokens, count) if options.offload == "target" else fits
 
 
-def _find_pair(options: LoadOptions) -> tuple[ModelSource, VerifierCheckpoint | None]:
+def find_pair_files(options: LoadOptions) -> tuple[ModelSource, VerifierCheckpoint | None]:
     """The target's folder and its verifier's checkpoint, checked to belong together."""
     model, verifier = options.model, options.verifier
     if model is None:

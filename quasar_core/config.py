@@ -57,7 +57,7 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature < inf, f"--temperature must not be negative, not {self.temperature}.")
+        _require(0 <= self.temperature < inf, f"--temperature must be a number from 0 on, not {self.temperature}.")
         _require(self.top_k >= 0, f"--top-k must not be negative, not {self.top_k}.")
         _require(0 < self.top_p <= 1, f"--top-p must be above 0 and at most 1, not {self.top_p}.")
         _require(0 <= self.min_p < 1, f"--min-p must be at least 0 and below 1, not {self.min_p}.")

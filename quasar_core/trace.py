@@ -80,14 +80,31 @@ def origins(stats: Stats, count: int, drafter: str = "ngram") -> list[Origin] | 
 
 def origins_so_far(stats: Stats, confirms: bool, drafter: str = "ngram") -> list[Origin]:
     """Who made each token of a growing answer; with `confirms`, the verifier's tokens wait for the target."""
-    made = [Origin("prompt")] * stats.prefill_tokens
-    if confirms:
-        for passed in _passes(stats, drafter):
-            made += passed.made
-    else:
-        for number, step in enumerate(stats.step_log):
-            made += _of_step(number, step, drafter)
-    return made
+    return GrowingOrigins(stats, confirms, drafter).read()
+
+
+class GrowingOrigins:
+    """Who made each token of an answer whose logs grow: what is settled is not read again."""
+
+    def __init__(self, stats: Stats, confirms: bool, drafter: str = "ngram") -> None:
+        self._stats, self._confirms, self._drafter = stats, confirms, drafter
+        self._made: list[Origin] = []
+        self._steps = self._confirmed = 0  # entries of the logs that are settled
+
+    def read(self) -> list[Origin]:
+        """Those of all tokens so far."""
+        if not self._made:
+            self._made = [Origin("prompt")] * self._stats.prefill_tokens
+        if self._confirms:
+            for passed in _passes(self._stats, self._drafter, self._steps, self._confirmed):
+                self._made += passed.made
+                self._steps = passed.end
+                self._confirmed += passed.confirm is not None
+        else:
+            for number in range(self._steps, len(self._stats.step_log)):
+                self._made += _of_step(number, self._stats.step_log[number], self._drafter)
+            self._steps = len(self._stats.step_log)
+        return self._made
 
 
 def windows(stats: Stats, drafter: str = "ngram") -> Iterator[tuple[Confirm, list[WindowToken]]]:
@@ -99,19 +116,22 @@ def windows(stats: Stats, drafter: str = "ngram") -> Iterator[tuple[Confirm, lis
 class _TargetPass:
     """A pass of the target in `exact`: its confirm, the window, and what it left in the text.
 
-    A pass without a window has no confirm.
+    A pass without a window has no confirm. `end` is the number of the first step behind it.
     """
 
     confirm: Confirm | None
     window: list[WindowToken]
     made: list[Origin]
+    end: int
 
 
-def _passes(stats: Stats, drafter: str) -> Iterator[_TargetPass]:
-    """The target's passes in their order, as far as the logs make sense."""
-    confirms, waiting = iter(stats.confirm_log), list[Origin]()
+def _passes(stats: Stats, drafter: str, first: int = 0, confirmed: int = 0) -> Iterator[_TargetPass]:
+    """The target's passes in their order, as far as the logs make sense; from step `first` and a confirm on."""
+    confirms = (stats.confirm_log[number] for number in range(confirmed, len(stats.confirm_log)))
+    waiting = list[Origin]()
     due = next(confirms, None)
-    for number, step in enumerate(stats.step_log):
+    for number in range(first, len(stats.step_log)):
+        step = stats.step_log[number]
         if step.by_target:
             joint = due if due and due.drafted and due.step == number else None
             yield _checked(joint, waiting, number, step, drafter)
@@ -129,7 +149,7 @@ def _confirmed(confirm: Confirm, waiting: Sequence[Origin], number: int) -> _Tar
     whole = confirm.accepted == confirm.window
     margin = confirm.margins[confirm.accepted] if len(confirm.margins) > confirm.accepted else None
     own = Origin("target" if whole else "corrected", number, target_margin=margin)
-    return _TargetPass(confirm, window, [*(token.origin for token in window[: confirm.accepted]), own])
+    return _TargetPass(confirm, window, [*(token.origin for token in window[: confirm.accepted]), own], number + 1)
 
 
 def _checked(confirm: Confirm | None, waiting: Sequence[Origin], number: int, step: Step, drafter: str) -> _TargetPass:
@@ -141,9 +161,9 @@ def _checked(confirm: Confirm | None, waiting: Sequence[Origin], number: int, st
         for origin, margin in zip(_of_step(number, step, drafter), _padded(step.target_margins, step), strict=True)
     ]
     if confirm is None:
-        return _TargetPass(None, [], own)
+        return _TargetPass(None, [], own, number + 1)
     before = _confirmed(confirm, waiting, number)
-    return _TargetPass(confirm, before.window, [*before.made[:-1], *own])
+    return _TargetPass(confirm, before.window, [*before.made[:-1], *own], number + 1)
 
 
 def _judge(confirm: Confirm, place: int, origin: Origin) -> WindowToken:

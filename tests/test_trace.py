@@ -17,7 +17,7 @@ from quasar_core.decode.generator import Generator
 from quasar_core.decode.traced import trace_of
 from quasar_core.errors import UsageError
 from quasar_core.records import Confirm, Piece, Stats, Step
-from quasar_core.trace import Trace, origins, origins_so_far, read_trace, show, windows, write_trace
+from quasar_core.trace import GrowingOrigins, Trace, origins, origins_so_far, read_trace, show, windows, write_trace
 
 pytest_plugins = ["helpers.cli_fixtures"]
 
@@ -180,6 +180,9 @@ def test_colours_differ_and_have_styles_beside_them() -> None:
         (["--trace", "Count to ten."], ["--trace=-", "Count to ten."]),
         (["--trace", "t.json", "Count"], ["--trace", "t.json", "Count"]),
         (["--trace", "write data.json"], ["--trace=-", "write data.json"]),
+        (["--trace", "out.txt", "Hi"], ["--trace", "out.txt", "Hi"]),  # refused by its name, not as a second prompt
+        (["--trace", "3.5"], ["--trace=-", "3.5"]),
+        (["--trace", "Wait..."], ["--trace=-", "Wait..."]),
         (["x", "--trace"], ["x", "--trace=-"]),
         (["--", "--trace"], ["--", "--trace"]),
         (["--trace=t.json"], ["--trace=t.json"]),
@@ -246,6 +249,25 @@ def test_a_growing_answer_follows_the_logs() -> None:
     confirms = [Confirm(4, 4, step=2), Confirm(1, 0, step=3)]
     made = growing(Stats(prefill_tokens=1, step_log=steps, confirm_log=confirms), True)
     assert made == ["prompt", "draft", "draft", "bonus", "bonus", "target", "corrected"]
+
+
+def test_origins_that_grow_are_those_of_the_whole_log() -> None:
+    """Entries come as an engine logs them: a confirm before the step that it shares a pass with."""
+    by_target, behind = Step(3, 2, by_target=True), Step(2, 1, by_target=True)
+    steps = [by_target, Step(2, 1), Step(0, 0), behind, Step(0, 0), Step(2, 0, by_target=True), Step(4, 3), Step(1, 1)]
+    confirms = [Confirm(3, 3, drafted=2, step=3), Confirm(1, 0, drafted=2, step=5), Confirm(6, 4, step=8)]
+    whole = Stats(prefill_tokens=1, step_log=steps, confirm_log=confirms)
+    logged = Stats(prefill_tokens=1)
+    made = GrowingOrigins(logged, confirms=True)
+    for number in range(len(steps) + 1):
+        before = len(made.read())
+        logged.confirm_log += [confirm for confirm in confirms if confirm.step == number]
+        logged.step_log += steps[number : number + 1]
+        assert made.read()[:before] == origins_so_far(whole, True)[:before]
+    assert made.read() == origins_so_far(whole, True)
+    assert len(made.read()) == 1 + 3 + 5 + 1 + 5
+    alone = GrowingOrigins(Stats(prefill_tokens=1, step_log=steps[:3]), confirms=False)
+    assert alone.read() == alone.read() == origins_so_far(Stats(prefill_tokens=1, step_log=steps[:3]), False)
 
 
 def test_drafts_that_the_target_checks_itself_are_told_too() -> None:

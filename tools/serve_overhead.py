@@ -22,9 +22,9 @@ from quasar_core.serve.settings import Settings
 from tools.soak import PROMPTS
 
 
-def measure(rounds: int, tokens: int, stream: bool, model: str | None) -> dict[str, float]:
+def measure(rounds: int, tokens: int, stream: bool, model: str | None, verifier: str | None = None) -> dict[str, float]:
     """Seconds of both ways; texts that differ end the run."""
-    pair = quasar.load(model)
+    pair = quasar.load(model, verifier)
     settings = prefix_positions(Settings(port=0, prefixes=0, defaults=GenerationConfig(max_new_tokens=tokens)), pair)
     generator = Generator(pair, replace(settings.defaults, ignore_eos=False))
     server = RunningServer(pair, settings)
@@ -71,8 +71,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--no-stream", action="store_true")
     parser.add_argument("--model", help="default: the current pair")
+    parser.add_argument("--verifier", help="default: the one that quantize wrote for the model")
     options = parser.parse_args()
-    print(json.dumps(measure(options.rounds, options.tokens, not options.no_stream, options.model), indent=1))
+    figures = measure(options.rounds, options.tokens, not options.no_stream, options.model, options.verifier)
+    print(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

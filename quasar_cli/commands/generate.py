@@ -183,6 +183,8 @@ def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
     refuse_idle_assistant(models.assistant, config)
     from quasar_core import api
 
+    if config.draft_from:
+        api.read_texts(config.draft_from)  # what is no text is found before the pair is loaded, not after
     with console.progress_bar() as progress:
         pair = api.load(models.to_load(config.verify, config.draft), progress)
     say_of_loading(pair, models)

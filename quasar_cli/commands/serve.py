@@ -77,7 +77,7 @@ def serve(
 
     Options of speculation and sampling hold for requests that do not say otherwise.
     """
-    from quasar_core.serve.run import RunningServer, prefix_positions, require_extra
+    from quasar_core.serve.run import RunningServer, listen, prefix_positions, require_extra
     from quasar_core.serve.settings import Settings
 
     require_extra()
@@ -92,10 +92,11 @@ def serve(
         defaults=config,
         **bounds,  # type: ignore[arg-type]
     )
+    listening = listen(settings)  # a port that is taken is found before the pair is loaded, not after
     pair = load_pair(models, config)
     if verbose:
         show_notes(pair)
-    server = RunningServer(pair, prefix_positions(settings, pair), lambda url: announce(url, open_page))
+    server = RunningServer(pair, prefix_positions(settings, pair), lambda url: announce(url, open_page), listening)
     server.run()
 
 

@@ -232,11 +232,13 @@ def is_result_file(path: Path) -> bool:
 
 
 def read_results(path: Path) -> Results:
-    """Read a result file; UsageError, in one sentence, where it is none."""
+    """Read a result file; UsageError, in one sentence, where it is none, or holds no answer."""
     content = read_json(path, UsageError)
     try:
         rows = build(list[Any], content.get("rows"), "rows")
         run = Run.from_dict(content)
+        if not rows:
+            raise ValueError("it holds no answers")
         return Results(
             run,
             _with_temperature([Row.from_dict(row, f"rows[{i}]") for i, row in enumerate(rows)], content, run),

@@ -221,6 +221,10 @@ class Guard:
             await reply(scope, receive, send)
             return
 
+        if refusal := self._why_not_origin(scope):
+            await _error_reply(None, ApiError(403, refusal))(scope, receive, send)
+            return
+
         async def send_with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
                 policy = [(b"content-security-policy", PAGE_POLICY.encode()), (b"x-content-type-options", b"nosniff")]
@@ -228,6 +232,13 @@ class Guard:
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
+
+    def _why_not_origin(self, scope: Any) -> str | None:
+        """Why a page of another site may not ask: its browser asks first whether it may (a preflight, OPTIONS)."""
+        origin = dict(scope["headers"]).get(b"origin", b"").decode("latin-1")
+        if scope["method"] != "OPTIONS" or not origin or origin in self.settings.origins:
+            return None
+        return f"Pages of {origin} may not ask this server; --cors {origin} would let them."
 
 
 async def _receive(request: Request, most: int) -> bytes:

@@ -104,7 +104,7 @@ def _stream_options(fields: Fields, stream: bool) -> bool:
         return False
     if not isinstance(given, dict) or not stream:
         raise refused("stream_options is an object, and goes with stream true.", "stream_options")
-    options = Fields(given)
+    options = Fields(given, "stream_options")
     wanted = options.flag("include_usage")
     options.flag("include_obfuscation")  # padding against who reads the network; there is none here either way
     options.end()
@@ -166,7 +166,7 @@ def _biases(fields: Fields, served: Served) -> dict[int, float]:
     given = fields.mapping("logit_bias")
     if len(given) > 1024:
         raise refused("logit_bias must name at most 1024 tokens.", "logit_bias")
-    values = Fields(given)
+    values = Fields(given, "logit_bias")
     vocabulary = served.pair.primary.vocab_size
     for name in given:
         if not name.isdecimal() or int(name) >= vocabulary:
@@ -179,7 +179,7 @@ def _prediction(fields: Fields, served: Served, draft: DraftKind) -> str:
     given = fields.mapping("prediction")
     if not given:
         return served.settings.defaults.prediction if draft != "none" else ""
-    inner = Fields(given)
+    inner = Fields(given, "prediction")
     inner.one_of("type", ("content",), "content")
     text = content_text(inner.take("content"), "prediction")
     inner.end()

@@ -153,9 +153,9 @@ def _schema(fields: Fields) -> dict[str, Any] | None:
     given = fields.mapping("response_format")
     if not given:
         return None
-    inner = Fields(given)
+    inner = Fields(given, "response_format")
     kind = inner.one_of("type", ("text", "json_object", "json_schema"), "text")
-    wrapped = Fields(inner.mapping("json_schema"))
+    wrapped = Fields(inner.mapping("json_schema"), "response_format.json_schema")
     inner.end()
     if kind == "text":
         return None

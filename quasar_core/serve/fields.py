@@ -25,9 +25,10 @@ IDLE: dict[str, tuple[Any, ...]] = {
 
 
 class Fields:
-    """The fields of a body that were not read yet; null counts as absent."""
+    """The fields of a body that were not read yet; null counts as absent. `within` is the field that holds them."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
+    def __init__(self, body: Mapping[str, Any], within: str = "") -> None:
+        self._within = f"{within}." if within else ""
         self._left = {name: value for name, value in body.items() if value is not None and name not in LABELS}
 
     def take(self, name: str, default: Any = None) -> Any:
@@ -38,7 +39,7 @@ class Fields:
         """A field that is true or false."""
         value = self._left.pop(name, default)
         if not isinstance(value, bool):
-            raise refused(f"{name} must be true or false.", name)
+            raise refused(f"{self._within}{name} must be true or false.", self._within + name)
         return value
 
     def whole(self, name: str, least: int, most: int | None = None) -> int | None:
@@ -51,7 +52,7 @@ class Fields:
         fits = isinstance(value, int) and not isinstance(value, bool)
         if not fits or value < least or (most is not None and value > most):
             bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise refused(f"{name} must be a whole number {bounds}.", name)
+            raise refused(f"{self._within}{name} must be a whole number {bounds}.", self._within + name)
         return int(value)
 
     def number(self, name: str, least: float, most: float, default: float) -> float:
@@ -59,25 +60,25 @@ class Fields:
         value = self._left.pop(name, default)
         fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not fits or not least <= value <= most:
-            raise refused(f"{name} must be a number from {least:g} to {most:g}.", name)
+            raise refused(f"{self._within}{name} must be a number from {least:g} to {most:g}.", self._within + name)
         return float(value)
 
     def one_of(self, name: str, choices: Iterable[str], default: str) -> str:
         """One of several words."""
         value = self._left.pop(name, default)
         if value not in choices:
-            raise refused(f"{name} must be one of {', '.join(choices)}.", name)
+            raise refused(f"{self._within}{name} must be one of {', '.join(choices)}.", self._within + name)
         return str(value)
 
     def mapping(self, name: str) -> dict[str, Any]:
         """An object; an empty one where the field is absent."""
         value = self._left.pop(name, {})
         if not isinstance(value, dict):
-            raise refused(f"{name} must be an object.", name)
+            raise refused(f"{self._within}{name} must be an object.", self._within + name)
         return value
 
     def end(self) -> None:
         """Refuse what was not read."""
         for name, value in self._left.items():
             if name not in IDLE or value not in IDLE[name]:
-                raise refused(f"{name} is not served here.", name, "unsupported_field")
+                raise refused(f"{self._within}{name} is not served here.", self._within + name, "unsupported_field")

@@ -32,16 +32,22 @@ def require_extra() -> None:
 
 
 class RunningServer:
-    """A server that listens; `url` is where."""
+    """A server that listens, at a socket that `listen` made earlier or at a new one; `url` is where."""
 
-    def __init__(self, pair: Pair, settings: Settings, on_ready: Callable[[str], None] = lambda url: None) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        settings: Settings,
+        on_ready: Callable[[str], None] = lambda url: None,
+        listening: socket.socket | None = None,
+    ) -> None:
         require_extra()
         import uvicorn
 
         from quasar_core.serve.app import Server
 
         self.server = Server(pair, settings)
-        self._socket = _listen(settings)
+        self._socket = listening or listen(settings)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         self.url = f"http://{host}:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(
@@ -90,7 +96,8 @@ def _announcing(base: Any, announce: Callable[[], None], end: Callable[[], None]
     return Announcing
 
 
-def _listen(settings: Settings) -> socket.socket:
+def listen(settings: Settings) -> socket.socket:
+    """The socket of a server, which answers nothing yet; UsageError where the address is taken or not to be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -22,7 +22,7 @@ from quasar_core.serve.asks import Ask
 from quasar_core.serve.errors import ApiError
 from quasar_core.serve.metrics import Metrics
 from quasar_core.serve.served import Served
-from quasar_core.trace import Maker, origins_so_far
+from quasar_core.trace import GrowingOrigins, Maker
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Worker:
     def _write(self, job: Job, number: int, generator: Generator, ask: Ask, answering: Answering) -> GenerationResult:
         """Stream one answer, and tell of each piece."""
         pieces = generator.stream(ask.prompt_ids, ask.request, answering)
-        sent = 0
+        sent, made = 0, None
         while True:
             try:
                 text = next(pieces)
@@ -180,9 +180,10 @@ class Worker:
             tokens = answering.tokens[sent:]
             found = answering.scores.tokens[sent : sent + len(tokens)] if answering.scores else ()
             sent += len(tokens)
-            job.emit(
-                number, Written(text, tokens, found, _maker(ask, generator, answering, sent) if ask.trace else None)
-            )
+            if ask.trace and made is None:
+                assert answering.stats is not None
+                made = GrowingOrigins(answering.stats, ask.verify == "exact" and not generator.target_alone)
+            job.emit(number, Written(text, tokens, found, _maker(made, sent) if made else None))
 
     def _generator(self, ask: Ask) -> Generator:
         """What is settled once for a mode: the costs of passes, the window, how long to draft."""
@@ -201,8 +202,7 @@ def _ending() -> ApiError:
     return ApiError(503, "The server is shutting down.", code="shutting_down")
 
 
-def _maker(ask: Ask, generator: Generator, answering: Answering, count: int) -> Maker | None:
+def _maker(origins: GrowingOrigins, count: int) -> Maker | None:
     """Who made the last of so many tokens."""
-    assert answering.stats is not None
-    made = origins_so_far(answering.stats, ask.verify == "exact" and not generator.target_alone)
+    made = origins.read()
     return made[count - 1].by if 0 < count <= len(made) else None

@@ -75,6 +75,13 @@ def test_another_file_is_refused(tmp_path: Path, content: str, reason: str) -> N
         read_results(tmp_path / "r.json")
 
 
+def test_a_file_without_answers_is_refused(tmp_path: Path) -> None:
+    """Nothing could be shown of it but empty tables."""
+    write_results(replace(make_results(), rows=[]), tmp_path / "r.json")
+    with pytest.raises(UsageError, match=r"r\.json is not a result file of quasar bench: it holds no answers"):
+        read_results(tmp_path / "r.json")
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"r\.json does not exist"):
         read_results(tmp_path / "r.json")

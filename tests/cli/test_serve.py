@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,21 @@ def test_what_cannot_be_is_one_sentence(
     pytest.importorskip("starlette")
     monkeypatch.chdir(tmp_path)
     assert said in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--port"], "cannot be listened on"), (["--port", "0", "--draft-from", "nowhere.txt"], "nowhere.txt")],
+)
+def test_what_is_wrong_with_the_port_or_texts_is_found_before_loading(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("quasar_core.api.load", lambda *given: pytest.fail("a pair was loaded"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = [] if len(arguments) > 1 else [str(taken.getsockname()[1])]
+        assert said in refused(capsys, "--model", "demo", *arguments, *port)
 
 
 def test_a_server_starts_answers_and_ends(tmp_path: Path) -> None:

@@ -64,7 +64,11 @@ def wait_for(holds: Callable[[], bool]) -> None:
         ({"prediction": {"type": "content", "content": "a"}, "draft": "none"}, "prediction"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}}, "response_format"),
-        ({"response_format": {"type": "xml"}}, "type"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "text", "odd": 1}}, "response_format.odd"),
+        ({"prediction": {"type": "image", "content": "x"}}, "prediction.type"),
+        ({"logit_bias": {"3": 200}}, "logit_bias.3"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"tools": [3]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -124,6 +128,10 @@ def test_forms_of_other_sites_and_other_names_of_this_machine_are_refused(http: 
     assert http.get("/v1/models", headers={"host": "localhost:1234"}).status_code == 200
     reply = http.get("/v1/models", headers={"origin": "https://evil.example"})
     assert "access-control-allow-origin" not in reply.headers
+    asked = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+    reply = http.options(CHAT, headers=asked)
+    assert reply.status_code == 403
+    assert "--cors https://evil.example would let them" in reply.json()["error"]["message"]
 
 
 def test_the_key_the_named_site_and_the_bounds() -> None:
@@ -137,6 +145,8 @@ def test_the_key_the_named_site_and_the_bounds() -> None:
         http.headers["authorization"] = f"Bearer {KEY}"
         reply = http.get("/v1/models", headers={"origin": "https://example.org", "host": "any.example"})
         assert reply.headers["access-control-allow-origin"] == "https://example.org"
+        asked = {"origin": "https://example.org", "access-control-request-method": "POST"}
+        assert http.options(CHAT, headers=asked).status_code == 200
         assert http.post(CHAT, json={"messages": LINES, "user": "u" * 3000}).status_code == 413
         long = [{"role": "user", "content": "word " * 40}]
         assert http.post(CHAT, json={"messages": long}).json()["error"]["code"] == "context_length_exceeded"
