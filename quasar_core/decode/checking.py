@@ -6,14 +6,22 @@ from itertools import takewhile
 from quasar_core.decode.agreement import Estimate, RunningAgreement
 from quasar_core.decode.check import Check, Checker
 from quasar_core.decode.policy import DraftLength, FixedLength
+from quasar_core.decode.trees import Branching, Tree
 from quasar_core.draft.base import NO_DRAFT, Draft
 
 
 class Checking:
     """A checker, and for each model how long drafts may be; each model's acceptance is learned by itself."""
 
-    def __init__(self, checker: Checker, verifier_length: DraftLength, target_length: DraftLength) -> None:
+    def __init__(
+        self,
+        checker: Checker,
+        verifier_length: DraftLength,
+        target_length: DraftLength,
+        branching: Branching | None = None,
+    ) -> None:
         self.checker, self.verifier_length, self.target_length = checker, verifier_length, target_length
+        self.branching = branching  # of the target's passes
         self._whole = isinstance(verifier_length, FixedLength)
 
     @property
@@ -42,6 +50,13 @@ class Checking:
     def confirmed(self, passed: int, committed: int, estimates: Sequence[Estimate], accepted: int) -> None:
         """The target passed and committed so many tokens; of the window's, of these estimates, `accepted`."""
         self.checker.confirmed(passed, committed, estimates, accepted)
+
+    def learn_tree(self, tree: Tree, path: Sequence[int], drafting_s: float) -> None:
+        """What the target accepted of a draft that it checked itself, and of the branches beside it."""
+        on_draft = sum(node <= len(tree.draft.tokens) for node in path)
+        self.target_length.learn(tree.draft, on_draft, drafting_s)
+        if self.branching:
+            self.branching.count(tree, path)
 
     def learn_drafts(self, drafts: Sequence[tuple[int, Draft]], text: Sequence[int]) -> None:
         """What the target would have accepted of drafts that the verifier checked: how far they are its text.

@@ -16,24 +16,13 @@ from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.agreement import Estimate
 from quasar_core.decode.answering import Answering
 from quasar_core.decode.checking import Checking
+from quasar_core.decode.passes import Passes
 from quasar_core.decode.policy import DraftLength, WindowPolicy
-from quasar_core.decode.processors import Processors
-from quasar_core.decode.sampling import accept_matching, confirm_block, distribution, draw
+from quasar_core.decode.sampling import accept_matching, confirm_block, draw
 from quasar_core.decode.trees import Branching, Tree
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter
 from quasar_core.errors import QuasarError
-from quasar_core.models.base import (
-    NO_TOKEN,
-    NOT_NUMBERS,
-    CausalLM,
-    Choices,
-    KVCache,
-    TreeCache,
-    best_tokens,
-    bring_over,
-    choose_best,
-    likeliest_tokens,
-)
+from quasar_core.models.base import NO_TOKEN, NOT_NUMBERS, CausalLM, Choices, KVCache, TreeCache
 from quasar_core.models.memory import PROMPT_CHUNK
 from quasar_core.models.pair import Pair
 from quasar_core.records import Confirm, Stats, Step, as_recorded
@@ -72,13 +61,12 @@ class Engine:
         self._checking, self._observe, self._now = checking, observe, now
         self.confirms = config.verify == "exact"
         self.verifying = _verifying_model(pair, config.verify)
-        self.processors = Processors(pair.processors, config)
         self.answering = answering or Answering()
-        changed = bool(self.processors or self.answering.rules)
-        self._reads_logits = not config.sampling.greedy or changed or self.answering.scores is not None
-        self._logits: torch.Tensor | None = None  # of the last pass, as the model gave them, where they are scored
+        self._passes = Passes(pair, self.verifying, cache, config, self.answering, generator, drafter.wants_best)
         # With rules or scores each row would need the text of its own path.
-        self._branching = None if changed or self.answering.scores is not None else branching
+        forks = not self._passes.changes and self.answering.scores is None
+        self._branching = branching if forks else None
+        self._branching_at_target = checking.branching if checking and forks else None
 
         # What is drawn depends on how drafts are cut: a seed would fix nothing if that followed the clock.
         self._learns_costs = config.sampling.greedy
@@ -102,15 +90,15 @@ class Engine:
         Where layers are recurrent it is one pass, as in transformers, which may begin their state anew in each.
         """
         start = self._now()
-        self.processors.begin(prompt, self.max_tokens, self.eos_ids, self.pair.primary.device)
+        self._passes.begin(prompt, self.max_tokens, self.eos_ids)
         chunk = PREFILL_CHUNK[self.pair.primary.device.type] if self.pair.rolls_back else len(prompt)
-        logits = self.pair.primary.pass_prompt(prompt[cached:], self.cache, chunk, self.answering.before_pass)
+        logits = self._passes.read(prompt[cached:], chunk)
         self.tokens = list(prompt)
-        choices, _ = self._choose(logits, [])
+        choices, _ = self._passes.choose(logits, self.tokens, [])
         self.drafter.observe(self.tokens)
         self._show(prompt[-1:], choices.likeliest, len(prompt) - 1)
         self._extend(choices.tokens)
-        self._score(choices.tokens)
+        self._passes.score(choices.tokens)
         self.drafter.propose(1)  # so that indexing the prompt is part of its own time
         self.committed = len(self.tokens)
         self.stats.prompt_tokens, self.stats.cached_tokens = len(prompt), cached
@@ -175,7 +163,7 @@ class Engine:
     def _verify_chain(self, draft: Draft, drafting_s: float) -> None:
         start = self._now()
         tokens = [self.tokens[-1], *draft.tokens]
-        choices, q = self._pass(tokens)
+        choices, q = self._passes.verify(self.tokens, draft.tokens)
         pass_s = self._now() - start
         self._show(tokens, choices.likeliest, len(self.tokens) - 1)
         accepted, bonus = _accept(choices, draft.tokens)
@@ -192,7 +180,7 @@ class Engine:
             self.draft_length.learn(draft, accepted)
         self._extend(new)
         if not self.confirms:
-            self._score(new)
+            self._passes.score(new)
             self.committed = len(self.tokens)
 
     def _log_step(
@@ -224,11 +212,9 @@ class Engine:
         """As of a draft alone; the cache keeps the path that the pass's own tokens lead through."""
         assert self._branching is not None
         before, start = self.cache.length, self._now()
-        choices, q = self._pass_tree(tree)
+        choices, q = self._passes.verify_tree(tree.tokens, tree.parents)
         pass_s = self._now() - start
-        for nodes in tree.paths():
-            likeliest = [choices.likeliest[node] for node in nodes] if choices.likeliest else []
-            self._show([tree.tokens[node] for node in nodes], likeliest, len(self.tokens) - 1)
+        self._show_tree(tree, choices.likeliest, len(self.tokens) - 1)
         path = tree.follow(choices.tokens)
         cast(TreeCache, self.cache).keep(before, [0, *path])
         new = self._cut_at_eos([*(tree.tokens[node] for node in path), choices.tokens[path[-1] if path else 0]])
@@ -243,12 +229,6 @@ class Engine:
         if not self.confirms:
             self.committed = len(self.tokens)
 
-    def _pass_tree(self, tree: Tree) -> tuple[Choices, torch.Tensor | None]:
-        """A verify pass over a tree; see `_choose`. No logits processor is there, so rows need no text."""
-        if not self._reads_logits:
-            return self.verifying.choose_tree(tree.tokens, tree.parents, self.cache, self.drafter.wants_best), None
-        return self._choose(self.verifying.forward_tree(tree.tokens, tree.parents, self.cache), [])
-
     def _must_confirm(self) -> bool:
         """Whether the text ends here, if the target agrees."""
         ends = self.tokens[-1] in self.eos_ids or len(self.tokens) >= self.max_tokens
@@ -261,22 +241,25 @@ class Engine:
         """
         self.answering.before_pass()
         window, start = self.window, self._now()
+        tree = self._grow_behind(window, draft)
         self.cache.rollback(self.committed - 1)
-        accepted, bonus, margins = self._accept_window(window, draft.tokens)
+        path, bonus, margins = self._accept_tree(tree) if tree.branches else self._accept_window(window, draft.tokens)
         pass_s = self._now() - start
-        kept, before = min(accepted, len(window)), self.committed
+        kept, before = min(len(path), len(window)), self.committed
         self.drafter.forget(len(window) - kept)
         self.tokens = self.tokens[: self.committed + kept]
         ended = bool(window) and kept > 0 and self.tokens[-1] in self.eos_ids
-        new = self._cut_at_eos([*draft.tokens[: accepted - kept], bonus])
+        new = self._cut_at_eos([*(tree.tokens[node] for node in path[kept:]), bonus])
         self._extend([] if ended or len(self.tokens) >= self.max_tokens else new)
         self.committed = len(self.tokens)
-        self._score(self.tokens[before:])
-        self._log_confirm(window, kept, draft, min(accepted - kept, len(new)), margins, drafting_s, pass_s)
-        self._learn_from_confirm(len(window), kept, draft, accepted - kept, drafting_s, pass_s)
+        self._passes.score(self.tokens[before:])
+        behind = tree.behind(len(window))
+        accepted = [node - len(window) for node in path[kept:]]
+        recorded = behind.as_draft(accepted[: len(new)])
+        self._log_confirm(window, kept, recorded, min(len(accepted), len(new)), margins, drafting_s, pass_s)
+        self._learn_from_confirm(len(window), kept, behind, accepted, drafting_s, pass_s)
         if self._checking:
-            passed = len(window) + 1 + len(draft.tokens)
-            self._checking.confirmed(passed, self.committed - before, self._estimates, kept)
+            self._checking.confirmed(len(tree.tokens), self.committed - before, self._estimates, kept)
         self._survival, self._estimates, self._drafts = 1.0, [], []
         self._window_q.clear()
 
@@ -302,33 +285,59 @@ class Engine:
             self._log_step(draft, accepted, list(rest), drafting_s, seconds, by_target=True)
 
     def _learn_from_confirm(
-        self, window: int, kept: int, draft: Draft, accepted: int, drafting_s: float, pass_s: float
+        self, window: int, kept: int, behind: Tree, path: Sequence[int], drafting_s: float, pass_s: float
     ) -> None:
         """What the pass cost; what the target accepts of drafts, those that the verifier checked before among them."""
         if self._observe and self._learns_costs:
-            self._observe(window + 1 + len(draft.tokens), pass_s)
+            self._observe(window + len(behind.tokens), pass_s)
         if self._checking:
-            tried = draft if kept == window else NO_DRAFT
             self._checking.learn_drafts(self._drafts, self.tokens)
-            self._checking.target_length.learn(tried, accepted, drafting_s if self._learns_costs else 0.0)
+            tried = behind if kept == window else Tree(behind.last, NO_DRAFT)
+            self._checking.learn_tree(tried, path, drafting_s if self._learns_costs else 0.0)
 
-    def _accept_window(self, window: Sequence[int], draft: Sequence[int]) -> tuple[int, int, Sequence[float]]:
-        """Pass window and draft through the target → how many of their tokens are accepted, the bonus token, and the
-        target's margins of all of them, which are known of greedy choices.
+    def _grow_behind(self, window: Sequence[int], draft: Draft) -> Tree:
+        """Window and draft, and what is worth a row of the target's pass beside the draft.
+
+        A window that was drawn is judged as a block, which knows no branches.
+        """
+        last, reach = self.tokens[self.committed - 1], self.max_tokens - len(self.tokens) - 1
+        branching = self._branching_at_target
+        if branching is None or reach <= 0 or (window and not self.config.sampling.greedy):
+            return Tree(last, Draft.of(window, "window", 0).then(draft))
+        room = self.cache.capacity - self.committed + 1
+        survivals = [estimate.p for estimate in self._estimates]
+        return branching.grow(last, draft, self.drafter, reach, room, window, survivals)
+
+    def _accept_tree(self, tree: Tree) -> tuple[list[int], int, Sequence[float]]:
+        """Pass a tree through the target; the cache keeps the path that its choices lead through.
+
+        Returns the path behind the first node, the bonus token, and the target's margins along it.
+        """
+        start = self.cache.length
+        choices = self._passes.confirm_tree(tree.tokens, tree.parents)
+        self._show_tree(tree, choices.likeliest, start)
+        path = tree.follow(choices.tokens)
+        cast(TreeCache, self.cache).keep(start, [0, *path])
+        greedy = self.config.sampling.greedy
+        margins = [choices.margins[node] for node in [0, *path]] if greedy else []
+        return path, choices.tokens[path[-1] if path else 0], margins
+
+    def _show_tree(self, tree: Tree, likeliest: Sequence[list[int]], start: int) -> None:
+        for nodes in tree.paths() if likeliest else ():
+            self._show([tree.tokens[node] for node in nodes], [likeliest[node] for node in nodes], start)
+
+    def _accept_window(self, window: Sequence[int], draft: Sequence[int]) -> tuple[list[int], int, Sequence[float]]:
+        """Pass window and draft through the target.
+
+        Returns the places of what is accepted, from 1 on, the bonus token, and the target's margins of all of it, which
+        are known of greedy choices.
         """
         tokens, prefix = [*self.tokens[self.committed - 1 :], *draft], self.tokens[: self.committed]
         offered = tokens[1:]
-        if not self._reads_logits:
-            choices = self.pair.primary.choose(tokens, self.cache, self.drafter.wants_best)
-            self._show(tokens, choices.likeliest, len(prefix) - 1)
-            return *_accept(choices, offered), choices.margins
-        logits = self.pair.primary.forward(tokens, self.cache)
-        self._show(tokens, self._likeliest(logits), len(prefix) - 1)
-        logits = self._change(logits, prefix, offered)
-        if self.config.sampling.greedy:
-            choices = choose_best(logits)
-            return *_accept(choices, offered), choices.margins
-        return *self._confirm_drawn(distribution(logits, self.config.sampling), window, draft), []
+        choices, p = self._passes.confirm(prefix, offered)
+        self._show(tokens, choices.likeliest, len(prefix) - 1)
+        accepted, bonus = _accept(choices, offered) if p is None else self._confirm_drawn(p, window, draft)
+        return list(range(1, accepted + 1)), bonus, choices.margins
 
     def _confirm_drawn(self, p: torch.Tensor, window: Sequence[int], draft: Sequence[int]) -> tuple[int, int]:
         """Sampling: confirm the window by p [W + 1 + k, V]; where all of it is accepted, check the draft behind it."""
@@ -341,44 +350,10 @@ class Engine:
         further, bonus = accept_matching([bonus, *drawn], draft)
         return accepted + further, bonus
 
-    def _pass(self, tokens: Sequence[int]) -> tuple[Choices, torch.Tensor | None]:
-        """A verify pass over the last token and a draft; see `_choose`."""
-        if not self._reads_logits:
-            return self.verifying.choose(tokens, self.cache, self.drafter.wants_best), None
-        return self._choose(self.verifying.forward(tokens, self.cache), tokens[1:])
-
-    def _choose(self, logits: torch.Tensor, draft: Sequence[int]) -> tuple[Choices, torch.Tensor | None]:
-        """The pass's own token at each row, and when sampling the distributions it was drawn from.
-
-        This is where the host waits for the device, once in a pass.
-        """
-        margins = best_tokens(logits)[1] if self.confirms else None
-        likeliest = self._likeliest(logits)
-        logits = self._change(logits, self.tokens, draft)
-        if self.config.sampling.greedy:
-            return bring_over(best_tokens(logits)[0], margins, likeliest), None
-        probabilities = distribution(logits, self.config.sampling)
-        return bring_over(draw(probabilities, self.generator), margins, likeliest), probabilities
-
-    def _likeliest(self, logits: torch.Tensor) -> list[list[int]]:
-        """What the drafter wants of each row of logits [T, V], before any logits processor."""
-        return likeliest_tokens(logits, self.drafter.wants_best) if self.drafter.wants_best else []
-
     def _show(self, tokens: Sequence[int], likeliest: list[list[int]], start: int) -> None:
         """Let the drafter see what a pass over the tokens computed, the first of which stands at `start`."""
         if self.drafter.wants_best:
             self.drafter.see(tokens, likeliest, start)
-
-    def _change(self, logits: torch.Tensor, prefix: Sequence[int], continuation: Sequence[int]) -> torch.Tensor:
-        """Logits [T, V] after the model's processors and the answer's own rules."""
-        self._logits = logits if self.answering.scores is not None else None
-        return self.answering.apply(self.processors(logits, prefix, continuation), prefix, continuation)
-
-    def _score(self, new: Sequence[int]) -> None:
-        """Keep the scores of committed tokens by the pass that decided them."""
-        if self.answering.scores is not None:
-            assert self._logits is not None
-            self.answering.scores.add(self._logits, new)
 
     def _remember(self, margins: list[float], accepted: int, refused: bool, q: torch.Tensor | None) -> None:
         """Keep what a later confirm needs of the new tokens: how sure the verifier was of each, and its q of each."""
