@@ -180,6 +180,10 @@ class Checker:
         self._verified[passed] += 1
         self._unseen = 0
 
+    def let_through(self, tokens: int) -> None:
+        """So many tokens of the window were committed without a confirm."""
+        self._tokens += tokens
+
     def confirmed(self, passed: int, committed: int, estimates: Sequence[Estimate], accepted: int) -> None:
         """The target passed so many tokens and committed so many; of the window's, of these estimates, `accepted`."""
         self.agreement.learn(estimates, accepted)

@@ -2,27 +2,29 @@
 
 It knows models, a cache and token ids; nothing of text. In `full` the target verifies the drafts itself; in
 `quantized` the verifier does, and its word is final; in `exact` verified tokens wait in the window until the target
-has confirmed them, or the target checks a draft at once. Letters: k draft tokens, W window tokens, V vocabulary.
+has confirmed them, or the target checks a draft at once; in `gated` only those wait that the verifier is not sure of.
+Letters: k draft tokens, W window tokens, V vocabulary.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import cast
 
 import torch
 
-from quasar_core.config import GenerationConfig, VerifyMode
+from quasar_core.config import GenerationConfig
 from quasar_core.decode.agreement import Estimate
 from quasar_core.decode.answering import Answering
 from quasar_core.decode.checking import Checking
-from quasar_core.decode.passes import Passes
+from quasar_core.decode.passes import Passes, verifying_model
 from quasar_core.decode.policy import DraftLength, WindowPolicy
 from quasar_core.decode.sampling import accept_matching, confirm_block, draw
 from quasar_core.decode.trees import Branching, Tree
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter
 from quasar_core.errors import QuasarError
-from quasar_core.models.base import NO_TOKEN, NOT_NUMBERS, CausalLM, Choices, KVCache, TreeCache
+from quasar_core.models.base import NO_TOKEN, NOT_NUMBERS, Choices, KVCache, TreeCache
 from quasar_core.models.memory import PROMPT_CHUNK
 from quasar_core.models.pair import Pair
 from quasar_core.records import Confirm, Stats, Step, as_recorded
@@ -59,15 +61,14 @@ class Engine:
         self.generator = generator
         self.max_tokens = max_tokens  # prompt included
         self._checking, self._observe, self._now = checking, observe, now
-        self.confirms = config.verify == "exact"
-        self.verifying = _verifying_model(pair, config.verify)
+        self.confirms = config.confirms
+        self.verifying = verifying_model(pair, config.verify)
         self.answering = answering or Answering()
         self._passes = Passes(pair, self.verifying, cache, config, self.answering, generator, drafter.wants_best)
         # With rules or scores each row would need the text of its own path.
         forks = not self._passes.changes and self.answering.scores is None
         self._branching = branching if forks else None
         self._branching_at_target = checking.branching if checking and forks else None
-
         # What is drawn depends on how drafts are cut: a seed would fix nothing if that followed the clock.
         self._learns_costs = config.sampling.greedy
         self.eos_ids = frozenset() if config.ignore_eos else pair.eos_ids
@@ -128,8 +129,18 @@ class Engine:
             return
         self._verify_timed(draft, start)
         checking.verified(self.stats.step_log[-1].drafted + 1)
+        self._let_through(checking)
         if self._must_confirm():
             self._confirm_timed()
+
+    def _let_through(self, checking: Checking) -> None:
+        """In `gated`, commit the window's first tokens, as far as the verifier is sure of them."""
+        count = checking.let_through(self._estimates)
+        if count:
+            log, self._estimates = self.stats.step_log, self._estimates[count:]
+            log[-1] = replace(log[-1], let_through=count)
+            self.committed += count
+            self._survival = prod(estimate.p for estimate in self._estimates)
 
     def _verify_timed(self, draft: Draft, start: float) -> None:
         drafted = self._now()
@@ -386,12 +397,3 @@ def _accept(choices: Choices, offered: Sequence[int]) -> tuple[int, int]:
     if choices.accepted is None:
         return accept_matching(choices.tokens, offered)
     return choices.accepted, choices.tokens[choices.accepted]
-
-
-def _verifying_model(pair: Pair, mode: VerifyMode) -> CausalLM:
-    """The model that checks drafts: in `full` the target itself."""
-    if mode == "full":
-        return pair.primary
-    if pair.verifier is None:
-        raise QuasarError(f"--verify {mode} needs a verifier; make one with `quasar quantize`.")
-    return pair.verifier

@@ -16,6 +16,7 @@ from quasar_core.decode.checking import Checking
 from quasar_core.decode.costs import KNOWN, Cost, LiveCost, PairCosts, Role, forget_cost, pair_costs, pass_sampler
 from quasar_core.decode.drafting import Drafting
 from quasar_core.decode.engine import Engine
+from quasar_core.decode.gate import Gate
 from quasar_core.decode.guessers import make_guesser
 from quasar_core.decode.policy import (
     DEFAULT_WINDOW,
@@ -251,7 +252,7 @@ class Generator:
 
     def _choose_checking(self) -> Checking | None:
         """Who checks drafts in `exact`; its `auto` may also find that the target had better do so always."""
-        if self.config.verify != "exact" or self.config.window != "auto":
+        if not self.config.confirms or self.config.window != "auto":
             return None
         costs, agreement = self._measured_costs(), self._known_agreement()
         plan = plan_exact(costs, agreement.now, self._acceptance)
@@ -261,12 +262,24 @@ class Generator:
         self._note_expected(plan.rate)
         checker = Checker(self._known_costs(), agreement, [plan.usual], plan.target_alone)
         self._note(_who_checks(plan.target_alone, checker.longest))
+        gate = self._choose_gate(agreement)
         at_verifier = self._choose_draft_length()
         if isinstance(at_verifier, FixedLength):
-            return Checking(checker, at_verifier, FixedLength(at_verifier.limit))
+            return Checking(checker, at_verifier, FixedLength(at_verifier.limit), gate=gate)
         at_target = AdaptiveLength(self._live["target"].known)
         branching = self._choose_branching(at_target, "target", self._known_costs().confirm)
-        return Checking(checker, at_verifier, at_target, branching)
+        return Checking(checker, at_verifier, at_target, branching, gate)
+
+    def _choose_gate(self, agreement: RunningAgreement) -> Gate | None:
+        """What goes through in `gated`. QuasarError where nothing is known of the verifier's agreement."""
+        if self.config.verify != "gated":
+            return None
+        if self.pair.fidelity is None:
+            raise QuasarError("--verify gated needs the verifier's margin table, which `quasar quantize` measures.")
+        gate = Gate(agreement, self.config.fidelity)
+        known = f"of P(agree) ≥ {gate.least:.4f}" if gate.least <= 1 else "none, as even the surest differ too often"
+        self._note(f"gated: tokens that go through without a confirm: {known}")
+        return gate
 
     def _note_expected(self, rate: float) -> None:
         """Where the target's weights are streamed, what that means for whoever waits."""
@@ -349,9 +362,9 @@ class Generator:
 
 
 def _check_models(pair: Pair, config: GenerationConfig) -> None:
-    if config.verify in ("full", "exact") and pair.target is None:
+    if config.verify != "quantized" and pair.target is None:
         raise UsageError(f"--verify {config.verify} needs the target, and --no-target left it out.")
-    if config.verify in ("quantized", "exact") and pair.verifier is None:
+    if config.verify != "full" and pair.verifier is None:
         raise QuasarError(f"--verify {config.verify} needs a verifier; make one with `quasar quantize`.")
     if not pair.rolls_back and (config.verify != "full" or config.draft != "none"):
         raise QuasarError(f"{pair.target_name} has recurrent layers: it needs --verify full --draft none.")

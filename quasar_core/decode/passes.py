@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from quasar_core.config import GenerationConfig
+from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.answering import Answering
 from quasar_core.decode.processors import Processors
 from quasar_core.decode.sampling import distribution, draw
+from quasar_core.errors import QuasarError
 from quasar_core.models.base import CausalLM, Choices, best_tokens, bring_over, choose_best, likeliest_tokens
 from quasar_core.models.pair import Pair
 
@@ -36,7 +37,7 @@ class Passes:
         self._target, self._verifying, self._cache = pair.primary, verifying, cache
         self._sampling, self._answering, self._generator = config.sampling, answering, generator
         self._processors = Processors(pair.processors, config)
-        self._wants_best, self._wants_margins = wants_best, config.verify == "exact"
+        self._wants_best, self._wants_margins = wants_best, config.confirms
         self.changes = bool(self._processors or answering.rules)  # whether rules change logits by the text before them
         self._reads_logits = not config.sampling.greedy or self.changes or answering.scores is not None
         self._logits: torch.Tensor | None = None  # of the last pass, as the model gave them, where they are scored
@@ -112,3 +113,12 @@ class Passes:
         """Logits [T, V] after the model's processors and the answer's own rules."""
         self._logits = logits if self._answering.scores is not None else None
         return self._answering.apply(self._processors(logits, prefix, continuation), prefix, continuation)
+
+
+def verifying_model(pair: Pair, mode: VerifyMode) -> CausalLM:
+    """The model that checks drafts: in `full` the target itself."""
+    if mode == "full":
+        return pair.primary
+    if pair.verifier is None:
+        raise QuasarError(f"--verify {mode} needs a verifier; make one with `quasar quantize`.")
+    return pair.verifier
