@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from quasar_core.config import GenerationConfig, Request
+from quasar_core.config import GenerationConfig, Request, VerifyMode
 from quasar_core.decode.agreement import UNKNOWN, AgreementCurve, RunningAgreement, shift_to
 from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.check import Checker
@@ -261,7 +261,7 @@ class Generator:
         self._target_first = plan.target_alone
         self._note_expected(plan.rate)
         checker = Checker(self._known_costs(), agreement, [plan.usual], plan.target_alone)
-        self._note(_who_checks(plan.target_alone, checker.longest))
+        self._note(_who_checks(self.config.verify, plan.target_alone, checker.longest))
         gate = self._choose_gate(agreement)
         at_verifier = self._choose_draft_length()
         if isinstance(at_verifier, FixedLength):
@@ -370,16 +370,16 @@ def _check_models(pair: Pair, config: GenerationConfig) -> None:
         raise QuasarError(f"{pair.target_name} has recurrent layers: it needs --verify full --draft none.")
 
 
-def _who_checks(target_first: bool, longest: int) -> str:
+def _who_checks(mode: VerifyMode, target_first: bool, longest: int) -> str:
     """A sentence for the notes."""
     if target_first:
         return (
-            "exact: the target checks drafts alone at first, as confirming the verifier's tokens seems to take longer "
-            "here; the verifier is tried now and then"
+            f"{mode}: the target checks drafts alone at first, as confirming the verifier's tokens seems to take "
+            "longer here; the verifier is tried now and then"
         )
     return (
-        f"exact: {longest} sure tokens wait for a confirm at most, and the target checks long drafts at once, as costs "
-        "and agreement advise at each step"
+        f"{mode}: {longest} sure tokens wait for a confirm at most, and the target checks long drafts at once, as "
+        "costs and agreement advise at each step"
     )
 
 

@@ -181,6 +181,11 @@ def test_files_without_margins_are_refused() -> None:
     with pytest.raises(UsageError, match="no margins"):
         simulate(Results(make_run(), old))
     results = benched()
+    first = results.rows[0]
+    assert first.stats is not None
+    passed = replace(first.stats, step_log=[replace(first.stats.step_log[0], let_through=1), *first.stats.step_log[1:]])
+    with pytest.raises(UsageError, match="not all of it was confirmed"):
+        simulate(Results(results.run, [replace(first, stats=passed), *results.rows[1:]]))
     sampled = replace(results.run, config=replace(results.run.config, temperatures=(1.0,)))
     with pytest.raises(UsageError, match="Sampled"):
         simulate(Results(sampled, results.rows))
