@@ -202,6 +202,8 @@ def _pass_seconds(results: Results) -> dict[str, dict[int, list[float]]]:
     """Seconds of all passes of a run, by model and tokens."""
     seconds: dict[str, dict[int, list[float]]] = {"verify": defaultdict(list), "confirm": defaultdict(list)}
     for row in results.rows:
+        if row.stats and any(step.let_through for step in row.stats.step_log):
+            continue  # its confirms passed more than their windows
         for step in row.stats.step_log if row.stats else []:
             if step.seconds:
                 seconds["confirm" if step.by_target else "verify"][step.drafted + 1].append(step.seconds)

@@ -55,6 +55,11 @@ class Checking:
         self.checker.let_through(count)
         return count
 
+    def learn_passed(self, estimates: Sequence[Estimate], agreed: Sequence[bool]) -> None:
+        """What the target would have said of tokens that were let through."""
+        for estimate, own in zip(estimates, agreed, strict=True):
+            self.agreement.learn([estimate], int(own))
+
     def confirmed(self, passed: int, committed: int, estimates: Sequence[Estimate], accepted: int) -> None:
         """The target passed and committed so many tokens; of the window's, of these estimates, `accepted`."""
         self.checker.confirmed(passed, committed, estimates, accepted)

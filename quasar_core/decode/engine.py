@@ -21,14 +21,16 @@ from quasar_core.decode.checking import Checking
 from quasar_core.decode.passes import Passes, verifying_model
 from quasar_core.decode.policy import DraftLength, WindowPolicy
 from quasar_core.decode.sampling import accept_matching, confirm_block, draw
-from quasar_core.decode.trees import Branching, Tree
+from quasar_core.decode.step_log import StepLog
+from quasar_core.decode.trees import WINDOW, Branching, Tree
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import NO_TOKEN, NOT_NUMBERS, Choices, KVCache, TreeCache
 from quasar_core.models.memory import PROMPT_CHUNK
 from quasar_core.models.pair import Pair
-from quasar_core.records import Confirm, Stats, Step, as_recorded
+from quasar_core.records import Stats
 
+MOST_UNSEEN = 32  # tokens that are let through between two confirms
 # Tokens of a prompt's pass: enough to be bound by arithmetic, few enough that their activations are small.
 PREFILL_CHUNK = {"cpu": 512, "cuda": PROMPT_CHUNK}
 
@@ -73,9 +75,11 @@ class Engine:
         self._learns_costs = config.sampling.greedy
         self.eos_ids = frozenset() if config.ignore_eos else pair.eos_ids
         self.stats = Stats()
+        self._log = StepLog(self.stats, self.verifying is pair.target)
         self.tokens: list[int] = []
         self.committed = 0
         self._survival = 1.0  # P(the target agrees with the whole window)
+        self._passed: list[Estimate] = []  # of tokens that were let through since, which the target has not passed
         self._estimates: list[Estimate] = []  # and with each of its tokens, where it is asked of either model
         self._drafts: list[tuple[int, Draft]] = []  # that the verifier checked since the last confirm, and their places
         self._window_q: list[torch.Tensor] = []  # the verifier's distribution [V] of each window token, when sampling
@@ -84,6 +88,11 @@ class Engine:
     def window(self) -> list[int]:
         """Tokens that wait for a confirm."""
         return self.tokens[self.committed :]
+
+    @property
+    def seen(self) -> int:
+        """How many tokens the target has passed or made: all that are committed but for those that were let through."""
+        return self.committed - len(self._passed)
 
     def prefill(self, prompt: Sequence[int], cached: int = 0) -> None:
         """Run the prompt beyond the `cached` tokens through the target, in chunks; commit the token that follows.
@@ -130,15 +139,16 @@ class Engine:
         self._verify_timed(draft, start)
         checking.verified(self.stats.step_log[-1].drafted + 1)
         self._let_through(checking)
-        if self._must_confirm():
+        if self._must_confirm() or (len(self._passed) >= MOST_UNSEEN and not self._ends):
             self._confirm_timed()
 
     def _let_through(self, checking: Checking) -> None:
         """In `gated`, commit the window's first tokens, as far as the verifier is sure of them."""
         count = checking.let_through(self._estimates)
         if count:
-            log, self._estimates = self.stats.step_log, self._estimates[count:]
-            log[-1] = replace(log[-1], let_through=count)
+            self._log.let_through(count)
+            self._passed += self._estimates[:count]
+            self._estimates = self._estimates[count:]
             self.committed += count
             self._survival = prod(estimate.p for estimate in self._estimates)
 
@@ -181,7 +191,7 @@ class Engine:
         new = self._cut_at_eos([*draft.tokens[:accepted], bonus])
         accepted = min(accepted, len(new))
         margins = choices.margins[: len(new)]
-        self._log_step(draft, accepted, margins, drafting_s, pass_s)
+        self._log.step(draft, accepted, margins, drafting_s, pass_s)
         if self.confirms:
             self._drafts.append((len(self.tokens), draft))
             self._remember(margins, accepted, accepted < len(draft.tokens), None if q is None else q[: len(new)])
@@ -193,23 +203,6 @@ class Engine:
         if not self.confirms:
             self._passes.score(new)
             self.committed = len(self.tokens)
-
-    def _log_step(
-        self,
-        draft: Draft,
-        accepted: int,
-        margins: list[float],
-        drafting_s: float,
-        pass_s: float,
-        by_target: bool = False,
-    ) -> None:
-        """Margins and seconds are what a bench replays."""
-        shown = as_recorded(margins)
-        verifiers, targets = ([], shown) if by_target else (shown, [])
-        by_target = by_target or self.verifying is self.pair.target
-        self.stats.step_log.append(
-            Step(len(draft.tokens), accepted, list(draft.pieces), by_target, verifiers, drafting_s, pass_s, targets)
-        )
 
     def _grow(self, draft: Draft) -> Tree:
         """The draft, and what is worth a row of the pass beside it."""
@@ -231,7 +224,7 @@ class Engine:
         new = self._cut_at_eos([*(tree.tokens[node] for node in path), choices.tokens[path[-1] if path else 0]])
         accepted, rows = path[: len(new)], [0, *path][: len(new)]
         margins = [choices.margins[row] for row in rows] if choices.margins else []
-        self._log_step(tree.as_draft(accepted), len(accepted), margins, drafting_s, pass_s)
+        self._log.step(tree.as_draft(accepted), len(accepted), margins, drafting_s, pass_s)
         if self.confirms:
             self._drafts.append((len(self.tokens), tree.draft))
             self._remember(margins, len(accepted), tree.refuses_behind(accepted), None if q is None else q[rows])
@@ -240,21 +233,27 @@ class Engine:
         if not self.confirms:
             self.committed = len(self.tokens)
 
+    @property
+    def _ends(self) -> bool:
+        """Whether the text ends here, if all of it stays."""
+        return self.tokens[-1] in self.eos_ids or len(self.tokens) >= self.max_tokens
+
     def _must_confirm(self) -> bool:
         """Whether the text ends here, if the target agrees."""
-        ends = self.tokens[-1] in self.eos_ids or len(self.tokens) >= self.max_tokens
-        return self.confirms and ends and bool(self.window)
+        return self.confirms and self._ends and bool(self.window)
 
     def _confirm(self, draft: Draft = NO_DRAFT, drafting_s: float = 0.0) -> None:
-        """One target pass over the window, and a draft behind it.
+        """One target pass over what was let through, the window, and a draft behind it.
 
-        What it accepts is committed with its bonus token, the rest taken back.
+        What it accepts of the window is committed with its bonus token, the rest taken back. What was let through
+        stays, with keys and values that are the target's now.
         """
         self.answering.before_pass()
-        window, start = self.window, self._now()
-        tree = self._grow_behind(window, draft)
-        self.cache.rollback(self.committed - 1)
+        window, unseen, start = self.window, len(self._passed), self._now()
+        tree = self._grow_behind(draft)
+        self.cache.rollback(self.seen - 1)
         path, bonus, margins = self._accept_tree(tree) if tree.branches else self._accept_window(window, draft.tokens)
+        path, margins = path[unseen:], margins[unseen:]
         pass_s = self._now() - start
         kept, before = min(len(path), len(window)), self.committed
         self.drafter.forget(len(window) - kept)
@@ -264,60 +263,49 @@ class Engine:
         self._extend([] if ended or len(self.tokens) >= self.max_tokens else new)
         self.committed = len(self.tokens)
         self._passes.score(self.tokens[before:])
-        behind = tree.behind(len(window))
-        accepted = [node - len(window) for node in path[kept:]]
+        waited = unseen + len(window)
+        behind = tree.behind(waited)
+        accepted = [node - waited for node in path[kept:]]
         recorded = behind.as_draft(accepted[: len(new)])
-        self._log_confirm(window, kept, recorded, min(len(accepted), len(new)), margins, drafting_s, pass_s)
-        self._learn_from_confirm(len(window), kept, behind, accepted, drafting_s, pass_s)
+        self._log.confirm(window, kept, recorded, min(len(accepted), len(new)), margins, drafting_s, pass_s)
+        whole = behind if kept == len(window) else Tree(behind.last, NO_DRAFT)
+        self._learn_from_confirm(len(tree.tokens), whole, accepted, drafting_s, pass_s)
         if self._checking:
             self._checking.confirmed(len(tree.tokens), self.committed - before, self._estimates, kept)
-        self._survival, self._estimates, self._drafts = 1.0, [], []
+        self._survival, self._estimates, self._passed, self._drafts = 1.0, [], [], []
         self._window_q.clear()
 
-    def _log_confirm(
-        self,
-        window: Sequence[int],
-        kept: int,
-        draft: Draft,
-        accepted: int,
-        margins: Sequence[float],
-        drafting_s: float,
-        pass_s: float,
-    ) -> None:
-        """A confirm where there was a window, a step where there was a draft, or nothing but the newest token."""
-        with_step = bool(draft.tokens) or not window
-        own = kept if with_step and kept == len(window) else kept + 1  # margins that are not the step's
-        if window:
-            refused = window[kept] if kept < len(window) else None
-            before, shown = len(self.stats.step_log), as_recorded(margins[:own])
-            self.stats.confirm_log.append(Confirm(len(window), kept, len(draft.tokens), before, pass_s, shown, refused))
-        if with_step:
-            seconds, rest = 0.0 if window else pass_s, margins[own : len(window) + accepted + 1]
-            self._log_step(draft, accepted, list(rest), drafting_s, seconds, by_target=True)
-
     def _learn_from_confirm(
-        self, window: int, kept: int, behind: Tree, path: Sequence[int], drafting_s: float, pass_s: float
+        self, passed: int, tried: Tree, path: Sequence[int], drafting_s: float, pass_s: float
     ) -> None:
         """What the pass cost; what the target accepts of drafts, those that the verifier checked before among them."""
         if self._observe and self._learns_costs:
-            self._observe(window + len(behind.tokens), pass_s)
+            self._observe(passed, pass_s)
         if self._checking:
             self._checking.learn_drafts(self._drafts, self.tokens)
-            tried = behind if kept == window else Tree(behind.last, NO_DRAFT)
             self._checking.learn_tree(tried, path, drafting_s if self._learns_costs else 0.0)
 
-    def _grow_behind(self, window: Sequence[int], draft: Draft) -> Tree:
-        """Window and draft, and what is worth a row of the target's pass beside the draft.
+    def _grow_behind(self, draft: Draft) -> Tree:
+        """What the target has not passed yet and the draft, and what is worth a row of its pass beside the draft.
 
         A window that was drawn is judged as a block, which knows no branches.
         """
-        last, reach = self.tokens[self.committed - 1], self.max_tokens - len(self.tokens) - 1
-        branching = self._branching_at_target
-        if branching is None or reach <= 0 or (window and not self.config.sampling.greedy):
-            return Tree(last, Draft.of(window, "window", 0).then(draft))
-        room = self.cache.capacity - self.committed + 1
-        survivals = [estimate.p for estimate in self._estimates]
-        return branching.grow(last, draft, self.drafter, reach, room, window, survivals)
+        waiting, last = self.tokens[self.seen :], self.tokens[self.seen - 1]
+        branching, reach = self._branching_at_target, self.max_tokens - len(self.tokens) - 1
+        if branching is None or reach <= 0 or (waiting and not self.config.sampling.greedy):
+            return Tree(last, Draft.of(waiting, WINDOW, 0).then(draft))
+        room = self.cache.capacity - self.seen + 1
+        survivals = [*(1.0 for _ in self._passed), *(estimate.p for estimate in self._estimates)]
+        return branching.grow(last, draft, self.drafter, reach, room, waiting, survivals)
+
+    def _hold(self, choices: Choices) -> Choices:
+        """What was let through stays, whatever the target makes of it; how often they agree is learned."""
+        if not self._passed:
+            return choices
+        assert self._checking is not None
+        held, own = self.tokens[self.seen : self.committed], choices.tokens
+        self._checking.learn_passed(self._passed, [one == other for one, other in zip(held, own, strict=False)])
+        return replace(choices, tokens=[*held, *own[len(held) :]], accepted=None)
 
     def _accept_tree(self, tree: Tree) -> tuple[list[int], int, Sequence[float]]:
         """Pass a tree through the target; the cache keeps the path that its choices lead through.
@@ -327,6 +315,7 @@ class Engine:
         start = self.cache.length
         choices = self._passes.confirm_tree(tree.tokens, tree.parents)
         self._show_tree(tree, choices.likeliest, start)
+        choices = self._hold(choices)
         path = tree.follow(choices.tokens)
         cast(TreeCache, self.cache).keep(start, [0, *path])
         greedy = self.config.sampling.greedy
@@ -338,16 +327,16 @@ class Engine:
             self._show([tree.tokens[node] for node in nodes], [likeliest[node] for node in nodes], start)
 
     def _accept_window(self, window: Sequence[int], draft: Sequence[int]) -> tuple[list[int], int, Sequence[float]]:
-        """Pass window and draft through the target.
+        """Pass what was let through, window and draft through the target.
 
         Returns the places of what is accepted, from 1 on, the bonus token, and the target's margins of all of it, which
         are known of greedy choices.
         """
-        tokens, prefix = [*self.tokens[self.committed - 1 :], *draft], self.tokens[: self.committed]
+        tokens, prefix = [*self.tokens[self.seen - 1 :], *draft], self.tokens[: self.seen]
         offered = tokens[1:]
         choices, p = self._passes.confirm(prefix, offered)
         self._show(tokens, choices.likeliest, len(prefix) - 1)
-        accepted, bonus = _accept(choices, offered) if p is None else self._confirm_drawn(p, window, draft)
+        accepted, bonus = _accept(self._hold(choices), offered) if p is None else self._confirm_drawn(p, window, draft)
         return list(range(1, accepted + 1)), bonus, choices.margins
 
     def _confirm_drawn(self, p: torch.Tensor, window: Sequence[int], draft: Sequence[int]) -> tuple[int, int]:

@@ -3,7 +3,8 @@
 Where the verifier is sure enough of a token, it is committed at once; only the others wait for the target. So a share
 of the tokens is not checked, and how many of those the target would have chosen otherwise is what `--fidelity` bounds:
 among all tokens, as far as P(agree | margin) is known. Its curve is the one that quantizing measured, corrected by
-what confirms find while decoding.
+what confirms find while decoding: a confirm passes what was let through since the last one too, so that all keys and
+values become the target's, and so it is known of every token, if only afterwards, whether the target agrees.
 """
 
 from collections.abc import Sequence

@@ -170,7 +170,7 @@ class Generator:
         What was committed behind a stop text goes: how much that is depends on the mode, and the pass over the next
         prompt must not.
         """
-        self._prefixes.keep(prefix, engine.tokens[: min(end - 1, engine.committed - 1, engine.cache.length)])
+        self._prefixes.keep(prefix, engine.tokens[: min(end - 1, engine.seen - 1, engine.cache.length)])
 
     def _check_prompt(self, prompt_ids: Sequence[int], request: Request) -> int:
         """The number of tokens, prompt included, at which to end."""

@@ -29,7 +29,7 @@ def answer(arm: str, token_ids: list[int], turn: int = 0) -> Row:
 
 @pytest.mark.parametrize("piece", [2, 32])
 def test_tokens_count_that_are_the_targets_best_behind_that_text(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    """The target counts upwards: of 5, 6, 9, 3, 4 the 9 alone is not its own; the first came out of the prompt's pass."""
+    """The target counts upwards: of 5, 6, 9, 3, 4 the 9 alone is not its own. The first came with the prompt."""
     monkeypatch.setattr(gated, "PIECE", piece)
     rows = [answer("gated", [5, 6, 9, 3, 4]), answer("gated", [7, 8], 1), answer("exact", [5, 7])]
     found = measure_achieved(make_pair(), [DATASET], rows, 0.9)
