@@ -1,10 +1,14 @@
 """`gated`: what goes through without a confirm, how much of a text then agrees, and that confirms correct the rest."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from helpers.decoder_cases import CASES, CPU, random_tokens, save_model
+from helpers.quantized_decoder import quantize_layers
 from helpers.tiny_models import TableModel, make_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +21,7 @@ from quasar_core.decode.gate import NEVER, Gate, least_chance
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.window_values import Agreements
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.pair import Pair
 from quasar_core.quantize.fidelity import margin_table
 from quasar_core.records import FidelityReport, GenerationResult, MarginTable
@@ -92,6 +97,35 @@ def test_who_made_each_token_is_told() -> None:
         assert made is not None
         assert len(made) == len(result.token_ids)
     assert any(step.let_through for step in result.stats.step_log)
+
+
+def test_what_is_confirmed_is_the_targets_choice_behind_that_text(tmp_path: Path) -> None:
+    """Also behind tokens that went through: a confirm makes their keys and values the target's. A decoder of 2 bits."""
+    save_model(tmp_path, *CASES["qwen3"])
+    target = load_target(tmp_path, CPU, torch.float32)
+    verifier = attach_verifier(target, quantize_layers(tmp_path, tmp_path / "verifier", lambda name: 2), "dense")
+    table = MarginTable([0.05, 0.1], [400, 400, 9999], [200, 300, 9999])
+    pair = make_pair(target, verifier, fidelity=FidelityReport("t", 9, 0.9, 0.9, 0.9, 0.1, 0.2, 5.0, 5.1, table))
+    for role, seconds in (("target", 3.0), ("verifier", 1.0)):
+        pair.measured[role] = CostRecord(PassCost((1, 33), (seconds, 1.5 * seconds)), {"role": role}, 0.0)
+    generator = Generator(pair, GenerationConfig(60, "gated", "ngram", fidelity=0.9), now=lambda: 0.0)
+    through = confirmed = 0
+    for length in (5, 9, 13, 17):
+        prompt = random_tokens(length)
+        result = generator.generate(prompt)
+        generator.reset()
+        text = [*prompt, *result.token_ids]
+        best = target.forward(text, target.new_cache(len(text))).topk(2)
+        made = origins(result.stats, len(result.token_ids))
+        assert made is not None
+        for place, origin in enumerate(made, start=length):
+            unseen = origin.by in ("draft", "bonus") and origin.confirmed is None and origin.target_margin is None
+            through += unseen
+            if not unseen and best.values[place - 1].diff().abs() > 1e-3:
+                confirmed += 1
+                assert best.indices[place - 1, 0] == text[place]
+    assert through > 20
+    assert confirmed > 20
 
 
 def test_a_verifier_that_is_never_sure_is_confirmed_throughout() -> None:
