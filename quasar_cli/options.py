@@ -172,7 +172,16 @@ Verify = Annotated[
     VerifyMode,
     typer.Option(
         "--verify",
-        help="Who decides each token; in exact the verifier proposes and the target confirms: nothing is lost.",
+        help="Who decides each token; in exact the verifier proposes and the target confirms: nothing is lost. In "
+        "gated tokens that the verifier is sure of are not confirmed.",
+        rich_help_panel=_DECODING,
+    ),
+]
+Fidelity = Annotated[
+    float,
+    typer.Option(
+        "--fidelity",
+        help="With gated: the share of tokens that are to be the full-precision model's own choice.",
         rich_help_panel=_DECODING,
     ),
 ]
@@ -315,6 +324,7 @@ class DecodeOptions:
     max_new_tokens: MaxNewTokens = 256
     stop: Stop = None
     verify: Verify = "exact"
+    fidelity: Fidelity = 0.999
     draft: Draft = "auto"
     draft_from: DraftFrom = None
     draft_memory: DraftMemory = False
@@ -349,6 +359,7 @@ class DecodeOptions:
             ),
             stop=tuple(self.stop or ()),
             processors=self.processors,
+            fidelity=self.fidelity,
         )
 
 

@@ -61,6 +61,7 @@ from quasar_core.quantize.measure_fidelity import measure_on_text
 from quasar_core.quantize.plan import Plan, parse_bytes, refuse_what_cannot_fit
 from quasar_core.quantize.run import check_request, quantize_checkpoint
 from quasar_core.quantize.solve.cpp import describe_loops
+from quasar_core.quantize.successors import add_successors as count_for_verifier
 from quasar_core.records import FidelityReport, Progress, QuantizeReport, Tell, no_progress, tell_nobody
 from quasar_core.store import (
     ModelSource,
@@ -73,7 +74,7 @@ from quasar_core.store import (
     record_pair,
     resolve_model,
 )
-from quasar_core.store.folders import refuse_existing, refuse_place, replaced_folder
+from quasar_core.store.folders import read_card, refuse_existing, refuse_place, replaced_folder
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import weight_files
 from quasar_core.trace import refuse_foreign_trace, write_trace
@@ -85,6 +86,7 @@ __all__ = [
     "RandomShape",
     "StepConfig",
     "StepReport",
+    "add_successors",
     "add_verifier",
     "bench_steps",
     "describe_loops",
@@ -153,6 +155,26 @@ def quantize(
     if isinstance(whole, WholeRun):
         whole.finish()
     return report
+
+
+def add_successors(
+    model: str,
+    config: QuantizeConfig,
+    *,
+    output: Path | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = no_progress,
+    tell: Tell = tell_nobody,
+) -> Path:
+    """Count what drafts begin with for a verifier that was made before: `output`, or the model's own; return the file.
+
+    The text is the one that the config names. Raises UsageError where there is no verifier of the model.
+    """
+    source, job, target = _open_job(model, config, output, device, trust_remote_code, tell)
+    known = output or _known_verifier(source)
+    job = job if known is None else replace(job, output=absolute(known))
+    return count_for_verifier(job, target, load_tokenizer(source.folder, trust_remote_code), progress)
 
 
 def estimate(
@@ -385,6 +407,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         target_folder=source.folder,
         target_fingerprint=fingerprint(source.folder),
         verifier_fingerprint=fingerprint(checkpoint.folder) if checkpoint else None,
+        successors_folder=checkpoint.folder if checkpoint else _verifier_beside(source, options.verifier),
         processors=read_processors(source.folder),
         rolls_back=recurrent_layers_of(source.folder, options.trust_remote_code) is None,
         notes=[
@@ -487,6 +510,15 @@ def find_pair_files(options: LoadOptions) -> tuple[ModelSource, VerifierCheckpoi
     if made_from is not None and made_from != fingerprint(source.folder):
         raise QuasarError(f"The verifier {folder} was not made from {source.label}: their fingerprints differ.")
     return source, checkpoint
+
+
+def _verifier_beside(source: ModelSource, verifier: str | None) -> Path | None:
+    """The folder of the target's verifier, where `full` does without it; None where there is none of this target."""
+    folder = absolute(Path(verifier)) if verifier else _known_verifier(source)
+    card = read_card(folder) if folder else None
+    made_from = (card or {}).get("target")
+    same = isinstance(made_from, dict) and made_from.get("fingerprint") == fingerprint(source.folder)
+    return folder if same else None
 
 
 def _known_verifier(source: ModelSource) -> Path | None:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from quasar_core.errors import UsageError
 from quasar_core.files import require_characters
 
-VerifyMode = Literal["full", "quantized", "exact"]
-VERIFY_MODES: tuple[VerifyMode, ...] = ("full", "quantized", "exact")
+VerifyMode = Literal["full", "quantized", "exact", "gated"]
+VERIFY_MODES: tuple[VerifyMode, ...] = ("full", "quantized", "exact", "gated")
+LEAST_FIDELITY = 0.5
 DraftKind = str  # one of DRAFT_KINDS, or a name under which another package registers a drafter
 DRAFT_KINDS: tuple[DraftKind, ...] = ("auto", "none", "ngram", "suffix", "recycle", "assistant", "layer-skip")
 DRAFTERS_GROUP = "quasar.drafters"  # the entry points of other packages' drafters
@@ -106,11 +107,13 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     processors: bool = True  # whether the logits processors of the model's generation_config.json are applied
+    fidelity: float = 0.999  # of `gated`: the share of tokens that are to be the target's own choice
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"--max-new-tokens must be at least 1, not {self.max_new_tokens}.")
         _require(self.verify in VERIFY_MODES, f"--verify must be one of {', '.join(VERIFY_MODES)}, not {self.verify}.")
         self._require_drafter()
+        self._require_gate()
         if self.num_draft_tokens != "auto":
             _require(
                 1 <= self.num_draft_tokens <= 64,
@@ -126,6 +129,21 @@ class GenerationConfig:
         _require(all(self.stop), "--stop must not be empty.")
         for text in self.stop:
             require_characters(text, "--stop")
+
+    @property
+    def confirms(self) -> bool:
+        """Whether the verifier's tokens wait for the target, all of them or those that it is not sure of."""
+        return self.verify in ("exact", "gated")
+
+    def _require_gate(self) -> None:
+        _require(
+            LEAST_FIDELITY <= self.fidelity < 1,
+            f"--fidelity must be at least {LEAST_FIDELITY} and less than 1, not {self.fidelity}; with --verify exact "
+            "nothing is lost.",
+        )
+        if self.verify == "gated":
+            _require(self.sampling.greedy, "--verify gated decodes greedily: leave --temperature out.")
+            _require(self.window == "auto", "--verify gated decides by itself what waits: leave --window out.")
 
     def _require_drafter(self) -> None:
         if self.draft not in DRAFT_KINDS:  # looked for only now, as that takes milliseconds

@@ -50,6 +50,7 @@ class Step:
     draft_s: float = 0.0
     seconds: float = 0.0
     target_margins: list[float] = field(default_factory=list)
+    let_through: int = 0  # in `gated`: tokens at the window's beginning that were committed behind this step
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def origins_so_far(stats: Stats, confirms: bool, drafter: str = "ngram") -> list
 
 
 class GrowingOrigins:
-    """Who made each token of an answer whose logs grow: what is settled is not read again."""
+    """Who made each token of an answer whose logs grow: what is settled is not read again; those of `gated`, once."""
 
     def __init__(self, stats: Stats, confirms: bool, drafter: str = "ngram") -> None:
         self._stats, self._confirms, self._drafter = stats, confirms, drafter
@@ -138,6 +138,9 @@ def _passes(stats: Stats, drafter: str, first: int = 0, confirmed: int = 0) -> I
             due, waiting = (next(confirms, None) if joint else due), []
             continue
         waiting += _of_step(number, step, drafter)
+        if step.let_through:
+            yield _TargetPass(None, [], waiting[: step.let_through], number + 1)
+            waiting = waiting[step.let_through :]
         if due and not due.drafted and len(waiting) >= due.window and due.step in (0, number + 1):  # 0: an older file
             yield _confirmed(due, waiting, number)
             due, waiting = next(confirms, None), []

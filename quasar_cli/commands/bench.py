@@ -15,6 +15,7 @@ from quasar_cli.commands.models import announce
 from quasar_cli.help import Command, Group, examples
 from quasar_cli.options import (
     DraftFrom,
+    Fidelity,
     Json,
     ModelOptions,
     Processors,
@@ -82,6 +83,7 @@ class BenchOptions:
     ] = None
     draft_from: DraftFrom = None
     window: Window = "auto"
+    fidelity: Fidelity = 0.999
     temperature: Annotated[
         str | None,
         typer.Option(
@@ -138,6 +140,7 @@ class BenchOptions:
             window=parse_auto("--window", self.window),
             ignore_eos=self.ignore_eos,
             processors=self.processors,
+            fidelity=self.fidelity,
             run_code=self.run_code,
             peers=PeerOptions(assistant, self.gguf, self.llama_server, self.spec_type, self.vllm_python),
         )

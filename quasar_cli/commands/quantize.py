@@ -169,6 +169,13 @@ def quantize(
             help="Hidden states beyond this, such as 8GB, go to a file; default: half of the free memory.",
         ),
     ] = None,
+    successors: Annotated[
+        bool,
+        typer.Option(
+            "--successors",
+            help="Only count what drafts begin with, for a verifier that was made before; all others have it.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take and what is free here; write nothing.")
     ] = False,
@@ -185,6 +192,9 @@ def quantize(
 
     if sentence := api.spare_gpus(device):
         console.note_plain(sentence)
+    if successors:
+        _add_successors(model, config, output, device, trust_remote_code, as_json)
+        return
     if dry_run:
         _show_plan(model, config, output, device, max_memory, trust_remote_code, as_json)
         return
@@ -214,6 +224,28 @@ def quantize(
     if verbose:
         _say_how_it_computed()
     console.note_plain("Next: quasar generate 'Why is the sky blue?'")
+
+
+def _add_successors(
+    model: str, config: QuantizeConfig, output: Path | None, device: str, trust_remote_code: bool, as_json: bool
+) -> None:
+    """`--successors`: the file's place, and its size."""
+    from quasar_core import api
+
+    with console.progress_bar() as progress:
+        file = api.add_successors(
+            model,
+            config,
+            output=output,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            tell=console.note_plain,
+        )
+    if as_json:
+        console.print_json({"successors": str(file), "bytes": file.stat().st_size})
+    else:
+        console.note_plain(f"{file} holds what drafts begin with ({file.stat().st_size:,} bytes).")
 
 
 def _say_how_it_computed() -> None:

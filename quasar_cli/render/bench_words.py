@@ -29,7 +29,8 @@ def legend(results: Results, shows_uncertain: bool = False) -> str:
 def sentences(results: Results) -> list[str]:
     """What else is to be said of a run, a sentence or two each."""
     found = describe_conditions(results), describe_noise(results), describe_peers(results)
-    return [text for text in (*found, describe_divergences(results), describe_errors(results)) if text]
+    kept = describe_achieved(results), describe_divergences(results), describe_errors(results)
+    return [text for text in (*found, *kept) if text]
 
 
 def describe_peers(results: Results) -> str:
@@ -67,6 +68,15 @@ def describe_errors(results: Results) -> str:
     return (
         f"{len(errors)} of {len(results.rows)} answers failed; the first: "
         f"{first.dataset} question {first.question_id}, {first.arm}: {first.error}"
+    )
+
+
+def describe_achieved(results: Results) -> str:
+    """One sentence for each dataset on arms that leave tokens unchecked; empty where there are none."""
+    return " ".join(
+        f"{one.dataset}, {one.arm}: {one.share:.5f} of {one.tokens:,} tokens are the full-precision model's own choice "
+        f"behind the same text (asked for: {one.asked:g})."
+        for one in results.achieved
     )
 
 

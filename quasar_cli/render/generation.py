@@ -35,6 +35,11 @@ def promise(fidelity: FidelityReport | None, config: GenerationConfig) -> str:
     greedy = config.sampling.greedy
     if config.verify == "exact":
         return "exact: " + ("the full-precision model's own output" if greedy else "the full-precision distribution")
+    if config.verify == "gated":
+        return (
+            "gated: not lossless; the full-precision model's own choice is expected of "
+            f"{config.fidelity:g} of the tokens at least"
+        )
     if config.verify == "full":
         return "full: decided by the full-precision model"
     if fidelity is None:

@@ -43,6 +43,7 @@ ARMS = {
         Arm("full", "full", "auto"),
         Arm("quantized", "quantized", "auto"),
         Arm("exact", "exact", "auto"),
+        Arm("gated", "gated", "auto"),
         Arm("suffix", "full", "suffix"),
         Arm("recycle", "full", "recycle"),
         Arm("recycle-chain", "full", "recycle", trees=False),
@@ -104,6 +105,7 @@ class BenchConfig:
     window: int | Auto = "auto"
     ignore_eos: bool = False
     processors: bool = True
+    fidelity: float = 0.999
     run_code: bool = False
     peers: PeerOptions = field(default_factory=PeerOptions)
 
@@ -133,6 +135,7 @@ class BenchConfig:
             sampling=SamplingConfig(temperature=temperature, seed=self.seed),
             ignore_eos=self.ignore_eos,
             processors=self.processors,
+            fidelity=self.fidelity,
         )
 
     def seed_of(self, dataset: str, question_id: int | str, turn: int, repeat: int) -> int:

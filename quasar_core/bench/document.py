@@ -25,6 +25,7 @@ def as_document(results: Results) -> dict[str, Any]:
         "categories": [as_record(metric) for metric in measure(results, by_category=True)],
         "conditions": {**asdict(found), "was_busy": found.was_busy, "twins_agree": found.twins_agree},
         "means": [asdict(mean) for mean in mean_over_datasets(metrics)],
+        "achieved": [{**asdict(one), "share": one.share} for one in results.achieved],
         "divergences": [{**asdict(one), "near_tie": one.near_tie} for one in results.divergences],
         "errors": [
             {"dataset": row.dataset, "question_id": row.question_id, "arm": row.arm, "error": row.error}

@@ -7,6 +7,7 @@ conversation, which is a list of rows, so a line that was cut off takes its whol
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -193,12 +194,29 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class Achieved:
+    """What an arm that leaves tokens unchecked achieved: `agreed` of `tokens` are the target's own; `asked` a share."""
+
+    dataset: str
+    arm: str
+    tokens: int
+    agreed: int
+    asked: float
+
+    @property
+    def share(self) -> float:
+        """Of the tokens."""
+        return self.agreed / self.tokens if self.tokens else 1.0
+
+
+@dataclass(frozen=True)
 class Results:
     """A finished run."""
 
     run: Run
     rows: list[Row]
     divergences: list[Divergence] = field(default_factory=list)
+    achieved: list[Achieved] = field(default_factory=list)
 
     @property
     def errors(self) -> list[Row]:
@@ -212,6 +230,7 @@ def write_results(results: Results, path: Path) -> None:
         **results.run.to_dict(),
         "rows": [row.to_dict() for row in results.rows],
         "divergences": [asdict(divergence) for divergence in results.divergences],
+        "achieved": [asdict(one) for one in results.achieved],
     }
     write_json_lines(path, [content])
 
@@ -243,6 +262,7 @@ def read_results(path: Path) -> Results:
             run,
             _with_temperature([Row.from_dict(row, f"rows[{i}]") for i, row in enumerate(rows)], content, run),
             build(list[Divergence], content.get("divergences"), "divergences"),
+            build(list[Achieved], content.get("achieved", []), "achieved"),
         )
     except (ValueError, UsageError) as error:  # the config's own checks name the flag
         raise UsageError(f"{path} is not a result file of quasar bench: {reason(error)}.") from error
@@ -286,9 +306,9 @@ class RowLog:
                 "command goes on from there."
             ) from error
 
-    def finish(self, divergences: list[Divergence]) -> Results:
+    def finish(self, divergences: list[Divergence], achieved: Sequence[Achieved] = ()) -> Results:
         """Write the result file, and drop the log."""
-        results = Results(self.run, self.rows, divergences)
+        results = Results(self.run, self.rows, divergences, list(achieved))
         write_results(results, self.output)
         reached("written")
         self.path.unlink()

@@ -10,6 +10,7 @@ from quasar_core.bench.arms import ARMS, TWIN, TWIN_EVERY, Arm, BenchConfig
 from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.divergence import find_divergences
 from quasar_core.bench.energy import EnergyMeter
+from quasar_core.bench.gated import measure_achieved
 from quasar_core.bench.peers.process import Peer
 from quasar_core.bench.peers.start import begin_peer, check_peers
 from quasar_core.bench.quality import is_right_number
@@ -80,7 +81,8 @@ def run_bench(
             log.append(lead(answerer, conversation, config))
         progress("bench", len(conversations), len(conversations))
     greedy = [row for row in log.rows if row.temperature == 0]
-    return log.finish(find_divergences(pair, datasets, greedy))
+    achieved = measure_achieved(pair, datasets, greedy, config.fidelity, progress)
+    return log.finish(find_divergences(pair, datasets, greedy), achieved)
 
 
 def schedule(

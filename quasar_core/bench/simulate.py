@@ -18,6 +18,7 @@ from quasar_core.draft.acceptance import Acceptance
 from quasar_core.draft.base import Draft
 
 LONGEST = 64  # drafts are no longer than recorded
+NOTHING = Drafted((), 0)
 
 
 @dataclass(frozen=True)
@@ -113,19 +114,17 @@ class _Replay:
             check = self._choose(draft, window)
             ends = alive and place + len(window) >= trace.tokens
             if check.by_target or ends:
-                place += self._confirm(window, self._first(draft, 0 if ends else check.length), alive)
+                bare = ends or (self.policy.limit is not None and not self.policy.target_alone)
+                place += self._confirm(window, NOTHING if bare else draft.first(check.length), alive)
                 window = []
             else:
-                self._verify(trace, place, window, self._first(draft, check.length))
+                self._verify(trace, place, window, draft.first(check.length))
         self.tokens += trace.tokens
 
     def _draft(self, trace: Trace, place: int, alive: bool) -> Drafted:
         known = trace.drafted.get(place) or trace.rests.get(place) or self.luck.choice(self.drafted)
-        return self._first(known if alive else self.luck.choice(self.lost_drafts), self.policy.longest)
-
-    def _first(self, draft: Drafted, length: int) -> Drafted:
-        pieces = Draft((0,) * draft.length, draft.pieces).first(length).pieces
-        return Drafted(pieces, min(draft.right, length))
+        draft = known if alive else self.luck.choice(self.lost_drafts)
+        return draft.first(self.policy.longest) if self.policy.longest else NOTHING
 
     def _choose(self, draft: Drafted, window: Sequence[tuple[Estimate, bool]]) -> Check:
         survival = 1.0
@@ -144,26 +143,26 @@ class _Replay:
     def _verify(self, trace: Trace, place: int, window: list[tuple[Estimate, bool]], draft: Drafted) -> None:
         """A verify pass: the verifier takes drafted tokens while they are right and it says what the target says."""
         tokens: list[Verified] = []
-        for offset in range(draft.length + 1):
+        for offset in range(max(draft.length, draft.right + draft.gained) + 1):
             alive = all(agrees for _, agrees in window) and all(token.agrees for token in tokens)
             known = trace.verified.get(place + len(window) + offset) or self.luck.choice(self.verified)
             tokens.append(known if alive else self.luck.choice(self.lost))
-            if offset >= draft.right or not tokens[-1].agrees:
+            if offset >= draft.right + draft.gained or not tokens[-1].agrees:
                 break
         accepted = len(tokens) - 1
         refused = accepted < draft.length
         estimates = self.agreement.estimates([token.margin for token in tokens], accepted, refused)
         window += zip(estimates, [token.agrees for token in tokens], strict=True)
-        self.by_verifier.count(draft.pieces, accepted)
+        self.by_verifier.count(draft.pieces, min(accepted, draft.right))
         self.by_target.count(draft.pieces, draft.right)
-        self.checker.verified(draft.length + 1)
-        self._spend(self.recorded.costs.verify(draft.length + 1))
+        self.checker.verified(draft.passed + 1)
+        self._spend(self.recorded.costs.verify(draft.passed + 1))
 
     def _confirm(self, window: list[tuple[Estimate, bool]], draft: Drafted, alive: bool) -> int:
         """A target pass over window and draft; the tokens that it commits."""
         accepted = next((i for i, (_, agrees) in enumerate(window) if not agrees), len(window))
-        committed = accepted + 1 + (draft.right if alive else 0)
-        passed = len(window) + 1 + draft.length
+        committed = accepted + 1 + (draft.right + draft.gained if alive else 0)
+        passed = len(window) + 1 + draft.passed
         if alive:
             self.by_target.count(draft.pieces, draft.right)
         self.checker.confirmed(passed, committed, [estimate for estimate, _ in window], accepted)

@@ -12,6 +12,8 @@ import numpy as np
 
 from quasar_core.bench.results import Results
 from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.decode.trees import SOURCE as BRANCH
+from quasar_core.draft.base import Draft, first_pieces
 from quasar_core.errors import UsageError
 from quasar_core.records import Confirm, MarginTable, Piece, Stats, Step
 
@@ -28,15 +30,41 @@ class Verified:
 
 @dataclass(frozen=True)
 class Drafted:
-    """A draft at a place: its pieces, and how many of its tokens were right."""
+    """A draft at a place: its pieces, how many of its tokens were right, and the branches beside it.
+
+    `gained` is 1 where a branch was right behind them: it stood in the place of a token of the draft, or behind all.
+    """
 
     pieces: tuple[Piece, ...]
     right: int
+    branches: int = 0
+    gained: int = 0
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Tokens of the draft."""
         return sum(piece.length for piece in self.pieces)
+
+    @property
+    def passed(self) -> int:
+        """Tokens of a pass over it, but for the text's last one."""
+        return self.length + self.branches
+
+    def first(self, length: int) -> "Drafted":
+        """At most so many tokens of the draft; what stood beside a longer one is left out of a shorter."""
+        if length >= self.length:
+            return self
+        pieces = Draft((0,) * self.length, self.pieces).first(length).pieces
+        return Drafted(pieces, min(self.right, length))
+
+    @classmethod
+    def of(cls, step: Step, right: int) -> "Drafted":
+        """What a step recorded, of which so many tokens were right: its path came first, branches among it."""
+        path = first_pieces(step.pieces, right)
+        gained = sum(piece.length for piece in path if piece.source == BRANCH)
+        chain = tuple(piece for piece in step.pieces if piece.source != BRANCH)
+        branches = sum(piece.length for piece in step.pieces if piece.source == BRANCH)
+        return cls(chain, right - gained, branches, gained)
 
 
 @dataclass
@@ -83,6 +111,8 @@ def record_of(results: Results, arm: str) -> Recorded:
     stats = [row.stats for row in results.rows if row.arm == arm and row.stats and row.stats.step_log]
     if not stats:
         raise UsageError(f"The results have no answers of the arm {arm}.")
+    if any(step.let_through for one in stats for step in one.step_log):
+        raise UsageError(f"Answers of {arm} cannot be replayed: not all of it was confirmed.")
     if any(results.run.config.temperatures):
         raise UsageError("Sampled answers cannot be replayed: other decisions would have drawn another text.")
     if not any(one.confirm_log for one in stats) or not any(step.margins for one in stats for step in one.step_log):
@@ -116,7 +146,7 @@ def trace_of(stats: Stats) -> Trace:
             survived = confirm is None or confirm.accepted == confirm.window
             start = place - 1 if confirm else place  # a confirm's bonus is the token behind the draft
             if survived:
-                trace.drafted[start] = Drafted(tuple(step.pieces), step.accepted)
+                trace.drafted[start] = Drafted.of(step, step.accepted)
             place = start + step.accepted + 1 if survived else place
         elif step:
             window.append((place + sum(len(earlier.margins) for _, earlier in window), step))
@@ -163,15 +193,17 @@ def _settle(trace: Trace, place: int, accepted: int, window: Sequence[tuple[int,
             else:
                 trace.lost.append(Verified(margin, True))
         if start > end:
-            trace.lost_drafts.append(Drafted(tuple(step.pieces), step.accepted))
+            trace.lost_drafts.append(Drafted.of(step, step.accepted))
         else:
-            trace.drafted[start] = Drafted(tuple(step.pieces), min(step.accepted, end - start))
+            trace.drafted[start] = Drafted.of(step, min(step.accepted, end - start))
 
 
 def _pass_seconds(results: Results) -> dict[str, dict[int, list[float]]]:
     """Seconds of all passes of a run, by model and tokens."""
     seconds: dict[str, dict[int, list[float]]] = {"verify": defaultdict(list), "confirm": defaultdict(list)}
     for row in results.rows:
+        if row.stats and any(step.let_through for step in row.stats.step_log):
+            continue  # its confirms passed more than their windows
         for step in row.stats.step_log if row.stats else []:
             if step.seconds:
                 seconds["confirm" if step.by_target else "verify"][step.drafted + 1].append(step.seconds)

@@ -21,6 +21,7 @@ FADING = 0.94  # of former tokens and passes, in the rate of late, whenever it i
 USUAL = 8  # tokens of a confirm pass
 TRUSTED = 16.0  # tokens that the planned rate counts for beside them
 UNSEEN = 64  # target passes after which the verifier is tried again where it does not seem to pay; then twice as many
+RARELY = 8  # where it was not asked since, one draft in so many is weighed for it
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,14 @@ class Checker:
     """Follows what passes cost, what drafts turn up, how often the models agree; decides who checks the next draft.
 
     `rate` is the rate of late, in tokens committed per second of what passes are known to cost: no clock enters but
-    by the costs. It begins at the best that the `usual` drafts allow.
+    by the costs. It begins at the best that the `usual` drafts allow. Whether the verifier is of use is decided while
+    decoding: where it is not, weighing it is all that is lost, and that is done rarely. `alone` says that it seems to
+    be of none before anything was decoded.
     """
 
-    def __init__(self, costs: PairCosts, agreement: RunningAgreement, usual: Sequence[Prospect]) -> None:
+    def __init__(
+        self, costs: PairCosts, agreement: RunningAgreement, usual: Sequence[Prospect], alone: bool = False
+    ) -> None:
         self.costs, self.agreement = costs, agreement
         self._prospects = deque(usual, maxlen=LATELY)
         self._planned = best_values(agreement.now, usual, costs).rate * costs.confirm(
@@ -128,8 +133,8 @@ class Checker:
             defaultdict[int, float](float),
             defaultdict[int, float](float),
         )  # passes of late, by their tokens
-        self._passes = self._unseen = 0
-        self._patience = UNSEEN
+        self._passes = 0
+        self._unseen, self._patience = (UNSEEN + 1, 2 * UNSEEN) if alone else (0, UNSEEN)
         self._means = agreement.means
         self.values = self._valued()
 
@@ -157,6 +162,10 @@ class Checker:
         whole: bool = False,
     ) -> Check:
         """As `choose_check`; where the verifier was not seen for long, it checks a step that has no window."""
+        if not window and UNSEEN < self._unseen < self._patience and self._unseen % RARELY:
+            return Check(
+                True, *_best(_worths_at_target(0, 1.0, by_target, self._known.confirm, self.values.rate), whole)
+            )
         self._prospects.append(prospect_of(by_target, by_verifier, self._known, self.values.rate, whole))
         check = choose_check(
             window, survival, by_target, by_verifier, self._means, self._known, self.values, whole=whole
@@ -170,6 +179,10 @@ class Checker:
         """The verifier passed so many tokens."""
         self._verified[passed] += 1
         self._unseen = 0
+
+    def let_through(self, tokens: int) -> None:
+        """So many tokens of the window were committed without a confirm."""
+        self._tokens += tokens
 
     def confirmed(self, passed: int, committed: int, estimates: Sequence[Estimate], accepted: int) -> None:
         """The target passed so many tokens and committed so many; of the window's, of these estimates, `accepted`."""

@@ -5,15 +5,25 @@ from itertools import takewhile
 
 from quasar_core.decode.agreement import Estimate, RunningAgreement
 from quasar_core.decode.check import Check, Checker
+from quasar_core.decode.gate import Gate
 from quasar_core.decode.policy import DraftLength, FixedLength
+from quasar_core.decode.trees import Branching, Tree
 from quasar_core.draft.base import NO_DRAFT, Draft
 
 
 class Checking:
     """A checker, and for each model how long drafts may be; each model's acceptance is learned by itself."""
 
-    def __init__(self, checker: Checker, verifier_length: DraftLength, target_length: DraftLength) -> None:
+    def __init__(
+        self,
+        checker: Checker,
+        verifier_length: DraftLength,
+        target_length: DraftLength,
+        branching: Branching | None = None,
+        gate: Gate | None = None,
+    ) -> None:
         self.checker, self.verifier_length, self.target_length = checker, verifier_length, target_length
+        self.branching, self._gate = branching, gate  # the branches are of the target's passes
         self._whole = isinstance(verifier_length, FixedLength)
 
     @property
@@ -39,9 +49,29 @@ class Checking:
         """The verifier passed so many tokens."""
         self.checker.verified(passed)
 
+    def let_through(self, estimates: Sequence[Estimate]) -> int:
+        """How many of the window's first tokens, of these estimates, are committed without a confirm."""
+        count = self._gate.sure(estimates) if self._gate else 0
+        self.checker.let_through(count)
+        return count
+
+    def learn_passed(self, estimates: Sequence[Estimate], agreed: Sequence[bool]) -> None:
+        """What the target would have said of tokens that were let through."""
+        for estimate, own in zip(estimates, agreed, strict=True):
+            self.agreement.learn([estimate], int(own))
+
     def confirmed(self, passed: int, committed: int, estimates: Sequence[Estimate], accepted: int) -> None:
         """The target passed and committed so many tokens; of the window's, of these estimates, `accepted`."""
         self.checker.confirmed(passed, committed, estimates, accepted)
+        if self._gate:
+            self._gate.learn()
+
+    def learn_tree(self, tree: Tree, path: Sequence[int], drafting_s: float) -> None:
+        """What the target accepted of a draft that it checked itself, and of the branches beside it."""
+        on_draft = sum(node <= len(tree.draft.tokens) for node in path)
+        self.target_length.learn(tree.draft, on_draft, drafting_s)
+        if self.branching:
+            self.branching.count(tree, path)
 
     def learn_drafts(self, drafts: Sequence[tuple[int, Draft]], text: Sequence[int]) -> None:
         """What the target would have accepted of drafts that the verifier checked: how far they are its text.

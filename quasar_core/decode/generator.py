@@ -8,14 +8,15 @@ from typing import Literal
 
 import torch
 
-from quasar_core.config import GenerationConfig, Request
+from quasar_core.config import GenerationConfig, Request, VerifyMode
 from quasar_core.decode.agreement import UNKNOWN, AgreementCurve, RunningAgreement, shift_to
 from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.check import Checker
 from quasar_core.decode.checking import Checking
-from quasar_core.decode.costs import KNOWN, LiveCost, PairCosts, Role, forget_cost, pair_costs, pass_sampler
+from quasar_core.decode.costs import KNOWN, Cost, LiveCost, PairCosts, Role, forget_cost, pair_costs, pass_sampler
 from quasar_core.decode.drafting import Drafting
 from quasar_core.decode.engine import Engine
+from quasar_core.decode.gate import Gate
 from quasar_core.decode.guessers import make_guesser
 from quasar_core.decode.policy import (
     DEFAULT_WINDOW,
@@ -64,14 +65,14 @@ class Generator:
         self._now = now
         self._costs: PairCosts | None = None
         self._live: dict[Role, LiveCost] = {}
-        self.target_alone = False  # whether the target verifies all drafts of `exact` itself: the same output, sooner
+        self._target_first = False  # whether the verifier of `exact` seems of no use before anything is decoded
         self._window = WindowPolicy(DEFAULT_WINDOW if config.window == "auto" else config.window)
         self._checking = self._choose_checking()
         self._draft_length = self._checking.verifier_length if self._checking else self._choose_draft_length()
         self._prefixes = prefixes or Prefixes(pair)
-        self._branching = self._choose_branching(self._draft_length)
+        self._branching = self._choose_branching(self._draft_length, self._verifying_role)
         self._in_use: KVCache | None = None  # the cache of the answer that is being written
-        role: Role = "target" if self.target_alone else self._verifying_role
+        role: Role = "target" if self._target_first else self._verifying_role
         if not make_draft:
             self._drafting.sources.guesser = make_guesser(pair, config, role, lambda: self._in_use)
 
@@ -169,7 +170,7 @@ class Generator:
         What was committed behind a stop text goes: how much that is depends on the mode, and the pass over the next
         prompt must not.
         """
-        self._prefixes.keep(prefix, engine.tokens[: min(end - 1, engine.committed - 1, engine.cache.length)])
+        self._prefixes.keep(prefix, engine.tokens[: min(end - 1, engine.seen - 1, engine.cache.length)])
 
     def _check_prompt(self, prompt_ids: Sequence[int], request: Request) -> int:
         """The number of tokens, prompt included, at which to end."""
@@ -200,7 +201,7 @@ class Generator:
             self._drafting.sources.acceptance = Acceptance()
             checking = self._choose_checking()
             draft_length = checking.verifier_length if checking else self._choose_draft_length()
-            branching = self._choose_branching(draft_length)
+            branching = self._choose_branching(draft_length, self._verifying_role)
         self._in_use = prefix.cache
         for length in (draft_length, checking.target_length if checking else None):
             if isinstance(length, AdaptiveLength):
@@ -209,7 +210,7 @@ class Generator:
         return Engine(
             self.pair,
             prefix.cache,
-            replace(config, verify="full" if self.target_alone else self.config.verify),
+            config,
             self._make_draft() if self._make_draft else self._drafting.begin(request),
             draft_length,
             self._window,
@@ -237,41 +238,48 @@ class Generator:
             return FixedLength(0)
         if self.config.num_draft_tokens == "auto":
             self._measured_costs()
-            live = self._live["target" if self.target_alone else self._verifying_role]
+            live = self._live[self._verifying_role]
             cost = live if self.config.sampling.greedy else live.known  # as the engine times passes
             return AdaptiveLength(cost, self._drafting.sources.acceptance)
         return FixedLength(self.config.num_draft_tokens, self._drafting.sources.acceptance)
 
-    def _choose_branching(self, length: DraftLength) -> Branching | None:
+    def _choose_branching(self, length: DraftLength, role: Role, cost: Cost | None = None) -> Branching | None:
         """Trees, where drafts are as long as pays and the model that checks them passes trees."""
-        alone = self.target_alone or self._verifying_role == "target"
-        longest = (self.pair.primary if alone or self.pair.verifier is None else self.pair.verifier).longest_tree
-        if isinstance(length, AdaptiveLength) and self.config.trees and longest > 1:
-            return Branching(length, longest)
+        model = self.pair.verifier if role == "verifier" and self.pair.verifier else self.pair.primary
+        if isinstance(length, AdaptiveLength) and self.config.trees and model.longest_tree > 1:
+            return Branching(length, model.longest_tree, cost)
         return None
 
     def _choose_checking(self) -> Checking | None:
         """Who checks drafts in `exact`; its `auto` may also find that the target had better do so always."""
-        if self.config.verify != "exact" or self.config.window != "auto":
+        if not self.config.confirms or self.config.window != "auto":
             return None
         costs, agreement = self._measured_costs(), self._known_agreement()
         plan = plan_exact(costs, agreement.now, self._acceptance)
         if plan.target_alone and self._check_memory():
             plan = plan_exact(costs, agreement.now, self._acceptance)
-        self.target_alone = plan.target_alone
+        self._target_first = plan.target_alone
         self._note_expected(plan.rate)
-        if plan.target_alone:
-            self._note("exact: the target verifies alone, as confirming the verifier's tokens would take longer here")
-            return None
-        checker = Checker(self._known_costs(), agreement, [plan.usual])
-        self._note(
-            f"exact: {checker.longest} sure tokens wait for a confirm at most, and the target checks long drafts at "
-            "once, as costs and agreement advise at each step"
-        )
+        checker = Checker(self._known_costs(), agreement, [plan.usual], plan.target_alone)
+        self._note(_who_checks(self.config.verify, plan.target_alone, checker.longest))
+        gate = self._choose_gate(agreement)
         at_verifier = self._choose_draft_length()
-        is_fixed = isinstance(at_verifier, FixedLength)
-        at_target = FixedLength(at_verifier.limit) if is_fixed else AdaptiveLength(self._live["target"].known)
-        return Checking(checker, at_verifier, at_target)
+        if isinstance(at_verifier, FixedLength):
+            return Checking(checker, at_verifier, FixedLength(at_verifier.limit), gate=gate)
+        at_target = AdaptiveLength(self._live["target"].known)
+        branching = self._choose_branching(at_target, "target", self._known_costs().confirm)
+        return Checking(checker, at_verifier, at_target, branching, gate)
+
+    def _choose_gate(self, agreement: RunningAgreement) -> Gate | None:
+        """What goes through in `gated`. QuasarError where nothing is known of the verifier's agreement."""
+        if self.config.verify != "gated":
+            return None
+        if self.pair.fidelity is None:
+            raise QuasarError("--verify gated needs the verifier's margin table, which `quasar quantize` measures.")
+        gate = Gate(agreement, self.config.fidelity)
+        known = f"of P(agree) ≥ {gate.least:.4f}" if gate.least <= 1 else "none, as even the surest differ too often"
+        self._note(f"gated: tokens that go through without a confirm: {known}")
+        return gate
 
     def _note_expected(self, rate: float) -> None:
         """Where the target's weights are streamed, what that means for whoever waits."""
@@ -354,12 +362,25 @@ class Generator:
 
 
 def _check_models(pair: Pair, config: GenerationConfig) -> None:
-    if config.verify in ("full", "exact") and pair.target is None:
+    if config.verify != "quantized" and pair.target is None:
         raise UsageError(f"--verify {config.verify} needs the target, and --no-target left it out.")
-    if config.verify in ("quantized", "exact") and pair.verifier is None:
+    if config.verify != "full" and pair.verifier is None:
         raise QuasarError(f"--verify {config.verify} needs a verifier; make one with `quasar quantize`.")
     if not pair.rolls_back and (config.verify != "full" or config.draft != "none"):
         raise QuasarError(f"{pair.target_name} has recurrent layers: it needs --verify full --draft none.")
+
+
+def _who_checks(mode: VerifyMode, target_first: bool, longest: int) -> str:
+    """A sentence for the notes."""
+    if target_first:
+        return (
+            f"{mode}: the target checks drafts alone at first, as confirming the verifier's tokens seems to take "
+            "longer here; the verifier is tried now and then"
+        )
+    return (
+        f"{mode}: {longest} sure tokens wait for a confirm at most, and the target checks long drafts at once, as "
+        "costs and agreement advise at each step"
+    )
 
 
 def _reset_peak_memory(device: torch.device) -> None:

@@ -16,7 +16,7 @@ from quasar_core.decode.policy import AdaptiveLength
 from quasar_core.draft.acceptance import FADING
 from quasar_core.draft.base import Draft, Drafter, Piece, first_pieces
 
-SOURCE = "branch"
+SOURCE, WINDOW = "branch", "window"
 PRIOR_TRIALS, PRIOR_RIGHT = 4.0, 0.4  # of branches of a rank, before any was tried
 
 
@@ -69,6 +69,13 @@ class Tree:
         rest = (node for node in range(1, len(self.tokens)) if node not in path)
         return Draft(tuple(self.tokens[node] for node in (*path, *rest)), tuple(self.pieces(path)))
 
+    def behind(self, count: int) -> "Tree":
+        """What stands behind the first `count` tokens of the draft, beside which there are no branches."""
+        kept = _last_pieces(self.draft.pieces, len(self.draft.tokens) - count)
+        draft = Draft(self.draft.tokens[count:], tuple(kept))
+        branches = (Branch(branch.parent - count, branch.token, branch.rank) for branch in self.branches)
+        return Tree(self.tokens[count], draft, tuple(branches))
+
     def refuses_behind(self, path: Sequence[int]) -> bool:
         """Whether something was offered behind the last node of a path that ends there."""
         return (path[-1] if path else 0) in self.parents
@@ -109,24 +116,46 @@ class BranchChances:
 
 
 class Branching:
-    """Chooses the branches of a generator's passes, and learns from what the passes found."""
+    """Chooses the branches of a generator's passes, and learns from what the passes found.
 
-    def __init__(self, length: AdaptiveLength, longest: int) -> None:
-        self._length, self._longest = length, longest
+    `cost` is that of passes where it is another than the one that lengths follow from.
+    """
+
+    def __init__(self, length: AdaptiveLength, longest: int, cost: Cost | None = None) -> None:
+        self._length, self._longest, self._cost = length, longest, cost or length.cost
         self._chances = BranchChances()
 
-    def grow(self, last: int, draft: Draft, drafter: Drafter, reach: int, room: int) -> Tree:
-        """The tree of a draft: at most `room` nodes in all, and no path of more than `reach` behind the first."""
-        room = min(room, self._longest) - 1 - len(draft.tokens)
+    def grow(
+        self,
+        last: int,
+        draft: Draft,
+        drafter: Drafter,
+        reach: int,
+        room: int,
+        window: Sequence[int] = (),
+        survivals: Sequence[float] = (),
+    ) -> Tree:
+        """The tree of a draft: at most `room` nodes in all, and no path of more than `reach` behind the first.
+
+        A window may stand before the draft, whose tokens are right with probabilities `survivals`, each if those before
+        are: no branch stands beside it.
+        """
+        before = Draft.of(window, WINDOW, 0)
+        whole = before.then(draft)
+        room = min(room, self._longest) - 1 - len(whole.tokens)
         if self._length.limit <= 0 or room <= 0:
-            return Tree(last, draft)
-        alternatives = drafter.alternatives(draft.tokens)[:reach]
-        chances = self._length.acceptance.of(draft)
-        return Tree(last, draft, choose_branches(draft, chances, alternatives, self._chances, self._length.cost, room))
+            return Tree(last, whole)
+        alternatives = [*([] for _ in window), *drafter.alternatives(draft.tokens)[:reach]]
+        chances = [*survivals, *self._length.acceptance.of(draft)]
+        return Tree(last, whole, choose_branches(whole, chances, alternatives, self._chances, self._cost, room))
+
+    def count(self, tree: Tree, path: Sequence[int]) -> None:
+        """The pass went along `path`; its branches are counted."""
+        self._chances.learn(tree, path)
 
     def learn(self, tree: Tree, path: Sequence[int], drafting_s: float = 0.0, pass_s: float | None = None) -> None:
         """The pass went along `path`; its branches and its draft are both counted, and what it cost."""
-        self._chances.learn(tree, path)
+        self.count(tree, path)
         on_draft = sum(node <= len(tree.draft.tokens) for node in path)
         seconds = drafting_s if pass_s is not None else 0.0
         self._length.learn(tree.draft, on_draft, seconds, pass_s, len(tree.branches), len(path) - on_draft)

@@ -15,6 +15,7 @@ from quasar_core.draft.none import NoDrafter
 from quasar_core.draft.plugins import load_plugin
 from quasar_core.draft.prediction import PredictionDrafter
 from quasar_core.draft.recycle import RecycleDrafter, Successors
+from quasar_core.draft.successors import KnownSuccessors, SuccessorsDrafter
 from quasar_core.draft.suffix import SuffixDrafter
 from quasar_core.draft.texts import TextIndex, TextsDrafter
 
@@ -27,6 +28,7 @@ class Sources:
     texts: TextIndex | None = None
     memory: SuffixAutomaton | None = None
     successors: Successors | None = None
+    known: KnownSuccessors | None = None
     guesser: Guesser = field(default_factory=NoGuesser)
 
 
@@ -38,6 +40,7 @@ BY_NAME: dict[str, Make] = {
     "assistant": lambda config, sources: ModelDrafter("assistant", sources.guesser),
     "layer-skip": lambda config, sources: ModelDrafter("layer-skip", sources.guesser),
 }
+KNOWING = ("auto", "recycle")  # which begin with successors that are known
 AUTO = ("suffix",)  # the drafters that need no other model; of equal drafts, that of the first is taken
 
 
@@ -50,6 +53,8 @@ def make_drafter(config: GenerationConfig, sources: Sources, expected: Sequence[
         return NoDrafter()
     drafters: list[Drafter] = [PredictionDrafter(expected)] if expected else []
     drafters += [_named(name, config, sources) for name in (AUTO if config.draft == "auto" else [config.draft])]
+    if sources.known is not None and config.draft in KNOWING:
+        drafters.append(SuccessorsDrafter(sources.known))
     if sources.texts is not None:
         drafters.append(TextsDrafter(sources.texts))
     if sources.memory is not None:

@@ -37,6 +37,7 @@ class Pair:
     target_folder: Path | None = None
     target_fingerprint: str | None = None
     verifier_fingerprint: str | None = None
+    successors_folder: Path | None = None  # a verifier's, which may hold successors for drafts to begin with
     measured: dict[str, Any] = field(default_factory=dict, repr=False)
     processors: Mapping[str, Any] = field(default_factory=dict)  # options of logits processors, by name
     assistant: CausalLM | None = None  # a smaller model that drafts

@@ -24,6 +24,7 @@ from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks, qu
 from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows, rows_at_once, token_bytes
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.plan import Plan, Shape, make_plan
+from quasar_core.quantize.successors import MOST_READ
 from quasar_core.records import Progress
 from quasar_core.store.safetensors_header import read_headers
 from quasar_core.system import LoadMeter, free_disk, free_memory
@@ -87,8 +88,9 @@ def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
     written = greedy + (calibration + held_out if writes_all else 0)
     turns = -(-held_out_rows(config) // rows) * GREEDY_LENGTH
     turns += -(-(config.samples + held_out_rows(config)) // rows) * length if writes_all else 0
+    head_rows = 2 * (held_out + greedy) + min(calibration, MOST_READ)
     return Work(
-        passes=2 * (calibration + held_out + greedy) * (token + attention) + 2 * (held_out + greedy) * head,
+        passes=2 * (calibration + held_out + greedy) * (token + attention) + head_rows * head,
         steps=written * (token + head + ATTENTION_COST * attention / 2 + DRAW_COST * shape.vocabulary),
         matrices=sum(_matrices(shape, name, calibration) for name in shape.layers),
         launches=turns * LAUNCHES * len(blocks),

@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.writer import save_tensors
+from quasar_core.draft.successor_file import write_successors
+from quasar_core.draft.successors import KnownSuccessors
 from quasar_core.errors import foreign_errors
 from quasar_core.files import exists, require_regular, write_json
 from quasar_core.models.hf.skeleton import UNLIMITED, position_limit
@@ -35,7 +37,7 @@ from quasar_core.quantize.fidelity import token_kinds
 from quasar_core.quantize.handover import Record, hand_over, whole_report
 from quasar_core.quantize.job import Job, block_file, clear_all_but_commits, working_folder, write_commit
 from quasar_core.quantize.layer_plan import LayerPlan
-from quasar_core.quantize.measure_fidelity import measure, measure_kernel
+from quasar_core.quantize.measure_fidelity import RowsRead, measure, measure_kernel, read_rows
 from quasar_core.quantize.mixed_precision import (
     CommittedModel,
     Trial,
@@ -48,6 +50,7 @@ from quasar_core.quantize.mixed_precision import (
     trial_folder,
 )
 from quasar_core.quantize.optimum_backend import check_optimum, quantize_with_optimum
+from quasar_core.quantize.successors import can_be_counted, known_successors, rows_to_count
 from quasar_core.records import Progress, QuantizeReport, no_progress
 
 
@@ -101,10 +104,15 @@ def _work(
     with watch.stage("calibration text"):
         calibration = calibrate(job, target, tokenizer, text_device, progress)
     with watch.stage("quantizing"):
-        quantize_layers(job, target, tokenizer, calibration, spill, progress)
+        activations = quantize_layers(job, target, tokenizer, calibration, spill, progress)
+    with watch.stage("successors"):
+        successors = count_on(target, calibration.samples, activations, progress)
+        del activations
     with watch.stage("writing"):
         clear_all_but_commits(job)
         digests = assemble(job, target.weights)
+        if successors is not None:
+            write_successors(job.partial, successors, calibration.name)
     with watch.stage("fidelity"):
         kernel = kernel_of_method(job.config)
         verifier = open_verifier(VerifierCheckpoint(job.partial), target, kernel)
@@ -171,17 +179,35 @@ def quantize_layers(
     calibration: Calibration,
     spill: bool,
     progress: Progress = no_progress,
-) -> None:
-    """Commit every block, and the head where it is asked for."""
+) -> Activations | None:
+    """Commit every block, and the head where it is asked for; the outputs of the last block, where they are known."""
     if job.config.backend == "optimum":
         blocks = quantize_with_optimum(job.source, tokenizer, calibration.samples, job.config, progress)
         for index, block in enumerate(blocks):
             write_commit(block_file(job.commits, index), block, target.stored)
-        return
+        return None
     plan = choose_plan(job, target, calibration, spill, progress)
     activations = quantize_with(plan, job, target, calibration, spill, job.commits, progress)
     if plan.quantizes_head:
         quantize_head(target.ends(), activations, plan, job.commits, target.stored)
+    return activations
+
+
+def count_on(
+    target: StreamedModel, samples: torch.Tensor, activations: Activations | None, progress: Progress = no_progress
+) -> KnownSuccessors | None:
+    """Count successors on the outputs of the last block, the target's own where there are some.
+
+    Without outputs the target reads the samples. None where the vocabulary is too large for the file.
+    """
+    if not can_be_counted(target.vocab_size):
+        return None
+    samples = samples[: rows_to_count(samples)]
+    if activations is None:
+        read = read_rows(target, [samples], "counting successors: target", progress)
+    else:
+        read = RowsRead(target.ends(), [(samples, activations.reference or activations)])
+    return known_successors(read, samples, progress)
 
 
 def choose_plan(

@@ -12,7 +12,7 @@ from jinja2 import Environment, meta
 from quasar_core.config import DRAFT_KINDS, VERIFY_MODES, VerifyMode
 from quasar_core.decode.grammar import Grammars
 from quasar_core.decode.text import encode_prompt
-from quasar_core.errors import QuasarError
+from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.pair import Pair
 from quasar_core.serve.errors import ApiError, refused
 from quasar_core.serve.settings import Settings
@@ -27,11 +27,15 @@ class Served:
     """Its tokenizer is a copy, as the engine's own decodes at the same time; one request encodes at a time."""
 
     def __init__(self, pair: Pair, settings: Settings) -> None:
+        if settings.defaults.verify == "gated":
+            raise UsageError(
+                "--verify gated is not served: it decodes greedily, and requests may ask for other answers."
+            )
         self.pair, self.settings = pair, settings
         self.name = Path(pair.target_name).name if Path(pair.target_name).is_absolute() else pair.target_name
         has_target, has_verifier = pair.target is not None, pair.verifier is not None
         runs = {"exact": has_target and has_verifier, "full": has_target, "quantized": has_verifier}
-        self.modes: list[VerifyMode] = [mode for mode in VERIFY_MODES if runs[mode]]
+        self.modes: list[VerifyMode] = [mode for mode in VERIFY_MODES if runs.get(mode)]  # not gated
         kinds = [kind for kind in DRAFT_KINDS if kind != "assistant" or pair.assistant is not None]
         self.drafts = tuple(dict.fromkeys([*kinds, settings.defaults.draft]))
         self.most_prompt = min(settings.most_prompt or pair.max_context, pair.max_context - 1)

@@ -182,7 +182,7 @@ class Worker:
             sent += len(tokens)
             if ask.trace and made is None:
                 assert answering.stats is not None
-                made = GrowingOrigins(answering.stats, ask.verify == "exact" and not generator.target_alone)
+                made = GrowingOrigins(answering.stats, ask.verify == "exact")
             job.emit(number, Written(text, tokens, found, _maker(made, sent) if made else None))
 
     def _generator(self, ask: Ask) -> Generator:

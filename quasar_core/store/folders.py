@@ -28,8 +28,9 @@ KEPT_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+SUCCESSORS = "successors.tensors"  # what drafts begin with
 _OWN_FILES = frozenset(
-    (*KEPT_FILES, CARD, "config.json", "quantize_config.json", "README.md", "model.safetensors.index.json")
+    (*KEPT_FILES, CARD, SUCCESSORS, "config.json", "quantize_config.json", "README.md", "model.safetensors.index.json")
 )
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 

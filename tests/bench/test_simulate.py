@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.bench_records import make_results, make_row, make_run
-from helpers.tiny_models import TableModel, make_pair
+from helpers.tiny_models import TreeTable, make_pair
 
 from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.results import Results
@@ -34,7 +34,7 @@ class Clock:
         return self.now
 
 
-class TimedModel(TableModel):
+class TimedModel(TreeTable):
     """Each pass takes its cost on the clock."""
 
     def __init__(self, clock: Clock, cost: PassCost, seed: int = 0) -> None:
@@ -46,12 +46,16 @@ class TimedModel(TableModel):
             self.clock.now += self.cost(len(tokens))
         return super().forward(tokens, cache, last_only)
 
+    def forward_tree(self, tokens: Sequence[int], parents: Sequence[int], cache: Any) -> torch.Tensor:
+        self.clock.now += self.cost(len(tokens))
+        return super().forward_tree(tokens, parents, cache)
+
 
 class Passages(Drafter):
     """Text comes in passages of 14 tokens: of one there is no copy, of another a bad one, of a third a good one."""
 
-    def __init__(self, text: Sequence[int]) -> None:
-        self.text, self.position = text, 0
+    def __init__(self, text: Sequence[int], forks: bool = False) -> None:
+        self.text, self.position, self.forks = text, 0, forks
 
     def observe(self, tokens: Sequence[int]) -> None:
         self.position += len(tokens)
@@ -66,12 +70,17 @@ class Passages(Drafter):
         copy = [self.copied(place, chance) for place in range(self.position, end)]
         return Draft.of(copy, "copy", 3 if chance > 0.5 else 1)
 
+    def alternatives(self, draft: Sequence[int]) -> list[list[int]]:
+        """In every third place the token that comes, where there are to be trees."""
+        places = range(self.position, min(self.position + len(draft) + 1, len(self.text)))
+        return [[0, (self.text[place] + place % 3) % VOCABULARY] for place in places] if self.forks else []
+
     def copied(self, place: int, chance: float) -> int:
         right = random.Random(-place).random() < chance
         return self.text[place] if right else (self.text[place] + 1) % VOCABULARY
 
 
-def benched(window: Any = "auto") -> Results:
+def benched(window: Any = "auto", trees: bool = False) -> Results:
     """Arms exact, ngram and vanilla on a clock on which nothing but passes takes time."""
     clock = Clock()
     target, verifier = TimedModel(clock, CONFIRM), TimedModel(clock, VERIFY)
@@ -88,7 +97,7 @@ def benched(window: Any = "auto") -> Results:
         ("vanilla", PLAIN),
     ):
         known: list[int] = []
-        generator = Generator(pair, config, partial(Passages, known), now=clock)
+        generator = Generator(pair, config, partial(Passages, known, trees), now=clock)
         for number, text in enumerate(texts):
             known[:] = text
             generator.reset()
@@ -105,6 +114,26 @@ def test_the_recorded_policy_is_predicted_within_five_percent(window: Any) -> No
     named = {one.policy: one for one in predictions}
     assert named["target alone, no drafts"].ratio == pytest.approx(1.0, abs=0.05)
     assert len(named) == len(POLICIES)
+
+
+def test_trees_are_predicted_within_five_percent() -> None:
+    results = benched(trees=True)
+    pieces = [piece for row in results.rows for step in row.stats.step_log for piece in step.pieces]  # type: ignore[union-attr]
+    assert sum(piece.source == "branch" for piece in pieces) > 100
+    named = {one.policy: one for one in simulate(results)}
+    assert named["as it pays"].ratio == pytest.approx(1.0, abs=0.05)
+    assert named["target alone, no drafts"].ratio == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_tree_by_hand() -> None:
+    """One draft token was right, then the branch beside the second; another branch was not gone to."""
+    pieces = [Piece("x", 1, 1), Piece("branch", 1, 1), Piece("x", 1, 1), Piece("branch", 2, 1)]
+    trace = trace_of(Stats(new_tokens=4, prefill_tokens=1, step_log=[Step(4, 2, pieces, by_target=True)]))
+    one = Piece("x", 1, 1)
+    assert trace.drafted == {0: Drafted((one, one), 1, branches=2, gained=1)}
+    assert trace.drafted[0].first(1) == Drafted((one,), 1)
+    assert trace.drafted[0].first(5) == trace.drafted[0]
+    assert trace.drafted[0].passed == 4
 
 
 def test_other_policies_are_predicted_from_a_recording_of_one() -> None:
@@ -152,6 +181,11 @@ def test_files_without_margins_are_refused() -> None:
     with pytest.raises(UsageError, match="no margins"):
         simulate(Results(make_run(), old))
     results = benched()
+    first = results.rows[0]
+    assert first.stats is not None
+    passed = replace(first.stats, step_log=[replace(first.stats.step_log[0], let_through=1), *first.stats.step_log[1:]])
+    with pytest.raises(UsageError, match="not all of it was confirmed"):
+        simulate(Results(results.run, [replace(first, stats=passed), *results.rows[1:]]))
     sampled = replace(results.run, config=replace(results.run.config, temperatures=(1.0,)))
     with pytest.raises(UsageError, match="Sampled"):
         simulate(Results(sampled, results.rows))

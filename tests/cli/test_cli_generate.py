@@ -65,7 +65,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
         "--max-new-tokens 9 --verify quantized --draft ngram --draft-from a --draft-from b --num-draft-tokens 7 "
         "--ngram-max 5 --ngram-min 2 "
         "--window 6 --temperature 0.5 --top-k 3 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --seed 8 "
-        "--stop A --stop B --no-processors --no-trees"
+        "--stop A --stop B --no-processors --no-trees --fidelity 0.97"
     )
     models = (
         "--model org/m --verifier v --no-target --device cuda:1 --dtype float16 --kernel reference "
@@ -80,6 +80,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
     assert config.draft_from == ("a", "b")
     assert not config.processors
     assert not config.trees
+    assert config.fidelity == 0.97
     assert vars(stand_in_pair.asked) == {
         "model": "org/m",
         "verifier": "v",
@@ -170,6 +171,9 @@ def test_the_lossy_mode_is_never_shown_without_its_agreement(
     assert "not lossless; measured agreement with the target 0.947" in capsys.readouterr().err
     assert run(["generate", "--prompt", "abc", "--verify", "quantized", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["agreement"] == 0.9471
+    assert run(["generate", "--prompt", "abc", "--verify", "gated", "--fidelity", "0.99"]) == 0
+    assert "not lossless; the full-precision model's own choice is expected of 0.99" in capsys.readouterr().err
+    assert run(["generate", "--prompt", "abc", "--verify", "gated", "--temperature", "1"]) == 2
     stand_in_pair.fidelity = None
     assert run(["generate", "--prompt", "abc", "--verify", "quantized"]) == 0
     assert "its agreement with the target was not measured" in capsys.readouterr().err

@@ -1,8 +1,9 @@
 """Many generations by tiny random models: `full` and `exact` write what plain decoding writes, whatever is guessed.
 
 In float32 plain decoding is transformers' greedy `generate`; in bfloat16 it is one token a pass through the C++ kernel,
-and windows and drafts are longer than a part of that pass. A few generations run by default; among the slow tests 5,000
-in float32 and 2,000 in bfloat16.
+and windows and drafts are longer than a part of that pass. Every drafter meets every mode, window and length of drafts,
+with trees and without: in trees likely and unlikely tokens stand beside the draft's. A few generations run by default;
+among the slow tests 6,000 in float32 and 4,000 in bfloat16.
 """
 
 import random
@@ -16,12 +17,14 @@ import pytest
 import torch
 import transformers
 from helpers.decoder_cases import CASES, CPU, SIZES
-from helpers.drafters import SOURCES, source_factory
+from helpers.drafters import SOURCES, Forking, source_factory
 from helpers.quantized_decoder import quantize_layers
 from helpers.tiny_models import OracleDrafter, make_pair
 
-from quasar_core.config import GenerationConfig
+from quasar_core.config import Auto, GenerationConfig
+from quasar_core.decode.costs import PassCost
 from quasar_core.decode.generator import Generator
+from quasar_core.decode.passes import Passes
 from quasar_core.draft.base import Drafter
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.draft.recycle import RecycleDrafter
@@ -40,14 +43,26 @@ DRAFTERS = ("ngram", "oracle", "wrong", "mixed", "recycle", *SOURCES)
 
 @dataclass(frozen=True)
 class Case:
-    """One generation."""
+    """One generation; where the length of drafts is `auto`, costs decide it, and trees are grown."""
 
     prompt: tuple[int, ...]
     length: int
     verify: str
-    window: int
-    drafts: int
+    window: int | Auto
+    drafts: int | Auto
     drafter: str
+    costs: tuple[float, float] = (1.0, 1.0)  # seconds of a verifier's pass, and a token's share of any pass
+
+
+@dataclass(frozen=True)
+class Known:
+    """In the place of measured costs."""
+
+    cost: PassCost
+    remembered: bool = False
+
+    def describe(self) -> str:
+        return "made up"
 
 
 class MixedDrafter(OracleDrafter):
@@ -112,9 +127,10 @@ def random_prompt(dice: random.Random) -> tuple[int, ...]:
 
 
 def random_case(dice: random.Random, prompt: tuple[int, ...], longest: int, modes: Sequence[str]) -> Case:
-    length, window = dice.randint(1, longest), dice.choice([1, 2, 7, 31, 63, 64, 65, 100, 150, 200])
-    drafts = dice.choice([1, 3, 8, 16, 33, 63, 64])
-    return Case(prompt, length, dice.choice(modes), window, drafts, dice.choice(DRAFTERS))
+    length, window = dice.randint(1, longest), dice.choice(["auto", 1, 2, 7, 31, 63, 64, 65, 100, 150, 200])
+    drafts = dice.choice([1, 3, 8, 16, 33, 63, 64, *["auto"] * 7])
+    costs = dice.choice([0.2, 0.5, 2.0]), dice.choice([0.0, 0.0, 0.02, 0.3])
+    return Case(prompt, length, dice.choice(modes), window, drafts, dice.choice(DRAFTERS), costs)  # type: ignore[arg-type]
 
 
 def longest_answer(verifier: str, dice: random.Random, of_faithful: int, of_others: int) -> int:
@@ -122,11 +138,51 @@ def longest_answer(verifier: str, dice: random.Random, of_faithful: int, of_othe
     return of_faithful if verifier in ("the target", "8 bits") else dice.choice([of_others, of_others // 4])
 
 
-def answer(pair: Any, case: Case, text: Sequence[int], seed: int, ends: frozenset[int]) -> list[int]:
+class Clock:
+    """Goes by what passes cost, and by nothing else."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.seconds, self.costs = 0.0, (1.0, 0.0)
+        for name in ("verify", "verify_tree", "confirm", "confirm_tree"):
+            patch.setattr(Passes, name, self._timed(name, getattr(Passes, name)))
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def _timed(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(passes: Passes, first: Sequence[int], last: Sequence[int]) -> Any:
+            whole = 1.0 if name.startswith("confirm") else self.costs[0]
+            self.seconds += whole + self.costs[1] * len(last)
+            return run(passes, first, last)
+
+        return timed
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def answer(pair: Any, case: Case, text: Sequence[int], seed: int, ends: frozenset[int], clock: Clock) -> Any:
+    """The result."""
     pair.eos_ids = ends
+    clock.costs = pass_s, token_s = case.costs
+    passes = {"verifier": (pass_s, pass_s + 63 * token_s), "target": (1.0, 1.0 + 63 * token_s)}
+    pair.measured = {role: Known(PassCost((1, 64), seconds)) for role, seconds in passes.items()}
     config = GenerationConfig(case.length, case.verify, num_draft_tokens=case.drafts, window=case.window)  # type: ignore[arg-type]
-    generator = Generator(pair, config, drafter_of(case.drafter, [*case.prompt, *text], seed))
-    return list(generator.generate(case.prompt).token_ids)
+    whole = [*case.prompt, *text]
+    make = drafter_of(case.drafter, whole, seed)
+
+    def forking() -> Drafter:
+        return Forking(make(), whole, seed, VOCABULARY)
+
+    return Generator(pair, config, forking if case.drafts == "auto" else make, now=clock).generate(case.prompt)
+
+
+def branches_of(result: Any) -> int:
+    """How many nodes of trees stood beside drafts."""
+    pieces = (piece for step in result.stats.step_log for piece in step.pieces)
+    return sum(piece.length for piece in pieces if piece.source == "branch")
 
 
 def until(text: Sequence[int], ends: frozenset[int]) -> list[int]:
@@ -173,9 +229,10 @@ def models(count: int, seed: int) -> Iterator[tuple[str, str, random.Random]]:
         yield case, verifier, random.Random(1000 * seed + number)
 
 
-@pytest.mark.parametrize(("count", "runs"), [(12, 5), pytest.param(250, 20, marks=pytest.mark.slow)])
-def test_float32_equals_transformers(tmp_path: Path, count: int, runs: int) -> None:
+@pytest.mark.parametrize(("count", "runs"), [(12, 5), pytest.param(300, 20, marks=pytest.mark.slow)])
+def test_float32_equals_transformers(tmp_path: Path, clock: Clock, count: int, runs: int) -> None:
     """So many models, each with so many runs."""
+    branches = 0
     for number, (case, kind, dice) in enumerate(models(count, seed=1)):
         folder = tmp_path / str(number)
         model = save_random_model(folder, case, dice.choice(INNER), dice)
@@ -192,14 +249,17 @@ def test_float32_equals_transformers(tmp_path: Path, count: int, runs: int) -> N
             drawn = random_case(dice, prompt, longest, ("full", "exact", "exact"))
             expected = text[: drawn.length]
             ends = some_ends(dice, expected)
-            assert answer(pair, drawn, expected, run, ends) == until(expected, ends), (case, kind, fast, drawn, ends)
+            found = answer(pair, drawn, expected, run, ends, clock)
+            assert found.token_ids == until(expected, ends), (case, kind, fast, drawn, ends)
+            branches += branches_of(found)
+    assert branches > count
 
 
 @pytest.mark.usefixtures("cpp_pass")
-@pytest.mark.parametrize(("count", "runs"), [(8, 5), pytest.param(100, 20, marks=pytest.mark.slow)])
-def test_bfloat16_equals_plain_decoding(tmp_path: Path, count: int, runs: int) -> None:
+@pytest.mark.parametrize(("count", "runs"), [(8, 5), pytest.param(200, 20, marks=pytest.mark.slow)])
+def test_bfloat16_equals_plain_decoding(tmp_path: Path, clock: Clock, count: int, runs: int) -> None:
     """So many models, each with so many runs."""
-    longest_window = 0
+    longest_window = branches = 0
     for number, (case, kind, dice) in enumerate(models(count, seed=2)):
         folder = tmp_path / str(number)
         save_random_model(folder, case, dice.choice(INNER), dice)
@@ -217,6 +277,10 @@ def test_bfloat16_equals_plain_decoding(tmp_path: Path, count: int, runs: int) -
             pair.eos_ids = frozenset()
             expected = Generator(pair, plain).generate(drawn.prompt).token_ids
             ends = some_ends(dice, expected)
-            assert answer(pair, drawn, expected, run, ends) == until(expected, ends), (case, kind, drawn, ends)
-            longest_window = max(longest_window, min(drawn.window, drawn.length))
+            found = answer(pair, drawn, expected, run, ends, clock)
+            assert found.token_ids == until(expected, ends), (case, kind, drawn, ends)
+            branches += branches_of(found)
+            if drawn.window != "auto":
+                longest_window = max(longest_window, min(drawn.window, drawn.length))
     assert longest_window > 64
+    assert branches > 10 * count

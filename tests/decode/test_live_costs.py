@@ -267,7 +267,6 @@ class TestGenerator:
         pair = make_pair(SimulatedModel(machine, TRUE), verifier, max_context=4096, fidelity=fidelity)
         pair.measured.update(target=remembered(TRUE), verifier=remembered(scaled(TRUE, 8.0), "verifier"))
         generator = Generator(pair, GenerationConfig(64, "exact"), now=machine)
-        assert not generator.target_alone
         assert generator.generate([0, 1]).verified_by == "verifier"
 
     def test_confirms_correct_the_window(self) -> None:

@@ -352,7 +352,7 @@ class TestGeneratorsChoice:
         alone = make_pair(None, TableModel(8, 1))
         assert pair_costs(alone, with_verifier=True) == PairCosts(FLAT, FLAT)
 
-    def test_where_a_verify_costs_as_much_as_a_confirm_the_target_verifies_alone(self) -> None:
+    def test_where_a_verify_costs_as_much_as_a_confirm_the_target_checks_all_drafts_at_first(self) -> None:
         self.seconds["verifier"] = self.seconds["target"]
         target = TableModel(8, 0)
         pair = make_pair(target, target.disturbed(0.5), fidelity=fidelity(MarginTable([1.0], [20, 80], [19, 80])))
@@ -360,10 +360,11 @@ class TestGeneratorsChoice:
         full = Generator(pair, GenerationConfig(40, "full", num_draft_tokens=4)).generate([0, 1])
         windows = Generator(pair, GenerationConfig(40, window=4)).generate([0, 1])
         assert alone.token_ids == full.token_ids == windows.token_ids
-        assert (alone.verified_by, alone.stats.confirms) == ("target", 0)
+        by_target = [step.by_target for step in alone.stats.step_log]
+        assert all(by_target[:6])  # then the verifier is weighed now and then
+        assert sum(by_target) >= 0.8 * len(by_target)
         assert (windows.verified_by, windows.stats.confirms > 0) == ("verifier", True)
-        assert alone.stats.steps == full.stats.steps
-        assert any(note.startswith("exact: the target verifies alone") for note in pair.notes)
+        assert any(note.startswith("exact: the target checks drafts alone at first") for note in pair.notes)
 
     def test_a_mode_without_confirms_keeps_its_verifier(self) -> None:
         self.seconds["verifier"] = self.seconds["target"]

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.bench_pair import TokenCache
 from helpers.decoder_cases import CASES, CPU, random_tokens, save_model
 from helpers.quantized_decoder import quantize_layers
 from helpers.sampled_text import IMPOSSIBLE, PROMPT, SUSPICIOUS, TARGET, p_of_transitions
-from helpers.tiny_models import TableModel, make_pair
+from helpers.tiny_models import TreeTable, make_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -225,25 +224,6 @@ class Forgetful(DecoderCache):
 
     def keep(self, start: int, nodes: Sequence[int]) -> None:
         self.rollback(start + len(nodes))
-
-
-class TreeTable(TableModel):
-    """A table that passes trees: a node's row is that of its own last two tokens."""
-
-    longest_tree = 16  # type: ignore[assignment]
-
-    def forward_tree(self, tokens: Sequence[int], parents: Sequence[int], cache: Any) -> torch.Tensor:
-        before = [tokens[parent] if parent >= 0 else cache.tokens[-1] for parent in parents]
-        cache.tokens += tokens
-        return self.table[before, list(tokens)]
-
-    def new_cache(self, capacity: int) -> Any:
-        return TreeTokens(capacity)
-
-
-class TreeTokens(TokenCache):
-    def keep(self, start: int, nodes: Sequence[int]) -> None:
-        self.tokens[start:] = [self.tokens[start + node] for node in nodes]
 
 
 def sampled(verify: str) -> list[int]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from quasar_core.config import GenerationConfig
 from quasar_core.draft.automaton import SuffixAutomaton
-from quasar_core.draft.base import Drafter
+from quasar_core.draft.base import Draft, Drafter
 from quasar_core.draft.make import Sources, make_drafter
 from quasar_core.draft.memory import remember
 from quasar_core.draft.texts import TextIndex
@@ -43,6 +43,37 @@ def source_factory(kind: str, answer: Sequence[int], seed: int, vocabulary: int)
         remember(sources.memory, known[2])
     config = GenerationConfig(draft="auto" if kind == "auto" else "suffix")
     return lambda: make_drafter(config, sources, expected)
+
+
+class Forking(Drafter):
+    """Another drafter, beside whose tokens others are likely: random ones, and in half of the places the right one."""
+
+    def __init__(self, inner: Drafter, text: Sequence[int], seed: int, vocabulary: int) -> None:
+        self.inner, self.text, self.vocabulary = inner, text, vocabulary
+        self.dice, self.wants_best, self.position = random.Random(seed), inner.wants_best, 0
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        self.inner.observe(tokens)
+        self.position += len(tokens)
+
+    def forget(self, count: int) -> None:
+        self.inner.forget(count)
+        self.position -= count
+
+    def propose(self, limit: int, after: Sequence[int] = ()) -> Draft:
+        return self.inner.propose(limit, after)
+
+    def see(self, tokens: Sequence[int], best: Sequence[Sequence[int]], start: int) -> None:
+        self.inner.see(tokens, best, start)
+
+    def alternatives(self, draft: Sequence[int]) -> list[list[int]]:
+        return [self._likely(self.position + place) for place in range(len(draft) + 1)]
+
+    def _likely(self, place: int) -> list[int]:
+        likely = self.dice.sample(range(self.vocabulary), 3)
+        if place < len(self.text) and self.text[place] not in likely and self.dice.random() < 0.5:
+            likely[self.dice.randrange(3)] = self.text[place]
+        return likely
 
 
 def spaced_words(count: int) -> PreTrainedTokenizerFast:

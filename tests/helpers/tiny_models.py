@@ -187,6 +187,27 @@ class TableModel(CausalLM):
         return logits[-1:] if last_only else logits
 
 
+class TreeTable(TableModel):
+    """A table that passes trees: a node's row is that of its own last two tokens."""
+
+    longest_tree = 16  # type: ignore[assignment]
+
+    def forward_tree(self, tokens: Sequence[int], parents: Sequence[int], cache: Any) -> torch.Tensor:
+        before = [tokens[parent] if parent >= 0 else cache.tokens[-1] for parent in parents]
+        cache.tokens += tokens
+        return self.table[before, list(tokens)]
+
+    def new_cache(self, capacity: int) -> Any:
+        return TreeTokens(capacity)
+
+
+class TreeTokens(TokenCache):
+    """Keeps a path of a tree."""
+
+    def keep(self, start: int, nodes: Sequence[int]) -> None:
+        self.tokens[start:] = [self.tokens[start + node] for node in nodes]
+
+
 class OracleDrafter(Drafter):
     """Knows the text that plain decoding yields; with `shift`, proposes other tokens instead: always wrong."""
 

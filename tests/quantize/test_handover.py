@@ -26,6 +26,7 @@ FILES = {
     "model.safetensors",
     "quantize_config.json",
     "quasar.json",
+    "successors.tensors",
     "tokenizer.json",
     "tokenizer_config.json",
 }

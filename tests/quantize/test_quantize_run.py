@@ -62,6 +62,7 @@ def test_what_is_written(source: Path) -> None:
         "model.safetensors",
         "quantize_config.json",
         "quasar.json",
+        "successors.tensors",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -101,7 +102,8 @@ def test_the_configs_and_the_card(source: Path) -> None:
     assert card["target"] == {"name": "tiny", "fingerprint": fingerprint(source)}
     assert card["calibration"]["name"] == "self"
     assert card["calibration"]["tokens"] == 6 * 24
-    assert card["report"]["seconds"].keys() == {"calibration text", "quantizing", "writing", "fidelity", "total"}
+    stages = {"calibration text", "quantizing", "successors", "writing", "fidelity", "total"}
+    assert card["report"]["seconds"].keys() == stages
     readme = (output / "README.md").read_text()
     assert "quasar quantize tiny --bits 4 --group-size 32 --calibration self --samples 6 --seq-len 24" in readme
     assert f"{report.fidelity.agreement:.4f}" in readme

@@ -1,9 +1,11 @@
 """Drafters replayed over recorded texts: tokens, steps and costs by hand."""
 
 import json
+import random
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.tiny_models import TableModel, make_pair
 
@@ -12,6 +14,7 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.costs import PassCost
 from quasar_core.decode.policy import FixedLength
 from quasar_core.draft.ngram import NgramDrafter
+from quasar_core.draft.successors import KnownSuccessors, key_of
 from tools.study.draft_texts import Recording, read_recordings, record
 from tools.study.replay_drafts import Tally, parse_costs, replay, replay_all
 
@@ -38,6 +41,24 @@ def test_every_kind_is_tallied_and_all_of_them() -> None:
     assert [(kind, tally.steps) for kind, tally in tallies.items()] == [("a", 4), ("b", 2), ("all", 6)]
     for name in ("ngram", "suffix", "auto"):
         assert replay_all(texts, name, COST, GenerationConfig(), fixed=2)["all"].steps < 6
+
+
+def test_branches_are_followed_where_rows_cost_nothing() -> None:
+    """After each token two may follow in turn: a chain is wrong half of the time, and a tree never."""
+    contexts = np.array([key_of([token]) for token in range(1, 4)], np.int64)
+    tokens = np.full((3, 8), -1, np.int32)
+    tokens[:, :2] = [[2, 3], [3, 1], [1, 2]]
+    known = KnownSuccessors(contexts, tokens, np.full((3, 8), 120, np.uint8))
+    answer, dice = [1], random.Random(0)
+    for _ in range(300):
+        answer.append(int(tokens[answer[-1] - 1, dice.randrange(2)]))
+    flat = PassCost((1, 64), (1.0, 1.0))
+    with_trees, without = (
+        replay_all([recording(answer)], "auto", flat, GenerationConfig(trees=trees), known=known)["all"]
+        for trees in (True, False)
+    )
+    assert with_trees.acceptance_length > 1.3 * without.acceptance_length
+    assert with_trees.passed > with_trees.steps + with_trees.tokens / 2
 
 
 def test_costs_are_read() -> None:

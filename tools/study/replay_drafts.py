@@ -1,8 +1,9 @@
 """Replay drafters over recorded texts: `python -m tools.study.replay_drafts RECORDINGS… --drafters NAMES`.
 
 Of every kind of text the acceptance length (tokens ÷ steps, as if the text were decoded greedily) and the rate beside
-plain decoding that passes of the given costs would reach. No model runs, so a run takes seconds. Rows behind a refused
-token are not known, and so are not shown to drafters, although a real pass computes them.
+plain decoding that passes of the given costs would reach, with the trees that would pay. No model runs, so a run takes
+seconds. Rows beside the text are not known, and so are not shown to drafters, although a real pass computes them.
+`--successors FOLDER` gives `auto` and `recycle` what is known beside a verifier.
 """
 
 import argparse
@@ -16,22 +17,29 @@ from pathlib import Path
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.costs import PassCost
 from quasar_core.decode.policy import AdaptiveLength, DraftLength, FixedLength
+from quasar_core.decode.trees import Branching, Tree
 from quasar_core.draft.automaton import SuffixAutomaton
 from quasar_core.draft.base import NO_DRAFT, Drafter
 from quasar_core.draft.make import Sources, make_drafter
 from quasar_core.draft.memory import remember
+from quasar_core.draft.successor_file import read_successors
+from quasar_core.draft.successors import MOST_TOKENS, KnownSuccessors
 from tools.study.draft_texts import Recording, read_recordings
 
 COSTS = "1:8.8,4:9.2,8:11.1,16:16"  # milliseconds of passes, as of a 4-bit model of 135 million parameters on two cores
 
 
+NODES = 16  # of a tree
+
+
 @dataclass
 class Tally:
-    """Tokens that steps yielded, steps, and seconds of their passes."""
+    """Tokens that steps yielded, steps, seconds of their passes, and tokens that these passed."""
 
     tokens: int = 0
     steps: int = 0
     seconds: float = 0.0
+    passed: int = 0
 
     @property
     def acceptance_length(self) -> float:
@@ -43,28 +51,53 @@ class Tally:
         return self.tokens * plain / self.seconds
 
 
-def replay(recording: Recording, drafter: Drafter, length: DraftLength, cost: PassCost, tally: Tally) -> None:
+def replay(
+    recording: Recording,
+    drafter: Drafter,
+    length: DraftLength,
+    cost: PassCost,
+    tally: Tally,
+    branching: Branching | None = None,
+) -> None:
     """Decode the answer of a recording."""
     answer = recording.answer
     drafter.observe(recording.prompt)
     drafter.observe(answer[:1])
     done = 1
     while done < len(answer):
-        limit = min(length.limit, len(answer) - done - 1)
+        reach = len(answer) - done - 1
+        limit = min(length.limit, reach)
         draft = length.cut(drafter.propose(limit)) if limit > 0 else NO_DRAFT
-        accepted = 0
-        while accepted < len(draft.tokens) and draft.tokens[accepted] == answer[done + accepted]:
-            accepted += 1
-        length.learn(draft, accepted)
-        new = answer[done : done + accepted + 1]
+        last = answer[done - 1]
+        tree = branching.grow(last, draft, drafter, reach, NODES) if branching and reach else Tree(last, draft)
+        path = follow_text(tree, answer[done:])
+        if branching:
+            branching.learn(tree, path)
+        else:
+            length.learn(draft, len(path))
+        new = answer[done : done + len(path) + 1]
         if drafter.wants_best:
             rows = recording.best[done : done + len(new)]
-            drafter.see(answer[done - 1 : done + accepted], [row[: drafter.wants_best] for row in rows])
+            start = len(recording.prompt) + done - 1
+            drafter.see(answer[done - 1 : done + len(new) - 1], [row[: drafter.wants_best] for row in rows], start)
         drafter.observe(new)
         done += len(new)
         tally.tokens += len(new)
         tally.steps += 1
-        tally.seconds += cost(len(draft.tokens) + 1)
+        tally.seconds += cost(len(tree.tokens))
+        tally.passed += len(tree.tokens)
+
+
+def follow_text(tree: Tree, text: Sequence[int]) -> list[int]:
+    """The nodes behind the first that a text goes through."""
+    behind = {key: node for node, key in enumerate(zip(tree.parents, tree.tokens, strict=True))}
+    path = list[int]()
+    for token in text:
+        node = behind.get((path[-1] if path else 0, token))
+        if node is None:
+            break
+        path.append(node)
+    return path
 
 
 def parse_costs(text: str) -> PassCost:
@@ -74,20 +107,26 @@ def parse_costs(text: str) -> PassCost:
 
 
 def replay_all(
-    recordings: Sequence[Recording], name: str, cost: PassCost, config: GenerationConfig, fixed: int | None = None
+    recordings: Sequence[Recording],
+    name: str,
+    cost: PassCost,
+    config: GenerationConfig,
+    fixed: int | None = None,
+    known: KnownSuccessors | None = None,
 ) -> dict[str, Tally]:
     """Tallies by kind of text, and over all. What is learned of drafts goes from answer to answer, as in a bench."""
-    sources = Sources(memory=SuffixAutomaton() if name == "auto" else None)
+    sources = Sources(memory=SuffixAutomaton() if name == "auto" else None, known=known)
     length: DraftLength = FixedLength(fixed, sources.acceptance) if fixed else AdaptiveLength(cost, sources.acceptance)
+    branching = Branching(length, NODES) if isinstance(length, AdaptiveLength) and config.trees else None
     tallies: dict[str, Tally] = defaultdict(Tally)
     for recording in recordings:
         if isinstance(length, AdaptiveLength):
             length.begin()
         drafter = make_drafter(replace(config, draft=name), sources)
-        replay(recording, drafter, length, cost, tallies[recording.kind])
+        replay(recording, drafter, length, cost, tallies[recording.kind], branching)
         if sources.memory is not None:
             remember(sources.memory, recording.answer)
-    counts = [(tally.tokens, tally.steps, tally.seconds) for tally in tallies.values()]
+    counts = [(tally.tokens, tally.steps, tally.seconds, tally.passed) for tally in tallies.values()]
     tallies["all"] = Tally(*(sum(column) for column in zip(*counts, strict=True)))
     return tallies
 
@@ -126,19 +165,24 @@ def main() -> None:
     parser.add_argument("recordings", type=Path, nargs="+")
     parser.add_argument("--drafters", default="ngram,suffix,auto")
     parser.add_argument("--costs", default=COSTS, help="milliseconds of passes by their tokens")
+    parser.add_argument("--successors", type=Path, metavar="FOLDER", help="a verifier's, whose successors are known")
+    parser.add_argument("--no-trees", action="store_true", help="chains alone")
     parser.add_argument("--fixed", type=int, help="always draft so many tokens")
     parser.add_argument("--costs-of-drafters", action="store_true", help="their bytes and seconds instead")
     arguments = parser.parse_args()
     recordings, cost = read_recordings(arguments.recordings), parse_costs(arguments.costs)
+    known = read_successors(arguments.successors, MOST_TOKENS) if arguments.successors else None
+    config = GenerationConfig(trees=not arguments.no_trees)
     for name in arguments.drafters.split(","):
         if arguments.costs_of_drafters:
-            show_costs(recordings, name, GenerationConfig())
+            show_costs(recordings, name, config)
             continue
-        tallies = replay_all(recordings, name, cost, GenerationConfig(), arguments.fixed)
+        tallies = replay_all(recordings, name, cost, config, arguments.fixed, known)
         columns = [
             f"{kind} {tally.acceptance_length:.2f} ({tally.speedup(cost(1)):.2f}×)" for kind, tally in tallies.items()
         ]
-        print(f"{name:12}", "  ".join(columns))
+        rows = tallies["all"].passed / tallies["all"].steps
+        print(f"{name:12}", "  ".join(columns), f" tokens a pass {rows:.1f}")
 
 
 if __name__ == "__main__":

@@ -340,6 +340,7 @@ def _arm(name: str) -> str:
     who = {
         "full": "the full-precision model decides",
         "quantized": "the low-bit copy decides",
+        "gated": "the low-bit copy verifies, and the full-precision model confirms what it is not sure of",
         "exact": "the low-bit copy verifies, the full-precision model confirms or checks drafts itself",
     }
     return f"{drafts}; {who.get(arm.verify, arm.verify)}"

@@ -1,0 +1,162 @@
+"""`gated`: what goes through without a confirm, how much of a text then agrees, and that confirms correct the rest."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.decoder_cases import CASES, CPU, random_tokens, save_model
+from helpers.quantized_decoder import quantize_layers
+from helpers.tiny_models import TableModel, make_pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quasar_core.bench.gated import count_agreed
+from quasar_core.config import GenerationConfig, SamplingConfig
+from quasar_core.decode.agreement import AgreementCurve, RunningAgreement
+from quasar_core.decode.costs import CostRecord, PassCost
+from quasar_core.decode.gate import NEVER, Gate, least_chance
+from quasar_core.decode.generator import Generator
+from quasar_core.decode.window_values import Agreements
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.models.lean_weights import attach_verifier, load_target
+from quasar_core.models.pair import Pair
+from quasar_core.quantize.fidelity import margin_table
+from quasar_core.records import FidelityReport, GenerationResult, MarginTable
+from quasar_core.trace import origins
+
+SIZE = 24
+
+
+@given(
+    chances=st.lists(st.floats(0.5, 1.0), min_size=1, max_size=8),
+    weights=st.lists(st.floats(0.01, 1.0), min_size=8, max_size=8),
+    fidelity=st.sampled_from([0.9, 0.99, 0.999]),
+)
+@settings(deadline=None, derandomize=True, max_examples=200)
+def test_no_lower_chance_would_do(chances: list[float], weights: list[float], fidelity: float) -> None:
+    """Against every threshold that a bin may set."""
+    share = np.array(weights[: len(chances)]) / sum(weights[: len(chances)])
+    values = np.array(chances)
+
+    def lost(least: float) -> float:
+        through = values >= least
+        return float((share[through] * (1 - values[through])).sum())
+
+    least = least_chance(Agreements(values, share), fidelity)
+    allowed = [one for one in sorted(values) if lost(one) <= 1 - fidelity + 1e-12]
+    assert least == NEVER or lost(least) <= 1 - fidelity + 1e-9 or list(values).count(least) > 1
+    assert least == (min(allowed) if allowed else NEVER) or list(values).count(least) > 1
+
+
+def table_pair(noise: float, seed: int = 0) -> Pair:
+    """A target, a verifier near it, and its margin table, measured on other text than the tests' prompts begin."""
+    target = TableModel(SIZE, seed)
+    verifier = target.disturbed(noise)
+    rows, others = target.table.view(-1, SIZE), verifier.table.view(-1, SIZE)
+    best = others.topk(2).values
+    table = margin_table(best[:, 0] - best[:, 1], rows.argmax(-1) == others.argmax(-1))
+    agreement = float((rows.argmax(-1) == others.argmax(-1)).float().mean())
+    report = FidelityReport("t", len(rows), agreement, agreement, agreement, 0.1, 0.2, 5.0, 5.1, table)
+    pair = make_pair(target, verifier, max_context=4096, fidelity=report)
+    for role, seconds in (("target", 3.0), ("verifier", 1.0)):
+        pair.measured[role] = CostRecord(PassCost((1, 33), (seconds, 1.5 * seconds)), {"role": role}, 0.0)
+    return pair
+
+
+def answers(pair: Pair, **options: Any) -> list[tuple[list[int], GenerationResult]]:
+    """Several answers, of tables whose texts soon go in circles, so from many prompts."""
+    config = GenerationConfig(40, draft="none", **options)
+    generator = Generator(pair, config, now=lambda: 0.0)
+    return [(prompt, generator.generate(prompt)) for prompt in ([i, j] for i in range(SIZE) for j in range(0, SIZE, 3))]
+
+
+@pytest.mark.parametrize("fidelity", [0.9, 0.97, 0.995])
+def test_what_was_asked_for_is_reached_and_passes_are_saved(fidelity: float) -> None:
+    pair = table_pair(0.35)
+    found = answers(pair, verify="gated", fidelity=fidelity)
+    exact = answers(pair, verify="exact")
+    agreed = sum(count_agreed(pair, prompt, result.token_ids) for prompt, result in found)
+    tokens = sum(len(result.token_ids) - 1 for _, result in found)
+    assert agreed / tokens >= fidelity - 0.01  # of 7,500 tokens
+    assert count(found) < 0.9 * count(exact)
+    assert all(count_agreed(pair, p, r.token_ids) == len(r.token_ids) - 1 for p, r in exact)
+
+
+def count(found: Sequence[tuple[list[int], GenerationResult]]) -> int:
+    """Passes of the target."""
+    return sum(result.stats.confirms + sum(step.by_target for step in result.stats.step_log) for _, result in found)
+
+
+def test_who_made_each_token_is_told() -> None:
+    pair = table_pair(0.35)
+    for _, result in answers(pair, verify="gated", fidelity=0.97)[:20]:
+        made = origins(result.stats, len(result.token_ids))
+        assert made is not None
+        assert len(made) == len(result.token_ids)
+    assert any(step.let_through for step in result.stats.step_log)
+
+
+def test_what_is_confirmed_is_the_targets_choice_behind_that_text(tmp_path: Path) -> None:
+    """Also behind tokens that went through: a confirm makes their keys and values the target's. A decoder of 2 bits."""
+    save_model(tmp_path, *CASES["qwen3"])
+    target = load_target(tmp_path, CPU, torch.float32)
+    verifier = attach_verifier(target, quantize_layers(tmp_path, tmp_path / "verifier", lambda name: 2), "dense")
+    table = MarginTable([0.05, 0.1], [400, 400, 9999], [200, 300, 9999])
+    pair = make_pair(target, verifier, fidelity=FidelityReport("t", 9, 0.9, 0.9, 0.9, 0.1, 0.2, 5.0, 5.1, table))
+    for role, seconds in (("target", 3.0), ("verifier", 1.0)):
+        pair.measured[role] = CostRecord(PassCost((1, 33), (seconds, 1.5 * seconds)), {"role": role}, 0.0)
+    generator = Generator(pair, GenerationConfig(60, "gated", "ngram", fidelity=0.9), now=lambda: 0.0)
+    through = confirmed = 0
+    for length in (5, 9, 13, 17):
+        prompt = random_tokens(length)
+        result = generator.generate(prompt)
+        generator.reset()
+        text = [*prompt, *result.token_ids]
+        best = target.forward(text, target.new_cache(len(text))).topk(2)
+        made = origins(result.stats, len(result.token_ids))
+        assert made is not None
+        for place, origin in enumerate(made, start=length):
+            unseen = origin.by in ("draft", "bonus") and origin.confirmed is None and origin.target_margin is None
+            through += unseen
+            if not unseen and best.values[place - 1].diff().abs() > 1e-3:
+                confirmed += 1
+                assert best.indices[place - 1, 0] == text[place]
+    assert through > 20
+    assert confirmed > 20
+
+
+def test_a_verifier_that_is_never_sure_is_confirmed_throughout() -> None:
+    pair = table_pair(0.35)
+    pair.fidelity = FidelityReport("t", 9, 0.5, 0.5, 0.5, 0.1, 0.2, 5.0, 5.1, MarginTable([1.0], [50, 50], [20, 30]))
+    found = answers(pair, verify="gated")
+    assert [r.token_ids for _, r in found] == [r.token_ids for _, r in answers(pair, verify="exact")]
+    assert any("even the surest differ too often" in note for note in pair.notes)
+
+
+def test_confirms_move_the_gate() -> None:
+    agreement = RunningAgreement(AgreementCurve(MarginTable([1.0, 2.0], [100, 300, 9000], [60, 290, 8999])))
+    gate = Gate(agreement, 0.999)
+    before = gate.least
+    estimates = agreement.estimates([0.5] * 30, 0, False)
+    for _ in range(20):
+        agreement.learn(estimates, 0)
+    gate.learn()
+    assert gate.sure(agreement.estimates([3.0], 0, False)) == (gate.least <= agreement(3.0))
+    assert gate.least != before
+
+
+def test_what_cannot_be_asked_is_refused() -> None:
+    with pytest.raises(UsageError, match="--temperature"):
+        GenerationConfig(verify="gated", sampling=SamplingConfig(1.0))
+    with pytest.raises(UsageError, match="--window"):
+        GenerationConfig(verify="gated", window=4)
+    with pytest.raises(UsageError, match="--fidelity must be at least"):
+        GenerationConfig(verify="gated", fidelity=1.0)
+    pair = make_pair(TableModel(8, 0), TableModel(8, 1))
+    for role in ("target", "verifier"):
+        pair.measured[role] = CostRecord(PassCost((1, 33), (1.0, 2.0)), {"role": role}, 0.0)
+    with pytest.raises(QuasarError, match="margin table"):
+        Generator(pair, GenerationConfig(verify="gated"))
