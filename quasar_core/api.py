@@ -38,10 +38,9 @@ from quasar_core.kernels.times import forget_times
 from quasar_core.models.assistant import load_assistant
 from quasar_core.models.describe import describe
 from quasar_core.models.device import choose_device, choose_dtype
-from quasar_core.models.hf.cache import recurrent_layers_of, refuse_drafts
 from quasar_core.models.hf.skeleton import UNLIMITED, context_limit
 from quasar_core.models.lean_weights import why_folder_not_lean
-from quasar_core.models.loading import load_models
+from quasar_core.models.loading import load_models, recurrent_layers_in, refuse_drafts
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.offload import (
     PLANNED_CONTEXT,
@@ -409,7 +408,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         verifier_fingerprint=fingerprint(checkpoint.folder) if checkpoint else None,
         successors_folder=checkpoint.folder if checkpoint else _verifier_beside(source, options.verifier),
         processors=read_processors(source.folder),
-        rolls_back=recurrent_layers_of(source.folder, options.trust_remote_code) is None,
+        rolls_back=recurrent_layers_in(source.folder, options.trust_remote_code) is None,
         notes=[
             f"dtype: {str(precision).removeprefix('torch.')}, {why_precision}",
             f"device: {_describe_device(place)}",

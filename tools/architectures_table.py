@@ -32,6 +32,7 @@ def departures(row: Architecture) -> Iterator[str]:
         yield "full layers have heads of another size and number, whose keys may be values (`attention_k_eq_v`)"
         yield "last layers may read the keys and values of earlier ones (`num_kv_shared_layers`)"
         yield "layers may have inputs of their own (`hidden_size_per_layer_input`)"
+    yield from _recurrent(row)
     yield from _windows(row)
     yield from _rotations(row)
     yield from _mlp(row)
@@ -43,6 +44,18 @@ def _biases(row: Architecture) -> Iterator[str]:
     for option in dict.fromkeys(switch for switch in switches.values() if switch):
         places = " and ".join(place for place, switch in switches.items() if switch == option)
         yield f"biases of {places}" + (f" (`{option}`)" if isinstance(option, str) else "")
+
+
+RULES = {"delta": "a gated delta rule", "mamba": "Mamba-2", "conv": "a short convolution"}
+
+
+def _recurrent(row: Architecture) -> Iterator[str]:
+    if row.recurrent is not None:
+        option = row.recurrent.interval or row.recurrent.attends
+        options = "`layer_types`" + (f" or `{option}`" if option else "")
+        yield f"{RULES[row.recurrent.kind]} in place of attention in some layers ({options})"
+    if row.gates_attention:
+        yield "gates behind attention"
 
 
 def _windows(row: Architecture) -> Iterator[str]:
@@ -60,6 +73,8 @@ def _rotations(row: Architecture) -> Iterator[str]:
         yield "layers without positions (`no_rope_layers`)"
     if row.rotates == "sliding":
         yield "only layers with a window rotate, where there are any"
+    if row.rotates == "named":
+        yield "attention rotates where `position_embedding_type` is rope"
     if row.ropes_by_type:
         yield "full and sliding layers rotate differently"
     if row.rotates_part:

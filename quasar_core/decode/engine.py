@@ -28,6 +28,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.models.base import NO_TOKEN, NOT_NUMBERS, Choices, KVCache, TreeCache
 from quasar_core.models.memory import PROMPT_CHUNK
 from quasar_core.models.pair import Pair
+from quasar_core.models.rollback import settle
 from quasar_core.records import Stats
 
 MOST_UNSEEN = 32  # tokens that are let through between two confirms
@@ -112,6 +113,7 @@ class Engine:
         self.drafter.propose(1)  # so that indexing the prompt is part of its own time
         self.committed = len(self.tokens)
         self.stats.prompt_tokens, self.stats.cached_tokens = len(prompt), cached
+        settle(self.cache, self.committed - 1)
         self.stats.prefill_tokens = 1
         self.stats.prefill_s = self._now() - start
 
@@ -126,6 +128,7 @@ class Engine:
             due = self.confirms and self.window_policy.is_due(len(self.window), self._survival)
             if due or self._must_confirm():
                 self._confirm_timed()
+        settle(self.cache, self.committed - 1)
         self.stats.decode_s += self._now() - start
 
     def _check_by_either(self, checking: Checking, start: float) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from quasar_core.models.base import KVCache
 from quasar_core.models.pair import Pair
+from quasar_core.models.rollback import reachable
 from quasar_core.models.rope import begin_text
 
 BLOCK = 1024  # positions: the capacity of a cache is a multiple of it
@@ -52,7 +53,7 @@ class Prefixes:
         prefix = self._choose(prompt, max_tokens)
         self._turn += 1
         prefix.turn = self._turn
-        common = prefix.common(prompt) if self.most else 0
+        common = reachable(prefix.cache, prefix.common(prompt)) if self.most else 0
         prefix.cache.rollback(common)
         kept = begin_text(prefix.cache, len(prompt), common)
         prefix.tokens, prefix.prompt_length = prefix.tokens[:kept], len(prompt)

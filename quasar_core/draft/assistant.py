@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quasar_core.models.base import NO_TOKEN, CausalLM
+from quasar_core.models.rollback import reachable
 
 ROOM = 1024  # positions by which its cache grows
 CHUNK = 512  # tokens of a pass over a prompt
@@ -31,7 +32,7 @@ class Assistant:
         kept = min(common, len(self._passed), len(text) - 1)
         while kept < min(len(self._passed), len(text) - 1) and self._passed[kept] == text[kept]:
             kept += 1
-        self._make_room(len(text), kept)
+        kept = self._make_room(len(text), kept)
         new = text[kept:]
         while len(new) > SHORT:
             piece = new[: min(CHUNK, len(new) - 1)]
@@ -42,13 +43,18 @@ class Assistant:
         token = choices.tokens[-1]
         return (token if token < self.vocabulary else NO_TOKEN), choices.margins[-1]
 
-    def _make_room(self, count: int, kept: int) -> None:
-        """Move the cache to the `kept` tokens; a longer text gets a new one, which is filled from the beginning."""
+    def _make_room(self, count: int, kept: int) -> int:
+        """Move the cache to the `kept` tokens; a longer text gets a new one, which is filled from the beginning.
+
+        How many of them it holds: a recurrent model's states do not go back to each.
+        """
         if self._cache is None or self._cache.capacity < count:
             self._cache = self.model.new_cache((count // ROOM + 1) * ROOM)
             known, self._passed = self._passed[:kept], []
             for begin in range(0, kept, CHUNK):
                 self.model.forward(known[begin : begin + CHUNK], self._cache, last_only=True)
             self._passed = known
+        kept = reachable(self._cache, kept)
         self._cache.rollback(kept)
         del self._passed[kept:]
+        return kept

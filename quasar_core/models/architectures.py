@@ -62,6 +62,36 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class LayerNames:
+    """Names in the files of a block's parts, and of the norm before the head."""
+
+    attention: str = "self_attn"
+    out: str = "o_proj"
+    mlp: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    gate_up: str = "gate_up_proj"  # where they are stored as one
+    last_norm: str = "norm"
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """Layers with a state in place of attention: those that `layer_types` lists so, or the option that says which.
+
+    Without either, all but one in every `period`, or all; `interval` names an option with another period, `attends`
+    one that lists the layers of attention.
+    """
+
+    kind: Literal["delta", "mamba", "conv"]
+    module: str  # in the files
+    types: tuple[str, ...] = ("linear_attention",)
+    period: int = 0
+    interval: str = ""
+    attends: str = ""
+
+
+@dataclass(frozen=True)
 class Scales:
     """Options of config.json with constant factors, by what they multiply; "" is none."""
 
@@ -86,7 +116,8 @@ class Architecture:
     centred_norms: bool = False  # what is stored is the norm's weight less 1
     head_norms: HeadNorms | None = None
     windows: Windows = Windows()
-    rotates: Literal["all", "marked", "sliding"] = "all"  # layers: all; by `no_rope_layers`; sliding where any are
+    # Layers: all; by `no_rope_layers`; sliding where any are; all or none by `position_embedding_type`.
+    rotates: Literal["all", "marked", "sliding", "named"] = "all"
     ropes_by_type: bool = False  # full and sliding layers rotate by different frequencies
     rotates_part: bool = False  # of a head: `partial_rotary_factor`
     interleaved: bool = False  # channels 2i and 2i + 1 rotate together, not i and i + D/2
@@ -97,6 +128,12 @@ class Architecture:
     scales: Scales = Scales()
     scores_cap: str = ""  # the option with the soft cap of attention's scores
     logits_cap: str = ""
+    gates_attention: bool = False  # each head's mix, by a gate that is stored behind its queries
+    recurrent: Recurrent | None = None
+    names: LayerNames = LayerNames()
+    inner_option: str = "intermediate_size"
+    eps_option: str = "rms_norm_eps"
+    aliases: Mapping[str, str] = field(default_factory=dict)  # other names of options, which count before
     blocks_differ: bool = False  # as Gemma 4's do: in head size, heads, MLP, in whose keys and values they read
     only: Mapping[str, Any] = field(default_factory=dict)  # options of which the decoder has but one value
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -348,6 +385,78 @@ ARCHITECTURES: dict[str, Architecture] = {
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
             },
+        },
+    ),
+    "Qwen3_5ForCausalLM": Architecture(
+        "qwen3_5_text",
+        "Qwen3.5, Qwen3.6, Qwen3.8, text, without experts",
+        **ATTENTION_BIASES,
+        head_norms=HeadNorms(),
+        centred_norms=True,
+        rotates_part=True,
+        gates_attention=True,
+        recurrent=Recurrent("delta", "linear_attn", period=4, interval="full_attention_interval"),
+        defaults={
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "partial_rotary_factor": 0.25,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+        },
+    ),
+    "Lfm2ForCausalLM": Architecture(
+        "lfm2",
+        "LFM2",
+        norms=BlockNorms("operator_norm", "", "ffn_norm", ""),
+        head_norms=HeadNorms(("q_layernorm", "k_layernorm")),
+        recurrent=Recurrent("conv", "conv", ("conv",), attends="full_attn_idxs"),
+        names=LayerNames(out="out_proj", mlp="feed_forward", gate="w1", up="w3", down="w2", last_norm="embedding_norm"),
+        eps_option="norm_eps",
+        aliases={"tie_embedding": "tie_word_embeddings", "block_ff_dim": "intermediate_size"},
+        defaults={
+            "norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+            "conv_bias": False,
+            "conv_L_cache": 3,
+            "block_multiple_of": 256,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": True,
+        },
+    ),
+    "GraniteMoeHybridForCausalLM": Architecture(
+        "granitemoehybrid",
+        "Granite 4, without experts",
+        **ATTENTION_BIASES,
+        rotates="named",
+        recurrent=Recurrent("mamba", "mamba", ("mamba", "linear_attention")),
+        names=LayerNames(mlp="shared_mlp", gate_up="input_linear", down="output_linear"),
+        fused=frozenset(("gate_up",)),
+        inner_option="shared_intermediate_size",
+        scales=Scales(
+            "embedding_multiplier", "residual_multiplier", "attention_multiplier", logits_divisor="logits_scaling"
+        ),
+        aliases={"layers_block_type": "layer_types"},
+        only={"num_local_experts": (0,)},
+        defaults={
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "num_local_experts": 8,
+            "shared_intermediate_size": 1024,
+            "mamba_n_heads": 128,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 256,
+            "mamba_d_head": "auto",
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "mamba_conv_bias": True,
+            "mamba_proj_bias": False,
         },
     ),
 }

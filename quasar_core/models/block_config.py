@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quasar_core.models.architectures import Architecture
+from quasar_core.models.recurrence_config import RecurrenceConfig, read_recurrence, why_not_recurrence
 from quasar_core.models.rope_options import LAYER_TYPES
 
 SLIDING = "sliding_attention"
+ATTENDING = ("full_attention", "attention")  # beside recurrent layers
 PER_LAYER = {"head_dim": "head_size", "num_key_value_heads": "kv_heads"}  # fields of blocks by options
 
 
@@ -22,6 +24,7 @@ class BlockConfig:
     inner: int  # of the MLP
     states_of: int  # the block whose keys and values it reads: itself, or an earlier one
     values_are_keys: bool = False  # before norm and rotation
+    recurrence: RecurrenceConfig | None = None  # in place of attention
 
 
 def read_blocks(row: Architecture, options: Mapping[str, Any]) -> tuple[BlockConfig, ...]:
@@ -29,6 +32,8 @@ def read_blocks(row: Architecture, options: Mapping[str, Any]) -> tuple[BlockCon
     windows = _windows(row, options, marks)
     in_use = options.get("sliding_window") is not None
     rotates = marks if row.rotates != "sliding" else tuple(w is not None or not in_use for w in windows)
+    if row.rotates == "named":
+        rotates = (options.get("position_embedding_type") == "rope",) * len(windows)
     heads = options.get("num_key_value_heads") or options["num_attention_heads"]
     blocks = tuple(
         BlockConfig(
@@ -36,11 +41,13 @@ def read_blocks(row: Architecture, options: Mapping[str, Any]) -> tuple[BlockCon
             rope=(int(row.ropes_by_type and window is not None) if rotating else None),
             head_size=head_size_of(options),
             kv_heads=heads,
-            inner=options["intermediate_size"],
+            inner=inner_size_of(row, options),
             states_of=index,
         )
         for index, (window, rotating) in enumerate(zip(windows, rotates, strict=True))
     )
+    if row.recurrent is not None:
+        return recurrent_blocks(row, options, blocks)
     return differing_blocks(options, blocks) if row.blocks_differ else blocks
 
 
@@ -64,6 +71,33 @@ def differing_blocks(options: Mapping[str, Any], blocks: Sequence[BlockConfig]) 
             changes["inner"] = block.inner * (2 if options.get("use_double_wide_mlp") else 1)
         found.append(replace(block, **changes))
     return tuple(found)
+
+
+def recurrent_blocks(
+    row: Architecture, options: Mapping[str, Any], blocks: Sequence[BlockConfig]
+) -> tuple[BlockConfig, ...]:
+    """The same, some of them with a state in place of attention."""
+    assert row.recurrent is not None
+    shape, rule, count = read_recurrence(row.recurrent.kind, options), row.recurrent, len(blocks)
+    types, attending = options.get("layer_types"), options.get(rule.attends) if rule.attends else None
+    if types:
+        chosen = [kind in rule.types for kind in types]
+    elif rule.attends:
+        chosen = [attending is not None and i not in attending for i in range(count)]
+    else:
+        period = options.get(rule.interval, rule.period) if rule.interval else rule.period
+        chosen = [not period or (i + 1) % period != 0 for i in range(count)]
+    changes: dict[str, Any] = {"recurrence": shape, "kv_heads": 0, "window": None, "rope": None}
+    return tuple(replace(block, **changes) if is_one else block for block, is_one in zip(blocks, chosen, strict=True))
+
+
+def inner_size_of(row: Architecture, options: Mapping[str, Any]) -> int:
+    size = int(options[row.inner_option])
+    if not options.get("block_auto_adjust_ff_dim"):
+        return size
+    size, multiple = 2 * size // 3, int(options["block_multiple_of"])  # LFM2
+    size = int((options.get("block_ffn_dim_multiplier") or 1) * size)
+    return -(-size // multiple) * multiple
 
 
 def head_size_of(options: Mapping[str, Any]) -> int:
@@ -119,9 +153,12 @@ def why_not_layers(row: Architecture, options: Mapping[str, Any]) -> str | None:
         if listed and len(listed) != options["num_hidden_layers"]:
             return f"config.json has {options['num_hidden_layers']} layers, and {len(listed)} {key}"
     types = set(options.get("layer_types") or ())
-    if types - set(LAYER_TYPES):
-        return f"it has no layers of the type {sorted(map(str, types - set(LAYER_TYPES)))[0]}"
-    return _why_not_windows(row, options, types)
+    if row.recurrent is not None:
+        unknown = types - {*row.recurrent.types, *ATTENDING}
+        reason = why_not_recurrence(row.recurrent.kind, options)
+    else:
+        unknown, reason = types - set(LAYER_TYPES), _why_not_windows(row, options, types)
+    return f"it has no layers of the type {min(map(str, unknown))}" if unknown else reason
 
 
 def _why_not_windows(row: Architecture, options: Mapping[str, Any], types: set[str]) -> str | None:

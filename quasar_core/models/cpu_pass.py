@@ -40,6 +40,8 @@ def why_not(decoder: LeanDecoder) -> str | None:
     if decoder.dtype not in BITS_OF:
         return f"it takes bfloat16 and float32, not {str(decoder.dtype).removeprefix('torch.')}"
     config = decoder.config
+    if config.is_recurrent or config.gates_attention:
+        return "it has no recurrent layers and no gated attention"
     sizes = {config.hidden_size, *(size for block in config.blocks for size in (block.inner, block.head_size))}
     sizes.add(config.inputs_size)
     if any(size % 16 for size in sizes):

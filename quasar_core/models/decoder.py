@@ -26,6 +26,8 @@ from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, de
 from quasar_core.models.block_config import BlockConfig
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.heads import Turn, normed
+from quasar_core.models.recurrence import Recurrence
+from quasar_core.models.recurrence_states import LayerStates
 from quasar_core.models.rope import PromptLength, RopeTables, query_growth
 
 LONGEST_TREE = 32  # nodes, in PyTorch's operations
@@ -34,10 +36,18 @@ LONGEST_TREE = 32  # nodes, in PyTorch's operations
 class DecoderCache(PromptLength):
     """Implements `models.base.KVCache`; a layer is one tensor [2, H, capacity, D], keys before values.
 
-    The positions of a head lie next to each other, so attention reads it from end to end.
+    The positions of a head lie next to each other, so attention reads it from end to end. A recurrent layer has states
+    in the place of keys and values, of which those that decoding may go back to are kept.
     """
 
-    def __init__(self, blocks: Sequence[BlockConfig], capacity: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[BlockConfig],
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        recurrences: Sequence[Recurrence | None] | None = None,
+    ) -> None:
         shapes = [(2, block.kv_heads, capacity, block.head_size) for block in blocks]
         sizes = [
             math.prod(shape) * (block.states_of == i)
@@ -46,6 +56,10 @@ class DecoderCache(PromptLength):
         parts = empty_in_huge_pages(sum(sizes), device=device, dtype=dtype).split(sizes)
         self.layers = [parts[block.states_of].view(shape) for block, shape in zip(blocks, shapes, strict=True)]
         self.addresses = (ctypes.c_void_p * len(blocks))(*(states.data_ptr() for states in self.layers))
+        self.states = [
+            None if rule is None else LayerStates(rule.empty(device, dtype))
+            for rule in recurrences or [None] * len(blocks)
+        ]
         self._length, self._capacity = 0, capacity
 
     @property
@@ -77,9 +91,26 @@ class DecoderCache(PromptLength):
 
     def rollback(self, length: int) -> None:
         """Move the length back; a length ahead of what is written is a defect of the caller."""
-        if not 0 <= length <= self._length:
+        if not 0 <= length <= self._length or self.reachable(length) < length:
             raise ValueError(f"cannot move a cache of {self._length} positions to {length}")
         self._length = length
+
+    def reachable(self, length: int) -> int:
+        """See `models/rollback.py`; any position, where no layer is recurrent."""
+        return min((states.reachable(length) for states in self.states if states is not None), default=length)
+
+    def settle(self, length: int) -> None:
+        """See `models/rollback.py`."""
+        for states in self.states:
+            if states is not None:
+                states.settled = length
+
+    def begin(self, prompt_length: int) -> int:
+        """See `TextCache`."""
+        for states in self.states:
+            if states is not None:
+                states.settled, states.prompt_length = 0, prompt_length
+        return super().begin(prompt_length)
 
 
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] → [T, out]
@@ -114,7 +145,7 @@ class DecoderLayer:
 
     shape: BlockConfig
     input_norm: torch.Tensor | None
-    qkv: Linear  # the queries of all heads, then keys, then values
+    qkv: Linear  # the queries of all heads, then keys, then values; of a recurrent layer, what its rule reads
     head_norms: torch.Tensor | None  # [H·G + H, D], of the queries' heads, then of the keys'
     out: Linear
     out_norm: torch.Tensor | None  # of what attention adds
@@ -128,11 +159,13 @@ class DecoderLayer:
     input_out: Linear | None = None
     input_out_norm: torch.Tensor | None = None
     scalar: torch.Tensor | None = None  # [1], times what the block gives
+    recurrence: Recurrence | None = None  # in place of attention
+    rates: Linear | None = None  # how fast its states fade, and how much is written to them
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Its products: four, and two of its own input."""
-        every = (self.qkv, self.out, self.gate_up, self.down, self.input_gate, self.input_out)
+        """Its products: four, one more of a delta rule, and two of its own input."""
+        every = (self.qkv, self.rates, self.out, self.gate_up, self.down, self.input_gate, self.input_out)
         return tuple(product for product in every if product is not None)
 
     @property
@@ -212,7 +245,7 @@ class LeanDecoder(CausalLM):
         self.norm, self.head, self.ropes, self.inputs = norm, head, tuple(ropes), inputs
         self.fast: FastPass | None = None  # runs the passes of decoding, where there is one
         self.source: LayerSource = AllThere(len(self.layers))
-        self._sights = {(block.window, block.kv_heads) for block in config.blocks}
+        self._sights = {(block.window, block.kv_heads) for block in config.blocks if block.recurrence is None}
         rounded = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
         self.embedding_scale = rounded if config.rounds_embedding_scale else config.embedding_scale
 
@@ -242,7 +275,8 @@ class LeanDecoder(CausalLM):
         """A cache for this model, and for any model of the same shape."""
         for rope in self.ropes:
             rope.reach(capacity)
-        cache = DecoderCache(self.config.blocks, capacity, self.device, self.dtype)
+        recurrences = [layer.recurrence for layer in self.layers]
+        cache = DecoderCache(self.config.blocks, capacity, self.device, self.dtype, recurrences)
         cache.limit = self.ropes[0].limit
         return cache
 
@@ -254,6 +288,8 @@ class LeanDecoder(CausalLM):
     @property
     def longest_tree(self) -> int:
         """Nodes of a tree that passes at once; 0 where none does."""
+        if self.config.is_recurrent:
+            return 0  # states follow one text
         return LONGEST_TREE if self.fast is None else self.fast.longest_tree
 
     @steered
@@ -338,9 +374,12 @@ class LeanDecoder(CausalLM):
         self, index: int, hidden: torch.Tensor, given: torch.Tensor | None, cache: DecoderCache, place: _Place
     ) -> None:
         """Add to the residual stream what a block gives."""
-        layer, states = self.layers[index], cache.layers[index]
+        layer, states = self.layers[index], cache.states[index]
         x = self._normed(hidden, layer.input_norm)
-        self._add(hidden, self._attention(layer, x, states, place), layer.out_norm)
+        if states is None:
+            self._add(hidden, self._attention(layer, x, cache.layers[index], place), layer.out_norm)
+        else:
+            self._add(hidden, self._recur(layer, x, states, place.start), layer.out_norm)
         x = self._normed(hidden, layer.mlp_norm)
         self._add(hidden, self._mlp(layer, x), layer.down_norm)
         if given is not None:
@@ -397,7 +436,7 @@ class LeanDecoder(CausalLM):
     def _attention(self, layer: DecoderLayer, x: torch.Tensor, states: torch.Tensor, place: _Place) -> torch.Tensor:
         """Write the pass's keys and values into the layer's states [2, H, capacity, D], and attend over them."""
         config, shape = self.config, layer.shape
-        heads = layer.qkv(x).view(x.shape[0], -1, shape.head_size)  # [T, H·G + 2·H, D]
+        heads, gates = self.heads(layer, layer.qkv(x))
         tables, turn = None if shape.rope is None else place.tables[shape.rope], self.turn(layer)
         if layer.shares:
             queries = turn(heads, tables)
@@ -409,7 +448,22 @@ class LeanDecoder(CausalLM):
         if place.growth is not None:
             queries = queries * place.growth
         mask = place.masks[shape.window, shape.kv_heads]
-        return layer.out(attend(queries, states, mask, config.scores_scale, config.scores_cap))
+        mixed = attend(queries, states, mask, config.scores_scale, config.scores_cap)
+        return layer.out(mixed if gates is None else mixed * gates.sigmoid())
+
+    def heads(self, layer: DecoderLayer, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries, keys and values [T, H·G + 2·H, D], and what gates each head's mix [T, H·G·D], where it is gated."""
+        size, count = layer.shape.head_size, self.config.num_heads
+        if not self.config.gates_attention:
+            return projected.view(len(projected), -1, size), None
+        gated, rest = projected.split([2 * count * size, projected.shape[-1] - 2 * count * size], -1)
+        queries, gates = gated.view(-1, count, 2 * size).split(size, -1)
+        return torch.cat((queries, rest.view(len(rest), -1, size)), 1), gates.flatten(1)
+
+    def _recur(self, layer: DecoderLayer, x: torch.Tensor, states: LayerStates, start: int) -> torch.Tensor:
+        assert layer.recurrence is not None
+        rates = None if layer.rates is None else layer.rates(x)
+        return layer.out(layer.recurrence(layer.qkv(x), rates, states, start))
 
     def turn(self, layer: DecoderLayer) -> Turn:
         """How a layer norms and rotates its queries and keys."""

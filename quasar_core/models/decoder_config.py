@@ -9,10 +9,19 @@ from math import inf
 from typing import Any
 
 from quasar_core.errors import QuasarError
-from quasar_core.models.architectures import ACTIVATIONS, ARCHITECTURES, Architecture, BlockNorms, HeadNorms, Switch
+from quasar_core.models.architectures import (
+    ACTIVATIONS,
+    ARCHITECTURES,
+    Architecture,
+    BlockNorms,
+    HeadNorms,
+    LayerNames,
+    Switch,
+)
 from quasar_core.models.block_config import (
     BlockConfig,
     head_size_of,
+    inner_size_of,
     inputs_size_of,
     read_blocks,
     why_not_differing,
@@ -48,15 +57,19 @@ WITHOUT_EFFECT = frozenset(
         "id2label",
         "initializer_range",
         "is_encoder_decoder",
+        "mamba_chunk_size",
         "moe_intermediate_size",
         "num_experts",
+        "num_experts_per_tok",
         "label2id",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "pad_token_id",
         "pretraining_tp",
         "problem_type",
         "return_dict",
+        "router_aux_loss_coef",
         "top_k_experts",
         "transformers_version",
         "use_cache",
@@ -80,6 +93,22 @@ _OPTION_TYPES: dict[str, Any] = {
             "num_kv_shared_layers",
             "hidden_size_per_layer_input",
             "vocab_size_per_layer_input",
+            "full_attention_interval",
+            "linear_conv_kernel_dim",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "conv_L_cache",
+            "block_multiple_of",
+            "block_ff_dim",
+            "shared_intermediate_size",
+            "mamba_n_heads",
+            "mamba_n_groups",
+            "mamba_d_state",
+            "mamba_d_conv",
+            "mamba_expand",
+            "num_local_experts",
         ),
         _WHOLE,
     ),
@@ -96,6 +125,8 @@ _OPTION_TYPES: dict[str, Any] = {
             "query_pre_attn_scalar",
             "attn_logit_softcapping",
             "final_logit_softcapping",
+            "norm_eps",
+            "block_ffn_dim_multiplier",
         ),
         _NUMBER,
     ),
@@ -109,6 +140,11 @@ _OPTION_TYPES: dict[str, Any] = {
             "use_sliding_window",
             "attention_k_eq_v",
             "use_double_wide_mlp",
+            "conv_bias",
+            "block_auto_adjust_ff_dim",
+            "tie_embedding",
+            "mamba_conv_bias",
+            "mamba_proj_bias",
         ),
         _SWITCH,
     ),
@@ -117,6 +153,11 @@ _OPTION_TYPES: dict[str, Any] = {
     "hidden_activation": str | None,
     "layer_types": list[str] | None,
     "no_rope_layers": list[int] | None,
+    "full_attn_idxs": list[int] | None,
+    "layers_block_type": list[str] | None,
+    "mamba_d_head": int | str | None,
+    "position_embedding_type": str | None,
+    "time_step_limit": list | None,
     "rope_scaling": dict | None,
     "rope_parameters": dict | None,
 }
@@ -146,6 +187,9 @@ class DecoderConfig:
     gated: bool
     activation: str
     fused: frozenset[str]
+    names: LayerNames
+    gates_attention: bool
+    recurrent_module: str  # the name in the files of layers with a state
     embedding_scale: float
     rounds_embedding_scale: bool  # to the weights' dtype
     residual_scale: float
@@ -173,12 +217,12 @@ class DecoderConfig:
             architecture=name,
             vocab_size=options["vocab_size"],
             hidden_size=options["hidden_size"],
-            intermediate_size=options["intermediate_size"],
+            intermediate_size=inner_size_of(row, options),
             num_layers=options["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=options.get("num_key_value_heads") or heads,
             head_size=head_size_of(options),
-            eps=options.get("rms_norm_eps", 1e-6),
+            eps=options.get(row.eps_option, 1e-6),
             max_positions=options["max_position_embeddings"],
             tied=options.get("tie_word_embeddings", False),
             qkv_bias=_is_on(row.qkv_bias, options),
@@ -190,6 +234,9 @@ class DecoderConfig:
             gated=row.gated,
             activation=_activation(row, options),
             fused=row.fused,
+            names=row.names,
+            gates_attention=row.gates_attention,
+            recurrent_module=row.recurrent.module if row.recurrent else "",
             **_scales(row, options),
             inputs_size=(inputs := inputs_size_of(row, options)),
             inputs_vocab=options["vocab_size_per_layer_input"] if inputs else 0,
@@ -203,6 +250,11 @@ class DecoderConfig:
         return tuple(block.window for block in self.blocks)
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether some blocks have a state in place of attention."""
+        return any(block.recurrence is not None for block in self.blocks)
+
+    @property
     def blocks_are_scaled(self) -> bool:
         """Whether what a block gives is multiplied by a stored number."""
         return ARCHITECTURES[self.architecture].blocks_differ
@@ -210,7 +262,8 @@ class DecoderConfig:
     @property
     def can_be_smoothed(self) -> bool:
         """Whether norms stand before their readers alone and linearly, and all layers are stored apart."""
-        return self.gated and self.norms == BlockNorms() and not self.centred_norms and not self.fused
+        plain = self.gated and not self.centred_norms and not self.fused and not self.is_recurrent
+        return plain and self.norms == BlockNorms()
 
 
 def complete(row: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,6 +271,7 @@ def complete(row: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in config.items() if value is not None or key != "rope_parameters"}
     if given.get("rope_scaling"):
         given.setdefault("rope_parameters", None)
+    given |= {name: given[other] for other, name in row.aliases.items() if given.get(other) is not None}
     return {**row.defaults, **given}
 
 
@@ -226,14 +280,14 @@ def why_not_lean(config: Mapping[str, Any]) -> str | None:
     name = (config.get("architectures") or ["no architecture"])[0]
     if name not in ARCHITECTURES:
         return f"{name} is not in its table of architectures"
-    missing = [key for key in REQUIRED if not config.get(key)]
+    row = ARCHITECTURES[name]
+    options = complete(row, config)
+    missing = [key for key in REQUIRED if not options.get(key)]
     if missing:
         return f"config.json has no {missing[0]}"
     wrong = wrong_option(config)
     if wrong:
         return f"in its config.json {wrong}"
-    row = ARCHITECTURES[name]
-    options = complete(row, config)
     differing = why_not_differing(row, options) if row.blocks_differ else None
     return differing or _why_not_options(name, options) or why_not_layers(row, options) or why_not_rope(row, options)
 

@@ -32,9 +32,11 @@ from quasar_core.models.linear import (
     head_norm_shapes,
     head_product,
     inputs_product,
+    recurrent_shapes,
     stored_shapes,
     xielu_names,
 )
+from quasar_core.models.recurrence import Recurrence
 from quasar_core.models.rope import RopeTables
 from quasar_core.models.streaming import StreamedWeights
 from quasar_core.models.upload import Upload
@@ -181,6 +183,20 @@ class Filling:
             self._waiting.setdefault(name, []).append(place)
         return whole
 
+    def vector(self, name: str, *shape: int) -> torch.Tensor:
+        """A few numbers that a rule computes with, in float32."""
+        self.files.check_shape(name, shape)
+        whole = torch.empty(*shape, device=self.device)
+        self._waiting[name] = [whole]
+        return whole
+
+    def taps(self, name: str, channels: int, count: int) -> torch.Tensor:
+        """A convolution's weight [channels, 1, count] as [count, channels], in float32."""
+        self.files.check_shape(name, (channels, 1, count))
+        whole = torch.empty(count, channels, device=self.device)
+        self._waiting[name] = [whole.T[:, None]]
+        return whole
+
     def number(self, name: str) -> torch.Tensor:
         """One stored number [1]."""
         return self.tensor([name], [1])
@@ -255,7 +271,7 @@ def _build(config: DecoderConfig, filling: Filling, make: Callable[[Product, Den
     shared = config.tied and EMBEDDING not in filling.files  # by the head's name alone, as transformers 4 wrote many
     embedding = filling.tensor([f"{HEAD}.weight" if shared else EMBEDDING], [config.vocab_size], config.hidden_size)
     layers = [_build_layer(config, index, filling, make) for index in range(config.num_layers)]
-    norm = filling.norm("model.norm.weight", config.hidden_size)
+    norm = filling.norm(f"model.{config.names.last_norm}.weight", config.hidden_size)
     own_head: Dense = (lambda _: DenseLinear(embedding)) if config.tied else filling.linear
     head = make(head_product(config), own_head)
     ropes = [RopeTables(rope, filling.device, filling.dtype) for rope in config.ropes]
@@ -296,8 +312,30 @@ def _build_layer(
         activation=filling.xielu(index) if config.activation == "xielu" else None,
         shares=block.states_of != index,
         scalar=filling.number(f"{prefix}.layer_scalar") if config.blocks_are_scaled else None,
+        recurrence=_build_recurrence(config, index, filling),
         **norms,
         **products,
+    )
+
+
+def _build_recurrence(config: DecoderConfig, index: int, filling: Filling) -> Recurrence | None:
+    """The rule of a recurrent layer, its weights in float32 and by their last names in the files."""
+    shape = config.blocks[index].recurrence
+    if shape is None:
+        return None
+    prefix = f"model.layers.{index}.{config.recurrent_module}."
+    stored = recurrent_shapes(config, index)
+    parts = {name.removeprefix(prefix): filling.vector(name, *size) for name, size in stored.items() if len(size) == 1}
+    conv = "conv" if shape.kind == "conv" else "conv1d"
+    return Recurrence(
+        shape,
+        config.eps,
+        taps=filling.taps(f"{prefix}{conv}.weight", shape.channels, shape.taps),
+        bias=parts.get(f"{conv}.bias"),
+        fading=parts.get("A_log"),
+        step_bias=parts.get("dt_bias"),
+        passed_by=parts.get("D"),
+        norm=parts.get("norm.weight"),
     )
 
 

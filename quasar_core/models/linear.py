@@ -12,6 +12,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.decoder import DenseLinear, FusedLinear, Linear
 from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.recurrence_config import RecurrenceConfig
 from quasar_core.records import Progress, no_progress
 
 
@@ -38,28 +39,64 @@ def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
     def product(names: str, rows: tuple[int, ...], columns: int, bias: bool) -> Product:
         return Product(tuple(f"model.layers.{index}.{name}" for name in names.split()), rows, columns, bias)
 
+    names = config.names
+    attention, mlp = names.attention, names.mlp
     values = "k_proj" if block.values_are_keys else "v_proj"  # such rows stand twice: a few thousandths of a model
-    names = f"self_attn.q_proj self_attn.k_proj self_attn.{values}"
-    qkv = product(names, (queries, states, states), hidden, config.qkv_bias)
+    read = f"{attention}.q_proj {attention}.k_proj {attention}.{values}"
+    gated = 2 * queries if config.gates_attention else queries
+    qkv = product(read, (gated, states, states), hidden, config.qkv_bias)
     if block.states_of != index:
-        qkv = product("self_attn.q_proj", (queries,), hidden, config.qkv_bias)
+        qkv = product(f"{attention}.q_proj", (queries,), hidden, config.qkv_bias)
     if "qkv" in config.fused:
-        qkv = product("self_attn.qkv_proj", (queries + 2 * states,), hidden, config.qkv_bias)
-    up = product("mlp.gate_proj mlp.up_proj", (inner, inner), hidden, config.mlp_bias)
+        qkv = product(f"{attention}.qkv_proj", (queries + 2 * states,), hidden, config.qkv_bias)
+    up = product(f"{mlp}.{names.gate} {mlp}.{names.up}", (inner, inner), hidden, config.mlp_bias)
     if "gate_up" in config.fused:
-        up = product("mlp.gate_up_proj", (2 * inner,), hidden, config.mlp_bias)
+        up = product(f"{mlp}.{names.gate_up}", (2 * inner,), hidden, config.mlp_bias)
     elif not config.gated:
-        up = product("mlp.up_proj", (inner,), hidden, config.mlp_bias)
+        up = product(f"{mlp}.{names.up}", (inner,), hidden, config.mlp_bias)
     products = {
         "qkv": qkv,
-        "out": product("self_attn.o_proj", (hidden,), queries, config.out_bias),
+        "out": product(f"{attention}.{names.out}", (hidden,), queries, config.out_bias),
         "gate_up": up,
-        "down": product("mlp.down_proj", (hidden,), inner, config.mlp_bias),
+        "down": product(f"{mlp}.{names.down}", (hidden,), inner, config.mlp_bias),
     }
+    if block.recurrence is not None:
+        prefix = f"model.layers.{index}.{config.recurrent_module}"
+        products |= recurrent_products(block.recurrence, prefix, hidden)
     if config.inputs_size:
         products["input_gate"] = product("per_layer_input_gate", (config.inputs_size,), hidden, False)
         products["input_out"] = product("per_layer_projection", (hidden,), config.inputs_size, False)
     return products
+
+
+def recurrent_products(shape: RecurrenceConfig, prefix: str, hidden: int) -> dict[str, Product]:
+    """The products of a recurrent layer, by their field in `DecoderLayer`."""
+    heads, values = shape.value_heads, shape.values
+    out = Product((f"{prefix}.out_proj",), (hidden,), values, shape.bias)
+    if shape.kind == "delta":
+        read = Product((f"{prefix}.in_proj_qkv", f"{prefix}.in_proj_z"), (shape.channels, values), hidden, False)
+        rates = Product((f"{prefix}.in_proj_b", f"{prefix}.in_proj_a"), (heads, heads), hidden, False)
+        return {"qkv": read, "rates": rates, "out": out}
+    rows = 3 * values if shape.kind == "conv" else values + shape.channels + heads
+    return {"qkv": Product((f"{prefix}.in_proj",), (rows,), hidden, shape.bias), "out": out}
+
+
+def recurrent_shapes(config: DecoderConfig, index: int) -> dict[str, tuple[int, ...]]:
+    """The weights of a recurrent layer beside its products, by their names in the files."""
+    shape = config.blocks[index].recurrence
+    if shape is None:
+        return {}
+    prefix = f"model.layers.{index}.{config.recurrent_module}"
+    conv = f"{prefix}.conv" if shape.kind == "conv" else f"{prefix}.conv1d"
+    found: dict[str, tuple[int, ...]] = {f"{conv}.weight": (shape.channels, 1, shape.taps)}
+    if shape.conv_bias:
+        found[f"{conv}.bias"] = (shape.channels,)
+    if shape.kind != "conv":
+        found |= dict.fromkeys((f"{prefix}.A_log", f"{prefix}.dt_bias"), (shape.value_heads,))
+        found[f"{prefix}.norm.weight"] = (shape.value_size if shape.kind == "delta" else shape.values,)
+    if shape.kind == "mamba":
+        found[f"{prefix}.D"] = (shape.value_heads,)
+    return found
 
 
 def inputs_product(config: DecoderConfig) -> Product:
@@ -183,7 +220,7 @@ def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     hidden = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
+        f"model.{config.names.last_norm}.weight": (hidden,),
     }
     for product in [*all_block_products(config), *([] if config.tied else [head_product(config)])]:
         for name, rows in zip(product.names, product.rows, strict=True):
@@ -203,6 +240,7 @@ def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}.post_per_layer_input_norm.weight"] = (hidden,)
         shapes |= {f"{prefix}.{name}.weight": (hidden,) for name in config.norms.names}
         shapes |= head_norm_shapes(config, index)
+        shapes |= recurrent_shapes(config, index)
         if config.activation == "xielu":
             shapes |= dict.fromkeys(xielu_names(index), (1,))
     return shapes
@@ -210,12 +248,13 @@ def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 def head_norm_shapes(config: DecoderConfig, index: int) -> dict[str, tuple[int]]:
     """The norms of a block's queries and keys."""
-    if config.head_norms is None:
+    if config.head_norms is None or config.blocks[index].recurrence is not None:
         return {}
     block, whole = config.blocks[index], config.head_norms.whole_rows
     kinds = 2 if block.states_of == index else 1
+    prefix = f"model.layers.{index}.{config.names.attention}"
     heads = (config.num_heads, block.kv_heads)[:kinds] if whole else (1, 1)[:kinds]
-    names = [f"model.layers.{index}.self_attn.{name}.weight" for name in config.head_norms.names[:kinds]]
+    names = [f"{prefix}.{name}.weight" for name in config.head_norms.names[:kinds]]
     return {name: (count * block.head_size,) for name, count in zip(names, heads, strict=True)}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.library import why_not_here
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import cpu_pass, lean_weights
@@ -19,11 +20,29 @@ from quasar_core.models.base import CausalLM, FastPass
 from quasar_core.models.cuda import graph_pass
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.hf import causal_lm
+from quasar_core.models.hf.cache import recurrent_layers_of
 from quasar_core.models.hf.causal_lm import TransformersLM
 from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.offload import OffloadPlan
 from quasar_core.models.streaming import LayerStream
 from quasar_core.records import Progress, no_progress
+
+
+def recurrent_layers_in(folder: Path, trust_remote_code: bool = False) -> str | None:
+    """What kind of layers of a model keep a state that cannot be moved back; our own decoder moves all of them."""
+    if why_folder_not_lean(folder) is None:
+        return None
+    return recurrent_layers_of(folder, trust_remote_code)
+
+
+def refuse_drafts(name: str, folder: Path, trust_remote_code: bool = False) -> None:
+    """QuasarError, before any work, for a verifier or drafts where the model cannot go back."""
+    kind = recurrent_layers_in(folder, trust_remote_code)
+    if kind is not None:
+        raise QuasarError(
+            f"{name} has {kind}, whose state cannot be moved back to an earlier token, so neither a verifier nor "
+            "drafts are of use to it: generate plainly, with --verify full --draft none."
+        )
 
 
 def attach(decoder: LeanDecoder, progress: Progress = no_progress) -> str:

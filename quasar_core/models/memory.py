@@ -5,6 +5,7 @@
 Letters: T tokens of a pass, H hidden size, I inner size of the MLP, V vocabulary, D head size.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
-from quasar_core.models.linear import Product, block_products, head_product, inputs_product
+from quasar_core.models.linear import Product, block_products, head_product, inputs_product, recurrent_shapes
+from quasar_core.models.recurrence_states import REACH
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import read_headers
 
 PROMPT_CHUNK = 2048  # tokens of a prompt's pass on a GPU
 LONGEST_PASS = 40  # tokens of the longest recorded pass: a confirm of the longest window takes 33
+ANCHORS = 5  # states of a layer that a cache keeps: of the prompt's end, of a window's and a pass's ends, a new one
 SMALLEST_CONTEXT = 1024  # tokens: what a cache is made for at least
 STEP = 256  # tokens: contexts that are advised are a multiple of it
 
@@ -49,7 +52,7 @@ def pair_need(
     if why_folder_not_lean(folder):
         return None
     config = tied_as_stored(DecoderConfig.parse(read_config(folder)), TensorFiles(folder))
-    plain = sum(tensor_elements(config).values()) * dtype.itemsize
+    plain = sum(tensor_elements(config).values()) * dtype.itemsize + rule_bytes(config)
     target = plain if use_target else 0
     verifier = 0
     if checkpoint is not None:
@@ -68,6 +71,7 @@ def tensor_elements(config: DecoderConfig) -> dict[str, int]:
         norms += sum(
             (config.num_heads + block.kv_heads * (block.states_of == index)) * block.head_size
             for index, block in enumerate(config.blocks)
+            if block.recurrence is None
         )
     return {
         "embedding": config.vocab_size * config.hidden_size,
@@ -127,7 +131,25 @@ def workspace_bytes(config: DecoderConfig, dtype: torch.dtype, models: int) -> i
     inner = max(block.inner for block in config.blocks)
     chunk = PROMPT_CHUNK * (3 * config.hidden_size + max(4 * inner, 3 * wide)) * dtype.itemsize
     logits = LONGEST_PASS * config.vocab_size * (2 * dtype.itemsize + torch.float32.itemsize)
-    return chunk + models * logits
+    return chunk + models * logits + state_bytes(config, dtype)
+
+
+def rule_bytes(config: DecoderConfig) -> int:
+    """What recurrent layers hold beside their products, in float32."""
+    shapes = (shape for index in range(config.num_layers) for shape in recurrent_shapes(config, index).values())
+    return sum(4 * math.prod(shape) for shape in shapes)
+
+
+def state_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """States of recurrent layers that a cache keeps: anchors, and the inputs of the tokens behind them."""
+    total = 0
+    for block in config.blocks:
+        if block.recurrence is not None:
+            window, matrices = block.recurrence.state_elements
+            channels, rates = block.recurrence.journal_elements
+            total += ANCHORS * (window * dtype.itemsize + 4 * matrices)
+            total += 2 * REACH * (channels * dtype.itemsize + 4 * rates)
+    return total
 
 
 def require_room(need: MemoryNeed, alone: MemoryNeed | None, device: torch.device, tokens: int) -> str:

@@ -23,7 +23,7 @@ class CacheView(DecoderCache):
 
     def __init__(self, whole: DecoderCache, kept: Sequence[int]) -> None:
         self._source, self.limit = whole, whole.limit
-        self.layers = [whole.layers[i] for i in kept]
+        self.layers, self.states = [whole.layers[i] for i in kept], [whole.states[i] for i in kept]
         self.addresses = (ctypes.c_void_p * len(kept))(*(states.data_ptr() for states in self.layers))
         self._capacity = whole.capacity
         self.move(whole.length)

@@ -45,7 +45,8 @@ class Upload:
 
     def copy(self, place: torch.Tensor, stored: torch.Tensor) -> None:
         """Copy a stored tensor to its place, of another dtype perhaps; shapes that differ are broadcast at once."""
-        if place.shape != stored.shape or stored.device.type != "cpu" or not stored.is_contiguous():
+        as_they_lie = place.is_contiguous() and stored.is_contiguous()
+        if place.shape != stored.shape or stored.device.type != "cpu" or not as_they_lie:
             place.copy_(stored)
             return
         piece = max(PIECE_BYTES // stored.itemsize, 1)

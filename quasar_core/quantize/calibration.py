@@ -22,7 +22,7 @@ from quasar_core.decode.text import render, text_of
 from quasar_core.errors import QuasarError, UsageError, foreign_errors
 from quasar_core.files import is_file, opened, parse_json, read_text, require_characters
 from quasar_core.models.base import refuse_odd_logits
-from quasar_core.models.hf.cache import PreallocatedCache
+from quasar_core.models.hf.cache import PreallocatedCache, RecurrentCache, recurrent_layers
 from quasar_core.quantize.malloc import return_freed_memory
 from quasar_core.quantize.text_log import TextLog
 from quasar_core.records import Progress, no_progress
@@ -138,11 +138,14 @@ def _finished_batch(
     report: Callable[[int], None],
 ) -> torch.Tensor:
     """Return one batch [count, length], read where an earlier run has written it."""
+    recurrent = recurrent_layers(model.config) is not None
     if log is None:
         return _write_batch(model, turns, count, length, generator, greedy_from, log, report)
     tokens = log.finished()
     if tokens is None:
-        tokens = _write_batch(model, turns, count, length, generator, greedy_from, log, report)
+        # States of recurrent layers are too large to be kept every few seconds: such a batch is written at one go.
+        within = None if recurrent else log
+        tokens = _write_batch(model, turns, count, length, generator, greedy_from, within, report)
         log.finish(tokens)
     return tokens
 
@@ -159,8 +162,8 @@ def _write_batch(
 ) -> torch.Tensor:
     """Write one batch [count, length]: every row gets a token a step, sampled or forced by the template."""
     conversation = _Conversations(turns, count)
-    cache = PreallocatedCache(model.config.get_text_config().num_hidden_layers, length)
-    written = log.resume(cache, generator) if log else []
+    cache = _new_cache(model, length)
+    written = log.resume(cache, generator) if log and isinstance(cache, PreallocatedCache) else []
     if written:
         for tokens in written[len(turns.opening) if turns else 1 :]:
             conversation.direct(tokens[:, 0])
@@ -179,12 +182,19 @@ def _write_batch(
             chosen = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
         written.append(conversation.direct(chosen)[:, None])
         logits = _next_logits(model, written[-1], cache)
-        if log:
+        if log and isinstance(cache, PreallocatedCache):
             log.keep(written, cache, generator)
         if len(written) % STEPS_BETWEEN_RETURNS == 0:
             return_freed_memory()
         report(count * len(written))
     return torch.cat(written, dim=1).cpu()
+
+
+def _new_cache(model: PreTrainedModel, length: int) -> PreallocatedCache | RecurrentCache:
+    """Make what holds the rows' keys and values, or the states of recurrent layers."""
+    if recurrent_layers(model.config):
+        return RecurrentCache(model.config, length)
+    return PreallocatedCache(model.config.get_text_config().num_hidden_layers, length)
 
 
 def _opening(model: PreTrainedModel, turns: TurnTokens | None, count: int, generator: torch.Generator) -> torch.Tensor:
@@ -195,7 +205,9 @@ def _opening(model: PreTrainedModel, turns: TurnTokens | None, count: int, gener
     return torch.randint(vocab, (count, 1), generator=generator, device=model.device)
 
 
-def _next_logits(model: PreTrainedModel, inputs: torch.Tensor, cache: PreallocatedCache) -> torch.Tensor:
+def _next_logits(
+    model: PreTrainedModel, inputs: torch.Tensor, cache: PreallocatedCache | RecurrentCache
+) -> torch.Tensor:
     """Pass the next token of each row, [B, 1], and return float32 logits [B, V]."""
     return model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[:, -1].float()  # type: ignore[no-any-return]
 

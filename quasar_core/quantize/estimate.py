@@ -31,8 +31,8 @@ from quasar_core.system import LoadMeter, free_disk, free_memory
 from quasar_core.timing import time_one, timed
 
 # Layers that read what another one reads: Hessian and factor are the other's.
-SHARED = ("k_proj", "v_proj", "up_proj")
-INTO_STREAM = ("o_proj", "down_proj")
+SHARED = ("k_proj", "v_proj", "up_proj", "in_proj_z", "w3")
+INTO_STREAM = ("o_proj", "out_proj", "down_proj", "w2", "output_linear")
 # The solver's work on a layer, in products [in, in] × [in, out]; and its scale search, in multiply-adds a weight.
 SOLVER_PRODUCTS, SEARCH_OPERATIONS = 8, 400
 # As measured on the demo model and the small Llama: in multiply-adds of a product, a key or value that a single token

@@ -65,9 +65,6 @@ QUANTIZED: dict[str, Callable[[], Any]] = {
     "gptj": lambda: make("GPTJ", rotary_dim=16, **OLD_SIZES),
     "gptneox": lambda: make("GPTNeoX", **TEXT, **BLOCKS, intermediate_size=64, max_position_embeddings=128),
     "gemma3, vision": gemma3_with_vision,
-}
-
-RECURRENT: dict[str, Callable[[], Any]] = {
     "lfm2": lambda: make("Lfm2", **SIZES, layer_types=["conv", "full_attention"]),
     "lfm2, dynamic": lambda: make(
         "Lfm2",
@@ -78,6 +75,18 @@ RECURRENT: dict[str, Callable[[], Any]] = {
     "qwen3.5": lambda: make(
         "Qwen3_5", **SIZES, **LINEAR, head_dim=32, layer_types=["linear_attention", "full_attention"]
     ),
+    "granite 4": lambda: make(
+        "GraniteMoeHybrid",
+        **SIZES,
+        shared_intermediate_size=64,
+        num_local_experts=0,
+        mamba_n_heads=8,
+        mamba_d_state=16,
+        mamba_chunk_size=8,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+}
+RECURRENT: dict[str, Callable[[], Any]] = {
     "falcon-h1": lambda: make(
         "FalconH1", **SIZES, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1
     ),

@@ -9,7 +9,9 @@ import torch
 import transformers
 from helpers.decoder_cases import (
     CPU,
+    DELTA,
     FLOAT,
+    MAMBA,
     SIZES,
     YARN,
     assert_close,
@@ -34,6 +36,30 @@ SLIDING = ["full_attention", "sliding_attention"] * 2
 # Another value than SIZES have for each option that a row may read; sizes themselves are in the shapes of the weights.
 OTHER: dict[str, Any] = {
     "attention_bias": True,
+    "block_auto_adjust_ff_dim": False,
+    "block_ffn_dim_multiplier": 2.0,
+    "block_multiple_of": 32,
+    "conv_L_cache": 5,
+    "conv_bias": True,
+    "full_attn_idxs": [0, 2],
+    "norm_eps": 0.1,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 48,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_value_head_dim": 48,
+    "mamba_conv_bias": False,
+    "mamba_d_conv": 3,
+    "mamba_d_head": 32,
+    "mamba_d_state": 24,
+    "mamba_expand": 4,
+    "mamba_n_groups": 2,
+    "mamba_n_heads": 4,
+    "mamba_proj_bias": True,
+    "num_local_experts": 2,
+    "position_embedding_type": "rope",
+    "shared_intermediate_size": 48,
+    "time_step_limit": [0.5, 1.0],
     "head_dim": 32,
     "hidden_act": "gelu",
     "hidden_activation": "silu",
@@ -66,8 +92,13 @@ OTHER: dict[str, Any] = {
     "tie_word_embeddings": True,
     "use_sliding_window": True,
 }
-# Of classes whose own values would be gigabytes.
-SMALL = {"Gemma4": {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 96, "global_head_dim": 32}}
+# Of classes whose own values would be gigabytes, or more than the decoder runs.
+SMALL: dict[str, dict[str, Any]] = {
+    "GraniteMoeHybrid": {**MAMBA, "num_experts_per_tok": 1},
+    "Qwen3_5": DELTA,
+    "Lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "Gemma4": {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 96, "global_head_dim": 32},
+}
 # Keys that no class names, but that transformers keeps and reads in masks, caches and rotary embeddings.
 SHARED: dict[str, Any] = {
     "attention_chunk_size": 8,

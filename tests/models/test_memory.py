@@ -24,6 +24,7 @@ def held_bytes(decoder: LeanDecoder) -> int:
     if decoder.inputs:
         tensors += [decoder.inputs.embedding, decoder.inputs.projection.weight, decoder.inputs.norm]  # type: ignore[attr-defined]
     for layer in decoder.layers:
+        tensors += layer.recurrence.weights if layer.recurrence else ()
         tensors += [*layer.norms, *(part for part in (layer.activation, layer.scalar) if part is not None)]
     for product in (*(product for layer in decoder.layers for product in layer.linears), decoder.head):
         if isinstance(product, DenseLinear):

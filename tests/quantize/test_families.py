@@ -143,7 +143,7 @@ def test_recurrent_layers_generate_plainly_and_nothing_else(name: str, tmp_path:
 
 
 def test_recurrent_layers_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = save_family(tmp_path / "m", RECURRENT["lfm2"])
+    model = save_family(tmp_path / "m", RECURRENT["falcon-h1"])
     command = ["generate", "--model", str(tmp_path / "m"), "--raw", "--prompt", "abcabc", "--max-new-tokens", "8"]
     command += ["--dtype", "float32", "--json", "--verify", "full"]
     assert run([*command, "--draft", "none"]) == 0

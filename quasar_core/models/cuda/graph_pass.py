@@ -36,6 +36,8 @@ SHORTEST_BUCKET, GROWTH = 1024, 4
 
 def why_not(decoder: LeanDecoder) -> str | None:
     """Why a decoder's passes cannot be recorded, or None where they can."""
+    if decoder.config.is_recurrent or decoder.config.gates_attention:
+        return "states of recurrent layers and gates of attention are not recorded"
     if any(rope.limit is not None for rope in decoder.ropes):
         return "its rotary embedding depends on where a pass ends"
     if any(layer.choice.kernel.name == "reference" for layer in decoder.packed_layers):

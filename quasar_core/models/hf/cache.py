@@ -1,8 +1,8 @@
 """Caches for models that run through transformers: preallocated keys and values, or a recurrent state.
 
 Rolling back moves a length. A layer that two models write is a layer of one buffer: whoever passed last wrote it.
-A recurrent state cannot be moved back, so such models take no drafts and no verifier. They generate plainly, one token
-a pass, as transformers does: `--verify full --draft none`.
+A recurrent state cannot be moved back here, so such models take no drafts and no verifier. They generate plainly, one
+token a pass, as transformers does: `--verify full --draft none`.
 Letters: B batch (1 when generating), H key-value heads, D head size.
 """
 
@@ -166,16 +166,6 @@ def recurrent_layers(config: PretrainedConfig) -> str | None:
 def recurrent_layers_of(folder: Path, trust_remote_code: bool = False) -> str | None:
     """The same of a model's folder."""
     return recurrent_layers(read_model_config(folder, trust_remote_code))
-
-
-def refuse_drafts(name: str, folder: Path, trust_remote_code: bool = False) -> None:
-    """QuasarError, before any work, for a verifier or drafts where the model cannot go back."""
-    kind = recurrent_layers_of(folder, trust_remote_code)
-    if kind is not None:
-        raise QuasarError(
-            f"{name} has {kind}, whose state cannot be moved back to an earlier token, so neither a verifier nor "
-            "drafts are of use to it: generate plainly, with --verify full --draft none."
-        )
 
 
 class RecurrentCache(DynamicCache):

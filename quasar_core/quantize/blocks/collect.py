@@ -119,7 +119,8 @@ def expert_stages(name: str, experts: SeparateExperts) -> list[Stage]:
     return found
 
 
-STREAM_LAYERS = ("o_proj", "down_proj")  # by the last part of their names
+# By the last part of their names: of what mixes tokens, and of the MLP.
+STREAM_LAYERS = (("o_proj", "out_proj"), ("down_proj", "w2", "output_linear"))
 
 
 def find_stream_layers(trace: Trace) -> list[str]:
@@ -127,7 +128,8 @@ def find_stream_layers(trace: Trace) -> list[str]:
 
     A block with norms behind its layers, or with experts, computes something else.
     """
-    added = [call for call in trace.calls if call.name.rpartition(".")[2] in STREAM_LAYERS]
+    names = {name for part in STREAM_LAYERS for name in part}
+    added = [call for call in trace.calls if call.name.rpartition(".")[2] in names]
     outputs = [trace.row.hidden, *(call.gave for call in added)]
     if len(added) != len(STREAM_LAYERS) or any(output.shape != trace.output.shape for output in outputs):
         return []

@@ -32,14 +32,20 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
 def find_head(model: PreTrainedModel) -> tuple[torch.nn.Module, torch.nn.Linear]:
     """The final norm and the head that reads it."""
     norm, head = getattr(model.base_model, "norm", None), getattr(model, "lm_head", None)
+    norm = getattr(model.base_model, "embedding_norm", norm)  # LFM2's
     if norm is None or not isinstance(head, torch.nn.Linear):
         raise QuasarError(f"--lm-head-bits: {type(model).__name__} has no final norm and lm_head to quantize.")
     return norm, head
 
 
+# How fast the states of a delta rule fade, and how much is written to them: a few rows on which all the rest hangs.
+KEPT_LAYERS = ("in_proj_a", "in_proj_b", "in_proj_ba")
+
+
 def linear_layers(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """The linear layers inside a module by their name within it."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)}
+    """The linear layers inside a module that get codes, by their name within it."""
+    found = {name: child for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)}
+    return {name: linear for name, linear in found.items() if name.rpartition(".")[2] not in KEPT_LAYERS}
 
 
 def quantized_layers(model: PreTrainedModel, plan: LayerPlan) -> dict[str, torch.nn.Linear]:

@@ -1,0 +1,27 @@
+"""How far a cache can go back: keys and values to any position, recurrent states to those that were kept for it."""
+
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class StateCache(Protocol):
+    """A cache that keeps states, and wants to know which of them are still of use."""
+
+    def reachable(self, length: int) -> int:
+        """The farthest position up to `length` that it can go back to."""
+        ...
+
+    def settle(self, length: int) -> None:
+        """Nobody goes back before `length` any more, but for the next text, to where its prompt begins to differ."""
+        ...
+
+
+def reachable(cache: object, length: int) -> int:
+    """The farthest position up to `length` that a cache can go back to."""
+    return cache.reachable(length) if isinstance(cache, StateCache) else length
+
+
+def settle(cache: object, length: int) -> None:
+    """Tell a cache that the tokens before `length` are decided."""
+    if isinstance(cache, StateCache):
+        cache.settle(length)
