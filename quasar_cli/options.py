@@ -119,6 +119,14 @@ Kernel = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Fast = Annotated[
+    bool,
+    typer.Option(
+        "--fast/--deterministic",
+        help="On a GPU, what is fastest; else no bit of a token depends on those beside it.",
+        rich_help_panel=_MODEL,
+    ),
+]
 MaxContext = Annotated[
     int | None,
     typer.Option(
@@ -304,6 +312,7 @@ class ModelOptions:
     device: Device = "auto"
     dtype: Precision = "auto"
     kernel: Kernel = "auto"
+    fast: Fast = False
     max_context: MaxContext = None
     trust_remote_code: TrustRemoteCode = False
     check_digest: CheckDigest = False

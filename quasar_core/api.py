@@ -325,7 +325,8 @@ def bench_steps(
 ) -> tuple[StepReport, list[str]]:
     """Time the passes of a pair, or of random weights of a shape; the report, and notes on what was chosen."""
     if shape is not None:
-        place: dict[str, Any] = {"device": options.device, "dtype": options.dtype, "kernel": options.kernel}
+        names = ("device", "dtype", "kernel", "fast")
+        place: dict[str, Any] = {name: getattr(options, name) for name in names}
         lineup = random_candidates(shape, with_reference=with_reference, progress=progress, **place)
     else:
         pair = load(options, progress)
@@ -388,6 +389,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         offload=plan,
         kernel=options.kernel,
         use_target=options.use_target,
+        fast=options.fast,
         trust_remote_code=options.trust_remote_code,
         progress=progress,
     )

@@ -177,6 +177,7 @@ class LoadOptions:
     device: str = "auto"
     dtype: str = "auto"
     kernel: str = "auto"
+    fast: bool = False  # on a GPU, although a token's last bits may then depend on the tokens beside it
     max_context: int | None = None  # None: the model's own limit
     trust_remote_code: bool = False
     check_digest: bool = False  # read the verifier's files in full first

@@ -11,6 +11,7 @@ from quasar_cli.commands.models import announce
 from quasar_cli.help import examples
 from quasar_cli.options import (
     Device,
+    Fast,
     Json,
     Kernel,
     Model,
@@ -43,11 +44,13 @@ class Placement:
     device: Device = "auto"
     dtype: Precision = "auto"
     kernel: Kernel = "auto"
+    fast: Fast = False
     threads: Threads = "auto"
 
     def to_load(self) -> LoadOptions:
         """The pair, with both its models."""
-        return LoadOptions(self.model, self.verifier, device=self.device, dtype=self.dtype, kernel=self.kernel)
+        placed = {"device": self.device, "dtype": self.dtype, "kernel": self.kernel, "fast": self.fast}
+        return LoadOptions(self.model, self.verifier, **placed)
 
 
 @dataclass(frozen=True)

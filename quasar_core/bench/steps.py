@@ -106,6 +106,7 @@ def random_candidates(
     device: str = "auto",
     dtype: str = "auto",
     kernel: str = "auto",
+    fast: bool = False,
     with_reference: bool = False,
     progress: Progress = no_progress,
 ) -> Candidates:
@@ -115,7 +116,7 @@ def random_candidates(
     place = choose_device(device)
     precision, reason = choose_dtype(dtype, shape["dtype"], weight_bytes(config, 2), place)
     target, verifier = random_pair(config, random.codes, place, precision, kernel, progress)
-    passes = describe_passes({TARGET: target, VERIFIER: verifier}, progress)
+    passes = describe_passes({TARGET: target, VERIFIER: verifier}, progress, fast)
     by_name = {TARGET: lean_candidate(target), VERIFIER: lean_candidate(verifier)}
     if with_reference:
         reference = random_transformers_model(shape, place, precision)

@@ -113,6 +113,7 @@ class Generator:
     def _stream(self, prompt_ids: Sequence[int], request: Request, max_tokens: int, answering: Answering) -> TextPieces:
         meter = LoadMeter()
         start = self._now()
+        self._in_use = None  # a larger cache may come in its place, and there is not room for both
         prefix, cached = self._prefixes.take(prompt_ids, max_tokens)
         engine = self._make_engine(prefix, max_tokens, request, answering)
         text = TextStream(self.pair.tokenizer, request.stop or self.config.stop, answering.shown)

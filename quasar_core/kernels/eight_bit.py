@@ -17,6 +17,7 @@ from quasar_core.checkpoint.compressed_tensors import FLOAT8, Float8Weight
 from quasar_core.checkpoint.compressed_tensors import LARGEST as LARGEST_FLOAT8
 from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.kernels.base import LayerShape
+from quasar_core.kernels.gpu import why_not_nvidia
 
 LARGEST_INT8 = 127  # the scales are symmetric: −128 has no use
 _CUDA_ROWS = 32  # torch._int_mm takes more than 16 rows there, and sizes that are multiples of 8
@@ -94,10 +95,9 @@ class Float8Kernel:
 
     def why_not(self, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
         """CUDA of capability 8.9 or more, bf16, sizes that are multiples of 16."""
-        if device.type != "cuda":
-            return f"it runs on CUDA, not on {device.type}"
-        if torch.cuda.get_device_capability(device) < FLOAT8_CAPABILITY:
-            return "it needs a GPU of compute capability 8.9 or more"
+        obstacle = why_not_nvidia(device, FLOAT8_CAPABILITY)  # AMD's e4m3 is another one up to the MI300
+        if obstacle:
+            return obstacle
         if dtype != torch.bfloat16:
             return f"it takes bfloat16, not {str(dtype).removeprefix('torch.')}"
         if shape.in_features % _FLOAT8_MULTIPLE or shape.out_features % _FLOAT8_MULTIPLE:

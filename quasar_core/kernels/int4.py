@@ -10,8 +10,10 @@ import torch
 
 from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.kernels.base import LayerShape
+from quasar_core.kernels.gpu import architecture, why_not_nvidia
 
 GROUPS = (32, 64, 128, 256)
+CDNA = ("gfx90a", "gfx94", "gfx95")  # AMD's architectures that PyTorch builds tinygemm for
 
 
 @dataclass(frozen=True)
@@ -84,16 +86,23 @@ class CudaInt4Kernel:
     inner_k_tiles = 8
 
     def why_not(self, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
-        """4 bits, ordered groups, bf16, on a GPU of the Ampere generation or later."""
+        """4 bits, ordered groups, bf16, on NVIDIA's GPUs from Ampere on, and on AMD's CDNA from the second on."""
         if device.type != "cuda":
             return f"it runs on CUDA, not on {device.type}"
         if dtype != torch.bfloat16:
             return f"it takes bfloat16, not {str(dtype).removeprefix('torch.')}"
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-            return "it needs compute capability 8.0"
+        obstacle = self._why_not_gpu(device)
+        if obstacle:
+            return obstacle
         if shape.out_features % 8 or shape.in_features % (16 * self.inner_k_tiles):
             return f"{shape.out_features} × {shape.in_features} is not a multiple of 8 × {16 * self.inner_k_tiles}"
         return _why_not_layout(shape)
+
+    def _why_not_gpu(self, device: torch.device) -> str | None:
+        if torch.version.hip is None:
+            return why_not_nvidia(device)
+        name = architecture(device)
+        return None if name.startswith(CDNA) else f"PyTorch has it for AMD's CDNA from the second on, not for {name}"
 
     def prepare(self, weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> Int4Weight:
         """Pairs of codes in bytes, the even one in the high half, then the tensor cores' layout."""

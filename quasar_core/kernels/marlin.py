@@ -15,6 +15,7 @@ import torch
 from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.checkpoint.headers import why_not_marlin
 from quasar_core.kernels.base import LayerShape
+from quasar_core.kernels.gpu import why_not_nvidia
 
 
 class MarlinKernel:
@@ -24,12 +25,11 @@ class MarlinKernel:
 
     def why_not(self, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
         """Ordered groups, sizes of whole tiles, bf16 or float16, on a GPU of the Ampere generation or later."""
-        if device.type != "cuda":
-            return f"it runs on CUDA, not on {device.type}"
+        obstacle = why_not_nvidia(device)
+        if obstacle:
+            return obstacle
         if dtype not in (torch.bfloat16, torch.float16):
             return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-        if torch.cuda.get_device_capability(device) < (8, 0):
-            return "it needs compute capability 8.0"
         if not shape.trivial_groups:
             return "its groups must be in order, and g_idx is not"
         obstacle = why_not_marlin(shape, shape.symmetric)

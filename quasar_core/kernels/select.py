@@ -91,8 +91,18 @@ def select_kernel(
 
 
 def _fastest(able: Sequence[Kernel], refused: Sequence[str], shape: LayerShape, figures: KernelFigures) -> KernelChoice:
-    """By times that repeat; where some do not, the first in the order, since nothing is known."""
+    """By times that repeat; where some do not, the first in the order, since nothing is known.
+
+    Kernels that failed while they were measured are left out; where that leaves none, the weight is dequantized.
+    """
     times, trouble = figures.seconds, figures.trouble
+    refused = [
+        *refused,
+        *(f"not {name}: it failed while it was measured ({why})" for name, why in figures.failed.items()),
+    ]
+    able = [kernel for kernel in able if kernel.name not in figures.failed]
+    if not able:
+        return KernelChoice(DENSE, "; ".join([*refused, "so dequantized at load"]))
     if figures.guesses:
         names = ", ".join(sorted(figures.guesses))
         why = f"the first of {len(able)} in their order, as the times of {names} do not repeat here"
@@ -156,7 +166,8 @@ def describe_kernels(device: torch.device, dtype: torch.dtype, progress: Progres
     """What each kernel says of a 4096 × 4096 layer of 4 bits in groups of 128, measured where it competes."""
     able = [*_candidates(COMMON, device, dtype)[0], DENSE]
     figures = kernel_times(device, dtype).of(able, COMMON, progress)
-    chosen = able[0] if figures.guesses else choose_fastest(able, figures.seconds)[0]
+    able = [kernel for kernel in able if kernel.name not in figures.failed] or [DENSE]
+    chosen = able[0] if figures.guesses or figures.failed.get(DENSE.name) else choose_fastest(able, figures.seconds)[0]
     return [_report(kernel, figures, kernel is chosen, device, dtype) for kernel in KERNELS]
 
 
@@ -164,6 +175,8 @@ def _report(
     kernel: Kernel, figures: KernelFigures, is_chosen: bool, device: torch.device, dtype: torch.dtype
 ) -> KernelReport:
     obstacle = kernel.why_not(COMMON, device, dtype)
+    if kernel.name in figures.failed:
+        obstacle = f"it failed while it was measured ({figures.failed[kernel.name]})"
     if obstacle:
         return KernelReport(kernel.name, False, obstacle, None)
     times = figures.seconds.get(kernel.name)

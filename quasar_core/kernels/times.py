@@ -10,7 +10,7 @@ import copy
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from quasar_core.checkpoint.compressed_tensors import FLOAT8, Float8Weight, Pack
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, count_groups, trivial_groups
 from quasar_core.kernels.base import Kernel, LayerShape, TunableKernel
 from quasar_core.kernels.cpu.forms import chosen
+from quasar_core.kernels.gpu import first_line, on, raise_if_lost
 from quasar_core.kernels.threads import most_threads
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.measured import Measured, forget, measured_file, positive
@@ -179,12 +180,13 @@ class KernelFigures:
     """Seconds of kernels for a shape, by their names and by rows.
 
     `guesses` are the kernels whose times did not repeat. `trouble` says why times were not read from the file, or are
-    not kept in it.
+    not kept in it. Of kernels that `failed` there are no times.
     """
 
     seconds: dict[str, Times]
     guesses: frozenset[str] = frozenset()
     trouble: str | None = None
+    failed: Mapping[str, str] = field(default_factory=dict)  # kernels that failed while they were measured, and how
 
 
 @dataclass
@@ -195,30 +197,46 @@ class KernelTimes:
     dtype: torch.dtype
     kept: Measured[Times]
     _unkept: dict[str, dict[int, Timing]] = field(default_factory=dict)  # of this run alone
+    _failed: dict[str, str] = field(default_factory=dict)  # the reasons, of this run
 
     def of(self, kernels: Sequence[Kernel], shape: LayerShape, progress: Progress = no_progress) -> KernelFigures:
-        """The times of each kernel; those that are not known are measured, and kept where nothing disturbed that."""
+        """The times of each kernel; those that are not known are measured, and kept where nothing disturbed that.
+
+        A kernel that fails meanwhile is told among those that `failed`, in this run; the next one tries it again.
+        """
         names = {kernel: f"{shape_key(shape)} on {kernel.name}" for kernel in kernels}
         missing = [kernel for kernel in kernels if not self._knows(names[kernel])]
         new: dict[str, Times] = {}
         for done, kernel in enumerate(missing):
             progress("measuring kernels", done, len(missing))
-            timings = time_kernel(kernel, shape, self.device, self.dtype)
-            self._unkept[names[kernel]] = timings
-            if not any(timing.trouble for timing in timings.values()):
+            timings = self._measure(kernel, shape, names[kernel])
+            if timings and not any(timing.trouble for timing in timings.values()):
                 new[names[kernel]] = _seconds(timings)
         if missing:
             progress("measuring kernels", len(missing), len(missing))
         if new:
             self.kept.keep(new)
+        timed = [kernel for kernel in kernels if names[kernel] not in self._failed]
         return KernelFigures(
-            {kernel.name: self._seconds_of(names[kernel]) for kernel in kernels},
-            frozenset(kernel.name for kernel in kernels if not self._is_reliable(names[kernel])),
-            self.kept.trouble or self._why_not_kept(list(names.values())),
+            {kernel.name: self._seconds_of(names[kernel]) for kernel in timed},
+            frozenset(kernel.name for kernel in timed if not self._is_reliable(names[kernel])),
+            self.kept.trouble or self._why_not_kept([names[kernel] for kernel in timed]),
+            {kernel.name: self._failed[names[kernel]] for kernel in kernels if kernel not in timed},
         )
 
+    def _measure(self, kernel: Kernel, shape: LayerShape, name: str) -> dict[int, Timing]:
+        """Time it and remember that for this run; nothing where it fails, whatever the library behind it raises."""
+        try:
+            with on(self.device):
+                self._unkept[name] = time_kernel(kernel, shape, self.device, self.dtype)
+        except Exception as error:
+            raise_if_lost(error)
+            self._failed[name] = first_line(error)
+            return {}
+        return self._unkept[name]
+
     def _knows(self, name: str) -> bool:
-        return name in self._unkept or self.kept.get(name) is not None
+        return name in self._unkept or name in self._failed or self.kept.get(name) is not None
 
     def _seconds_of(self, name: str) -> Times:
         known = self.kept.get(name)

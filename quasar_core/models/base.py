@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import pad
 
 from quasar_core.errors import QuasarError
+from quasar_core.kernels.gpu import on
 from quasar_core.kernels.triton.adapters import why_not_triton
 
 NO_TOKEN = -1  # the choice of a row whose best logit is not a finite number
@@ -250,7 +251,8 @@ def _best_in_triton(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     best, second = torch.empty(2, len(logits), device=logits.device).unbind()
-    argmax_and_margin(logits, tokens, best, second)
+    with on(logits.device):
+        argmax_and_margin(logits, tokens, best, second)
     return tokens, best - second
 
 

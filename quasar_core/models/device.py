@@ -3,6 +3,7 @@
 import torch
 
 from quasar_core.errors import UsageError
+from quasar_core.kernels.gpu import AMPERE
 
 # Below this size float32 is as fast as bf16 on a CPU, and passes of any length agree bit for bit more often.
 SMALL_MODEL_BYTES = 200_000_000
@@ -10,7 +11,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(requested: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
+    """`auto` is CUDA where there is one. A GPU has its number, and is the current one of this thread from then on."""
+    device = _named_device(requested)
+    if device.type != "cuda":
+        return device
+    numbered = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    torch.cuda.set_device(numbered)
+    return numbered
+
+
+def _named_device(requested: str) -> torch.device:
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -38,4 +48,8 @@ def choose_dtype(
         return torch.float32, "a small model on the CPU is as fast in float32, and reproducible"
     if device.type == "cpu" and stored == "float16":
         return torch.bfloat16, "float16 is slow on the CPU"
-    return DTYPES.get(stored or "", torch.bfloat16), "as the model is stored"
+    dtype = DTYPES.get(stored or "", torch.bfloat16)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    if is_nvidia and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < AMPERE:
+        return torch.float16, "bfloat16 is slow on GPUs before Ampere"
+    return dtype, "as the model is stored"

@@ -17,7 +17,7 @@ from quasar_core.kernels.cpu.library import why_not_here
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import cpu_pass, lean_weights
 from quasar_core.models.base import CausalLM, FastPass
-from quasar_core.models.cuda import graph_pass
+from quasar_core.models.cuda import choose as cuda
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.hf import causal_lm
 from quasar_core.models.hf.cache import recurrent_layers_of
@@ -45,16 +45,19 @@ def refuse_drafts(name: str, folder: Path, trust_remote_code: bool = False) -> N
         )
 
 
-def attach(decoder: LeanDecoder, progress: Progress = no_progress) -> str:
+def attach(decoder: LeanDecoder, progress: Progress = no_progress, fast: bool = False) -> str:
     """Give a decoder its fast pass, where there is one; a sentence that says which and why."""
-    decoder.fast, note = choose(decoder, progress)
+    decoder.fast, note = choose(decoder, progress, fast)
     return note
 
 
-def choose(decoder: LeanDecoder, progress: Progress = no_progress) -> tuple[FastPass | None, str]:
-    """The fast pass for a decoder, or None, and a sentence that says which and why."""
+def choose(decoder: LeanDecoder, progress: Progress = no_progress, fast: bool = False) -> tuple[FastPass | None, str]:
+    """The fast pass for a decoder, or None, and a sentence that says which and why.
+
+    `fast` is for a GPU: whatever is fastest there, although a token's last bits may depend on the tokens beside it.
+    """
     if decoder.device.type == "cuda":
-        return graph_pass.choose(decoder, progress)
+        return cuda.choose(decoder, progress, fast)
     if decoder.device.type != "cpu":
         return None, f"passes: PyTorch's operations, as there is no fast pass for {decoder.device.type}"
     obstacle = cpu_pass.why_not(decoder)
@@ -82,6 +85,7 @@ def load_models(
     *,
     kernel: str = "auto",
     use_target: bool = True,
+    fast: bool = False,
     trust_remote_code: bool = False,
     offload: OffloadPlan | None = None,
     progress: Progress = no_progress,
@@ -116,7 +120,7 @@ def load_models(
         zeros = checkpoint.describe_zeros()
         notes += [f"zeros: {zeros}"] if zeros else []
         notes += describe_kernels_in_use(verifier.packed_layers)
-    notes += describe_passes({"target": target, "verifier": verifier}, progress)
+    notes += describe_passes({"target": target, "verifier": verifier}, progress, fast)
     notes += describe_stream(target, offload, progress) if offload else []
     return LoadedModels(target, verifier, notes)
 
@@ -143,10 +147,12 @@ def describe_dequantized(folder: Path) -> list[str]:
     return [f"weights: {count} are stored in 8-bit floats with scales, and dequantized to bfloat16"] if count else []
 
 
-def describe_passes(models: Mapping[str, CausalLM | None], progress: Progress = no_progress) -> list[str]:
+def describe_passes(
+    models: Mapping[str, CausalLM | None], progress: Progress = no_progress, fast: bool = False
+) -> list[str]:
     """Give our own decoders their fast passes; one note for all of them, or one for each where they differ."""
     lean = {name: model for name, model in models.items() if isinstance(model, LeanDecoder)}
-    notes = {name: attach(model, progress) for name, model in lean.items()}
+    notes = {name: attach(model, progress, fast) for name, model in lean.items()}
     if len(set(notes.values())) == 1:
         return list(notes.values())[:1]
     return [f"{note} ({name})" for name, note in notes.items()]

@@ -24,6 +24,7 @@ PROMPT_CHUNK = 2048  # tokens of a prompt's pass on a GPU
 LONGEST_PASS = 40  # tokens of the longest recorded pass: a confirm of the longest window takes 33
 ANCHORS = 5  # states of a layer that a cache keeps: of the prompt's end, of a window's and a pass's ends, a new one
 SMALLEST_CONTEXT = 1024  # tokens: what a cache is made for at least
+LEAST_SLACK, SLACK_SHARE = 700_000_000, 0.03  # bytes that must stay free, and their share of what is held
 STEP = 256  # tokens: contexts that are advised are a multiple of it
 
 
@@ -36,13 +37,19 @@ class MemoryNeed:
     workspace: int
     per_token: int
 
+    @property
+    def slack(self) -> int:
+        """What is in no formula: cuBLAS' workspaces, compiled kernels, graphs, and what measuring kernels takes."""
+        held = self.target + self.verifier + self.workspace
+        return max(LEAST_SLACK, int(SLACK_SHARE * held))
+
     def total(self, tokens: int) -> int:
         """Bytes with a cache for so many tokens."""
         return self.target + self.verifier + self.workspace + tokens * self.per_token
 
     def tokens_in(self, available: int) -> int:
         """The longest cache, a multiple of 256, that fits beside the rest; 0 where nothing fits."""
-        return max((available - self.total(0)) // self.per_token // STEP * STEP, 0)
+        return max((available - self.slack - self.total(0)) // self.per_token // STEP * STEP, 0)
 
 
 def pair_need(
@@ -158,7 +165,7 @@ def require_room(need: MemoryNeed, alone: MemoryNeed | None, device: torch.devic
     `alone` is the need of the verifier without its target; `tokens` the longest context asked for.
     """
     free, _ = torch.cuda.mem_get_info(device)
-    if need.total(min(tokens, SMALLEST_CONTEXT)) > free:
+    if need.total(min(tokens, SMALLEST_CONTEXT)) + need.slack > free:
         raise QuasarError(advice(need, alone, free, min(tokens, SMALLEST_CONTEXT)))
     return f"memory: {describe(need, free, tokens)}"
 
@@ -175,10 +182,13 @@ def describe(need: MemoryNeed, free: int, tokens: int) -> str:
 
 def advice(need: MemoryNeed, alone: MemoryNeed | None, free: int, tokens: int) -> str:
     """Why a pair does not fit, and what would."""
-    sentence = f"The GPU has {_gigabytes(free)} GB free, and the pair needs {_gigabytes(need.total(tokens))} GB"
+    sentence = (
+        f"The GPU has {_gigabytes(free)} GB free, and the pair needs {_gigabytes(need.total(tokens))} GB "
+        f"and {_gigabytes(need.slack)} GB to spare"
+    )
     if need.tokens_in(free) >= STEP:
         return f"{sentence}: --max-context {need.tokens_in(free)} would fit."
-    if alone is not None and need.target and alone.total(tokens) <= free:
+    if alone is not None and need.target and alone.total(tokens) + alone.slack <= free:
         return f"{sentence}: --verify quantized --no-target would fit ({_gigabytes(alone.total(tokens))} GB)."
     return (
         f"{sentence}: a verifier made with --lm-head-bits 4 takes the least when it runs alone "

@@ -1,5 +1,7 @@
 """Which cache a prompt takes: those of other conversations stay, and memory is bounded."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -62,6 +64,25 @@ def test_none_keeps_nothing_and_positions_are_bounded() -> None:
     use(bounded, [9] * 20, [9] * 4, 3 * BLOCK)
     assert bounded._positions == 4 * BLOCK  # one that is needed is made, and it alone
     assert len(bounded._kept) == 1
+
+
+def test_a_larger_cache_is_made_when_the_smaller_one_is_gone() -> None:
+    """On a GPU there is not room for both."""
+    pair = make_pair(TableModel(97, 1), max_context=8 * BLOCK)
+    generator = Generator(pair, GenerationConfig(4, verify="full", draft="none"))
+    generator.generate([5, 6, 7])
+    (kept,) = generator._prefixes._kept
+    old, make, alive = weakref.ref(kept.cache), pair.primary.new_cache, list[bool]()
+    del kept
+
+    def new_cache(capacity: int) -> Any:
+        gc.collect()
+        alive.append(old() is not None)
+        return make(capacity)
+
+    pair.primary.new_cache = new_cache  # type: ignore[method-assign]
+    generator.generate([5, 6, 7] * BLOCK)
+    assert alive == [False]
 
 
 def test_what_cannot_roll_back_is_not_kept() -> None:

@@ -1,10 +1,11 @@
-"""A program: compiles the launches of every Triton kernel for Hopper, without a GPU, and prints one JSON line of each.
+"""A program: compiles the launches of every Triton kernel for a GPU that is not here, and prints one JSON line of each.
 
 The interpreter accepts what the compiler refuses, so kernels that only run interpreted prove nothing about a GPU.
 """
 
 import json
 import re
+import sys
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from quasar_core.kernels.triton import blocks
 from quasar_core.kernels.triton.weights import prepare_packed
 from tools.gpu_bench.checks import random_codes
 
-HOPPER = GPUTarget("cuda", 90, 32)
+CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+TARGET = GPUTarget("cuda", CAPABILITY, 32)
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -50,7 +52,7 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **nam
             if value % 16 == 0:
                 aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(self, signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=HOPPER, options=options).asm
+    compiled = triton.compile(source, target=TARGET, options=options).asm
     ttgir, ptx = compiled["ttgir"], compiled["ptx"]
     # An operand of a product that is not where the tensor cores want it is converted, or goes through shared memory.
     moved = [line for line in ttgir.splitlines() if re.search(r"convert_layout .*dot_op|local_alloc %", line)]
@@ -68,13 +70,13 @@ def main() -> None:
     blocks.multiprocessors = lambda device: 132
     from quasar_core.kernels.triton.language import overlapping
 
-    for wanted in (False, True):
+    for wanted in (False, True) if CAPABILITY >= 90 else (False,):
         with overlapping(wanted):
             launch_all()
 
 
 def launch_all() -> None:
-    from quasar_core.kernels.triton import attention, choices, eight_bit, elementwise, products
+    from quasar_core.kernels.triton import attention, choices, eight_bit, elementwise, probe, products
 
     x, out, steps = zeros(4, 4096), zeros(4, 256), zeros(4, dtype=torch.float32)
     for bits, symmetric in ((4, True), (4, False), (8, False), (2, True)):
@@ -82,6 +84,9 @@ def launch_all() -> None:
         products.multiply_packed(x, weight, out, residual=out)
         products.multiply_packed(x.half(), weight, out.half(), bias=out[0].half())
     products.multiply_dense(x, zeros(256, 4096), out, bias=out[0])
+    products.multiply_dense(zeros(40, 4096), zeros(256, 4096), zeros(40, 256))
+    pairs = zeros(16, dtype=torch.int32)
+    probe._probe_kernel[(1,)](zeros(16, 16), pairs, zeros(16, 16, dtype=torch.float32), pairs, SIZE=16)
     products.multiply_packed(x, weight, out[:, :128], gated=True)
     products.multiply_dense(x, zeros(256, 4096), out[:, :128], gated=True)
     elementwise.rms_norm_residual(x, x, x[0], 1e-6, x)
@@ -89,7 +94,7 @@ def launch_all() -> None:
     states, queries, position = zeros(8, 1024, 128), zeros(4, 32, 128), zeros(1, dtype=torch.int64)
     tables = zeros(1024, 128), zeros(1024, 128)
     elementwise.rotate_and_store(zeros(4, 48 * 128), zeros(40, 128), *tables, position, states, states, queries, 1e-6)
-    workspace = attention.attention_workspace(CPU, 4, 32, 128)
+    workspace = attention.attention_workspace(CPU, 4, 32, 128, 1024)
     attention.attend(queries, states, states, position, 512, workspace, x, 1024)
     tokens = zeros(4, dtype=torch.int64)
     qkv, norms = zeros(4, 48 * 128), zeros(40, 128)
@@ -98,7 +103,7 @@ def launch_all() -> None:
     choices.argmax_and_margin(zeros(4, 151936), tokens, steps, steps)
     choices.likeliest_tokens(zeros(4, 151936), zeros(4, 8, dtype=torch.int32))
     choices.accept_greedy(tokens, tokens, tokens[:1], tokens[:1])
-    for kind in (torch.int8, torch.float8_e4m3fn):
+    for kind in (torch.int8, torch.float8_e4m3fn) if CAPABILITY >= 89 else (torch.int8,):
         codes = zeros(4, 4096, dtype=kind)
         eight_bit.quantize_rows(x, codes, steps)
         elementwise.rms_norm_residual(x, x, x[0], 1e-6, codes, steps)

@@ -338,3 +338,26 @@ class TestTrouble:
         reasons = {report.name: report.reason for report in describe_kernels(CPU, BF16)}
         assert "(a guess: its times do not repeat); not kept, as its best times differ by 3988 %" in reasons["fast"]
         assert ": chosen" in reasons["slow"]
+
+
+def test_a_kernel_that_fails_while_it_is_measured_is_left_out_with_its_reason(
+    machine: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises; where all fail, the weight is dequantized."""
+    machine(fast=5, slow=9, dense=20)
+    by_hand, failing = times.time_kernel, {"fast"}
+
+    def time_or_fail(kernel: Any, *given: Any) -> dict[int, Timing]:
+        if kernel.name in failing:
+            raise RuntimeError("no kernel image is available\nfor this device")
+        return by_hand(kernel, *given)
+
+    monkeypatch.setattr(times, "time_kernel", time_or_fail)
+    choice = select_kernel(LARGE, CPU, BF16)
+    assert choice.kernel.name == "slow"
+    assert choice.reason.startswith("not fast: it failed while it was measured (no kernel image is available); fastest")
+    times._opened.cache_clear()
+    forget_times()
+    failing |= {"slow", "dense"}
+    choice = select_kernel(LARGE, CPU, BF16)
+    assert (choice.kernel.name, choice.reason[-22:]) == ("dense", "so dequantized at load")

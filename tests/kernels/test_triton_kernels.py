@@ -14,6 +14,7 @@ import torch
 from helpers import interpreted  # noqa: F401  # first: it decides how kernels are compiled
 from triton.runtime.errors import OutOfResources
 
+from quasar_core.errors import QuasarError
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.triton import adapters as triton_kernel
@@ -24,7 +25,8 @@ from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, gated_blocks
 from quasar_core.kernels.triton.products import multiply_packed
 from quasar_core.kernels.triton.tune import GatedWeight, candidates, tune, tune_missing
 from quasar_core.kernels.triton.weights import dequantize, prepare_packed
-from tools.gpu_bench.checks import Case, correctness_cases, random_codes, relative_error
+from tools.gpu_bench.cases import Case, relative_error
+from tools.gpu_bench.checks import correctness_cases, random_codes
 
 CPU = torch.device("cpu")
 CASES = list(correctness_cases(CPU, small=True))
@@ -58,6 +60,7 @@ def test_the_kernel_says_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert kernel.why_not(shape, cuda, half) == "it needs compute capability 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_kernel, "_why_not_built", lambda device: None)
     assert kernel.why_not(shape, cuda, half) is None
     assert kernel.why_not(shape, CPU, half) == "it runs on CUDA, not on cpu"
     assert "float32" in (kernel.why_not(shape, cuda, torch.float32) or "")
@@ -69,6 +72,7 @@ def test_the_kernel_says_what_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_it_is_chosen_for_what_pytorchs_kernel_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_kernel, "_why_not_built", lambda device: None)
     choice = select_kernel(LayerShape(192, 64, 3, 64, True), torch.device("cuda"), torch.float16)
     assert choice.kernel.name == "triton"
 
@@ -249,6 +253,21 @@ def test_a_shape_that_does_not_fit_the_gpu_is_passed_over(shapes_file: Path) -> 
     assert tune([weight], torch.float16, timer) == fitting
 
 
+def test_a_product_that_fails_in_every_shape_is_an_error_that_says_why(shapes_file: Path) -> None:
+    def timer(launch: Any) -> float:
+        raise RuntimeError("PassManager::run failed\nand more")
+
+    with pytest.raises(QuasarError, match=r"packed 64 80 4 bits .* in every block shape: PassManager::run"):
+        tune([two_shapes()[0]], torch.float16, timer)
+    assert not shapes_file.exists()
+
+
+def test_nothing_is_tuned_where_a_variable_says_so(shapes_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUASAR_TUNE", "0")
+    note = tune_missing(two_shapes(), torch.float16, lambda launch: pytest.fail("it was timed"))
+    assert note == "block shapes of Triton's products: a rule of thumb's for 3, as QUASAR_TUNE is 0"
+
+
 def test_shapes_that_cannot_be_kept_are_used_and_said(shapes_file: Path) -> None:
     shapes_file.parent.write_text("a file where the folder should be")
     blocks._kept.cache_clear()
@@ -323,6 +342,7 @@ print(torch.allclose(out, torch.nn.functional.rms_norm(x, (64,)), atol=1e-2))
 def test_choosing_a_kernel_imports_no_triton() -> None:
     code = """
 import sys, torch
+from quasar_core.errors import QuasarError
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.triton.adapters import TritonKernel
 shape = LayerShape(64, 64, 4, 32, True)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from helpers.decoder_cases import CPU, FLOAT, save_model
 
-from quasar_core.models.cuda import graph_pass
-from quasar_core.models.cuda.graph_pass import ROUNDS, choose_overlap
+from quasar_core.models.cuda import overlap
+from quasar_core.models.cuda.graph_pass import CudaPass
+from quasar_core.models.cuda.overlap import ROUNDS, choose_overlap
 from quasar_core.models.cuda.torch_steps import TorchSteps
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.lean_weights import load_target
@@ -34,16 +35,19 @@ class Wrong(TorchSteps):
 
 
 class Failing(TorchSteps):
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
     def gated(self, gate_up: torch.Tensor, *given: Any) -> torch.Tensor:
-        raise RuntimeError("CUDA error: not permitted\nwhen capturing")
+        raise self.error
 
 
 @pytest.mark.parametrize("faster", [True, False])
 def test_the_faster_pass_is_taken(decoder: LeanDecoder, faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     times = [2e-3, 1e-3] if faster else [1e-3, 2e-3]
-    monkeypatch.setattr(graph_pass, "time_passes", lambda passes, cache: times)
+    monkeypatch.setattr(overlap, "time_passes", lambda passes, cache: times)
     apart, joined = TorchSteps(), TorchSteps()
-    chosen, why = choose_overlap(decoder, apart, joined)
+    chosen, why = choose_overlap(CudaPass(decoder, apart), joined)
     assert chosen.steps is (joined if faster else apart)
     if faster:
         assert why == "launches overlap: 1000 µs for passes of 1 and 8, 2000 without"
@@ -52,21 +56,28 @@ def test_the_faster_pass_is_taken(decoder: LeanDecoder, faster: bool, monkeypatc
 
 
 def test_both_are_timed(decoder: LeanDecoder) -> None:
-    chosen, why = choose_overlap(decoder, TorchSteps(), TorchSteps())
+    chosen, why = choose_overlap(CudaPass(decoder, TorchSteps()), TorchSteps())
     assert chosen.decoder is decoder
     assert "µs" in why
 
 
 def test_a_pass_that_comes_out_differently_is_not_taken(decoder: LeanDecoder) -> None:
     plain = TorchSteps()
-    chosen, why = choose_overlap(decoder, plain, Wrong())
+    chosen, why = choose_overlap(CudaPass(decoder, plain), Wrong())
     assert chosen.steps is plain
     assert why.endswith(f"of {2 * ROUNDS} passes differed")
     assert not why.startswith("launches do not overlap: 0")
 
 
-def test_a_pass_that_fails_is_not_taken(decoder: LeanDecoder) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("CUDA error: not permitted\nwhen capturing"), "CUDA error: not permitted"),
+        (KeyError("Keyword argument launch_pdl was specified but unrecognised"), "'Keyword argument launch_pdl"),
+    ],
+)
+def test_a_pass_that_fails_is_not_taken(decoder: LeanDecoder, error: Exception, reason: str) -> None:
     plain = TorchSteps()
-    chosen, why = choose_overlap(decoder, plain, Failing())
+    chosen, why = choose_overlap(CudaPass(decoder, plain), Failing(error))
     assert chosen.steps is plain
-    assert why == "launches do not overlap: it failed here (CUDA error: not permitted)"
+    assert why.startswith(f"launches do not overlap: it failed here ({reason}")

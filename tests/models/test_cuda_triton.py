@@ -15,7 +15,7 @@ from helpers.quantized_decoder import quantize_layers
 from quasar_core.kernels.select import KernelChoice
 from quasar_core.kernels.triton.adapters import TRITON_INT8, TritonKernel
 from quasar_core.models.base import choose_best, likeliest_tokens
-from quasar_core.models.cuda import graph_pass
+from quasar_core.models.cuda import choose as choosing
 from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.cuda.products import DenseChoices, tune_products
 from quasar_core.models.cuda.torch_steps import Steps
@@ -135,7 +135,7 @@ def test_a_gate_may_join_its_product(tmp_path: Path, kernel: str | None, monkeyp
     for way in ("two launches", "one launch"):
         decoder.fast = fast = CudaPass(decoder, steps)
         fast.dense.choose(4)
-        assert list(fast.dense.chosen_gates.values()) == ["two launches"]
+        assert list(fast.dense.chosen_gates.values()) == ["two launches" if kernel else "one launch"]
         fast.dense.chosen_gates = dict.fromkeys(fast.dense.chosen_gates, way)
         if way == "one launch":
             monkeypatch.setattr(steps, "gated", lambda *given: pytest.fail("the gate was launched on its own"))
@@ -148,7 +148,8 @@ def test_gates_that_do_not_fill_blocks_stay_apart(tmp_path: Path) -> None:
     product, steps = load_target(tmp_path, CPU, torch.float16).layers[0].gate_up, triton_steps()
     assert steps.gated_product(product, 4) is None  # 96 gates
     assert steps.gated_product(DenseLinear(torch.zeros(256, 64)), 4) is not None
-    assert steps.gated_product(DenseLinear(torch.zeros(256, 64)), 17) is None
+    assert steps.gated_product(DenseLinear(torch.zeros(256, 64)), 64) is not None
+    assert steps.gated_product(DenseLinear(torch.zeros(256, 64)), 65) is None
     assert steps.gated_product(FusedLinear((product,)), 4) is None
 
 
@@ -156,8 +157,8 @@ def test_both_ways_of_dense_products_agree(tmp_path: Path) -> None:
     save_model(tmp_path, "Qwen2", {"num_hidden_layers": 1})
     decoder = load_target(tmp_path, CPU, torch.bfloat16)
     ways = triton_steps().dense_products(3)
-    assert list(ways) == ["cublas", "triton"]
-    assert list(triton_steps().dense_products(17)) == ["cublas"]
+    assert list(ways) == ["triton", "cublas"]
+    assert list(triton_steps().dense_products(65)) == ["cublas"]
     x = torch.randn(3, 64, dtype=torch.bfloat16)
     products = []
     for name in ways:
@@ -210,21 +211,21 @@ def test_tuning_comes_before_the_pass_and_is_told(tmp_path: Path, monkeypatch: p
     events: list[str] = []
 
     class Pass(CudaPass):
-        def __init__(self, *args: Any) -> None:
+        def __init__(self, *args: Any, fast: bool) -> None:
             events.append("pass")
-            super().__init__(*args)
+            super().__init__(*args, fast=fast)
 
-    monkeypatch.setattr(graph_pass, "CudaPass", Pass)
-    monkeypatch.setattr(
-        graph_pass, "tune_products", lambda decoder, progress: events.append("tune") or "4 tuned in 1.0 s"
-    )
-    assert "tuned" not in graph_pass.choose(decoder)[1]  # on the CPU the steps are PyTorch's
+    monkeypatch.setattr(choosing, "CudaPass", Pass)
+    monkeypatch.setattr(choosing, "tune_products", lambda *given, **named: events.append("tune") or "4 tuned in 1.0 s")
+    assert "tuned" not in choosing.choose(decoder)[1]  # on the CPU the steps are PyTorch's
     assert events == ["pass"]
     events.clear()
-    monkeypatch.setattr(graph_pass, "choose_steps", lambda device, dtype: (triton_steps(), "Triton's kernels"))
-    note = graph_pass.choose(decoder)[1]
-    assert "as CUDA graphs of Triton's kernels; 4 tuned in 1.0 s; launches do not overlap: it needs" in note
+    monkeypatch.setattr(choosing, "choose_steps", lambda device, dtype: (triton_steps(), "Triton's kernels"))
+    note = choosing.choose(decoder)[1]
+    assert "of Triton's kernels; 4 tuned in 1.0 s; a token's logits do not depend on the tokens beside it" in note
     assert events == ["tune", "pass"]
+    note = choosing.choose(decoder, fast=True)[1]
+    assert "of Triton's kernels; 4 tuned in 1.0 s; launches do not overlap: it needs" in note
 
 
 def test_launches_overlap_within_their_context(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,3 +242,46 @@ def test_launches_overlap_within_their_context(monkeypatch: pytest.MonkeyPatch) 
     assert why_not_overlapping(CPU) == "it needs compute capability 9.0"
     monkeypatch.setenv("QUASAR_OVERLAP", "0")
     assert why_not_overlapping(CPU) == "QUASAR_OVERLAP is 0"
+
+
+@pytest.mark.parametrize("fails", ["a compiler", "a wrong result"])
+def test_where_tritons_kernels_fail_pytorchs_take_their_place(
+    tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is raised while they are tuned or tried out, and logits that are not those of plain passes."""
+    save_model(tmp_path, "Llama", {"num_hidden_layers": 1})
+    decoder, steps = load_target(tmp_path, CPU, torch.float16), triton_steps()
+    monkeypatch.setattr(choosing, "choose_steps", lambda device, dtype: (steps, "Triton's kernels"))
+
+    def fail(*given: Any, **named: Any) -> Any:
+        raise RuntimeError("PassManager::run failed\nand more")
+
+    if fails == "a compiler":
+        monkeypatch.setattr(steps, "normed", fail)
+    else:
+        monkeypatch.setattr(type(steps), "gated", lambda self, gate_up, *given: gate_up[:, ::2].contiguous() + 3)
+    found, note = choosing.choose(decoder)
+    assert found is not None
+    assert found.steps.name == "PyTorch's operations"
+    reason = "PassManager::run failed;" if fails == "a compiler" else "a pass of 1 tokens gives other logits"
+    assert f"PyTorch's operations, not Triton's: {reason}" in note
+
+
+@pytest.mark.parametrize("sizes", [(1, 3), (5, 17), (4, 40)])
+def test_a_tokens_logits_do_not_depend_on_the_tokens_beside_it(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    """To the last bit, in 16 bits, on both sides of where attention is split and where a bucket ends."""
+    options = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 128, "max_position_embeddings": 2048}
+    save_model(tmp_path, "Qwen3", {**options, "head_dim": 32})
+    decoder = load_target(tmp_path, CPU, torch.float16)
+    fast = CudaPass(decoder, triton_steps())
+    tokens, (begin, count) = random_tokens(1100), sizes
+    cache = decoder.new_cache(1100)
+    start = 1022 - begin
+    decoder.forward(tokens[:start], cache, last_only=True)
+    decoder.fast = fast
+    alone = torch.cat([decoder.forward([token], cache) for token in tokens[start : start + 3]])
+    cache.rollback(start)
+    beside = decoder.forward(tokens[start : start + count], cache)
+    assert torch.equal(alone, beside[:3])
+    assert fast.longest_tree == 0  # a tree's keys lie in another order
+    assert CudaPass(decoder, fast.steps, fast=True).longest_tree == 16

@@ -82,26 +82,31 @@ ALONE = MemoryNeed(target=0, verifier=7 * GB, workspace=GB, per_token=150_000)
 
 def test_a_context_that_fits_is_advised_first() -> None:
     assert NEED.total(1000) == 21 * GB + 150_000_000
-    assert NEED.tokens_in(21 * GB + 100_000_000) == 512
+    assert NEED.slack == ALONE.slack == 700_000_000
+    assert MemoryNeed(target=40 * GB, verifier=9 * GB, workspace=GB, per_token=1).slack == 1_500_000_000
+    assert NEED.tokens_in(21 * GB + 800_000_000) == 512
     assert NEED.tokens_in(20 * GB) == 0
-    assert "--max-context 512 would fit" in advice(NEED, ALONE, 21 * GB + 100_000_000, 1024)
+    assert "--max-context 512 would fit" in advice(NEED, ALONE, 21 * GB + 800_000_000, 1024)
 
 
 def test_then_the_verifier_alone_then_a_smaller_head() -> None:
     assert "--verify quantized --no-target would fit (8.2 GB)" in advice(NEED, ALONE, 12 * GB, 1024)
     assert "--lm-head-bits 4" in advice(NEED, ALONE, 6 * GB, 1024)
-    assert "The GPU has 6.0 GB free, and the pair needs 21.2 GB" in advice(NEED, None, 6 * GB, 1024)
+    assert "The GPU has 6.0 GB free, and the pair needs 21.2 GB and 0.7 GB to spare" in advice(NEED, None, 6 * GB, 1024)
 
 
 def test_the_note_says_how_long_a_context_fits() -> None:
     note = describe(NEED, 24 * GB, 40_960)
     assert "21.0 GB (target 16.0, verifier 4.0, workspace 1.0) and 150 KB per token" in note
-    assert "enough for 19968 of 40960 tokens" in note
+    assert "enough for 15104 of 40960 tokens" in note
 
 
 def test_a_pair_that_does_not_fit_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * GB, 24 * GB))
     with pytest.raises(QuasarError, match="--no-target would fit"):
+        require_room(NEED, ALONE, torch.device("cuda"), 40_960)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (21 * GB + 500_000_000, 24 * GB))
+    with pytest.raises(QuasarError, match=r"0[.]7 GB to spare"):  # it would fit to the last byte, and nothing beside it
         require_room(NEED, ALONE, torch.device("cuda"), 40_960)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (22 * GB, 24 * GB))
     assert "memory: 21.0 GB" in require_room(NEED, ALONE, torch.device("cuda"), 40_960)

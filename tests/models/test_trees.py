@@ -141,7 +141,7 @@ def test_tritons_kernels_are_as_near_to_float32_as_those_of_pytorch(
         cache = decoder.new_cache(40)
         decoder.forward(prompt, cache, last_only=True)
         if way == "triton":
-            decoder.fast = CudaPass(decoder, TritonSteps())
+            decoder.fast = CudaPass(decoder, TritonSteps(), fast=True)
         logits[way] = decoder.forward_tree(tokens, parents, cache)
         cache.keep(11, [0, 2, 3])
         logits[way] = torch.cat((logits[way], decoder.forward([8, 3], cache)))

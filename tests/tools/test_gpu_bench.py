@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from quasar_core.kernels.dense import DenseKernel
 from quasar_core.models.cuda.torch_steps import TorchSteps
 from quasar_core.models.lean_weights import load_target
 from tools.demo.grow import DEMO
-from tools.gpu_bench import correctness, products, reference, report, supervise
+from tools.gpu_bench import compiled, correctness, products, reference, report, supervise
 from tools.gpu_bench.models import Bench, Plan, grown_target, rounded_verifier
 from tools.gpu_bench.report import DeviceLostError, Report, read_report
 from tools.gpu_bench.table import summary
@@ -41,7 +42,7 @@ def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     report = supervise.run(PLAN, tmp_path / "out", 300.0)
     assert not report.failed, json.dumps(report.parts, indent=1)
     document = json.loads((tmp_path / "out" / "gpu-bench.json").read_text())
-    before, behind = ("machine", "correctness", "passes"), ("quantizing", "loading", "transformers")
+    before, behind = ("facts", "smoke", "headline", "correctness", "passes"), ("quantizing", "loading", "transformers")
     assert list(document["parts"]) == [*before, "end to end", "products", "launches", *behind]
     assert document["finished"]
     passes = [row for row in document["parts"]["passes"] if "ratio" in row]
@@ -179,20 +180,70 @@ def test_what_ended_the_process_is_told_and_left_out(tmp_path: Path) -> None:
     after.attempt("passes", "hangs", lambda: pytest.fail("attempted again"))
 
 
-def test_processes_follow_one_another_until_one_has_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def walk(folder: Path, fault: str, parts: Sequence[str] = ("facts", "headline")) -> dict[str, Any]:
+    """A dry run's processes, one of whose parts has a fault; the rows."""
+    own = ["gpu_bench", "--dry-run", "--fault", fault, "--budget-s", "300"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", own)
+        environment = {**os.environ, "OUT": str(folder), "QUASAR_BENCH_QUIET_S": "20"}
+        environment.pop("TRITON_INTERPRET", None)
+        supervise.supervise(folder, 300.0, environment, parts)
+    found = read_report(folder)
+    assert found is not None
+    return found
+
+
+@needs_demo
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["crash:headline:3", "compile:headline:3", "hang:headline:1"])
+def test_every_rung_of_the_ladder_is_walked_and_the_headline_comes(tmp_path: Path, fault: str) -> None:
+    """A part that crashes, does not compile or hangs, until what may be the reason is left out."""
+    found = walk(tmp_path, fault)
+    rows = found["parts"]["headline"]
+    rungs = int(fault[-1])
+    assert [row["what"] for row in rows if "error" in row] == ["the whole part"] * rungs
+    assert found["rung"] == rungs
+    assert found["finished"]
+    timed = [(row["model"], row["tokens"]) for row in rows if "ratio" in row]
+    assert timed == [(model, count) for model in ("target", "4-bit") for count in (1, 4)]
+    assert "headline: ms (× floor) by tokens" in summary(found["parts"])
+    assert "bandwidth, read" in summary(found["parts"])
+
+
+def test_processes_go_down_the_ladder_until_the_part_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a part needed to leave out, those behind it leave out too; a part that ends once runs once."""
     program = (
-        "import json, os, pathlib; path = pathlib.Path(os.environ['OUT']) / 'gpu-bench.json';"
-        "count = json.loads(path.read_text())['count'] if path.exists() else 0;"
-        "assert (os.environ.get('QUASAR_OVERLAP') == '0') == (count > 0);"
-        "path.write_text(json.dumps({'count': count + 1, 'finished': count == 2})); os._exit(1)"
+        "import json, os, pathlib, sys; path = pathlib.Path(os.environ['OUT']) / 'gpu-bench.json';"
+        "found = json.loads(path.read_text()) if path.exists() else {'runs': [], 'ended': []};"
+        "names = ('OVERLAP', 'TUNE', 'TRITON');"
+        "off = [name for name in names if os.environ.get(f'QUASAR_{name}') == '0'];"
+        "found['runs'].append([sys.argv[1], off]);"
+        "found['ended'] += [sys.argv[1]] * (sys.argv[1] != 'headline' or len(off) == 2);"
+        "path.write_text(json.dumps(found)); os._exit(1)"
     )
-    monkeypatch.setattr(supervise, "command", lambda elapsed: [sys.executable, "-c", program])
+    monkeypatch.setattr(supervise, "command", lambda part, rung, elapsed: [sys.executable, "-c", program, part])
+    for name in ("OVERLAP", "TUNE", "TRITON"):
+        monkeypatch.delenv(f"QUASAR_{name}", raising=False)
     environment = {**os.environ, "OUT": str(tmp_path)}
-    supervise.supervise(tmp_path, 300.0, environment)
-    assert json.loads((tmp_path / "gpu-bench.json").read_text())["count"] == 3
+    supervise.supervise(tmp_path, 300.0, environment, ("facts", "headline", "passes"))
+    found = json.loads((tmp_path / "gpu-bench.json").read_text())
+    two = ["OVERLAP", "TUNE"]
+    assert found["runs"] == [["facts", []], ["headline", []], ["headline", two[:1]], ["headline", two], ["passes", two]]
+    assert found["finished"]
     (tmp_path / "gpu-bench.json").unlink()
     supervise.supervise(tmp_path, 0.0, environment)  # no time: none is started
     assert not (tmp_path / "gpu-bench.json").exists()
+
+
+def test_what_was_compiled_is_carried_to_the_next_call(tmp_path: Path) -> None:
+    (tmp_path / "compiled" / "KEY").mkdir(parents=True)
+    for name in ("kernel.cubin", "kernel.json", "kernel.ttir"):
+        (tmp_path / "compiled" / "KEY" / name).write_bytes(name.encode())
+    compiled.pack(tmp_path / "compiled", tmp_path / compiled.FILE)
+    compiled.unpack(tmp_path / compiled.FILE, tmp_path / "next")
+    assert sorted(path.name for path in (tmp_path / "next" / "KEY").iterdir()) == ["kernel.cubin", "kernel.json"]
+    compiled.unpack(None, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_a_part_whose_time_is_up_is_skipped(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, count_groups, trivial_groups
 from quasar_core.kernels.triton.attention import attend, attention_workspace
 from quasar_core.kernels.triton.blocks import dense_blocks, even_splits, packed_blocks
-from quasar_core.kernels.triton.choices import accept_greedy, argmax_and_margin
 from quasar_core.kernels.triton.eight_bit import multiply_w8a8, quantize_rows
 from quasar_core.kernels.triton.elementwise import (
     rms_norm_residual,
@@ -21,32 +20,8 @@ from quasar_core.kernels.triton.elementwise import (
 )
 from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
 from quasar_core.kernels.triton.weights import prepare_packed
-
-Case = tuple[str, Callable[[], tuple[float, float]]]  # a name, and what returns an error and its tolerance
-
-# One rounding to the output's dtype; the interpreter cuts a bfloat16 off where a GPU rounds it.
-TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 5e-4}
-
-
-def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
-    """‖y − exact‖ ÷ ‖exact‖; NaN where y has one, and NaN is within no tolerance."""
-    return float((y.double() - exact).norm() / exact.norm())
-
-
-def randn(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Normal numbers, the same for the same shape; made on the device, whose numbers are its own."""
-    generator = torch.Generator(device).manual_seed(sum(shape))
-    return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-
-def poisoned(*shape: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """NaN everywhere: a place that no program writes shows."""
-    return torch.full(shape, math.nan, device=device, dtype=dtype)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Without its module."""
-    return str(dtype).removeprefix("torch.")
+from tools.gpu_bench.cases import TOLERANCE, Case, name_of, poisoned, randn, relative_error
+from tools.gpu_bench.choice_checks import choice_cases
 
 
 def rotation_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -123,7 +98,7 @@ def _attention(
     states = randn(2, kv_heads, bound + 8, size, device=device, dtype=dtype)
     end = position + tokens
     states[:, :, end:] = math.nan  # what lies behind the pass must not be read
-    workspace = attention_workspace(device, tokens, heads, size).fill_(math.nan)
+    workspace = attention_workspace(device, tokens, heads, size, bound).fill_(math.nan)
     out = poisoned(tokens, heads * size, device=device, dtype=dtype)
     attend(queries, states[0], states[1], torch.tensor([position], device=device), window, workspace, out, bound)
     keys, values = (part[:, :end].double().repeat_interleave(heads // kv_heads, 0) for part in states)
@@ -328,7 +303,7 @@ def correctness_cases(device: torch.device, small: bool) -> Iterator[Case]:
         yield from rotation_cases(device, dtype)
         yield from attention_cases(device, dtype, small)
     yield from eight_bit_cases(device, small)
-    yield from _choice_cases(device, small)
+    yield from choice_cases(device, small)
 
 
 def _elementwise_cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Case]:
@@ -353,55 +328,3 @@ def _gate(size: int, device: torch.device, dtype: torch.dtype) -> tuple[float, f
     silu_multiply(gate_up, out)
     exact = torch.nn.functional.silu(gate_up[:, :size].double()) * gate_up[:, size:].double()
     return relative_error(out, exact), TOLERANCE[dtype]
-
-
-def _choice_cases(device: torch.device, small: bool) -> Iterator[Case]:
-    spoilers = {"random": lambda logits: None, "ties": _tie, "NaN and infinities": _not_a_number}
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, spoil in spoilers.items():
-            vocabulary = 5000 if small else 151936
-            yield f"argmax and margin, {name}, {name_of(dtype)}", partial(_choice, vocabulary, dtype, spoil, device)
-    yield "accept greedy", partial(_acceptance, device)
-
-
-def _choice(
-    vocabulary: int, dtype: torch.dtype, spoil: Callable[[torch.Tensor], None], device: torch.device
-) -> tuple[float, float]:
-    """Rows whose token, greatest or second logit differs from PyTorch's."""
-    logits = randn(6, vocabulary, device=device, dtype=dtype)
-    spoil(logits)
-    tokens = torch.full((6,), -2, device=device)
-    best, second = (poisoned(6, device=device, dtype=torch.float32) for _ in range(2))
-    argmax_and_margin(logits, tokens, best, second)
-    top = logits.float().topk(2, dim=-1).values
-    expected = torch.where(top[:, 0].isfinite(), logits.float().argmax(-1), -1)
-    right = (tokens == expected) & _same(best, top[:, 0]) & _same(second, top[:, 1])
-    return float((~right).sum()), 0.0
-
-
-def _tie(logits: torch.Tensor) -> None:
-    logits[:, [17, 2100, logits.shape[1] - 1]] = 99.0
-
-
-def _not_a_number(logits: torch.Tensor) -> None:
-    logits[0, 4000], logits[1, [3, 4]], logits[2, 5] = math.nan, math.nan, math.inf
-    logits[3], logits[4, 1:] = -math.inf, -math.inf
-
-
-def _acceptance(device: torch.device) -> tuple[float, float]:
-    """Drafts of 0 to 4 tokens that differ from the choices from one token on, then filled up: counts that are wrong."""
-    chosen = torch.tensor([5, 6, 7, 8, 9, 9], device=device)
-    wrong = 0
-    for drafted in range(5):
-        for differs in range(drafted + 1):
-            for filled in (0, 1):
-                tokens = chosen.roll(1)[: 1 + drafted + filled].clone()
-                tokens[1 + differs : 1 + drafted] += 1
-                accepted = torch.full((1,), -1, device=device)
-                accept_greedy(chosen[: len(tokens)], tokens, torch.tensor([drafted], device=device), accepted)
-                wrong += int(accepted) != differs
-    return float(wrong), 0.0
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a == b) | (a.isnan() & b.isnan())

@@ -17,7 +17,8 @@ from quasar_core.bench.run import run_bench
 from quasar_core.decode.sampling import accept_matching
 from quasar_core.kernels.triton.adapters import why_not_triton
 from quasar_core.models.base import MOST_LIKELIEST, choose_best
-from quasar_core.models.cuda.graph_pass import POSITION, CudaPass, cache_at, differing_passes
+from quasar_core.models.cuda.graph_pass import POSITION, CudaPass, cache_at
+from quasar_core.models.cuda.overlap import differing_passes
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.hf.skeleton import context_limit
 from quasar_core.models.lean_weights import load_target
@@ -88,7 +89,7 @@ def check_kernels(plan: Plan, report: Report) -> None:
         if report.left() < least:
             report.add(PART, what=f"kernels from case {number} of {len(cases)} on", skipped="their time was up")
             return
-        report.attempt(PART, name, partial(_check_kernel, name, measure, report))
+        report.attempt(PART, name, partial(check_kernel, name, measure, report))
 
 
 def most_telling_first(cases: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -102,9 +103,10 @@ def most_telling_first(cases: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     return [case for _, case in sorted(enumerate(cases), key=key)]
 
 
-def _check_kernel(name: str, measure: Any, report: Report) -> None:
+def check_kernel(name: str, measure: Any, report: Report, part: str = PART) -> None:
+    """A row of one case."""
     error, tolerance = measure()
-    report.add(PART, what=name, relative_error=float(error), tolerance=float(tolerance), ok=bool(error <= tolerance))
+    report.add(part, what=name, relative_error=float(error), tolerance=float(tolerance), ok=bool(error <= tolerance))
 
 
 def check_decoder(name: str, plan: Plan, report: Report) -> None:

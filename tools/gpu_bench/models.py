@@ -13,7 +13,8 @@ from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.kernels.triton.adapters import why_not_triton
 from quasar_core.models import loading
-from quasar_core.models.cuda.graph_pass import CudaPass, choose_steps
+from quasar_core.models.cuda.choose import choose_steps
+from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.decoder import DenseLinear, LeanDecoder, Linear
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import attach_verifier, build_target
@@ -38,6 +39,7 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
     shape: dict[str, Any]
+    headline: tuple[int, ...]  # tokens of the passes that are timed first
     tokens: tuple[int, ...]
     contexts: tuple[int, ...]
     rounds: int
@@ -52,7 +54,10 @@ class Plan:
     def full(cls, device: torch.device) -> "Plan":
         """What the first GPU is asked."""
         shape = shape_named("--shape", "qwen3-8b")
-        return cls(device, torch.bfloat16, shape, (1, 2, 4, 6, 8, 16), (512, 8192), 20, 6, 192, 128, 512, 6, dry=False)
+        tokens = (1, 2, 4, 6, 8, 16, 33)
+        return cls(
+            device, torch.bfloat16, shape, (1, 4, 8, 16, 33), tokens, (512, 8192), 20, 6, 192, 128, 512, 6, dry=False
+        )
 
     @classmethod
     def dry_run(cls) -> "Plan":
@@ -60,7 +65,7 @@ class Plan:
         sizes = {"num_hidden_layers": 5, "hidden_size": 1024, "intermediate_size": 512, "num_attention_heads": 4}
         shape = {**shape_named("--shape", "qwen3-0.6b"), **sizes, "num_key_value_heads": 2, "vocab_size": 2048}
         shape |= {"head_dim": 64}
-        return cls(torch.device("cpu"), torch.bfloat16, shape, (1, 4), (16, 40), 2, 1, 12, 4, 32, 2, dry=True)
+        return cls(torch.device("cpu"), torch.bfloat16, shape, (1, 4), (1, 4), (16, 40), 2, 1, 12, 4, 32, 2, dry=True)
 
     @property
     def config(self) -> DecoderConfig:
@@ -182,12 +187,12 @@ class OwnBiases(TensorFiles):
         return self._biases[name]
 
 
-def in_groups(bits: int) -> Rounding:
-    """Codes of so many bits in groups of 128, on grids that were searched on a GPU, which takes seconds there."""
+def in_groups(bits: int, search: bool = False) -> Rounding:
+    """Codes of so many bits in groups of 128; on grids that are searched, on a GPU, where what they say counts."""
 
     def rounded(weight: torch.Tensor) -> QuantizedWeight:
         out, columns = weight.shape
-        parts = [_round_rows(rows, bits) for rows in weight.split(max(1, AT_ONCE // columns))]
+        parts = [_round_rows(rows, bits, search and rows.is_cuda) for rows in weight.split(max(1, AT_ONCE // columns))]
         codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return QuantizedWeight(
             bits,
@@ -201,10 +206,10 @@ def in_groups(bits: int) -> Rounding:
     return rounded
 
 
-def _round_rows(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _round_rows(weight: torch.Tensor, bits: int, search: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of some outputs: every group of every output is a row with a grid of its own."""
     rows = weight.reshape(-1, GROUP).float()
-    grid = fit_grid(rows, bits, group_size=-1, sym=True, search=rows.is_cuda)
+    grid = fit_grid(rows, bits, group_size=-1, sym=True, search=search)
     return grid.nearest_codes(rows, 0).to(torch.uint8), grid.scales
 
 
@@ -233,6 +238,7 @@ class Verifier:
 
 VERIFIERS = {
     "4-bit": Verifier(in_groups(4)),
+    "4-bit, searched": Verifier(in_groups(4, search=True)),
     "w8a16": Verifier(to_integers, "triton"),
     "w8a8": Verifier(to_integers, "triton-int8"),
     "fp8": Verifier(to_floats, "triton-float8"),

@@ -10,7 +10,8 @@ import torch
 
 from quasar_core.bench.steps import cache_bytes, lean_candidate
 from quasar_core.decode.engine import PREFILL_CHUNK
-from quasar_core.models.cuda.graph_pass import CudaPass, choose_steps, pass_size
+from quasar_core.models.cuda.choose import choose_steps
+from quasar_core.models.cuda.graph_pass import CudaPass, pass_size
 from quasar_core.models.cuda.graphs import PlainLauncher
 from quasar_core.models.decoder import DecoderCache, LeanDecoder
 from quasar_core.timing import time_one
@@ -73,7 +74,9 @@ def time_model(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache,
             bench.report.attempt(PART, what, partial(time_length, bench, name, model, cache, count, context))
 
 
-def time_length(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache, count: int, context: int) -> None:
+def time_length(
+    bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache, count: int, context: int, part: str = PART
+) -> None:
     """The median of repeated passes: of the host's clock until the choices are there, and of the device's own."""
     candidate, tokens = lean_candidate(model), random_tokens(count)
     device: list[float] = []
@@ -89,7 +92,7 @@ def time_length(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache
     ms, device_ms = 1000 * timing.median, 1000 * statistics.median(device[1:])
     floor = 1000 * size / bench.bandwidth
     bench.report.add(
-        PART,
+        part,
         model=name,
         tokens=count,
         context=context,

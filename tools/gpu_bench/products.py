@@ -15,7 +15,7 @@ from quasar_core.kernels.base import LayerShape, TunableKernel
 from quasar_core.kernels.select import packed_kernels
 from quasar_core.kernels.times import random_weight
 from quasar_core.kernels.triton.adapters import why_not_triton
-from quasar_core.models.cuda.graph_pass import choose_steps
+from quasar_core.models.cuda.choose import choose_steps
 from quasar_core.models.cuda.graphs import record
 from quasar_core.models.cuda.products import time_replay
 from quasar_core.models.linear import block_products, head_product

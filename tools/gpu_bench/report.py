@@ -5,6 +5,8 @@ also says what has been attempted: where a kernel takes the device or the proces
 behind that attempt.
 """
 
+import faulthandler
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,13 @@ import torch
 
 from quasar_core.files import read_json_if_there, write_json
 from quasar_core.system import git_hash, package_versions
+from tools.gpu_bench.ladder import LAST, describe
 
 Row = dict[str, Any]
 Attempt = list[str]  # a part, and what of it
 FILE = "gpu-bench.json"
+LADDERED = ("headline", "end to end")  # parts whose failures are tried again with less
+QUIET_S = float(os.environ.get("QUASAR_BENCH_QUIET_S", "60"))  # seconds without a line
 LONGEST_ERROR = 2000  # characters of a row
 
 
@@ -32,8 +37,16 @@ class Report:
     """
 
     def __init__(
-        self, folder: Path, facts: Row, seconds: float, elapsed: float = 0.0, earlier: Row | None = None
+        self,
+        folder: Path,
+        facts: Row,
+        seconds: float,
+        elapsed: float = 0.0,
+        earlier: Row | None = None,
+        rung: int = LAST,
+        watches: bool = False,
     ) -> None:
+        """`rung` is the ladder's: below the last, what ended a process or failed is tried again at the next one."""
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE
         self.facts = {**facts, "versions": package_versions(), "git": git_hash()}
@@ -42,12 +55,15 @@ class Report:
         self.failed: bool = earlier.get("failed", False)
         self._done: list[Attempt] = earlier.get("done", [])
         self._begun: list[Attempt] = []  # each within the one before it
+        self.rung, self._watches = rung, watches
+        self._ended: list[str] = earlier.get("ended", [])
         self._start = time.perf_counter() - elapsed
         self._seconds = self._until = seconds
         if earlier.get("begun") and not earlier["device_lost"]:  # a lost device has its row
             part, what = earlier["begun"][-1]
-            self._done.append([part, what])
-            self.add(part, what=what, error="the process ended here, or was ended as its time was up")
+            if earlier["rung"] == LAST:
+                self._done.append([part, what])
+            self.add(part, what=what, error="the process ended here, or hung", left_out=describe(earlier["rung"]))
 
     @property
     def elapsed(self) -> float:
@@ -65,6 +81,8 @@ class Report:
     def say(self, text: str) -> None:
         """A line of progress."""
         print(f"[{self.elapsed:6.1f} s] {text}", flush=True)
+        if self._watches:  # a process that says nothing for so long hangs, and is ended from outside Python
+            faulthandler.dump_traceback_later(QUIET_S, exit=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """A `records.Progress`: how far something has come, as a line."""
@@ -80,8 +98,14 @@ class Report:
     def write(self, *, finished: bool = False, device_lost: bool = False) -> None:
         """The file, whole or not at all."""
         state = {"done": self._done, "begun": self._begun, "finished": finished, "device_lost": device_lost}
+        state |= {"rung": self.rung, "ended": self._ended}
         found = {"seconds": self.elapsed, "failed": self.failed, "parts": self.parts}
         write_json(self.path, {**self.facts, **found, **state})
+
+    def end(self, part: str) -> None:
+        """A part is over, whatever came of it."""
+        self._ended.append(part)
+        self.write()
 
     def attempt(self, part: str, what: str, measure: Callable[[], None]) -> None:
         """Measure something: what fails is a row, and the bench goes on; so is what no time is left for.
@@ -96,6 +120,7 @@ class Report:
             return
         self._begun.append(key)
         self.write()
+        self.say(f"{part}: {what}")
         lost = False
         try:
             measure()
@@ -106,6 +131,10 @@ class Report:
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 torch.cuda.empty_cache()
             lost = is_lost()
+            if part in LADDERED and self.rung < LAST:
+                self._begun.pop()
+                self.write(device_lost=True)
+                raise DeviceLostError(f"{part}: {what}") from error
         self._begun.pop()
         self._done.append(key)
         if lost:

@@ -1,11 +1,12 @@
-"""`make gpu-bench`: everything that only a GPU can answer, in one command of less than eight minutes, without network.
+"""`make gpu-bench`: everything that only a GPU can answer, in calls of less than eight minutes, without network.
 
-Correctness, passes against their floors, text end to end on the demo model grown to 8B, products alone, quantizing one
-block; each part is useful if the time ends there. Rows go to `gpu-bench.json` in the folder that the variable OUT
-names as they come, lines to stdout, a short table last. Whatever fails is a row, and makes the exit code 1.
+Facts and a case of each kernel come first, then the headline: passes of target and 4-bit verifier. Each part is useful
+if the time ends there. Rows go to `gpu-bench.json` in the folder that the variable OUT names as they come, lines to
+stdout, a short table last. Whatever fails is a row, and makes the exit code 1.
 
-The work is done in a process of its own. One that loses the device, dies, or hangs beyond the end of a part is
-followed by another, which leaves out what was attempted and has the time that is left.
+Each part runs in a process of its own. One that loses the device, dies, or says nothing for a minute is followed by
+another, one rung down the ladder (`ladder.py`). What Triton compiled is packed beside the rows, and taken from there
+with --cache, so that a second call compiles nothing.
 """
 
 import argparse
@@ -20,21 +21,26 @@ from pathlib import Path
 import torch
 
 from quasar_core.bench.steps import read_bandwidth
+from quasar_core.files import write_json
 from quasar_core.kernels.times import device_name
 from quasar_core.models.decoder import LeanDecoder
-from tools.gpu_bench import correctness, end_to_end, loading, passes, products, quantize, reference
+from tools.gpu_bench import compiled, correctness, end_to_end, headline, loading, passes, products, quantize, reference
+from tools.gpu_bench import facts as facts_of
+from tools.gpu_bench.ladder import LAST, Fault, describe, variables
 from tools.gpu_bench.models import Bench, Plan, grown_target, rounded_verifier
 from tools.gpu_bench.report import FILE, Report, read_report
 from tools.gpu_bench.table import summary
 
 BUDGET_S = 480.0
-GRACE_S = 60.0  # beyond the end of a part, after which a process that hangs is ended from outside Python
-LAST_GRACE_S = 20.0  # the same, beyond the end of all
-MOST_PROCESSES = 8
+GRACE_S = 60.0  # beyond the end of all, after which a process is killed
+MOST_PROCESSES = 24
 # The share of the whole time by which each part must be over.
 SHARES = {
-    "correctness": 0.3,
-    "passes": 0.54,
+    "facts": 0.06,
+    "smoke": 0.14,
+    "headline": 0.36,
+    "correctness": 0.45,
+    "passes": 0.56,
     "end to end": 0.7,
     "products": 0.79,
     "launches": 0.82,
@@ -60,27 +66,40 @@ class Models:
             self.bench.report.say("made")
         return self._target
 
-    def verifier(self) -> LeanDecoder:
+    def verifier(self, name: str = "4-bit") -> LeanDecoder:
         """Its 4-bit copy."""
         if self._verifier is None:
             target = self.target()
             self.bench.report.say("making the 4-bit copy")
-            self._verifier = rounded_verifier(target, "4-bit", self.bench.report.progress)
+            self._verifier = rounded_verifier(target, name, self.bench.report.progress)
             self.bench.report.say("made")
         return self._verifier
 
 
-def run(plan: Plan, folder: Path, budget: float, only: Sequence[str] = tuple(SHARES), elapsed: float = 0.0) -> Report:
-    """All parts in order, or some of them; what a process before this one attempted in these `elapsed` s left out."""
+def run(
+    plan: Plan,
+    folder: Path,
+    budget: float,
+    only: Sequence[str] = tuple(SHARES),
+    elapsed: float = 0.0,
+    rung: int | None = None,
+    fault: Fault | None = None,
+) -> Report:
+    """Some parts, in order, in this process; one that a supervisor started is on a `rung` of the ladder."""
     facts = {"device": device_name(plan.device), "dtype": str(plan.dtype), "dry": plan.dry}
-    report = Report(folder, facts, budget, elapsed, read_report(folder) if elapsed else None)
+    is_child = rung is not None
+    earlier = read_report(folder) if is_child else None
+    report = Report(folder, facts, budget, elapsed, earlier, LAST if rung is None else rung, watches=is_child)
     bench = Bench(plan, report, read_bandwidth(plan.device))
-    report.add("machine", device=device_name(plan.device), bandwidth=bench.bandwidth)
     models = Models(bench)
+    faults = fault or Fault("crash", "none", 0)
     parts: dict[str, Callable[[], None]] = {
+        "facts": lambda: facts_of.run(bench),
+        "smoke": lambda: headline.run_smoke(bench),
+        "headline": lambda: headline.run(bench),
         "correctness": lambda: correctness.run(bench),
         "passes": lambda: passes.run(bench, models.target(), models.verifier),
-        "end to end": lambda: end_to_end.run(bench, models.target(), models.verifier()),
+        "end to end": lambda: end_to_end.run(bench, models.target(), models.verifier("4-bit, searched")),
         "products": lambda: products.run(bench),
         "launches": lambda: passes.run_launches(bench, models.target(), models.verifier()),
         "quantizing": lambda: quantize.run(bench),
@@ -89,11 +108,14 @@ def run(plan: Plan, folder: Path, budget: float, only: Sequence[str] = tuple(SHA
     }
     for name in only:
         report.begin(SHARES[name])
-        report.say(f"part: {name}, {report.left():.0f} s left for it")
-        if not plan.dry:
-            end = min(report.left() + GRACE_S, budget + LAST_GRACE_S - report.elapsed)
-            faulthandler.dump_traceback_later(max(end, 1), exit=True)
-        report.attempt(name, "the whole part", parts[name])
+        report.say(f"part: {name}, {report.left():.0f} s left for it, {describe(report.rung)}")
+
+        def measure(name: str = name) -> None:
+            faults.strike(name, report.rung)
+            parts[name]()
+
+        report.attempt(name, "the whole part", measure)
+        report.end(name)
     faulthandler.cancel_dump_traceback_later()
     report.write(finished=True)
     return report
@@ -106,15 +128,18 @@ def main() -> None:
         print("Error: no CUDA device is here; --dry-run walks every step on the CPU.", file=sys.stderr)
         raise SystemExit(2)
     folder = Path(os.environ.get("OUT") or "gpu-bench-out")
-    if options.elapsed_s is not None:
-        run(Plan.full(torch.device("cuda", 0)), folder, options.budget_s, options.parts, options.elapsed_s)
+    plan = Plan.dry_run() if options.dry_run else Plan.full(torch.device("cuda", 0))
+    if options.rung is not None:
+        fault = Fault.parse(options.fault) if options.fault else None
+        run(plan, folder, options.budget_s, options.parts, options.elapsed_s, options.rung, fault)
         return
-    if options.dry_run:
-        run(Plan.dry_run(), folder, options.budget_s, options.parts)
-    else:
-        (folder / FILE).unlink(missing_ok=True)
-        # What was measured or compiled before belongs to another run.
-        supervise(folder, options.budget_s, {**os.environ, "QUASAR_HOME": str(folder.resolve() / "home")})
+    (folder / FILE).unlink(missing_ok=True)
+    # What was measured before belongs to another run; what was compiled does not.
+    home = {"QUASAR_HOME": str(folder.resolve() / "home"), "TRITON_CACHE_DIR": str(folder.resolve() / "compiled")}
+    home["TRITON_STORE_BINARY_ONLY"] = "1"
+    compiled.unpack(options.cache, folder / "compiled")
+    supervise(folder, options.budget_s, {**os.environ, **home}, options.parts)
+    compiled.pack(folder / "compiled", folder / compiled.FILE)
     found = read_report(folder) or {"parts": {}, "failed": True, "finished": False}
     print(summary(found["parts"]))
     failed = found["failed"] or not found["finished"]
@@ -123,33 +148,52 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The options; `elapsed_s` is of a process that does the work: the seconds that are gone already."""
+    """The options; `rung` and `elapsed_s` are of a process that does the work, `fault` is for dry runs."""
     parser = argparse.ArgumentParser(prog="gpu_bench", description="Answer all open questions on the GPU at hand.")
     parser.add_argument("--dry-run", action="store_true", help="walk every step on the CPU, at tiny shapes")
     parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES), help="some parts only")
     parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for everything")
-    parser.add_argument("--elapsed-s", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, help="what an earlier call compiled: its compiled.tar.gz")
+    parser.add_argument("--fault", help="of a dry run, such as crash:headline:2 (crash, hang or compile; part; rungs)")
+    parser.add_argument("--elapsed-s", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--rung", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def supervise(folder: Path, budget: float, environment: dict[str, str]) -> None:
-    """Start processes that do the work until one has finished, or the time or their number is up."""
-    start = time.perf_counter()
+def supervise(folder: Path, budget: float, environment: dict[str, str], parts: Sequence[str] = tuple(SHARES)) -> None:
+    """A process for each part, and another one rung down where one ends before its part has, until the time is up."""
+    start, rung, waiting = time.perf_counter(), 0, list(parts)
     for _ in range(MOST_PROCESSES):
-        elapsed = time.perf_counter() - start
-        if elapsed > budget:
+        left = budget - (time.perf_counter() - start)
+        if not waiting or left <= 0:
             break
-        ended = subprocess.run(command(elapsed), env=environment, check=False)
+        line, own = command(waiting[0], rung, budget - left), {**environment, **variables(rung)}
+        ended = _run_process(line, own, left + GRACE_S)
         found = read_report(folder)
-        if found is None or found["finished"]:  # without a file it never came as far as its first part
+        if found is None:  # it never came as far as its first part
             break
-        environment = {**environment, "QUASAR_OVERLAP": "0"}  # should that be what ended it
-        print(f"The process ended with code {ended.returncode}; another goes on behind it.", flush=True)
+        if waiting[0] in found["ended"]:
+            del waiting[0]
+            continue
+        rung = min(rung + 1, LAST)
+        print(f"The process of {waiting[0]} ended ({ended}); another goes on: {describe(rung)}.", flush=True)
+    found = read_report(folder)
+    if found is not None:
+        write_json(folder / FILE, {**found, "finished": not waiting})
 
 
-def command(elapsed: float) -> list[str]:
-    """This module and its own options, run by the same Python."""
-    return [sys.executable, "-m", "tools.gpu_bench.supervise", *sys.argv[1:], "--elapsed-s", f"{elapsed:.1f}"]
+def _run_process(line: list[str], environment: dict[str, str], seconds: float) -> str:
+    """Run it to its end, or so many seconds; how it ended."""
+    try:
+        return f"code {subprocess.run(line, env=environment, check=False, timeout=seconds).returncode}"
+    except subprocess.TimeoutExpired:
+        return "killed, as the time was up"
+
+
+def command(part: str, rung: int, elapsed: float) -> list[str]:
+    """This module and its own options for one part, run by the same Python."""
+    own = ["--parts", part, "--rung", str(rung), "--elapsed-s", f"{elapsed:.1f}"]
+    return [sys.executable, "-m", "tools.gpu_bench.supervise", *sys.argv[1:], *own]  # of an option given twice the last
 
 
 if __name__ == "__main__":

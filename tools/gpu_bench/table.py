@@ -11,6 +11,8 @@ def summary(parts: Mapping[str, Sequence[Row]]) -> str:
     return "\n".join(
         [
             *failures(parts),
+            *facts(parts.get("facts", ())),
+            *passes(parts.get("headline", ()), "headline"),
             *passes(parts.get("passes", ())),
             *products(parts.get("products", ())),
             *arms(parts.get("end to end", ())),
@@ -31,10 +33,19 @@ def failures(parts: Mapping[str, Sequence[Row]]) -> Iterator[str]:
         yield f"  {part}: {str(dict(row))[:300]}"
 
 
-def passes(rows: Sequence[Row]) -> Iterator[str]:
+def facts(rows: Sequence[Row]) -> Iterator[str]:
+    """Bandwidth, and what launches and messages cost."""
+    for row in rows:
+        if "gb_per_s" in row:
+            yield f"{row['what']}: {row['gb_per_s']:.0f} GB/s"
+        elif "us" in row:
+            yield f"{row['what']}: {row['us']:.2f} µs"
+
+
+def passes(rows: Sequence[Row], name: str = "passes") -> Iterator[str]:
     """Milliseconds and their ratio to the floor, a line for each model and context, a column for each length."""
     timed = [row for row in rows if "ratio" in row]
-    yield "\npasses: ms (× floor) by tokens"
+    yield f"\n{name}: ms (× floor) by tokens"
     for model, context in dict.fromkeys((row["model"], row["context"]) for row in timed):
         cells = [
             f"{row['tokens']}: {row['ms']:.3f} ({row['ratio']:.2f})"

@@ -30,7 +30,7 @@ Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-
 `attention`
     `attend(queries [T, H·G, D], keys, values [H, capacity, D], position [1], window or None, workspace,
     out [T, H·G·D], max_length, tree=None)`: causal; token t sees position + t + 1 positions, a node of a tree its own
-    ancestors alone. The workspace is `attention_workspace(device, tokens, heads, head_size)`.
+    ancestors alone. The workspace is `attention_workspace(device, tokens, heads, head_size, max_length)`.
 `choices`
     `argmax_and_margin(logits [T, V], tokens [T] int64, best [T] float32, second [T] float32)`: the first greatest logit
     of a row (−1 where it is not a finite number), and the next. `likeliest_tokens(logits [T, V], likeliest [T, K]

@@ -5,9 +5,11 @@ bits by one small launch, or by what computes them, and the product reads the we
 Letters: T rows of a pass, in and out the layer's sizes.
 """
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.kernels.base import LayerShape, RoundedRows
 from quasar_core.kernels.eight_bit import FLOAT8_CAPABILITY, Float8Kernel, Int8Kernel
+from quasar_core.kernels.gpu import AMPERE, first_line, on, raise_if_lost, why_not_nvidia
 from quasar_core.kernels.triton.weights import SMALLEST_CHUNK, TritonWeight, chunk_size, dequantize, prepare_packed
 
 _TUNING = 1.5  # seconds for one shape
@@ -55,8 +58,9 @@ class TritonKernel:
 
         x = x.contiguous()
         out = x.new_empty(x.shape[0], prepared.out_features)
-        for rows, part in zip(x.split(LONGEST), out.split(LONGEST), strict=True):
-            multiply_packed(rows, prepared, part)
+        with on(x.device):
+            for rows, part in zip(x.split(LONGEST), out.split(LONGEST), strict=True):
+                multiply_packed(rows, prepared, part)
         return out
 
 
@@ -95,7 +99,8 @@ class TritonEightBitKernel:
 
         codes = torch.empty_like(x, dtype=prepared.values.dtype)
         rows = RoundedRows(codes, x.new_empty(x.shape[0], dtype=torch.float32))
-        quantize_rows(x.contiguous(), rows.codes, rows.scales)
+        with on(x.device):
+            quantize_rows(x.contiguous(), rows.codes, rows.scales)
         return self.multiply_rounded(rows, prepared, x.dtype)
 
     def rounds_to(self, rows: int, prepared: Any) -> torch.dtype | None:
@@ -108,7 +113,8 @@ class TritonEightBitKernel:
         from quasar_core.kernels.triton.eight_bit import multiply_w8a8
 
         out = torch.empty(len(rows.codes), len(prepared.values), dtype=dtype, device=rows.codes.device)
-        multiply_w8a8(rows.codes, rows.scales, prepared.values, prepared.scales, out)
+        with on(out.device):
+            multiply_w8a8(rows.codes, rows.scales, prepared.values, prepared.scales, out)
         return out
 
 
@@ -116,15 +122,22 @@ TRITON_INT8 = TritonEightBitKernel("triton-int8", Int8Kernel(), (8, 0))
 TRITON_FLOAT8 = TritonEightBitKernel("triton-float8", Float8Kernel(), FLOAT8_CAPABILITY)
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype, capability: tuple[int, int] = (8, 0)) -> str | None:
-    """Why a kernel in 16 bits that needs this compute capability cannot run here, or None where it can."""
-    if device.type != "cuda":
-        return f"it runs on CUDA, not on {device.type}"
+SWITCH = "QUASAR_TRITON"  # a variable that is 0 where PyTorch's operations are to take the place of Triton's kernels
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype, capability: tuple[int, int] = AMPERE) -> str | None:
+    """Why a kernel in 16 bits that needs this compute capability cannot run here, or None where it can.
+
+    The first call for a device builds and runs one small kernel on it.
+    """
+    obstacle = why_not_nvidia(device, capability)
+    if obstacle:
+        return obstacle
     if dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-    if torch.cuda.get_device_capability(device) < capability:
-        return f"it needs compute capability {'.'.join(map(str, capability))}"
-    return None if _has_triton() else "Triton is not installed"
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH} is 0"
+    return _why_not_built(device) if _has_triton() else "Triton is not installed"
 
 
 def tune_shape(weights: Sequence[TritonWeight | torch.Tensor], dtype: torch.dtype) -> str:
@@ -140,3 +153,23 @@ def tune_shape(weights: Sequence[TritonWeight | torch.Tensor], dtype: torch.dtyp
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+@cache
+def _why_not_built(device: torch.device) -> str | None:
+    """What keeps a small kernel from being built and run on a device; None where it ran and was right."""
+    try:
+        from quasar_core.kernels.triton.probe import why_not_built
+
+        with on(device):
+            return why_not_built(device)
+    except Exception as error:  # Triton's own errors, a compiler's, the loader's: each is a reason
+        raise_if_lost(error)
+        return f"Triton cannot build its kernels here: {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    """In a line; a compiler that failed says what it said on stderr, which Triton has let through."""
+    if isinstance(error, CalledProcessError):
+        return f"{error.cmd[0]} failed; a C compiler and Python's headers (python3-dev) are needed"
+    return first_line(error)

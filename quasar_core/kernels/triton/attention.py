@@ -3,8 +3,9 @@
 Flash decoding (Dao et al., 2023): each program holds a running maximum and sum for its share of the positions (Milakov
 and Gimelshein, 2018, arXiv 1805.02867), and a second launch merges the shares. The query heads of a key-value head and
 the tokens of the pass are rows of one product, so keys and values are read once. How many positions there are is read
-from the device; the host gives only a bound. Shares end at fixed positions, so that a token's result does not depend
-on how many tokens are passed with it beyond the rounding of the tensor cores' tiles. Letters: as in the package.
+from the device; the host gives only a bound. A token's result is the same to the last bit whatever tokens are passed
+with it and whatever the bound is: shares begin and end at positions that never move, sums over them are taken in order,
+and every product has the same tile. What a token does not see adds zeros. Letters: as in the package.
 """
 
 import math
@@ -13,16 +14,45 @@ import torch
 import triton
 import triton.language as tl
 
-from quasar_core.kernels.triton.blocks import multiprocessors
 from quasar_core.kernels.triton.language import matrix_product, overlap, wait
 
-MOST_SHARES = 64
 _BLOCK = 64  # positions of a step
+_ROWS = 64  # of a tile at least: with fewer, a Hopper GPU would multiply in other units, whose last bits may differ
+_MERGED = 16  # shares that are added at once
 
 
-def attention_workspace(device: torch.device, tokens: int, heads: int, head_size: int) -> torch.Tensor:
-    """Float32 scratch of `attend` for passes of up to `tokens` tokens."""
-    return torch.empty(MOST_SHARES * tokens * heads * (head_size + 2), dtype=torch.float32, device=device)
+@triton.jit
+def share_of(position):
+    """The number of the share that holds a position: short shares where texts are, long ones behind that.
+
+    So a short text keeps many programs busy, and a long one does not make more parts than are merged in passing.
+    """
+    share = min(position, 1024) // 64
+    share += min(max(position - 1024, 0), 3072) // 128
+    share += min(max(position - 4096, 0), 12288) // 512
+    share += min(max(position - 16384, 0), 49152) // 1024
+    return share + max(position - 65536, 0) // 4096
+
+
+@triton.jit
+def begin_of(share):
+    """The first position of a share."""
+    begin = min(share, 16) * 64
+    begin += min(max(share - 16, 0), 24) * 128
+    begin += min(max(share - 40, 0), 24) * 512
+    begin += min(max(share - 64, 0), 48) * 1024
+    return begin + max(share - 112, 0) * 4096
+
+
+def count_shares(length: int) -> int:
+    """Shares that so many positions lie in, one at least."""
+    return int(share_of.fn(length - 1)) + 1
+
+
+def attention_workspace(device: torch.device, tokens: int, heads: int, head_size: int, max_length: int) -> torch.Tensor:
+    """Float32 scratch of `attend` for passes of up to `tokens` tokens over so many positions."""
+    size = count_shares(max_length) * tokens * heads * (head_size + 2)
+    return torch.empty(size, dtype=torch.float32, device=device)
 
 
 def attend(
@@ -41,15 +71,15 @@ def attend(
     """queries [T, H·G, D] over keys and values [H, capacity, D] → out [T, H·G·D].
 
     Token t, at position + t (`position`: an integer [1] on the device), sees the positions up to its own, the last
-    `window` of them where there is a window. `max_length` bounds position + T and sets the number of shares.
+    `window` of them where there is a window. `max_length` bounds position + T, and with it the number of programs.
     Scores are multiplied by `scale`, 1 ÷ √D by default, and then held below a soft `cap`, where there is one. Nodes of
     a `tree`, given by depths and families int64 [T] (bit i: sees node i), stand at position + depth.
     """
     count, heads, size = queries.shape
     kv_heads, capacity, _ = keys.shape
-    share, shares = _shares(min(max_length, capacity), kv_heads, queries.device)
+    shares = count_shares(min(max_length, capacity))
     group, padded = heads // kv_heads, triton.next_power_of_2(size)
-    rows = max(16, triton.next_power_of_2(count * group))
+    rows = max(_ROWS, triton.next_power_of_2(count * group))
     depths, families = tree or (position, position)
     stats = workspace[shares * count * heads * size :]
     _attend_kernel[(kv_heads, shares)](
@@ -63,7 +93,6 @@ def attend(
         stats,
         capacity,
         window or 0,
-        share,
         count,
         (scale or 1 / math.sqrt(size)) * (1 if cap else math.log2(math.e)),
         cap or 0.0,
@@ -85,23 +114,14 @@ def attend(
         position,
         out,
         window or 0,
-        share,
         count,
         heads,
         SIZE=size,
         PADDED=padded,
-        SHARES=triton.next_power_of_2(shares),
+        MERGED=_MERGED,
         num_warps=4,
         **overlap(),
     )
-
-
-def _shares(max_length: int, kv_heads: int, device: torch.device) -> tuple[int, int]:
-    """Positions of a share, a multiple of the block, and the number of shares: enough to fill the device."""
-    wanted = min(MOST_SHARES, max(1, 2 * multiprocessors(device) // kv_heads))
-    share = -(-max_length // wanted)
-    share = -(-share // _BLOCK) * _BLOCK
-    return share, -(-max_length // share)
 
 
 @triton.jit(do_not_specialize=["count"])  # one kernel for every T
@@ -116,7 +136,6 @@ def _attend_kernel(
     stats_ptr,
     capacity,
     window,
-    share,
     count,
     scale,
     cap,
@@ -134,8 +153,8 @@ def _attend_kernel(
     head, index = tl.program_id(0), tl.program_id(1)
     position = tl.load(position_ptr).to(tl.int32)
     first, end = _seen(position, count, window)
-    first = tl.maximum(index * share, first // BLOCK * BLOCK)
-    end = tl.minimum(index * share + share, end)
+    first = tl.maximum(begin_of(index), first // BLOCK * BLOCK)
+    end = tl.minimum(begin_of(index + 1), end)
     row = tl.arange(0, ROWS)
     d = tl.arange(0, PADDED)
     token, member = row // GROUP, row % GROUP
@@ -203,26 +222,34 @@ def _merge_kernel(
     position_ptr,
     out_ptr,
     window,
-    share,
     count,
     heads,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
-    SHARES: tl.constexpr,
+    MERGED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     wait(OVERLAPS)
     line = tl.program_id(0)
     first, end = _seen(tl.load(position_ptr).to(tl.int32), count, window)
-    index = tl.arange(0, SHARES)
-    written = (index >= first // share) & (index < (end + share - 1) // share)
+    first, end = share_of(first), share_of(end - 1) + 1
+    start = first // MERGED * MERGED  # so that the shares that are added at once are always the same ones
+    index = tl.arange(0, MERGED)
+    highest = tl.full((MERGED,), float("-inf"), tl.float32)
+    for begin in range(start, end, MERGED):
+        written = (begin + index >= first) & (begin + index < end)
+        part = (begin + index) * count * heads + line
+        highest = tl.maximum(highest, tl.load(stats_ptr + 2 * part, mask=written, other=float("-inf")))
+    top = tl.max(highest, axis=0)
     d = tl.arange(0, PADDED)
-    part = index * count * heads + line
-    top = tl.load(stats_ptr + 2 * part, mask=written, other=float("-inf"))
-    total = tl.load(stats_ptr + 2 * part + 1, mask=written, other=0.0)
-    weight = tl.exp2(top - tl.max(top, axis=0))
-    mixed = tl.load(
-        mixed_ptr + part[:, None] * SIZE + d[None, :], mask=written[:, None] & (d < SIZE)[None, :], other=0.0
-    )
-    result = tl.sum(mixed * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
+    mixed, total = tl.zeros((PADDED,), tl.float32), tl.zeros((MERGED,), tl.float32)
+    for begin in range(start, end, MERGED):
+        written = (begin + index >= first) & (begin + index < end)
+        part = (begin + index) * count * heads + line
+        weight = tl.exp2(tl.load(stats_ptr + 2 * part, mask=written, other=float("-inf")) - top)
+        total += weight * tl.load(stats_ptr + 2 * part + 1, mask=written, other=0.0)
+        inside = written[:, None] & (d < SIZE)[None, :]
+        share = tl.load(mixed_ptr + part[:, None] * SIZE + d[None, :], mask=inside, other=0.0)
+        mixed += tl.sum(share * weight[:, None], axis=0)
+    result = mixed / tl.sum(total, axis=0)
     tl.store(out_ptr + line * SIZE + d, result.to(out_ptr.dtype.element_ty), mask=d < SIZE)

@@ -73,7 +73,7 @@ def gated_blocks(plain: Blocks, in_features: int, out_features: int, *, packed: 
     if plain.outputs > BLOCK:
         return plain
     inputs = plain.inputs if packed else plain.inputs // 2
-    room = max(1, PARTIAL_FLOATS // (16 * out_features))
+    room = max(1, PARTIAL_FLOATS // (64 * out_features))
     splits = even_splits(-(-in_features // inputs), min(2 * plain.splits, room))
     return Blocks(2 * BLOCK, inputs, splits, max(plain.stages - packed, 2))
 

@@ -20,9 +20,7 @@ import triton.language as tl
 from triton import jit
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-ROWS = tl.constexpr(
-    16
-)  # rows of a pass as tensor cores take them: the tile of every product, so that T changes nothing
+ROWS = tl.constexpr(16)  # rows of a pass as tensor cores take them
 
 
 @triton.jit
@@ -52,7 +50,7 @@ def subtract_pairs(pairs, offsets, dtype: tl.constexpr):
     )
 
 
-PARTIAL_FLOATS = 4 * 1024 * 1024  # 16 MiB: partial products of one call
+PARTIAL_FLOATS = 8 * 1024 * 1024  # 32 MiB: partial products of one call
 _COUNTERS = 16384
 
 

@@ -1,9 +1,10 @@
-"""Products of 1 to 16 rows with weights that are read once: packed codes, or 16-bit numbers.
+"""Products of few rows with weights that are read once: packed codes (up to 16 rows), or 16-bit numbers (up to 64).
 
-The weights are the tall operand of the tensor cores and the rows of the pass the narrow one, padded to 16: reading the
-weights is the cost, and a row's result is the same for every T. Where the outputs alone would not keep the device
-busy, the inputs are split among programs, and the last of a block's programs adds their sums in order; bias, residual
-and one rounding follow. A gated product's block holds as many gates as up-projections, and stores silu(gate) · up.
+The weights are the tall operand of the tensor cores and the rows of the pass the narrow one, padded to 16 or 64:
+reading the weights is the cost. Whatever T is, a row's sums are taken in the same order, by the same block shapes.
+Where the outputs alone would not keep the device busy, the inputs are split among programs, and the last of a block's
+programs adds their sums in order; bias, residual and one rounding follow. A gated product's block holds as many gates
+as up-projections, and stores silu(gate) · up.
 """
 
 import torch
@@ -114,7 +115,8 @@ def outputs_of(block, out_features, SIZE: tl.constexpr, GATED: tl.constexpr):
     return block * SIZE + line
 
 
-LONGEST = 16  # rows
+LONGEST, LONGEST_DENSE = 16, 64  # rows
+_WIDE_STAGES = 2  # of more than 16 rows, which take more shared memory: how many steps are under way changes no sum
 _MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}  # 128 and 1024: the last bit is worth 1
 
 
@@ -310,10 +312,10 @@ def multiply_dense(
 ) -> None:
     """x [T, in] · weight [out, in]ᵀ (+ bias) (+ residual) → out [T, out], 16 bits; a row does not depend on T.
 
-    `gated`: as of `multiply_packed`.
+    `gated`: as of `multiply_packed`. T is at most 64.
     """
     chosen = blocks or dense_blocks(weight, x.device, gated)
-    space = scratch(x.device)
+    space, is_wide = scratch(x.device), x.shape[0] > LONGEST
     out_features, in_features = weight.shape
     steps = -(-in_features // chosen.inputs)
     _dense_kernel[(-(-out_features // chosen.outputs), chosen.splits)](
@@ -332,16 +334,17 @@ def multiply_dense(
         INPUTS=chosen.inputs,
         SPLITS=chosen.splits,
         STEPS=-(-steps // chosen.splits),
+        TILE=LONGEST_DENSE if is_wide else LONGEST,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         GATED=gated,
         num_warps=4,
-        num_stages=chosen.stages,
+        num_stages=min(chosen.stages, _WIDE_STAGES) if is_wide else chosen.stages,
         **overlap(),
     )
 
 
-@triton.jit(do_not_specialize=["count"])  # one kernel for every T
+@triton.jit(do_not_specialize=["count"])  # one kernel for every T up to 16, and one for every T beyond
 def _dense_kernel(
     x_ptr,
     weight_ptr,
@@ -358,6 +361,7 @@ def _dense_kernel(
     INPUTS: tl.constexpr,
     SPLITS: tl.constexpr,
     STEPS: tl.constexpr,
+    TILE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
@@ -365,9 +369,9 @@ def _dense_kernel(
 ):
     block, split = tl.program_id(0), tl.program_id(1)
     outputs = outputs_of(block, out_features, OUTPUTS, GATED)
-    rows = tl.arange(0, ROWS)
+    rows = tl.arange(0, TILE)
     lines = weight_ptr + outputs[:, None].to(tl.int64) * in_features
-    acc = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    acc = tl.zeros((OUTPUTS, TILE), tl.float32)
     first = split * STEPS
     if OVERLAPS:
         fetch_rows(weight_ptr, outputs, first * INPUTS, in_features, out_features)

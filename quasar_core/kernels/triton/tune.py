@@ -5,14 +5,14 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from triton.errors import TritonError
 from triton.runtime import driver
 
+from quasar_core.errors import QuasarError
+from quasar_core.kernels.gpu import first_line, on, raise_if_lost
 from quasar_core.kernels.triton.blocks import (
     Blocks,
     dense_blocks,
@@ -26,7 +26,7 @@ from quasar_core.kernels.triton.blocks import (
 )
 from quasar_core.kernels.triton.eight_bit import LARGEST, multiply_w8a8
 from quasar_core.kernels.triton.language import scratch
-from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
+from quasar_core.kernels.triton.products import LONGEST_DENSE, multiply_dense, multiply_packed
 from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
 from quasar_core.records import Progress, no_progress
 from quasar_core.timing import time_one
@@ -38,6 +38,7 @@ _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 _REPLAYS = 10
 _UNCACHED = 200_000_000  # bytes of weights that are multiplied in turn
 _AT_ONCE = 8  # candidates that are compiled at once, each in a thread
+SWITCH = "QUASAR_TUNE"  # a variable that is 0 where the rule of thumb's shapes will do
 SECONDS = 8.0  # for all products of a model: most of it is spent on compiling candidates
 _MOST_SECONDS = 2.0  # for one of them
 
@@ -67,11 +68,14 @@ def tune_missing(
     for weight in weights:
         groups.setdefault(_key(weight), []).append(weight)
     missing = [group for key, group in groups.items() if tuned_blocks(_device(group[0]), key) is None]
+    if missing and os.environ.get(SWITCH) == "0":
+        return f"block shapes of Triton's products: a rule of thumb's for {len(missing)}, as {SWITCH} is 0"
     begin = time.perf_counter()
     for done, group in enumerate(missing):
         progress("tuning kernels", done, len(missing))
         share = (begin + seconds - time.perf_counter()) / (len(missing) - done)
-        tune(_uncached(group), dtype, timer, min(share, _MOST_SECONDS))
+        with on(_device(group[0])):
+            tune(_uncached(group), dtype, timer, min(share, _MOST_SECONDS))
     if missing:
         progress("tuning kernels", len(missing), len(missing))
     trouble = trouble_with_file(_device(missing[0][0])) if missing else None
@@ -91,53 +95,72 @@ def tune(
     """Measure the candidates for weights of one shape and keep the fastest for this device; in so many seconds.
 
     Give so many weights that they exceed the GPU's cache together (100 MB will do). `timer` takes a function that
-    launches kernels and returns how long they take; the least is the best. The rule of thumb is always measured.
+    launches kernels and returns how long they take; the least is the best. The rule of thumb is always measured. A
+    candidate that fails is passed over; QuasarError with the rule of thumb's reason where all that were tried fail.
     """
     first, deadline = weights[0], time.perf_counter() + seconds
     multiply = _product(first, dtype)
-
-    def seconds_of(blocks: Blocks) -> float:
-        def launch() -> None:
-            for weight in weights:
-                multiply(weight, blocks)
-
-        try:
-            return (timer or replay_seconds)(launch)
-        except TritonError:  # of shared memory or registers a GPU has less than another
-            return math.inf
-
-    best, least = None, math.inf
+    best, least, failures = None, math.inf, dict[Blocks, str]()
     for number, blocks in enumerate(shapes := candidates(first)):
-        if best is not None and time.perf_counter() >= deadline:
+        if number and time.perf_counter() >= deadline:
             break
         if timer is None and number % _AT_ONCE == 0:
-            _compile(lambda shape: multiply(first, shape), shapes[number : number + _AT_ONCE], _device(first))
-        measured = seconds_of(blocks)
+            failures |= _compile(first, dtype, shapes[number : number + _AT_ONCE])
+        if blocks in failures:
+            continue
+        try:
+            measured = (timer or replay_seconds)(lambda: _multiply_all(multiply, weights, blocks))  # noqa: B023
+        except Exception as error:  # too little shared memory, or whatever a compiler does not like
+            raise_if_lost(error)
+            failures[blocks] = first_line(error)
+            continue
         if best is None or measured < least:
             best, least = blocks, measured
-    assert best is not None  # the rule of thumb's is always there
+    if best is None:
+        raise QuasarError(f"Triton's product {_key(first)} fails in every block shape: {failures[shapes[0]]}.")
     keep_tuned(_device(first), {_key(first): asdict(best)})
     return best
 
 
-def _compile(multiply: Callable[[Blocks], None], shapes: Sequence[Blocks], device: torch.device) -> None:
-    """Run products of these shapes once, in threads: compiling is most of the work, and takes one core of many."""
+def _multiply_all(multiply: Callable[[Weight, Blocks], None], weights: Sequence[Weight], blocks: Blocks) -> None:
+    for weight in weights:
+        multiply(weight, blocks)
 
-    def run(blocks: Blocks) -> None:
-        torch.cuda.set_device(device)
-        with suppress(TritonError):  # whoever measures it is told again
-            multiply(blocks)
+
+def _compile(first: Weight, dtype: torch.dtype, shapes: Sequence[Blocks]) -> dict[Blocks, str]:
+    """Run products of these shapes once, in threads; which of them fail, and how.
+
+    Compiling is most of the work, and takes one core of many. A shape must do for as many rows as there may be.
+    """
+    products = [_product(first, dtype, rows) for rows in (_TUNED_ROWS, *_other_rows(first))]
+
+    def run(blocks: Blocks) -> str | None:
+        torch.cuda.set_device(_device(first))
+        try:
+            for multiply in products:
+                multiply(first, blocks)
+        except Exception as error:
+            raise_if_lost(error)
+            return first_line(error)
+        return None
 
     driver.active.get_current_device()  # makes the driver, which is not for several threads at once
     with ThreadPoolExecutor(min(len(shapes), os.cpu_count() or 1)) as threads:
-        list(threads.map(run, shapes))
+        found = zip(shapes, threads.map(run, shapes), strict=True)
+        return {blocks: error for blocks, error in found if error}
 
 
-def _product(first: Weight, dtype: torch.dtype) -> Callable[[Any, Blocks], None]:
+def _other_rows(first: Weight) -> tuple[int, ...]:
+    """Of products in 16 bits, which have a kernel for few rows and one for more, those of the second."""
+    plain = _plain(first)
+    return () if isinstance(plain, TritonWeight) or plain.dtype in LARGEST else (LONGEST_DENSE,)
+
+
+def _product(first: Weight, dtype: torch.dtype, rows: int = _TUNED_ROWS) -> Callable[[Any, Blocks], None]:
     """The product that weights of the first one's kind are for, with rows and outputs of its own."""
     device, (in_features, out_features) = _device(first), _sizes(first)
-    x = torch.randn(_TUNED_ROWS, in_features, device=device, dtype=dtype)
-    out = torch.empty(_TUNED_ROWS, out_features, device=device, dtype=dtype)
+    x = torch.randn(rows, in_features, device=device, dtype=dtype)
+    out = torch.empty(rows, out_features, device=device, dtype=dtype)
     if isinstance(first, GatedWeight):
         half, product = out[:, : out_features // 2].contiguous(), _bits_product(first.plain)
         return lambda weight, blocks: product(x, weight.plain, half, blocks=blocks, gated=True)
@@ -145,7 +168,7 @@ def _product(first: Weight, dtype: torch.dtype) -> Callable[[Any, Blocks], None]
         product = _bits_product(first)
         return lambda weight, blocks: product(x, weight, out, blocks=blocks)
     codes = (20 * x.float()).clamp(-127, 127).to(first.dtype)
-    steps, scales = torch.ones(_TUNED_ROWS, device=device), torch.ones(out_features, device=device)
+    steps, scales = torch.ones(rows, device=device), torch.ones(out_features, device=device)
     return lambda weight, blocks: multiply_w8a8(codes, steps, weight, scales, out, blocks=blocks)
 
 
@@ -171,7 +194,7 @@ def candidates(weight: Weight) -> list[Blocks]:
         for depth in inputs:
             steps = -(-in_features // depth)
             for splits in _SPLITS:
-                has_room = splits == 1 or space.fits(splits, 16 * out_features, blocks)
+                has_room = splits == 1 or space.fits(splits, LONGEST_DENSE * out_features, blocks)
                 if has_room and splits == even_splits(steps, splits):
                     found += [Blocks(outputs, depth, splits, stages) for stages in (2, 3, 4)]
     return sorted(dict.fromkeys(found), key=lambda blocks: _distance(blocks, rule))

@@ -6,96 +6,44 @@ record: a pass is padded with tokens behind its own, which its own do not see, a
 overwrites. The host sends one small buffer before a pass; a pass ends with its greedy tokens and how many drafted ones
 they confirm, and the host waits once, for these. Logits stay on the device unless they are asked for.
 
-Launches may overlap, which hides what a launch costs; whether it gains depends on the device and on the products. It
-is tried on the decoder itself, and taken only where it is faster and equal to the last bit. Letters: T tokens of a
-pass, V vocabulary.
+In Triton's kernels a token's logits are the same to the last bit whatever tokens are passed with it, unless `fast`
+asks for what may be faster: each product by the fastest way for its rows, trees, and launches that overlap, which are
+tried on the decoder itself (`overlap.py`). Letters: T tokens of a pass, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from weakref import WeakSet
 
 import torch
 
-from quasar_core.kernels.triton.adapters import why_not_triton
+from quasar_core.kernels.gpu import on
 from quasar_core.models.base import Choices
-from quasar_core.models.cuda.graphs import LONGEST_TREE, Launcher, PinnedBuffers, PlainLauncher, TreeInputs, launcher
-from quasar_core.models.cuda.products import DenseChoices, tune_products
-from quasar_core.models.cuda.torch_steps import Activation, Rows, Steps, TorchSteps
+from quasar_core.models.cuda.graphs import LONGEST_TREE, Launcher, PinnedBuffers, TreeInputs, launcher
+from quasar_core.models.cuda.products import DenseChoices
+from quasar_core.models.cuda.torch_steps import Activation, Rows, Steps
 from quasar_core.models.decoder import DecoderCache, LeanDecoder, Linear
 from quasar_core.models.heads import Tables
 from quasar_core.models.memory import LONGEST_PASS
 from quasar_core.models.rope import query_growth
-from quasar_core.records import Progress, no_progress
-from quasar_core.timing import time_in_turn, timed
 
 SIZES = (1, 2, 4, 8, 16, 24, LONGEST_PASS)  # tokens of the recorded passes
 SHORTEST_BUCKET, GROWTH = 1024, 4
 
 
-def why_not(decoder: LeanDecoder) -> str | None:
-    """Why a decoder's passes cannot be recorded, or None where they can."""
-    if decoder.config.is_recurrent or decoder.config.gates_attention:
-        return "states of recurrent layers and gates of attention are not recorded"
-    if any(rope.limit is not None for rope in decoder.ropes):
-        return "its rotary embedding depends on where a pass ends"
-    if any(layer.choice.kernel.name == "reference" for layer in decoder.packed_layers):
-        return "the reference kernel dequantizes its weight for every product"
-    return None
-
-
-def choose(decoder: LeanDecoder, progress: Progress = no_progress) -> tuple["CudaPass | None", str]:
-    """The recorded pass of a decoder on CUDA, or None, and a sentence that says which and why."""
-    obstacle = why_not(decoder)
-    if obstacle:
-        return None, f"passes: PyTorch's operations, not recorded: {obstacle}"
-    steps, why = choose_steps(decoder.device, decoder.dtype)
-    notes = [f"passes: {LONGEST_PASS} tokens at a time as CUDA graphs of {why}"]
-    if steps.name != "Triton":
-        return CudaPass(decoder, steps), notes[0]
-    notes.append(tune_products(decoder, progress))
-    fast, overlap = _choose_overlap(decoder, steps, progress)
-    fast.note = "; ".join(note for note in [*notes, overlap] if note)
-    return fast, fast.note
-
-
-def _choose_overlap(decoder: LeanDecoder, steps: Steps, progress: Progress) -> tuple["CudaPass", str]:
-    """The pass whose launches overlap where that can be had and gains, else the plain one; and a sentence."""
-    from quasar_core.kernels.triton.language import why_not_overlapping
-    from quasar_core.models.cuda.triton_steps import TritonSteps
-
-    obstacle = why_not_overlapping(decoder.device)
-    if obstacle:
-        return CudaPass(decoder, steps), f"launches do not overlap: {obstacle}"
-    progress("trying launches that overlap", 0, 1)
-    found = choose_overlap(decoder, steps, TritonSteps(overlaps=True))
-    progress("trying launches that overlap", 1, 1)
-    return found
-
-
-def choose_steps(device: torch.device, dtype: torch.dtype) -> tuple[Steps, str]:
-    """Triton's kernels where they run, else PyTorch's operations; and why."""
-    obstacle = why_not_triton(device, dtype)
-    if obstacle:
-        return TorchSteps(), f"PyTorch's operations, not Triton's: {obstacle}"
-    from quasar_core.models.cuda.triton_steps import TritonSteps
-
-    return TritonSteps(), "Triton's kernels"
-
-
 class CudaPass:
     """Implements `models.base.FastPass`. On other devices the same steps run unrecorded: so they are tested."""
 
-    name = "CUDA graphs"
-    longest_tree = LONGEST_TREE
-
-    def __init__(self, decoder: LeanDecoder, steps: Steps, launches: Launcher | None = None) -> None:
+    def __init__(
+        self, decoder: LeanDecoder, steps: Steps, launches: Launcher | None = None, *, fast: bool = False
+    ) -> None:
         self.decoder, self.steps = decoder, steps
+        self.name = "CUDA graphs, fast" if fast else "CUDA graphs"  # remembered costs are of one or the other
         self.longest = LONGEST_PASS
+        self.longest_tree = LONGEST_TREE if fast or _may_differ(decoder, steps) else 0
         self.note = ""  # how it was chosen
         device = decoder.device
-        self.dense = DenseChoices(decoder, steps)
+        self.dense = DenseChoices(decoder, steps, measures=fast)
         self._launches = launches or launcher(device)
         self._buffers = PinnedBuffers(self.longest, device)
         self._logits = torch.empty(self.longest, decoder.vocab_size, dtype=decoder.dtype, device=device)
@@ -106,7 +54,8 @@ class CudaPass:
     @torch.inference_mode()
     def run(self, tokens: Sequence[int], cache: DecoderCache, parents: Sequence[int] | None = None) -> torch.Tensor:
         """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
-        self._pass(tokens, cache, likeliest=False, parents=parents)
+        with on(self.decoder.device):
+            self._pass(tokens, cache, likeliest=False, parents=parents)
         return self._logits[: len(tokens)].to(torch.float32, copy=True)  # the next pass writes over these
 
     @torch.inference_mode()
@@ -114,8 +63,9 @@ class CudaPass:
         self, tokens: Sequence[int], cache: DecoderCache, likeliest: int = 0, *, parents: Sequence[int] | None = None
     ) -> Choices:
         """One pass at position `cache.length`, which moves on by T, and the choices that the device made."""
-        self._pass(tokens, cache, likeliest > 0, parents)
-        return self._buffers.fetch(len(tokens), likeliest, is_tree=parents is not None)
+        with on(self.decoder.device):
+            self._pass(tokens, cache, likeliest > 0, parents)
+            return self._buffers.fetch(len(tokens), likeliest, is_tree=parents is not None)
 
     def _pass(self, tokens: Sequence[int], cache: DecoderCache, likeliest: bool, parents: Sequence[int] | None) -> None:
         count = len(tokens)
@@ -245,58 +195,15 @@ def length_bucket(length: int, capacity: int) -> int:
     return min(bucket, capacity)
 
 
-COUNTS = (1, 8)  # tokens of the passes that are tried: plain decoding's, and a verify's
-POSITION = 500
-ROUNDS = 20
+def _may_differ(decoder: LeanDecoder, steps: Steps) -> bool:
+    """Whether a row's last bits may depend on the rows beside it: in a verifier, and in PyTorch's operations.
+
+    A tree's keys lie in another order than those of the text that it becomes.
+    """
+    return steps.name != "Triton" or any(True for _ in decoder.packed_layers)
 
 
-def choose_overlap(decoder: LeanDecoder, plain: Steps, overlapping: Steps) -> tuple[CudaPass, str]:
-    """The faster of two passes of a decoder, and a sentence; the plain one where the other fails, or differs."""
-    apart = CudaPass(decoder, plain)
-    cache = cache_at(decoder, POSITION)
-    try:
-        overlapped = CudaPass(decoder, overlapping)
-        differing = differing_passes(decoder, plain, overlapped, cache)
-        seconds = time_passes([apart, overlapped], cache)
-    except RuntimeError as error:
-        return apart, f"launches do not overlap: it failed here ({str(error).splitlines()[0]})"
-    if differing:
-        return apart, f"launches do not overlap: {differing} of {ROUNDS * len(COUNTS)} passes differed"
-    figures = (
-        f"{1e6 * seconds[1]:.0f} µs for passes of {' and '.join(map(str, COUNTS))}, {1e6 * seconds[0]:.0f} without"
-    )
-    if seconds[1] < seconds[0]:
-        return overlapped, f"launches overlap: {figures}"
-    return apart, f"launches do not overlap: with it {figures}"
-
-
-def differing_passes(decoder: LeanDecoder, plain: Steps, overlapped: CudaPass, cache: DecoderCache) -> int:
-    """Passes that overlap, and whose logits are not to the last bit those of the same kernels one after the other."""
-    apart, differing = CudaPass(decoder, plain, PlainLauncher()), 0
-    apart.dense = overlapped.dense
-    for count in COUNTS:
-        overlapped.run([0] * count, cache)  # which chooses the products
-        cache.rollback(POSITION)
-        expected = apart.run([0] * count, cache)
-        cache.rollback(POSITION)
-        for _ in range(ROUNDS):
-            differing += not torch.equal(overlapped.run([0] * count, cache), expected)
-            cache.rollback(POSITION)
-    return differing
-
-
-def time_passes(passes: Sequence[CudaPass], cache: DecoderCache) -> list[float]:
-    """Seconds of each, the medians of all counts added up; they take turns."""
-
-    def choose(number: int, count: int) -> None:
-        cache.rollback(POSITION)
-        passes[number].choose([0] * count, cache)
-
-    turns = [(number, count) for count in COUNTS for number in range(len(passes))]
-    samplers = {turn: timed(partial(choose, *turn)) for turn in turns}
-    timings = time_in_turn(samplers, rounds=ROUNDS, warm_up=True)  # the first pass of a size records it
-    cache.rollback(POSITION)
-    return [sum(timings[number, count].median for count in COUNTS) for number in range(len(passes))]
+POSITION = 500  # where passes are tried out
 
 
 def cache_at(decoder: LeanDecoder, length: int) -> DecoderCache:

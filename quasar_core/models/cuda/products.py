@@ -22,14 +22,20 @@ DenseProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch
 Shape = tuple[int, int]  # out, in
 REPEATS = 5
 MOST_LAYERS = 12  # of one shape that are multiplied to time a product
+DENSE = "dense"  # a kind of product
 ONE_LAUNCH, TWO_LAUNCHES = "one launch", "two launches"  # for a product and its gate
 
 
 class DenseChoices:
-    """The products of a decoder, each by the fastest way for its shape and rows; and whether gates join theirs."""
+    """The ways of a decoder's products, and whether gates join theirs.
 
-    def __init__(self, decoder: LeanDecoder, steps: Steps) -> None:
+    One that `measures` takes the fastest way for each shape and each number of rows. Otherwise every number of rows
+    goes the same way, so that a row's sums do not depend on it: the first one, and gates join products in 16 bits.
+    """
+
+    def __init__(self, decoder: LeanDecoder, steps: Steps, measures: bool = False) -> None:
         self.steps, config = steps, decoder.config
+        self._measures = measures and decoder.device.type == "cuda"
         self._joins = config.gated and config.activation == "silu"  # what products of gates may end with
         self.chosen: dict[tuple[Shape, int], str] = {}
         self.seconds: dict[tuple[Shape, int], dict[str, float]] = {}  # of one product, by way
@@ -46,7 +52,7 @@ class DenseChoices:
         self._measured: set[int] = set()
 
     def choose(self, rows: int) -> None:
-        """Decide for passes of so many rows, once; where there is one way, or no CUDA, the first one."""
+        """Decide for passes of so many rows, once."""
         if rows in self._measured:
             return
         self._measured.add(rows)
@@ -81,16 +87,17 @@ class DenseChoices:
     def _choose_product(self, shape: Shape, layers: list[DenseLinear], rows: int) -> None:
         ways = self.steps.dense_products(rows)
         best = next(iter(ways))
-        if len(ways) > 1 and self._device.type == "cuda":
+        if len(ways) > 1 and self._measures:
             calls = {name: [partial(way, weight=x.weight, bias=x.bias) for x in layers] for name, way in ways.items()}
             self.seconds[shape, rows], best = self._fastest(calls, rows, shape[1])
         self.chosen[shape, rows], self._products[shape, rows] = best, ways[best]
 
     def _choose_gate(self, kind: str, products: list[Linear], rows: int) -> None:
         """Product and gate in two launches, or in one where there is such a product and it is faster."""
-        best, joined = TWO_LAUNCHES, [self.steps.gated_product(product, rows) for product in products if self._joins]
+        joined = [self.steps.gated_product(product, rows) for product in products if self._joins]
         calls: dict[str, list[Gated]] = {ONE_LAUNCH: [gated for gated in joined if gated]}
-        if calls[ONE_LAUNCH] and self._device.type == "cuda":
+        best = ONE_LAUNCH if calls[ONE_LAUNCH] and kind == DENSE else TWO_LAUNCHES
+        if calls[ONE_LAUNCH] and self._measures:
             calls[TWO_LAUNCHES] = [partial(self._gate_apart, product) for product in products]
             self.gate_seconds[kind, rows], best = self._fastest(calls, rows, self._columns)
         self.chosen_gates[kind, rows] = best
@@ -116,8 +123,10 @@ class DenseChoices:
         return min(time_replay(graph) for _ in range(REPEATS)) / len(calls)
 
 
-def tune_products(decoder: LeanDecoder, progress: Progress = no_progress) -> str:
+def tune_products(decoder: LeanDecoder, progress: Progress = no_progress, gates_of_codes: bool = True) -> str:
     """Choose the block shapes of Triton's products for a decoder's layers, unless known; what was done.
+
+    Those of products of codes that end with the gate only where they are asked for.
 
     Call it before products are compared and graphs recorded, which go by these shapes. On the CPU nothing is done: "".
     """
@@ -128,9 +137,8 @@ def tune_products(decoder: LeanDecoder, progress: Progress = no_progress) -> str
 
     dense = [linear.weight for linear in dense_parts([*all_products(decoder.layers), decoder.head])]
     packed = [tunable_part(layer) for layer in decoder.packed_layers if isinstance(layer.choice.kernel, TunableKernel)]
-    gated = [
-        GatedWeight(part) for part in map(gated_part, (layer.gate_up for layer in decoder.layers)) if part is not None
-    ]
+    gates = [part for part in map(gated_part, (layer.gate_up for layer in decoder.layers)) if part is not None]
+    gated = [GatedWeight(part) for part in gates if gates_of_codes or isinstance(part, torch.Tensor)]
     return tune_missing([*dense, *packed, *gated], decoder.dtype, progress=progress)
 
 
@@ -172,4 +180,4 @@ def _kind(product: Linear) -> str:
     """What the choice about a gate depends on: its kernel and bits; all gates of a decoder are of one shape."""
     if isinstance(product, PackedLinear):
         return f"{product.choice.kernel.name} {product.bits} bits"
-    return "joined" if isinstance(product, FusedLinear) else "dense"
+    return "joined" if isinstance(product, FusedLinear) else DENSE

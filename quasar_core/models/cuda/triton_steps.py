@@ -24,7 +24,7 @@ from quasar_core.kernels.triton.elementwise import (
     silu_multiply_rounded,
 )
 from quasar_core.kernels.triton.language import overlapping
-from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
+from quasar_core.kernels.triton.products import LONGEST, LONGEST_DENSE, multiply_dense, multiply_packed
 from quasar_core.kernels.triton.weights import TritonWeight
 from quasar_core.models.activations import activated
 from quasar_core.models.cuda.graphs import GreedyOutput, TreeInputs
@@ -32,7 +32,7 @@ from quasar_core.models.cuda.torch_steps import SILU, Activation, Gated, Rows
 from quasar_core.models.decoder import DenseLinear, Linear
 from quasar_core.models.heads import Tables, Turn
 
-WIDEST = 16  # tokens of one launch of these kernels; a longer pass takes several
+WIDEST = 16  # tokens of one launch of attention; a longer pass takes several
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class TritonSteps:
         keys, values = states.unbind()
         out = queries.new_empty(count, heads * size)
         for position, rows, part in zip(mask.positions, queries.split(WIDEST), out.split(WIDEST), strict=True):
-            workspace = attention_workspace(queries.device, rows.shape[0], heads, size)
+            workspace = attention_workspace(queries.device, rows.shape[0], heads, size, mask.length)
             tree = None if mask.tree is None else (mask.tree.depths, mask.tree.families)
             attend(rows, keys, values, position, mask.window, workspace, part, mask.length, scale, cap, tree)
         return out
@@ -158,17 +158,18 @@ class TritonSteps:
         return rows
 
     def gated_product(self, product: Linear, rows: int) -> Gated | None:
-        """For 16 bits and packed codes, up to sixteen tokens."""
+        """For 16 bits, and for packed codes up to sixteen tokens."""
         weight = gated_part(product)
-        if weight is None or rows > WIDEST:
+        is_packed = isinstance(weight, TritonWeight)
+        if weight is None or rows > (LONGEST if is_packed else LONGEST_DENSE):
             return None
         assert isinstance(product, DenseLinear | PackedLinear)
-        multiply = multiply_packed if isinstance(weight, TritonWeight) else multiply_dense
+        multiply = multiply_packed if is_packed else multiply_dense
         return partial(_multiply_gated, multiply, weight, product.bias)
 
     def dense_products(self, rows: int) -> dict[str, Any]:
-        """cuBLAS, and for few rows Triton's product."""
-        return {"cublas": linear, "triton": _multiply_dense} if rows <= WIDEST else {"cublas": linear}
+        """Triton's product, whose rows do not depend on their number, and cuBLAS."""
+        return {"triton": _multiply_dense, "cublas": linear} if rows <= LONGEST_DENSE else {"cublas": linear}
 
     def choose(self, logits: torch.Tensor, tokens: torch.Tensor, drafted: torch.Tensor, output: GreedyOutput) -> None:
         """Three launches."""

@@ -1,0 +1,94 @@
+"""Choose the recorded pass of a decoder on CUDA, and try it out before anything is written with it."""
+
+import torch
+
+from quasar_core.errors import QuasarError
+from quasar_core.kernels.gpu import first_line, on, raise_if_lost
+from quasar_core.kernels.triton.adapters import why_not_triton
+from quasar_core.models.cuda.graph_pass import POSITION, CudaPass, cache_at
+from quasar_core.models.cuda.overlap import with_overlap
+from quasar_core.models.cuda.products import tune_products
+from quasar_core.models.cuda.torch_steps import Steps, TorchSteps
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.memory import LONGEST_PASS
+from quasar_core.records import Progress, no_progress
+
+
+def why_not(decoder: LeanDecoder) -> str | None:
+    """Why a decoder's passes cannot be recorded, or None where they can."""
+    if decoder.config.is_recurrent or decoder.config.gates_attention:
+        return "states of recurrent layers and gates of attention are not recorded"
+    if any(rope.limit is not None for rope in decoder.ropes):
+        return "its rotary embedding depends on where a pass ends"
+    if any(layer.choice.kernel.name == "reference" for layer in decoder.packed_layers):
+        return "the reference kernel dequantizes its weight for every product"
+    return None
+
+
+def choose(decoder: LeanDecoder, progress: Progress = no_progress, fast: bool = False) -> tuple[CudaPass | None, str]:
+    """The recorded pass of a decoder on CUDA, or None, and a sentence that says which and why.
+
+    `fast` is whatever is fastest here, although a token's last bits may then depend on the tokens beside it. Where
+    anything fails in Triton's kernels, PyTorch's operations take their place.
+    """
+    obstacle = why_not(decoder)
+    if obstacle:
+        return None, f"passes: PyTorch's operations, not recorded: {obstacle}"
+    steps, why = choose_steps(decoder.device, decoder.dtype)
+    if steps.name == "Triton":
+        try:
+            with on(decoder.device):
+                found, notes = _pass_in_triton(decoder, steps, progress, fast)
+            found.note = "; ".join(note for note in [_sentence(why), *notes] if note)
+            return found, found.note
+        except Exception as error:  # of a compiler, a kernel, the driver: it is told
+            raise_if_lost(error)
+            why = f"PyTorch's operations, not Triton's: {first_line(error)}"
+    plain = CudaPass(decoder, TorchSteps(), fast=fast)
+    plain.note = f"{_sentence(why)}; a token's logits may differ in the last bits with the tokens beside it"
+    return plain, plain.note
+
+
+def _sentence(why: str) -> str:
+    return f"passes: {LONGEST_PASS} tokens at a time as CUDA graphs of {why}"
+
+
+def _pass_in_triton(decoder: LeanDecoder, steps: Steps, progress: Progress, fast: bool) -> tuple[CudaPass, list[str]]:
+    """Tune the products, then try the pass out, which compiles its kernels; the pass and notes of both."""
+    notes = [tune_products(decoder, progress, gates_of_codes=fast)]
+    found = CudaPass(decoder, steps, fast=fast)
+    progress("compiling kernels", 0, 1)
+    try_out(found)
+    progress("compiling kernels", 1, 1)
+    if not fast:
+        return found, [*notes, "a token's logits do not depend on the tokens beside it"]
+    progress("trying launches that overlap", 0, 1)
+    found, note = with_overlap(found)
+    progress("trying launches that overlap", 1, 1)
+    return found, [*notes, note]
+
+
+def choose_steps(device: torch.device, dtype: torch.dtype) -> tuple[Steps, str]:
+    """Triton's kernels where they run, else PyTorch's operations; and why."""
+    obstacle = why_not_triton(device, dtype)
+    if obstacle:
+        return TorchSteps(), f"PyTorch's operations, not Triton's: {obstacle}"
+    from quasar_core.models.cuda.triton_steps import TritonSteps
+
+    return TritonSteps(), "Triton's kernels"
+
+
+TRIED = (1, LONGEST_PASS)  # tokens of the passes that are tried out
+LARGEST_DIFFERENCE = 0.5  # of the norm of the logits: far more than rounding makes of it
+
+
+def try_out(fast: CudaPass) -> None:
+    """Run passes of one token and of many, as decoding will; QuasarError where they are not what plain ones give."""
+    decoder, cache = fast.decoder, cache_at(fast.decoder, POSITION)
+    for count in TRIED:
+        logits = fast.run([0] * count, cache)
+        cache.rollback(POSITION)
+        expected = decoder.forward([0] * count, cache)
+        cache.rollback(POSITION)
+        if not float((logits - expected).norm()) <= LARGEST_DIFFERENCE * float(expected.norm()):
+            raise QuasarError(f"a pass of {count} tokens gives other logits than PyTorch's operations do")
