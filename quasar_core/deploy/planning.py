@@ -1,6 +1,5 @@
 """Plan a deployment of a pair: the command, what it promises, and whether the engine takes it."""
 
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from quasar_core.deploy.wish import NAMES, Command, Files, Wish
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.store.model_config import read_config
 from quasar_core.store.names import ModelSource
+from quasar_core.system import usable_cores
 
 LOADER = {("vllm", False): "vLLM", ("vllm", True): "vLLM on a CPU", ("sglang", False): "SGLang"}
 
@@ -60,7 +60,7 @@ def plan(wish: Wish, source: ModelSource, checkpoint: VerifierCheckpoint, check:
     verdict = _verdict(wish, source, checkpoint, installed)
     _require_quasar(wish, installed)
     files = Files(str(source.folder), str(checkpoint.folder))
-    cores = sorted(os.sched_getaffinity(0)) if installed and installed.is_cpu else []
+    cores = sorted(usable_cores()) if installed and installed.is_cpu else []
     command = write_command(wish, files, cores)
     is_checked = check and installed is not None
     return Plan(

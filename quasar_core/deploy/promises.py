@@ -2,6 +2,8 @@
 
 from quasar_core.deploy.wish import NAMES, Wish
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
 PROMISES = {
     "exact": "the text is the full-precision model's: {engine}'s target decides each token. Greedy text may differ "
     "from {engine}'s own plain decoding where two tokens lie a rounding apart, since passes over several tokens round "
@@ -18,7 +20,10 @@ def promise(wish: Wish) -> str:
 
 def limits(wish: Wish) -> list[str]:
     """What it cannot do, or does worse than `quasar generate`."""
-    return [*_OF_DRAFTS.get((wish.engine, wish.drafts_by), ()), *_OF_MODES.get((wish.engine, wish.mode), ())]
+    found = [*_OF_DRAFTS.get((wish.engine, wish.drafts_by), ()), *_OF_MODES.get((wish.engine, wish.mode), ())]
+    if wish.host not in LOCAL and "--api-key" not in wish.others:
+        found.append(f"whoever reaches {wish.host} may ask: add -- --api-key KEY")
+    return found
 
 
 _OF_DRAFTS = {

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -79,13 +80,17 @@ class Supervisor:
         if process is None:
             return 0
         if process.poll() is None:
-            _signal_session(process.pid, signal.SIGINT)
+            _signal_session(process, signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(ENDING)
-        _signal_session(process.pid, signal.SIGKILL)
+        _signal_session(process)
         return process.wait()
 
 
-def _signal_session(leader: int, number: int) -> None:
+def _signal_session(process: subprocess.Popen[bytes], number: int | None = None) -> None:
+    """Signal a process and those that it began, to end them without a number; on Windows end the process alone."""
+    if sys.platform == "win32":
+        process.kill()
+        return
     with suppress(ProcessLookupError):
-        os.killpg(leader, number)
+        os.killpg(process.pid, signal.SIGKILL if number is None else number)

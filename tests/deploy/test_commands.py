@@ -105,6 +105,12 @@ def test_a_command_can_be_pasted_and_tells_what_it_promises(engine_and_mode: Any
         assert limits(wish) or draft in ("none", "ngram")
 
 
+def test_a_server_that_others_reach_should_have_a_key() -> None:
+    assert any("--api-key" in limit for limit in limits(Wish(host="0.0.0.0")))
+    assert not any("--api-key" in limit for limit in limits(Wish(host="0.0.0.0", others=("--api-key", "x"))))
+    assert not any("--api-key" in limit for limit in limits(Wish()))
+
+
 @pytest.mark.parametrize(
     ("wishes", "named"),
     [

@@ -3,7 +3,7 @@
 Every server is started by the command itself; in float32, so that two tokens are hardly ever a rounding apart, but for
 those that load GPTQ's codes into vLLM, which takes them in 16 bits alone. With
 QUASAR_REAL_MODELS the folder of real models may be named whose smollm2 is served too. What vLLM's counters say is
-printed: `-s` shows it.
+printed, and how fast it was, prompts included: `-s` shows it. Speeds mean something on a quiet machine alone.
 """
 
 import json
@@ -125,16 +125,22 @@ def counted(address: str) -> dict[str, int]:
 def served(model: Path, verifier: Path, folder: Path, *options: str, dtype: str = "float32") -> Served:
     """Serve, ask, count."""
     with deployed(model, verifier, folder / "log.txt", "--dtype", dtype, *options) as (address, _):
-        texts, counters = ask(address), counted(address)
-    found = Served(
-        texts,
-        counters.get("spec_decode_num_draft_tokens_total", 0),
-        counters.get("spec_decode_num_accepted_tokens_total", 0),
-        counters["generation_tokens_total"],
+        ask(address)  # the first answers find out what passes cost
+        before, start = counted(address), time.perf_counter()
+        texts = ask(address)
+        seconds, after = time.perf_counter() - start, counted(address)
+    drafted, accepted, generated = (
+        after.get(name, 0) - before.get(name, 0)
+        for name in (
+            "spec_decode_num_draft_tokens_total",
+            "spec_decode_num_accepted_tokens_total",
+            "generation_tokens_total",
+        )
     )
+    found = Served(texts, drafted, accepted, generated)
     print(
-        f"{model.name} {' '.join(options)}: {found.accepted} of {found.drafted} drafted tokens accepted, "
-        f"{found.generated} tokens, {found.per_step:.2f} accepted a step"
+        f"{model.name} {' '.join(options)}: {accepted} of {drafted} drafted tokens accepted, {found.per_step:.2f} a "
+        f"step; {generated} tokens at {generated / seconds:.1f} a second"
     )
     return found
 
