@@ -20,8 +20,8 @@ static void* find(const char* library, const char* name) {
 }
 #endif
 
-constexpr int IN = 256, OUT = 96, GROUPS = 2, ROWS = 7, BLOCK = 32, BITS = 4;
-constexpr size_t HEADER = 128, STREAM = HEADER + IN / GROUPS * BLOCK * BITS / 8, AHEAD = 65536;
+constexpr int INPUTS = 256, OUTPUTS = 96, GROUPS = 2, ROWS = 7, BLOCK = 32, BITS = 4;
+constexpr size_t HEADER = 128, STREAM = HEADER + INPUTS / GROUPS * BLOCK * BITS / 8, AHEAD = 65536;
 
 static uint32_t next() {  // numbers that are the same everywhere
     static uint32_t state = 1;
@@ -45,13 +45,13 @@ int main(int, char** arguments) {
     using Multiply = void (*)(const void*, const void*, void*, int, int, int, int, int, int, int);
     const auto multiply = reinterpret_cast<Multiply>(find(arguments[1], "quasar_multiply_codes"));
     if (!multiply) return std::puts("the library cannot be loaded"), 1;
-    std::vector<uint8_t> memory(OUT / BLOCK * GROUPS * STREAM + AHEAD);
+    std::vector<uint8_t> memory(OUTPUTS / BLOCK * GROUPS * STREAM + AHEAD);
     uint8_t* codes = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
-    for (int at = 0; at < OUT / BLOCK * GROUPS; ++at) fill(codes + at * STREAM);
-    std::vector<float> x(ROWS * IN), y(ROWS * OUT);
+    for (int at = 0; at < OUTPUTS / BLOCK * GROUPS; ++at) fill(codes + at * STREAM);
+    std::vector<float> x(ROWS * INPUTS), y(ROWS * OUTPUTS);
     for (float& value : x) value = float(int(next() & 2047) - 1024) / 512;
     for (int threads = 1; threads <= 3; ++threads) {
-        multiply(x.data(), codes, y.data(), ROWS, IN, OUT, GROUPS, BITS, 0, threads);
+        multiply(x.data(), codes, y.data(), ROWS, INPUTS, OUTPUTS, GROUPS, BITS, 0, threads);
         for (const float value : y) {
             uint32_t bits;
             std::memcpy(&bits, &value, sizeof bits);
