@@ -151,8 +151,24 @@ def processor_name() -> str:
 
 @cache
 def processor_flags() -> frozenset[str]:
-    """The instruction sets of this processor as Linux names them; none on other systems."""
+    """The instruction sets of this processor as Linux names them; none where the system does not tell, as Windows."""
+    if sys.platform == "darwin":
+        return _flags_of_mac()
     return frozenset((_cpu_info("flags") or _cpu_info("Features") or "").split())
+
+
+# What sysctl says below hw.optional, by Linux's names.
+_OF_MAC = {"AdvSIMD": "asimd", "FEAT_DotProd": "asimddp", "FEAT_BF16": "bf16", "FEAT_I8MM": "i8mm"}
+
+
+def _flags_of_mac() -> frozenset[str]:
+    """Of lines such as `hw.optional.arm.FEAT_BF16: 1`; none on Intel's processors."""
+    try:
+        done = subprocess.run(["sysctl", "hw.optional"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return frozenset()
+    told = dict(line.rpartition(".")[2].partition(": ")[::2] for line in done.stdout.splitlines())
+    return frozenset(name for feature, name in _OF_MAC.items() if told.get(feature) == "1")
 
 
 def frequency() -> float | None:

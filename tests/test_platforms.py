@@ -79,6 +79,27 @@ def test_what_a_system_does_not_tell_is_not_known(monkeypatch: pytest.MonkeyPatc
     assert (system.peak_memory(), talk.peak_memory()) == (0, 0)
 
 
+MAC = """hw.optional.AdvSIMD: 1
+hw.optional.arm.FEAT_DotProd: 1
+hw.optional.arm.FEAT_BF16: 0
+hw.optional.arm.FEAT_I8MM: 1
+hw.optional.arm64: 1
+hw.optional.armv8_crc32: 1
+"""
+
+
+def test_a_macs_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system.sys, "platform", "darwin")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=MAC))
+    assert system.processor_flags.__wrapped__() == {"asimd", "asimddp", "i8mm"}
+
+    def fail(*_: object, **__: object) -> None:
+        raise FileNotFoundError("sysctl")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    assert system.processor_flags.__wrapped__() == set()
+
+
 def test_quantizing_is_refused_where_no_folder_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "fcntl")
     with (tmp_path / "lock").open("a+") as lock, pytest.raises(UsageError, match="Quantizing needs Linux or macOS"):

@@ -13,7 +13,7 @@ import torch
 
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
-from quasar_core.kernels.cpu.library import why_not_here
+from quasar_core.kernels.cpu.library import SOURCE, carried_library, why_not_here
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import cpu_pass, lean_weights
 from quasar_core.models.base import CausalLM, FastPass
@@ -98,9 +98,10 @@ def load_models(
     library: Any = causal_lm if obstacle else lean_weights
     notes = [f"decoder: transformers, as {obstacle}" if obstacle else "decoder: our own"]
     if device.type == "cpu":
-        progress("compiling kernels", 0, 1)
+        stage = "loading kernels" if carried_library(SOURCE) else "compiling kernels"
+        progress(stage, 0, 1)
         why_not_here()  # compiles them where they are not there yet
-        progress("compiling kernels", 1, 1)
+        progress(stage, 1, 1)
     target = verifier = None
     if use_target:
         if obstacle:
