@@ -86,14 +86,15 @@ def page(config: DecoderConfig, shape: str) -> Iterator[str]:
     """The predictions as a page of Markdown."""
     yield "# What passes on GPUs should take: predictions"
     yield ""
-    yield f"Made by `tools/predict_gpu.py` from counts, for {shape} after {CONTEXT} positions, one token a pass."
-    yield "Nothing here was measured: it was written down before the first run, so that a run can be held against it."
+    yield f"Made by `tools/predict_gpu.py` from counts, for {shape} after {CONTEXT} positions, one token"
+    yield "a pass. Nothing here was measured: it was written down before the first run, to be held against it."
     yield ""
     kinds = ("16 bits", "4 bits", "4 bits, head of 8")
     yield "Milliseconds; the floor is the bytes ÷ the bandwidth of the data sheet. An 8B pair does not fit into 12 GB:"
     yield "the figures of the RTX 3060 are of its arithmetic alone."
     yield ""
-    yield f"| GPU | {' | '.join(f'{kind}: floor | predicted' for kind in kinds)} | verify ÷ confirm |"
+    columns = " | ".join(f"{kind}: floor | predicted" for kind in kinds)
+    yield f"| GPU | {columns} | verify ÷ confirm |"
     yield f"|{'---|' * (2 * len(kinds) + 2)}"
     yield from (row(config, gpu) for gpu in GPUS)
 

@@ -49,8 +49,9 @@ class Placement:
 
     def to_load(self) -> LoadOptions:
         """The pair, with both its models."""
-        placed = {"device": self.device, "dtype": self.dtype, "kernel": self.kernel, "fast": self.fast}
-        return LoadOptions(self.model, self.verifier, **placed)
+        return LoadOptions(
+            self.model, self.verifier, device=self.device, dtype=self.dtype, kernel=self.kernel, fast=self.fast
+        )
 
 
 @dataclass(frozen=True)

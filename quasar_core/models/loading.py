@@ -63,9 +63,9 @@ def choose(decoder: LeanDecoder, progress: Progress = no_progress, fast: bool = 
     obstacle = cpu_pass.why_not(decoder)
     if obstacle:
         return None, f"passes: PyTorch's operations, not the C++ pass: {obstacle}"
-    fast = cpu_pass.CpuPass(decoder)
+    passes = cpu_pass.CpuPass(decoder)
     form = cpu_pass.describe_form()
-    return fast, f"passes: in C++, {fast.longest} tokens at a time, for {form}{cpu_pass.remark()}"
+    return passes, f"passes: in C++, {passes.longest} tokens at a time, for {form}{cpu_pass.remark()}"
 
 
 @dataclass(frozen=True)

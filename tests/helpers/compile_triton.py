@@ -76,12 +76,13 @@ def main() -> None:
 
 
 def launch_all() -> None:
-    from quasar_core.kernels.triton import attention, choices, eight_bit, elementwise, probe, products
+    from quasar_core.kernels.triton import attention, choices, eight_bit, elementwise, probe, products, unpack
 
     x, out, steps = zeros(4, 4096), zeros(4, 256), zeros(4, dtype=torch.float32)
     for bits, symmetric in ((4, True), (4, False), (8, False), (2, True)):
         weight = prepare_packed(random_codes(bits, 4096, 256, 128, symmetric), CPU)
         products.multiply_packed(x, weight, out, residual=out)
+        unpack.dequantize_packed(weight, torch.bfloat16)
         products.multiply_packed(x.half(), weight, out.half(), bias=out[0].half())
     products.multiply_dense(x, zeros(256, 4096), out, bias=out[0])
     products.multiply_dense(zeros(40, 4096), zeros(256, 4096), zeros(40, 256))

@@ -34,7 +34,7 @@ def test_kernels_compile(tmp_path: Path, target: int) -> None:
     for line in run.stdout.splitlines():
         launch = json.loads(line)
         found[launch["kernel"]].append(launch)
-    assert len(found) == 15, sorted(found)
+    assert len(found) == 16, sorted(found)
     products = (*found["_packed_kernel"], *found["_dense_kernel"], *found["_w8a8_kernel"])
     for launch in products if target == 90 else ():
         assert launch["wgmma"], "the product is not on Hopper's tensor cores"

@@ -24,6 +24,7 @@ from quasar_core.kernels.triton.adapters import TritonKernel
 from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, gated_blocks, packed_blocks
 from quasar_core.kernels.triton.products import multiply_packed
 from quasar_core.kernels.triton.tune import GatedWeight, candidates, tune, tune_missing
+from quasar_core.kernels.triton.unpack import dequantize_packed
 from quasar_core.kernels.triton.weights import dequantize, prepare_packed
 from tools.gpu_bench.cases import Case, relative_error
 from tools.gpu_bench.checks import correctness_cases, random_codes
@@ -42,7 +43,9 @@ def test_kernels_agree_with_float64(case: Case) -> None:
 @pytest.mark.parametrize("shape", [(128, 16, 32), (160, 72, 64), (384, 80, -1), (96, 96, 96), (48, 64, 16)])
 def test_the_order_of_the_tensor_cores_loses_nothing(bits: int, shape: tuple[int, int, int]) -> None:
     weight = random_codes(bits, *shape, symmetric=False)
-    assert torch.equal(dequantize(prepare_packed(weight, CPU), torch.float32), weight.dequantize())
+    prepared = prepare_packed(weight, CPU)
+    assert torch.equal(dequantize(prepared, torch.float32), weight.dequantize())
+    assert torch.equal(dequantize_packed(prepared, torch.float16), dequantize(prepared, torch.float16))
 
 
 @pytest.mark.parametrize("rows", [1, 17, 65])

@@ -1,6 +1,6 @@
 """Transformers at the same shape, eager and compiled: what our passes and our plain decoding are held against.
 
-`python -m quasar_core.bench.gpu_reference` prints one JSON row for each measurement as it comes. It is a process of
+`python -m tools.gpu_bench.reference` prints one JSON row for each measurement as it comes. It is a process of
 its own, which the GPU bench can end: compiling a model takes as long as it takes.
 """
 

@@ -18,7 +18,7 @@ from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.kernels.base import LayerShape, RoundedRows
 from quasar_core.kernels.eight_bit import FLOAT8_CAPABILITY, Float8Kernel, Int8Kernel
 from quasar_core.kernels.gpu import AMPERE, first_line, on, raise_if_lost, why_not_nvidia
-from quasar_core.kernels.triton.weights import SMALLEST_CHUNK, TritonWeight, chunk_size, dequantize, prepare_packed
+from quasar_core.kernels.triton.weights import SMALLEST_CHUNK, TritonWeight, chunk_size, prepare_packed
 
 _TUNING = 1.5  # seconds for one shape
 _SKINNY = 64  # rows up to which reading the codes again for every 16 is less work than dequantizing them all
@@ -53,7 +53,10 @@ class TritonKernel:
     def multiply(self, x: torch.Tensor, prepared: TritonWeight) -> torch.Tensor:
         """A product of any number of rows; of many, such as a prompt's, with the weight dequantized for once."""
         if x.shape[0] > _SKINNY:
-            return torch.nn.functional.linear(x, dequantize(prepared, x.dtype))
+            from quasar_core.kernels.triton.unpack import dequantize_packed
+
+            with on(x.device):
+                return torch.nn.functional.linear(x, dequantize_packed(prepared, x.dtype))
         from quasar_core.kernels.triton.products import LONGEST, multiply_packed
 
         x = x.contiguous()

@@ -215,15 +215,15 @@ def _packed_kernel(
     if OVERLAPS:
         _fetch_words(words_ptr, stored, first, steps, CHUNK)
         wait(OVERLAPS)
-    scale, zero = _tables(
+    scale, zero = load_tables(
         scales_ptr, zeros_ptr, first * chunks, columns, table_width, CHUNKS_PER_GROUP, HAS_ZEROS, MIDDLE
     )
     for step in range(first, tl.minimum(first + STEPS, steps)):
-        words = _words(words_ptr, stored, step, steps, STORED, CHUNK)
+        words = load_words(words_ptr, stored, step, steps, STORED, CHUNK)
         for i in tl.static_range(chunks):
             chunk = step * chunks + i
             # Of the next chunk, so that the wait for them passes during this one.
-            next_scale, next_zero = _tables(
+            next_scale, next_zero = load_tables(
                 scales_ptr, zeros_ptr, chunk + 1, columns, table_width, CHUNKS_PER_GROUP, HAS_ZEROS, MIDDLE
             )
             inputs = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -249,7 +249,7 @@ def _packed_kernel(
 
 
 @triton.jit
-def _tables(
+def load_tables(
     scales_ptr,
     zeros_ptr,
     chunk,
@@ -267,7 +267,7 @@ def _tables(
 
 
 @triton.jit
-def _words(words_ptr, stored, step, steps, STORED: tl.constexpr, CHUNK: tl.constexpr):
+def load_words(words_ptr, stored, step, steps, STORED: tl.constexpr, CHUNK: tl.constexpr):
     """The words [64·STORED, CHUNK/2] of a step, each already with the lane that multiplies by it."""
     fragments: tl.constexpr = CHUNK // 16
     start = (stored.to(tl.int64) * steps + step) * (512 * fragments)
@@ -287,6 +287,13 @@ def _fetch_words(words_ptr, stored, first, steps, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def codes_of_words(shifted, MASK: tl.constexpr):
+    """The codes [outputs, CHUNK] of a chunk, as whole numbers."""
+    halves = tl.join(shifted & MASK, (shifted >> 16) & MASK)
+    return tl.reshape(halves, (shifted.shape[0], 2 * shifted.shape[1]))
+
+
+@triton.jit
 def _numbers(shifted, zero, MASK: tl.constexpr, magic, x):
     """Pairs of codes, less their zero, as numbers [outputs, CHUNK] of x's dtype.
 
@@ -294,8 +301,7 @@ def _numbers(shifted, zero, MASK: tl.constexpr, magic, x):
     """
     pairs = shifted & (MASK | MASK << 16)
     if INTERPRETED:
-        halves = tl.join(pairs & MASK, (pairs >> 16) & MASK)
-        return (tl.reshape(halves, (shifted.shape[0], x.shape[0])) - zero[:, None]).to(tl.float32)
+        return (codes_of_words(pairs, MASK) - zero[:, None]).to(tl.float32)
     pairs = subtract_pairs(pairs | magic, (magic | zero | zero << 16)[:, None], x.dtype)
     halves = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
     return tl.reshape(halves, (shifted.shape[0], x.shape[0])).to(x.dtype, bitcast=True)
