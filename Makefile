@@ -11,8 +11,8 @@ VLLM_STAMP := .venv-vllm/.setup-stamp
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-here test-gpu test-machines test-wheel test-systems sanitize check fmt interop \
-	scale gpu-bench clean
+.PHONY: help demo test test-slow test-here test-gpu test-machines test-wheel test-systems test-neon sanitize check fmt \
+	interop scale gpu-bench clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do \
@@ -73,6 +73,9 @@ test-wheel: $(STAMP)  ## the wheel, built, installed and run where no compiler i
 
 test-systems: $(STAMP)  ## the C++ built for other systems by cross compilers, and run by qemu and wine where they are
 	$(BIN)/python tests/other_systems.py
+
+test-neon: $(STAMP)  ## the C++ pass as Arm processors compute it: cross-compiled, under qemu
+	$(BIN)/python tests/neon.py
 
 check: $(STAMP)  ## lint, format, types, import contracts
 	$(BIN)/ruff check .

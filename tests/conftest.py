@@ -1,7 +1,8 @@
 """What every test starts from, so that none depends on the machine, on its user's files or on the tests before it.
 
 `tests/machines.py` varies it: OMP_NUM_THREADS is the number of threads, QUASAR_TEST_DENORMALS=flush flushes denormals,
-QUASAR_TEST_LACKS names what this processor is taken not to have.
+QUASAR_TEST_LACKS names what this processor is taken not to have. QUASAR_TEST_EMULATED is a command that runs the C++ of
+passes and products for another processor (`tests/neon.py`).
 """
 
 import os
@@ -81,6 +82,23 @@ def _lacking() -> Iterator[None]:
     has = forms.processor_flags()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forms, "processor_flags", lambda: has - lacks)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _emulated() -> Iterator[None]:
+    """Lets another processor's C++ stand for this one's, where that is asked for."""
+    if not (command := os.environ.get("QUASAR_TEST_EMULATED")):
+        yield
+        return
+    from helpers.emulated import Emulated
+
+    from quasar_core.kernels.cpu import library
+
+    emulated = Emulated(command.split())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "_library_in", lambda form: emulated)
+        patch.setattr(library, "_why_not_in", lambda form: None)
         yield
 
 

@@ -262,9 +262,10 @@ class CpuPass:
         weight = linear.prepared if isinstance(linear, PackedLinear) else linear.weight
         if isinstance(weight, VnniWeight):
             stream = self._address(weight.stream)
-            return cpp.Product(stream, bias, weight.bits, weight.in_features, weight.out_features, weight.groups)
+            sizes = weight.in_features, weight.out_features, weight.groups, weight.group
+            return cpp.Product(stream, bias, weight.bits, *sizes)
         outputs, inputs = weight.shape
-        return cpp.Product(self._address(weight), bias, BITS_OF[weight.dtype], inputs, outputs, 1)
+        return cpp.Product(self._address(weight), bias, BITS_OF[weight.dtype], inputs, outputs, 1, inputs)
 
     def _address(self, tensor: torch.Tensor) -> int:
         assert tensor.is_contiguous()

@@ -42,7 +42,7 @@ static void fill(uint8_t* stream) {
 }
 
 int main(int, char** arguments) {
-    using Multiply = void (*)(const void*, const void*, void*, int, int, int, int, int, int, int);
+    using Multiply = void (*)(const void*, const void*, void*, int, int, int, int, int, int, int, int);
     const auto multiply = reinterpret_cast<Multiply>(find(arguments[1], "quasar_multiply_codes"));
     if (!multiply) return std::puts("the library cannot be loaded"), 1;
     std::vector<uint8_t> memory(OUTPUTS / BLOCK * GROUPS * STREAM + AHEAD);
@@ -51,7 +51,7 @@ int main(int, char** arguments) {
     std::vector<float> x(ROWS * INPUTS), y(ROWS * OUTPUTS);
     for (float& value : x) value = float(int(next() & 2047) - 1024) / 512;
     for (int threads = 1; threads <= 3; ++threads) {
-        multiply(x.data(), codes, y.data(), ROWS, INPUTS, OUTPUTS, GROUPS, BITS, 0, threads);
+        multiply(x.data(), codes, y.data(), ROWS, INPUTS, OUTPUTS, GROUPS, INPUTS / GROUPS, BITS, 0, threads);
         for (const float value : y) {
             uint32_t bits;
             std::memcpy(&bits, &value, sizeof bits);

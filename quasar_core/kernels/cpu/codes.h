@@ -24,20 +24,30 @@ constexpr int AHEAD = 8192;   // bytes of the stream that are on their way from 
 constexpr int FOURS = BLOCK * 4;  // bytes of four inputs of a block, in all planes
 
 struct CodedRows {   // activations in 8 bits
-    int8_t* values;  // [T, in]
+    int8_t* values;  // [T, groups · group]: behind the last of `in` inputs stand zeros
     float* scales;   // [T, groups]
     float* sums;     // [T, groups], of the values
     int in, groups, group;
+    size_t stride() const { return size_t(groups) * group; }
 };
+
+template <typename X>
+Floats load_up_to(const X* x, int count) {  // of sixteen the first `count`, then zeros
+    if (count >= LANES) return load(x);
+    X some[LANES] = {};
+    std::copy(x, x + std::max(count, 0), some);
+    return load(some);
+}
 
 // The largest magnitude is found on the bits, so that an infinity or a NaN makes the scale, and the product, one too.
 template <typename X>
 void quantize_group(const X* x, const CodedRows& rows, int row, int g) {
-    const X* from = x + g * rows.group;
-    int8_t* to = rows.values + size_t(row) * rows.in + g * rows.group;
+    const int begin = g * rows.group, there = rows.in - begin;
+    const X* from = x + begin;
+    int8_t* to = rows.values + row * rows.stride() + begin;
     IntPart largest = {};
     for (int i = 0; i < rows.group; i += LANES) {
-        const Floats size = magnitude(load(from + i));
+        const Floats size = magnitude(load_up_to(from + i, there - i));
         for (int p = 0; p < PARTS; ++p) largest = larger_ints(largest, IntPart(size.part[p]));
     }
     const int32_t bits = largest_of(largest);
@@ -46,7 +56,7 @@ void quantize_group(const X* x, const CodedRows& rows, int row, int g) {
     const Floats inverse = bound > 0 ? 127 / bound : 0;
     IntPart sum = {};
     for (int i = 0; i < rows.group; i += LANES) {
-        const Floats scaled = load(from + i) * inverse;
+        const Floats scaled = load_up_to(from + i, there - i) * inverse;
         for (int p = 0; p < PARTS; ++p) {
             const IntPart value = nearest_ints(scaled.part[p]);
             store_bytes(to + i + p * WIDTH, value);
@@ -122,10 +132,10 @@ void multiply_tile(const uint8_t* codes, const CodedRows& rows, int row, float* 
     for (int g = 0; g < rows.groups; ++g) {
         const uint8_t* header = codes;
         codes += HEADER;
-        const int8_t* x = rows.values + size_t(row) * rows.in + g * rows.group;
+        const int8_t* x = rows.values + row * rows.stride() + g * rows.group;
         for (int first = 0; first < ALL_PARTS; first += BESIDE) {
             IntPart dot[TILE][BESIDE];
-            dot_codes<BITS, TILE, BESIDE>(codes + first * WIDTH * 4, x, rows.in, rows.group, dot);
+            dot_codes<BITS, TILE, BESIDE>(codes + first * WIDTH * 4, x, int(rows.stride()), rows.group, dot);
 #pragma GCC unroll 4
             for (int b = 0; b < BESIDE; ++b) {
                 const int output = (first + b) * WIDTH, within = output % LANES;
@@ -165,7 +175,7 @@ void multiply_tile_of(int count, const uint8_t* codes, const CodedRows& rows, in
 // `put(row, output, lanes, values)` takes 16 outputs of a row, of which `lanes` exist.
 template <int BITS, typename Put>
 void multiply_blocks(const uint8_t* stream, const CodedRows& rows, Range blocks, int begin, int end, int out, Put put) {
-    const size_t stride = size_t(rows.groups) * HEADER + size_t(rows.in) * BLOCK * BITS / 8;
+    const size_t stride = size_t(rows.groups) * HEADER + rows.stride() * BLOCK * BITS / 8;
     alignas(64) float tile[MAX_TILE * BLOCK];
     for (int block = blocks.begin; block < blocks.end; ++block) {
         for (int row = begin; row < end;) {

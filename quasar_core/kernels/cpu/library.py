@@ -133,6 +133,7 @@ class Product(ctypes.Structure):
         ("inputs", ctypes.c_int),
         ("outputs", ctypes.c_int),
         ("groups", ctypes.c_int),
+        ("group", ctypes.c_int),  # inputs of each, the last one filled up
     )
 
 
@@ -214,7 +215,7 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
     functions = load_library(
         SOURCE,
         {
-            "quasar_multiply_codes": [pointer] * 3 + [number] * 7,
+            "quasar_multiply_codes": [pointer] * 3 + [number] * 8,
             "quasar_pass_new": [ctypes.POINTER(Model)],
             "quasar_pass_delete": [pointer, number],
             "quasar_pass_run": [

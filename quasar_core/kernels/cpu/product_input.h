@@ -14,7 +14,7 @@ constexpr int PIECE = 512;  // inputs that a thread prepares at a time: a multip
 struct Product {
     const void* weight;
     const float* bias;  // [out], or null
-    int bits, in, out, groups;
+    int bits, in, out, groups, group;  // of codes: groups of so many inputs, the last one filled up with zeros
 };
 
 // Products of one input, whose outputs stand beside one another.
@@ -30,7 +30,10 @@ public:
         const size_t size = size_t(count) * product.in;
         if (product.bits == 16) grow(halves, size);
         if (product.bits == 32) grow(singles, size);
-        if (product.bits < 16) grow(values, size), grow(scales, size / LANES), grow(sums, size / LANES);
+        if (product.bits < 16) {
+            const size_t groups = size_t(count) * product.groups;
+            grow(values, groups * product.group), grow(scales, groups), grow(sums, groups);
+        }
     }
 
     // Inputs [begin, end) of row t, from x [in]; both are multiples of PIECE, or the end of the row.
@@ -42,7 +45,7 @@ public:
             for (int i = begin; i < end; i += LANES) Numbers<float>::put(singles.data() + row + i, load(x + i));
         else {
             const CodedRows rows = coded(product);
-            for (int g = begin / rows.group; g < end / rows.group; ++g) quantize_group(x, rows, t, g);
+            for (int g = begin / rows.group; g * rows.group < end; ++g) quantize_group(x, rows, t, g);
         }
     }
 
@@ -72,7 +75,7 @@ private:
     Buffer<float> singles, scales, sums;
 
     CodedRows coded(const Product& product) {
-        return {values.data(), scales.data(), sums.data(), product.in, product.groups, product.in / product.groups};
+        return {values.data(), scales.data(), sums.data(), product.in, product.groups, product.group};
     }
 };
 

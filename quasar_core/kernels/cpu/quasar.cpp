@@ -10,10 +10,10 @@ constexpr int CHUNK = 64;  // rows whose activations stay in the cache beside a 
 
 template <typename X>
 void multiply_codes_of(const X* x, const Product& product, X* y, int count, int threads) {
-    Buffer<int8_t> values(size_t(count) * product.in);
+    Buffer<int8_t> values(size_t(count) * product.groups * product.group);
     Buffer<float> scales(size_t(count) * product.groups), sums(scales.size());
     const CodedRows rows{values.data(), scales.data(), sums.data(), product.in, product.groups,
-                         product.in / product.groups};
+                         product.group};
     auto put = [&](int t, int o, Lanes lanes, Floats value) {
         store(y + size_t(t) * product.out + o, value, lanes);
     };
@@ -33,9 +33,9 @@ void multiply_codes_of(const X* x, const Product& product, X* y, int count, int 
 extern "C" {
 
 // x [count, in] and y [count, out], both bfloat16 or both float32; codes aligned to 64 bytes, of 2, 4 or 8 bits.
-void quasar_multiply_codes(const void* x, const void* codes, void* y, int count, int in, int out, int groups, int bits,
-                           int is_bfloat16, int threads) {
-    const Product product{codes, nullptr, bits, in, out, groups};
+void quasar_multiply_codes(const void* x, const void* codes, void* y, int count, int in, int out, int groups, int group,
+                           int bits, int is_bfloat16, int threads) {
+    const Product product{codes, nullptr, bits, in, out, groups, group};
     if (is_bfloat16)
         multiply_codes_of(static_cast<const uint16_t*>(x), product, static_cast<uint16_t*>(y), count, threads);
     else

@@ -7,7 +7,6 @@ rounds by 0.2 %). A row's product does not depend on the rows beside it, to the 
 `cpu/codes.h`, compiled on first use for the processor's instruction set; those with VNNI are the fastest.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,8 @@ from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.kernels.cpu.library import library, why_not_here
 
 BLOCK = 32  # outputs that share a stream, in two registers of 16
-_LARGEST_GROUP, _SMALLEST_GROUP = 128, 16
+_GROUPS = (128, 64, 32, 16)  # inputs that share a scale of the activations
+_HEADER = 128  # bytes of a block's scales and zeros in each group
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class VnniWeight:
 
     stream: torch.Tensor
     bits: int  # that a code takes: 2, 4 or 8
+    group: int  # inputs that share a scale of the activations; the last group is filled up with zeros
     in_features: int
     out_features: int
 
@@ -49,20 +50,20 @@ class VnniKernel:
             return f"it takes bfloat16 and float32, not {str(dtype).removeprefix('torch.')}"
         if not shape.trivial_groups:
             return "its groups must be in order, and g_idx is not"
-        if _group(shape.in_features, shape.group_size) < _SMALLEST_GROUP:
-            return f"{shape.in_features} inputs in groups of {shape.group_size} do not divide into sixteens"
+        if not _possible_groups(shape.group_size):
+            return f"groups of {shape.group_size} do not divide into sixteens"
         return why_not_here()
 
     def prepare(self, weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> VnniWeight:
         """Scales, zeros and codes into the order in which the product reads them."""
-        group = _group(weight.in_features, weight.group_size)
         bits = 4 if weight.bits == 3 else weight.bits
-        padded = _padded(weight)
+        group = _group(weight.in_features, weight.group_size, bits)
+        padded = _padded(weight, group)
         headers, bodies = _headers(padded, group), _bodies(padded.codes, bits, group)
         blocks, groups, size = bodies.shape
         stream = empty_in_huge_pages(blocks, groups, headers.shape[-1] + size, dtype=torch.uint8)
         torch.cat([headers, bodies], dim=-1, out=stream)
-        return VnniWeight(stream, bits, weight.in_features, weight.out_features)
+        return VnniWeight(stream, bits, group, weight.in_features, weight.out_features)
 
     def multiply(self, x: torch.Tensor, prepared: VnniWeight) -> torch.Tensor:
         """One product of any number of rows, in as many threads as PyTorch uses."""
@@ -76,6 +77,7 @@ class VnniKernel:
             prepared.in_features,
             prepared.out_features,
             prepared.groups,
+            prepared.group,
             prepared.bits,
             x.dtype == torch.bfloat16,
             torch.get_num_threads(),
@@ -83,17 +85,27 @@ class VnniKernel:
         return y
 
 
-def _group(in_features: int, group_size: int) -> int:
-    """Inputs of one scale: the largest power of two, at most 128, that divides all groups, a short last one too."""
-    return math.gcd(in_features, _LARGEST_GROUP if group_size == -1 else math.gcd(group_size, _LARGEST_GROUP))
+def _possible_groups(group_size: int) -> list[int]:
+    """How many inputs may share a scale of the activations: what divides the weight's groups."""
+    return [group for group in _GROUPS if group_size == -1 or group_size % group == 0]
 
 
-def _padded(weight: QuantizedWeight) -> QuantizedWeight:
-    """The outputs filled up to whole blocks with zeros."""
+def _group(in_features: int, group_size: int, bits: int) -> int:
+    """Of these the one that takes the fewest bytes, headers and what fills up the last group included."""
+
+    def size(group: int) -> int:
+        return -(-in_features // group) * (_HEADER + group * BLOCK * bits // 8)
+
+    return min(_possible_groups(group_size), key=size)
+
+
+def _padded(weight: QuantizedWeight, group: int) -> QuantizedWeight:
+    """The outputs filled up to whole blocks, and the inputs to whole groups, with zeros."""
     missing = (0, -weight.out_features % BLOCK)
     codes, scales, zeros = (
         torch.nn.functional.pad(part, missing) for part in (weight.codes, weight.scales, weight.zeros)
     )
+    codes = torch.nn.functional.pad(codes, (0, 0, 0, -weight.in_features % group))
     return QuantizedWeight(weight.bits, weight.group_size, codes, scales, zeros, weight.g_idx)
 
 

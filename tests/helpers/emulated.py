@@ -1,0 +1,191 @@
+"""The C++ of passes and products as another processor runs it, under an emulator: `tests/neon.py` has the tests use it.
+
+`Emulated` stands where the loaded library stands. Each call is written as one block of memory, with everything that its
+pointers reach, and sent to a program that was compiled for the other processor (`emulated.cpp`); what comes back is
+copied to where the call's results belong.
+"""
+
+import ctypes
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+from quasar_core.kernels.cpu.library import FusedWeight, Layer, Model, Product
+
+POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int
+_POINTERS = ("model", "tokens", "parents", "cos", "sin", "growth", "states", "logits", "chosen", "margins", "likeliest")
+_NUMBERS = ("is_bfloat16", "count", "position", "capacity", "wanted", "inputs", "outputs", "groups", "group")
+_NUMBERS += ("bits", "threads")
+
+
+class Call(ctypes.Structure):
+    """As `emulated.cpp` has it."""
+
+    _fields_ = (
+        ("is_pass", ctypes.c_int64),
+        *((name, POINTER) for name in (*_POINTERS, "x", "codes", "y")),
+        *((name, NUMBER) for name in _NUMBERS),
+    )
+
+
+class Block:
+    """A block of memory, what of it are pointers, and where its parts lie in this process."""
+
+    def __init__(self) -> None:
+        self.memory = bytearray(ctypes.sizeof(Call))
+        self.pointers: list[int] = []
+        self.places: dict[int, tuple[int, int]] = {}  # by address: offset, size
+
+    def place(self, address: int | None, size: int) -> int | None:
+        """The offset of what lies at an address, copied once."""
+        if not address:
+            return None
+        if address not in self.places:
+            self.memory += bytes(-len(self.memory) % 64)
+            self.places[address] = len(self.memory), size
+            self.memory += ctypes.string_at(address, size)
+        return self.places[address][0]
+
+    def point(self, at: int, offset: int | None) -> None:
+        """Let the eight bytes at a place be a pointer to an offset, or null."""
+        self.memory[at : at + 8] = (offset or 0).to_bytes(8, "little")
+        if offset is not None:
+            self.pointers.append(at)
+
+    def list_of(self, offsets: Sequence[int | None]) -> int:
+        """A list of pointers."""
+        self.memory += bytes(-len(self.memory) % 64)
+        start = len(self.memory)
+        self.memory += bytes(8 * len(offsets))
+        for number, offset in enumerate(offsets):
+            self.point(start + 8 * number, offset)
+        return start
+
+
+class Emulated:
+    """The functions of the library, as far as tests call them."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._models: list[Model] = []
+
+    def quasar_form(self) -> bytes:
+        """What it stands for."""
+        return b"another processor, emulated"
+
+    def quasar_multiply_codes(self, x: int, codes: int, y: int, *numbers: Any) -> None:
+        """A product with packed codes."""
+        count, inputs, outputs, groups, group, bits, is_bfloat16, threads = map(int, numbers)
+        block, width = Block(), 2 if is_bfloat16 else 4
+        at = {
+            "x": block.place(x, count * inputs * width),
+            "codes": block.place(codes, _stream_size(bits, outputs, groups, group)),
+            "y": block.place(y, count * outputs * width),
+        }
+        names = ("count", "inputs", "outputs", "groups", "group", "bits", "is_bfloat16", "threads")
+        values = (count, inputs, outputs, groups, group, bits, is_bfloat16, threads)
+        self._run(block, False, at, dict(zip(names, values, strict=True)), [y])
+
+    def quasar_pass_new(self, model: Any) -> int:
+        """A pass over a model, whose description is kept."""
+        self._models.append(model._obj)
+        return len(self._models)
+
+    def quasar_pass_delete(self, number: int, is_bfloat16: int) -> None:
+        """Nothing: descriptions are small."""
+
+    def quasar_pass_run(self, number: int, is_bfloat16: int, tokens: Any, parents: Any, count: int, *more: Any) -> None:
+        """One pass."""
+        position, cos, sin, growth, states, capacity, logits, chosen, margins, wanted, likeliest, threads = more
+        block, model = Block(), self._models[number - 1]
+        layers, width = model.layer[: model.layers], 2 if is_bfloat16 else 4
+        sizes = {layer.rope: layer.head_size for layer in layers}
+        turns = [
+            block.list_of([block.place(a, count * sizes.get(i, 0) * 4) for i, a in enumerate(some)]) for some in (cos, sin)
+        ]
+        kept = [
+            (address, 2 * layer.kv_heads * capacity * layer.head_size * width)
+            for address, layer in zip(states, layers, strict=False)
+        ]
+        at = {
+            "model": _place_model(block, model, width),
+            "tokens": block.place(ctypes.addressof(tokens), count * 8),
+            "parents": None if parents is None else block.place(ctypes.addressof(parents), count * 4),
+            "cos": turns[0],
+            "sin": turns[1],
+            "growth": block.place(growth, count * 4),
+            "states": block.list_of([block.place(*one) for one in kept]),
+            "logits": block.place(logits, count * model.head.outputs * 4),
+            "chosen": block.place(ctypes.addressof(chosen), count * 8),
+            "margins": block.place(ctypes.addressof(margins), count * 4),
+            "likeliest": block.place(ctypes.addressof(likeliest), max(count * wanted, 1) * 4),
+        }
+        found = [*(address for address, _ in kept), logits, *map(ctypes.addressof, (chosen, margins, likeliest))]
+        numbers = dict(zip(_NUMBERS[:5], (is_bfloat16, count, position, capacity, wanted), strict=True))
+        self._run(block, True, at, {**numbers, "threads": threads}, found)
+
+    def _run(
+        self, block: Block, is_pass: bool, at: dict[str, int | None], numbers: dict[str, int], found: Sequence[int | None]
+    ) -> None:
+        """Send a call, and copy what it wrote to the addresses `found`."""
+        block.memory[: ctypes.sizeof(Call)] = bytes(Call(is_pass=is_pass, **numbers))
+        for name, offset in at.items():
+            block.point(getattr(Call, name).offset, offset)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        sizes = len(block.memory), len(block.pointers)
+        self._process.stdin.write(bytes((ctypes.c_int64 * 2)(*sizes)) + block.memory)
+        self._process.stdin.write(bytes((ctypes.c_int64 * sizes[1])(*block.pointers)))
+        self._process.stdin.flush()
+        result = self._process.stdout.read(sizes[0])
+        assert len(result) == sizes[0], "the emulated program ended"
+        for address in filter(None, found):
+            offset, size = block.places[address]
+            ctypes.memmove(address, result[offset : offset + size], size)
+
+
+def _stream_size(bits: int, outputs: int, groups: int, group: int) -> int:
+    return -(-outputs // 32) * groups * (128 + group * 32 * bits // 8)
+
+
+def _place_model(block: Block, model: Model, width: int) -> int:
+    layers = model.layer[: model.layers]
+    start = block.place(ctypes.addressof(model), ctypes.sizeof(Model))
+    assert start is not None
+    vocabulary, own = model.head.outputs, model.inputs_size
+    parts = {
+        "embedding": vocabulary * model.hidden * width,
+        "norm": model.hidden * 4,
+        "inputs_embedding": vocabulary * model.layers * own * width,
+        "inputs_norm": own * 4,
+    }
+    for name, size in parts.items():
+        block.point(start + getattr(Model, name).offset, block.place(getattr(model, name), size))
+    for name in ("head", "inputs_projection"):
+        _place_products(block, start + getattr(Model, name).offset, getattr(model, name))
+    block.point(
+        start + Model.layer.offset, block.place(ctypes.addressof(model.layer.contents), ctypes.sizeof(Layer) * len(layers))
+    )
+    first = block.places[ctypes.addressof(model.layer.contents)][0]
+    for number, layer in enumerate(layers):
+        _place_layer(block, first + number * ctypes.sizeof(Layer), layer, model)
+    return start
+
+
+def _place_layer(block: Block, start: int, layer: Layer, model: Model) -> None:
+    sizes = dict.fromkeys(("input_norm", "out_norm", "mlp_norm", "down_norm", "input_out_norm"), model.hidden * 4)
+    sizes |= {"head_norms": (model.heads + layer.kv_heads) * layer.head_size * 4, "activation": 16}
+    for name, size in sizes.items():
+        block.point(start + getattr(Layer, name).offset, block.place(getattr(layer, name), size))
+    for name in ("qkv", "out", "gate_up", "down", "input_gate", "input_out"):
+        _place_products(block, start + getattr(Layer, name).offset, getattr(layer, name))
+
+
+def _place_products(block: Block, start: int, weight: FusedWeight) -> None:
+    for number in range(weight.count):
+        part, at = weight.parts[number], start + FusedWeight.parts.offset + number * ctypes.sizeof(Product)
+        size = part.inputs * part.outputs * part.bits // 8
+        if part.bits < 16:
+            size = _stream_size(part.bits, part.outputs, part.groups, part.group)
+        block.point(at + Product.weight.offset, block.place(part.weight, size))
+        block.point(at + Product.bias.offset, block.place(part.bias, part.outputs * 4))
