@@ -21,7 +21,9 @@ PROCESSORS = {
     "Armv8.0": "armv8-a",
 }
 TESTS = ("tests/kernels/test_vnni.py", "tests/models/test_cpu_pass.py")
-LEFT_OUT = "not avx2 and not neon and not portable and not compiler and not build and not load and not home and not compiled"
+LEFT_OUT = (
+    "not avx2 and not neon and not portable and not compiler and not build and not load and not home and not compiled"
+)
 SHORT = f"{LEFT_OUT} and not exact_text and not transformers"  # of the processors after the first
 OPTIONS = ("-std=c++17", "-O2", "-ffp-contract=off", "-pthread", "-static", "-DQUASAR_NEON")
 
@@ -47,7 +49,16 @@ def main() -> int:
             print(f"An Arm processor with {name}:" if number < 2 else f"An Arm processor of {name}:", flush=True)
             env = {**os.environ, "QUASAR_TEST_EMULATED": f"{EMULATOR} {program}", "PYTHONPATH": str(ROOT)}
             chosen = ["-k", SHORT if number else LEFT_OUT]
-            command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *chosen, *(sys.argv[1:] or TESTS)]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                "no:cacheprovider",
+                "-q",
+                *chosen,
+                *(sys.argv[1:] or TESTS),
+            ]
             failed |= subprocess.run(command, env=env, cwd=ROOT).returncode != 0
     return int(failed)
 

@@ -56,7 +56,9 @@ def print_report(report: StepReport, others: dict[str, Milliseconds]) -> None:
     """A row for each model in each form: milliseconds and times the floor, by rows of a pass."""
     tokens = report.config.tokens
     low, high = sorted(report.bandwidth)
-    print(f"{report.name} in {report.dtype}, {report.device}, {low / 1e9:.1f} to {high / 1e9:.1f} GB/s read; ms (× floor)")
+    print(
+        f"{report.name} in {report.dtype}, {report.device}, {low / 1e9:.1f} to {high / 1e9:.1f} GB/s read; ms (× floor)"
+    )
     print(f"| pass | {' | '.join(map(str, tokens))} |\n|---|{'---|' * len(tokens)}")
     for name in dict.fromkeys(row.model for row in report.rows):
         rows = {row.tokens: row for row in report.rows if row.model == name}

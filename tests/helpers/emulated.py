@@ -101,7 +101,8 @@ class Emulated:
         layers, width = model.layer[: model.layers], 2 if is_bfloat16 else 4
         sizes = {layer.rope: layer.head_size for layer in layers}
         turns = [
-            block.list_of([block.place(a, count * sizes.get(i, 0) * 4) for i, a in enumerate(some)]) for some in (cos, sin)
+            block.list_of([block.place(a, count * sizes.get(i, 0) * 4) for i, a in enumerate(some)])
+            for some in (cos, sin)
         ]
         kept = [
             (address, 2 * layer.kv_heads * capacity * layer.head_size * width)
@@ -125,7 +126,12 @@ class Emulated:
         self._run(block, True, at, {**numbers, "threads": threads}, found)
 
     def _run(
-        self, block: Block, is_pass: bool, at: dict[str, int | None], numbers: dict[str, int], found: Sequence[int | None]
+        self,
+        block: Block,
+        is_pass: bool,
+        at: dict[str, int | None],
+        numbers: dict[str, int],
+        found: Sequence[int | None],
     ) -> None:
         """Send a call, and copy what it wrote to the addresses `found`."""
         block.memory[: ctypes.sizeof(Call)] = bytes(Call(is_pass=is_pass, **numbers))
@@ -164,7 +170,8 @@ def _place_model(block: Block, model: Model, width: int) -> int:
     for name in ("head", "inputs_projection"):
         _place_products(block, start + getattr(Model, name).offset, getattr(model, name))
     block.point(
-        start + Model.layer.offset, block.place(ctypes.addressof(model.layer.contents), ctypes.sizeof(Layer) * len(layers))
+        start + Model.layer.offset,
+        block.place(ctypes.addressof(model.layer.contents), ctypes.sizeof(Layer) * len(layers)),
     )
     first = block.places[ctypes.addressof(model.layer.contents)][0]
     for number, layer in enumerate(layers):

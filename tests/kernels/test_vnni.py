@@ -25,7 +25,20 @@ each_form = pytest.mark.usefixtures("form")
 DTYPES = [torch.float32, torch.bfloat16]
 # in, out: one block of outputs, several, a part of one; steps of 16, 32, 64 and 128 inputs; short last groups, of any
 # number of inputs.
-SIZES = [(128, 16), (72, 48), (200, 32), (33, 16), (17, 5), (256, 48), (384, 80), (160, 32), (96, 96), (32, 128), (48, 33), (1024, 72)]
+SIZES = [
+    (128, 16),
+    (72, 48),
+    (200, 32),
+    (33, 16),
+    (17, 5),
+    (256, 48),
+    (384, 80),
+    (160, 32),
+    (96, 96),
+    (32, 128),
+    (48, 33),
+    (1024, 72),
+]
 
 
 def relative_error(y: torch.Tensor, exact: torch.Tensor) -> float:
