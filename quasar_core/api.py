@@ -24,6 +24,7 @@ from quasar_core.checkpoint.checks import check_digest as digest_found
 from quasar_core.checkpoint.checks import refuse_other_target
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.config import GROUP_CHOICES, LoadOptions, QuantizeConfig
+from quasar_core.decode.answering import Answering
 from quasar_core.decode.costs import pair_costs
 from quasar_core.decode.draft_memory import forget_answers
 from quasar_core.decode.draft_texts import forget_texts, read_texts
@@ -79,6 +80,7 @@ from quasar_core.store.safetensors_header import weight_files
 from quasar_core.trace import refuse_foreign_trace, write_trace
 
 __all__ = [
+    "Answering",
     "Generator",
     "Pair",
     "Plan",

@@ -66,6 +66,12 @@ def generate(
     decoding: DecodeOptions,
     models: ModelOptions,
     stream: Stream = True,
+    show_unconfirmed: Annotated[
+        bool,
+        typer.Option(
+            "--show-unconfirmed", help="In a terminal: show what waits for the full-precision model's word, dimmed."
+        ),
+    ] = False,
     stats: ShowStats = True,
     trace: Trace = None,
     verbose: Verbose = False,
@@ -80,6 +86,8 @@ def generate(
     if system is not None and not chat:
         raise UsageError("--system is part of the chat template; leave --raw out, or put the text into the prompt.")
     trace_file = _trace_file(trace)
+    if show_unconfirmed and not (console.has_colours() and stream and not as_json and trace != "-"):
+        raise UsageError("--show-unconfirmed draws in a terminal: not with --json, --no-stream, --trace or a pipe.")
     pair = load_pair(models, config)
 
     from quasar_core import api
@@ -89,7 +97,13 @@ def generate(
     generator = make_generator(pair, config)
     coloured = trace == "-" and not as_json
     streamed = stream and not as_json and not coloured
-    result = generator.generate(prompt_ids, console.stream_text if streamed else None)
+    if show_unconfirmed:
+        from quasar_cli.render.unconfirmed import Unconfirmed
+
+        shown = Unconfirmed(console.stream_text, pair.tokenizer.decode)
+        result = generator.generate(prompt_ids, shown.add, answering=api.Answering(waiting=shown.show))
+    else:
+        result = generator.generate(prompt_ids, console.stream_text if streamed else None)
     if trace_file is not None:
         api.write_trace(api.trace_of(pair, config, result, asked), trace_file)
     if coloured:

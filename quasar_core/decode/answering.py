@@ -31,6 +31,10 @@ class TokenRule(Protocol):
         ...
 
 
+def ignore(tokens: Sequence[int]) -> None:
+    """Nobody looks at what waits."""
+
+
 @dataclass
 class Answering:
     """Of one answer."""
@@ -40,6 +44,7 @@ class Answering:
     scores: Scores | None = None
     shown: Sequence[str] = ()  # special tokens that are text here
     tokens: list[int] = field(default_factory=list)  # of the answer, those whose text was yielded or waits
+    waiting: Callable[[Sequence[int]], None] = ignore  # told, after each step, the tokens that wait for a confirm
     stats: Stats | None = None  # of the answer, once its prompt is passed
 
     def allowed(self, text: Sequence[int], draft: Sequence[int]) -> int:

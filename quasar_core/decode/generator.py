@@ -85,9 +85,10 @@ class Generator:
         prompt_ids: Sequence[int],
         on_text: Callable[[str], None] | None = None,
         request: Request | None = None,
+        answering: Answering | None = None,
     ) -> GenerationResult:
         """Generate after the prompt; `on_text` receives finished text as it comes. Raises as `stream` does."""
-        pieces = self.stream(prompt_ids, request)
+        pieces = self.stream(prompt_ids, request, answering)
         while True:
             try:
                 piece = next(pieces)
@@ -164,6 +165,7 @@ class Generator:
                 if read >= engine.max_tokens:
                     return read - prompt_length, "length"
             engine.step()
+            engine.answering.waiting(engine.window)
 
     def _keep_cache(self, engine: Engine, prefix: Prefix, end: int) -> None:
         """Keep the committed tokens that precede the answer's last one, which ends at `end`.

@@ -251,3 +251,11 @@ def test_a_turn_that_does_not_fit_leaves_the_chat_going(
     shown = capsys.readouterr()
     assert shown.out == "[bold]Hé 2\n"
     assert "Error: The prompt has too many tokens. /reset starts a new conversation.\n" in shown.err
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--no-stream"], ["--trace"]])
+def test_what_waits_is_shown_in_a_terminal_alone(
+    options: list[str], stand_in_pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "--prompt", "x", "--show-unconfirmed", *options]) == 2
+    assert "--show-unconfirmed draws in a terminal" in " ".join(capsys.readouterr().err.split())

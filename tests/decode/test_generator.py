@@ -218,3 +218,13 @@ def test_automatic_lengths_change_nothing() -> None:
     for verify in ("full", "exact"):
         config = GenerationConfig(COUNT, verify)  # type: ignore[arg-type]
         assert Generator(pair, config).generate(PROMPT).token_ids == expected
+
+
+def test_what_waits_is_told_after_each_step() -> None:
+    """Windows are what the verifier wrote behind the confirmed text; an answer is the same whoever looks."""
+    pair, config = make_pair(random_model("llama"), quantized_copy("llama", 8)), GenerationConfig(24, window=6)
+    told: list[list[int]] = []
+    watched = Generator(pair, config).generate(PROMPT, answering=Answering(waiting=lambda w: told.append(list(w))))
+    assert watched.token_ids == Generator(pair, config).generate(PROMPT).token_ids
+    assert max(map(len, told)) > 1
+    assert told[-1] == []
