@@ -330,7 +330,6 @@ class LeanDecoder(CausalLM):
             return choose_best(self._plain_pass(tokens, cache, last_only=False), likeliest)
         return join_choices([self.fast.choose(part, cache, likeliest) for part in _parts(tokens, self.fast.longest)])
 
-    @steered
     def pass_prompt(
         self, tokens: Sequence[int], cache: DecoderCache, chunk: int, before_pass: Callable[[], None] = go_on
     ) -> torch.Tensor:

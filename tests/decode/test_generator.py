@@ -23,6 +23,7 @@ from helpers.tiny_models import (
 )
 
 from quasar_core.config import GenerationConfig, Request, SamplingConfig
+from quasar_core.decode.answering import Answering
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, UsageError
 
