@@ -64,6 +64,7 @@ def test_the_result_file_says_everything_again(tmp_path: Path) -> None:
     assert content["datasets"] == {"d": {"questions": 3, "sha256": DATASET.sha256}}
     step = content["rows"][1]["stats"]["step_log"][0]
     names = {"drafted", "accepted", "pieces", "by_target", "margins", "draft_s", "seconds", "target_margins"}
+    names |= {"let_through"}
     assert set(step) == names
 
 
@@ -200,6 +201,7 @@ def test_arms_by_name() -> None:
         "full": ("full", "auto"),
         "quantized": ("quantized", "auto"),
         "exact": ("exact", "auto"),
+        "gated": ("gated", "auto"),
         "suffix": ("full", "suffix"),
         "recycle": ("full", "recycle"),
         "recycle-chain": ("full", "recycle"),
@@ -236,6 +238,8 @@ def test_arms_by_name() -> None:
         ({"temperatures": ()}, "--temperature"),
         ({"num_draft_tokens": 0}, "--num-draft-tokens"),
         ({"window": 0}, "--window"),
+        ({"fidelity": 1.0}, "--fidelity"),
+        ({"arms": ("gated",), "window": 3}, "--window"),
     ],
 )
 def test_a_config_that_cannot_be_names_its_flag(changes: dict[str, object], flag: str) -> None:
