@@ -19,7 +19,7 @@ from quasar_core.files import write_json, write_whole
 from quasar_core.models.hf.skeleton import Weights
 from quasar_core.quantize.calibration import Calibration
 from quasar_core.quantize.job import Job, Width, commit_files, committed_tensors, is_shard, read_summary, tensor_names
-from quasar_core.quantize.layer_plan import HEAD
+from quasar_core.quantize.layer_plan import HEAD, KEPT_RULE, is_kept
 from quasar_core.records import FidelityReport, QuantizeReport
 from quasar_core.store.folders import CARD
 from quasar_core.store.model_config import read_config
@@ -150,6 +150,11 @@ def assemble(job: Job, names: Weights) -> dict[str, str]:
         if gptq
         else compressed_tensors.quantization_section(number)
     )
+    if any(is_kept(name.removesuffix(".weight")) for name in TensorFiles(job.source).names()):
+        if gptq:
+            section.setdefault("dynamic", {})[f"-:{KEPT_RULE}"] = {}
+        else:
+            section["ignore"].append(f"re:{KEPT_RULE}")
     config = read_config(job.source)
     config["quantization_config"] = section
     if job.config.lm_head_bits < 16:

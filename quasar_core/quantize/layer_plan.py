@@ -7,6 +7,14 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.quantize.solve.gptq import SolverConfig
 
 HEAD = "lm_head"
+# How fast the states of a delta rule fade, and how much is written to them: a few rows on which all the rest hangs.
+KEPT = ("in_proj_a", "in_proj_b", "in_proj_ba")
+KEPT_RULE = r".*\.in_proj_(a|b|ba)$"  # the same for other loaders
+
+
+def is_kept(name: str) -> bool:
+    """Tell whether a layer of that name keeps the target's precision."""
+    return name.rpartition(".")[2] in KEPT
 
 
 @dataclass(frozen=True)

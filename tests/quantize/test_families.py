@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from quasar_cli.main import run
 from quasar_core import api
+from quasar_core.checkpoint.loaders import Config
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError
@@ -45,6 +46,21 @@ def test_a_family_is_quantized_and_its_verifier_generates_the_targets_own_text(n
     assert generate(pair, "full") == expected
     alone = load(tmp_path / "m", "quantized", use_target=False)
     assert len(generate(alone, "quantized")) == LENGTH
+
+
+def test_how_fast_states_fade_keeps_the_targets_precision_and_loaders_are_told(tmp_path: Path) -> None:
+    save_family(tmp_path / "m", QUANTIZED["qwen3.5"])
+    checkpoint = Path(api.quantize(str(tmp_path / "m"), CONFIG, device="cpu").checkpoint)
+    stored = load_file(checkpoint / "model.safetensors")
+    own = load_file(tmp_path / "m" / "model.safetensors")
+    for name in ("in_proj_a", "in_proj_b"):
+        weight = f"model.layers.0.linear_attn.{name}.weight"
+        assert torch.equal(stored[weight], own[weight])
+    assert "model.layers.0.linear_attn.in_proj_qkv.qweight" in stored
+    section = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    assert Config.of(section).width("model.layers.0.linear_attn.in_proj_a") is None
+    assert Config.of(section).width("model.layers.0.linear_attn.in_proj_ba") is None
+    assert Config.of(section).width("model.layers.0.linear_attn.in_proj_qkv") == Config.of(section).usual
 
 
 def llama(**options: Any) -> Any:

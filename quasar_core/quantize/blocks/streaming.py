@@ -14,7 +14,7 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.hf.causal_lm import load_target
 from quasar_core.models.hf.experts import separate_experts
 from quasar_core.models.hf.skeleton import Weights, build_skeleton, clone_structure, emptied, read_model_config
-from quasar_core.quantize.layer_plan import HEAD, LayerPlan
+from quasar_core.quantize.layer_plan import HEAD, LayerPlan, is_kept
 from quasar_core.store.model_config import read_config
 
 
@@ -38,14 +38,10 @@ def find_head(model: PreTrainedModel) -> tuple[torch.nn.Module, torch.nn.Linear]
     return norm, head
 
 
-# How fast the states of a delta rule fade, and how much is written to them: a few rows on which all the rest hangs.
-KEPT_LAYERS = ("in_proj_a", "in_proj_b", "in_proj_ba")
-
-
 def linear_layers(module: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """The linear layers inside a module that get codes, by their name within it."""
     found = {name: child for name, child in module.named_modules() if isinstance(child, torch.nn.Linear)}
-    return {name: linear for name, linear in found.items() if name.rpartition(".")[2] not in KEPT_LAYERS}
+    return {name: linear for name, linear in found.items() if not is_kept(name)}
 
 
 def quantized_layers(model: PreTrainedModel, plan: LayerPlan) -> dict[str, torch.nn.Linear]:
