@@ -46,7 +46,17 @@ def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(document["parts"]) == [*before, "end to end", "products", "launches", *behind]
     assert document["finished"]
     passes = [row for row in document["parts"]["passes"] if "ratio" in row]
-    models = ("target", "4-bit", "4-bit, head 8", "4-bit, head 4", "w8a16", "w8a8", "fp8")
+    models = (
+        "target",
+        "4-bit",
+        "target, fast",
+        "4-bit, fast",
+        "4-bit, head 8",
+        "4-bit, head 4",
+        "w8a16",
+        "w8a8",
+        "fp8",
+    )
     assert list(dict.fromkeys(row["model"] for row in passes)) == list(models)
     assert [row["arm"] for row in document["parts"]["end to end"] if "arm" in row] == [
         "vanilla",
@@ -185,7 +195,7 @@ def walk(folder: Path, fault: str, parts: Sequence[str] = ("facts", "headline"))
     own = ["gpu_bench", "--dry-run", "--fault", fault, "--budget-s", "300"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", own)
-        environment = {**os.environ, "OUT": str(folder), "QUASAR_BENCH_QUIET_S": "20"}
+        environment = {**os.environ, "OUT": str(folder), "QUASAR_BENCH_QUIET_S": "40"}
         environment.pop("TRITON_INTERPRET", None)
         supervise.supervise(folder, 300.0, environment, parts)
     found = read_report(folder)

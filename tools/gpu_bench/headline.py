@@ -44,22 +44,17 @@ def run_smoke(bench: Bench) -> None:
 
 
 def run(bench: Bench) -> None:
-    """Passes of the target and of its 4-bit copy at the shorter context: each in an attempt of its own."""
+    """Passes of the target and of its 4-bit copy at the shorter context, each length in an attempt of its own.
+
+    The models are made by every process anew: another one that goes on has to have them too.
+    """
     report = bench.report
-    models: dict[str, LeanDecoder] = {}
-
-    def make_target() -> None:
-        models["target"] = grown_target(bench.plan, report.progress)
-
-    def make_verifier() -> None:
-        models["4-bit"] = rounded_verifier(models["target"], "4-bit", report.progress)
-
-    for name, make in {"target": make_target, "4-bit": make_verifier}.items():
-        report.attempt(PART, f"making the {name}", make)
-        if name not in models:
-            return
-        cache = models["target"].new_cache(min(bench.plan.contexts) + ROOM)
-        time_passes(bench, name, models[name], cache)
+    report.say("making the grown model")
+    target = grown_target(bench.plan, report.progress)
+    cache = target.new_cache(min(bench.plan.contexts) + ROOM)
+    time_passes(bench, "target", target, cache)
+    report.say("making the 4-bit copy")
+    time_passes(bench, "4-bit", rounded_verifier(target, "4-bit", report.progress), cache)
 
 
 def time_passes(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache) -> None:

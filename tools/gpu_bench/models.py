@@ -113,11 +113,11 @@ def grown_target(plan: Plan, progress: Progress = no_progress) -> LeanDecoder:
     return with_fast_pass(build_target(plan.config, GrownFiles(plan), plan.device, plan.dtype), progress)
 
 
-def with_fast_pass(decoder: LeanDecoder, progress: Progress = no_progress) -> LeanDecoder:
+def with_fast_pass(decoder: LeanDecoder, progress: Progress = no_progress, fast: bool = False) -> LeanDecoder:
     """The decoder with its fast pass; on the CPU with the steps of the CUDA pass, so that a dry run walks them."""
     if decoder.device.type != "cuda":
         return with_untuned_pass(decoder)
-    loading.attach(decoder, progress)
+    loading.attach(decoder, progress, fast)
     return decoder
 
 

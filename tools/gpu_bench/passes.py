@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from quasar_core.models.cuda.graph_pass import CudaPass, pass_size
 from quasar_core.models.cuda.graphs import PlainLauncher
 from quasar_core.models.decoder import DecoderCache, LeanDecoder
 from quasar_core.timing import time_one
-from tools.gpu_bench.models import Bench, rounded_verifier, with_head_of
+from tools.gpu_bench.models import Bench, rounded_verifier, with_fast_pass, with_head_of
 
 PART, LAUNCHES = "passes", "launches"
 COUNTED_TOKENS = (1, 8)  # of the passes whose launches are counted
@@ -32,6 +33,8 @@ def run(bench: Bench, target: LeanDecoder, make_verifier: Callable[[], LeanDecod
     models: dict[str, tuple[Callable[[], LeanDecoder], Sequence[int]]] = {
         "target": (lambda: target, plan.tokens),
         "4-bit": (make_verifier, plan.tokens),
+        "target, fast": (lambda: with_fast_pass(copy(target), fast=True), plan.tokens),
+        "4-bit, fast": (lambda: with_fast_pass(copy(make_verifier()), fast=True), plan.tokens),
         "4-bit, head 8": (lambda: with_head_of(8, make_verifier(), target), few),
         "4-bit, head 4": (lambda: with_head_of(4, make_verifier(), target), few),
         "w8a16": (partial(rounded_verifier, target, "w8a16"), few),

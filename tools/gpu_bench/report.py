@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from quasar_core.files import read_json_if_there, write_json
+from quasar_core.kernels.gpu import is_lost
 from quasar_core.system import git_hash, package_versions
 from tools.gpu_bench.ladder import LAST, describe
 
@@ -140,17 +141,6 @@ class Report:
         if lost:
             self.write(device_lost=True)
             raise DeviceLostError(f"{part}: {what}")
-
-
-def is_lost() -> bool:
-    """Whether the device answers no more."""
-    if not torch.cuda.is_initialized():
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:  # whatever it is: it is told already
-        return True
-    return False
 
 
 def read_report(folder: Path) -> Row | None:
