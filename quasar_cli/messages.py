@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 from quasar_cli import console
@@ -26,8 +27,8 @@ _PASTE_PAUSE = 0.05  # seconds in which the next line of a paste has come
 
 def read_messages(keep_history: bool) -> Iterator[str]:
     """Messages and commands until the input ends; empty ones are left out."""
-    terminal = sys.stdin.isatty()
-    history = History(home() / "chat_history.jsonl") if terminal and keep_history else None
+    keeps = keep_history and sys.stdin.isatty() and find_spec("readline")  # which Windows lacks
+    history = History(home() / "chat_history.jsonl") if keeps else None
     while (message := _read_message()) is not None:
         if message := message.strip():
             if history is not None:

@@ -18,6 +18,7 @@ from quasar_core.bench.peers import process, talk
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.cpu import build, private_files
 from quasar_core.kernels.cpu import library as compiling
+from quasar_core.models import streaming
 from quasar_core.quantize import job
 
 ROOT = Path(__file__).parents[1]
@@ -133,6 +134,12 @@ def test_a_peer_is_ended_where_processes_have_no_groups(monkeypatch: pytest.Monk
     assert child.process.returncode is not None
 
 
+def test_weights_are_not_streamed_without_reads_at_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(streaming.os, "preadv")
+    with pytest.raises(QuasarError, match="on Linux and macOS alone"):
+        streaming.OpenFile(tmp_path / "file")
+
+
 @pytest.mark.parametrize("has_owners", [True, False])
 def test_a_library_is_loaded_by_its_path_where_there_are_no_descriptors(
     has_owners: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -167,5 +174,14 @@ def test_a_paste_is_noticed_on_windows(more: bool, monkeypatch: pytest.MonkeyPat
 def test_lines_are_read_without_readline(monkeypatch: pytest.MonkeyPatch) -> None:
     without(monkeypatch, "readline")
     monkeypatch.setattr(messages.sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr(builtins, "input", lambda prompt: "hello")
-    assert messages._read_line("> ") == "hello"
+    monkeypatch.setattr(messages, "find_spec", lambda name: None)
+    typed = iter(["hello"])
+
+    def type_line(prompt: str) -> str:
+        if line := next(typed, None):
+            return line
+        raise EOFError
+
+    monkeypatch.setattr(builtins, "input", type_line)
+    monkeypatch.setattr(messages, "_more_is_there", lambda: False)
+    assert list(messages.read_messages(keep_history=True)) == ["hello"], "and none of earlier chats are looked for"

@@ -38,6 +38,8 @@ class OpenFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not hasattr(os, "preadv"):
+            raise QuasarError("Models larger than the memory run on Linux and macOS alone; on Windows, use WSL.")
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
