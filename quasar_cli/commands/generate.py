@@ -100,7 +100,7 @@ def generate(
     if show_unconfirmed:
         from quasar_cli.render.unconfirmed import Unconfirmed
 
-        shown = Unconfirmed(console.stream_text, pair.tokenizer.decode)
+        shown = Unconfirmed(console.stream_text, lambda tokens: str(pair.tokenizer.decode(list(tokens))))
         result = generator.generate(prompt_ids, shown.add, answering=api.Answering(waiting=shown.show))
     else:
         result = generator.generate(prompt_ids, console.stream_text if streamed else None)
