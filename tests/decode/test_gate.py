@@ -70,7 +70,10 @@ def answers(pair: Pair, **options: Any) -> list[tuple[list[int], GenerationResul
     """Several answers, of tables whose texts soon go in circles, so from many prompts."""
     config = GenerationConfig(40, draft="none", **options)
     generator = Generator(pair, config, now=lambda: 0.0)
-    return [(prompt, generator.generate(prompt)) for prompt in ([i, j] for i in range(SIZE) for j in range(0, SIZE, 3))]
+    return [
+        (prompt, generator.generate(prompt))
+        for prompt in ([i, j] for i in range(0, SIZE, 2) for j in range(0, SIZE, 6))
+    ]
 
 
 @pytest.mark.parametrize("fidelity", [0.9, 0.97, 0.995])
@@ -80,7 +83,7 @@ def test_what_was_asked_for_is_reached_and_passes_are_saved(fidelity: float) -> 
     exact = answers(pair, verify="exact")
     agreed = sum(count_agreed(pair, prompt, result.token_ids) for prompt, result in found)
     tokens = sum(len(result.token_ids) - 1 for _, result in found)
-    assert agreed / tokens >= fidelity - 0.01  # of 7,500 tokens
+    assert agreed / tokens >= fidelity - 0.02  # of 1,872 tokens
     assert count(found) < 0.9 * count(exact)
     assert all(count_agreed(pair, p, r.token_ids) == len(r.token_ids) - 1 for p, r in exact)
 
@@ -108,7 +111,9 @@ def test_what_is_confirmed_is_the_targets_choice_behind_that_text(tmp_path: Path
     pair = make_pair(target, verifier, fidelity=FidelityReport("t", 9, 0.9, 0.9, 0.9, 0.1, 0.2, 5.0, 5.1, table))
     for role, seconds in (("target", 3.0), ("verifier", 1.0)):
         pair.measured[role] = CostRecord(PassCost((1, 33), (seconds, 1.5 * seconds)), {"role": role}, 0.0)
-    generator = Generator(pair, GenerationConfig(60, "gated", "ngram", fidelity=0.9), now=lambda: 0.0)
+    generator = Generator(
+        pair, GenerationConfig(60, "gated", "ngram", num_draft_tokens=2, fidelity=0.9), now=lambda: 0.0
+    )
     through = confirmed = 0
     for length in (5, 9, 13, 17):
         prompt = random_tokens(length)

@@ -59,8 +59,8 @@ def test_they_are_added_to_a_verifier_that_was_made_before(source: Path) -> None
     assert again.contexts.tolist() == written.contexts.tolist()
     (folder / SUCCESSORS).unlink()
     assert api.add_successors(str(source), CONFIG, output=folder) == folder / SUCCESSORS
-    with pytest.raises(UsageError, match="is no verifier of tiny"):
-        api.add_successors(str(source), CONFIG, output=source)
+    with pytest.raises(UsageError, match=r"is no verifier of .*tiny"):
+        api.add_successors(str(source), CONFIG, output=source.parent / "elsewhere")
 
 
 def notes_and_known(pair: Pair, draft: str) -> tuple[str, bool]:
