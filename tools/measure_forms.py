@@ -4,8 +4,9 @@
         [--llama-bench FILE --gguf FILE …]
 
 The passes of target and verifier run in each form in turn, interleaved, on the same weights; medians. The floor is the
-bytes that a pass reads over the measured bandwidth. llama.cpp's passes (its prompts of so many tokens, which compute one
-row of logits) are timed before and after, and the faster of both counts; give its build for the same instruction set.
+bytes that a pass reads over the measured bandwidth. llama.cpp's passes (its prompts of so many tokens, which compute
+one row of logits) are timed before and after, and the faster of both counts; give its build for the same instruction
+set.
 """
 
 import argparse

@@ -51,7 +51,8 @@ void run(const Call& call) {
         return quasar_multiply_codes(call.x, call.codes, call.y, call.count, call.in, call.out, call.groups, call.group,
                                      call.bits, call.is_bfloat16, call.threads);
     void* pass = quasar_pass_new(call.model);
-    quasar_pass_run(pass, call.is_bfloat16, call.tokens, call.parents, call.count, call.position, call.cos, call.sin,
+    quasar_pass_run(pass, call.is_bfloat16, 0, call.model->layers, call.tokens, call.parents, call.count, call.position,
+                    call.cos, call.sin,
                     call.growth, call.states, call.capacity, call.logits, call.chosen, call.margins, call.wanted,
                     call.likeliest, call.threads);
     quasar_pass_delete(pass, call.is_bfloat16);

@@ -94,9 +94,11 @@ class Emulated:
     def quasar_pass_delete(self, number: int, is_bfloat16: int) -> None:
         """Nothing: descriptions are small."""
 
-    def quasar_pass_run(self, number: int, is_bfloat16: int, tokens: Any, parents: Any, count: int, *more: Any) -> None:
-        """One pass."""
-        position, cos, sin, growth, states, capacity, logits, chosen, margins, wanted, likeliest, threads = more
+    def quasar_pass_run(self, number: int, is_bfloat16: int, begin: int, end: int, *more: Any) -> None:
+        """One pass, over all layers."""
+        assert (begin, end) == (0, self._models[number - 1].layers)
+        tokens, parents, count, position, cos, sin, growth, states, capacity, *results = more
+        logits, chosen, margins, wanted, likeliest, threads = results
         block, model = Block(), self._models[number - 1]
         layers, width = model.layer[: model.layers], 2 if is_bfloat16 else 4
         sizes = {layer.rope: layer.head_size for layer in layers}
