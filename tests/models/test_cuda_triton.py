@@ -60,7 +60,7 @@ def test_logits_are_as_near_to_float32_as_those_of_plain_passes(tmp_path: Path, 
         if way == "triton":
             decoder.fast = CudaPass(decoder, triton_steps())
         cache = decoder.new_cache(40)
-        logits[way] = torch.cat([decoder.forward(tokens[a:b], cache) for a, b in ((0, 5), (5, 6), (6, 10), (10, 28))])
+        logits[way] = torch.cat([decoder.forward(tokens[a:b], cache) for a, b in ((0, 5), (5, 6), (6, 10), (10, 26))])
     errors = {way: (logits[way] - logits["exact"]).norm() / logits["exact"].norm() for way in ("plain", "triton")}
     assert errors["triton"] <= 8 * 2**-11, errors  # roundings of float16
 
