@@ -88,6 +88,15 @@ Model = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        metavar="FOLDER",
+        help="A LoRA, as peft writes it, that is merged into MODEL first.",
+        rich_help_panel=_MODEL,
+    ),
+]
 Verifier = Annotated[
     str | None,
     typer.Option(
@@ -306,6 +315,7 @@ class ModelOptions:
     """Which pair to load, and where."""
 
     model: Model = None
+    adapter: Adapter = None
     verifier: Verifier = None
     assistant: Assistant = None
     use_target: UseTarget = True
@@ -322,8 +332,23 @@ class ModelOptions:
 
     def to_load(self, verify: VerifyMode, draft: DraftKind = "none") -> LoadOptions:
         """What is to be loaded for a mode."""
-        chosen = {name: value for name, value in vars(self).items() if name not in ("threads", "max_memory")}
+        apart = ("threads", "adapter", "max_memory")
+        chosen = {name: value for name, value in vars(self).items() if name not in apart}
+        chosen["model"] = with_adapter(self.model, self.adapter)
         return LoadOptions(**chosen, max_memory=parse_size("--max-memory", self.max_memory), verify=verify, draft=draft)
+
+
+def with_adapter(model: str | None, adapter: Path | None) -> str | None:
+    """The model's name, or the folder into which an adapter was merged with it."""
+    if adapter is None:
+        return model
+    if model is None:
+        raise UsageError("--adapter needs --model MODEL, the model that it was trained on.")
+    from quasar_cli import console
+    from quasar_core import api
+
+    with console.progress_bar() as progress:
+        return api.merge_adapter(model, adapter, progress)
 
 
 @dataclass(frozen=True)

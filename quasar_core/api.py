@@ -20,6 +20,7 @@ from quasar_core.bench.steps import (
     random_candidates,
     refuse_foreign_report,
 )
+from quasar_core.checkpoint.adapter import merge_adapter as merged_folder
 from quasar_core.checkpoint.checks import check_digest as digest_found
 from quasar_core.checkpoint.checks import refuse_other_target
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
@@ -101,6 +102,7 @@ __all__ = [
     "inspect",
     "load",
     "load_pair",
+    "merge_adapter",
     "new_figure",
     "parse_bytes",
     "quantize",
@@ -216,6 +218,11 @@ def _open_job(
     computed = str(dtype).removeprefix("torch.")
     made_from = fingerprint(source.folder)
     return source, Job(source.label, source.folder, made_from, destination, config, place.type, computed), target
+
+
+def merge_adapter(model: str, adapter: Path, progress: Progress = no_progress) -> str:
+    """The folder of `model` with a LoRA merged into it, made once; QuasarError where they do not fit."""
+    return str(merged_folder(resolve_model(model).folder, absolute(adapter), progress))
 
 
 def add_verifier(verifier: str, target: str | None = None, progress: Progress = no_progress) -> PairRecord:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quasar_core.models.architectures import ARCHITECTURES, BEFORE, BEHIND, Architecture, Switch
+from quasar_core.models.mixture import Mixture
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 BEGIN, END = "<!-- made by tools/architectures_table.py -->\n", "<!-- end of it -->"
@@ -84,6 +85,8 @@ def _rotations(row: Architecture) -> Iterator[str]:
 
 
 def _mlp(row: Architecture) -> Iterator[str]:
+    if row.mixture:
+        yield from _mixture(row.mixture)
     activation = row.defaults.get(row.activation_option)
     if not row.gated:
         yield f"an MLP without gates ({activation})"
@@ -91,6 +94,22 @@ def _mlp(row: Architecture) -> Iterator[str]:
         yield f"gates of {activation}"
     if row.fused:
         yield f"{' and '.join(sorted(row.fused))} stored as one layer{' each' if len(row.fused) > 1 else ''}"
+
+
+def _mixture(mixture: Mixture) -> Iterator[str]:
+    yield f"experts (`{mixture.counts[0]}`, `num_experts_per_tok`)"
+    some = {mixture.first: "from block `{}` on", mixture.step: "in every `{}`th block", mixture.without: "not in `{}`"}
+    places = ", ".join(words.format(option) for option, words in some.items() if option)
+    if places:
+        yield f"they stand {places}"
+    shares = {"softmax": "a softmax of all", "chosen": "a softmax of the chosen", "sigmoid": "sigmoids"}[mixture.scores]
+    yield f"their shares are {shares}" + (f", or made to sum to 1 (`{mixture.normalised}`)" * bool(mixture.normalised))
+    if mixture.corrected:
+        yield "stored corrections where experts are chosen"
+    if mixture.scale:
+        yield f"shares times `{mixture.scale}`"
+    if mixture.shared:
+        yield "an expert of every token" + (", whose share is learned" * bool(mixture.shared_gate))
 
 
 def _scales(row: Architecture) -> Iterator[str]:

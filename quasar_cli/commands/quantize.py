@@ -12,7 +12,18 @@ import typer
 from quasar_cli import console
 from quasar_cli.commands.models import announce, push_verifier
 from quasar_cli.help import examples
-from quasar_cli.options import Device, Folder, Json, Threads, TrustRemoteCode, Verbose, takes_groups, use_threads
+from quasar_cli.options import (
+    Adapter,
+    Device,
+    Folder,
+    Json,
+    Threads,
+    TrustRemoteCode,
+    Verbose,
+    takes_groups,
+    use_threads,
+    with_adapter,
+)
 from quasar_core.config import BITS, QUICK, SAMPLES, Backend, Method, QuantizeConfig, Rounding
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.store import check_can_push
@@ -149,6 +160,7 @@ def parse_widths(text: str) -> tuple[int, ...]:
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, hub id, bare name, or demo.")],
     options: QuantizeOptions,
+    adapter: Adapter = None,
     output: Folder = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on after the last finished layer.")] = True,
@@ -186,6 +198,8 @@ def quantize(
     config = options.config()
     use_threads(threads)
     announce(model)
+    if adapter is not None and not dry_run:  # the plan is that of the model
+        model = with_adapter(model, adapter) or model
     if push_to_hub is not None:
         check_can_push(push_to_hub)
     from quasar_core import api

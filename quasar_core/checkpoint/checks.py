@@ -18,7 +18,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.fingerprint import fingerprint
 from quasar_core.store.model_config import read_config
-from quasar_core.store.safetensors_header import read_headers, weight_files
+from quasar_core.store.safetensors_header import weight_files
 
 KEY = "sha256"
 NONE_RECORDED = "none is recorded in this checkpoint (another tool or an older quasar wrote it), so nothing was checked"
@@ -91,7 +91,8 @@ def refuse_other_target(checkpoint: VerifierCheckpoint, target: Path) -> None:
 
 def _refuse_shapes(layers: list[StoredLayer], target: Path, folder: Path) -> None:
     """Every quantized layer must be one of the target's, of its size."""
-    shapes = {entry.name: entry.shape for entry in read_headers(target)}
+    files = TensorFiles(target)
+    shapes = {name: files.shape(name) for name in files.names()}
     for layer in layers:
         shape = shapes.get(_weight_name(layer.name, shapes))
         if shape is None:

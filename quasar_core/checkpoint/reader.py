@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from quasar_core.checkpoint import float8_blocks
+from quasar_core.checkpoint import float8_blocks, stacked_experts
 from quasar_core.checkpoint.compressed_tensors import METHOD as COMPRESSED_TENSORS
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, PackedWeight
 from quasar_core.checkpoint.gptq_format import (
@@ -56,6 +56,8 @@ class TensorFiles:
         self._entries = {entry.name: entry for entry in read_headers(folder)}
         self._where = {name: entry.file for name, entry in self._entries.items()}
         self._scales = self._take_scales()
+        self._entries, self._parts = stacked_experts.separate(self._entries)
+        self._where |= {name: entry.file for name, entry in self._entries.items()}
         if files != [folder / WEIGHTS_NAME]:
             self._check_index()
 
@@ -90,6 +92,10 @@ class TensorFiles:
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
+
+    def holds_whole(self, name: str) -> bool:
+        """Whether a tensor is stored by itself, and not as a part of one with all experts."""
+        return name in self._entries and name not in self._parts
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -128,6 +134,9 @@ class TensorFiles:
 
     def _read(self, file: Any, name: str) -> torch.Tensor:
         """One tensor of an open file, dequantized where it is stored in 8-bit blocks."""
+        if name in self._parts:
+            with foreign_errors(f"The tensor {self._parts[name].name} in {self._where[name]} cannot be read"):
+                return self._parts[name].read(file)
         tensor = read_tensor(file, name, self._where[name])
         scales = self.scales_of(name)
         return tensor if scales is None else float8_blocks.dequantize(name, tensor, *scales)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quasar_core.models.architectures import Architecture
+from quasar_core.models.mixture import sparse_blocks
 from quasar_core.models.recurrence_config import RecurrenceConfig, read_recurrence, why_not_recurrence
 from quasar_core.models.rope_options import LAYER_TYPES
 
@@ -23,6 +24,7 @@ class BlockConfig:
     kv_heads: int
     inner: int  # of the MLP
     states_of: int  # the block whose keys and values it reads: itself, or an earlier one
+    sparse: bool = False  # experts stand in the place of its MLP
     values_are_keys: bool = False  # before norm and rotation
     recurrence: RecurrenceConfig | None = None  # in place of attention
 
@@ -41,10 +43,13 @@ def read_blocks(row: Architecture, options: Mapping[str, Any]) -> tuple[BlockCon
             rope=(int(row.ropes_by_type and window is not None) if rotating else None),
             head_size=head_size_of(options),
             kv_heads=heads,
-            inner=inner_size_of(row, options),
+            inner=options[row.mixture.inner] if row.mixture and sparse else inner_size_of(row, options),
             states_of=index,
+            sparse=sparse,
         )
-        for index, (window, rotating) in enumerate(zip(windows, rotates, strict=True))
+        for index, (window, rotating, sparse) in enumerate(
+            zip(windows, rotates, sparse_blocks(row.mixture, options), strict=True)
+        )
     )
     if row.recurrent is not None:
         return recurrent_blocks(row, options, blocks)

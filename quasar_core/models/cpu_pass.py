@@ -28,9 +28,11 @@ from quasar_core.models.decoder import (
     LeanDecoder,
     Linear,
 )
+from quasar_core.models.experts import Experts
 from quasar_core.models.rope import RopeTables, query_growth
 
 ACTIVATIONS = ("silu", "gelu_tanh", "relu2", "xielu")  # in the order of `elementwise.h`
+SCORES = ("softmax", "chosen", "sigmoid")  # in the order of `experts.h`
 BITS_OF = {torch.bfloat16: 16, torch.float32: 32}
 KERNELS = frozenset({"vnni", "dense"})  # whose weights it reads as they prepared them
 
@@ -43,7 +45,7 @@ def why_not(decoder: LeanDecoder) -> str | None:
     if config.is_recurrent or config.gates_attention:
         return "it has no recurrent layers and no gated attention"
     sizes = {config.hidden_size, *(size for block in config.blocks for size in (block.inner, block.head_size))}
-    sizes.add(config.inputs_size)
+    sizes |= {config.inputs_size, config.mixture.shared_inner if config.mixture else 0}
     if any(size % 16 for size in sizes):
         return "hidden, intermediate and head sizes must be multiples of 16"
     foreign = {layer.choice.kernel.name for layer in decoder.packed_layers} - KERNELS
@@ -105,6 +107,7 @@ class CpuPass:
     def __init__(self, decoder: LeanDecoder) -> None:
         self.config = decoder.config
         self._kept: list[torch.Tensor] = []  # what the description points to
+        self._mixtures: list[cpp.Experts] = []
         self._is_bfloat16 = int(decoder.dtype == torch.bfloat16)
         self._tables = [Tables(rope) for rope in decoder.ropes]
         self._run, self._source = cpp.library().quasar_pass_run, decoder.source
@@ -240,7 +243,26 @@ class CpuPass:
             channels=0 if shape.rope is None else self.config.ropes[shape.rope].channels,
             kv_heads=shape.kv_heads,
             head_size=shape.head_size,
+            experts=None if layer.experts is None else ctypes.pointer(self._experts(layer.experts)),
         )
+
+    def _experts(self, experts: Experts) -> cpp.Experts:
+        config, gate = experts.config, experts.shared_gate
+        router = [DenseLinear(experts.router), *([] if gate is None else [DenseLinear(gate)])]
+        described = cpp.Experts(
+            count=config.count,
+            chosen=config.chosen,
+            shared=bool(config.shared_inner),
+            scores=SCORES.index(config.scores),
+            normalised=config.normalised,
+            scale=config.scale,
+            router=self._fused(FusedLinear(tuple(router))),
+            correction=self._floats(experts.correction),
+            gate_up=(cpp.FusedWeight * config.experts)(*map(self._fused, experts.gate_up)),
+            down=(cpp.FusedWeight * config.experts)(*map(self._fused, experts.down)),
+        )
+        self._mixtures.append(described)
+        return described
 
     def _floats(self, weights: torch.Tensor | None) -> int | None:
         return None if weights is None else self._address(weights.float())

@@ -25,6 +25,7 @@ from quasar_core.models.attention import AttentionMask, attend, make_mask, make_
 from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, go_on, join_choices
 from quasar_core.models.block_config import BlockConfig
 from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.experts import Experts
 from quasar_core.models.heads import Turn, normed
 from quasar_core.models.recurrence import Recurrence
 from quasar_core.models.recurrence_states import LayerStates
@@ -150,10 +151,11 @@ class DecoderLayer:
     out: Linear
     out_norm: torch.Tensor | None  # of what attention adds
     mlp_norm: torch.Tensor | None
-    gate_up: Linear  # gates, then what they gate; without gates, what is activated
+    gate_up: Linear | None  # gates, then what they gate; without gates, what is activated
     activation: torch.Tensor | None  # weights of the activation, where it has some
-    down: Linear
+    down: Linear | None
     down_norm: torch.Tensor | None  # of what the MLP adds
+    experts: Experts | None = None  # in the place of gate_up and down
     shares: bool = False  # keys and values are an earlier block's
     input_gate: Linear | None = None  # of the block's own input, where it has one
     input_out: Linear | None = None
@@ -163,10 +165,18 @@ class DecoderLayer:
     rates: Linear | None = None  # how fast its states fade, and how much is written to them
 
     @property
+    def mlp(self) -> tuple[Linear, Linear]:
+        """The products of an MLP, which stands where no experts do."""
+        assert self.gate_up is not None
+        assert self.down is not None
+        return self.gate_up, self.down
+
+    @property
     def linears(self) -> tuple[Linear, ...]:
-        """Its products: four, one more of a delta rule, and two of its own input."""
+        """Its products: four, one more of a delta rule, two of its own input; experts' in the place of the MLP's."""
         every = (self.qkv, self.rates, self.out, self.gate_up, self.down, self.input_gate, self.input_out)
-        return tuple(product for product in every if product is not None)
+        experts = self.experts.linears if self.experts else ()
+        return (*(product for product in every if product is not None), *experts)
 
     @property
     def norms(self) -> tuple[torch.Tensor, ...]:
@@ -472,7 +482,10 @@ class LeanDecoder(CausalLM):
         )
 
     def _mlp(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
-        return layer.down(activated(layer.gate_up(x), self.config.activation, self.config.gated, layer.activation))
+        if layer.experts is not None:
+            return layer.experts(x, self.config.activation)
+        gate_up, down = layer.mlp
+        return down(activated(gate_up(x), self.config.activation, self.config.gated, layer.activation))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """What the head's outputs make as logits: scaled, and held below the soft cap, where there are such."""

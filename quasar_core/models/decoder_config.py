@@ -27,6 +27,7 @@ from quasar_core.models.block_config import (
     why_not_differing,
     why_not_layers,
 )
+from quasar_core.models.mixture import MixtureConfig, read_mixture, why_not_mixture
 from quasar_core.models.rope import RopeConfig
 from quasar_core.models.rope_options import LAYER_TYPES, ROPE_TYPES, read_ropes, why_not_rope
 from quasar_core.typed import build
@@ -58,9 +59,7 @@ WITHOUT_EFFECT = frozenset(
         "initializer_range",
         "is_encoder_decoder",
         "mamba_chunk_size",
-        "moe_intermediate_size",
-        "num_experts",
-        "num_experts_per_tok",
+        "num_mtp_layers",
         "label2id",
         "output_attentions",
         "output_hidden_states",
@@ -70,6 +69,8 @@ WITHOUT_EFFECT = frozenset(
         "problem_type",
         "return_dict",
         "router_aux_loss_coef",
+        "output_router_logits",
+        "router_jitter_noise",
         "top_k_experts",
         "transformers_version",
         "use_cache",
@@ -109,6 +110,15 @@ _OPTION_TYPES: dict[str, Any] = {
             "mamba_d_conv",
             "mamba_expand",
             "num_local_experts",
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "num_experts",
+            "n_routed_experts",
+            "n_shared_experts",
+            "num_experts_per_tok",
+            "decoder_sparse_step",
+            "first_k_dense_replace",
+            "num_nextn_predict_layers",
         ),
         _WHOLE,
     ),
@@ -127,6 +137,7 @@ _OPTION_TYPES: dict[str, Any] = {
             "final_logit_softcapping",
             "norm_eps",
             "block_ffn_dim_multiplier",
+            "routed_scaling_factor",
         ),
         _NUMBER,
     ),
@@ -145,6 +156,9 @@ _OPTION_TYPES: dict[str, Any] = {
             "tie_embedding",
             "mamba_conv_bias",
             "mamba_proj_bias",
+            "qkv_bias",
+            "norm_topk_prob",
+            "use_qk_norm",
         ),
         _SWITCH,
     ),
@@ -158,6 +172,7 @@ _OPTION_TYPES: dict[str, Any] = {
     "mamba_d_head": int | str | None,
     "position_embedding_type": str | None,
     "time_step_limit": list | None,
+    "mlp_only_layers": list[int] | None,
     "rope_scaling": dict | None,
     "rope_parameters": dict | None,
 }
@@ -200,6 +215,8 @@ class DecoderConfig:
     query_growth: tuple[float, int] | None  # β and L: queries grow by 1 + β · ln(1 + ⌊position ÷ L⌋)
     inputs_size: int  # P, of the inputs that each block has of its own; 0 is none
     inputs_vocab: int  # tokens that have such inputs
+    mixture: MixtureConfig | None  # of the sparse blocks
+    further_blocks: int  # stored behind the last one, and not run
     blocks: tuple[BlockConfig, ...]
     ropes: tuple[RopeConfig, ...]
 
@@ -230,7 +247,7 @@ class DecoderConfig:
             mlp_bias=_is_on(row.mlp_bias, options),
             norms=row.norms,
             centred_norms=row.centred_norms,
-            head_norms=row.head_norms,
+            head_norms=_head_norms(row, options),
             gated=row.gated,
             activation=_activation(row, options),
             fused=row.fused,
@@ -240,6 +257,8 @@ class DecoderConfig:
             **_scales(row, options),
             inputs_size=(inputs := inputs_size_of(row, options)),
             inputs_vocab=options["vocab_size_per_layer_input"] if inputs else 0,
+            mixture=read_mixture(row.mixture, options),
+            further_blocks=(options.get(row.further_blocks) or 0) if row.further_blocks else 0,
             blocks=(blocks := read_blocks(row, options)),
             ropes=read_ropes(row, options, _head_sizes_by_type(options, blocks)),
         )
@@ -263,7 +282,7 @@ class DecoderConfig:
     def can_be_smoothed(self) -> bool:
         """Whether norms stand before their readers alone and linearly, and all layers are stored apart."""
         plain = self.gated and not self.centred_norms and not self.fused and not self.is_recurrent
-        return plain and self.norms == BlockNorms()
+        return plain and self.mixture is None and self.norms == BlockNorms()
 
 
 def complete(row: Architecture, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,7 +308,14 @@ def why_not_lean(config: Mapping[str, Any]) -> str | None:
     if wrong:
         return f"in its config.json {wrong}"
     differing = why_not_differing(row, options) if row.blocks_differ else None
-    return differing or _why_not_options(name, options) or why_not_layers(row, options) or why_not_rope(row, options)
+    mixture = why_not_mixture(row.mixture, options)
+    return (
+        mixture
+        or differing
+        or _why_not_options(name, options)
+        or why_not_layers(row, options)
+        or why_not_rope(row, options)
+    )
 
 
 def _why_not_options(name: str, options: Mapping[str, Any]) -> str | None:
@@ -364,6 +390,11 @@ def _scales(row: Architecture, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _factor(option: str, options: Mapping[str, Any]) -> float:
     return float(options[option]) if option else 1.0
+
+
+def _head_norms(row: Architecture, options: Mapping[str, Any]) -> HeadNorms | None:
+    norms = row.head_norms
+    return norms if norms and (not norms.option or options.get(norms.option)) else None
 
 
 def _is_on(switch: Switch, options: Mapping[str, Any]) -> bool:

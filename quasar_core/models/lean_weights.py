@@ -22,6 +22,7 @@ from quasar_core.models.activations import xielu_weights
 from quasar_core.models.architectures import BlockNorms
 from quasar_core.models.decoder import DecoderLayer, DenseLinear, LayerInputs, LeanDecoder, Linear
 from quasar_core.models.decoder_config import DecoderConfig, why_not_lean
+from quasar_core.models.experts import Experts
 from quasar_core.models.linear import (
     Dense,
     Packing,
@@ -32,7 +33,9 @@ from quasar_core.models.linear import (
     head_norm_shapes,
     head_product,
     inputs_product,
+    mixture_products,
     recurrent_shapes,
+    router_correction,
     stored_shapes,
     xielu_names,
 )
@@ -76,7 +79,7 @@ def build_target(
     """
     config = tied_as_stored(config, files)
     weights = StreamedWeights(files, streamed, dtype)
-    filling = Filling(files, device, dtype, config.centred_norms, weights.places)
+    filling = Filling(files, device, dtype, config, weights.places)
     decoder = _build(config, filling, dense_only)
     filling.refuse_unknown(config, [name for name in files.names() if name not in weights.names])
     filling.fill(progress)
@@ -107,7 +110,7 @@ def load_verifier_alone(
     config = tied_as_stored(DecoderConfig.parse(checkpoint.config), checkpoint.tensors)
     packing = Packing(checkpoint, device, dtype, kernel, progress)
     packing.refuse_unknown(config)
-    filling = Filling(checkpoint.tensors, device, dtype, config.centred_norms)
+    filling = Filling(checkpoint.tensors, device, dtype, config)
     decoder = _build(config, filling, packing)
     biases = {f"{name}.bias" for name in packing.names}  # which some tools store where the architecture has none
     filling.refuse_unknown(config, [name for name in checkpoint.plain_names if name not in biases])
@@ -133,11 +136,27 @@ def attach_verifier(
             field: packing.norm(f"{prefix}.{name}.weight", getattr(layer, field), target.config.centred_norms)
             for field, name in norm_fields(target.config.norms).items()
         }
-        return replace(layer, **norms, **products)
+        return replace(
+            layer, **norms, **products, experts=attach_experts(target.config, index, layer.experts, attached)
+        )
 
     layers = [attached_layer(index, layer) for index, layer in enumerate(target.layers)]
     head = attached(head_product(target.config), target.head)
     return LeanDecoder(target.config, target.embedding, layers, target.norm, head, target.ropes, target.inputs)
+
+
+def attach_experts(
+    config: DecoderConfig, index: int, own: Experts | None, attached: Callable[[Product, Linear], Linear]
+) -> Experts | None:
+    """A verifier's experts over the target's own; its router is the target's."""
+    products = mixture_products(config, index)
+    if own is None or products is None:
+        return None
+    return replace(
+        own,
+        gate_up=tuple(map(attached, products.gate_up, own.gate_up)),
+        down=tuple(map(attached, products.down, own.down)),
+    )
 
 
 def norm_fields(norms: BlockNorms) -> dict[str, str]:
@@ -151,9 +170,13 @@ def norm_fields(norms: BlockNorms) -> dict[str, str]:
     return {field: name for field, name in fields.items() if name}
 
 
-def has_no_effect(name: str) -> bool:
-    """Whether a stored tensor is a buffer that models compute from their config; older tools stored those."""
-    return name.endswith("rotary_emb.inv_freq")
+def has_no_effect(name: str, config: DecoderConfig) -> bool:
+    """Whether a stored tensor is a buffer that models compute from their config, or of a block that does not run.
+
+    Older tools stored such buffers; some models have blocks behind the last one that only predict further tokens.
+    """
+    further = range(config.num_layers, config.num_layers + config.further_blocks)
+    return name.endswith("rotary_emb.inv_freq") or any(name.startswith(f"model.layers.{index}.") for index in further)
 
 
 class Filling:
@@ -164,18 +187,20 @@ class Filling:
         files: TensorFiles,
         device: torch.device,
         dtype: torch.dtype,
-        centred_norms: bool = False,
+        config: DecoderConfig,
         places: Mapping[tuple[str, ...], torch.Tensor] = MappingProxyType({}),
     ) -> None:
         self.files, self.device, self.dtype = files, device, dtype
         self._places = places  # of products whose weights are not filled here
-        self._centred = centred_norms
+        self._centred = config.centred_norms
+        self._renamed = config.mixture.row.renamed if config.mixture else ()
         self._waiting: dict[str, list[torch.Tensor]] = {}  # its places
         self._norms: list[torch.Tensor] = []
         self._activations: list[torch.Tensor] = []
 
     def tensor(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> torch.Tensor:
         """One tensor [sum of rows, *columns], whose rows are the stored tensors of these names, in order."""
+        names = [self._stored(name) for name in names]
         for name, count in zip(names, rows, strict=True):
             self.files.check_shape(name, (count, *columns))  # before anything is allocated
         whole = self._empty(sum(rows), *columns)
@@ -196,6 +221,27 @@ class Filling:
         whole = torch.empty(count, channels, device=self.device)
         self._waiting[name] = [whole.T[:, None]]
         return whole
+
+    def floats(self, name: str, size: int) -> torch.Tensor:
+        """Stored numbers [size], in float32 whatever the weights are."""
+        self.files.check_shape(name, (size,))
+        whole = torch.empty(size, device=self.device)
+        self._waiting[name] = [whole]
+        return whole
+
+    def rows_of(self, products: Sequence[Product]) -> list[DenseLinear]:
+        """Products of one shape in one tensor, each with its own rows."""
+        names = [f"{name}.weight" for product in products for name in product.names]
+        sizes = [rows for product in products for rows in product.rows]
+        whole = self.tensor(names, sizes, products[0].columns)
+        return [DenseLinear(weight) for weight in whole.view(len(products), -1, products[0].columns)]
+
+    def _stored(self, name: str) -> str:
+        """The name in the files, where transformers 5 may have written another one."""
+        other = name
+        for part, later in self._renamed:
+            other = other.replace(part, later)
+        return other if name not in self.files and other in self.files else name
 
     def number(self, name: str) -> torch.Tensor:
         """One stored number [1]."""
@@ -245,7 +291,7 @@ class Filling:
         """A stored tensor that the architecture has no place for would be left out of the model: refuse it."""
         shared = {EMBEDDING, f"{HEAD}.weight"} if config.tied else set()
         for name in names:
-            if name not in self._waiting and name not in shared and not has_no_effect(name):
+            if name not in self._waiting and name not in shared and not has_no_effect(name, config):
                 raise QuasarError(f"{self.files.folder} holds {name}, which {config.architecture} does not have.")
 
     def fill(self, progress: Progress = no_progress) -> None:
@@ -303,7 +349,7 @@ def _build_layer(
         norms["input_out_norm"] = filling.norm(f"{prefix}.post_per_layer_input_norm.weight", config.hidden_size)
     head_norms = list(head_norm_shapes(config, index))
     times = (config.num_heads, block.kv_heads)[: len(head_norms)]
-    products: dict[str, Any] = {
+    products: dict[str, Any] = dict.fromkeys(("gate_up", "down")) | {
         field: make(product, filling.linear) for field, product in block_products(config, index).items()
     }
     return DecoderLayer(
@@ -311,6 +357,7 @@ def _build_layer(
         head_norms=filling.repeated_norms(head_norms, times, block.head_size) if head_norms else None,
         activation=filling.xielu(index) if config.activation == "xielu" else None,
         shares=block.states_of != index,
+        experts=_build_experts(config, index, filling, make),
         scalar=filling.number(f"{prefix}.layer_scalar") if config.blocks_are_scaled else None,
         recurrence=_build_recurrence(config, index, filling),
         **norms,
@@ -339,6 +386,37 @@ def _build_recurrence(config: DecoderConfig, index: int, filling: Filling) -> Re
     )
 
 
+def _build_experts(
+    config: DecoderConfig, index: int, filling: Filling, make: Callable[[Product, Dense], Linear]
+) -> Experts | None:
+    """A block's mixture: the target's experts lie in two tensors, a verifier's each by itself."""
+    products, mixture = mixture_products(config, index), config.mixture
+    if products is None or mixture is None:
+        return None
+    gate_up, down = (
+        _build_linears(some[: mixture.count], filling, make)
+        + [make(product, filling.linear) for product in some[mixture.count :]]
+        for some in (products.gate_up, products.down)
+    )
+    correction = router_correction(config, index)
+    return Experts(
+        config=mixture,
+        router=filling.linear(products.router).weight,
+        correction=filling.floats(correction, mixture.count) if correction else None,
+        gate_up=tuple(gate_up),
+        down=tuple(down),
+        shared_gate=filling.linear(products.shared_gate).weight if products.shared_gate else None,
+    )
+
+
+def _build_linears(
+    products: Sequence[Product], filling: Filling, make: Callable[[Product, Dense], Linear]
+) -> list[Linear]:
+    if make is dense_only:
+        return list(filling.rows_of(products))
+    return [make(product, filling.linear) for product in products]
+
+
 def why_folder_not_lean(folder: Path) -> str | None:
     """Why the lean decoder does not run the model of a folder, or None where it does."""
     content = read_config(folder)
@@ -352,7 +430,7 @@ def _tensor_without_place(config: DecoderConfig, files: TensorFiles) -> str | No
     """
     known = {*stored_shapes(config), f"{HEAD}.weight"}
     for name in files.names():
-        if name not in known and not name.startswith("model.") and not has_no_effect(name):
+        if name not in known and not name.startswith("model.") and not has_no_effect(name, config):
             return f"its files hold {name}, which {config.architecture} does not have"
     return None
 

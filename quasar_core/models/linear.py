@@ -12,6 +12,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.decoder import DenseLinear, FusedLinear, Linear
 from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.mixture import Mixture
 from quasar_core.models.recurrence_config import RecurrenceConfig
 from quasar_core.records import Progress, no_progress
 
@@ -49,17 +50,15 @@ def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
         qkv = product(f"{attention}.q_proj", (queries,), hidden, config.qkv_bias)
     if "qkv" in config.fused:
         qkv = product(f"{attention}.qkv_proj", (queries + 2 * states,), hidden, config.qkv_bias)
+    products = {"qkv": qkv, "out": product(f"{attention}.{names.out}", (hidden,), queries, config.out_bias)}
+    if block.sparse:
+        return products
     up = product(f"{mlp}.{names.gate} {mlp}.{names.up}", (inner, inner), hidden, config.mlp_bias)
     if "gate_up" in config.fused:
         up = product(f"{mlp}.{names.gate_up}", (2 * inner,), hidden, config.mlp_bias)
     elif not config.gated:
         up = product(f"{mlp}.{names.up}", (inner,), hidden, config.mlp_bias)
-    products = {
-        "qkv": qkv,
-        "out": product(f"{attention}.{names.out}", (hidden,), queries, config.out_bias),
-        "gate_up": up,
-        "down": product(f"{mlp}.{names.down}", (hidden,), inner, config.mlp_bias),
-    }
+    products |= {"gate_up": up, "down": product(f"{mlp}.{names.down}", (hidden,), inner, config.mlp_bias)}
     if block.recurrence is not None:
         prefix = f"model.layers.{index}.{config.recurrent_module}"
         products |= recurrent_products(block.recurrence, prefix, hidden)
@@ -97,6 +96,55 @@ def recurrent_shapes(config: DecoderConfig, index: int) -> dict[str, tuple[int, 
     if shape.kind == "mamba":
         found[f"{prefix}.D"] = (shape.value_heads,)
     return found
+
+
+@dataclass(frozen=True)
+class MixtureProducts:
+    """A sparse block's products; of each expert two, the one of every token last."""
+
+    router: Product
+    gate_up: tuple[Product, ...]
+    down: tuple[Product, ...]
+    shared_gate: Product | None
+
+    @property
+    def of_experts(self) -> tuple[Product, ...]:
+        """Those that may be quantized."""
+        return (*self.gate_up, *self.down)
+
+
+def mixture_products(config: DecoderConfig, index: int) -> MixtureProducts | None:
+    """The products of a block's mixture; None where it has an MLP."""
+    mixture, hidden = config.mixture, config.hidden_size
+    if mixture is None or not config.blocks[index].sparse:
+        return None
+    module = mixture_module(config, index)
+    experts = [(f"{module}.experts.{i}", mixture.row.parts, mixture.inner) for i in range(mixture.count)]
+    if mixture.shared_inner:
+        experts.append((f"{module}.{mixture.row.shared}", Mixture.parts, mixture.shared_inner))
+    gate = mixture.row.shared_gate
+    return MixtureProducts(
+        router=Product((f"{module}.{mixture.row.router}",), (mixture.count,), hidden, bias=False),
+        gate_up=tuple(
+            Product((f"{name}.{parts[0]}", f"{name}.{parts[1]}"), (inner, inner), hidden, bias=False)
+            for name, parts, inner in experts
+        ),
+        down=tuple(Product((f"{name}.{parts[2]}",), (hidden,), inner, bias=False) for name, parts, inner in experts),
+        shared_gate=Product((f"{module}.{gate}",), (1,), hidden, bias=False) if gate else None,
+    )
+
+
+def mixture_module(config: DecoderConfig, index: int) -> str:
+    """Where the files have a block's mixture."""
+    assert config.mixture is not None
+    return f"model.layers.{index}.{config.mixture.row.module}"
+
+
+def router_correction(config: DecoderConfig, index: int) -> str | None:
+    """The stored numbers that are added to scores where experts are chosen, if any."""
+    if config.mixture is None or not config.mixture.row.corrected:
+        return None
+    return f"{mixture_module(config, index)}.{config.mixture.row.router}.e_score_correction_bias"
 
 
 def inputs_product(config: DecoderConfig) -> Product:
@@ -147,9 +195,7 @@ class Packing:
 
     def refuse_unknown(self, config: DecoderConfig) -> None:
         """Codes that no product takes are an error."""
-        known = set(head_product(config).names)
-        for index in range(config.num_layers):
-            known.update(*(product.names for product in block_products(config, index).values()))
+        known = set(head_product(config).names).union(*(product.names for product in all_block_products(config)))
         unknown = sorted(self.names - known)
         if unknown:
             raise QuasarError(f"The target has no layer {unknown[0]}, which {self.checkpoint.folder} quantizes.")
@@ -211,8 +257,14 @@ def dense_rows(own: Linear, product: Product, part: Product) -> Linear:
 
 
 def all_block_products(config: DecoderConfig) -> list[Product]:
-    """The products of all blocks, in order."""
-    return [product for index in range(config.num_layers) for product in block_products(config, index).values()]
+    """The products of all blocks, in order; of a sparse block also those that are never quantized."""
+    products: list[Product] = []
+    for index in range(config.num_layers):
+        products += block_products(config, index).values()
+        mixture = mixture_products(config, index)
+        if mixture is not None:
+            products += [*mixture.of_experts, mixture.router, *filter(None, [mixture.shared_gate])]
+    return products
 
 
 def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -241,6 +293,9 @@ def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{prefix}.{name}.weight": (hidden,) for name in config.norms.names}
         shapes |= head_norm_shapes(config, index)
         shapes |= recurrent_shapes(config, index)
+        correction = router_correction(config, index)
+        if correction and config.blocks[index].sparse:
+            shapes[correction] = (config.mixture.count,) if config.mixture else ()
         if config.activation == "xielu":
             shapes |= dict.fromkeys(xielu_names(index), (1,))
     return shapes

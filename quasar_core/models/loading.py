@@ -26,6 +26,7 @@ from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.offload import OffloadPlan
 from quasar_core.models.streaming import LayerStream
 from quasar_core.records import Progress, no_progress
+from quasar_core.store.gguf import describe_gguf
 
 
 def recurrent_layers_in(folder: Path, trust_remote_code: bool = False) -> str | None:
@@ -143,9 +144,10 @@ def describe_left_out(target: CausalLM) -> list[str]:
 
 
 def describe_dequantized(folder: Path) -> list[str]:
-    """A note of weights that are stored in 8-bit blocks."""
+    """Notes of weights that are stored in 8-bit blocks, and of those that come from a GGUF file."""
     count = TensorFiles(folder).dequantized
-    return [f"weights: {count} are stored in 8-bit floats with scales, and dequantized to bfloat16"] if count else []
+    coded = f"weights: {count} are stored in 8-bit floats with scales, and dequantized to bfloat16"
+    return [note for note in (coded if count else None, describe_gguf(folder)) if note]
 
 
 def describe_passes(

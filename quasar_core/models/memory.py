@@ -15,7 +15,14 @@ from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
-from quasar_core.models.linear import Product, block_products, head_product, inputs_product, recurrent_shapes
+from quasar_core.models.linear import (
+    Product,
+    all_block_products,
+    block_products,
+    head_product,
+    inputs_product,
+    recurrent_shapes,
+)
 from quasar_core.models.recurrence_states import REACH
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import read_headers
@@ -72,7 +79,7 @@ def pair_need(
 
 def tensor_elements(config: DecoderConfig) -> dict[str, int]:
     """Elements of everything that a decoder in 16 or 32 bits holds; a tied head is the embedding."""
-    products = [product for index in range(config.num_layers) for product in block_products(config, index).values()]
+    products = all_block_products(config)
     norms = config.hidden_size * (len(config.norms.names) * config.num_layers + 1)
     if config.head_norms:
         norms += sum(
@@ -83,10 +90,17 @@ def tensor_elements(config: DecoderConfig) -> dict[str, int]:
     return {
         "embedding": config.vocab_size * config.hidden_size,
         "blocks": sum(map(elements, products)),
-        "norms": norms + (4 * config.num_layers if config.activation == "xielu" else 0),
+        "norms": norms + (4 * config.num_layers if config.activation == "xielu" else 0) + correction_elements(config),
         "inputs": input_elements(config),
         "head": 0 if config.tied else elements(head_product(config)),
     }
+
+
+def correction_elements(config: DecoderConfig) -> int:
+    """Of the numbers that are added to routers' scores."""
+    if config.mixture is None or not config.mixture.row.corrected:
+        return 0
+    return config.mixture.count * sum(block.sparse for block in config.blocks)
 
 
 def input_elements(config: DecoderConfig) -> int:
@@ -107,7 +121,7 @@ def elements(product: Product) -> int:
 
 def replaced_elements(config: DecoderConfig, packed: list[str]) -> int:
     """Weights that a verifier without its target holds in codes only; a tied head's are the embedding's, and stay."""
-    products = [product for index in range(config.num_layers) for product in block_products(config, index).values()]
+    products = all_block_products(config)
     if not config.tied:
         products.append(head_product(config))
     parts = {name: rows * p.columns for p in products for name, rows in zip(p.names, p.rows, strict=True)}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.models.decoder import DecoderCache, DenseLinear, FusedLinear, LeanDecoder, Linear
+from quasar_core.models.decoder import DecoderCache, DecoderLayer, DenseLinear, FusedLinear, LeanDecoder, Linear
 from quasar_core.store.measured import Measured, measured_file
 from quasar_core.system import package_version
 from quasar_core.typed import build
@@ -47,9 +47,18 @@ def skip_layers(decoder: LeanDecoder, kept: Sequence[int]) -> LeanDecoder:
 
 def share_of_weights(decoder: LeanDecoder, kept: Sequence[int]) -> float:
     """What a pass of the `kept` blocks and the head reads, of what the whole decoder reads."""
-    blocks = [sum(bytes_of(product) for product in layer.linears) for layer in decoder.layers]
+    blocks = [bytes_read(layer) for layer in decoder.layers]
     head = bytes_of(decoder.head)
     return (sum(blocks[i] for i in kept) + head) / (sum(blocks) + head)
+
+
+def bytes_read(layer: DecoderLayer) -> float:
+    """Bytes of the weights that a pass of one token reads: of experts the chosen ones' alone."""
+    total = float(sum(map(bytes_of, layer.linears)))
+    if layer.experts is None:
+        return total
+    experts = sum(map(bytes_of, layer.experts.linears))
+    return total - experts * (1 - layer.experts.config.places / layer.experts.config.experts)
 
 
 def bytes_of(product: Linear) -> int:

@@ -9,6 +9,7 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_file, is_folder, refuse_special_files
 from quasar_core.store.folders import home
+from quasar_core.store.gguf import is_gguf, unpacked
 from quasar_core.store.hub import download_model
 from quasar_core.store.model_config import check_counts, read_config
 from quasar_core.store.safetensors_header import weight_files
@@ -42,7 +43,7 @@ _ORGANISATIONS = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model found: `name` finds it again from anywhere ("demo", "org/name", or an absolute folder)."""
+    """A model found: `name` finds it again from anywhere ("demo", "org/name", or an absolute path)."""
 
     name: str
     folder: Path
@@ -55,21 +56,23 @@ class ModelSource:
 
 
 def resolve_model(name: str) -> ModelSource:
-    """The model that `name` means: `demo`, a folder, a hub id, or a bare name (a folder here, else a hub id).
+    """The model that `name` means: `demo`, a folder, a GGUF file, a hub id, or a bare name (a folder, else a hub id).
 
-    A hub model is downloaded once. UsageError for a name that cannot be one, QuasarError for a folder that holds no
-    model and for a download that fails.
+    A hub model is downloaded once, a GGUF file unpacked once. UsageError for a name that cannot be one, QuasarError for
+    a folder that holds no model and for a download that fails.
     """
     full = full_name(name)
     if full == DEMO:
         return ModelSource(DEMO, check_model_folder(demo_folder()), "demo")
+    if Path(full).is_absolute() and is_file(Path(full)):
+        return ModelSource(full, check_model_folder(unpacked(Path(full))), "folder")
     if Path(full).is_absolute():
         return ModelSource(full, check_model_folder(Path(full)), "folder")
     return ModelSource(full, download_model(full), "hub")
 
 
 def full_name(name: str) -> str:
-    """What `name` stands for: `demo`, an absolute folder, or a hub id; UsageError where it is none of them."""
+    """What `name` stands for: `demo`, an absolute folder or GGUF file, or a hub id; UsageError where it is neither."""
     if name == DEMO:
         return DEMO
     if not name.strip():
@@ -77,8 +80,10 @@ def full_name(name: str) -> str:
     folder = absolute(Path(name))
     if is_folder(folder):
         return str(folder)
+    if is_gguf(folder):
+        return str(folder)
     if is_file(folder):
-        raise UsageError(f"{name} is a file; give the folder that holds the model.")
+        raise UsageError(f"{name} is a file, and not of GGUF; give the folder that holds the model.")
     return _hub_id(name)
 
 

@@ -1,10 +1,11 @@
 """A model that is published in 8-bit blocks is read as the bfloat16 model that its codes and scales stand for."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers.decoder_cases import CPU, FLOAT, in_passes, random_tokens, save_model
+from helpers.decoder_cases import CASES, CPU, FLOAT, in_passes, random_tokens, save_model
 from helpers.float8_models import BLOCK, to_blocks
 
 from quasar_core.checkpoint.float8_blocks import dequantize
@@ -14,8 +15,11 @@ from quasar_core.models.loading import load_models
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["blocks", "one scale"])
-def test_a_model_in_8_bit_blocks_is_the_model_that_they_stand_for(tmp_path: Path, whole: bool) -> None:
-    save_model(tmp_path / "plain", "Llama", {"intermediate_size": 80})
+@pytest.mark.parametrize("case", [("Llama", {"intermediate_size": 80}), CASES["qwen 3 moe"]], ids=["dense", "experts"])
+def test_a_model_in_8_bit_blocks_is_the_model_that_they_stand_for(
+    tmp_path: Path, whole: bool, case: tuple[str, dict[str, Any]]
+) -> None:
+    save_model(tmp_path / "plain", *case)
     meant = to_blocks(tmp_path / "plain", tmp_path / "blocks", whole)
     files = TensorFiles(tmp_path / "blocks")
     assert files.names() == TensorFiles(tmp_path / "plain").names()

@@ -38,6 +38,15 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 GEMMA = {"query_pre_attn_scalar": 24, "tie_word_embeddings": True}
 GEMMA_4 = {"head_dim": 16, "global_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
 SLIDING = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+SIGMOIDS = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+}
 TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -211,6 +220,44 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "granite 4, attention alone": ("GraniteMoeHybrid", {**MAMBA, "layer_types": ["full_attention"] * 4}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral, window": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 7}),
+    "qwen 2 moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 48}),
+    "qwen 2 moe, some blocks": (
+        "Qwen2Moe",
+        {**EXPERTS, "shared_expert_intermediate_size": 32, "norm_topk_prob": True, "mlp_only_layers": [1]},
+    ),
+    "qwen 3 moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
+    "qwen 3 moe, every second block": (
+        "Qwen3Moe",
+        {**EXPERTS, "head_dim": 32, "decoder_sparse_step": 2, "attention_bias": True, "num_experts_per_tok": 4},
+    ),
+    "olmoe": ("Olmoe", {**EXPERTS, "num_key_value_heads": 2}),
+    "olmoe, shares of one": ("Olmoe", {**EXPERTS, "norm_topk_prob": True, "num_experts_per_tok": 1}),
+    "granite moe": (
+        "GraniteMoe",
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "glm 4 moe": ("Glm4Moe", {**SIGMOIDS, "head_dim": 32, "use_qk_norm": True}),
+    "glm 4 moe, no norms": (
+        "Glm4Moe",
+        {
+            **SIGMOIDS,
+            "head_dim": 32,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 2,
+        },
+    ),
+    "dots 1": ("Dots1", {**SIGMOIDS, "norm_topk_prob": True, "n_group": 1, "topk_group": 1}),
 }
 CENTRED = ("Gemma2", "Gemma3", "Qwen3_5")  # whose norms are 1 + w
 # Classes whose names do not come of that of their model.
@@ -242,6 +289,8 @@ def save_model(folder: Path, name: str, options: dict[str, Any]) -> Any:
         for key, buffer in model.named_buffers():
             if key.endswith("layer_scalar"):
                 buffer.fill_(0.7)
+            if key.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.5, 0.5)
     model.save_pretrained(folder)
     return model
 

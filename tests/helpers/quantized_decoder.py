@@ -1,6 +1,7 @@
 """Helpers of the tests."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.quantize.solve.gptq import SolverConfig, solve
 
+_LINEAR = re.compile(r"_proj\.weight$|\.experts\.\d+\.w\d\.weight$|^lm_head\.weight$")
+
 
 def quantize_layers(source: Path, output: Path, bits: Callable[[str], int]) -> VerifierCheckpoint:
     """Round the linear layers of a tiny model to groups of 32; 16 bits leaves one as it is."""
     output.mkdir()
     tensors = load_file(source / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight") or name == "lm_head.weight"]:
+    for name in filter(_LINEAR.search, list(tensors)):
         width = bits(name)
         if width < 16:
             weight = tensors.pop(name)
@@ -34,7 +37,7 @@ def mixed_bits(name: str) -> int:
     if name == "lm_head.weight":
         return 8
     if "layers.1." in name:
-        return {"k_proj": 16, "v_proj": 8, "up_proj": 16}.get(name.split(".")[-2], 4)
+        return {"k_proj": 16, "v_proj": 8, "up_proj": 16, "w1": 8}.get(name.split(".")[-2], 4)
     if "layers.2." in name:
         return 16
     return 8 if "layers.3.self_attn.k_proj" in name else 4

@@ -21,7 +21,7 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], **SIZES}
     ("changes", "reason"),
     [
         ({}, None),
-        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM is not in its table of architectures"),
+        ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not in its table of architectures"),
         ({"architectures": None}, "no architecture is not in its table of architectures"),
         ({"hidden_size": None}, "config.json has no hidden_size"),
         ({"hidden_act": "gelu"}, "it has no activation gelu"),
@@ -44,6 +44,10 @@ def parse_without_rope_options(content: dict[str, Any]) -> DecoderConfig:
     return replace(config, ropes=tuple(replace(rope, options={}) for rope in config.ropes))
 
 
+# Of which transformers gives no values.
+NEEDED = {"Dots1ForCausalLM": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1}}
+
+
 @pytest.mark.parametrize("given", [{}, {"use_sliding_window": True, "sliding_window": 16}], ids=["sizes", "windows"])
 @pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"PanguEmbeddedForCausalLM"}))
 def test_options_that_are_left_out_have_the_values_that_transformers_gives_them(
@@ -52,7 +56,7 @@ def test_options_that_are_left_out_have_the_values_that_transformers_gives_them(
     sizes = {key: value for key, value in SIZES.items() if key in REQUIRED} | {"num_attention_heads": 64}
     if given and ARCHITECTURES[name].windows.kind == "none":
         pytest.skip("has no windows")
-    sizes |= {"hidden_size": 1024, "num_hidden_layers": 32, **given}
+    sizes |= {"hidden_size": 1024, "num_hidden_layers": 32, **given, **NEEDED.get(name, {})}
     if "num_local_experts" in ARCHITECTURES[name].only:  # the decoder runs the form without experts
         sizes |= {"num_local_experts": 0, "mamba_d_head": 16}
     complete = json.loads(classes_of(name.removesuffix("ForCausalLM"))[0](**sizes).to_json_string(use_diff=False))

@@ -70,6 +70,22 @@ OTHER: dict[str, Any] = {
     "use_double_wide_mlp": True,
     "vocab_size_per_layer_input": 100,
     "attention_out_bias": True,
+    "clip_qkv": 0.5,
+    "decoder_sparse_step": 2,
+    "first_k_dense_replace": 2,
+    "mlp_only_layers": [2],
+    "moe_intermediate_size": 48,
+    "n_group": 2,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "qkv_bias": False,
+    "routed_scaling_factor": 2.5,
+    "shared_expert_intermediate_size": 32,
+    "topk_group": 2,
+    "use_qk_norm": True,
     "attention_multiplier": 0.3,
     "attn_logit_softcapping": 2.0,
     "embedding_multiplier": 2.0,
@@ -93,10 +109,19 @@ OTHER: dict[str, Any] = {
     "use_sliding_window": True,
 }
 # Of classes whose own values would be gigabytes, or more than the decoder runs.
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SIGMOIDS = {"n_routed_experts": 4, "n_shared_experts": 1, **EXPERTS}
 SMALL: dict[str, dict[str, Any]] = {
     "GraniteMoeHybrid": {**MAMBA, "num_experts_per_tok": 1},
     "Qwen3_5": DELTA,
     "Lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "Mixtral": {"num_local_experts": 4},
+    "GraniteMoe": {"num_local_experts": 4},
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 48, **EXPERTS},
+    "Qwen3Moe": {"num_experts": 4, **EXPERTS},
+    "Glm4Moe": SIGMOIDS,
+    "Dots1": SIGMOIDS,
     "Gemma4": {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 96, "global_head_dim": 32},
 }
 # Keys that no class names, but that transformers keeps and reads in masks, caches and rotary embeddings.

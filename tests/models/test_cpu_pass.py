@@ -83,14 +83,16 @@ def test_bf16_costs_a_few_roundings_of_cache_and_embedding(tmp_path: Path, case:
 
 @each_form
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, None])
-def test_a_verifier_equals_its_plain_pass(tmp_path: Path, bits: int | None) -> None:
-    verifier = tiny_verifier(tmp_path, tiny_target(tmp_path, "qwen3, listed windows, biases"), bits)
+@pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "qwen 3 moe", "mixtral"])
+def test_a_verifier_equals_its_plain_pass(tmp_path: Path, case: str, bits: int | None) -> None:
+    verifier = tiny_verifier(tmp_path, tiny_target(tmp_path, case), bits)
     expected = in_passes(verifier, random_tokens(), [12, 4])
     assert_close_but_for_steps(in_passes(fast(verifier), random_tokens(), [12, 4]), expected)
 
 
-def test_a_verifier_that_was_unpacked_equals_its_plain_pass(tmp_path: Path) -> None:
-    verifier = tiny_verifier(tmp_path, tiny_target(tmp_path, "qwen3, listed windows, biases"), kernel="dense")
+@pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "glm 4 moe, no norms"])
+def test_a_verifier_that_was_unpacked_equals_its_plain_pass(tmp_path: Path, case: str) -> None:
+    verifier = tiny_verifier(tmp_path, tiny_target(tmp_path, case), kernel="dense")
     expected = in_passes(verifier, random_tokens(), [12, 4])
     assert_close(in_passes(fast(verifier), random_tokens(), [12, 4]), expected)
 
@@ -98,8 +100,11 @@ def test_a_verifier_that_was_unpacked_equals_its_plain_pass(tmp_path: Path) -> N
 @each_form
 @pytest.mark.parametrize("dtype", [FLOAT, BF16], ids=str)
 @pytest.mark.parametrize("kind", ["target", "verifier"])
-def test_logits_do_not_depend_on_the_pass_or_on_the_threads(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
-    decoder = tiny_target(tmp_path, "qwen3, listed windows, biases", dtype)
+@pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "qwen 3 moe", "qwen 2 moe, some blocks"])
+def test_logits_do_not_depend_on_the_pass_or_on_the_threads(
+    tmp_path: Path, case: str, kind: str, dtype: torch.dtype
+) -> None:
+    decoder = tiny_target(tmp_path, case, dtype)
     if kind == "verifier":
         decoder = tiny_verifier(tmp_path, decoder)
     tokens = random_tokens(100)
@@ -200,9 +205,12 @@ def test_prompts_run_in_pytorchs_operations(tmp_path: Path) -> None:
 
 EXACT_CASES = ["qwen3", "mistral, window", "gemma 2", "gemma 3, two ropes", "granite", "hunyuan", "phi 3", "olmo 3"]
 
+MIXTURES = ["mixtral", "qwen 3 moe", "qwen 2 moe", "glm 4 moe", "granite moe"]
+
 
 @pytest.mark.parametrize(
-    "case", [*EXACT_CASES, "glm 4", "exaone 4", "ministral 3", "apertus", "gemma 4, shared states and own inputs"]
+    "case",
+    [*EXACT_CASES, *MIXTURES, "glm 4", "exaone 4", "ministral 3", "apertus", "gemma 4, shared states and own inputs"],
 )
 def test_exact_text_is_that_of_plain_decoding_in_bf16_too(tmp_path: Path, case: str) -> None:
     target = fast(tiny_target(tmp_path, case, BF16))

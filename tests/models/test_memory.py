@@ -26,13 +26,17 @@ def held_bytes(decoder: LeanDecoder) -> int:
     for layer in decoder.layers:
         tensors += layer.recurrence.weights if layer.recurrence else ()
         tensors += [*layer.norms, *(part for part in (layer.activation, layer.scalar) if part is not None)]
+        if layer.experts:
+            own = layer.experts.router, layer.experts.correction, layer.experts.shared_gate
+            tensors += [tensor for tensor in own if tensor is not None]
     for product in (*(product for layer in decoder.layers for product in layer.linears), decoder.head):
         if isinstance(product, DenseLinear):
             tensors += [product.weight, *([] if product.bias is None else [product.bias])]
         else:
             bias: Any = product.bias  # type: ignore[attr-defined]
             tensors += [] if bias is None else [bias]
-    return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    storages = [tensor.untyped_storage() for tensor in tensors]  # experts have parts of one
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize("name", CASES)

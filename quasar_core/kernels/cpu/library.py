@@ -148,6 +148,19 @@ class FusedWeight(ctypes.Structure):
     )
 
 
+class Experts(ctypes.Structure):
+    """A mixture in the place of a block's MLP; its experts are arrays of products."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("count", "chosen", "shared", "scores", "normalised")),
+        ("scale", ctypes.c_float),
+        ("router", FusedWeight),
+        ("correction", ctypes.c_void_p),  # float32 [count], or null
+        ("gate_up", ctypes.POINTER(FusedWeight)),
+        ("down", ctypes.POINTER(FusedWeight)),
+    )
+
+
 class Layer(ctypes.Structure):
     """A block: norms in float32 or none, products, the positions that it sees (0: all), its rotation (-1: none)."""
 
@@ -160,6 +173,7 @@ class Layer(ctypes.Structure):
         ("scalar", ctypes.c_float),
         ("shares", ctypes.c_int),
         *((name, ctypes.c_int) for name in ("window", "rope", "channels", "kv_heads", "head_size")),
+        ("experts", ctypes.POINTER(Experts)),
     )
 
 
@@ -234,11 +248,12 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
             "quasar_form": [],
             "quasar_size_of_model": [],
             "quasar_size_of_layer": [],
+            "quasar_size_of_experts": [],
         },
     )
     functions.quasar_pass_new.restype = pointer
     functions.quasar_form.restype = ctypes.c_char_p
-    sizes = functions.quasar_size_of_model(), functions.quasar_size_of_layer()
-    if sizes != (ctypes.sizeof(Model), ctypes.sizeof(Layer)):
+    names = {"model": Model, "layer": Layer, "experts": Experts}
+    if any(getattr(functions, f"quasar_size_of_{name}")() != ctypes.sizeof(kind) for name, kind in names.items()):
         raise QuasarError("its library describes models in other bytes than this version of quasar")
     return functions

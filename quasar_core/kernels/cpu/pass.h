@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "choices.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "product_input.h"
 #include "team.h"
 
@@ -28,6 +29,7 @@ struct Layer {
     int rope;                 // which rotary embedding, or -1
     int channels;             // of a head that rotate
     int kv_heads, head_size;
+    const Experts* experts;   // in the place of gate_up and down, or null
 };
 
 struct Model {
@@ -83,10 +85,7 @@ public:
                 attend_heads(layer, keys, values, place, team);
                 prepare_input(layer.out, attended.data(), count, team);
                 waiting = multiply_onto_hidden(layer.out, layer.out_norm, count, team);
-                prepare_normed(layer.gate_up, waiting, layer.mlp_norm, count, team);
-                multiply_into(layer.gate_up, mixed.data(), count, team);
-                prepare_activated(layer, count, team);
-                waiting = multiply_onto_hidden(layer.down, layer.down_norm, count, team);
+                waiting = layer.experts ? mix_experts(layer, waiting, count, team) : run_mlp(layer, waiting, count, team);
                 if (m.inputs_size) {
                     prepare_normed(layer.input_gate, waiting, nullptr, count, team);
                     multiply_into(layer.input_gate, mixed.data(), count, team);
@@ -130,6 +129,7 @@ private:
     std::vector<std::vector<int>> paths;  // of each token of a tree, from the first one to itself: where states lie
     std::vector<Buffer<X>> own;           // of each thread
     ProductInput inputs[MOST_PARTS];
+    Mixing mixing;
 
     void reserve(int count, int threads) {
         size_t widest = 0, heads = 0, size = 0;
@@ -141,6 +141,7 @@ private:
             size = std::max(size, size_t(layer.head_size)), heads = std::max(heads, size_t(m.heads) * layer.head_size);
             make_room(layer.qkv), make_room(layer.out), make_room(layer.gate_up), make_room(layer.down);
             make_room(layer.input_gate), make_room(layer.input_out);
+            if (layer.experts) make_room(layer.experts->router), widest = std::max(widest, size_t(layer.experts->router.out));
         }
         make_room(m.head), make_room(m.inputs_projection);
         const size_t rows = count;
@@ -251,6 +252,30 @@ private:
 
     void prepare_input(const FusedWeight& weight, float* x, int count, const Team& team) {
         prepare_pieces(weight, x, weight.in, count, team, [](float*, int, int) {});
+    }
+
+    Waiting run_mlp(const Layer& layer, const Waiting& waiting, int count, const Team& team) {
+        prepare_normed(layer.gate_up, waiting, layer.mlp_norm, count, team);
+        multiply_into(layer.gate_up, mixed.data(), count, team);
+        prepare_activated(layer, count, team);
+        return multiply_onto_hidden(layer.down, layer.down_norm, count, team);
+    }
+
+    Waiting mix_experts(const Layer& layer, const Waiting& waiting, int count, const Team& team) {
+        const Experts& experts = *layer.experts;
+        prepare_normed(experts.router, waiting, layer.mlp_norm, count, team);
+        multiply_into(experts.router, mixed.data(), count, team);
+        const float* x = layer.mlp_norm ? normed.data() : hidden.data();
+        mixing.run(experts, m.activation, x, m.hidden, mixed.data(), count, delta.data(), team, seconds_in_products,
+                   [&](int t, int begin, int end) {
+                       if (layer.down_norm) return;
+                       const size_t from = size_t(t) * m.hidden;
+                       float *stream = hidden.data() + from, *row = delta.data() + from;
+                       for (int i = begin; i < end; i += LANES) store(stream + i, with_residual(stream + i, load(row + i)));
+                   });
+        Waiting next;
+        next.norm = layer.down_norm;
+        return next;
     }
 
     // Gates and what they gate stand beside one another in `mixed`; without gates, what is activated stands alone.

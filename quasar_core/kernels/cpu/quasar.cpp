@@ -79,4 +79,5 @@ const char* quasar_form() { return FORM; }
 // For Python to check that both sides describe a model in the same bytes.
 int quasar_size_of_model() { return sizeof(Model); }
 int quasar_size_of_layer() { return sizeof(Layer); }
+int quasar_size_of_experts() { return sizeof(Experts); }
 }

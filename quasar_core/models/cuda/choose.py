@@ -18,6 +18,8 @@ def why_not(decoder: LeanDecoder) -> str | None:
     """Why a decoder's passes cannot be recorded, or None where they can."""
     if decoder.config.is_recurrent or decoder.config.gates_attention:
         return "states of recurrent layers and gates of attention are not recorded"
+    if decoder.config.mixture is not None:
+        return "its experts are chosen on the way, and a graph runs the same products each time"
     if any(rope.limit is not None for rope in decoder.ropes):
         return "its rotary embedding depends on where a pass ends"
     if any(layer.choice.kernel.name == "reference" for layer in decoder.packed_layers):

@@ -121,10 +121,11 @@ class CudaPass:
             mask = masks[layer.shape.window, layer.shape.kv_heads]
             x = steps.attend(queries, states, mask, config.scores_scale, config.scores_cap)
             delta = self._behind(self.dense.multiply(layer.out, x), layer.out_norm)
-            x = self._normed(hidden, delta, layer.mlp_norm, layer.gate_up)
+            gate_up, down = layer.mlp
+            x = self._normed(hidden, delta, layer.mlp_norm, gate_up)
             activation = Activation(config.activation, config.gated, layer.activation)
-            x = self.dense.gate(layer.gate_up, x, self.dense.number_for(layer.down, count), activation)
-            delta = self._behind(self.dense.multiply(layer.down, x), layer.down_norm)
+            x = self.dense.gate(gate_up, x, self.dense.number_for(down, count), activation)
+            delta = self._behind(self.dense.multiply(down, x), layer.down_norm)
             if given is not None:
                 hidden += delta
                 delta = self._behind(decoder.own_input(layer, hidden, given), layer.input_out_norm)

@@ -47,7 +47,8 @@ class DenseChoices:
         for linear in dense_parts([*all_products(decoder.layers), decoder.head]):
             self._weights.setdefault(_shape(linear), []).append(linear)
         for layer in decoder.layers:
-            self._gates.setdefault(_kind(layer.gate_up), []).append(layer.gate_up)
+            gate_up, _ = layer.mlp
+            self._gates.setdefault(_kind(gate_up), []).append(gate_up)
         self._columns, self._dtype, self._device = decoder.config.hidden_size, decoder.dtype, decoder.device
         self._measured: set[int] = set()
 
@@ -137,7 +138,7 @@ def tune_products(decoder: LeanDecoder, progress: Progress = no_progress, gates_
 
     dense = [linear.weight for linear in dense_parts([*all_products(decoder.layers), decoder.head])]
     packed = [tunable_part(layer) for layer in decoder.packed_layers if isinstance(layer.choice.kernel, TunableKernel)]
-    gates = [part for part in map(gated_part, (layer.gate_up for layer in decoder.layers)) if part is not None]
+    gates = [part for part in map(gated_part, (layer.mlp[0] for layer in decoder.layers)) if part is not None]
     gated = [GatedWeight(part) for part in gates if gates_of_codes or isinstance(part, torch.Tensor)]
     return tune_missing([*dense, *packed, *gated], decoder.dtype, progress=progress)
 
