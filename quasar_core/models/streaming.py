@@ -216,6 +216,9 @@ class StreamedWeights:
         self.files, self.dtype = files, dtype
         self.places = dict[tuple[str, ...], torch.Tensor]()
         self._opened = dict[Path, OpenFile]()
+        for product in (product for some in products.values() for product in some):
+            for name, rows in zip(product.names, product.rows, strict=True):
+                files.check_shape(f"{name}.weight", (rows, product.columns))  # before sizes that no memory has
         size = max((buffer_bytes(some, dtype) for some in products.values()), default=0)
         buffers = [empty_in_huge_pages(size, dtype=torch.uint8) for _ in range(BUFFERS)]
         self._stored = {
@@ -245,8 +248,7 @@ class StreamedWeights:
         return found
 
     def _find(self, name: str, place: torch.Tensor) -> StoredWeight:
-        """A stored weight of the place's shape; QuasarError where there is none, or of a dtype that is not read."""
-        self.files.check_shape(name, tuple(place.shape))
+        """A stored weight, checked to be of the place's shape; QuasarError for a dtype that is not read."""
         entry, scales = self.files.entry(name), self.files.scales_of(name)
         if entry.dtype not in DTYPES or (entry.dtype == float8_blocks.STORED and scales is None):
             raise QuasarError(f"The tensor {name} in {self.files.folder} is {entry.dtype}, which cannot be streamed.")

@@ -185,7 +185,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
         (["generate", "--prompt", "x", "--raw", "--system", "s"], "--system is part of the chat template"),
         (
             ["generate", "--prompt", "x", "--verify", "maybe"],
-            "--verify must be one of full, quantized, exact, not maybe.",
+            "--verify must be one of full, quantized, exact, gated, not maybe.",
         ),
         (["generate", "--prompt", "x", "--window", "wide"], "--window must be auto or a whole number, not wide."),
         (["generate", "--prompt", "x", "--num-draft-tokens", "0"], "--num-draft-tokens must be auto or from 1 to 64"),

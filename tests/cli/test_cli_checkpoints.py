@@ -68,6 +68,8 @@ def test_quantize_says_that_one_of_several_gpus_is_used(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     assert run(["quantize", "demo"]) == 0
     assert ("One of 2 GPUs is used (cuda)" in capsys.readouterr().err) == said
 

@@ -61,6 +61,8 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
             super().__init__(pair, config)
 
     monkeypatch.setattr("quasar_core.api.Generator", Watched)
+    for name in "ab":
+        Path(name).write_text("a text to draft from", encoding="utf-8")
     decoding = (
         "--max-new-tokens 9 --verify quantized --draft ngram --draft-from a --draft-from b --num-draft-tokens 7 "
         "--ngram-max 5 --ngram-min 2 "

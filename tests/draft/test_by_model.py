@@ -21,7 +21,7 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.cpu import library
 from quasar_core.models import loading, skipping
 from quasar_core.models.assistant import check_vocabulary
-from quasar_core.models.decoder import DecoderCache
+from quasar_core.models.decoder import AllThere, DecoderCache
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.skipping import choose_layers, expected_speed, remembered_layers, share_of_weights, skip_layers
 
@@ -167,7 +167,7 @@ def test_all_blocks_but_the_skipped_ones_are_passed(tmp_path: Path) -> None:
     tokens = random_tokens(20)
     some = skip_layers(decoder, (0, 3))
     whole = load_target(tmp_path, CPU, torch.float32)
-    whole.layers = (whole.layers[0], whole.layers[3])
+    whole.layers, whole.source = (whole.layers[0], whole.layers[3]), AllThere(2)
     cache = decoder.new_cache(32)
     expected = whole.forward(tokens, DecoderCache(some.config.blocks, 32, CPU, torch.float32))
     assert torch.equal(some.forward(tokens, skipping.CacheView(cache, (0, 3))), expected)

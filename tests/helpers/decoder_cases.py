@@ -268,6 +268,16 @@ CLASSES = {
 }
 
 
+RECURRENT = {"Qwen3_5", "Lfm2", "GraniteMoeHybrid"}
+MIXTURES = {"Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "Glm4Moe", "Dots1"}
+
+
+def recorded_cases(*without: str) -> list[str]:
+    """The cases that fast passes run; `without` experts, where they do not run these."""
+    left_out = RECURRENT | (MIXTURES if "experts" in without else set())
+    return [case for case, (family, _) in CASES.items() if family not in left_out]
+
+
 def classes_of(name: str) -> tuple[Any, Any]:
     """Config and model of a name of CASES."""
     config, model = CLASSES.get(name, (f"{name}Config", f"{name}ForCausalLM"))

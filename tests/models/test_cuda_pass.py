@@ -15,6 +15,7 @@ from helpers.decoder_cases import (
     fresh_logits,
     in_passes,
     random_tokens,
+    recorded_cases,
     save_model,
 )
 from helpers.quantized_decoder import mixed_bits, quantize_layers
@@ -36,7 +37,7 @@ def recorded(decoder: LeanDecoder, **options: Any) -> LeanDecoder:
     return decoder
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=recorded_cases("experts"))
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LeanDecoder, torch.Tensor]:
     """A decoder whose short passes are recorded ones, and transformers' logits of `random_tokens()`."""
     model = save_model(tmp_path, *CASES[request.param])

@@ -87,9 +87,9 @@ def test_a_name_that_means_nothing_is_wrong_usage(name: str) -> None:
 
 
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:
-    (tmp_path / "here" / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "here" / "model.bin").write_bytes(b"GGUF")
     with pytest.raises(UsageError, match="is a file"):
-        store.full_name("model.gguf")
+        store.full_name("model.bin")
 
 
 def _without_config(folder: Path) -> None:
