@@ -510,7 +510,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "qwen2_moe",
         "Qwen1.5-MoE, Qwen2-MoE",
         qkv_bias="qkv_bias",
-        windows=Windows("listed"),
+        windows=Windows("listed", period=2),  # every second one, before `max_window_layers`
         mixture=Mixture(
             **QWEN_MIXTURE,
             usual_count=60,
@@ -585,6 +585,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "routed_scaling_factor": 1.0,
             "first_k_dense_replace": 1,
             "norm_topk_prob": True,
+            "num_nextn_predict_layers": 1,
         },
     ),
     "Dots1ForCausalLM": Architecture(
@@ -595,6 +596,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         windows=Windows("listed"),
         mixture=Mixture(**SIGMOID_MIXTURE),
         only=ONE_GROUP,
-        defaults={"num_key_value_heads": 32, "routed_scaling_factor": 1.0, "first_k_dense_replace": 0},
+        defaults={
+            "num_key_value_heads": 32,
+            "max_window_layers": 62,
+            "moe_intermediate_size": 1408,
+            "routed_scaling_factor": 1.0,
+            "first_k_dense_replace": 0,
+        },
     ),
 }

@@ -134,7 +134,8 @@ def _windows(row: Architecture, options: Mapping[str, Any], rotates: tuple[bool,
     elif row.rotates == "marked":
         slides = [not rotating for rotating in rotates]
     else:
-        slides = [i >= options.get("max_window_layers", 28) for i in range(count)]
+        last, period = options.get("max_window_layers", 28), row.windows.period
+        slides = [i >= last if not period else i < last and (i + 1) % period != 0 for i in range(count)]
     slides[-1] &= not row.blocks_differ  # Gemma 4's last layer sees everything, whatever is listed
     return tuple(window if sliding else None for sliding in slides)
 

@@ -76,13 +76,21 @@ def _unpack(path: Path, folder: Path) -> None:
     try:
         with foreign_errors(f"{path} could not be unpacked"):
             AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
-            AutoModelForCausalLM.from_pretrained(**place, dtype=dtype).save_pretrained(folder)
+            AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, **_in_full()).save_pretrained(folder)
     finally:
         if bar_was_shown:
             logging.enable_progress_bar()
     quantized = sorted(set(types) - _FLOATS)
     content = {"file": path.name, "types": sorted(set(types)), "dtype": dtype, "quantized": quantized}
     write_json(folder / NOTE, content)
+
+
+def _in_full() -> dict[str, Any]:
+    """What asks transformers for whole weights; versions without packed ones of GGUF give no others."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def _stored_types(path: Path) -> list[str]:

@@ -13,6 +13,7 @@ from helpers.decoder_cases import (
     LENGTH,
     assert_close,
     assert_close_but_for_steps,
+    classes_of,
     exact_logits,
     fresh_logits,
     in_passes,
@@ -26,6 +27,7 @@ from helpers.tiny_models import make_pair
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.models import loading
+from quasar_core.models.architectures import ARCHITECTURES
 from quasar_core.models.base import NO_TOKEN, choose_best
 from quasar_core.models.decoder import DenseLinear, LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
@@ -35,6 +37,12 @@ SPLITS = ([1], [2], [12, 1, 4, 8], [33, 12])
 
 pytestmark = pytest.mark.usefixtures("cpp_pass")
 each_form = pytest.mark.usefixtures("form")
+
+
+def is_recurrent(name: str) -> bool:
+    """Whether a model of CASES has layers with a state, or gates behind attention: the C++ pass has neither."""
+    row = ARCHITECTURES[classes_of(name)[1].__name__]
+    return row.recurrent is not None or row.gates_attention
 
 
 def fast(decoder: LeanDecoder) -> LeanDecoder:
@@ -54,7 +62,7 @@ def tiny_verifier(folder: Path, target: LeanDecoder, bits: int | None = None, ke
     return attach_verifier(target, checkpoint, kernel)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if not is_recurrent(name)])
 def test_logits_equal_those_of_transformers(tmp_path: Path, case: str) -> None:
     expected = fresh_logits(save_model(tmp_path, *CASES[case]), random_tokens())
     decoder = fast(load_target(tmp_path, CPU, FLOAT))
@@ -63,7 +71,7 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, case: str) -> None:
 
 
 @each_form
-@pytest.mark.parametrize("case", ["gemma 2", "apertus", "gemma 4, shared states and own inputs"])
+@pytest.mark.parametrize("case", ["gemma 2", "apertus", "gemma 4, shared states and own inputs", "qwen 2 moe"])
 def test_every_form_gives_the_logits_of_transformers(tmp_path: Path, case: str) -> None:
     """Caps, tanh, xIELU, norms and rotations of each kind, in each instruction set."""
     expected = fresh_logits(save_model(tmp_path, *CASES[case]), random_tokens())
@@ -83,14 +91,14 @@ def test_bf16_costs_a_few_roundings_of_cache_and_embedding(tmp_path: Path, case:
 
 @each_form
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, None])
-@pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "qwen 3 moe", "mixtral"])
+@pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "qwen 3 moe"])
 def test_a_verifier_equals_its_plain_pass(tmp_path: Path, case: str, bits: int | None) -> None:
     verifier = tiny_verifier(tmp_path, tiny_target(tmp_path, case), bits)
     expected = in_passes(verifier, random_tokens(), [12, 4])
     assert_close_but_for_steps(in_passes(fast(verifier), random_tokens(), [12, 4]), expected)
 
 
-@pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "glm 4 moe, no norms"])
+@pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "glm 4 moe, no norms", "mixtral"])
 def test_a_verifier_that_was_unpacked_equals_its_plain_pass(tmp_path: Path, case: str) -> None:
     verifier = tiny_verifier(tmp_path, tiny_target(tmp_path, case), kernel="dense")
     expected = in_passes(verifier, random_tokens(), [12, 4])
