@@ -71,7 +71,7 @@ def test_quantize_says_that_one_of_several_gpus_is_used(
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     assert run(["quantize", "demo"]) == 0
-    assert ("One of 2 GPUs is used (cuda)" in capsys.readouterr().err) == said
+    assert ("One of 2 GPUs is used (cuda:0)" in capsys.readouterr().err) == said
 
 
 def test_quantize_json_is_the_report(stand_in_quantize: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

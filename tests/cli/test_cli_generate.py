@@ -96,6 +96,9 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
         "max_context": 77,
         "trust_remote_code": True,
         "check_digest": False,
+        "fast": False,
+        "max_memory": None,
+        "offload": "auto",
     }
 
 
