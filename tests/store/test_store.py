@@ -87,7 +87,7 @@ def test_a_name_that_means_nothing_is_wrong_usage(name: str) -> None:
 
 
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:
-    (tmp_path / "here" / "model.bin").write_bytes(b"GGUF")
+    (tmp_path / "here" / "model.bin").write_bytes(b"weights")
     with pytest.raises(UsageError, match="is a file"):
         store.full_name("model.bin")
 
