@@ -160,20 +160,22 @@ class LayerStream:
 
     def stretches(self) -> Iterator[range]:
         """All blocks in order; those that stay together, each streamed one alone while it is in its buffer."""
-        begin = 0
+        begin, ahead = 0, [buffer.reading for buffer in self._buffers]
         for number, block in enumerate(self._blocks):
             if begin < block:
                 yield range(begin, block)
-            self._await(number)
+            self._await(number, ahead)
             yield range(block, block + 1)
             self._fetch_after(number)
             begin = block + 1
         if begin < self.count:
             yield range(begin, self.count)
 
-    def _await(self, number: int) -> None:
+    def _await(self, number: int, ahead: Sequence[Future[None] | None] = ()) -> None:
+        """Wait for a block; what failed when it was read `ahead`, by an earlier pass, is read once more."""
         buffer = self._buffers[number % BUFFERS]
-        if buffer.block != self._blocks[number]:  # a pass was ended in its middle, or reading failed
+        failed = buffer.reading is not None and buffer.reading in ahead and buffer.reading.exception() is not None
+        if failed or buffer.block != self._blocks[number]:  # a pass was ended in its middle, or reading failed
             self._fetch(number)
         assert buffer.reading is not None
         try:
