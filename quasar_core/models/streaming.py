@@ -132,6 +132,7 @@ class LayerStream:
 
     def __post_init__(self) -> None:
         self._blocks = sorted(self.weights)
+        self._ahead: list[Future[None] | None] = []  # readings that an earlier pass asked for
         self._reader = ThreadPoolExecutor(1, "quasar weights")  # one thread: a buffer has one writer
 
     @property
@@ -160,21 +161,21 @@ class LayerStream:
 
     def stretches(self) -> Iterator[range]:
         """All blocks in order; those that stay together, each streamed one alone while it is in its buffer."""
-        begin, ahead = 0, [buffer.reading for buffer in self._buffers]
+        begin, self._ahead = 0, [buffer.reading for buffer in self._buffers]
         for number, block in enumerate(self._blocks):
             if begin < block:
                 yield range(begin, block)
-            self._await(number, ahead)
+            self._await(number)
             yield range(block, block + 1)
             self._fetch_after(number)
             begin = block + 1
         if begin < self.count:
             yield range(begin, self.count)
 
-    def _await(self, number: int, ahead: Sequence[Future[None] | None] = ()) -> None:
-        """Wait for a block; what failed when it was read `ahead`, by an earlier pass, is read once more."""
+    def _await(self, number: int) -> None:
+        """Wait for a block; what failed when an earlier pass had it read ahead is read once more."""
         buffer = self._buffers[number % BUFFERS]
-        failed = buffer.reading is not None and buffer.reading in ahead and buffer.reading.exception() is not None
+        failed = buffer.reading is not None and buffer.reading in self._ahead and buffer.reading.exception() is not None
         if failed or buffer.block != self._blocks[number]:  # a pass was ended in its middle, or reading failed
             self._fetch(number)
         assert buffer.reading is not None
