@@ -41,17 +41,9 @@ from quasar_core.models.assistant import load_assistant
 from quasar_core.models.describe import describe
 from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.hf.skeleton import UNLIMITED, context_limit
-from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.loading import load_models, recurrent_layers_in, refuse_drafts
 from quasar_core.models.memory import pair_need, require_room
-from quasar_core.models.offload import (
-    PLANNED_CONTEXT,
-    OffloadPlan,
-    budget_here,
-    movable_products,
-    plan_all,
-    plan_to_fit,
-)
+from quasar_core.models.offload import plan_offload
 from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
 from quasar_core.quantize.blocks.streaming import StreamedModel, open_target, open_verifier
 from quasar_core.quantize.estimate import WholeRun, layer_sizes, over_whole_run, plan_here, with_seconds
@@ -389,7 +381,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
     context = min(context_limit(source.folder, options.trust_remote_code), options.max_context or sys.maxsize)
     digest = [f"digest: {_found(checkpoint, progress)}"] if options.check_digest else []
     room = _check_room(source.folder, checkpoint, place, precision, options.use_target, context)
-    plan = _plan_offload(source.folder, checkpoint, place, precision, context, options)
+    plan = plan_offload(source.folder, checkpoint, place, precision, context, options)
     models = load_models(
         source.folder,
         checkpoint,
@@ -467,35 +459,6 @@ def _check_room(
         return []
     alone = pair_need(folder, checkpoint, dtype, use_target=False) if checkpoint else None
     return [require_room(need, alone, device, context)]
-
-
-def _plan_offload(
-    folder: Path,
-    checkpoint: VerifierCheckpoint | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    context: int,
-    options: LoadOptions,
-) -> OffloadPlan | None:
-    """Which of the target's blocks are streamed; None where all stay.
-
-    UsageError for what was asked for and is not there; QuasarError where too little memory was allowed.
-    """
-    if options.offload == "none" or not options.use_target:
-        return None
-    obstacle = why_folder_not_lean(folder) or (None if device.type == "cpu" else f"the device is {device}")
-    if obstacle:
-        flag = "--offload target" if options.offload == "target" else "--max-memory"
-        if options.offload == "target" or options.max_memory is not None:
-            raise UsageError(f"{flag} streams blocks of our own decoder on the CPU: {obstacle}.")
-        return None
-    need = pair_need(folder, checkpoint, dtype)
-    assert need is not None
-    movable, count = movable_products(folder, checkpoint)
-    tokens = min(context, options.max_context or PLANNED_CONTEXT)
-    budget = budget_here(options.max_memory)
-    fits = plan_to_fit(movable, dtype, need, tokens, count, budget) if budget else None
-    return plan_all(movable, dtype, need, tokens, count) if options.offload == "target" else fits
 
 
 def find_pair_files(options: LoadOptions) -> tuple[ModelSource, VerifierCheckpoint | None]:

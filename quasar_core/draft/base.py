@@ -94,3 +94,18 @@ class Drafter(Protocol):
         before the new text is observed, and before refused text is taken back.
         """
         return  # nothing to learn from it
+
+
+class TextFollower(Drafter):
+    """A drafter that keeps the text, as it goes on and is taken back, and does nothing else with it then."""
+
+    def __init__(self) -> None:
+        self._text: list[int] = []
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        """The text goes on."""
+        self._text += tokens
+
+    def forget(self, count: int) -> None:
+        """The text ends earlier."""
+        del self._text[len(self._text) - count :]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quasar_core.draft.base import NO_DRAFT, Draft, Drafter, Piece
+from quasar_core.draft.base import NO_DRAFT, Draft, Piece, TextFollower
 
 SOURCE = "recycle"
 WIDTH = 8  # successors of a row
@@ -58,7 +58,7 @@ def _key(tokens: Sequence[int]) -> int:
     return hash(tuple(tokens)) or 1
 
 
-class RecycleDrafter(Drafter):
+class RecycleDrafter(TextFollower):
     """Token Recycling (Luo et al., 2024, §3): follows the likeliest successors from token to token.
 
     The paper keeps a row of successors for each token; here the two tokens before it count too where they are known,
@@ -71,15 +71,7 @@ class RecycleDrafter(Drafter):
     def __init__(self, successors: Successors | None = None) -> None:
         self.successors = successors or Successors()
         self.wants_best = self.successors.width
-        self._text: list[int] = []
-
-    def observe(self, tokens: Sequence[int]) -> None:
-        """Take note of the text, which new rows stand in."""
-        self._text += tokens
-
-    def forget(self, count: int) -> None:
-        """Take back the text; what passes computed of it stays."""
-        del self._text[len(self._text) - count :]
+        super().__init__()
 
     def see(self, tokens: Sequence[int], best: Sequence[Sequence[int]], start: int) -> None:
         """Remember the rows of a pass over `tokens`, the first of which stands at `start`."""

@@ -13,7 +13,7 @@ from itertools import groupby
 import numpy as np
 from numpy.typing import NDArray
 
-from quasar_core.draft.base import Draft, Drafter, Piece
+from quasar_core.draft.base import Draft, Piece, TextFollower
 
 SOURCE = "successors"
 LONGEST = 3  # tokens of a context
@@ -114,7 +114,7 @@ def _best_of_each(
     return found, chances
 
 
-class SuccessorsDrafter(Drafter):
+class SuccessorsDrafter(TextFollower):
     """Follows the likeliest successors of the last three, two or one tokens, and lists all of them for trees.
 
     How sure a token is follows from its probability. Nothing is learned from the text, so drafts depend on its last
@@ -123,15 +123,7 @@ class SuccessorsDrafter(Drafter):
 
     def __init__(self, known: KnownSuccessors) -> None:
         self.known = known
-        self._text: list[int] = []
-
-    def observe(self, tokens: Sequence[int]) -> None:
-        """Take note of the text's end."""
-        self._text += tokens
-
-    def forget(self, count: int) -> None:
-        """Take the last `count` tokens back."""
-        del self._text[len(self._text) - count :]
+        super().__init__()
 
     def propose(self, limit: int, after: Sequence[int] = ()) -> Draft:
         """The likeliest successor, its likeliest successor, and so on, until all of it together is unlikely."""

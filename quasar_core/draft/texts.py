@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from quasar_core.draft.base import NO_DRAFT, Draft, Drafter
+from quasar_core.draft.base import NO_DRAFT, Draft, TextFollower
 from quasar_core.draft.suffix import matched_draft
 
 CONTEXT = 32  # tokens before a place by which it is found
@@ -78,20 +78,12 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
     return min(len(one), len(other))
 
 
-class TextsDrafter(Drafter):
+class TextsDrafter(TextFollower):
     """Finds the longest suffix of the text in an index, and proposes what follows it there."""
 
     def __init__(self, index: TextIndex) -> None:
         self.index = index
-        self._text: list[int] = []
-
-    def observe(self, tokens: Sequence[int]) -> None:
-        """The index stays as it is."""
-        self._text += tokens
-
-    def forget(self, count: int) -> None:
-        """Nothing else depends on the text."""
-        del self._text[len(self._text) - count :]
+        super().__init__()
 
     def propose(self, limit: int, after: Sequence[int] = ()) -> Draft:
         """What stands behind the longest match."""

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
-from quasar_core.errors import QuasarError
+from quasar_core.config import LoadOptions
+from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.decoder_config import DecoderConfig
-from quasar_core.models.lean_weights import Streamed, tied_as_stored
+from quasar_core.models.lean_weights import Streamed, tied_as_stored, why_folder_not_lean
 from quasar_core.models.linear import Product, block_products
-from quasar_core.models.memory import MemoryNeed
+from quasar_core.models.memory import MemoryNeed, pair_need
 from quasar_core.models.streaming import BUFFERS, LayerStream, buffer_bytes
 from quasar_core.store.model_config import read_config
 from quasar_core.system import free_memory, own_memory
@@ -54,6 +55,35 @@ class OffloadPlan:
             f"else {_gigabytes(self.held)} GB; {len(self.streamed)} are read whenever it passes, "
             f"{_gigabytes(source.pass_bytes)} GB in {seconds:.2g} s at {_gigabytes(source.bandwidth)} GB a second"
         )
+
+
+def plan_offload(
+    folder: Path,
+    checkpoint: VerifierCheckpoint | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    context: int,
+    options: LoadOptions,
+) -> OffloadPlan | None:
+    """Which of the target's blocks are streamed; None where all stay.
+
+    UsageError for what was asked for and is not there; QuasarError where too little memory was allowed.
+    """
+    if options.offload == "none" or not options.use_target:
+        return None
+    obstacle = why_folder_not_lean(folder) or (None if device.type == "cpu" else f"the device is {device}")
+    if obstacle:
+        flag = "--offload target" if options.offload == "target" else "--max-memory"
+        if options.offload == "target" or options.max_memory is not None:
+            raise UsageError(f"{flag} streams blocks of our own decoder on the CPU: {obstacle}.")
+        return None
+    need = pair_need(folder, checkpoint, dtype)
+    assert need is not None
+    movable, count = movable_products(folder, checkpoint)
+    tokens = min(context, options.max_context or PLANNED_CONTEXT)
+    budget = budget_here(options.max_memory)
+    fits = plan_to_fit(movable, dtype, need, tokens, count, budget) if budget else None
+    return plan_all(movable, dtype, need, tokens, count) if options.offload == "target" else fits
 
 
 def budget_here(max_memory: int | None) -> Budget | None:
