@@ -50,7 +50,7 @@ MACHINES = [
     Machine("denormals honoured", {"QUASAR_TEST_DENORMALS": "honour"}),
     Machine("one core", under=("taskset", "--cpu-list", str(min(os.sched_getaffinity(0))))),
     Machine("AVX-512 alone", {"QUASAR_ISA": "avx512", "QUASAR_TEST_LACKS": "avx512_vnni,avx512_bf16"}),
-    Machine("AVX2", {"QUASAR_ISA": "avx2"}, quick=True),
+    Machine("AVX2", {"QUASAR_ISA": "avx2"}),
     Machine("any processor", {"QUASAR_ISA": "portable"}),
     Machine("no C++ compiler", {"CXX": "/no/compiler"}, quick=True),
     Machine("no C++ pass", {"QUASAR_CPU_PASS": "0"}),
