@@ -1,7 +1,5 @@
 """The composition root: what the command line calls, and what a program that imports quasar calls."""
 
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,27 +22,23 @@ from quasar_core.checkpoint.adapter import merge_adapter as merged_folder
 from quasar_core.checkpoint.checks import check_digest as digest_found
 from quasar_core.checkpoint.checks import refuse_other_target
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
-from quasar_core.config import GROUP_CHOICES, LoadOptions, QuantizeConfig
+from quasar_core.config import LoadOptions, QuantizeConfig
 from quasar_core.decode.answering import Answering
 from quasar_core.decode.costs import pair_costs
 from quasar_core.decode.draft_memory import forget_answers
 from quasar_core.decode.draft_texts import forget_texts, read_texts
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.processors import read_processors
 from quasar_core.decode.text import encode_prompt
 from quasar_core.decode.traced import trace_of
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_folder
-from quasar_core.kernels.threads import describe_threads, most_threads, use_threads
+from quasar_core.kernels.threads import describe_threads, use_threads
 from quasar_core.kernels.times import forget_times
-from quasar_core.models.assistant import load_assistant
+from quasar_core.load_pair import dtype_of_source, find_pair_files, known_verifier, load
 from quasar_core.models.describe import describe
-from quasar_core.models.device import choose_device, choose_dtype
-from quasar_core.models.hf.skeleton import UNLIMITED, context_limit
-from quasar_core.models.loading import load_models, recurrent_layers_in, refuse_drafts
-from quasar_core.models.memory import pair_need, require_room
-from quasar_core.models.offload import plan_offload
-from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
+from quasar_core.models.device import choose_device
+from quasar_core.models.loading import refuse_drafts
+from quasar_core.models.pair import Pair, load_tokenizer
 from quasar_core.quantize.blocks.streaming import StreamedModel, open_target, open_verifier
 from quasar_core.quantize.estimate import WholeRun, layer_sizes, over_whole_run, plan_here, with_seconds
 from quasar_core.quantize.group_size import settle_group_size
@@ -67,9 +61,8 @@ from quasar_core.store import (
     record_pair,
     resolve_model,
 )
-from quasar_core.store.folders import read_card, refuse_existing, refuse_place, replaced_folder
+from quasar_core.store.folders import refuse_existing, refuse_place, replaced_folder
 from quasar_core.store.model_config import read_config
-from quasar_core.store.safetensors_header import weight_files
 from quasar_core.trace import refuse_foreign_trace, write_trace
 
 __all__ = [
@@ -91,6 +84,7 @@ __all__ = [
     "encode_prompt",
     "estimate",
     "fidelity_on_text",
+    "find_pair_files",
     "inspect",
     "load",
     "load_pair",
@@ -167,7 +161,7 @@ def add_successors(
     The text is the one that the config names. Raises UsageError where there is no verifier of the model.
     """
     source, job, target = _open_job(model, config, output, device, trust_remote_code, tell)
-    known = output or _known_verifier(source)
+    known = output or known_verifier(source)
     job = job if known is None else replace(job, output=absolute(known))
     return count_for_verifier(job, target, load_tokenizer(source.folder, trust_remote_code), progress)
 
@@ -200,7 +194,7 @@ def _open_job(
     place = choose_device(device)
     _refuse_quantized(source)
     refuse_drafts(source.label, source.folder, trust_remote_code)
-    dtype, _ = _choose_dtype(source.folder, "auto", place)
+    dtype, _ = dtype_of_source(source.folder, "auto", place)
     target = open_target(source.folder, place, dtype, trust_remote_code)
     config, note = settle_group_size(config, layer_sizes(target.skeleton, config))
     destination = absolute(output or default_output(source, config))
@@ -346,7 +340,7 @@ def fidelity_on_text(
 ) -> FidelityReport:
     """How faithful any GPTQ checkpoint is to `model` on a user's text; raises as `measure_on_text` does."""
     source, place = resolve_model(model), choose_device(device)
-    dtype, _ = _choose_dtype(source.folder, "auto", place)
+    dtype, _ = dtype_of_source(source.folder, "auto", place)
     target = open_target(source.folder, place, dtype, trust_remote_code)
     streamed = open_verifier(VerifierCheckpoint(verifier), target)
     return measure_on_text(target, streamed, load_tokenizer(source.folder, trust_remote_code), text, progress)
@@ -362,158 +356,8 @@ def _refuse_quantized(source: ModelSource) -> None:
 def load_pair(
     model: str | None = None, verifier: str | None = None, *, progress: Progress = no_progress, **options: Any
 ) -> Pair:
-    """Load a pair by the fields of `LoadOptions`; see `load`."""
+    """Load a pair by the fields of `LoadOptions`; see `quasar_core/load_pair.py`."""
     return load(LoadOptions(model, verifier, **options), progress)
-
-
-def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
-    """Load target and verifier over one cache; what the mode does not need is left out.
-
-    Where the verifier's files are checked first, a note says what was found. Raises UsageError where there is no pair,
-    or no verifier, and QuasarError for a verifier that was made from another target or whose files are damaged, and for
-    a pair that a GPU's memory cannot hold.
-    """
-    source, checkpoint = find_pair_files(options)
-    if options.draft != "none":
-        refuse_drafts(source.label, source.folder, options.trust_remote_code)
-    place = choose_device(options.device)
-    precision, why_precision = _choose_dtype(source.folder, options.dtype, place)
-    context = min(context_limit(source.folder, options.trust_remote_code), options.max_context or sys.maxsize)
-    digest = [f"digest: {_found(checkpoint, progress)}"] if options.check_digest else []
-    room = _check_room(source.folder, checkpoint, place, precision, options.use_target, context)
-    plan = plan_offload(source.folder, checkpoint, place, precision, context, options)
-    models = load_models(
-        source.folder,
-        checkpoint,
-        place,
-        precision,
-        offload=plan,
-        kernel=options.kernel,
-        use_target=options.use_target,
-        fast=options.fast,
-        trust_remote_code=options.trust_remote_code,
-        progress=progress,
-    )
-    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
-    pair = Pair(
-        tokenizer=tokenizer,
-        target=models.target,
-        verifier=models.verifier,
-        target_name=source.label,
-        verifier_name=checkpoint.folder.name if checkpoint else None,
-        max_context=context,
-        eos_ids=end_of_text_ids(source.folder, tokenizer),
-        device=place,
-        dtype=precision,
-        fidelity=checkpoint.fidelity if checkpoint else None,
-        target_folder=source.folder,
-        target_fingerprint=fingerprint(source.folder),
-        verifier_fingerprint=fingerprint(checkpoint.folder) if checkpoint else None,
-        successors_folder=checkpoint.folder if checkpoint else _verifier_beside(source, options.verifier),
-        processors=read_processors(source.folder),
-        rolls_back=recurrent_layers_in(source.folder, options.trust_remote_code) is None,
-        notes=[
-            f"dtype: {str(precision).removeprefix('torch.')}, {why_precision}",
-            f"device: {_describe_device(place)}",
-            *digest,
-            *room,
-            *(["context: no limit, as config.json names none"] if context == UNLIMITED else []),
-            *models.notes,
-        ],
-    )
-    return _with_assistant(pair, options, progress) if options.assistant else pair
-
-
-def _with_assistant(pair: Pair, options: LoadOptions, progress: Progress) -> Pair:
-    """The pair, and the small model that drafts for it."""
-    assert options.assistant is not None
-    source, trusted = resolve_model(options.assistant), options.trust_remote_code
-    refuse_drafts(source.label, source.folder, trusted)
-    found = load_assistant(source.folder, source.label, pair.tokenizer, pair.device, pair.dtype, trusted, progress)
-    return replace(
-        pair,
-        assistant=found.model,
-        assistant_fingerprint=fingerprint(source.folder),
-        assistant_context=context_limit(source.folder, trusted),
-        notes=[*pair.notes, *found.notes],
-    )
-
-
-def _found(checkpoint: VerifierCheckpoint | None, progress: Progress) -> str:
-    if checkpoint is None:
-        return "no verifier is loaded, so nothing was checked"
-    return digest_found(checkpoint, progress)
-
-
-def _check_room(
-    folder: Path,
-    checkpoint: VerifierCheckpoint | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    use_target: bool,
-    context: int,
-) -> list[str]:
-    """A note of what the pair takes of a GPU's memory; QuasarError, before it is loaded, where that is too much."""
-    need = pair_need(folder, checkpoint, dtype, use_target) if device.type == "cuda" else None
-    if need is None:
-        return []
-    alone = pair_need(folder, checkpoint, dtype, use_target=False) if checkpoint else None
-    return [require_room(need, alone, device, context)]
-
-
-def find_pair_files(options: LoadOptions) -> tuple[ModelSource, VerifierCheckpoint | None]:
-    """The target's folder and its verifier's checkpoint, checked to belong together."""
-    model, verifier = options.model, options.verifier
-    if model is None:
-        current = current_pair()
-        if current is None:
-            raise UsageError("No pair is current: make one with `quasar quantize MODEL`, or name one with --model.")
-        model, verifier = current.target, verifier or current.verifier
-    source = resolve_model(model)
-    if options.verify == "full":
-        return source, None
-    refuse_drafts(source.label, source.folder, options.trust_remote_code)
-    folder = absolute(Path(verifier)) if verifier else _known_verifier(source)
-    if folder is None:
-        raise UsageError(
-            f"{source.label} has no verifier yet: make one with `quasar quantize {model}`, or pass --verify full."
-        )
-    checkpoint = VerifierCheckpoint(folder)
-    made_from = checkpoint.target_fingerprint
-    if made_from is not None and made_from != fingerprint(source.folder):
-        raise QuasarError(f"The verifier {folder} was not made from {source.label}: their fingerprints differ.")
-    return source, checkpoint
-
-
-def _verifier_beside(source: ModelSource, verifier: str | None) -> Path | None:
-    """The folder of the target's verifier, where `full` does without it; None where there is none of this target."""
-    folder = absolute(Path(verifier)) if verifier else _known_verifier(source)
-    card = read_card(folder) if folder else None
-    made_from = (card or {}).get("target")
-    same = isinstance(made_from, dict) and made_from.get("fingerprint") == fingerprint(source.folder)
-    return folder if same else None
-
-
-def _known_verifier(source: ModelSource) -> Path | None:
-    """The verifier last recorded for the target, else the one where `quantize` puts it by default."""
-    recorded: Sequence[Any] = [pair for pair in list_pairs() if pair.target == source.name]
-    usual = [default_output(source, QuantizeConfig(group_size=size)) for size in GROUP_CHOICES]
-    places = [*(Path(pair.verifier) for pair in reversed(recorded)), *usual]
-    return next((place for place in places if is_folder(place)), None)
-
-
-def _choose_dtype(folder: Path, requested: str, device: torch.device) -> tuple[torch.dtype, str]:
-    config = read_config(folder)
-    text_config = config.get("text_config") or {}
-    stored = config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype")
-    weight_bytes = sum(path.stat().st_size for path in weight_files(folder))
-    return choose_dtype(requested, stored, weight_bytes, device)
-
-
-def _describe_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu, {most_threads()} threads"
 
 
 def forget_drafts() -> tuple[int, int]:

@@ -8,7 +8,7 @@ import torch
 from helpers.decoder_cases import CASES, CPU, FLOAT, save_model
 from helpers.quantized_decoder import quantize_layers
 
-from quasar_core import api
+from quasar_core import api, load_pair
 from quasar_core.bench import machine
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.decoder import DenseLinear, LeanDecoder
@@ -137,10 +137,10 @@ def test_a_pair_is_checked_before_loading_and_its_context_capped(
         asked.append((need, tokens))
         return "memory: enough"
 
-    monkeypatch.setattr(api, "require_room", record)
-    notes = api._check_room(source, checkpoint, torch.device("cuda"), FLOAT, True, 64)
+    monkeypatch.setattr(load_pair, "require_room", record)
+    notes = load_pair._check_room(source, checkpoint, torch.device("cuda"), FLOAT, True, 64)
     assert notes == ["memory: enough"]
     assert asked == [(pair_need(source, checkpoint, FLOAT), 64)]
-    assert api._check_room(source, checkpoint, CPU, FLOAT, True, 64) == []
+    assert load_pair._check_room(source, checkpoint, CPU, FLOAT, True, 64) == []
     with pytest.raises(UsageError, match="--max-context must be at least 16, not 3"):
         api.load_pair(str(source), max_context=3)
