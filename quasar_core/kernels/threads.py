@@ -37,6 +37,7 @@ _LOAD, _OWN_THREADS = Path("/proc/loadavg"), Path("/proc/self/task")
 
 BUSY = 0.1  # share of a pass in which its thread had no core, above which other processes are there
 PAUSE = 0.5  # seconds of passes between two trials, at least
+AGAIN = 1.0  # seconds of passes between two looks for a free core: one costs a turn on a busy one
 PRICE = 20  # seconds of passes for each second that a failed trial cost
 LOOK = 0.05  # seconds of passes between two looks at what their thread had of a core
 SETTLED = 0.1  # seconds of passes of one kind, after which their usual time is known; as long is a trial
@@ -192,7 +193,7 @@ class Steering:
             self._trial = Trial(candidates[self._turn % len(candidates)])
             self._turn += 1
         else:
-            self._next_trial = self._clock + SETTLED
+            self._next_trial = self._clock + (AGAIN if self.now < self.most else SETTLED)
 
     def _judge(self, trial: Trial) -> None:
         """End a trial that has seen enough: keep its number of threads, or let some time pass before the next."""
