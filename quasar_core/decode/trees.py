@@ -1,7 +1,8 @@
 """Verify a small tree in the place of a draft: beside some of its tokens, what else is likely in their places.
 
-A tree costs a row for each node and yields one path, so branches are added while the expected tokens ÷ the cost of the
-pass rise (SpecInfer, Miao et al., 2024, verifies trees; here the shape follows from measured costs, step by step).
+A tree costs a row for each node and yields one path, so the likeliest nodes are taken, the draft's and branches alike,
+while the expected tokens ÷ the cost of the pass rise (SpecInfer, Miao et al., 2024, verifies trees; Sequoia, Chen et
+al., 2024, shapes them by such probabilities; here the shape follows from measured costs too, step by step).
 Whatever the tree, the text is the pass's own: at each node its own token is taken, greedy or drawn, and the child that
 equals it is gone to. Letters: k draft tokens.
 """
@@ -138,16 +139,17 @@ class Branching:
         """The tree of a draft: at most `room` nodes in all, and no path of more than `reach` behind the first.
 
         A window may stand before the draft, whose tokens are right with probabilities `survivals`, each if those before
-        are: no branch stands beside it.
+        are: no branch stands beside it. Of a long draft the end may be left out, where branches are likelier.
         """
-        before = Draft.of(window, WINDOW, 0)
-        whole = before.then(draft)
-        room = min(room, self._longest) - 1 - len(whole.tokens)
-        if self._length.limit <= 0 or room <= 0:
+        whole = Draft.of(window, WINDOW, 0).then(draft)
+        room = min(room, self._longest)
+        if self._length.limit <= 0 or room <= len(whole.tokens):
             return Tree(last, whole)
-        alternatives = [*([] for _ in window), *drafter.alternatives(draft.tokens)[:reach]]
-        chances = [*survivals, *self._length.acceptance.of(draft)]
-        return Tree(last, whole, choose_branches(whole, chances, alternatives, self._chances, self._cost, room))
+        alternatives = drafter.alternatives(draft.tokens)[:reach]
+        chances = self._length.acceptance.of(draft)
+        shape = choose_shape(draft, chances, alternatives, self._chances, self._cost, room, survivals)
+        behind = (Branch(len(window) + branch.parent, branch.token, branch.rank) for branch in shape.branches)
+        return Tree(last, whole.first(len(window) + shape.length), tuple(behind))
 
     def count(self, tree: Tree, path: Sequence[int]) -> None:
         """The pass went along `path`; its branches are counted."""
@@ -161,32 +163,52 @@ class Branching:
         self._length.learn(tree.draft, on_draft, seconds, pass_s, len(tree.branches), len(path) - on_draft)
 
 
-def choose_branches(
+@dataclass(frozen=True)
+class Shape:
+    """What a pass takes of a draft, and the branches beside it."""
+
+    length: int
+    branches: tuple[Branch, ...]
+
+
+def choose_shape(
     draft: Draft,
     chances: Sequence[float],
     alternatives: Sequence[Sequence[int]],
     chance_of: BranchChances,
     cost: Cost,
     room: int,
-) -> tuple[Branch, ...]:
-    """The branches, at most `room`, for which the expected tokens ÷ the cost of the pass are most.
+    survivals: Sequence[float] = (),
+) -> Shape:
+    """The tree of at most `room` nodes for which the expected tokens ÷ the cost of the pass are most.
 
     `chances` are those of the draft's tokens, each if those before are right; `alternatives[i]` are the likeliest
-    tokens behind node i, the draft's own among them. A branch of chance b behind a node that is reached with
-    probability r adds r·b tokens.
+    tokens behind node i, the draft's own among them; `survivals` those of a window before the draft, all of which
+    stays. A node adds the probability that the pass's own tokens lead to it, which is no more than its parent's: so
+    the n likeliest nodes are the best tree of n, and the draft's end goes where a branch is likelier. The pass is no
+    smaller than the draft's own: how long that is was decided by whoever cut it, who now and then tries one that does
+    not seem to pay.
     """
-    reached = [1.0, *accumulate(chances, mul)]
-    worth = [
+    waiting = [1.0, *accumulate(survivals, mul)]
+    reached = [*accumulate(chances, mul, initial=waiting[-1])]
+    draft_nodes: list[tuple[float, Branch | None]] = [(reach, None) for reach in reached[1:]]
+    nodes = sorted(
+        [*draft_nodes, *_candidates(draft, reached, alternatives, chance_of)],
+        key=lambda node: -node[0],  # stable: of equal nodes the draft's first, and a parent before its child
+    )[: room - len(waiting)]
+    expected = [*accumulate((chance for chance, _ in nodes), initial=sum(waiting))]
+    best = max(range(len(chances), len(expected)), key=lambda count: expected[count] / cost(len(waiting) + count))
+    branches = tuple(branch for _, branch in nodes[:best] if branch)
+    return Shape(best - len(branches), branches)
+
+
+def _candidates(
+    draft: Draft, reached: Sequence[float], alternatives: Sequence[Sequence[int]], chance_of: BranchChances
+) -> list[tuple[float, Branch]]:
+    """What may stand beside the draft, and the probability that the pass's own tokens lead there."""
+    return [
         (reach * chance_of(rank), Branch(node, token, rank))
         for node, (reach, likely) in enumerate(zip(reached, alternatives, strict=False))
         for rank, token in enumerate(likely)
         if token >= 0 and token not in draft.tokens[node : node + 1]
     ]
-    worth.sort(key=lambda found: -found[0])
-    expected, passed = sum(reached), len(reached)
-    best, rate = 0, expected / cost(passed)
-    for count, (gain, _) in enumerate(worth[:room], start=1):
-        expected += gain
-        if expected / cost(passed + count) > rate:
-            best, rate = count, expected / cost(passed + count)
-    return tuple(branch for _, branch in worth[:best])

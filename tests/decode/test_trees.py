@@ -1,8 +1,9 @@
 """Trees: which branches pay, where a pass's own tokens lead, and that no text depends on any of it."""
 
 import itertools
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode.costs import PassCost
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.policy import FixedLength, WindowPolicy
-from quasar_core.decode.trees import Branch, BranchChances, Branching, Tree, choose_branches
+from quasar_core.decode.policy import AdaptiveLength, FixedLength, WindowPolicy
+from quasar_core.decode.trees import Branch, BranchChances, Branching, Shape, Tree, choose_shape
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter, Piece
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.models import loading
@@ -86,42 +87,86 @@ def test_chances_are_learned_where_a_branch_was_reached() -> None:
 
 
 @given(
-    chances=st.lists(st.floats(0.01, 0.99), max_size=3),
-    likely=st.lists(st.lists(st.integers(-1, 9), max_size=3, unique=True), min_size=4, max_size=4),
+    chances=st.lists(st.floats(0.01, 1.0), max_size=3),
+    likely=st.lists(st.lists(st.integers(-1, 9), max_size=2, unique=True), min_size=4, max_size=4),
+    survivals=st.lists(st.floats(0.1, 1.0), max_size=2),
     slope=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
-    room=st.integers(0, 4),
+    step=st.sampled_from([0.0, 0.5]),
+    room=st.integers(0, 3),
 )
-@settings(deadline=None, derandomize=True, max_examples=150)
-def test_no_other_set_of_branches_is_expected_to_be_faster(
-    chances: list[float], likely: list[list[int]], slope: float, room: int
+@settings(deadline=None, derandomize=True, max_examples=120)
+def test_no_other_tree_is_expected_to_be_faster(
+    chances: list[float], likely: list[list[int]], survivals: list[float], slope: float, step: float, room: int
 ) -> None:
-    """Against every set of at most `room` of them."""
-    draft, cost = Draft.of(range(10, 10 + len(chances)), "ngram", 1), PassCost((1, 64), (1.0, 1.0 + 63 * slope))
-    likely = likely[: len(chances) + 1]
+    """Against every subtree that has its nodes' parents, is no smaller than the draft's own pass, and has room."""
+    draft = Draft.of(range(10, 10 + len(chances)), "ngram", 1)
+    cost = PassCost((1, 4, 5, 64), (1.0, 1.0 + 3 * slope, 1.0 + 4 * slope + step, 1.0 + 63 * slope + step))
+    room += 1 + len(survivals) + len(chances)
     chance_of = BranchChances()
     chance_of.learn(Tree(0, NO_DRAFT, (Branch(0, 1, 1),)), [1])  # a rank that is more often right
-    found = choose_branches(draft, chances, likely, chance_of, cost, room)
-    every = [
-        Branch(node, token, rank) for node, row in enumerate(likely) for rank, token in enumerate(row) if token >= 0
-    ]
+    found = choose_shape(draft, chances, likely[: len(chances) + 1], chance_of, cost, room, survivals)
+    before = [math.prod(survivals[:count]) for count in range(len(survivals) + 1)]
 
-    def rate(branches: Sequence[Branch]) -> float:
-        reached = [1.0]
-        for chance in chances:
-            reached.append(reached[-1] * chance)
+    def rate(length: int, branches: Sequence[Branch]) -> float:
+        reached = [before[-1] * math.prod(chances[:count]) for count in range(length + 1)]
         gained = sum(reached[branch.parent] * chance_of(branch.rank) for branch in branches)
-        return (sum(reached) + gained) / cost(len(reached) + len(branches))
+        return (sum(before[:-1]) + sum(reached) + gained) / cost(len(survivals) + 1 + length + len(branches))
 
-    sets = (some for count in range(room + 1) for some in itertools.combinations(every, count))
-    assert len(found) <= room
-    assert rate(found) >= max(map(rate, sets)) - 1e-9
+    nodes = 1 + len(survivals) + found.length + len(found.branches)
+    assert 1 + len(survivals) + len(chances) <= nodes <= room
+    assert all(branch.parent <= found.length for branch in found.branches)
+    others = every_shape(likely, len(chances), room - 1 - len(survivals))
+    assert rate(found.length, found.branches) >= max(rate(*other) for other in others) - 1e-9
+
+
+def every_shape(likely: Sequence[Sequence[int]], longest: int, room: int) -> Iterator[tuple[int, Sequence[Branch]]]:
+    """Every part of a draft of `longest` tokens with every set of branches: `longest` to `room` nodes."""
+    for length in range(longest + 1):
+        rows = enumerate(likely[: length + 1])
+        beside = [Branch(node, token, rank) for node, row in rows for rank, token in enumerate(row) if token >= 0]
+        for count in range(longest - length, room - length + 1):
+            yield from ((length, branches) for branches in itertools.combinations(beside, count))
+
+
+def test_the_end_of_a_doubtful_draft_makes_room_for_branches() -> None:
+    likely = [[5, 1], [6, 2], [7, 3], [1, 2]]
+    chances = [0.9, 0.05, 0.9]
+    found = choose_shape(DRAFT, chances, likely, BranchChances(), FLAT, 4)
+    assert found == Shape(1, (Branch(0, 1, 1), Branch(1, 2, 1)))
+    assert choose_shape(DRAFT, [0.9, 0.9, 0.9], likely, BranchChances(), FLAT, 4) == Shape(3, ())
 
 
 def test_a_drafts_own_token_is_no_branch_and_steep_costs_leave_none() -> None:
     likely = [[5, 1], [6, 2], [7, 3], [1, 2]]
-    found = choose_branches(DRAFT, [0.9, 0.8, 0.7], likely, BranchChances(), FLAT, 10)
-    assert {(branch.parent, branch.token) for branch in found} == {(0, 1), (1, 2), (2, 3), (3, 1), (3, 2)}
-    assert choose_branches(DRAFT, [0.9, 0.8, 0.7], likely, BranchChances(), STEEP, 10) == ()
+    found = choose_shape(DRAFT, [0.9, 0.8, 0.7], likely, BranchChances(), FLAT, 10)
+    assert found.length == 3
+    assert {(branch.parent, branch.token) for branch in found.branches} == {(0, 1), (1, 2), (2, 3), (3, 1), (3, 2)}
+    assert choose_shape(DRAFT, [0.9, 0.8, 0.7], likely, BranchChances(), STEEP, 10) == Shape(3, ())
+
+
+def test_a_window_stays_and_has_no_branches_beside_it() -> None:
+    length = AdaptiveLength(FLAT)
+    drafter = Likely([[5, 1], [6, 2], [7, 3], [1, 2]])
+    window, survivals = [8, 9, 8], [0.5, 0.1, 0.1]
+    tree = Branching(length, 6).grow(4, DRAFT, drafter, 9, 99, window, survivals)
+    assert tree.tokens[:4] == [4, *window]
+    assert len(tree.tokens) == 7  # as many as there are, where the room is less
+    tree = Branching(length, 9).grow(4, DRAFT, drafter, 9, 99, window, survivals)
+    assert tree.tokens[:4] == [4, *window]
+    assert len(tree.tokens) == 9
+    assert min(branch.parent for branch in tree.branches) >= 3
+    tree = Branching(length, 9).grow(4, DRAFT, drafter, 1, 99, window, survivals)
+    assert {branch.parent for branch in tree.branches} == {3}
+
+
+class Likely(Drafter):
+    """Knows some tokens."""
+
+    def __init__(self, rows: list[list[int]]) -> None:
+        self.rows = rows
+
+    def alternatives(self, draft: Sequence[int]) -> list[list[int]]:
+        return self.rows
 
 
 # In the engine
