@@ -1,17 +1,21 @@
 """What every test starts from, so that none depends on the machine, on its user's files or on the tests before it.
 
 `tests/machines.py` varies it: OMP_NUM_THREADS is the number of threads, QUASAR_TEST_DENORMALS=flush flushes denormals,
-QUASAR_TEST_LACKS names what this processor is taken not to have. QUASAR_TEST_EMULATED is a command that runs the C++ of
-passes and products for another processor (`tests/neon.py`).
+QUASAR_TEST_LACKS names what this processor is taken not to have, QUASAR_TEST_COMPILED the folder in which the C++ of
+several runs is compiled. QUASAR_TEST_EMULATED is a command that runs the C++ of passes and products for another
+processor (`tests/neon.py`).
 """
 
 import os
 import random
+import shutil
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -65,9 +69,51 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home in which libraries of C++ are compiled: that of all the processes of a run."""
+    """The home in which libraries of C++ are compiled: that of all the processes of a run, or of several runs."""
+    if shared := os.environ.get("QUASAR_TEST_COMPILED"):
+        return Path(shared)
     own = tmp_path_factory.getbasetemp()
     return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_once(_compiled: Path) -> Iterator[None]:
+    """Compiles the package's C++ once in a run, whatever test asks for it first, and not in that test's home."""
+    if not find_spec("torch"):
+        yield
+        return
+    from quasar_core.kernels.cpu import library
+    from quasar_core.quantize.solve import cpp
+
+    def there(load: Any) -> Any:
+        @cache
+        def load_there(form: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(library, "home", lambda: _compiled)
+                return load(form)
+
+        load_there.__wrapped__ = load.__wrapped__  # what loads in the home of the test that takes it
+        return load_there
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (library, cpp):
+            patch.setattr(module, "_library_in", there(module._library_in))
+        yield
+
+
+@pytest.fixture
+def compiled_at_home(tmp_path: Path, _compiled: Path) -> None:
+    """What is compiled of the C++ lies in the test's home too, for processes that the test starts."""
+    from filelock import FileLock
+
+    from quasar_core.kernels.cpu import library
+    from quasar_core.quantize.solve import cpp
+
+    obstacles = [module.why_not_here() for module in (library, cpp)]  # compiles both
+    if any(obstacles):
+        return
+    with FileLock(_compiled / "kernels" / ".lock"):  # nothing is compiled meanwhile
+        shutil.copytree(_compiled / "kernels", tmp_path / "home" / "kernels")
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +132,7 @@ def _lacking() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _emulated() -> Iterator[None]:
+def _emulated(_compiled_once: None) -> Iterator[None]:
     """Lets another processor's C++ stand for this one's, where that is asked for."""
     if not (command := os.environ.get("QUASAR_TEST_EMULATED")):
         yield
@@ -103,23 +149,23 @@ def _emulated() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def cpp_pass(_compiled: Path, _lacking: None) -> None:
+def cpp_pass(_lacking: None) -> None:
     """Skips where the C++ library of passes and products does not run; compiles it, once."""
     from quasar_core.kernels.cpu import library
 
-    _skip_without(library, _compiled, "the C++ pass")
+    _skip_without(library, "the C++ pass")
 
 
 @pytest.fixture(scope="session")
-def cpp_solver(_compiled: Path, _lacking: None) -> None:
+def cpp_solver(_lacking: None) -> None:
     """Skips where the quantizer's loops in C++ do not run; compiles them, once."""
     from quasar_core.quantize.solve import cpp
 
-    _skip_without(cpp, _compiled, "the solver in C++")
+    _skip_without(cpp, "the solver in C++")
 
 
 @pytest.fixture(params=["avx512", "avx2", "neon", "portable"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _compiled: Path, _lacking: None) -> str:
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _lacking: None) -> str:
     """Each instruction set in turn for the C++ of passes and products; those that do not run here are skipped."""
     from quasar_core.kernels.cpu import library
     from quasar_core.kernels.cpu.forms import VARIABLE, find_form, why_not
@@ -127,16 +173,14 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _compi
     if obstacle := why_not(find_form(request.param)):
         pytest.skip(obstacle)
     monkeypatch.setenv(VARIABLE, request.param)
-    _skip_without(library, _compiled, f"the C++ pass for {request.param}")
+    _skip_without(library, f"the C++ pass for {request.param}")
     return str(request.param)
 
 
-def _skip_without(module: ModuleType, compiled: Path, what: str) -> None:
-    """Compile a module's library in a home of all tests, once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QUASAR_HOME", str(compiled))
-        if reason := module.why_not_here():
-            pytest.skip(f"{what}: {reason}")
+def _skip_without(module: ModuleType, what: str) -> None:
+    """Load a module's library, compiled where it was not asked for yet."""
+    if reason := module.why_not_here():
+        pytest.skip(f"{what}: {reason}")
 
 
 @pytest.fixture(scope="module", params=["C++", "PyTorch"])

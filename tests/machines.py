@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,14 +73,13 @@ class Run:
         return f"| {name:<20} | {' | '.join(f'{cell:>7}' for cell in cells)} | {self.seconds:>5.0f} |"
 
 
-def run_tests(machine: Machine, names: list[str]) -> Run:
-    """The tests of these files on that machine; of all files where none are named."""
+def run_tests(machine: Machine, names: list[str], compiled: str) -> Run:
+    """The tests of these files on that machine, of all files where none are named; C++ is compiled in that folder."""
     files = [str(path) for name in names for path in TESTS.rglob(f"test_{name}.py")] or [str(TESTS)]
     command = [*machine.under, sys.executable, "-m", "pytest", *OPTIONS, *files]
     begin = time.perf_counter()
-    done = subprocess.run(
-        command, cwd=TESTS.parent, env={**os.environ, **machine.variables}, capture_output=True, text=True
-    )
+    environment = {**os.environ, "QUASAR_TEST_COMPILED": compiled, **machine.variables}
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
     counts = {what.removesuffix("s"): int(count) for count, what in re.findall(r"(\d+) (\w+)", last)}
     return Run(counts, done.returncode, time.perf_counter() - begin, done.stdout + done.stderr)
@@ -98,15 +98,16 @@ def main() -> int:
     failed: list[Run] = []
     print("| machine              |  passed | skipped |  failed |  errors |     s |", flush=True)
     print("|----------------------|---------|---------|---------|---------|-------|", flush=True)
-    for machine in chosen:
-        if arguments.quick and not machine.quick:
-            continue
-        if machine.under and shutil.which(machine.under[0]) is None:
-            print(f"| {machine.name:<20} | {machine.under[0]} is not here", flush=True)
-            continue
-        run = run_tests(machine, names)
-        print(run.row(machine.name), flush=True)
-        failed += [run] * bool(run.status)
+    with tempfile.TemporaryDirectory() as compiled:
+        for machine in chosen:
+            if arguments.quick and not machine.quick:
+                continue
+            if machine.under and shutil.which(machine.under[0]) is None:
+                print(f"| {machine.name:<20} | {machine.under[0]} is not here", flush=True)
+                continue
+            run = run_tests(machine, names, compiled)
+            print(run.row(machine.name), flush=True)
+            failed += [run] * bool(run.status)
     for run in failed:
         print(run.output, file=sys.stderr)
     return int(bool(failed))

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -80,6 +80,7 @@ class Passages(Drafter):
         return self.text[place] if right else (self.text[place] + 1) % VOCABULARY
 
 
+@cache
 def benched(window: Any = "auto", trees: bool = False) -> Results:
     """Arms exact, ngram and vanilla on a clock on which nothing but passes takes time."""
     clock = Clock()

@@ -5,6 +5,7 @@ What can be read is read to the same logits; anything else is one sentence, and 
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,17 @@ def reshard(folder: Path, size: int) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+@cache
+def target_of(library: Any, made: Path) -> Any:
+    return library.load_target(made / "target", CPU, FLOAT)
+
+
 def logits(made: Path, folder: Path) -> list[torch.Tensor]:
     """Of the verifier alone and beside its target, by both decoders."""
     found = []
     for library in (lean_weights, causal_lm):
         checkpoint = VerifierCheckpoint(folder)
-        target = library.load_target(made / "target", CPU, FLOAT)
+        target = target_of(library, made)
         for model in (
             library.load_verifier_alone(checkpoint, CPU, FLOAT, "dense"),
             library.attach_verifier(target, checkpoint, "dense"),

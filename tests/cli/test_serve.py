@@ -72,6 +72,7 @@ def test_what_is_wrong_with_the_port_or_texts_is_found_before_loading(
         assert said in refused(capsys, "--model", "demo", *arguments, *port)
 
 
+@pytest.mark.usefixtures("compiled_at_home")
 def test_a_server_starts_answers_and_ends(tmp_path: Path) -> None:
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("starlette")

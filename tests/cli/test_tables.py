@@ -4,6 +4,7 @@ import io
 import random
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,7 @@ TABLES: dict[str, Any] = {
     "pairs": lambda: [quantize.pairs_table(pairs(), None)],
     "stats": lambda: [generation.stats_table(ANSWER, GenerationConfig())],
 }
+tables_of = cache(lambda name: TABLES[name]())  # intervals of many questions take seconds
 LONGEST_WHOLE = 30  # what is longer, such as a path or a digest, may be folded
 
 
@@ -195,10 +197,10 @@ def drawn(tables: list[RenderableType], width: int) -> str:
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_fits_and_cuts_no_word(name: str, width: int) -> None:
     """The words at 1,000 columns, where all fit, are those at this width."""
-    text = drawn(TABLES[name](), width)
+    text = drawn(tables_of(name), width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
-    words = {word for word in re.findall(r"\S+", drawn(TABLES[name](), 1000)) if not set(word) <= set("─━")}
+    words = {word for word in re.findall(r"\S+", drawn(tables_of(name), 1000)) if not set(word) <= set("─━")}
     lost = {word for word in words if word not in text.split() and len(word) <= LONGEST_WHOLE}
     assert not lost
 

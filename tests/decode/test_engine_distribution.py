@@ -38,6 +38,8 @@ from quasar_core.draft.none import NoDrafter
 from quasar_core.draft.recycle import RecycleDrafter
 from quasar_core.draft.suffix import SuffixDrafter
 
+# Fewer texts in the default run; these still show confirms and acceptances that are broken, as tests below tell.
+few_or_many = pytest.mark.parametrize("runs", [1500, pytest.param(6000, marks=pytest.mark.slow)])
 GOOD, BAD = TARGET.disturbed(0.3), TableModel(VOCABULARY, seed=1)
 Text = tuple[int, ...]
 
@@ -109,12 +111,13 @@ def p_of_continuations(texts: Iterator[Text], sampling: SamplingConfig = PLAIN) 
     return p_value(statistic, cells - 1)
 
 
+@few_or_many
 @pytest.mark.parametrize("make_drafter", [NgramDrafter, RandomDrafter])
 @pytest.mark.parametrize(("verify", "verifier"), [("full", BAD), ("exact", GOOD), ("exact", BAD)])
 def test_continuations_are_distributed_as_plain_samplings(
-    verify: str, verifier: TableModel, make_drafter: Callable[[], Drafter]
+    verify: str, verifier: TableModel, make_drafter: Callable[[], Drafter], runs: int
 ) -> None:
-    assert p_of_continuations(continuations(6000, make_drafter, verify, verifier=verifier)) > SUSPICIOUS
+    assert p_of_continuations(continuations(runs, make_drafter, verify, verifier=verifier)) > SUSPICIOUS
 
 
 @pytest.mark.parametrize("verify", ["full", "exact"])
@@ -173,9 +176,10 @@ def test_whoever_checks_a_draft_transitions_are_plain_samplings(
     assert p_of_transitions(text) > SUSPICIOUS
 
 
-def test_whoever_checks_a_draft_continuations_are_plain_samplings() -> None:
+@few_or_many
+def test_whoever_checks_a_draft_continuations_are_plain_samplings(runs: int) -> None:
     generator = torch.Generator().manual_seed(5)
-    texts = (run_routed(seed, 3, BAD, RandomDrafter(), generator) for seed in range(2500))
+    texts = (run_routed(seed, 3, BAD, RandomDrafter(), generator) for seed in range(runs))
     assert p_of_continuations(texts) > SUSPICIOUS
 
 

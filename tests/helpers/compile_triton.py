@@ -1,5 +1,6 @@
 """A program: compiles the launches of every Triton kernel for a GPU that is not here, and prints one JSON line of each.
 
+`compile_triton.py CAPABILITY [all]`: of the launches that may begin early, all or the first of each kernel.
 The interpreter accepts what the compiler refuses, so kernels that only run interpreted prove nothing about a GPU.
 """
 
@@ -19,6 +20,7 @@ from quasar_core.kernels.triton.weights import prepare_packed
 from tools.gpu_bench.checks import random_codes
 
 CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+EVERY = "all" in sys.argv[2:]
 TARGET = GPUTarget("cuda", CAPABILITY, 32)
 TYPES = {
     torch.bfloat16: "bf16",
@@ -32,11 +34,16 @@ TYPES = {
 }
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 CPU = torch.device("cpu")
+overlapped: set[str] = set()  # kernels that were compiled so that they may begin early
 
 
 def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
     """In place of a launch: types as Triton would find them, with aligned pointers and sizes."""
     options = {key: named.pop(key) for key in OPTIONS if key in named}
+    if options.get("launch_pdl"):
+        if self.__name__ in overlapped and not EVERY:
+            return
+        overlapped.add(self.__name__)
     values = {**dict(zip(self.arg_names, args, strict=False)), **named}
     signature, constants, aligned = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(self.arg_names, self.params, strict=True)):

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -26,6 +28,7 @@ def interpret_on_cpu() -> None:
             if isinstance(function, JITFunction):
                 setattr(owner, name, interpreter.InterpretedFunction(function.fn))
     _let_tensors_be_bounds(interpreter)
+    _patch_the_language_once(interpreter, tl)
 
 
 def _let_tensors_be_bounds(interpreter: Any) -> None:
@@ -37,3 +40,16 @@ def _let_tensors_be_bounds(interpreter: Any) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_with_index
+
+
+def _patch_the_language_once(interpreter: Any, language: Any) -> None:
+    """Give the language's functions their interpreted form for good, and leave integers' overflows to the hardware.
+
+    The interpreter does the first at every call of every function in a kernel, looking through some thousand names,
+    and computes every sum of integers in 64 bits too, which a GPU does not. Both take longer than the kernels do.
+    """
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+    done = SimpleNamespace(restore=lambda: None)
+    interpreter._patch_lang = lambda function: done

@@ -1,10 +1,11 @@
 """What the tests of quantizing share: a tiny model's folder, and one call that quantizes it."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.tiny_model import save_tiny_model
+from helpers.tiny_model import files_of, save_tiny_model, write_files
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -17,12 +18,22 @@ CONFIG = QuantizeConfig(group_size=32, samples=6, seq_len=24)
 
 def save_model(folder: Path, tied: bool) -> Path:
     """The tiny model with a vocabulary padded to 264, which a packed head can have."""
+    write_files(folder, _files(tied))
+    torch.manual_seed(1)  # what is drawn next does not depend on whether the files were made before
+    return folder
+
+
+@cache
+def _files(tied: bool) -> dict[str, bytes]:
+    return files_of(lambda folder: _make_model(folder, tied))
+
+
+def _make_model(folder: Path, tied: bool) -> None:
     save_tiny_model(folder)
     config = Qwen3Config.from_pretrained(folder)
     config.vocab_size, config.tie_word_embeddings, config.initializer_range = 264, tied, 0.2
     torch.manual_seed(1)
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def quantize(source: Path, config: QuantizeConfig = CONFIG, **options: Any) -> QuantizeReport:

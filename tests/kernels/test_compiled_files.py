@@ -266,6 +266,7 @@ def test_other_values_of_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert compiling.why_switched_off() is None
 
 
+@pytest.mark.usefixtures("compiled_at_home")
 def test_descriptions_of_other_bytes_are_refused(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(ctypes.Structure):
         _fields_ = (("x", ctypes.c_int),)

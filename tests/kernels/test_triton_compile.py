@@ -23,11 +23,13 @@ def why_not_compiled() -> str | None:
 
 
 @pytest.mark.skipif(why_not_compiled() is not None, reason=str(why_not_compiled()))
-@pytest.mark.parametrize("target", [90, *(pytest.param(other, marks=pytest.mark.slow) for other in (80, 89, 120))])
-def test_kernels_compile(tmp_path: Path, target: int) -> None:
+@pytest.mark.parametrize(
+    ("target", "launches"), [(90, "some"), *(pytest.param(t, "all", marks=pytest.mark.slow) for t in (80, 89, 90, 120))]
+)
+def test_kernels_compile(tmp_path: Path, target: int, launches: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, str(ROOT / "tests" / "helpers" / "compile_triton.py"), str(target)]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "compile_triton.py"), str(target), launches]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     found = defaultdict(list)

@@ -37,11 +37,12 @@ def recorded(decoder: LeanDecoder, **options: Any) -> LeanDecoder:
     return decoder
 
 
-@pytest.fixture(params=recorded_cases("experts"))
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LeanDecoder, torch.Tensor]:
+@pytest.fixture(scope="module", params=recorded_cases("experts"))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LeanDecoder, torch.Tensor]:
     """A decoder whose short passes are recorded ones, and transformers' logits of `random_tokens()`."""
-    model = save_model(tmp_path, *CASES[request.param])
-    return recorded(load_target(tmp_path, CPU, FLOAT)), fresh_logits(model, random_tokens())
+    folder = tmp_path_factory.mktemp("case")
+    model = save_model(folder, *CASES[request.param])
+    return recorded(load_target(folder, CPU, FLOAT)), fresh_logits(model, random_tokens())
 
 
 @pytest.mark.parametrize("sizes", [[1], [2, 16, 1, 7, 3], [5, 40]], ids=str)

@@ -36,11 +36,12 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-@pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LeanDecoder, torch.Tensor]:
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[LeanDecoder, torch.Tensor]:
     """A lean decoder, and transformers' logits of `random_tokens()`."""
-    model = save_model(tmp_path, *CASES[request.param])
-    return load_target(tmp_path, CPU, FLOAT), fresh_logits(model, random_tokens())
+    folder = tmp_path_factory.mktemp("case")
+    model = save_model(folder, *CASES[request.param])
+    return load_target(folder, CPU, FLOAT), fresh_logits(model, random_tokens())
 
 
 @pytest.mark.parametrize("sizes", [[LENGTH], [1], [12, 1, 4, 8], [3, 33]], ids=str)

@@ -40,12 +40,23 @@ def path_to(node: int, parents: Sequence[int]) -> list[int]:
     return path
 
 
-def one_by_one(decoder: LeanDecoder, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-    """Logits behind the last token."""
-    cache = decoder.new_cache(ROOM)
-    for token in [*prompt, *tokens]:
-        logits = decoder.forward([token], cache)
-    return logits[-1]
+class OneByOne:
+    """A text's logits, its tokens passed one by one; the prompt once."""
+
+    def __init__(self, decoder: LeanDecoder, prompt: Sequence[int]) -> None:
+        self.decoder, self.cache, self.start = decoder, decoder.new_cache(ROOM), len(prompt)
+        self.pass_tokens(prompt)
+
+    def pass_tokens(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits behind the last of them."""
+        for token in tokens:
+            logits = self.decoder.forward([token], self.cache)
+        return logits[-1]
+
+    def behind(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits behind the prompt and these."""
+        self.cache.rollback(self.start)
+        return self.pass_tokens(tokens)
 
 
 def decoder_of(folder: Path, case: str, dtype: torch.dtype, kind: str) -> LeanDecoder:
@@ -62,14 +73,14 @@ def check_trees(decoder: LeanDecoder, compare: Any, seed: int, runs: int) -> Non
     for _ in range(runs):
         prompt = random_tokens(dice.choice([1, 3, 15, 16, 17, 30, 47]))
         tokens, parents = random_tree(dice, min(dice.choice([1, 2, 5, 9, 20, 31]), decoder.longest_tree))
-        cache = decoder.new_cache(ROOM)
+        cache, one_by_one = decoder.new_cache(ROOM), OneByOne(decoder, prompt)
         for token in prompt:
             decoder.forward([token], cache)
         logits = decoder.forward_tree(tokens, parents, cache)
         assert cache.length == len(prompt) + len(tokens)
         for node in range(len(tokens)):
             path = [tokens[i] for i in path_to(node, parents)]
-            compare(logits[node], one_by_one(decoder, prompt, path))
+            compare(logits[node], one_by_one.behind(path))
         cache.rollback(len(prompt))
         found = decoder.choose_tree(tokens, parents, cache, 3)
         expected = choose_best(logits, 3)
@@ -80,7 +91,7 @@ def check_trees(decoder: LeanDecoder, compare: Any, seed: int, runs: int) -> Non
         assert cache.length == len(prompt) + len(kept)
         after = random_tokens(4)
         text = [*[tokens[i] for i in kept], *after]
-        compare(decoder.forward(after, cache)[-1], one_by_one(decoder, prompt, text))
+        compare(decoder.forward(after, cache)[-1], one_by_one.behind(text))
 
 
 def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:

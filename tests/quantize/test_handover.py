@@ -34,9 +34,13 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def kills(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `handover_kills.py` found; its runs are forks, so it is a process of its own."""
+    """What `handover_kills.py` found; its runs are forks, so it is a process of its own.
+
+    Without what is compiled, as compiling takes longer than all runs.
+    """
     folder, tests = tmp_path_factory.mktemp("kills"), Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    environment |= {"QUASAR_CPU_PASS": "0", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(tests / "helpers/handover_kills.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     document: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
