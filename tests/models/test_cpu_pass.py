@@ -1,5 +1,7 @@
 """The C++ pass computes what the plain pass computes, and a token's logits whatever passes beside it."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,8 @@ from helpers.decoder_cases import (
 from helpers.quantized_decoder import mixed_bits, quantize_layers
 from helpers.tiny_models import make_pair
 
-from quasar_core.config import GenerationConfig
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.models import loading
 from quasar_core.models.architectures import ARCHITECTURES
@@ -33,6 +36,7 @@ from quasar_core.models.decoder import DenseLinear, LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 
 BF16 = torch.bfloat16
+Made = Callable[..., Path]
 SPLITS = ([1], [2], [12, 1, 4, 8], [33, 12])
 
 pytestmark = pytest.mark.usefixtures("cpp_pass")
@@ -56,10 +60,22 @@ def tiny_target(folder: Path, case: str, dtype: torch.dtype = FLOAT) -> LeanDeco
     return load_target(folder, CPU, dtype)
 
 
-def tiny_verifier(folder: Path, target: LeanDecoder, bits: int | None = None, kernel: str = "vnni") -> LeanDecoder:
-    """Over the target whose files lie in `folder`; of mixed bits where none are given."""
-    checkpoint = quantize_layers(folder, folder / "verifier", mixed_bits if bits is None else lambda name: bits)
-    return attach_verifier(target, checkpoint, kernel)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The folder of a case's tiny model, and in it `verifier`, of mixed bits where none are given; made once."""
+
+    @functools.cache
+    def make(case: str, bits: int | None = None) -> Path:
+        folder = tmp_path_factory.mktemp("made")
+        save_model(folder, *CASES[case])
+        quantize_layers(folder, folder / "verifier", mixed_bits if bits is None else lambda name: bits)
+        return folder
+
+    return make
+
+
+def verifier_in(folder: Path, target: LeanDecoder, kernel: str = "vnni") -> LeanDecoder:
+    return attach_verifier(target, VerifierCheckpoint(folder / "verifier"), kernel)
 
 
 @pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if not is_recurrent(name)])
@@ -92,15 +108,16 @@ def test_bf16_costs_a_few_roundings_of_cache_and_embedding(tmp_path: Path, case:
 @each_form
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, None])
 @pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "qwen 3 moe"])
-def test_a_verifier_equals_its_plain_pass(tmp_path: Path, case: str, bits: int | None) -> None:
-    verifier = tiny_verifier(tmp_path, tiny_target(tmp_path, case), bits)
+def test_a_verifier_equals_its_plain_pass(made: Made, case: str, bits: int | None) -> None:
+    folder = made(case, bits)
+    verifier = verifier_in(folder, load_target(folder, CPU, FLOAT))
     expected = in_passes(verifier, random_tokens(), [12, 4])
     assert_close_but_for_steps(in_passes(fast(verifier), random_tokens(), [12, 4]), expected)
 
 
 @pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "glm 4 moe, no norms", "mixtral"])
-def test_a_verifier_that_was_unpacked_equals_its_plain_pass(tmp_path: Path, case: str) -> None:
-    verifier = tiny_verifier(tmp_path, tiny_target(tmp_path, case), kernel="dense")
+def test_a_verifier_that_was_unpacked_equals_its_plain_pass(made: Made, case: str) -> None:
+    verifier = verifier_in(made(case), load_target(made(case), CPU, FLOAT), kernel="dense")
     expected = in_passes(verifier, random_tokens(), [12, 4])
     assert_close(in_passes(fast(verifier), random_tokens(), [12, 4]), expected)
 
@@ -110,11 +127,11 @@ def test_a_verifier_that_was_unpacked_equals_its_plain_pass(tmp_path: Path, case
 @pytest.mark.parametrize("kind", ["target", "verifier"])
 @pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "qwen 3 moe", "qwen 2 moe, some blocks"])
 def test_logits_do_not_depend_on_the_pass_or_on_the_threads(
-    tmp_path: Path, case: str, kind: str, dtype: torch.dtype
+    made: Made, case: str, kind: str, dtype: torch.dtype
 ) -> None:
-    decoder = tiny_target(tmp_path, case, dtype)
+    decoder = load_target(made(case), CPU, dtype)
     if kind == "verifier":
-        decoder = tiny_verifier(tmp_path, decoder)
+        decoder = verifier_in(made(case), decoder)
     tokens = random_tokens(100)
     torch.set_num_threads(1)
     expected = in_passes(fast(decoder), tokens, [1])
@@ -226,14 +243,15 @@ MIXTURES = ["mixtral", "qwen 3 moe", "qwen 2 moe", "glm 4 moe", "granite moe"]
     "case",
     [*EXACT_CASES, *MIXTURES, "glm 4", "exaone 4", "ministral 3", "apertus", "gemma 4, shared states and own inputs"],
 )
-def test_exact_text_is_that_of_plain_decoding_in_bf16_too(tmp_path: Path, case: str) -> None:
-    target = fast(tiny_target(tmp_path, case, BF16))
-    pair = make_pair(target, fast(tiny_verifier(tmp_path, target, 4)))
+def test_exact_text_is_that_of_plain_decoding_in_bf16_too(made: Made, case: str) -> None:
+    target = fast(load_target(made(case, 4), CPU, BF16))
+    pair = make_pair(target, fast(verifier_in(made(case, 4), target)))
     plain = Generator(pair, GenerationConfig(80, "full", "none")).generate(random_tokens(20)).token_ids
-    for drafts, window in ((1, 1), (4, 3), (8, 24), (64, 63), (64, 200)):
-        for verify in ("full", "exact"):
-            config = GenerationConfig(80, verify, num_draft_tokens=drafts, window=window)
-            assert Generator(pair, config).generate(random_tokens(20)).token_ids == plain
+    ways: list[tuple[VerifyMode, int, int]] = [("full", drafts, 1) for drafts in (1, 8, 64)]
+    ways += [("exact", drafts, window) for drafts, window in ((1, 1), (4, 3), (8, 24), (64, 63), (64, 200))]
+    for verify, drafts, window in ways:
+        config = GenerationConfig(80, verify, num_draft_tokens=drafts, window=window)
+        assert Generator(pair, config).generate(random_tokens(20)).token_ids == plain
 
 
 def test_what_it_does_not_run_says_why(tmp_path: Path) -> None:

@@ -53,14 +53,14 @@ def test_logits_are_as_near_to_float32_as_those_of_plain_passes(tmp_path: Path, 
     """In float16, to which the interpreter rounds as a GPU does; its bfloat16 is cut off."""
     kind, options = CASES[name]
     save_model(tmp_path, kind, {"num_hidden_layers": 2, **options})
-    tokens = random_tokens(28)
+    tokens, last = random_tokens(28), 26 if name == "window" else 15  # the interpreter takes its time for each token
     logits = {}
     for way, dtype in (("exact", FLOAT), ("plain", torch.float16), ("triton", torch.float16)):
         decoder = load_target(tmp_path, CPU, dtype)
         if way == "triton":
             decoder.fast = CudaPass(decoder, triton_steps())
         cache = decoder.new_cache(40)
-        logits[way] = torch.cat([decoder.forward(tokens[a:b], cache) for a, b in ((0, 5), (5, 6), (6, 10), (10, 26))])
+        logits[way] = torch.cat([decoder.forward(tokens[a:b], cache) for a, b in ((0, 5), (5, 6), (6, 10), (10, last))])
     errors = {way: (logits[way] - logits["exact"]).norm() / logits["exact"].norm() for way in ("plain", "triton")}
     assert errors["triton"] <= 8 * 2**-11, errors  # roundings of float16
 
@@ -267,7 +267,7 @@ def test_where_tritons_kernels_fail_pytorchs_take_their_place(
     assert f"PyTorch's operations, not Triton's: {reason}" in note
 
 
-@pytest.mark.parametrize("sizes", [(1, 3), (5, 17), (4, 40)])
+@pytest.mark.parametrize("sizes", [(1, 3), (5, 17), (4, 33)])
 def test_a_tokens_logits_do_not_depend_on_the_tokens_beside_it(tmp_path: Path, sizes: tuple[int, int]) -> None:
     """To the last bit, in 16 bits, on both sides of where attention is split and where a bucket ends."""
     options = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 128, "max_position_embeddings": 2048}
