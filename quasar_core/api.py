@@ -90,6 +90,7 @@ __all__ = [
     "load_pair",
     "merge_adapter",
     "new_figure",
+    "open_job",
     "parse_bytes",
     "quantize",
     "read_texts",
@@ -125,7 +126,7 @@ def quantize(
     Raises UsageError where the output exists without `force`, is no verifier that quasar wrote, or overlaps the model;
     QuasarError where the model cannot be read or held.
     """
-    source, job, target = _open_job(model, config, output, device, trust_remote_code, tell)
+    source, job, target = open_job(model, config, output, device, trust_remote_code, tell)
 
     def record() -> None:
         record_pair(source.name, job.output)
@@ -160,7 +161,7 @@ def add_successors(
 
     The text is the one that the config names. Raises UsageError where there is no verifier of the model.
     """
-    source, job, target = _open_job(model, config, output, device, trust_remote_code, tell)
+    source, job, target = open_job(model, config, output, device, trust_remote_code, tell)
     known = output or known_verifier(source)
     job = job if known is None else replace(job, output=absolute(known))
     return count_for_verifier(job, target, load_tokenizer(source.folder, trust_remote_code), progress)
@@ -180,13 +181,13 @@ def estimate(
 
     Raises as `quantize` does of what it refuses before any work, but for an output that exists.
     """
-    source, job, target = _open_job(model, config, output, device, trust_remote_code, tell)
+    source, job, target = open_job(model, config, output, device, trust_remote_code, tell)
     check_request(job, target, load_tokenizer(source.folder, trust_remote_code))
     plan = plan_here(source.folder, target, job.config, job.output, max_memory)
     return with_seconds(target, job.config, plan)
 
 
-def _open_job(
+def open_job(
     model: str, config: QuantizeConfig, output: Path | None, device: str, trust_remote_code: bool, tell: Tell
 ) -> tuple[ModelSource, Job, StreamedModel]:
     """The target, none of it read yet, and where its verifier goes."""

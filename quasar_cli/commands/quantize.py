@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from quasar_cli import console
+from quasar_cli.commands.choose_bits import Chooser
 from quasar_cli.commands.models import announce, push_verifier
 from quasar_cli.help import examples
 from quasar_cli.options import (
@@ -34,6 +35,7 @@ EXAMPLES = examples(
     "quasar quantize Qwen/Qwen3-0.6B",
     "quasar quantize demo --quick",
     "quasar quantize MODEL --bits 4.25 --calibration c4",
+    "quasar quantize MODEL --bits auto",
 )
 
 
@@ -42,11 +44,13 @@ class QuantizeOptions:
     """The options that make a QuantizeConfig."""
 
     bits: Annotated[
-        float | None,
+        str | None,
         typer.Option(
             "--bits",
             "-b",
-            help="Bits of a weight: 2, 3, 4 or 8, or a fraction: then widths by layer; default: 4.",
+            metavar="NUMBER|auto",
+            help="Bits of a weight: 2, 3, 4 or 8, or a fraction: then widths by layer; auto: whatever makes decoding "
+            "fastest on this device, groups and head included; default: 4.",
             show_default=False,
         ),
     ] = None
@@ -89,7 +93,10 @@ class QuantizeOptions:
             "--rounding", help="Of w8a8 and fp8: gptq, or nearest, every weight on its own, as their papers have it."
         ),
     ] = "gptq"
-    lm_head_bits: Annotated[int, typer.Option("--lm-head-bits", help="Bits of the output head; 16 leaves it.")] = 16
+    lm_head_bits: Annotated[
+        int | None,
+        typer.Option("--lm-head-bits", help="Bits of the output head; 16, the default, leaves it.", show_default=False),
+    ] = None
     calibration: Annotated[
         str,
         typer.Option(
@@ -125,7 +132,7 @@ class QuantizeOptions:
     def config(self) -> QuantizeConfig:
         """The checked config; UsageError for a value that cannot be."""
         return QuantizeConfig.of(
-            bits=self.bits,
+            bits=None if self.bits is None or self.automatic else parse_bits(self.bits),
             mixed=self.mixed,
             target_agreement=self.target_agreement,
             group_size=self.group_size,
@@ -133,7 +140,7 @@ class QuantizeOptions:
             act_order=self.act_order,
             method=self.method,
             rounding=self.rounding,
-            lm_head_bits=self.lm_head_bits,
+            lm_head_bits=16 if self.lm_head_bits is None else self.lm_head_bits,
             calibration=self.calibration,
             **self._texts(),
             damp=self.damp,
@@ -142,10 +149,23 @@ class QuantizeOptions:
             widths=BITS if self.widths is None else parse_widths(self.widths),
         )
 
+    @property
+    def automatic(self) -> bool:
+        """Whether the codes are chosen by what makes decoding fastest."""
+        return self.bits == "auto"
+
     def _texts(self) -> dict[str, int]:
         """How much text is read: what is asked for by itself goes before --quick."""
         asked = {"samples": self.samples, "seq_len": self.seq_len}
         return (QUICK if self.quick else {}) | {name: value for name, value in asked.items() if value is not None}
+
+
+def parse_bits(text: str) -> float:
+    """A number; UsageError for anything else."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(f"--bits must be auto or a number such as 4 or 4.25, not {text}.") from error
 
 
 def parse_widths(text: str) -> tuple[int, ...]:
@@ -209,10 +229,18 @@ def quantize(
     if successors:
         _add_successors(model, config, output, device, trust_remote_code, as_json)
         return
+    asked = (options.group_size, options.lm_head_bits)
+    chooser = (
+        Chooser.of(model, config, *asked, output, device, trust_remote_code, as_json) if options.automatic else None
+    )
     if dry_run:
-        _show_plan(model, config, output, device, max_memory, trust_remote_code, as_json)
+        _show_plan(model, config, output, device, max_memory, trust_remote_code, as_json, chooser)
         return
 
+    if chooser:
+        with _saying_how_to_go_on(resume):
+            config = chooser.choose(force, resume, _bytes_of(max_memory))
+        resume = True  # of the verifier that was chosen nothing is made yet but its text
     with _saying_how_to_go_on(resume), console.progress_bar() as progress:
         report = api.quantize(
             model,
@@ -229,7 +257,7 @@ def quantize(
     _say_what_was_kept(Path(report.checkpoint))
     pushed = {} if push_to_hub is None else {"url": _push(Path(report.checkpoint), push_to_hub, private)}
     if as_json:
-        console.print_json({**asdict(report), **pushed})
+        console.print_json({**asdict(report), **(chooser.chosen if chooser else {}), **pushed})
         return
 
     from quasar_cli.render.quantize import report_tables
@@ -305,8 +333,12 @@ def _show_plan(
     max_memory: str | None,
     trust_remote_code: bool,
     as_json: bool,
+    chooser: Chooser | None,
 ) -> None:
     """`--dry-run`: the plan, and a refusal after it where it cannot be carried out."""
+    if chooser:
+        chooser.show_candidates(_bytes_of(max_memory))
+        return
     from quasar_core import api
 
     plan = api.estimate(

@@ -137,7 +137,7 @@ class _Replay:
             return Check(due, 0 if due else draft.length, 0.0)
         offered = Draft((0,) * draft.length, draft.pieces)
         return self.checker.choose(
-            len(window), survival, self.by_target.of(offered), self.by_verifier.of(offered), whole=True
+            len(window), survival, self.by_target.of(offered), self.by_verifier.of(offered), whole=self.recorded.cut
         )
 
     def _verify(self, trace: Trace, place: int, window: list[tuple[Estimate, bool]], draft: Drafted) -> None:

@@ -76,14 +76,25 @@ class RandomTensors(TensorFiles):
 
 
 class RandomCheckpoint(VerifierCheckpoint):
-    """Random codes for every linear layer, in the bits and groups asked for; a head of 16 bits has none."""
+    """Random codes for every linear layer, in the bits and groups asked for; a head of 16 bits has none.
+
+    `widths` are the bits and group sizes of layers that have their own, by name.
+    """
 
     own_norms = False
 
-    def __init__(self, config: DecoderConfig, codes: QuantizeConfig, dtype: torch.dtype, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        codes: QuantizeConfig,
+        dtype: torch.dtype,
+        progress: Progress = no_progress,
+        widths: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
         self.folder = Path("random codes")
         self.tensors = RandomTensors(config, dtype)
         self._codes, self._progress, self._done = codes, progress, 0
+        self._widths = widths or {}
         head = [head_product(config)] if codes.lm_head_bits < 16 else []
         products = [*all_block_products(config), *head]
         self._parts = {name: product.part(i) for product in products for i, name in enumerate(product.names)}
@@ -98,8 +109,9 @@ class RandomCheckpoint(VerifierCheckpoint):
         """One layer's codes, on the CPU."""
         self._done += 1
         self._progress("making random codes", self._done, len(self._parts))
-        bits = self._codes.lm_head_bits if name == "lm_head" else self._codes.bits
-        (rows,), columns, size = self._parts[name].rows, self._parts[name].columns, self._codes.groups_of
+        usual = self._codes.lm_head_bits if name == "lm_head" else self._codes.bits
+        bits, size = self._widths.get(name, (usual, self._codes.groups_of))
+        (rows,), columns = self._parts[name].rows, self._parts[name].columns
         if self._codes.method == "fp8":
             values = (self._pool.take(rows, columns) & _BELOW_2).view(FLOAT8)
             return Float8Weight(values, torch.full((rows,), LARGEST / 2))

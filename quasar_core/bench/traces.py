@@ -84,13 +84,16 @@ class Trace:
 
 @dataclass(frozen=True)
 class Recorded:
-    """An arm's traces, what passes took on average, and what each step took beside them, in seconds."""
+    """Traces, what passes took on average, and what each step took beside them, in seconds.
+
+    `cut` says that drafts are as long as whoever recorded them let them be checked, else they are as they were offered.
+    """
 
     traces: list[Trace]
     costs: PairCosts
     drafting_s: float
     other_s: float
-    measured: float  # tokens per second
+    cut: bool = True
 
     @property
     def margins(self) -> MarginTable:
@@ -130,7 +133,6 @@ def record_of(results: Results, arm: str) -> Recorded:
         costs=PairCosts(_cost(seconds["verify"]), _cost(seconds["confirm"])),
         drafting_s=drafting / sum(len(one.step_log) for one in stats),
         other_s=max(decode_s - within, 0.0) / passes,
-        measured=sum(one.new_tokens - one.prefill_tokens for one in stats) / decode_s,
     )
 
 

@@ -103,9 +103,17 @@ class Readable(Protocol):
         ...
 
 
-@torch.inference_mode()
 def read_rows(model: Readable, texts: Sequence[torch.Tensor], stage: str, progress: Progress = no_progress) -> RowsRead:
     """Let every row of texts [n, T] pass through the blocks, each of which is in memory once."""
+    states = read_states(model, texts, stage, progress)
+    return RowsRead(model.ends(), list(zip(texts, states, strict=True)))
+
+
+@torch.inference_mode()
+def read_states(
+    model: Readable, texts: Sequence[torch.Tensor], stage: str, progress: Progress = no_progress
+) -> list[Activations]:
+    """The outputs of the last block for every row of texts [n, T]."""
     on_host = model.ends(torch.device("cpu"))
     states = [capture_first_inputs(on_host, rows, model.device) for rows in texts]
     for index in range(model.count):
@@ -115,7 +123,7 @@ def read_rows(model: Readable, texts: Sequence[torch.Tensor], stage: str, progre
             activations.advance(block)
         return_freed_memory()
     progress(stage, model.count, model.count)
-    return RowsRead(model.ends(), list(zip(texts, states, strict=True)))
+    return states
 
 
 def measure(

@@ -1,0 +1,190 @@
+"""`quantize --bits auto` on a tiny model, by costs made by hand: candidates, the choice, what is written and kept."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.quantize_cases import CONFIG
+
+from quasar_cli.main import run as run_command
+from quasar_core import api
+from quasar_core.automatic import Wanted, choose, find_candidates
+from quasar_core.bench import choosing
+from quasar_core.bench.choose import Body, Replayed
+from quasar_core.bench.synthetic_models import RandomCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.decode.costs import CostRecord, PairCosts, PassCost
+from quasar_core.errors import QuasarError, UsageError
+from quasar_core.models.pair import load_tokenizer
+from quasar_core.quantize import candidates, estimate
+from quasar_core.quantize.candidates import Look, PackedModel, Watcher, commit_candidates
+from quasar_core.quantize.job import block_file, read_commit, working_folder
+from quasar_core.quantize.layer_plan import LayerPlan
+from quasar_core.quantize.measure_fidelity import measure
+from quasar_core.quantize.run import calibrate
+from quasar_core.quantize.solve.gptq import SolverConfig, solve
+
+pytest_plugins = ["helpers.quantize_fixtures"]
+PASSES = {"4 bits": 2.0, "8 bits": 3.0, "5 bits": 2.2, "6 bits": 2.4}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled, and rates are guessed."""
+    monkeypatch.setenv("QUASAR_CPU_PASS", "0")
+    monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.01)
+
+
+@pytest.fixture
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A target's pass takes 10 ms, a verifier's as its bits say; a quantized head saves 1 ms. Who was measured."""
+    measured: list[str] = []
+
+    def cost_record(pair: Any, role: str) -> CostRecord:
+        name = pair.verifier_fingerprint if role == "verifier" else "target"
+        measured.append(name)
+        ms = 10.0 if role == "target" else next(ms for bits, ms in PASSES.items() if bits in name)
+        ms -= name.endswith(("head 8", "head 4"))
+        return CostRecord(PassCost((1, 33), (ms / 1000, 1.5 * ms / 1000)), {"role": role}, 0.0)
+
+    def rate(replayed: Replayed, look: Look, costs: PairCosts) -> float:
+        return look.agreement / costs.verify(1)
+
+    monkeypatch.setattr(choosing, "cost_record", cost_record)
+    monkeypatch.setattr(Replayed, "rate", rate)  # replays take a second
+    return measured
+
+
+def wanted(source: Path, **options: Any) -> Wanted:
+    return Wanted(str(source), replace(CONFIG, group_size=None), device="cpu", **options)
+
+
+def test_candidates_are_the_widths_and_groups_that_fit(source: Path) -> None:
+    found = find_candidates(wanted(source))
+    assert found.uniform == [Body(bits, group) for bits in (4, 8) for group in (64, 32)]
+    assert {body.bits for body in found.mixed} == {4.5, 5.0, 6.0}
+    assert found.heads == [16, 8, 4]
+    fixed = find_candidates(wanted(source, groups=(32,), heads=(8,)))
+    assert (fixed.uniform, fixed.heads) == ([Body(4, 32), Body(8, 32)], [8])
+    assert found.kept.path != fixed.kept.path
+    with pytest.raises(UsageError, match="--bits auto chooses among GPTQ's widths"):
+        Wanted(str(source), replace(CONFIG, bits=8, group_size=-1, method="w8a8"))
+    with pytest.raises(QuasarError, match="lm_head cannot be packed"):
+        find_candidates(wanted(source, heads=(3,)))
+
+
+def test_options_that_do_not_go_with_it_are_refused(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong, sentence in (
+        (["--bits", "seven"], "--bits must be auto or a number such as 4 or 4.25, not seven"),
+        (
+            ["--bits", "auto", "--target-agreement", "0.9"],
+            "leave --method, --backend, --mixed and --target-agreement out",
+        ),
+        (["--bits", "auto", "--group-size", "48"], "--group-size must be one of"),
+    ):
+        assert run_command(["quantize", str(source), *wrong]) == 2
+        assert sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_candidates_are_solved_together_as_each_by_itself(source: Path, tmp_path: Path) -> None:
+    found = find_candidates(wanted(source))
+    job, target = found.job, found.target
+    with working_folder(job, True):
+        text = calibrate(job, target, load_tokenizer(source), torch.device("cpu"))
+        plans = {
+            tmp_path / body.describe(): LayerPlan.of(body.config(job.config, 16)) for body in (Body(4, 64), Body(8, 32))
+        }
+        commit_candidates(target, text.samples, plans)
+        (first, own), _ = plans.items()
+        kept = block_file(first, 0).stat().st_mtime_ns
+        commit_candidates(target, text.samples, {first: own})
+        assert block_file(first, 0).stat().st_mtime_ns == kept  # what has a commit is not solved again
+        commit_candidates(target, text.samples, {tmp_path / "alone": own})
+        for index in range(target.count):
+            one, other = (read_commit(block_file(folder, index)) for folder in (first, tmp_path / "alone"))
+            assert one.weights.keys() == other.weights.keys()
+            for name in one.weights:
+                assert torch.equal(one.dense(name, torch.float32), other.dense(name, torch.float32))
+        watcher = Watcher(target, text.greedy)
+        look = watcher.look(watcher.read(first), None)
+        assert look.agreement == pytest.approx(measure(target, PackedModel(target, first), text).agreement)
+        noise = solve(torch.randn(264, 64), torch.eye(64), SolverConfig(8, 32)).weight
+        assert watcher.look(watcher.read(first), noise).agreement < look.agreement / 2
+
+
+def test_random_codes_of_widths_by_layer() -> None:
+    from quasar_core.models.decoder_config import DecoderConfig
+    from quasar_core.models.shapes import shape_named
+
+    config = DecoderConfig.parse({**shape_named("--shape", "qwen3-0.6b"), "num_hidden_layers": 1})
+    name = "model.layers.0.self_attn.q_proj"
+    random = RandomCheckpoint(config, CONFIG, torch.bfloat16, widths={name: (8, 64)})
+    layers = [random.layer(name), random.layer(name.replace("q_proj", "k_proj"))]
+    assert [(layer.bits, layer.group_size) for layer in layers] == [(8, 64), (4, 32)]
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_the_fastest_is_made_and_its_table_shown(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["quantize", str(source), "--bits", "auto", "--samples", "6", "--seq-len", "24", "--device", "cpu"]
+    assert run_command([*command, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "4 bits in groups of 64; 4 bits in groups of 32; 8 bits" in said
+    assert "16, 8, 4 bits with each" in said
+    assert not list(source.parent.glob("*-choosing*"))
+    assert run_command([*command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    rows = document["choice"]["rows"]
+    tried = [row for row in rows if row["agreement"] is not None]
+    assert rows[0] == max(tried, key=lambda row: row["rate"])
+    assert len(rows) == 3 * 7
+    assert document["config"]["lm_head_bits"] == rows[0]["head"]
+    checkpoint = VerifierCheckpoint(Path(document["checkpoint"]))
+    assert (document["config"]["bits"], document["config"]["mean_bits"]) in (
+        (rows[0]["bits"], None),
+        (4, rows[0]["bits"]),
+    )
+    assert checkpoint.fidelity is not None
+    assert not list(source.parent.glob("*choosing*"))
+    assert run_command([*command, "--force"]) == 0  # chosen already
+    said = capsys.readouterr()
+    assert "(chosen)" in said.out
+    assert "This was chosen by an earlier run" in said.err
+
+
+def test_an_interrupted_choice_goes_on_with_its_text(
+    source: Path, by_hand: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = wanted(source, heads=(16,))
+    monkeypatch.setattr(choosing, "MEAN_BITS", ())  # nothing is measured for widths by layer
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watcher, "look", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            choose(asked)
+    job = find_candidates(asked).job
+    text = job.calibration.read_bytes()
+    solved = sorted(path.name for path in job.commits.glob("candidate-*"))
+    assert {"candidate-4-64", "candidate-8-32"} <= set(solved)
+    again: list[set[str]] = []
+    solve = candidates._solve_block
+
+    def noted(block: Any, name: str, activations: Any, plans: Any) -> Any:
+        again.append({folder.name for folder in plans})
+        return solve(block, name, activations, plans)
+
+    monkeypatch.setattr(candidates, "_solve_block", noted)
+    config, choice = choose(asked)
+    assert all(plans.isdisjoint(solved) for plans in again)  # what was solved is not solved again
+    _, made, _ = api.open_job(str(source), config, None, "cpu", False, lambda _: None)
+    assert made.calibration.read_bytes() == text
+    measured = len(by_hand)
+    assert choose(asked)[1] == choice
+    assert len(by_hand) == measured  # kept: nothing was measured again
+    assert choose(asked, resume=False)[1].rows
+    assert len(by_hand) > measured
