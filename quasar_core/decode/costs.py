@@ -297,6 +297,7 @@ def _conditions(pair: Pair, role: Role) -> dict[str, str]:
         **(_fingerprints(pair, role) or {}),
         "role": role,
         "products": ", ".join(kernels) or "torch linear",
+        "head": str(getattr(getattr(model, "head", None), "bits", "whole")),
         "passes": f"{type(model).__name__}, {fast.name}" if fast else type(model).__name__,
         "quasar": package_version("quasar-cli"),
         **({"streamed": model.streamed} if model.streamed else {}),

@@ -7,6 +7,7 @@ import torch
 
 from quasar_core.errors import UsageError
 from quasar_core.kernels.base import Kernel, LayerShape
+from quasar_core.kernels.cpu.forms import has_lanes
 from quasar_core.kernels.cpu.vnni import VnniKernel
 from quasar_core.kernels.dense import DenseKernel, ReferenceKernel, why_no_room
 from quasar_core.kernels.eight_bit import Float8Kernel, Int8Kernel
@@ -33,8 +34,9 @@ KERNELS: tuple[Kernel, ...] = (*PACKED_KERNELS, DENSE, REFERENCE)
 KERNEL_NAMES = tuple(kernel.name for kernel in (*KERNELS, *FLOATING_KERNELS))
 
 DECISIVE_ROWS = 4  # of a verify: what the choice goes by
-# Whole passes run in C++ where all their packed products are on this kernel: that is worth more than a small lead.
-FUSED, LEAD = "vnni", 1.10
+# Whole passes run in C++ where all their packed products are on this kernel, which is worth more than any lead of
+# another packed kernel, and more than a lead of unpacked weights that a busy machine may make up.
+FUSED, LEAD = "vnni", 1.5
 SMALLEST = 2**16  # weights of a layer that is measured: calling a smaller product takes longer than computing it
 COMMON = LayerShape(4096, 4096, bits=4, group_size=128, trivial_groups=True)
 
@@ -78,6 +80,7 @@ def select_kernel(
     able, refused = _candidates(shape, device, dtype)
     if not able:
         return KernelChoice(DENSE, "; ".join([*refused, "so dequantized at load"]))
+    able = [kernel for kernel in able if kernel.name == FUSED and has_lanes()] or able
     if shape.in_features * shape.out_features < SMALLEST:
         return KernelChoice(able[0], "; ".join(refused) or "the first choice for layers too small to be measured")
     no_room = why_no_room(shape, device, dtype)
@@ -124,7 +127,7 @@ def choose_fastest(able: Sequence[Kernel], times: dict[str, Times]) -> tuple[Ker
     if fused is None or fused is fastest:
         return fastest, "fastest"
     if times[fused.name][DECISIVE_ROWS] <= LEAD * times[fastest.name][DECISIVE_ROWS]:
-        return fused, "less than 10 % behind the fastest, and what whole passes run on,"
+        return fused, "not much behind the fastest, and what whole passes run on,"
     return fastest, "fastest"
 
 

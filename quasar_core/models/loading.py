@@ -25,6 +25,7 @@ from quasar_core.models.hf.causal_lm import TransformersLM
 from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.offload import OffloadPlan
 from quasar_core.models.streaming import LayerStream
+from quasar_core.models.verifier_head import round_head
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.gguf import describe_gguf
 
@@ -118,6 +119,8 @@ def load_models(
             verifier = library.load_verifier_alone(checkpoint, device, dtype, kernel, progress)
         else:
             verifier = library.attach_verifier(target, checkpoint, kernel, progress)
+        if isinstance(verifier, LeanDecoder) and kernel == "auto" and offload is None:
+            round_head(verifier)
         progress("reading the verifier", 1, 1)
         zeros = checkpoint.describe_zeros()
         notes += [f"zeros: {zeros}"] if zeros else []

@@ -236,3 +236,11 @@ def test_a_library_is_compiled_once_and_anew_when_its_source_changes(
     assert library.stat().st_mtime_ns == built
     source.write_text('extern "C" int seven() { return 8; }\n')
     assert compiling.shared_library(source) != library
+
+
+@usable
+def test_a_weight_is_brought_into_order_some_blocks_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = make_weight(4, 96, 200, 32)  # seven blocks, the last of them not full
+    whole = KERNEL.prepare(weight, CPU, torch.bfloat16)
+    monkeypatch.setattr(vnni, "_AT_ONCE", 2)
+    assert torch.equal(KERNEL.prepare(weight, CPU, torch.bfloat16).stream, whole.stream)

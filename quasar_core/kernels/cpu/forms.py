@@ -99,6 +99,11 @@ def chosen() -> Chosen:
     return _with_extras(form, f"as {VARIABLE} asks")
 
 
+def has_lanes() -> bool:
+    """Whether the C++ runs on an instruction set with vectors, and not as on any processor."""
+    return chosen().form.architectures is not None
+
+
 def all_for(architecture: str) -> list[Chosen]:
     """What a wheel carries: each form of an architecture, with none of its extras, the first, the first two …"""
     forms = [form for form in FORMS if form.architectures is None or architecture in form.architectures]

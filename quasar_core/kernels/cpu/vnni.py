@@ -7,7 +7,7 @@ rounds by 0.2 %). A row's product does not depend on the rows beside it, to the 
 `cpu/codes.h`, compiled on first use for the processor's instruction set; those with VNNI are the fastest.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from quasar_core.kernels.cpu.library import library, why_not_here
 BLOCK = 32  # outputs that share a stream, in two registers of 16
 _GROUPS = (128, 64, 32, 16)  # inputs that share a scale of the activations
 _HEADER = 128  # bytes of a block's scales and zeros in each group
+_AT_ONCE = 256  # blocks that are brought into order at a time: a large head is copied three times on the way
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,13 @@ class VnniKernel:
         """Scales, zeros and codes into the order in which the product reads them."""
         bits = 4 if weight.bits == 3 else weight.bits
         group = _group(weight.in_features, weight.group_size, bits)
-        padded = _padded(weight, group)
-        headers, bodies = _headers(padded, group), _bodies(padded.codes, bits, group)
-        blocks, groups, size = bodies.shape
-        stream = empty_in_huge_pages(blocks, groups, headers.shape[-1] + size, dtype=torch.uint8)
-        torch.cat([headers, bodies], dim=-1, out=stream)
+        blocks, groups = -(-weight.out_features // BLOCK), -(-weight.in_features // group)
+        stream = empty_in_huge_pages(blocks, groups, _HEADER + group * BLOCK * bits // 8, dtype=torch.uint8)
+        for begin in range(0, blocks, _AT_ONCE):
+            some = stream[begin : begin + _AT_ONCE]
+            outputs = slice(begin * BLOCK, (begin + len(some)) * BLOCK)
+            padded = _padded(_some_outputs(weight, outputs), group)
+            torch.cat([_headers(padded, group), _bodies(padded.codes, bits, group)], dim=-1, out=some)
         return VnniWeight(stream, bits, group, weight.in_features, weight.out_features)
 
     def multiply(self, x: torch.Tensor, prepared: VnniWeight) -> torch.Tensor:
@@ -97,6 +100,11 @@ def _group(in_features: int, group_size: int, bits: int) -> int:
         return -(-in_features // group) * (_HEADER + group * BLOCK * bits // 8)
 
     return min(_possible_groups(group_size), key=size)
+
+
+def _some_outputs(weight: QuantizedWeight, outputs: slice) -> QuantizedWeight:
+    codes, scales, zeros = (part[:, outputs] for part in (weight.codes, weight.scales, weight.zeros))
+    return replace(weight, codes=codes, scales=scales, zeros=zeros)
 
 
 def _padded(weight: QuantizedWeight, group: int) -> QuantizedWeight:
