@@ -138,10 +138,10 @@ def quantize(
     refuse_existing(job.output, force)
     plan = plan_here(source.folder, target, job.config, job.output, max_memory)
     refuse_what_cannot_fit(plan, job.output)
+    tell(f"text: written {plan.text.describe()}")
     tokenizer = load_tokenizer(source.folder, trust_remote_code)
-    text_device = target.device if plan.text_on_device else torch.device("cpu")
     whole = over_whole_run(target, job.config, plan, progress)
-    report = quantize_checkpoint(job, target, tokenizer, record, resume, plan.spilled, text_device, whole)
+    report = quantize_checkpoint(job, target, tokenizer, record, plan.text, resume, plan.spilled, whole)
     if isinstance(whole, WholeRun):
         whole.finish()
     return report

@@ -41,10 +41,10 @@ def plan_table(plan: Plan) -> Table:
 
 def _what_is_written(plan: Plan) -> str:
     text = "its calibration and its greedy text" if plan.writes_calibration else "its greedy text"
-    if plan.text_on_device:
-        return f"{text}, on the GPU, which holds it as a whole"
-    spare = ": --calibration FILE spares most of it" if plan.writes_calibration else ""
-    return f"{text}, on the CPU, from its files; slow where memory cannot cache them{spare}"
+    where = "on the GPU, which holds it as a whole" if plan.text.on_device else "on the CPU"
+    rows = f"{plan.text_rows} rows at once" if plan.text_rows > 1 else "a row at a time"
+    spare = "; --calibration FILE spares most of it" if plan.writes_calibration else ""
+    return f"{text}, {where}, {plan.text.describe()}, {rows}{spare}"
 
 
 def _on_what_machine(plan: Plan) -> str:

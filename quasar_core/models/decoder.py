@@ -363,7 +363,7 @@ class LeanDecoder(CausalLM):
             for index in layers:
                 self._run_layer(index, hidden, inputs[index], cache, place)
         cache.advance(len(tokens))
-        return self._head_logits(hidden[-1:] if last_only else hidden)
+        return self.head_logits(hidden[-1:] if last_only else hidden)
 
     @torch.inference_mode()
     def _sweep(self, parts: Sequence[Sequence[int]], cache: DecoderCache, before: Callable[[], None]) -> torch.Tensor:
@@ -377,18 +377,33 @@ class LeanDecoder(CausalLM):
                     place = self._place(cache, start, len(hidden))
                     self._run_layer(index, hidden, inputs[index], cache, place)
         cache.advance(starts[-1] - cache.length)
-        return self._head_logits(embedded[-1][0][-1:])
+        return self.head_logits(embedded[-1][0][-1:])
 
     def _run_layer(
         self, index: int, hidden: torch.Tensor, given: torch.Tensor | None, cache: DecoderCache, place: _Place
     ) -> None:
         """Add to the residual stream what a block gives."""
         layer, states = self.layers[index], cache.states[index]
-        x = self._normed(hidden, layer.input_norm)
-        if states is None:
-            self._add(hidden, self._attention(layer, x, cache.layers[index], place), layer.out_norm)
-        else:
-            self._add(hidden, self._recur(layer, x, states, place.start), layer.out_norm)
+
+        def mix(x: torch.Tensor) -> torch.Tensor:
+            if states is None:
+                return self._attention(layer, x, cache.layers[index], place)
+            return self._recur(layer, x, states, place.start)
+
+        self.run_block(layer, hidden, given, mix)
+
+    def run_block(
+        self,
+        layer: DecoderLayer,
+        hidden: torch.Tensor,
+        given: torch.Tensor | None,
+        mix: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Add to the residual stream [T, in] what a block gives; `mix` is its attention, or what stands in its place.
+
+        `given` [T, P] is the block's own input, where it has one.
+        """
+        self._add(hidden, mix(self._normed(hidden, layer.input_norm)), layer.out_norm)
         x = self._normed(hidden, layer.mlp_norm)
         self._add(hidden, self._mlp(layer, x), layer.down_norm)
         if given is not None:
@@ -396,7 +411,8 @@ class LeanDecoder(CausalLM):
         if layer.scalar is not None:
             hidden *= layer.scalar
 
-    def _head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the residual stream [T, in] behind the last block → float32 logits [T, V]."""
         return self.logits(self.head(self._normed(hidden, self.norm))).float()
 
     def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
@@ -445,19 +461,37 @@ class LeanDecoder(CausalLM):
     def _attention(self, layer: DecoderLayer, x: torch.Tensor, states: torch.Tensor, place: _Place) -> torch.Tensor:
         """Write the pass's keys and values into the layer's states [2, H, capacity, D], and attend over them."""
         config, shape = self.config, layer.shape
+        tables = None if shape.rope is None else place.tables[shape.rope]
+        queries, keys, values, gates = self.project(layer, x, tables, place.growth)
+        if keys is not None and values is not None:
+            states[0, :, place.start : place.end] = keys.transpose(0, 1)
+            states[1, :, place.start : place.end] = values.transpose(0, 1)
+        mask = place.masks[shape.window, shape.kv_heads]
+        return self.finish(layer, attend(queries, states, mask, config.scores_scale, config.scores_cap), gates)
+
+    def project(
+        self,
+        layer: DecoderLayer,
+        x: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor] | None,
+        growth: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Queries [T, H·G, D], keys and values [T, H, D] as the cache has them, and gates as `heads` gives them.
+
+        Keys and values are None where they are an earlier block's.
+        """
         heads, gates = self.heads(layer, layer.qkv(x))
-        tables, turn = None if shape.rope is None else place.tables[shape.rope], self.turn(layer)
+        turn, own = self.turn(layer), layer.shape.kv_heads
+        keys = values = None
         if layer.shares:
             queries = turn(heads, tables)
         else:
-            turned = turn(heads[:, : -shape.kv_heads], tables)
-            queries, keys = turned.split([config.num_heads, shape.kv_heads], 1)
-            states[0, :, place.start : place.end] = keys.transpose(0, 1)
-            states[1, :, place.start : place.end] = turn.values(heads[:, -shape.kv_heads :]).transpose(0, 1)
-        if place.growth is not None:
-            queries = queries * place.growth
-        mask = place.masks[shape.window, shape.kv_heads]
-        mixed = attend(queries, states, mask, config.scores_scale, config.scores_cap)
+            queries, keys = turn(heads[:, :-own], tables).split([self.config.num_heads, own], 1)
+            values = turn.values(heads[:, -own:])
+        return queries if growth is None else queries * growth, keys, values, gates
+
+    def finish(self, layer: DecoderLayer, mixed: torch.Tensor, gates: torch.Tensor | None) -> torch.Tensor:
+        """What attention adds [T, in], of the heads' mixes [T, H·G·D] and what gates them."""
         return layer.out(mixed if gates is None else mixed * gates.sigmoid())
 
     def heads(self, layer: DecoderLayer, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -4,10 +4,19 @@ import torch
 
 from quasar_core.errors import UsageError
 from quasar_core.kernels.gpu import AMPERE
+from quasar_core.system import processor_flags
 
 # Below this size float32 is as fast as bf16 on a CPU, and passes of any length agree bit for bit more often.
 SMALL_MODEL_BYTES = 200_000_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Of processors that multiply in bfloat16, as Linux names them: Intel's and AMD's, and ARM's.
+_BF16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def has_fast_bf16() -> bool:
+    """Whether this processor has products in bfloat16, and PyTorch the library that uses them."""
+    return torch.backends.mkldnn.is_available() and bool(processor_flags() & _BF16_FLAGS)
 
 
 def choose_device(requested: str) -> torch.device:

@@ -21,10 +21,12 @@ from quasar_core.kernels.threads import one_thread
 from quasar_core.models.hf.experts import SeparateExperts
 from quasar_core.quantize.blocks.activations import batch_tokens
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks, quantized_layers
-from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows, rows_at_once, token_bytes
+from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
-from quasar_core.quantize.plan import Plan, Shape, make_plan
+from quasar_core.quantize.plan import Plan, Shape, make_plan, rows_written
 from quasar_core.quantize.successors import MOST_READ
+from quasar_core.quantize.text_plan import Free, free_on, plan_text
+from quasar_core.quantize.text_writers import token_bytes
 from quasar_core.records import Progress
 from quasar_core.store.safetensors_header import read_headers
 from quasar_core.system import LoadMeter, free_disk, free_memory
@@ -255,11 +257,11 @@ def plan_here(
     """Plan for a model on this machine, with what is free here."""
     stored = stored_element(source)
     shape = shape_of(target.skeleton, config, stored, target.dtype.itemsize, target.whole_because)
-    on_device, memory = target.device.type != "cpu", free_memory()
-    allowed = max_memory or (memory // SHARE_OF_MEMORY if memory else None)
-    device_memory = torch.cuda.mem_get_info(target.device)[0] if on_device else None
-    plan = make_plan(shape, config, on_device, allowed, device_memory)
-    return replace(plan, free_host=memory, free_disk=free_disk(output))
+    free = Free(free_memory(), free_on(target.device), free_disk(output))
+    allowed = max_memory or (free.memory // SHARE_OF_MEMORY if free.memory else None)
+    text = plan_text(source, target, free)
+    plan = make_plan(shape, config, target.device.type != "cpu", allowed, free.device, text)
+    return replace(plan, free_host=free.memory, free_disk=free.disk)
 
 
 def with_seconds(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> Plan:
@@ -267,8 +269,8 @@ def with_seconds(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> P
     if config.mixed or config.backend != "native":
         return plan
     shape = shape_of(target.skeleton, config, element=target.dtype.itemsize)
-    writer = target.device if plan.text_on_device else torch.device("cpu")
-    rows = _rows_written(target, config, plan)
+    writer = target.device if plan.text.on_device else torch.device("cpu")
+    rows = rows_written(shape, config, plan.text)
     meter = LoadMeter()
     rates = measure_rates(shape, config, target.device, target.dtype, rows)
     if writer != target.device:
@@ -286,13 +288,7 @@ def over_whole_run(target: StreamedModel, config: QuantizeConfig, plan: Plan, pr
     if config.mixed or config.backend != "native":
         return progress
     shape = shape_of(target.skeleton, config, element=target.dtype.itemsize)
-    return WholeRun(progress, stage_seconds(shape, config, _rows_written(target, config, plan)))
-
-
-def _rows_written(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> int:
-    """Count the rows of text that the model writes at once."""
-    fitting = rows_at_once(target.skeleton, config.calibration_length, plan.text_on_device)
-    return min(fitting, config.samples + held_out_rows(config))
+    return WholeRun(progress, stage_seconds(shape, config, rows_written(shape, config, plan.text)))
 
 
 def shape_of(

@@ -10,15 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.quantize.blocks.activations import batch_tokens
-from quasar_core.quantize.calibration import GREEDY_LENGTH, cache_bytes, held_out_rows
+from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows
 from quasar_core.quantize.fidelity import PIECE
 from quasar_core.quantize.job import SHARD_BYTES
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.solve.factor import BLOCK as FACTOR_COLUMNS
 from quasar_core.quantize.solve.gptq import solver_rows
+from quasar_core.quantize.text_plan import Free, TextPlan, choose_text
+from quasar_core.quantize.text_writers import LOGIT_BYTES, batch_rows
 
 # Measured with the packages of pyproject.toml: the interpreter with torch and transformers, before any weight.
 INTERPRETER_BYTES = 350_000_000
@@ -71,7 +75,8 @@ class Plan:
     host: int
     device: int
     disk: int
-    text_on_device: bool
+    text: TextPlan
+    text_rows: int  # that are written at once
     writes_calibration: bool = True  # else the model writes its greedy text alone
     whole_because: str | None = None
     free_host: int | None = None
@@ -91,8 +96,13 @@ def make_plan(
     on_device: bool = False,
     max_memory: int | None = None,
     free_device: int | None = None,
+    text: TextPlan | None = None,
 ) -> Plan:
-    """The figures for one model; with `on_device`, blocks run on a GPU with so much memory free."""
+    """The figures for one model; with `on_device`, blocks run on a GPU with so much memory free.
+
+    The text is written as `text` plans; without one, by transformers, in the room that is usual.
+    """
+    text = text or _usual_text(shape, free_device if on_device else None)
     solvers = LayerPlan.of(config)
     blocks: dict[str, int] = {}
     for name, (out, columns) in shape.layers.items():
@@ -105,27 +115,31 @@ def make_plan(
     plain, states = shape.stored * shape.other_weights, activation_bytes(shape, config, on_device)
     spilled = max_memory is not None and states > max_memory
     held = 0 if spilled else states
-    text = shape.element * shape.weights + cache_bytes(True)
-    text_on_device = on_device and free_device is not None and text <= free_device
     quantized = packed + written_again + plain + (states if spilled else 0)
-    host = host_stages(shape, config, held, on_device, text_on_device)
+    host = host_stages(shape, config, held, on_device, text)
     return Plan(
         checkpoint=packed + plain,
         bits_per_weight=round(8 * packed / (shape.weights - shape.other_weights), 3),
         activations=states,
         spilled=spilled,
         host=INTERPRETER_BYTES + max(host),
-        device=max(device_stages(shape, config, text if text_on_device else 0)) if on_device else 0,
-        disk=text_bytes(config) + max(written_bytes(shape, config, text_on_device), quantized),
-        text_on_device=text_on_device,
+        device=max(device_stages(shape, config, text)) if on_device else 0,
+        disk=text_bytes(config) + max(written_bytes(shape, config, text), quantized),
+        text=text,
+        text_rows=rows_written(shape, config, text),
         writes_calibration=config.calibration == "self",
         whole_because=shape.whole_because,
         free_device=free_device,
     )
 
 
+def _usual_text(shape: Shape, free_device: int | None) -> TextPlan:
+    passes = {2: torch.bfloat16, 4: torch.float32}[shape.element]
+    return choose_text(shape.weights, passes, "nobody has asked what is free", Free(device=free_device), True)
+
+
 def host_stages(
-    shape: Shape, config: QuantizeConfig, held: int, on_device: bool, text_on_device: bool
+    shape: Shape, config: QuantizeConfig, held: int, on_device: bool, text: TextPlan
 ) -> tuple[int, int, int]:
     """Bytes of memory while the text is written, blocks are quantized, and fidelity is measured.
 
@@ -134,7 +148,8 @@ def host_stages(
     whole = shape.element * shape.weights
     copied = shape.element != shape.stored or shape.whole_because is not None
     kept, read = whole if shape.whole_because else 0, held_out_bytes(shape, config)
-    writing = 0 if text_on_device else cache_bytes(False) + (whole if copied else 0)
+    own = text.weights if text.why_not_lean is None else whole if copied else 0
+    writing = 0 if text.on_device else rows_bytes(shape, config, text) + own
     if on_device:
         return writing, kept + held + block_bytes(shape), kept + read
     ends = 2 * shape.element * shape.ends_weights if copied else 0
@@ -143,12 +158,13 @@ def host_stages(
     return writing, quantizing, kept + read + ends + max(block, logit_bytes(shape, config))
 
 
-def device_stages(shape: Shape, config: QuantizeConfig, text: int) -> tuple[int, int, int]:
-    """The same of a GPU's memory; `text` is what writing it takes there."""
+def device_stages(shape: Shape, config: QuantizeConfig, text: TextPlan) -> tuple[int, int, int]:
+    """The same of a GPU's memory."""
+    writing = text.weights + rows_bytes(shape, config, text) if text.on_device else 0
     batch = batch_bytes(shape, config, True)
     quantizing = block_bytes(shape) + smoothed_bytes(shape, config) + solver_bytes(shape, True) + batch
     ends = 2 * shape.element * shape.ends_weights  # of both models
-    return text, quantizing, ends + max(block_bytes(shape) + batch, logit_bytes(shape, config))
+    return writing, quantizing, ends + max(block_bytes(shape) + batch, logit_bytes(shape, config))
 
 
 def packed_bytes(out_features: int, in_features: int, bits: float, group_size: int) -> int:
@@ -188,10 +204,32 @@ def text_bytes(config: QuantizeConfig) -> int:
     return 8 * tokens
 
 
-def written_bytes(shape: Shape, config: QuantizeConfig, on_device: bool) -> int:
+def rows_written(shape: Shape, config: QuantizeConfig, text: TextPlan) -> int:
+    """Rows of the longest text that the model writes at once."""
+    length, rows = _longest_text(config)
+    return batch_rows(text.room, row_bytes(shape, text, length), rows)
+
+
+def row_bytes(shape: Shape, text: TextPlan, length: int) -> int:
+    """What a row that is being written takes."""
+    return shape.token * text.element // shape.element * length + LOGIT_BYTES * shape.vocabulary
+
+
+def _longest_text(config: QuantizeConfig) -> tuple[int, int]:
+    """Tokens of a row, and rows."""
+    if config.calibration != "self":
+        return GREEDY_LENGTH, held_out_rows(config)
+    return config.calibration_length, config.samples + held_out_rows(config)
+
+
+def rows_bytes(shape: Shape, config: QuantizeConfig, text: TextPlan) -> int:
+    """Keys, values and logits of the rows that are written at once."""
+    return rows_written(shape, config, text) * row_bytes(shape, text, _longest_text(config)[0])
+
+
+def written_bytes(shape: Shape, config: QuantizeConfig, text: TextPlan) -> int:
     """Keys and values of the rows that are written at once, which are kept beside them (`text_log.py`)."""
-    own = (config.samples + held_out_rows(config)) * config.calibration_length if config.calibration == "self" else 0
-    return min(cache_bytes(on_device), shape.token * max(own, held_out_rows(config) * GREEDY_LENGTH))
+    return rows_bytes(shape, config, text) - rows_written(shape, config, text) * LOGIT_BYTES * shape.vocabulary
 
 
 def held_out_bytes(shape: Shape, config: QuantizeConfig) -> int:

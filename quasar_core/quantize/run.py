@@ -51,6 +51,7 @@ from quasar_core.quantize.mixed_precision import (
 )
 from quasar_core.quantize.optimum_backend import check_optimum, quantize_with_optimum
 from quasar_core.quantize.successors import can_be_counted, known_successors, rows_to_count
+from quasar_core.quantize.text_plan import TextPlan, open_writer
 from quasar_core.records import Progress, QuantizeReport, no_progress
 
 
@@ -73,20 +74,20 @@ def quantize_checkpoint(
     target: StreamedModel,
     tokenizer: PreTrainedTokenizerBase,
     record: Record,
+    text: TextPlan,
     resume: bool = True,
     spill: bool = False,
-    text_device: torch.device | None = None,
     progress: Progress = no_progress,
 ) -> QuantizeReport:
     """Write the verifier of `target`, whole or not at all, and `record` it; what an interrupted run finished is used.
 
-    With `spill`, hidden states lie in a file. The whole target is held, for its text, on `text_device`.
+    With `spill`, hidden states lie in a file. The target writes its text as `text` plans.
     """
     check_request(job, target, tokenizer)
     with working_folder(job, resume):
         report = whole_report(job, job.partial)
         if report is None:
-            report = _work(job, target, tokenizer, spill, text_device or target.device, progress)
+            report = _work(job, target, tokenizer, spill, text, progress)
         hand_over(job, record)
     return report
 
@@ -96,13 +97,13 @@ def _work(
     target: StreamedModel,
     tokenizer: PreTrainedTokenizerBase,
     spill: bool,
-    text_device: torch.device,
+    text: TextPlan,
     progress: Progress,
 ) -> QuantizeReport:
     """Run all stages, in the working folder."""
     watch = Stopwatch()
     with watch.stage("calibration text"):
-        calibration = calibrate(job, target, tokenizer, text_device, progress)
+        calibration = calibrate(job, target, tokenizer, text, progress)
     with watch.stage("quantizing"):
         activations = quantize_layers(job, target, tokenizer, calibration, spill, progress)
     with watch.stage("successors"):
@@ -145,7 +146,7 @@ def calibrate(
     job: Job,
     target: StreamedModel,
     tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
+    text: TextPlan,
     progress: Progress = no_progress,
 ) -> Calibration:
     """Load or write the calibration text; a resumed run reads that of the first."""
@@ -155,7 +156,9 @@ def calibrate(
         return Calibration(name, rows["samples"], rows["held_out"], rows["greedy"], job.config.seed)
     check_finite(target.weights.files, progress)
     limit = position_limit(target.skeleton.config.get_text_config()) or UNLIMITED
-    calibration = load_calibration(target.whole(device), tokenizer, job.config, limit, progress, job.written_text)
+    writer = open_writer(job.source, target, text, progress)
+    calibration = load_calibration(writer, tokenizer, job.config, limit, progress, job.written_text)
+    del writer
     check_calibration(calibration, target.vocab_size)
     save_tensors(
         job.calibration,

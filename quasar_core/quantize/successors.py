@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from quasar_core.draft.successor_file import write_successors
@@ -19,9 +20,12 @@ from quasar_core.quantize.calibration import load_calibration
 from quasar_core.quantize.fidelity import logit_pieces
 from quasar_core.quantize.job import Job
 from quasar_core.quantize.measure_fidelity import read_rows
+from quasar_core.quantize.text_plan import Free, free_on, open_writer, plan_text
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.folders import read_card
+from quasar_core.system import free_memory
 
+SPAN = 64  # tokens of a vocabulary that are looked at together
 MOST_READ = 1 << 17  # tokens whose rows are computed; of a longer text the first
 
 
@@ -34,9 +38,9 @@ def known_successors(model: CausalLM, samples: torch.Tensor, progress: Progress 
     for done, row in enumerate(rows.tolist()):
         progress("counting successors", done, len(rows))
         for logits in logit_pieces(model, cache, row, 0):
-            chances, tokens = logits.softmax(dim=-1).topk(min(WIDTH, logits.shape[-1]), dim=-1)
+            chances, tokens = likeliest(logits, min(WIDTH, logits.shape[-1]))
             best.append(tokens.cpu())
-            odds.append(chances.float().cpu())
+            odds.append(chances.cpu())
     progress("counting successors", len(rows), len(rows))
     shape = (*rows.shape, -1)
     return count_successors(
@@ -44,6 +48,19 @@ def known_successors(model: CausalLM, samples: torch.Tensor, progress: Progress 
         torch.cat(best).view(shape).numpy().astype(np.int64),
         torch.cat(odds).view(shape).numpy(),
     )
+
+
+def likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest probabilities of each row of float32 logits [T, V], and their tokens, [T, count] each.
+
+    They lie in the spans with the largest maxima, so that few of the logits are sorted.
+    """
+    spans = pad(logits, (0, -logits.shape[1] % SPAN), value=-torch.inf).unflatten(1, (-1, SPAN))
+    chosen = spans.amax(dim=2).topk(min(count, spans.shape[1]), dim=1).indices  # [T, up to count]
+    within = spans.gather(1, chosen[:, :, None].expand(-1, -1, SPAN)).flatten(1)
+    best, places = within.topk(count, dim=1)
+    tokens = chosen.gather(1, places // SPAN) * SPAN + places % SPAN
+    return (best - logits.logsumexp(dim=1, keepdim=True)).exp(), tokens
 
 
 def can_be_counted(vocabulary: int) -> bool:
@@ -69,7 +86,9 @@ def add_successors(
     if not can_be_counted(target.vocab_size):
         raise QuasarError(f"A vocabulary of {target.vocab_size:,} tokens is too large for a file of successors.")
     limit = position_limit(target.skeleton.config.get_text_config()) or UNLIMITED
-    samples = load_calibration(target.whole(target.device), tokenizer, job.config, limit, progress).samples
+    writer = open_writer(job.source, target, plan_text(job.source, target, Free(free_memory(), free_on(target.device))))
+    samples = load_calibration(writer, tokenizer, job.config, limit, progress).samples
+    del writer
     samples = samples[: rows_to_count(samples)]
     read = read_rows(target, [samples], "reading the text", progress)
     with foreign_errors(f"{job.output} cannot be written to"):

@@ -1,8 +1,8 @@
 """The text that a model writes, kept on the disk as it is written, so that a run that ends goes on where it was.
 
 A log is of one batch of rows: a line of JSON that tells which, then records, appended and synced every few seconds.
-A record holds new tokens, their keys and values, and the state of the draws; with these, every later step computes
-what it would have computed, to the last bit. Passing the tokens anew would be another product, with other rounding.
+A record holds new tokens, and what their passes have left: keys and values. With these, every later step computes what
+it would have computed, to the last bit. Passing the tokens anew would be another product, with other rounding.
 Letters: B rows of a batch, T positions of a record.
 """
 
@@ -21,7 +21,7 @@ from safetensors.torch import load, load_file, save
 from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.errors import QuasarError
 from quasar_core.files import sync
-from quasar_core.models.hf.cache import PreallocatedCache
+from quasar_core.quantize.text_writers import Rows
 
 SECONDS = 2.0  # of work that may be lost
 SHARE = 20  # of the time goes at most one part in so many into keeping
@@ -52,18 +52,14 @@ class TextLog:
             raise QuasarError(f"{self._whole} is not readable ({error}): delete it, and it is made anew.") from error
         return tensors["tokens"] if same else None
 
-    def resume(self, cache: PreallocatedCache, generator: torch.Generator) -> list[torch.Tensor]:
-        """Read the tokens so far, each position [B, 1]; cache and draws become what they were after the last one."""
+    def resume(self, rows: Rows, device: torch.device) -> list[torch.Tensor]:
+        """Read the tokens so far, of each position [B]; the rows become what they were after the last one."""
         tokens: list[torch.Tensor] = []
         end_of_last = 0
         for record, end in self._records():
             end_of_last = end
-            tokens += record["tokens"].to(generator.device).split(1, dim=1)
-            for index, layer in enumerate(cache.decoder_layers):
-                if f"keys.{index}" in record:
-                    keys, values = (record[f"{part}.{index}"].to(generator.device) for part in ("keys", "values"))
-                    layer.update(keys, values)
-            generator.set_state(record["draws"])
+            tokens += record.pop("tokens").to(device).unbind(dim=1)
+            rows.append(record)
         if end_of_last:
             os.truncate(self._path, end_of_last)  # what was not written whole goes
         else:
@@ -71,17 +67,16 @@ class TextLog:
         self._kept = len(tokens)
         return tokens
 
-    def keep(self, tokens: Sequence[torch.Tensor], cache: PreallocatedCache, generator: torch.Generator) -> None:
-        """Append what is new, once in a while: tokens that were passed, [B, 1] each. Raises OSError."""
+    def keep(self, tokens: Sequence[torch.Tensor], rows: Rows) -> None:
+        """Append what is new, once in a while: tokens that were passed, [B] each. Raises OSError."""
         begin = time.monotonic()
         if begin < self._next:
             return
-        record = {"tokens": torch.cat(list(tokens[self._kept :]), dim=1).cpu(), "draws": generator.get_state()}
-        for index, layer in enumerate(cache.decoder_layers):
-            if layer.is_initialized:
-                for part in ("keys", "values"):
-                    new = getattr(layer, part)[:, :, self._kept : len(tokens)]
-                    record[f"{part}.{index}"] = new.cpu().contiguous()
+        states = rows.states(self._kept, len(tokens))
+        if states is None:
+            return
+        record = {name: part.cpu().contiguous() for name, part in states.items()}
+        record["tokens"] = torch.stack(list(tokens[self._kept :]), dim=1).cpu()
         self._append(save(record))
         self._kept = len(tokens)
         now = time.monotonic()
@@ -116,6 +111,21 @@ class TextLog:
                 return
             while (record := _read_record(file)) is not None:
                 yield load(record), file.tell()
+
+
+def kept_batch(folder: Path, name: str) -> dict[str, Any] | None:
+    """The identity of a batch that an earlier run has begun or finished; None where nothing of one can be read."""
+    whole, log = folder / f"{name}.safetensors", folder / f"{name}.log"
+    try:
+        if whole.exists():
+            line = bytes(load_file(whole)["identity"].tolist()).decode()
+        else:
+            with log.open("rb") as file:
+                line = file.readline().decode()
+        found: dict[str, Any] = json.loads(line)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None  # whoever reads the batch itself tells what is wrong with it
+    return found
 
 
 def _read_record(file: BinaryIO) -> bytes | None:

@@ -12,10 +12,11 @@ from quasar_core.checkpoint.gptq_format import trivial_groups
 from quasar_core.quantize.blocks.activations import capture_first_inputs
 from quasar_core.quantize.blocks.layerwise import quantize_blocks
 from quasar_core.quantize.blocks.streaming import find_blocks, linear_layers
-from quasar_core.quantize.calibration import write_self_text
 from quasar_core.quantize.fidelity import kl_divergence
+from quasar_core.quantize.self_text import write_self_text
 from quasar_core.quantize.solve.gptq import SolverConfig
 from quasar_core.quantize.solve.grid import fit_grid, round_to_nearest
+from quasar_core.quantize.text_writers import TransformersWriter
 
 FOLDER = Path(quasar_core.demo.__file__).parent / "model"
 SAMPLES, HELD_OUT, LENGTH = 32, 16, 128
@@ -52,7 +53,9 @@ def divergence_from(model: PreTrainedModel, rows: torch.Tensor) -> Callable[[Pre
 @torch.no_grad()
 def test_gptq_at_least_halves_the_divergence_of_rounding_to_nearest(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
-    text = write_self_text(model, AutoTokenizer.from_pretrained(FOLDER), SAMPLES + HELD_OUT, LENGTH, seed=0)
+    text = write_self_text(
+        TransformersWriter(model), AutoTokenizer.from_pretrained(FOLDER), SAMPLES + HELD_OUT, LENGTH, seed=0
+    )
     divergence = divergence_from(model, text[SAMPLES:])
     solved, nearest = quantized(model, text[:SAMPLES], tmp_path), rounded_to_nearest(model)
     assert divergence(model) == 0

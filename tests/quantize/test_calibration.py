@@ -20,6 +20,7 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.quantize import calibration
 from quasar_core.quantize.calibration import Calibration, encode, load_calibration, read_documents
+from quasar_core.quantize.text_writers import TransformersWriter
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +40,9 @@ def load(
     source: str | Path, tokenizer: object = None, samples: int = 8, seq_len: int = 16, seed: int = 0
 ) -> Calibration:
     config = QuantizeConfig(calibration=str(source), samples=samples, seq_len=seq_len, seed=seed)
-    return load_calibration(random_model("qwen3").model, tokenizer or word_tokenizer(), config, max_context=128)
+    return load_calibration(
+        TransformersWriter(random_model("qwen3").model), tokenizer or word_tokenizer(), config, max_context=128
+    )
 
 
 def text_of(count: int, first: int = 0) -> str:

@@ -9,14 +9,15 @@ import torch
 from helpers.bench_pair import TokenCache
 from helpers.tiny_models import quantized_copy, random_model
 
+from quasar_core.quantize import fidelity
 from quasar_core.quantize.fidelity import (
     KINDS,
+    Tally,
     kernel_divergence,
     kl_divergence,
     margin_table,
     margins,
     measure_fidelity,
-    overlap,
 )
 from quasar_core.records import FidelityReport, MarginTable
 
@@ -44,12 +45,34 @@ def test_divergence_and_overlap_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
     assert kl_divergence(p, q).tolist() == pytest.approx([0.5 * math.log(4 / 3)])
     assert kl_divergence(p + 3, q - 5).tolist() == pytest.approx([0.5 * math.log(4 / 3)], abs=1e-6)
-    assert overlap(p, q).tolist() == pytest.approx([0.75])
+    tally = Tally()
+    tally.add(p, q, torch.tensor([1]), 1)
+    assert tally.overlap[0].tolist() == pytest.approx([0.75])
+    assert tally.kl[0].tolist() == pytest.approx([0.5 * math.log(4 / 3)])
+    assert (tally.target_nll, tally.verifier_nll) == pytest.approx((math.log(2), math.log(4 / 3)))
     assert kl_divergence(p, p).tolist() == [0]
 
 
 def test_margins_are_differences_of_the_two_best() -> None:
     assert margins(torch.tensor([[1.0, 5.0, 3.0], [2.0, 2.0, 0.0]])).tolist() == [2, 0]
+
+
+def test_rows_are_compared_a_few_at_a_time_with_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one by one, against each value by its formula."""
+    p, q = (torch.randn(23, 301, generator=torch.Generator().manual_seed(seed)) * 3 for seed in (0, 1))
+    tokens = torch.arange(23) * 7
+    monkeypatch.setattr(fidelity, "COMPARED_VALUES", 5 * 301)
+    tally = Tally()
+    tally.add(p, q, tokens, 4)
+    torch.testing.assert_close(torch.cat(tally.kl), kl_divergence(p, q))
+    torch.testing.assert_close(torch.cat(tally.overlap), torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1))
+    assert torch.equal(torch.cat(tally.agreed), p.argmax(-1) == q.argmax(-1))
+    best = q.topk(2).values
+    assert torch.equal(torch.cat(tally.margin), best[:, 0] - best[:, 1])
+    nll = torch.nn.functional.cross_entropy
+    expected = [nll(logits, tokens, reduction="sum").item() for logits in (p, q)]
+    assert [tally.target_nll, tally.verifier_nll] == pytest.approx(expected, rel=1e-5)
+    assert torch.cat(tally.positions).tolist() == list(range(4, 27))
 
 
 def test_margin_table_by_hand() -> None:

@@ -32,6 +32,7 @@ from quasar_core.quantize.plan import (
     parse_bytes,
     refuse_what_cannot_fit,
 )
+from quasar_core.quantize.text_plan import NO_ROOM, Free, TextPlan, choose_text
 
 pytest_plugins = ["helpers.quantize_fixtures"]
 DOCS = Path(__file__).parents[2] / "docs" / "quantizing.md"
@@ -86,8 +87,45 @@ def test_a_model_that_is_converted_or_loaded_whole_is_held_whole() -> None:
 def test_a_gpu_writes_the_text_where_it_holds_the_model() -> None:
     large = replace(SMALL, other_weights=10**10, ends_weights=10**9)
     roomy, tight = (make_plan(large, CONFIG, True, free_device=gb * 10**9) for gb in (80, 8))
-    assert (roomy.text_on_device, tight.text_on_device) == (True, False)
+    assert (roomy.text.on_device, tight.text.on_device) == (True, False)
     assert roomy.device > 2 * 10**10 > tight.device
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("why", "passes", "free", "fast", "expected"),
+    [
+        (None, torch.bfloat16, Free(8 * GB), True, TextPlan(False, None, "bfloat16", 2 * GB, 6 * GB // 4)),
+        (None, torch.bfloat16, Free(9 * GB), False, TextPlan(False, None, "float32", 4 * GB, 5 * GB // 4)),
+        (None, torch.float16, Free(8 * GB), True, TextPlan(False, None, "bfloat16", 2 * GB, 6 * GB // 4)),
+        (None, torch.float32, Free(9 * GB, None, 4 * GB), True, TextPlan(False, None, "float32", 4 * GB, GB)),
+        (None, torch.bfloat16, Free(3 * GB), True, TextPlan(False, NO_ROOM, "bfloat16", 0, 3 * GB // 4)),
+        ("so", torch.bfloat16, Free(8 * GB), False, TextPlan(False, "so", "bfloat16", 0, 2 * GB)),
+        (None, torch.bfloat16, Free(8 * GB, 6 * GB), False, TextPlan(True, None, "bfloat16", 2 * GB, GB)),
+        (None, torch.bfloat16, Free(8 * GB, 3 * GB), True, TextPlan(False, None, "bfloat16", 2 * GB, 6 * GB // 4)),
+    ],
+    ids=str,
+)
+def test_what_writes_the_text_is_chosen_by_what_is_free(
+    why: str | None, passes: torch.dtype, free: Free, fast: bool, expected: TextPlan
+) -> None:
+    """Of a model of 10⁹ weights."""
+    assert choose_text(10**9, passes, why, free, fast) == expected
+
+
+def test_the_rows_of_the_lean_decoder_and_its_weights_are_planned(source: Path) -> None:
+    """In the dtype that it has, and on the disk as they are kept."""
+    shape = replace(SMALL, token=40)
+    plans = [
+        make_plan(shape, CONFIG, text=TextPlan(False, None, dtype, 10**9, 10**9)) for dtype in ("bfloat16", "float32")
+    ]
+    (two, four), rows = plans, CONFIG.samples + 3
+    assert two.text_rows == four.text_rows == rows
+    assert four.host - two.host == rows * 40 * CONFIG.seq_len
+    assert two.host > 10**9
+    assert api.estimate(str(source), CONFIG, device="cpu").text.why_not_lean is None
 
 
 def test_the_same_codes_whether_hidden_states_lie_in_memory_or_in_a_file(source: Path) -> None:
@@ -274,7 +312,11 @@ def test_the_plan_as_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     show(plan_table(make_plan(SMALL, CONFIG)))
     shown = capsys.readouterr().out
     assert "GPU memory" not in shown
-    assert "its calibration and its greedy text, on the CPU, from its files" in shown
+    assert "its calibration and its greedy text, on the CPU, by transformers in bfloat16, since" in shown
+    text = TextPlan(False, None, "float32", weights=10**6, room=10**6)
+    show(plan_table(make_plan(SMALL, CONFIG, text=text)))
+    shown = capsys.readouterr().out
+    assert "on the CPU, by quasar's own decoder in float32, 38 rows at once" in shown
     show(plan_table(make_plan(SMALL, replace(CONFIG, calibration="text.txt"))))
     shown = capsys.readouterr().out
     assert "its greedy text, on the CPU" in shown

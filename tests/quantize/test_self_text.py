@@ -1,13 +1,20 @@
 """Text that a model writes for its own calibration: turns off the template, forced tokens, seeds, greedy parts."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.chat_text import ASSISTANT, BEGIN, CHATML, END, NEWLINE, SYSTEM, USER, chat_tokenizer
+from helpers.decoder_cases import CPU, save_model
 from helpers.near_ties import assert_same_but_for_ties
 from helpers.tiny_models import random_model, words
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from quasar_core.quantize import calibration
-from quasar_core.quantize.calibration import rows_at_once, turn_tokens, write_self_text
+from quasar_core.models.lean_weights import load_target
+from quasar_core.quantize.conversation import turn_tokens
+from quasar_core.quantize.self_text import draw, write_self_text
+from quasar_core.quantize.text_writers import LeanWriter, TransformersWriter, batch_rows
 
 WITH_SYSTEM = "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nw50<|im_end|>\n' }}{%- endif %}" + CHATML
 
@@ -57,7 +64,7 @@ def test_no_turns_without_a_template_or_where_it_hides_the_messages(template: st
 
 def test_the_templates_tokens_follow_where_a_turn_ends() -> None:
     """User: two words; the template opens the assistant's turn; two words; it opens the user's."""
-    rows = write_self_text(ScriptedModel(2), chat_tokenizer(CHATML), 2, 20, seed=0)
+    rows = write_self_text(TransformersWriter(ScriptedModel(2)), chat_tokenizer(CHATML), 2, 20, seed=0)
     user = [BEGIN, USER, NEWLINE, 90, 90, END]
     assistant = [NEWLINE, BEGIN, ASSISTANT, NEWLINE, 90, 90, END]
     again = [NEWLINE, BEGIN, USER, NEWLINE, 90, 90, END]
@@ -65,25 +72,72 @@ def test_the_templates_tokens_follow_where_a_turn_ends() -> None:
 
 
 def test_a_row_shorter_than_the_opening_is_the_openings_beginning() -> None:
-    rows = write_self_text(ScriptedModel(2), chat_tokenizer(WITH_SYSTEM), 2, 4, seed=0)
+    rows = write_self_text(TransformersWriter(ScriptedModel(2)), chat_tokenizer(WITH_SYSTEM), 2, 4, seed=0)
     assert rows.tolist() == [[BEGIN, SYSTEM, NEWLINE, 50]] * 2
 
 
-def test_seeds_reproduce_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "CACHE_BYTES", 3 * 20 * 2 * 2 * 2 * 16 * 4)  # three rows at once
-    model = random_model("qwen3").model
-    assert rows_at_once(model, 20, on_device=False) == 3
-    first, again, other = (write_self_text(model, words(), 7, 20, seed) for seed in (5, 5, 6))
+@pytest.mark.parametrize("lean", [True, False])
+def test_seeds_reproduce_and_differ(lean: bool, tiny_llama: tuple[LeanWriter, TransformersWriter]) -> None:
+    """Whatever the rows of a batch."""
+    writer = tiny_llama[0] if lean else tiny_llama[1]
+    first, again, other = (write_self_text(writer, words(), 7, 20, seed) for seed in (5, 5, 6))
     assert first.shape == (7, 20)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert len({tuple(row) for row in first.tolist()}) == 7, "rows differ, across batches too"
+    assert len({tuple(row) for row in first.tolist()}) == 7
+    writer.room = 3 * writer.row_bytes(20)
+    assert torch.equal(write_self_text(writer, words(), 7, 20, 5), first)
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> tuple[LeanWriter, TransformersWriter]:
+    """The same model, as either writes with it."""
+    model = save_model(tmp_path, "Llama", {"vocab_size": 97})
+    return LeanWriter(load_target(tmp_path, CPU, torch.float32)), TransformersWriter(model)
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_the_lean_decoder_writes_what_transformers_writes(
+    template: str | None, tiny_llama: tuple[LeanWriter, TransformersWriter]
+) -> None:
+    """In float32, of the same seed; a chat's forced tokens and a greedy end included."""
+    tokenizer = chat_tokenizer(template) if template else words()
+    lean, other = (write_self_text(writer, tokenizer, 6, 48, 2, greedy_from=30) for writer in tiny_llama)
+    assert torch.equal(lean, other)
+
+
+@pytest.mark.parametrize(
+    ("room", "rows", "expected"), [(0, 5, 1), (39, 5, 3), (50, 5, 5), (10**6, 160, 160), (10**6, 300, 150), (70, 8, 4)]
+)
+def test_batches_are_nearly_equal_and_fit(room: int, rows: int, expected: int) -> None:
+    assert batch_rows(room, 10, rows) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), vocabulary=st.integers(1, 700), spread=st.sampled_from([0.1, 3.0, 30.0]))
+def test_draws_have_the_frequencies_of_the_softmax(seed: int, vocabulary: int, spread: float) -> None:
+    """Over chances in even steps, a token is drawn as often as its probability says, to a step on either side."""
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed)) * spread
+    logits[torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed))[: vocabulary // 3]] = -torch.inf
+    steps = 500
+    chances = (torch.arange(steps, dtype=torch.double) + 0.5) / steps
+    counts = draw(logits.expand(steps, -1), chances).bincount(minlength=vocabulary)
+    assert len(counts) == vocabulary
+    assert ((counts - steps * logits.double().softmax(-1)).abs() <= 1.001).all()
+
+
+def test_a_chance_next_to_one_draws_a_token_that_is_possible() -> None:
+    logits = torch.full((3, 300), -torch.inf)
+    logits[0, 7], logits[1, 299], logits[2, [0, 260]] = 1.0, -80.0, torch.tensor([0.0, -30.0])
+    assert draw(logits, torch.full((3,), 1 - 1e-16, dtype=torch.double)).tolist()[:2] == [7, 299]
+    assert draw(logits, torch.ones(3, dtype=torch.double)).tolist() == [7, 299, 260]
+    assert draw(logits, torch.zeros(3, dtype=torch.double)).tolist() == [7, 299, 0]
 
 
 def test_a_base_model_starts_from_a_drawn_token_and_samples_its_own_distribution() -> None:
     """The mean log-likelihood of the sampled tokens is the model's negative entropy, within chance."""
     model = random_model("llama").model
-    rows = write_self_text(model, words(), 64, 24, seed=0)
+    rows = write_self_text(TransformersWriter(model), words(), 64, 24, seed=0)
     assert len(set(rows[:, 0].tolist())) > 20
     with torch.no_grad():
         log_p = model(input_ids=rows).logits[:, :-1].float().log_softmax(dim=-1)
@@ -99,7 +153,7 @@ def test_a_base_model_starts_from_a_drawn_token_and_samples_its_own_distribution
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])
 def test_the_greedy_part_is_transformers_greedy_continuation(architecture: str) -> None:
     model = random_model(architecture).model
-    rows = write_self_text(model, words(), 3, 40, seed=1, greedy_from=12)
+    rows = write_self_text(TransformersWriter(model), words(), 3, 40, seed=1, greedy_from=12)
     for row in rows:
         prompt = row[None, :12]
         expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=28)
@@ -108,5 +162,13 @@ def test_the_greedy_part_is_transformers_greedy_continuation(architecture: str) 
 
 def test_progress_counts_tokens_to_the_end() -> None:
     seen: list[tuple[str, int, int]] = []
-    write_self_text(random_model("llama").model, words(), 2, 6, 0, progress=lambda *call: seen.append(call), stage="s")
+    write_self_text(
+        TransformersWriter(random_model("llama").model),
+        words(),
+        2,
+        6,
+        0,
+        progress=lambda *call: seen.append(call),
+        stage="s",
+    )
     assert seen == [("s", 2 * position, 12) for position in range(2, 7)]

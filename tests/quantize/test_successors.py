@@ -16,6 +16,8 @@ from quasar_core.draft.successors import ODDS
 from quasar_core.errors import UsageError
 from quasar_core.models.pair import Pair, load_tokenizer
 from quasar_core.quantize.calibration import load_calibration
+from quasar_core.quantize.successors import likeliest
+from quasar_core.quantize.text_writers import TransformersWriter
 from quasar_core.store.folders import SUCCESSORS
 
 pytest_plugins = ["helpers.quantize_fixtures"]
@@ -24,11 +26,11 @@ pytest_plugins = ["helpers.quantize_fixtures"]
 def test_counts_are_of_the_targets_own_logits(source: Path) -> None:
     """Of every context of one token, against plain passes of transformers' model over the calibration text."""
     folder = Path(quantize(source).checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     vocabulary = model.config.vocab_size
     known = read_successors(folder, vocabulary)
     assert known is not None
-    samples = load_calibration(model, load_tokenizer(source), CONFIG, 10_000).samples
+    samples = load_calibration(TransformersWriter(model), load_tokenizer(source), CONFIG, 10_000).samples
     with torch.inference_mode():
         chances = model(input_ids=samples).logits.float().softmax(dim=-1)
     sums: dict[int, torch.Tensor] = defaultdict(lambda: torch.zeros(vocabulary))
@@ -94,3 +96,13 @@ def test_they_change_no_text(source: Path) -> None:
         for verify, draft in (("full", "none"), ("full", "auto"), ("exact", "auto"), ("exact", "recycle"))
     ]
     assert all(text == texts[0] for text in texts)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 8, 63, 64, 65, 1000])
+def test_the_likeliest_tokens_are_those_of_a_sort_of_all(vocabulary: int) -> None:
+    logits = torch.randn(40, vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 4
+    count = min(8, vocabulary)
+    chances, tokens = likeliest(logits, count)
+    expected = logits.softmax(-1).topk(count)
+    assert torch.equal(tokens, expected.indices)
+    torch.testing.assert_close(chances, expected.values)

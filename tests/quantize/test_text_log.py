@@ -1,5 +1,6 @@
 """Text that a model writes is kept as it is written: killed at any step, it goes on to the same text."""
 
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.errors import QuasarError
-from quasar_core.quantize import calibration, text_log
-from quasar_core.quantize.calibration import write_self_text
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.lean_weights import load_target
+from quasar_core.quantize import text_log
+from quasar_core.quantize.self_text import write_self_text
+from quasar_core.quantize.text_writers import LeanRows, LeanWriter, TransformersRows, TransformersWriter, Writer
 from quasar_core.records import Progress
 
 pytest_plugins = ["helpers.quantize_fixtures"]
@@ -25,13 +29,26 @@ ROWS, LENGTH = 5, 24
 def _kept_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_log, "SECONDS", 0.0)
     monkeypatch.setattr(text_log, "SHARE", 0)
-    monkeypatch.setattr(calibration, "CACHE_BYTES", 2 * LENGTH * 2 * 2 * 2 * 16 * 4)  # two rows at once
 
 
 def write(kept: Path | None, progress: Progress | None = None, seed: int = 3, **options: Any) -> torch.Tensor:
-    model, tokenizer = random_model("qwen3").model, options.pop("tokenizer", None) or words()
+    tokenizer, lean = options.pop("tokenizer", None) or words(), options.pop("lean", True)
     more = {"progress": progress} if progress else {}
-    return write_self_text(model, tokenizer, ROWS, LENGTH, seed, kept=kept, **more, **options)
+    return write_self_text(writer(lean), tokenizer, ROWS, LENGTH, seed, kept=kept, **more, **options)
+
+
+def writer(lean: bool) -> Writer:
+    """One with room for two rows at once."""
+    found = LeanWriter(lean_model()) if lean else TransformersWriter(random_model("qwen3").model)
+    found.room = 2 * found.row_bytes(LENGTH)
+    return found
+
+
+@cache
+def lean_model() -> LeanDecoder:
+    with tempfile.TemporaryDirectory() as folder:
+        random_model("qwen3").model.save_pretrained(folder)
+        return load_target(Path(folder), torch.device("cpu"), torch.float32)
 
 
 @cache
@@ -49,12 +66,13 @@ def stop_at(tokens: int) -> Progress:
 
 def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     passes: list[int] = []
-    next_logits = calibration._next_logits
-    monkeypatch.setattr(calibration, "_next_logits", lambda *args: (passes.append(1), next_logits(*args))[1])
+    for rows in (LeanRows, TransformersRows):
+        next_logits = rows.next_logits
+        monkeypatch.setattr(rows, "next_logits", lambda *args, passed=next_logits: (passes.append(1), passed(*args))[1])
     return passes
 
 
-@pytest.mark.parametrize("options", [{}, {"greedy_from": 9}, {"tokenizer": chat_tokenizer(CHATML)}])
+@pytest.mark.parametrize("options", [{}, {"greedy_from": 9, "lean": False}, {"tokenizer": chat_tokenizer(CHATML)}])
 @pytest.mark.parametrize("moments", [[1], [47], [48], [60, 61, 100], [119]])
 def test_an_interrupted_text_goes_on_to_the_same_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: list[int], options: dict[str, Any]
@@ -122,12 +140,11 @@ def test_little_of_the_time_goes_into_keeping(tmp_path: Path, monkeypatch: pytes
         append(log, record)
 
     monkeypatch.setattr(text_log.TextLog, "_append", slow)
-    monkeypatch.setattr(calibration, "CACHE_BYTES", 10**9)
 
     def tick(*_: object) -> None:
         clock[0] += 1
 
-    write_self_text(random_model("qwen3").model, words(), 2, 120, 0, progress=tick, kept=tmp_path)
+    write_self_text(TransformersWriter(random_model("qwen3").model), words(), 2, 120, 0, progress=tick, kept=tmp_path)
     assert kept == [2.0, 65.0]
 
 

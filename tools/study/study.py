@@ -28,6 +28,7 @@ from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.mixed_precision import ROWS, measure_widths, spend
 from quasar_core.quantize.solve.gptq import SolverConfig
 from quasar_core.quantize.solve.hessian import HessianAccumulator
+from quasar_core.quantize.text_writers import TransformersWriter
 from quasar_core.store.names import resolve_model
 from tools.study.distill import distill_scales
 from tools.study.lowrank import low_rank_part, rank_of_bytes
@@ -107,7 +108,7 @@ class Study:
         tokenizer, texts = load_tokenizer(source.folder), {}
         for name in ["self", *([foreign] if foreign else [])]:
             config = QuantizeConfig(calibration=name, samples=samples, seq_len=512, seed=seed)
-            texts[name] = load_calibration(target.model, tokenizer, config, 512)
+            texts[name] = load_calibration(TransformersWriter(target.model), tokenizer, config, 512)
         return cls(source.label, target, texts)
 
     def run(self, variant: Variant) -> Outcome:

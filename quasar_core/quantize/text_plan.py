@@ -1,0 +1,114 @@
+"""Plan how the model writes its text: by which passes, in which dtype, in how much memory; and open what writes it.
+
+The lean decoder holds a copy of the weights. Where memory has no room for one, or the architecture no place in it,
+transformers runs on the mapped files. On a processor without fast products in bfloat16, the copy is in float32.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.device import DTYPES, has_fast_bf16
+from quasar_core.models.lean_weights import load_target, why_folder_not_lean
+from quasar_core.quantize.blocks.streaming import StreamedModel
+from quasar_core.quantize.text_writers import USUAL_ROOM, LeanWriter, TransformersWriter, Writer
+from quasar_core.records import Progress, no_progress
+from quasar_core.store.model_config import read_config
+
+# Rows may take one part in so many of the memory that is free beside the weights, and, kept, of the disk.
+SHARE_FOR_ROWS = 4
+# A copy of the weights may take one part in so many of the memory that is free.
+SHARE_FOR_WEIGHTS = 2
+# A GPU writes the text where so much is left beside the weights.
+LEAST_ON_DEVICE = 2_000_000_000
+NO_ROOM = "memory has no room for a copy of its weights"
+
+
+@dataclass(frozen=True)
+class TextPlan:
+    """What was chosen: `weights` are the bytes of the lean decoder's copy, `room` what rows may take."""
+
+    on_device: bool
+    why_not_lean: str | None
+    dtype: str
+    weights: int
+    room: int
+
+    @property
+    def element(self) -> int:
+        """Bytes of a number in the passes."""
+        return DTYPES[self.dtype].itemsize
+
+    def describe(self) -> str:
+        """Such as "by quasar's own decoder in bfloat16"."""
+        if self.why_not_lean is None:
+            return f"by quasar's own decoder in {self.dtype}"
+        return f"by transformers in {self.dtype}, since {self.why_not_lean}"
+
+
+@dataclass(frozen=True)
+class Free:
+    """Bytes that are free: of memory, of a GPU's, and of the disk. None: nobody has asked, or nobody can tell."""
+
+    memory: int | None = None
+    device: int | None = None
+    disk: int | None = None
+
+
+def choose_text(weights: int, passes: torch.dtype, why_not_lean: str | None, free: Free, fast_bf16: bool) -> TextPlan:
+    """Choose for a model of so many weights, whose passes are otherwise in that dtype; `free.device` only of a GPU."""
+    if free.device is not None and weights * passes.itemsize + LEAST_ON_DEVICE <= free.device:
+        taken = weights * passes.itemsize
+        return TextPlan(True, why_not_lean, _name(passes), taken, (free.device - taken) // SHARE_FOR_ROWS)
+    dtype = torch.bfloat16 if fast_bf16 and passes != torch.float32 else torch.float32
+    copied = weights * dtype.itemsize
+    if why_not_lean is None and free.memory is not None and copied * SHARE_FOR_WEIGHTS > free.memory:
+        why_not_lean = NO_ROOM
+    if why_not_lean is not None:
+        dtype, copied = passes, 0
+    room = USUAL_ROOM if free.memory is None else (free.memory - copied) // SHARE_FOR_ROWS
+    if free.disk is not None:
+        room = min(room, free.disk // SHARE_FOR_ROWS)
+    return TextPlan(False, why_not_lean, _name(dtype), copied, room)
+
+
+def plan_text(source: Path, target: StreamedModel, free: Free) -> TextPlan:
+    """Choose for the model in the folder `source` on this machine."""
+    weights = count_weights(target.skeleton)
+    return choose_text(weights, target.dtype, _why_not_lean(source, target), free, has_fast_bf16())
+
+
+def count_weights(skeleton: PreTrainedModel) -> int:
+    """Count a model's weights, tied ones once."""
+    tied: Any = getattr(skeleton, "all_tied_weights_keys", None) or {}
+    return sum(parameter.numel() for name, parameter in skeleton.named_parameters() if name not in tied)
+
+
+def free_on(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU; None for the CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type != "cpu" else None
+
+
+def _why_not_lean(source: Path, target: StreamedModel) -> str | None:
+    if target.whole_because is not None:
+        return target.whole_because
+    if (obstacle := why_folder_not_lean(source)) is not None:
+        return obstacle
+    recurrent = DecoderConfig.parse(read_config(source)).is_recurrent
+    return "some of its layers are recurrent" if recurrent else None
+
+
+def open_writer(source: Path, target: StreamedModel, plan: TextPlan, progress: Progress = no_progress) -> Writer:
+    """What writes the text of the model in the folder `source`, as planned."""
+    device = target.device if plan.on_device else torch.device("cpu")
+    if plan.why_not_lean is None:
+        return LeanWriter(load_target(source, device, DTYPES[plan.dtype], progress), plan.room)
+    return TransformersWriter(target.whole(device), plan.room)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
