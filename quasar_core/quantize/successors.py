@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from quasar_core.draft.successor_file import write_successors
@@ -25,7 +24,6 @@ from quasar_core.records import Progress, no_progress
 from quasar_core.store.folders import read_card
 from quasar_core.system import free_memory
 
-SPAN = 64  # tokens of a vocabulary that are looked at together
 MOST_READ = 1 << 17  # tokens whose rows are computed; of a longer text the first
 
 
@@ -38,9 +36,9 @@ def known_successors(model: CausalLM, samples: torch.Tensor, progress: Progress 
     for done, row in enumerate(rows.tolist()):
         progress("counting successors", done, len(rows))
         for logits in logit_pieces(model, cache, row, 0):
-            chances, tokens = likeliest(logits, min(WIDTH, logits.shape[-1]))
+            chances, tokens = logits.softmax(dim=-1).topk(min(WIDTH, logits.shape[-1]), dim=-1)
             best.append(tokens.cpu())
-            odds.append(chances.cpu())
+            odds.append(chances.float().cpu())
     progress("counting successors", len(rows), len(rows))
     shape = (*rows.shape, -1)
     return count_successors(
@@ -48,19 +46,6 @@ def known_successors(model: CausalLM, samples: torch.Tensor, progress: Progress 
         torch.cat(best).view(shape).numpy().astype(np.int64),
         torch.cat(odds).view(shape).numpy(),
     )
-
-
-def likeliest(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest probabilities of each row of float32 logits [T, V], and their tokens, [T, count] each.
-
-    They lie in the spans with the largest maxima, so that few of the logits are sorted.
-    """
-    spans = pad(logits, (0, -logits.shape[1] % SPAN), value=-torch.inf).unflatten(1, (-1, SPAN))
-    chosen = spans.amax(dim=2).topk(min(count, spans.shape[1]), dim=1).indices  # [T, up to count]
-    within = spans.gather(1, chosen[:, :, None].expand(-1, -1, SPAN)).flatten(1)
-    best, places = within.topk(count, dim=1)
-    tokens = chosen.gather(1, places // SPAN) * SPAN + places % SPAN
-    return (best - logits.logsumexp(dim=1, keepdim=True)).exp(), tokens
 
 
 def can_be_counted(vocabulary: int) -> bool:

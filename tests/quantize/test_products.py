@@ -71,16 +71,27 @@ def test_causal_attention_takes_a_few_queries_at_a_time(length: int, calls: list
     assert calls == [f"attention {min(64, length - begin)}" for begin in range(0, length, 64)]
 
 
-@pytest.mark.parametrize("what", ["mask", "not causal", "bfloat16", "other keys"])
+def test_causal_attention_in_bfloat16_is_within_its_rounding() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 150, 8).bfloat16() for heads in (4, 2, 2))
+    exact = scaled_dot_product_attention(query.double(), key.double(), value.double(), is_causal=True, enable_gqa=True)
+    found = causal_attention(query, key, value, enable_gqa=True).double()
+    assert (found - exact).norm() < 2**-7 * exact.norm()
+    with FastPasses():
+        again = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    assert torch.equal(again.double(), found)
+
+
+@pytest.mark.parametrize("what", ["mask", "not causal", "float64", "other keys"])
 def test_other_attention_is_left_alone(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
     monkeypatch.setattr(matmul, "causal_attention", lambda *args, **_: (calls.append(True), args[0])[1])
     torch.manual_seed(0)
     query, key = torch.randn(1, 2, 70, 8), torch.randn(1, 2, 80 if what == "other keys" else 70, 8)
     mask = torch.ones(70, 70, dtype=torch.bool).tril(3) if what == "mask" else None
-    if what == "bfloat16":
-        query, key = query.bfloat16(), key.bfloat16()
-    options: dict[str, Any] = {"attn_mask": mask, "is_causal": what in ("bfloat16", "other keys")}
+    if what == "float64":
+        query, key = query.double(), key.double()
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": what in ("float64", "other keys")}
     expected = scaled_dot_product_attention(query, key, key, **options)
     with FastPasses():
         torch.testing.assert_close(scaled_dot_product_attention(query, key, key, **options), expected)
@@ -115,3 +126,24 @@ def test_tiles_and_parts_make_the_hessian(columns: int, copied: int, monkeypatch
     for got, sum_of in ((found, x.t() @ x), (beside, e.t() @ x)):
         torch.testing.assert_close(got.double(), 2 / 50 * sum_of, rtol=1e-4, atol=1e-5)
     assert torch.allclose(found, found.t(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("flags", [{"amx_bf16"}, set()], ids=str)
+def test_sums_over_inputs_in_bfloat16(fast: bool, flags: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """H as in float64, whatever the processor multiplies with; the errors' sum within a rounding of each batch."""
+    monkeypatch.setattr(matmul, "has_fast_bf16", lambda: fast)
+    monkeypatch.setattr(matmul, "processor_flags", lambda: frozenset(flags))
+    torch.manual_seed(0)
+    batches, errors = torch.randn(4, 50, 300).bfloat16(), torch.randn(4, 50, 7).bfloat16()
+    accumulator = HessianAccumulator(300, batches.device)
+    for rows, beside in zip(batches, errors, strict=True):
+        accumulator.add(rows, beside)
+    x, e = batches.double(), errors.double()
+    found, sums = accumulator.errors(), accumulator.finish("x")
+    torch.testing.assert_close(sums.double(), 2 / 200 * (x.mT @ x).sum(0), rtol=1e-5, atol=1e-5)
+    each = 2 / 200 * (e.mT @ x)
+    allowed = 2**-8 * each.abs().sum(0) + 1e-6 if fast else torch.tensor(1e-5, dtype=torch.double)
+    assert ((found - each.sum(0)).abs() <= allowed).all()
+    if hasattr(torch.backends.mkldnn, "matmul"):
+        assert torch.backends.mkldnn.matmul.fp32_precision != "bf16", "the setting is put back"

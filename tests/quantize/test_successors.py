@@ -16,7 +16,6 @@ from quasar_core.draft.successors import ODDS
 from quasar_core.errors import UsageError
 from quasar_core.models.pair import Pair, load_tokenizer
 from quasar_core.quantize.calibration import load_calibration
-from quasar_core.quantize.successors import likeliest
 from quasar_core.quantize.text_writers import TransformersWriter
 from quasar_core.store.folders import SUCCESSORS
 
@@ -96,13 +95,3 @@ def test_they_change_no_text(source: Path) -> None:
         for verify, draft in (("full", "none"), ("full", "auto"), ("exact", "auto"), ("exact", "recycle"))
     ]
     assert all(text == texts[0] for text in texts)
-
-
-@pytest.mark.parametrize("vocabulary", [1, 8, 63, 64, 65, 1000])
-def test_the_likeliest_tokens_are_those_of_a_sort_of_all(vocabulary: int) -> None:
-    logits = torch.randn(40, vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 4
-    count = min(8, vocabulary)
-    chances, tokens = likeliest(logits, count)
-    expected = logits.softmax(-1).topk(count)
-    assert torch.equal(tokens, expected.indices)
-    torch.testing.assert_close(chances, expected.values)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 
 from quasar_core.errors import QuasarError
-from quasar_core.quantize.solve.matmul import product
+from quasar_core.quantize.solve.matmul import multiplies_in_bf16, product, product_of_bf16
 
 # Float32 values of a batch that are copied at a time: 16 MB.
 COPIED_VALUES = 2**22
@@ -26,7 +26,11 @@ TILE_ROWS, TILES = 128, 8
 
 
 class HessianAccumulator:
-    """Sums inputs [..., in] into H [in, in], in float32 whatever the model's dtype."""
+    """Sums inputs [..., in] into H [in, in], in float32 whatever the model's dtype.
+
+    Errors correct the weight before it is rounded, and bear a rounding of 2⁻⁹: where the processor multiplies in
+    bfloat16 and the inputs have it, their products are rounded to it before they are added.
+    """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)  # the lower triangle
@@ -45,10 +49,24 @@ class HessianAccumulator:
 
     def _add(self, rows: torch.Tensor, errors: torch.Tensor | None) -> None:
         columns = _columns(rows)
+        multiply = product_of_bf16 if rows.dtype == torch.bfloat16 else product
         for tile in _tiles(len(columns)):
-            self.sum[tile, : tile.stop] += product(columns[tile], columns[: tile.stop])
-        if errors is not None:
-            self.error_sum = _add_product(self.error_sum, _columns(errors), columns)
+            self.sum[tile, : tile.stop] += multiply(columns[tile], columns[: tile.stop])
+        if errors is None:
+            return
+        total = self._errors_of(errors.shape[1])
+        if multiplies_in_bf16(rows):
+            total += errors.to(rows.dtype).t() @ rows
+            return
+        beside = _columns(errors)
+        for tile in _tiles(len(beside)):
+            total[tile] += product(beside[tile], columns)
+
+    def _errors_of(self, size: int) -> torch.Tensor:
+        """The sum of errors [size, in]."""
+        if self.error_sum is None:
+            self.error_sum = self.sum.new_zeros(size, len(self.sum))
+        return self.error_sum
 
     def errors(self) -> torch.Tensor | None:
         """Return (2 / n) · Σ e xᵀ [k, in]; None without errors. Consumes the sum: call once."""
@@ -90,15 +108,6 @@ def _tiles(rows: int) -> list[slice]:
 def _columns(rows: torch.Tensor) -> torch.Tensor:
     """Transpose rows [n, k] to float32 [k, n], contiguous along the sum of the product."""
     return torch.empty(rows.shape[1], rows.shape[0], dtype=torch.float32, device=rows.device).copy_(rows.t())
-
-
-def _add_product(total: torch.Tensor | None, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Add left [k, n] · rightᵀ [n, in] to total [k, in]."""
-    if total is None:
-        total = left.new_zeros(len(left), len(right))
-    for tile in _tiles(len(left)):
-        total[tile] += product(left[tile], right)
-    return total
 
 
 STREAM_SHARE = 0.5
