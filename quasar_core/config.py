@@ -330,8 +330,8 @@ class QuantizeConfig:
 
     @property
     def calibration_length(self) -> int:
-        """Tokens of a calibration sample: 512 of the model's own text, else 2048."""
-        return self.seq_len or (512 if self.calibration == "self" else 2048)
+        """Tokens of a calibration sample: 512 of the model's own text or the one that is at hand, else 2048."""
+        return self.seq_len or (512 if self.calibration in ("self", "generic") else 2048)
 
 
 def default_codes(method: str) -> tuple[int, int | None]:

@@ -5,6 +5,7 @@ How it writes is in `self_text.py`. Letters: N samples of L tokens.
 
 import gzip
 import hashlib
+import importlib
 import io
 import zipfile
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ HUB_TEXTS = {
     "c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", None),
 }
 _MAX_DOCUMENTS = 20_000
+GENERIC = (
+    "generic"  # the language reference that every Python has: prose and code in English, half a million characters
+)
 
 
 def held_out_rows(config: QuantizeConfig) -> int:
@@ -134,9 +138,12 @@ def read_documents(name: str, flag: str = "--calibration") -> Iterator[str | lis
     if name in HUB_TEXTS:
         yield from _read_hub_text(name)
         return
+    if name == GENERIC:
+        yield from _read_generic_text()
+        return
     path = Path(name)
     if not is_file(path):
-        known = ", ".join([*(["self"] if flag == "--calibration" else []), *HUB_TEXTS])
+        known = ", ".join([*(["self"] if flag == "--calibration" else []), GENERIC, *HUB_TEXTS])
         raise UsageError(f"{flag} must be a file or one of {known}; {name} is neither.")
     if path.suffix not in (".jsonl", ".json"):
         yield read_text(path, kind=UsageError)
@@ -146,6 +153,16 @@ def read_documents(name: str, flag: str = "--calibration") -> Iterator[str | lis
             yield from _read_json_lines(io.TextIOWrapper(file, encoding="utf-8"), path.name)
         except UnicodeDecodeError as error:
             raise UsageError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def _read_generic_text() -> Iterator[str]:
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ImportError as error:
+        raise QuasarError(
+            f"This Python comes without its documentation ({error}), which is the text {GENERIC}."
+        ) from error
+    yield from topics.values()
 
 
 def _read_hub_text(name: str) -> Iterator[str | list[dict[str, str]]]:

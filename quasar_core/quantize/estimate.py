@@ -1,8 +1,8 @@
 """Estimate what quantizing a model will need on this machine: its shape, what is free, and how long it will take.
 
-Counted for the time are matrix products, and beside them what costs as much: attention and draws while the model
-writes its text, and the launches of its many small operations. The count is a pure formula; the rates are measured in
-about a second. Letters: N rows of L tokens, in and out a layer's sizes.
+Counted for the time are matrix products, and beside them what costs as much: attention while the model writes its text,
+what is done with each logit, and the launches of many small operations. The count is a pure formula; the rates are
+measured in about a second. Letters: N rows of L tokens, in and out a layer's sizes.
 """
 
 import math
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from quasar_core.config import QuantizeConfig
 from quasar_core.kernels.threads import one_thread
+from quasar_core.models.device import DTYPES
 from quasar_core.models.hf.experts import SeparateExperts
 from quasar_core.quantize.blocks.activations import batch_tokens
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks, quantized_layers
@@ -37,42 +38,52 @@ SHARED = ("k_proj", "v_proj", "up_proj", "in_proj_z", "w3")
 INTO_STREAM = ("o_proj", "out_proj", "down_proj", "w2", "output_linear")
 # The solver's work on a layer, in products [in, in] × [in, out]; and its scale search, in multiply-adds a weight.
 SOLVER_PRODUCTS, SEARCH_OPERATIONS = 8, 400
-# As measured on the demo model and the small Llama: in multiply-adds of a product, a key or value that a single token
-# attends to, and a draw for each logit; in launches of the smallest operation, a block's step.
-ATTENTION_COST, DRAW_COST, LAUNCHES = 8, 1500, 400
+# As measured on SmolLM2: in multiply-adds of a product, a key or value that a single token attends to; in launches of
+# the smallest operation, a block's step.
+ATTENTION_COST, LAUNCHES = 6, 400
+# In softmaxes of as many logits: a draw, a comparison of two models, and the search for the likeliest tokens.
+DRAW_COST, COMPARE_COST, SUCCESSOR_COST = 2.5, 10, 3
+SOFTMAX_ROWS = 32
 MEASURED_SECONDS, UNCACHED_BYTES = 0.2, 64_000_000
 # On a CPU, of a product that stands for a larger one: multiply-adds, rows at most and outputs at least.
 SHORT_PRODUCT, SHORT_ROWS, SHORT_OUTPUTS = 2**27, 512, 64
 
 
+KINDS = ("passes", "steps", "matrices", "logits")
+
+
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds of passes over whole rows, of steps of a token a row, of float32 matrices; launches of steps."""
+    """Multiply-adds of passes over whole rows, of steps of a token a row, of float32 matrices; then logits; launches.
+
+    Logits are counted in softmaxes.
+    """
 
     passes: float
     steps: float
     matrices: float
+    logits: float
     launches: float
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Multiply-adds a second of the first three, and the seconds of a launch."""
+    """Multiply-adds or logits a second of the first four, and the seconds of a launch."""
 
     passes: float
     steps: float
     matrices: float
+    logits: float
     launch: float
 
     def at_least(self, other: "Rates") -> "Rates":
         """Take the faster of each: what disturbed one measurement may have left the other alone."""
-        faster = {name: max(getattr(self, name), getattr(other, name)) for name in ("passes", "steps", "matrices")}
+        faster = {name: max(getattr(self, name), getattr(other, name)) for name in KINDS}
         return Rates(**faster, launch=min(self.launch, other.launch))
 
     def seconds_of(self, work: Work) -> float:
         """Add up the seconds, one kind of work after the other."""
-        products = work.passes / self.passes + work.steps / self.steps + work.matrices / self.matrices
-        return products + work.launches * self.launch
+        return sum(getattr(work, kind) / getattr(self, kind) for kind in KINDS) + work.launches * self.launch
 
 
 def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
@@ -90,11 +101,13 @@ def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
     written = greedy + (calibration + held_out if writes_all else 0)
     turns = -(-held_out_rows(config) // rows) * GREEDY_LENGTH
     turns += -(-(config.samples + held_out_rows(config)) // rows) * length if writes_all else 0
-    head_rows = 2 * (held_out + greedy) + min(calibration, MOST_READ)
+    compared, counted = held_out + greedy, min(calibration, MOST_READ)
+    logits = DRAW_COST * written + COMPARE_COST * compared + SUCCESSOR_COST * counted
     return Work(
-        passes=2 * (calibration + held_out + greedy) * (token + attention) + head_rows * head,
-        steps=written * (token + head + ATTENTION_COST * attention / 2 + DRAW_COST * shape.vocabulary),
+        passes=2 * (calibration + compared) * (token + attention) + (2 * compared + counted) * head,
+        steps=written * (token + head + ATTENTION_COST * attention / 2),
         matrices=sum(_matrices(shape, name, calibration) for name in shape.layers),
+        logits=logits * shape.vocabulary,
         launches=turns * LAUNCHES * len(blocks),
     )
 
@@ -125,17 +138,19 @@ def measure_rates(
     device: torch.device,
     dtype: torch.dtype,
     rows: int,
+    text_dtype: torch.dtype | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> Rates:
-    """Measure what products of the model's largest layer reach at the work's rows, and a small operation."""
+    """Measure what products of the model's largest layer reach at the work's rows, softmaxes, and a small operation."""
     size = max((size for name, size in shape.layers.items() if name != HEAD), key=lambda size: size[0] * size[1])
     most = batch_tokens(shape.hidden, device.type != "cpu")
     batch = min(most, config.samples * config.calibration_length)
-    small = torch.ones(8, 8, device=device)
+    small, logits = torch.ones(8, 8, device=device), torch.randn(SOFTMAX_ROWS, shape.vocabulary, device=device)
     return Rates(
         passes=_rate(batch, size, device, dtype, shape.weights, now),
-        steps=_rate(rows, size, device, dtype, shape.weights, now),
+        steps=_rate(rows, size, device, text_dtype or dtype, shape.weights, now),
         matrices=_rate(size[1], (size[1], batch), device, torch.float32, 0, now),
+        logits=logits.numel() / _seconds(lambda: logits.softmax(dim=-1), device, now),
         launch=_seconds(lambda: [small.add_(1) for _ in range(100)], device, now) / 100,
     )
 
@@ -183,8 +198,8 @@ def about(seconds: float) -> str:
 
 
 WHOLE = "the whole run"
-NOMINAL = Rates(passes=5e10, steps=3e10, matrices=5e10, launch=5e-6)
-TEXT, BLOCKS, FIDELITY = "writing", "quantizing", "measuring fidelity"
+NOMINAL = Rates(passes=5e10, steps=4e10, matrices=5e10, logits=8e8, launch=2e-6)
+TEXT, BLOCKS, COUNTING, FIDELITY = "writing", "quantizing", "counting successors", "measuring fidelity"
 LEAST_SHARE = 0.02  # of a stage, from which on it tells how long the rest of it takes
 
 
@@ -194,10 +209,14 @@ def stage_seconds(shape: Shape, config: QuantizeConfig, rows: int) -> dict[str, 
     calibration = config.samples * config.calibration_length
     rest = held_out_rows(config) * (config.calibration_length + GREEDY_LENGTH)
     passes = work.passes / NOMINAL.passes
+    compared = COMPARE_COST * rest * shape.vocabulary / NOMINAL.logits
+    counted = SUCCESSOR_COST * min(calibration, MOST_READ) * shape.vocabulary / NOMINAL.logits
+    drawn = work.logits / NOMINAL.logits - compared - counted
     return {
-        TEXT: work.steps / NOMINAL.steps + work.launches * NOMINAL.launch,
+        TEXT: work.steps / NOMINAL.steps + drawn + work.launches * NOMINAL.launch,
         BLOCKS: passes * calibration / (calibration + rest) + work.matrices / NOMINAL.matrices,
-        FIDELITY: passes * rest / (calibration + rest),
+        COUNTING: counted,
+        FIDELITY: passes * rest / (calibration + rest) + compared,
     }
 
 
@@ -272,14 +291,15 @@ def with_seconds(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> P
     writer = target.device if plan.text.on_device else torch.device("cpu")
     rows = rows_written(shape, config, plan.text)
     meter = LoadMeter()
-    rates = measure_rates(shape, config, target.device, target.dtype, rows)
+    text_dtype = DTYPES[plan.text.dtype]
+    rates = measure_rates(shape, config, target.device, target.dtype, rows, text_dtype)
     if writer != target.device:
-        steps = measure_rates(shape, config, writer, target.dtype, rows)
+        steps = measure_rates(shape, config, writer, target.dtype, rows, text_dtype)
         rates = replace(rates, steps=steps.steps, launch=steps.launch)
     load = meter.read()
     if load.is_busy and target.device.type == "cpu":  # threads that wait for one another are slowed many times over
         with one_thread():
-            rates = rates.at_least(measure_rates(shape, config, target.device, target.dtype, rows))
+            rates = rates.at_least(measure_rates(shape, config, target.device, target.dtype, rows, text_dtype))
     return replace(plan, seconds=rates.seconds_of(count_work(shape, config, rows)), others=load.others)
 
 

@@ -4,6 +4,7 @@ Both then answer `fidelity.measure_fidelity` as any model does, on those rows al
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -132,12 +133,16 @@ def measure(
     calibration: Calibration,
     progress: Progress = no_progress,
     kinds: torch.Tensor | None = None,
+    in_use: Readable | None = None,
 ) -> FidelityReport:
-    """Fidelity of a verifier on held-out rows and on the target's own greedy text; `kinds` [V]: the kind of a token."""
+    """Fidelity of a verifier on held-out rows and on the target's own greedy text; `kinds` [V]: the kind of a token.
+
+    `in_use` is the same verifier with the kernel that decoding runs, whose price is measured too.
+    """
     texts = [calibration.held_out[:, :-1], calibration.greedy[:, :-1]]  # the last token is only predicted
     p = read_rows(target, texts, "measuring fidelity: target", progress)
     q = read_rows(verifier, texts, "measuring fidelity: verifier", progress)
-    return measure_fidelity(
+    report = measure_fidelity(
         p,
         q,
         p.new_cache(max(rows.shape[1] for rows in texts)),
@@ -148,24 +153,25 @@ def measure(
         progress,
         kinds,
     )
+    if in_use is None:
+        return report
+    return replace(report, in_use=measure_kernel(p, q, in_use, calibration, progress))
 
 
 def measure_kernel(
-    target: Readable,
-    exact: Readable,
-    in_use: Readable,
-    calibration: Calibration,
-    progress: Progress = no_progress,
+    target: RowsRead, exact: RowsRead, in_use: Readable, calibration: Calibration, progress: Progress = no_progress
 ) -> KernelPrice | None:
-    """What the kernel that decoding runs adds, on a few held-out rows; None where it is the dequantized product."""
+    """What the kernel that decoding runs adds, on a few held-out rows; None where it is the dequantized product.
+
+    Both other models have read the rows.
+    """
     packed = [module for module in in_use.block(0).modules() if isinstance(module, PackedLinear)]
     names = sorted({module.choice.kernel.name for module in packed})
     if names == ["dense"]:
         return None
     rows = calibration.held_out[:KERNEL_ROWS]
-    stage = "measuring the kernel in use"
-    p, q, r = (read_rows(model, [rows[:, :-1]], stage, progress) for model in (target, exact, in_use))
-    return kernel_divergence(p, q, r, p.new_cache(rows.shape[1]), rows, ", ".join(names))
+    read = read_rows(in_use, [rows[:, :-1]], "measuring the kernel in use", progress)
+    return kernel_divergence(target, exact, read, target.new_cache(rows.shape[1]), rows, ", ".join(names))
 
 
 def measure_on_text(

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ from quasar_core.quantize.fidelity import token_kinds
 from quasar_core.quantize.handover import Record, hand_over, whole_report
 from quasar_core.quantize.job import Job, block_file, clear_all_but_commits, working_folder, write_commit
 from quasar_core.quantize.layer_plan import LayerPlan
-from quasar_core.quantize.measure_fidelity import RowsRead, measure, measure_kernel, read_rows
+from quasar_core.quantize.measure_fidelity import RowsRead, measure, read_rows
 from quasar_core.quantize.mixed_precision import (
     CommittedModel,
     Trial,
@@ -118,11 +118,9 @@ def _work(
         kernel = kernel_of_method(job.config)
         verifier = open_verifier(VerifierCheckpoint(job.partial), target, kernel)
         kinds = token_kinds(tokenizer, target.vocab_size)
-        fidelity = measure(target, verifier, calibration, progress, kinds)
-        if kernel == "dense" and target.device.type == "cpu":
-            in_use = open_verifier(VerifierCheckpoint(job.partial), target, "auto")
-            price = measure_kernel(target, verifier, in_use, calibration, progress)
-            fidelity = replace(fidelity, in_use=price)
+        packed = kernel == "dense" and target.device.type == "cpu"
+        in_use = open_verifier(VerifierCheckpoint(job.partial), target, "auto") if packed else None
+        fidelity = measure(target, verifier, calibration, progress, kinds, in_use)
     report = make_report(job, watch.seconds, fidelity)
     describe(job, report, calibration, digests)
     return report

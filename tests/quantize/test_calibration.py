@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_sentence(
 
 def test_a_name_that_is_neither_is_refused() -> None:
     with pytest.raises(
-        UsageError, match="--calibration must be a file or one of self, wikitext2, c4; nowhere is neither"
+        UsageError, match="--calibration must be a file or one of self, generic, wikitext2, c4; nowhere is neither"
     ):
         load("nowhere")
 
@@ -221,3 +222,20 @@ def test_a_text_from_the_hub_that_is_not_what_it_was(tmp_path: Path, monkeypatch
         for name in ("wikitext2", "c4"):
             with pytest.raises(QuasarError, match=f"The text {name} as fetched from .* is not readable"):
                 load(name)
+
+
+def test_a_generic_text_is_at_hand_without_a_download() -> None:
+    documents = list(read_documents("generic"))
+    assert sum(map(len, documents)) > 300_000
+    assert any("lambda_expr" in document for document in documents)
+    config = QuantizeConfig(calibration="generic")
+    assert (config.calibration_length, QuantizeConfig(calibration="c4").calibration_length) == (512, 2048)
+    found = load_calibration(TransformersWriter(random_model("qwen3").model), word_tokenizer(), config, max_context=64)
+    assert found.identity()["name"] == "generic"
+    assert len(found.samples) == config.samples
+
+
+def test_a_python_without_its_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(QuasarError, match="This Python comes without its documentation .* the text generic"):
+        list(read_documents("generic"))

@@ -47,7 +47,8 @@ def test_passes_and_matrices_counted_by_hand() -> None:
     solvers = 2 * 671_744 + 335_872 + 1_343_488 + 1_867_776
     assert work.matrices == pytest.approx(solvers + 4_718_592 + 1_572_864 + 109_227, abs=1)
     assert work.launches == 320 * 400
-    assert work.steps == 10_752 * (6_656 + 3_200 + 8 * 2_048 + 1_500 * 100)
+    assert work.steps == 10_752 * (6_656 + 3_200 + 6 * 2_048)
+    assert work.logits == 100 * (2.5 * 10_752 + 10 * 10_240 + 3 * 512)
 
 
 def test_work_grows_with_what_there_is_to_do() -> None:
@@ -75,8 +76,8 @@ def test_experts_read_their_share() -> None:
 
 
 def test_seconds_are_work_by_rates() -> None:
-    work = Work(passes=100, steps=30, matrices=10, launches=1000)
-    assert Rates(passes=10, steps=10, matrices=1, launch=0.002).seconds_of(work) == 10 + 3 + 10 + 2
+    work = Work(passes=100, steps=30, matrices=10, logits=50, launches=1000)
+    assert Rates(passes=10, steps=10, matrices=1, logits=25, launch=0.002).seconds_of(work) == 10 + 3 + 10 + 2 + 2
 
 
 @pytest.mark.parametrize(
@@ -103,9 +104,9 @@ def test_rates_are_those_of_the_largest_layers_products() -> None:
     A pass has 512 tokens, a step 40 rows; matrices are 32 × 32 by 32 × 512; and a launch is one of a hundred.
     """
     clock = itertools.count()
-    rates = measure_rates(shape(), CONFIG, torch.device("cpu"), torch.float32, 40, lambda: float(next(clock)))
+    rates = measure_rates(shape(), CONFIG, torch.device("cpu"), torch.float32, 40, now=lambda: float(next(clock)))
     up_proj = 2048
-    assert rates == Rates(512 * up_proj, 40 * up_proj, 32 * 32 * 512, 0.01)
+    assert rates == Rates(512 * up_proj, 40 * up_proj, 32 * 32 * 512, 32 * 100, 0.01)
 
 
 def test_the_fastest_of_the_calls_within_the_time_counts() -> None:
@@ -120,7 +121,7 @@ def test_the_fastest_of_the_calls_within_the_time_counts() -> None:
 def test_a_dry_run_says_about_how_long(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = Rates(passes=1e9, steps=1e9, matrices=1e9, launch=1e-6)
+    rates = Rates(passes=1e9, steps=1e9, matrices=1e9, logits=1e9, launch=1e-6)
     monkeypatch.setattr(estimate, "measure_rates", lambda *_: rates)
     arguments = ["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run"]
     assert run([*arguments, "--json"]) == 0
@@ -137,7 +138,7 @@ def test_a_dry_run_says_about_how_long(
 def test_a_busy_machine_is_said_beside_the_time(
     source: Path, others: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = Rates(passes=1e9, steps=1e9, matrices=1e9, launch=1e-6)
+    rates = Rates(passes=1e9, steps=1e9, matrices=1e9, logits=1e9, launch=1e-6)
     monkeypatch.setattr(estimate, "measure_rates", lambda *_: rates)
     monkeypatch.setattr(estimate.LoadMeter, "read", lambda self: Load(others))
     assert run(["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run"]) == 0
@@ -150,7 +151,7 @@ def test_on_a_busy_machine_one_thread_is_measured_too(source: Path, monkeypatch:
 
     def measured(*_: Any) -> Rates:
         threads.append(torch.get_num_threads())
-        return Rates(1e9, 1e9, 1e9, 1e-6) if threads[-1] == 1 else Rates(2e7, 2e7, 2e7, 1e-6)
+        return Rates(1e9, 1e9, 1e9, 1e9, 1e-6) if threads[-1] == 1 else Rates(2e7, 2e7, 2e7, 2e7, 1e-6)
 
     monkeypatch.setattr(estimate, "measure_rates", measured)
     before = torch.get_num_threads()
