@@ -28,7 +28,7 @@ def inspect(
         typer.Option("--against", metavar="MODEL", help="Measure fidelity to this model, on --text; any checkpoint."),
     ] = None,
     text: Annotated[
-        str | None, typer.Option("--text", metavar="FILE", help="A text or JSONL file, wikitext2 or c4.")
+        str | None, typer.Option("--text", metavar="FILE", help="A text or JSONL file, generic, wikitext2 or c4.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw fidelity into a PNG or SVG (needs matplotlib).")

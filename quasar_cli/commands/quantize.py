@@ -101,7 +101,7 @@ class QuantizeOptions:
         str,
         typer.Option(
             "--calibration",
-            help="self (the model's own text), a text or JSONL file, wikitext2 or c4.",
+            help="self (the model's own text), a text or JSONL file; generic, which is at hand; wikitext2 or c4.",
             rich_help_panel=_CALIBRATION,
         ),
     ] = "self"
@@ -120,7 +120,9 @@ class QuantizeOptions:
     seq_len: Annotated[
         int | None,
         typer.Option(
-            "--seq-len", help="Tokens of a text; default: 512 for self, else 2048.", rich_help_panel=_CALIBRATION
+            "--seq-len",
+            help="Tokens of a text; default: 512 for self and generic, else 2048.",
+            rich_help_panel=_CALIBRATION,
         ),
     ] = None
     damp: Annotated[float, typer.Option("--damp", help="Damping, as a share of the Hessian's mean diagonal.")] = 0.05

@@ -33,10 +33,8 @@ HUB_TEXTS = {
     "wikitext2": ("ggml-org/ci", "wikitext-2-raw-v1.zip", "wikitext-2-raw/wiki.train.raw"),
     "c4": ("allenai/c4", "en/c4-train.00000-of-01024.json.gz", None),
 }
+GENERIC = "generic"  # Python's own language reference, prose and code in English: half a million characters
 _MAX_DOCUMENTS = 20_000
-GENERIC = (
-    "generic"  # the language reference that every Python has: prose and code in English, half a million characters
-)
 
 
 def held_out_rows(config: QuantizeConfig) -> int:
@@ -160,7 +158,7 @@ def _read_generic_text() -> Iterator[str]:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
         raise QuasarError(
-            f"This Python comes without its documentation ({error}), which is the text {GENERIC}."
+            f"This Python comes without its documentation, which is the text {GENERIC} ({error})."
         ) from error
     yield from topics.values()
 

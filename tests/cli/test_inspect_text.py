@@ -67,7 +67,7 @@ def test_fidelity_on_a_text(source: Path, tmp_path: Path, capsys: pytest.Capture
     ("options", "code", "sentence"),
     [
         (["--against", "demo"], 2, "--against MODEL and --text FILE go together"),
-        (["--against", "{source}", "--text", "{missing}"], 2, "--text must be a file or one of wikitext2, c4"),
+        (["--against", "{source}", "--text", "{missing}"], 2, "--text must be a file or one of generic, wikitext2, c4"),
         (["--against", "{source}", "--text", "{empty}"], 2, "holds 0 tokens; at least 2 are needed"),
         (["--against", "{other}", "--text", "{text}"], 1, "they do not belong together"),
         (["--plot", "figure.txt"], 2, "--plot must end in .png or .svg"),

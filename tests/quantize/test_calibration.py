@@ -237,5 +237,5 @@ def test_a_generic_text_is_at_hand_without_a_download() -> None:
 
 def test_a_python_without_its_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(QuasarError, match="This Python comes without its documentation .* the text generic"):
+    with pytest.raises(QuasarError, match="This Python comes without its documentation, which is the text generic"):
         list(read_documents("generic"))

@@ -147,7 +147,9 @@ def test_a_calibration_text_without_text(content: str, source: Path) -> None:
 def test_a_calibration_file_is_looked_at_before_the_weights(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading these takes minutes, and the model's greedy text hours."""
     monkeypatch.setattr("quasar_core.quantize.run.check_finite", lambda *_: pytest.fail("weights are read"))
-    with pytest.raises(UsageError, match="--calibration must be a file or one of self, wikitext2, c4; nowhere is"):
+    with pytest.raises(
+        UsageError, match="--calibration must be a file or one of self, generic, wikitext2, c4; nowhere is"
+    ):
         quantize(source, replace(CONFIG, calibration="nowhere"))
 
 
