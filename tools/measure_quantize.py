@@ -43,9 +43,15 @@ class Clock:
 @contextmanager
 def own_home() -> Iterator[Path]:
     """Let quasar keep what it records in a temporary folder."""
+    before = os.environ.get("QUASAR_HOME")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["QUASAR_HOME"] = folder
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        finally:
+            del os.environ["QUASAR_HOME"]
+            if before is not None:
+                os.environ["QUASAR_HOME"] = before
 
 
 def measure_whole(model: str, config: QuantizeConfig) -> None:
@@ -84,11 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=QuantizeConfig().samples)
     parser.add_argument("--seq-len", type=int, default=QuantizeConfig().calibration_length)
     parser.add_argument("--calibration", default="self")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, help="as PyTorch has it, without")
     parser.add_argument("--text-only", action="store_true")
     parser.add_argument("--rows", type=int, default=160)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if options.text_only:
         measure_text(options.model, options.rows, options.seq_len)
         return

@@ -41,6 +41,8 @@ SOLVER_PRODUCTS, SEARCH_OPERATIONS = 8, 400
 # As measured on SmolLM2: in multiply-adds of a product, a key or value that a single token attends to; in launches of
 # the smallest operation, a block's step.
 ATTENTION_COST, LAUNCHES = 6, 400
+# Of passes and steps, with what is no product: norms, activations, copies, a fifth of the time.
+BESIDE_PRODUCTS = 1.25
 # In softmaxes of as many logits: a draw, a comparison of two models, and the search for the likeliest tokens.
 DRAW_COST, COMPARE_COST, SUCCESSOR_COST = 2.5, 10, 3
 SOFTMAX_ROWS = 32
@@ -104,8 +106,8 @@ def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
     compared, counted = held_out + greedy, min(calibration, MOST_READ)
     logits = DRAW_COST * written + COMPARE_COST * compared + SUCCESSOR_COST * counted
     return Work(
-        passes=2 * (calibration + compared) * (token + attention) + (2 * compared + counted) * head,
-        steps=written * (token + head + ATTENTION_COST * attention / 2),
+        passes=BESIDE_PRODUCTS * 2 * (calibration + compared) * (token + attention) + (2 * compared + counted) * head,
+        steps=BESIDE_PRODUCTS * written * (token + head + ATTENTION_COST * attention / 2),
         matrices=sum(_matrices(shape, name, calibration) for name in shape.layers),
         logits=logits * shape.vocabulary,
         launches=turns * LAUNCHES * len(blocks),
