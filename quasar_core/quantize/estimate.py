@@ -25,7 +25,7 @@ from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks, qu
 from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.plan import Plan, Shape, make_plan, rows_written
-from quasar_core.quantize.successors import MOST_READ
+from quasar_core.quantize.successors import MOST_READ, can_be_counted
 from quasar_core.quantize.text_plan import Free, free_on, plan_text
 from quasar_core.quantize.text_writers import token_bytes
 from quasar_core.records import Progress
@@ -103,7 +103,7 @@ def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
     written = greedy + (calibration + held_out if writes_all else 0)
     turns = -(-held_out_rows(config) // rows) * GREEDY_LENGTH
     turns += -(-(config.samples + held_out_rows(config)) // rows) * length if writes_all else 0
-    compared, counted = held_out + greedy, min(calibration, MOST_READ)
+    compared, counted = held_out + greedy, _counted(shape, calibration)
     logits = DRAW_COST * written + COMPARE_COST * compared + SUCCESSOR_COST * counted
     return Work(
         passes=BESIDE_PRODUCTS * 2 * (calibration + compared) * (token + attention) + (2 * compared + counted) * head,
@@ -114,15 +114,20 @@ def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
     )
 
 
+def _counted(shape: Shape, calibration: int) -> int:
+    """Tokens whose successors are counted."""
+    return min(calibration, MOST_READ) if can_be_counted(shape.vocabulary) else 0
+
+
 def _matrices(shape: Shape, name: str, tokens: int) -> float:
-    """Count Hessian and drift, factor and solver of one layer; where the input is shared, the solver alone."""
+    """Count Hessian and errors, factor and solver of one layer; where the input is shared, the solver alone."""
     (out, columns), last = shape.layers[name], name.rpartition(".")[2]
     solver = SOLVER_PRODUCTS * columns**2 * out + SEARCH_OPERATIONS * columns * out
     if last in SHARED:
         return solver
     rows = tokens * _share(shape, name)
-    stream = rows * columns * out if last in INTO_STREAM else 0
-    return 1.5 * rows * columns**2 + stream + columns**3 / 3 + solver
+    errors = columns * out if last in INTO_STREAM else columns**2
+    return rows * (columns**2 / 2 + errors) + columns**3 / 3 + solver
 
 
 def _share(shape: Shape, name: str) -> float:
@@ -212,7 +217,7 @@ def stage_seconds(shape: Shape, config: QuantizeConfig, rows: int) -> dict[str, 
     rest = held_out_rows(config) * (config.calibration_length + GREEDY_LENGTH)
     passes = work.passes / NOMINAL.passes
     compared = COMPARE_COST * rest * shape.vocabulary / NOMINAL.logits
-    counted = SUCCESSOR_COST * min(calibration, MOST_READ) * shape.vocabulary / NOMINAL.logits
+    counted = SUCCESSOR_COST * _counted(shape, calibration) * shape.vocabulary / NOMINAL.logits
     drawn = work.logits / NOMINAL.logits - compared - counted
     return {
         TEXT: work.steps / NOMINAL.steps + drawn + work.launches * NOMINAL.launch,

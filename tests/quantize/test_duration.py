@@ -38,14 +38,14 @@ def test_passes_and_matrices_counted_by_hand() -> None:
 
     A block has 6,656 weights, the head 3,200; a token attends to 64 others in 32 values, twice. Of the solvers, 8
     products [in, in] × [in, out] and 400 operations a weight: q and o 671,744 each, k 335,872, up 1,343,488 and down
-    1,867,776. Three Hessians of 512 rows, half again for the drift: 4,718,592; o and down add to the stream: 1,572,864;
-    three factors of in³ ÷ 3: 109,227. Text takes 64 steps for 40 rows at once and 256 for the 32 greedy ones.
+    1,867,776. Half of three Hessians of 512 rows: 1,572,864; errors of q and k by their inputs, of o and down by their
+    outputs: 524,288, 524,288 and 1,048,576; three factors of in³ ÷ 3: 109,227. Text takes 64 steps for 40 rows at once and 256 for the 32 greedy ones.
     """
     assert (HELD_OUT_ROWS, GREEDY_LENGTH) == (32, 256)
     work = count_work(shape(1), CONFIG, rows=40)
     assert work.passes == 1.25 * 2 * 10_752 * (6_656 + 4_096) + (2 * 10_240 + 512) * 3_200 == 356_188_160
     solvers = 2 * 671_744 + 335_872 + 1_343_488 + 1_867_776
-    assert work.matrices == pytest.approx(solvers + 4_718_592 + 1_572_864 + 109_227, abs=1)
+    assert work.matrices == pytest.approx(solvers + 1_572_864 + 2 * 524_288 + 1_048_576 + 109_227, abs=1)
     assert work.launches == 320 * 400
     assert work.steps == 1.25 * 10_752 * (6_656 + 3_200 + 6 * 2_048)
     assert work.logits == 100 * (2.5 * 10_752 + 10 * 10_240 + 3 * 512)
