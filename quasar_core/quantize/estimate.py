@@ -85,7 +85,8 @@ class Rates:
 
     def seconds_of(self, work: Work) -> float:
         """Add up the seconds, one kind of work after the other."""
-        return sum(getattr(work, kind) / getattr(self, kind) for kind in KINDS) + work.launches * self.launch
+        parts: list[float] = [getattr(work, kind) / getattr(self, kind) for kind in KINDS]
+        return sum(parts) + work.launches * self.launch
 
 
 def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from quasar_core.models.device import has_fast_bf16
 from quasar_core.system import processor_flags
 
+_SETTING = "matmul"  # of oneDNN's products, which older PyTorch does not have
 QUERIES = 64  # that attention takes at a time: as many as PyTorch's kernel holds in a block
 
 
@@ -33,7 +34,7 @@ def product_of_bf16(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
     AMX multiplies such numbers at many times the rate of float32, and adds in float32.
     """
-    if not (_on_cpu(left, right) and "amx_bf16" in processor_flags() and hasattr(torch.backends.mkldnn, "matmul")):
+    if not (_on_cpu(left, right) and "amx_bf16" in processor_flags() and hasattr(torch.backends.mkldnn, _SETTING)):
         return product(left, right)
     with _bf16_inside():
         return left @ right.t()
@@ -42,7 +43,7 @@ def product_of_bf16(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 @contextlib.contextmanager
 def _bf16_inside() -> Iterator[None]:
     """Let oneDNN read float32 as bfloat16."""
-    setting = torch.backends.mkldnn.matmul
+    setting = getattr(torch.backends.mkldnn, _SETTING)
     before, setting.fp32_precision = setting.fp32_precision, "bf16"
     try:
         yield
