@@ -39,7 +39,8 @@ def test_passes_and_matrices_counted_by_hand() -> None:
     A block has 6,656 weights, the head 3,200; a token attends to 64 others in 32 values, twice. Of the solvers, 8
     products [in, in] × [in, out] and 400 operations a weight: q and o 671,744 each, k 335,872, up 1,343,488 and down
     1,867,776. Half of three Hessians of 512 rows: 1,572,864; errors of q and k by their inputs, of o and down by their
-    outputs: 524,288, 524,288 and 1,048,576; three factors of in³ ÷ 3: 109,227. Text takes 64 steps for 40 rows at once and 256 for the 32 greedy ones.
+    outputs: 524,288, 524,288 and 1,048,576; three factors of in³ ÷ 3: 109,227. Text takes 64 steps for 40 rows at once
+    and 256 for the 32 greedy ones.
     """
     assert (HELD_OUT_ROWS, GREEDY_LENGTH) == (32, 256)
     work = count_work(shape(1), CONFIG, rows=40)
