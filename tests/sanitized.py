@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-CPP = ("kernels/test_vnni.py", "models/test_cpu_pass.py", "models/test_trees.py", "quantize/test_cpu_solver.py")
+MODELS = ("test_cpu_pass.py", "test_trees.py", "test_recurrent.py")
+CPP = ("kernels/test_vnni.py", *(f"models/{name}" for name in MODELS), "quantize/test_cpu_solver.py")
 TESTS = tuple(f"tests/{name}" for name in CPP)
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 BEYOND = "int planted(int i) { int* volatile four = new int[4](); int read = four[i]; delete[] four; return read; }"

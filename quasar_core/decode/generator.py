@@ -249,9 +249,11 @@ class Generator:
     def _choose_branching(self, length: DraftLength, role: Role, cost: Cost | None = None) -> Branching | None:
         """Trees, where drafts are as long as pays and the model that checks them passes trees."""
         model = self.pair.verifier if role == "verifier" and self.pair.verifier else self.pair.primary
-        if isinstance(length, AdaptiveLength) and self.config.trees and model.longest_tree > 1:
-            return Branching(length, model.longest_tree, cost)
-        return None
+        if not isinstance(length, AdaptiveLength) or not self.config.trees:
+            return None
+        if model.why_chains is not None:
+            self._note(f"trees: none, drafts are chains: {model.why_chains}")
+        return Branching(length, model.longest_tree, cost) if model.longest_tree > 1 else None
 
     def _choose_checking(self) -> Checking | None:
         """Who checks drafts in `exact`; its `auto` may also find that the target had better do so always."""

@@ -60,12 +60,12 @@ class Prefixes:
         return prefix, kept
 
     def keep(self, prefix: Prefix, tokens: list[int]) -> None:
-        """The cache holds `tokens`, and what it holds behind them is of no use."""
+        """The cache holds `tokens`, or of a pass that ended midway some of them; what is behind them is of no use."""
         if not self.pair.rolls_back:
             self._kept = [other for other in self._kept if other is not prefix]
             return
-        prefix.tokens = tokens
-        prefix.cache.rollback(len(tokens))
+        prefix.tokens = tokens[: reachable(prefix.cache, len(tokens))]
+        prefix.cache.rollback(len(prefix.tokens))
 
     def forget(self) -> None:
         """No text is of use any more; the memory stays."""

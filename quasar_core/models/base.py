@@ -124,6 +124,11 @@ class CausalLM(Protocol):
         """
         return 0
 
+    @property
+    def why_chains(self) -> str | None:
+        """Why no tree ever passes, where that lies in the model itself."""
+        return None
+
     def forward_tree(self, tokens: Sequence[int], parents: Sequence[int], cache: Any) -> torch.Tensor:
         """One pass over a tree, `cache.length` moves on by T → float32 logits [T, V] behind each node's path."""
         raise RuntimeError(f"no trees pass through {type(self).__name__}")

@@ -17,6 +17,7 @@ from quasar_core.kernels.cpu import library
 from quasar_core.kernels.cpu import library as cpp
 from quasar_core.kernels.cpu.vnni import VnniWeight
 from quasar_core.kernels.linear import PackedLinear
+from quasar_core.models import compiled_rule
 from quasar_core.models.architectures import HeadNorms
 from quasar_core.models.base import Choices, check_likeliest, depths_of, in_rows
 from quasar_core.models.decoder import (
@@ -29,6 +30,8 @@ from quasar_core.models.decoder import (
     Linear,
 )
 from quasar_core.models.experts import Experts
+from quasar_core.models.recurrence import Recurrence
+from quasar_core.models.recurrence_states import Inputs, LayerStates, State
 from quasar_core.models.rope import RopeTables, query_growth
 
 ACTIVATIONS = ("silu", "gelu_tanh", "relu2", "xielu")  # in the order of `elementwise.h`
@@ -42,12 +45,13 @@ def why_not(decoder: LeanDecoder) -> str | None:
     if decoder.dtype not in BITS_OF:
         return f"it takes bfloat16 and float32, not {str(decoder.dtype).removeprefix('torch.')}"
     config = decoder.config
-    if config.is_recurrent or config.gates_attention:
-        return "it has no recurrent layers and no gated attention"
     sizes = {config.hidden_size, *(size for block in config.blocks for size in (block.inner, block.head_size))}
     sizes |= {config.inputs_size, config.mixture.shared_inner if config.mixture else 0}
     if any(size % 16 for size in sizes):
         return "hidden, intermediate and head sizes must be multiples of 16"
+    for block in config.blocks:
+        if block.recurrence is not None and (reason := compiled_rule.why_not(block.recurrence)):
+            return reason
     foreign = {layer.choice.kernel.name for layer in decoder.packed_layers} - KERNELS
     if foreign:
         return f"it runs packed products on vnni or dense, and this verifier has some on {', '.join(sorted(foreign))}"
@@ -98,6 +102,33 @@ class Tables:
         return cos.float().contiguous(), sin.float().contiguous()
 
 
+class RecurrentPass:
+    """The states of recurrent layers in one pass: those in front of it, and memory for what it leaves of them."""
+
+    def __init__(self, rules: Sequence[Recurrence | None], cache: DecoderCache, count: int) -> None:
+        self._start = cache.length
+        self._layers = list[tuple[LayerStates, Inputs, State, State]]()  # with the states before and behind
+        self.places = (cpp.StatePlace * len(rules))()
+        for index, (rule, states) in enumerate(zip(rules, cache.states, strict=True)):
+            if rule is not None and states is not None:
+                before = compiled_rule.contiguous(states.at(self._start, rule.advance))
+                after = compiled_rule.empty_state(rule.shape, before.window.dtype)
+                inputs = compiled_rule.empty_inputs(rule.shape, count, before.window.dtype)
+                self.places[index] = compiled_rule.place_of(before, after, inputs)
+                self._layers.append((states, inputs, before, after))
+
+    def record(self) -> None:
+        """Note what the pass has left, once it has ended."""
+        for states, inputs, _, after in self._layers:
+            states.record(self._start, [(inputs, after)])
+
+
+def described(rule: Recurrence) -> cpp.Recurrence:
+    """A rule's description, which it keeps itself."""
+    assert rule.compiled is not None
+    return rule.compiled.described
+
+
 class CpuPass:
     """Implements `base.FastPass`. The decoder's tensors must stay where they are."""
 
@@ -110,6 +141,7 @@ class CpuPass:
         self._mixtures: list[cpp.Experts] = []
         self._is_bfloat16 = int(decoder.dtype == torch.bfloat16)
         self._tables = [Tables(rope) for rope in decoder.ropes]
+        self._rules = [layer.recurrence for layer in decoder.layers]
         self._run, self._source = cpp.library().quasar_pass_run, decoder.source
         self._pass = cpp.library().quasar_pass_new(ctypes.byref(self._describe(decoder)))
         weakref.finalize(self, cpp.library().quasar_pass_delete, self._pass, self._is_bfloat16)
@@ -144,6 +176,7 @@ class CpuPass:
         addresses = [tables.rows(cache.length, end, cache.prompt_length, depths) for tables in self._tables]
         cos, sin = ((ctypes.c_void_p * len(addresses))(*some) for some in zip(*addresses, strict=True))
         growth = self._growth(cache.length, end, depths)
+        recurrent = RecurrentPass(self._rules, cache, count) if self.config.is_recurrent else None
         given = (
             (ctypes.c_int64 * count)(*tokens),
             None if parents is None else (ctypes.c_int * count)(*parents),
@@ -153,6 +186,7 @@ class CpuPass:
             sin,
             None if growth is None else growth.data_ptr(),
             cache.addresses,
+            None if recurrent is None else recurrent.places,
             cache.capacity,
             None if logits is None else logits.data_ptr(),
             chosen,
@@ -163,6 +197,8 @@ class CpuPass:
         )
         for layers in self._source.stretches():
             self._run(self._pass, self._is_bfloat16, layers.start, layers.stop, *given)
+        if recurrent is not None:
+            recurrent.record()
         cache.advance(count)
         return Choices(chosen[:], margins[:], likeliest=in_rows(found[:], likeliest))
 
@@ -193,6 +229,7 @@ class CpuPass:
             norms_whole_rows=norms.whole_rows,
             norms_last=norms.after_rotation,
             interleaved=config.ropes[0].interleaved,
+            gates_attention=config.gates_attention,
             eps=config.eps,
             embedding_scale=decoder.embedding_scale,
             residual_scale=config.residual_scale,
@@ -229,7 +266,7 @@ class CpuPass:
             down_norm=self._floats(layer.down_norm),
             head_norms=self._floats(layer.head_norms),
             activation=self._floats(layer.activation),
-            qkv=self._fused(layer.qkv),
+            qkv=self._fused(layer.qkv, layer.rates),
             out=self._fused(layer.out),
             gate_up=self._fused(layer.gate_up),
             down=self._fused(layer.down),
@@ -244,6 +281,7 @@ class CpuPass:
             kv_heads=shape.kv_heads,
             head_size=shape.head_size,
             experts=None if layer.experts is None else ctypes.pointer(self._experts(layer.experts)),
+            recurrence=None if layer.recurrence is None else ctypes.pointer(described(layer.recurrence)),
         )
 
     def _experts(self, experts: Experts) -> cpp.Experts:
@@ -267,10 +305,13 @@ class CpuPass:
     def _floats(self, weights: torch.Tensor | None) -> int | None:
         return None if weights is None else self._address(weights.float())
 
-    def _fused(self, product: Linear | None) -> cpp.FusedWeight:
-        if product is None:
+    def _fused(self, *products: Linear | None) -> cpp.FusedWeight:
+        """Products of one input as one, those that there are."""
+        some = [product for product in products if product is not None]
+        if not some:
             return cpp.FusedWeight()
-        parts = [self._product(part) for part in (product.parts if isinstance(product, FusedLinear) else (product,))]
+        linears = [part for one in some for part in (one.parts if isinstance(one, FusedLinear) else (one,))]
+        parts = [self._product(linear) for linear in linears]
         return cpp.FusedWeight(
             parts=(cpp.Product * cpp.MOST_PARTS)(*parts),
             count=len(parts),

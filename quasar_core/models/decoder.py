@@ -80,7 +80,7 @@ class DecoderCache(PromptLength):
 
     def advance(self, count: int) -> None:
         """Count a finished pass of `count` positions."""
-        self._length += count
+        self._stand_at(self._length + count)
 
     def keep(self, start: int, nodes: Sequence[int]) -> None:
         """Of a tree that was passed at `start` keep these nodes, a path, as the positions from `start` on."""
@@ -94,11 +94,23 @@ class DecoderCache(PromptLength):
         """Move the length back; a length ahead of what is written is a defect of the caller."""
         if not 0 <= length <= self._length or self.reachable(length) < length:
             raise ValueError(f"cannot move a cache of {self._length} positions to {length}")
+        self._stand_at(length)
+
+    def _stand_at(self, length: int) -> None:
         self._length = length
+        for states in self.states:
+            if states is not None:
+                states.stand = length
 
     def reachable(self, length: int) -> int:
-        """See `models/rollback.py`; any position, where no layer is recurrent."""
-        return min((states.reachable(length) for states in self.states if states is not None), default=length)
+        """See `models/rollback.py`; any position, where no layer is recurrent.
+
+        A pass that ended midway leaves layers that know the states of different positions.
+        """
+        recurrent = [states for states in self.states if states is not None]
+        while (farthest := min((states.reachable(length) for states in recurrent), default=length)) < length:
+            length = farthest
+        return length
 
     def settle(self, length: int) -> None:
         """See `models/rollback.py`."""
@@ -110,7 +122,7 @@ class DecoderCache(PromptLength):
         """See `TextCache`."""
         for states in self.states:
             if states is not None:
-                states.settled, states.prompt_length = 0, prompt_length
+                states.settled, states.prompt_length = None, prompt_length
         return super().begin(prompt_length)
 
 
@@ -298,9 +310,14 @@ class LeanDecoder(CausalLM):
     @property
     def longest_tree(self) -> int:
         """Nodes of a tree that passes at once; 0 where none does."""
-        if self.config.is_recurrent:
-            return 0  # states follow one text
+        if self.why_chains is not None:
+            return 0
         return LONGEST_TREE if self.fast is None else self.fast.longest_tree
+
+    @property
+    def why_chains(self) -> str | None:
+        """See `models/base.py`."""
+        return "the states of recurrent layers follow one text" if self.config.is_recurrent else None
 
     @steered
     def forward_tree(self, tokens: Sequence[int], parents: Sequence[int], cache: DecoderCache) -> torch.Tensor:

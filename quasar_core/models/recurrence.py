@@ -9,12 +9,16 @@ pass, C channels, K taps, Hk heads of keys, Hv of values, Dk and Dv their sizes.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn.functional import rms_norm, silu, softplus
 
+from quasar_core.kernels.cpu.library import why_not_here
+from quasar_core.models import compiled_rule
+from quasar_core.models.compiled_rule import CompiledRule
 from quasar_core.models.recurrence_config import RecurrenceConfig
-from quasar_core.models.recurrence_states import REACH, Inputs, LayerStates, State
+from quasar_core.models.recurrence_states import Inputs, LayerStates, State
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,15 @@ class Recurrence:
         every = (self.taps, self.bias, self.fading, self.step_bias, self.passed_by, self.norm)
         return tuple(weight for weight in every if weight is not None)
 
+    @cached_property
+    def compiled(self) -> CompiledRule | None:
+        """The rule in C++, where that runs; for states on the CPU in bfloat16 or float32."""
+        if self.taps.device.type != "cpu" or compiled_rule.why_not(self.shape) or why_not_here():
+            return None
+        names = ("bias", "fading", "step_bias", "passed_by", "norm")
+        weights = {"weights": self.taps, **{name: getattr(self, name) for name in names}}
+        return CompiledRule(self.shape, compiled_rule.describe(self.shape, self.eps, weights))
+
     def empty(self, device: torch.device, dtype: torch.dtype) -> State:
         """The state in front of a text, which takes no memory."""
         shape = self.shape
@@ -54,13 +67,14 @@ class Recurrence:
         """
         gate, inputs = self._read(projected, rates)
         begin = states.at(start, self.advance)
-        outputs, done = [], 0
-        for count in _pieces(len(inputs)):
+        outputs, pieces, done = [], list[tuple[Inputs, State]](), 0
+        for count in states.pieces(len(inputs)):
             piece = inputs[done : done + count]
             mixed, begin = self._run(begin, piece)
-            states.record(start + done, count, piece if count <= REACH else None, begin)
             outputs.append(mixed)
+            pieces.append((piece, begin))
             done += count
+        states.record(start, pieces)
         return self._gated(outputs[0] if len(outputs) == 1 else torch.cat(outputs), gate).to(projected.dtype)
 
     def advance(self, state: State, inputs: Inputs) -> State:
@@ -88,6 +102,11 @@ class Recurrence:
 
     def _run(self, state: State, inputs: Inputs) -> tuple[torch.Tensor, State]:
         """The rule over T tokens → outputs [T, values] in float32, and the state behind them."""
+        if self.compiled is not None and inputs.channels.dtype in compiled_rule.DTYPES:
+            return self.compiled(state, inputs)
+        return self._run_in_torch(state, inputs)
+
+    def _run_in_torch(self, state: State, inputs: Inputs) -> tuple[torch.Tensor, State]:
         shape, count = self.shape, len(inputs)
         seen = torch.cat((state.window, inputs.channels))
         window, mixed = seen[count:].clone(), self._convolved(seen, count)
@@ -155,8 +174,3 @@ def _fold(
 def _unit(x: torch.Tensor) -> torch.Tensor:
     """Vectors [..., D] of length 1."""
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
-
-
-def _pieces(count: int) -> list[int]:
-    """A long pass in two, the last so short that its inputs are kept."""
-    return [count] if count <= REACH else [count - REACH, REACH]

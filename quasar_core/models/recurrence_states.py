@@ -10,7 +10,7 @@ A state is many times what its rule reads of a token (Qwen3.5-9B: 2.1 MB against
 accepted, where nothing is run again: so the inputs are kept, not a state for each position.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,10 @@ class Inputs:
     def __getitem__(self, tokens: slice) -> "Inputs":
         return Inputs(self.channels[tokens], self.rates[tokens])
 
+    def copy(self) -> "Inputs":
+        """The same in memory of its own, as a part of a long pass would keep all of it."""
+        return Inputs(self.channels.clone(), self.rates.clone())
+
     @property
     def nbytes(self) -> int:
         """Bytes of both."""
@@ -64,13 +68,15 @@ class LayerStates:
     """Anchors and journal of one layer; the length that counts is the cache's.
 
     `settled` is a position before which nobody goes back, but to an anchor near the prompt's end (`prompt_length`),
-    where the next turn of a conversation may begin to differ.
+    where the next turn of a conversation may begin to differ; None where nobody has said so, as while a prompt passes.
+    `stand` is the cache's length, whose state is never dropped: a pass may end before all layers have had it.
     """
 
     def __init__(self, empty: State) -> None:
         self._anchors = {0: empty}
         self._journal: list[tuple[int, Inputs]] = []  # by first position, in order
-        self.settled = self.prompt_length = 0
+        self.settled: int | None = None
+        self.prompt_length = self.stand = 0
 
     def reachable(self, position: int) -> int:
         """The farthest position up to this one whose state is known."""
@@ -94,12 +100,17 @@ class LayerStates:
         self._anchors[position] = state
         return state
 
-    def record(self, start: int, count: int, inputs: Inputs | None, state: State) -> None:
-        """Note the state behind `count` tokens at `start`, and what the rule has read of them where that is kept."""
-        end = start + count
-        if inputs is not None:
-            self._journal.append((start, inputs))
-        self._anchors[end] = state
+    def pieces(self, count: int) -> list[int]:
+        """How a pass over so many tokens is cut: a prompt's end is short, so that few inputs are kept."""
+        return [count] if count <= REACH or self.settled is not None else [count - REACH, REACH]
+
+    def record(self, start: int, pieces: Sequence[tuple[Inputs, State]]) -> None:
+        """Note the states behind the pieces of a pass at `start`, and what the rule has read of the last one."""
+        end = start
+        for inputs, state in pieces:
+            first, end = end, end + len(inputs)
+            self._anchors[end] = state
+        self._journal.append((first, inputs if len(pieces) == 1 else inputs.copy()))
         self._tidy(start, end)
 
     @property
@@ -118,8 +129,8 @@ class LayerStates:
 
     def _tidy(self, start: int, end: int) -> None:
         """Keep the anchor before what may still be gone back to, the last pass's ends, and few between them."""
-        base = self._before(max(min(self.settled, end), end - REACH))
-        kept = {0, base, start, end, self._before(max(self.prompt_length - ENDING, 0))}
+        base = self._before(max(end - REACH, 0) if self.settled is None else min(self.settled, end))
+        kept = {0, base, start, end, self._before(self.stand), self._before(max(self.prompt_length - ENDING, 0))}
         ends = {first + len(inputs) for first, inputs in self._journal}
         kept |= {first for first, _ in self._journal if first not in ends}  # what was passed before is not in it
         last = base

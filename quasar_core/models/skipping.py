@@ -32,6 +32,9 @@ class CacheView(DecoderCache):
         """Stand at `length`, up to which the whole cache and this view of it hold the text."""
         self._length, self.prompt_length = length, self._source.prompt_length
 
+    def _stand_at(self, length: int) -> None:
+        self._length = length  # the states stand where the whole cache does
+
 
 def skip_layers(decoder: LeanDecoder, kept: Sequence[int]) -> LeanDecoder:
     """The decoder of the `kept` blocks, over the same weights; without a fast pass."""

@@ -1,5 +1,7 @@
 """Models with recurrent layers write transformers' greedy text in every mode, and from turn to turn."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,7 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 
 from quasar_core.config import GenerationConfig
+from quasar_core.decode.answering import Answering, Stopped
+from quasar_core.decode.engine import PREFILL_CHUNK
 from quasar_core.decode.generator import Generator
+from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.pair import Pair
 
@@ -73,6 +78,66 @@ def test_every_mode_writes_the_targets_text_and_the_next_turn_goes_on(models: Mo
 @given(data=st.data())
 def test_a_thousand_texts(models: Models, data: DataObject) -> None:
     check_texts(models, data)
+
+
+@pytest.mark.parametrize("streamed", [None, "some blocks"])
+@pytest.mark.parametrize("kind", [Stopped, KeyboardInterrupt])
+def test_after_an_interrupted_prompt_the_text_is_what_it_would_have_been(
+    models: Models, kind: type[BaseException], streamed: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two passes of a prompt, or in the middle of one; streamed weights serve all passes at once."""
+    _, pair = models
+    assert isinstance(pair.target, LeanDecoder)
+    monkeypatch.setitem(PREFILL_CHUNK, "cpu", 16)
+    monkeypatch.setattr(pair.target, "source", Source(streamed))
+    config = GenerationConfig(4, "full", "none", ignore_eos=True)
+    first, further = list(range(3, 40)), list(range(90, 10, -1))
+    for count in (1, 2, 5):
+        generator = Generator(pair, config)
+        prompt = [*first, *generator.generate(first).token_ids, *further]
+        stop = Countdown(count, kind)
+        answering = Answering(before_pass=stop) if kind is Stopped else Answering()
+        with monkeypatch.context() as patch:
+            if kind is KeyboardInterrupt:
+                patch.setattr(pair.target, "_mlp", stop.before(pair.target._mlp))
+            with pytest.raises(kind):
+                generator.generate(prompt, answering=answering)
+        assert generator.generate(prompt).token_ids == Generator(pair, config).generate(prompt).token_ids
+
+
+class Countdown:
+    """Raises when it is called once more than `count` times."""
+
+    def __init__(self, count: int, kind: type[BaseException]) -> None:
+        self.left, self.kind = count, kind
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise self.kind
+
+    def before(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*given: Any) -> Any:
+            self()
+            return work(*given)
+
+        return counted
+
+
+@dataclass
+class Source:
+    """All blocks, one by one."""
+
+    streamed: str | None
+
+    def stretches(self) -> Iterator[range]:
+        return (range(i, i + 1) for i in range(4))
+
+
+def test_drafts_are_chains_and_a_note_says_so(models: Models) -> None:
+    _, pair = models
+    Generator(pair, GenerationConfig(4, "full", "ngram"))
+    assert "trees: none, drafts are chains: the states of recurrent layers follow one text" in pair.notes
 
 
 def test_quantized_writes_the_same_with_drafts_and_without(models: Models) -> None:

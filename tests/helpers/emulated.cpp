@@ -11,7 +11,7 @@
 namespace {
 
 struct Call {
-    int64_t is_pass;
+    int64_t kind;  // a product, a pass, a rule
     const Model* model;
     const int64_t* tokens;
     const int* parents;
@@ -19,10 +19,12 @@ struct Call {
     const float* const* sin;
     const float* growth;
     void* const* states;
+    const StatePlace* recurrent;
     float* logits;
     int64_t* chosen;
     float* margins;
     int32_t* likeliest;
+    const Recurrence* rule;
     const void* x;
     const void* codes;
     void* y;
@@ -47,14 +49,16 @@ void give(const void* from, size_t size) {
 }
 
 void run(const Call& call) {
-    if (!call.is_pass)
+    if (call.kind == 2)
+        return quasar_recur(call.rule, call.is_bfloat16, call.count, call.recurrent,
+                            static_cast<float*>(call.y), call.threads);
+    if (call.kind == 0)
         return quasar_multiply_codes(call.x, call.codes, call.y, call.count, call.in, call.out, call.groups, call.group,
                                      call.bits, call.is_bfloat16, call.threads);
     void* pass = quasar_pass_new(call.model);
     quasar_pass_run(pass, call.is_bfloat16, 0, call.model->layers, call.tokens, call.parents, call.count, call.position,
-                    call.cos, call.sin,
-                    call.growth, call.states, call.capacity, call.logits, call.chosen, call.margins, call.wanted,
-                    call.likeliest, call.threads);
+                    call.cos, call.sin, call.growth, call.states, call.recurrent, call.capacity, call.logits, call.chosen,
+                    call.margins, call.wanted, call.likeliest, call.threads);
     quasar_pass_delete(pass, call.is_bfloat16);
 }
 

@@ -10,19 +10,23 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from quasar_core.kernels.cpu.library import FusedWeight, Layer, Model, Product
+from quasar_core.kernels.cpu.library import FusedWeight, Layer, Model, Product, Recurrence, StatePlace
 
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int
-_POINTERS = ("model", "tokens", "parents", "cos", "sin", "growth", "states", "logits", "chosen", "margins", "likeliest")
+_POINTERS = ("model", "tokens", "parents", "cos", "sin", "growth", "states", "recurrent")
+_POINTERS += ("logits", "chosen", "margins", "likeliest", "rule")
 _NUMBERS = ("is_bfloat16", "count", "position", "capacity", "wanted", "inputs", "outputs", "groups", "group")
 _NUMBERS += ("bits", "threads")
+
+
+PRODUCT, PASS, RULE = range(3)
 
 
 class Call(ctypes.Structure):
     """As `emulated.cpp` has it."""
 
     _fields_ = (
-        ("is_pass", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
         *((name, POINTER) for name in (*_POINTERS, "x", "codes", "y")),
         *((name, NUMBER) for name in _NUMBERS),
     )
@@ -84,7 +88,7 @@ class Emulated:
         }
         names = ("count", "inputs", "outputs", "groups", "group", "bits", "is_bfloat16", "threads")
         values = (count, inputs, outputs, groups, group, bits, is_bfloat16, threads)
-        self._run(block, False, at, dict(zip(names, values, strict=True)), [y])
+        self._run(block, PRODUCT, at, dict(zip(names, values, strict=True)), [y])
 
     def quasar_pass_new(self, model: Any) -> int:
         """A pass over a model, whose description is kept."""
@@ -97,7 +101,7 @@ class Emulated:
     def quasar_pass_run(self, number: int, is_bfloat16: int, begin: int, end: int, *more: Any) -> None:
         """One pass, over all layers."""
         assert (begin, end) == (0, self._models[number - 1].layers)
-        tokens, parents, count, position, cos, sin, growth, states, capacity, *results = more
+        tokens, parents, count, position, cos, sin, growth, states, recurrent, capacity, *results = more
         logits, chosen, margins, wanted, likeliest, threads = results
         block, model = Block(), self._models[number - 1]
         layers, width = model.layer[: model.layers], 2 if is_bfloat16 else 4
@@ -118,25 +122,42 @@ class Emulated:
             "sin": turns[1],
             "growth": block.place(growth, count * 4),
             "states": block.list_of([block.place(*one) for one in kept]),
+            "recurrent": _place_states(block, recurrent, [_rule_of(layer) for layer in layers], count, width),
             "logits": block.place(logits, count * model.head.outputs * 4),
             "chosen": block.place(ctypes.addressof(chosen), count * 8),
             "margins": block.place(ctypes.addressof(margins), count * 4),
             "likeliest": block.place(ctypes.addressof(likeliest), max(count * wanted, 1) * 4),
         }
         found = [*(address for address, _ in kept), logits, *map(ctypes.addressof, (chosen, margins, likeliest))]
+        found += [getattr(place, name) for place in recurrent or () for name in WRITTEN]
         numbers = dict(zip(_NUMBERS[:5], (is_bfloat16, count, position, capacity, wanted), strict=True))
-        self._run(block, True, at, {**numbers, "threads": threads}, found)
+        self._run(block, PASS, at, {**numbers, "threads": threads}, found)
+
+    def quasar_recur(self, rule: Any, is_bfloat16: int, count: int, place: Any, outputs: int, threads: int) -> None:
+        """The rule of a recurrent layer."""
+        block, described = Block(), rule._obj
+        at = {
+            "rule": block.place(ctypes.addressof(described), ctypes.sizeof(Recurrence)),
+            "recurrent": _place_states(
+                block, (StatePlace * 1)(place._obj), [described], count, 2 if is_bfloat16 else 4
+            ),
+            "y": block.place(outputs, count * described.values * 4),
+        }
+        assert at["rule"] is not None
+        _place_rule(block, at["rule"], described)
+        numbers = {"is_bfloat16": is_bfloat16, "count": count, "threads": threads}
+        self._run(block, RULE, at, numbers, [outputs, *(getattr(place._obj, name) for name in WRITTEN)])
 
     def _run(
         self,
         block: Block,
-        is_pass: bool,
+        kind: int,
         at: dict[str, int | None],
         numbers: dict[str, int],
         found: Sequence[int | None],
     ) -> None:
         """Send a call, and copy what it wrote to the addresses `found`."""
-        block.memory[: ctypes.sizeof(Call)] = bytes(Call(is_pass=is_pass, **numbers))
+        block.memory[: ctypes.sizeof(Call)] = bytes(Call(kind=kind, **numbers))
         for name, offset in at.items():
             block.point(getattr(Call, name).offset, offset)
         assert self._process.stdin is not None
@@ -188,6 +209,45 @@ def _place_layer(block: Block, start: int, layer: Layer, model: Model) -> None:
         block.point(start + getattr(Layer, name).offset, block.place(getattr(layer, name), size))
     for name in ("qkv", "out", "gate_up", "down", "input_gate", "input_out"):
         _place_products(block, start + getattr(Layer, name).offset, getattr(layer, name))
+    if rule := _rule_of(layer):
+        at = block.place(ctypes.addressof(rule), ctypes.sizeof(Recurrence))
+        assert at is not None
+        block.point(start + Layer.recurrence.offset, at)
+        _place_rule(block, at, rule)
+
+
+WRITTEN = ("window_after", "matrices_after", "channels", "rates")
+
+
+def _rule_of(layer: Layer) -> Recurrence | None:
+    return layer.recurrence.contents if layer.recurrence else None
+
+
+def _place_states(block: Block, places: Any, rules: Sequence[Recurrence | None], count: int, width: int) -> int | None:
+    """The states of a pass's layers, each where its rule has some."""
+    if places is None:
+        return None
+    start = block.place(ctypes.addressof(places), ctypes.sizeof(places))
+    assert start is not None
+    for number, (place, rule) in enumerate(zip(places, rules, strict=True)):
+        if rule is None:
+            continue
+        window = (rule.taps - 1) * rule.channels * width
+        matrices = rule.value_heads * rule.key_size * rule.value_size * 4
+        sizes = {"window": window, "matrices": matrices, "window_after": window, "matrices_after": matrices}
+        sizes |= {"channels": count * rule.channels * width, "rates": count * 2 * rule.value_heads * 4}
+        for name, size in sizes.items():
+            at = start + number * ctypes.sizeof(StatePlace) + getattr(StatePlace, name).offset
+            block.point(at, block.place(getattr(place, name), size))
+    return start
+
+
+def _place_rule(block: Block, start: int, rule: Recurrence) -> None:
+    heads = dict.fromkeys(("fading", "step_bias", "passed_by"), rule.value_heads * 4)
+    norm = rule.value_size if rule.kind == 0 else rule.values
+    sizes = {"weights": rule.taps * rule.channels * 4, "bias": rule.channels * 4, **heads, "norm": norm * 4}
+    for name, size in sizes.items():
+        block.point(start + getattr(Recurrence, name).offset, block.place(getattr(rule, name), size))
 
 
 def _place_products(block: Block, start: int, weight: FusedWeight) -> None:

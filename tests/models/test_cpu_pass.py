@@ -10,12 +10,12 @@ import torch
 from helpers.decoder_cases import (
     CASES,
     CPU,
+    DELTA,
     DYNAMIC,
     FLOAT,
     LENGTH,
     assert_close,
     assert_close_but_for_steps,
-    classes_of,
     exact_logits,
     fresh_logits,
     in_passes,
@@ -30,23 +30,17 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.models import loading
-from quasar_core.models.architectures import ARCHITECTURES
 from quasar_core.models.base import NO_TOKEN, choose_best
 from quasar_core.models.decoder import DenseLinear, LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 
 BF16 = torch.bfloat16
 Made = Callable[..., Path]
+HYBRIDS = ["qwen3.5, one head of keys, biases", "lfm2, biases, plain MLP", "granite 4, groups, biases, rotates"]
 SPLITS = ([1], [2], [12, 1, 4, 8], [33, 12])
 
 pytestmark = pytest.mark.usefixtures("cpp_pass")
 each_form = pytest.mark.usefixtures("form")
-
-
-def is_recurrent(name: str) -> bool:
-    """Whether a model of CASES has layers with a state, or gates behind attention: the C++ pass has neither."""
-    row = ARCHITECTURES[classes_of(name)[1].__name__]
-    return row.recurrent is not None or row.gates_attention
 
 
 def fast(decoder: LeanDecoder) -> LeanDecoder:
@@ -78,7 +72,7 @@ def verifier_in(folder: Path, target: LeanDecoder, kernel: str = "vnni") -> Lean
     return attach_verifier(target, VerifierCheckpoint(folder / "verifier"), kernel)
 
 
-@pytest.mark.parametrize("case", [case for case, (name, _) in CASES.items() if not is_recurrent(name)])
+@pytest.mark.parametrize("case", CASES)
 def test_logits_equal_those_of_transformers(tmp_path: Path, case: str) -> None:
     expected = fresh_logits(save_model(tmp_path, *CASES[case]), random_tokens())
     decoder = fast(load_target(tmp_path, CPU, FLOAT))
@@ -87,7 +81,9 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, case: str) -> None:
 
 
 @each_form
-@pytest.mark.parametrize("case", ["gemma 2", "apertus", "gemma 4, shared states and own inputs", "qwen 2 moe"])
+@pytest.mark.parametrize(
+    "case", ["gemma 2", "apertus", "gemma 4, shared states and own inputs", "qwen 2 moe", *HYBRIDS]
+)
 def test_every_form_gives_the_logits_of_transformers(tmp_path: Path, case: str) -> None:
     """Caps, tanh, xIELU, norms and rotations of each kind, in each instruction set."""
     expected = fresh_logits(save_model(tmp_path, *CASES[case]), random_tokens())
@@ -115,7 +111,7 @@ def test_a_verifier_equals_its_plain_pass(made: Made, case: str, bits: int | Non
     assert_close_but_for_steps(in_passes(fast(verifier), random_tokens(), [12, 4]), expected)
 
 
-@pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "glm 4 moe, no norms", "mixtral"])
+@pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "glm 4 moe, no norms", "mixtral", *HYBRIDS])
 def test_a_verifier_that_was_unpacked_equals_its_plain_pass(made: Made, case: str) -> None:
     verifier = verifier_in(made(case), load_target(made(case), CPU, FLOAT), kernel="dense")
     expected = in_passes(verifier, random_tokens(), [12, 4])
@@ -144,6 +140,24 @@ def test_logits_do_not_depend_on_the_pass_or_on_the_threads(
     ):
         torch.set_num_threads(threads)
         assert torch.equal(in_passes(decoder, tokens[:count], sizes), expected[:count])
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("target", BF16), ("verifier", FLOAT)], ids=str)
+@pytest.mark.parametrize("case", HYBRIDS)
+def test_nor_do_those_of_layers_with_a_state(made: Made, case: str, kind: str, dtype: torch.dtype) -> None:
+    """Neither on where a pass went back to."""
+    target = load_target(made(case), CPU, dtype)
+    decoder = fast(verifier_in(made(case), target) if kind == "verifier" else target)
+    tokens = random_tokens(40)
+    torch.set_num_threads(1)
+    expected = in_passes(decoder, tokens, [1])
+    torch.set_num_threads(3)
+    assert torch.equal(in_passes(decoder, tokens, [3, 17]), expected)
+    cache = decoder.new_cache(64)
+    decoder.forward([*tokens[:9], 5, 6, 7], cache)
+    for start, count in ((9, 20), (12, 25), (11, 29)):
+        cache.rollback(start)
+        assert torch.equal(decoder.forward(tokens[start : start + count], cache), expected[start : start + count])
 
 
 def test_a_long_context_equals_the_plain_pass(tmp_path: Path) -> None:
@@ -254,6 +268,17 @@ def test_exact_text_is_that_of_plain_decoding_in_bf16_too(made: Made, case: str)
         assert Generator(pair, config).generate(random_tokens(20)).token_ids == plain
 
 
+@pytest.mark.parametrize("case", HYBRIDS)
+def test_and_so_it_is_where_layers_have_a_state(made: Made, case: str) -> None:
+    target = fast(load_target(made(case, 4), CPU, BF16))
+    pair = make_pair(target, fast(verifier_in(made(case, 4), target)))
+    plain = Generator(pair, GenerationConfig(40, "full", "none")).generate(random_tokens(20)).token_ids
+    ways: list[tuple[VerifyMode, int, int]] = [("full", 4, 1), ("exact", 1, 1), ("exact", 6, 5), ("exact", 64, 200)]
+    for verify, drafts, window in ways:
+        config = GenerationConfig(40, verify, num_draft_tokens=drafts, window=window)
+        assert Generator(pair, config).generate(random_tokens(20)).token_ids == plain
+
+
 def test_what_it_does_not_run_says_why(tmp_path: Path) -> None:
     target = tiny_target(tmp_path, "llama")
     reference = attach_verifier(target, quantize_layers(tmp_path, tmp_path / "verifier", lambda name: 4), "reference")
@@ -267,6 +292,9 @@ def test_what_it_does_not_run_says_why(tmp_path: Path) -> None:
     save_model(tmp_path / "odd", "Llama", {"intermediate_size": 72})
     odd = load_target(tmp_path / "odd", CPU, FLOAT)
     assert loading.choose(odd)[1].endswith("hidden, intermediate and head sizes must be multiples of 16")
+    save_model(tmp_path / "uneven", "Qwen3_5", {**DELTA, "linear_value_head_dim": 24})
+    uneven = load_target(tmp_path / "uneven", CPU, FLOAT)
+    assert loading.choose(uneven)[1].endswith("sizes of heads of recurrent layers must be multiples of 16")
 
 
 def test_a_pass_beyond_the_caches_end_is_refused(tmp_path: Path) -> None:

@@ -9,25 +9,34 @@ from helpers.decoder_cases import CASES, CPU, FLOAT, assert_close, fresh_logits,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quasar_core.models import loading
 from quasar_core.models.decoder import DecoderCache, LeanDecoder
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.recurrence import Recurrence
 from quasar_core.models.recurrence_config import RecurrenceConfig
-from quasar_core.models.recurrence_states import ENDING, REACH, LayerStates, State
+from quasar_core.models.recurrence_states import ENDING, REACH, Inputs, LayerStates, State
 from quasar_core.models.rollback import reachable, settle
 from quasar_core.models.skipping import CacheView, skip_layers
 
-# Rows fill the widest vectors: PyTorch's exponentials of what is left over round otherwise.
+# Rows fill the widest vectors: PyTorch's exponentials of what is left over round otherwise. The last ones run in C++.
 SHAPES = {
     "delta": RecurrenceConfig("delta", 4, key_heads=32, value_heads=64, key_size=8, value_size=6),
     "mamba": RecurrenceConfig("mamba", 3, key_heads=2, value_heads=64, key_size=32, value_size=4, conv_bias=True),
-    "conv": RecurrenceConfig("conv", 3, width=64),
+    "conv": RecurrenceConfig("conv", 3, width=40),
+    "delta in C++": RecurrenceConfig("delta", 4, key_heads=32, value_heads=64, key_size=16, value_size=16),
+    "mamba in C++": RecurrenceConfig("mamba", 3, key_heads=2, value_heads=64, key_size=32, value_size=16),
+    "conv in C++": RecurrenceConfig("conv", 3, width=272),
+}
+COMPILED = {
+    "delta": RecurrenceConfig("delta", 4, key_heads=2, value_heads=4, key_size=32, value_size=48),
+    "mamba": RecurrenceConfig("mamba", 3, key_heads=2, value_heads=4, key_size=16, value_size=80, conv_bias=True),
+    "conv": RecurrenceConfig("conv", 2, width=272),
 }
 HYBRIDS = ["qwen3.5", "lfm2", "granite 4"]
 
 
-def make_rule(kind: str) -> Recurrence:
-    shape, draw = SHAPES[kind], torch.Generator().manual_seed(3)
+def make_rule(shape: RecurrenceConfig) -> Recurrence:
+    kind, draw = shape.kind, torch.Generator().manual_seed(3)
 
     def drawn(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=draw)
@@ -44,7 +53,8 @@ class Text:
     """What the products before a rule give of a text, each token by its position and by who passes it."""
 
     def __init__(self, kind: str) -> None:
-        self.rule, shape = make_rule(kind), SHAPES[kind]
+        shape = SHAPES[kind]
+        self.rule, kind = make_rule(shape), shape.kind
         draw, size = torch.Generator().manual_seed(4), 3 * REACH
         width = {"conv": 3 * shape.values, "delta": shape.channels + shape.values}
         width = width.get(kind, shape.values + shape.channels + shape.value_heads)
@@ -59,6 +69,7 @@ class Text:
         return LayerStates(self.rule.empty(CPU, FLOAT))
 
 
+@pytest.mark.usefixtures("cpp_pass")
 @pytest.mark.parametrize("kind", SHAPES)
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
@@ -81,6 +92,33 @@ def test_outputs_have_the_same_bits_however_a_text_is_cut_and_gone_back_in(kind:
         assert torch.equal(actual, torch.cat(rows[start:]))
         settled = data.draw(st.integers(max(settled, len(writers) - REACH), len(writers)))
         states.settled = settled
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", COMPILED)
+def test_the_rule_in_cpp_is_that_in_torch_whatever_the_threads(kind: str, dtype: torch.dtype) -> None:
+    rule, shape, draw = make_rule(COMPILED[kind]), COMPILED[kind], torch.Generator().manual_seed(5)
+    channels = torch.randn(20, shape.channels, generator=draw).to(dtype)
+    inputs = Inputs(channels, torch.rand(20, 2, shape.value_heads, generator=draw))
+    begin = rule.advance(rule.empty(CPU, dtype), inputs[:7])
+    outputs, end = rule._run_in_torch(begin, inputs[7:])
+    assert rule.compiled is not None
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found, after = rule.compiled(begin, inputs[7:])
+        torch.testing.assert_close(found, outputs, atol=1e-5, rtol=1e-5)
+        assert torch.equal(after.window, end.window)
+        if shape.kind != "conv":
+            torch.testing.assert_close(after.matrices, end.matrices, atol=1e-5, rtol=1e-5)
+        first, middle = rule.compiled(begin, inputs[7:12])
+        rest, last = rule.compiled(middle, inputs[12:])
+        assert torch.equal(torch.cat((first, rest)), found)
+        assert shape.kind == "conv" or torch.equal(last.matrices, after.matrices)
+
+
+def test_a_rule_whose_heads_fill_no_vectors_runs_in_torch() -> None:
+    assert make_rule(SHAPES["delta"]).compiled is None
 
 
 def test_few_states_are_kept_and_only_the_inputs_that_are_of_use() -> None:
@@ -139,6 +177,70 @@ def test_a_pass_that_ended_midway_leaves_states_that_the_next_one_mends(hybrid: 
         states._forget_from(20)
     assert first.reachable(23) == 23
     assert_close(decoder.forward(tokens[20:], cache), fresh_logits(model, tokens)[20:], "qwen3.5")
+
+
+@pytest.mark.parametrize("layers", range(1, 5))
+def test_a_prompt_that_was_interrupted_leaves_the_states_in_front_of_it(
+    hybrid: tuple[LeanDecoder, Any], layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a pass, of one part and of several: the next text goes on where the cache stands."""
+    decoder, model = hybrid
+    tokens, text = random_tokens(110), random_tokens(30, seed=5)
+    for parts in (1, 3):
+        cache = decoder.new_cache(512)
+        cache.begin(20)
+        decoder.forward(text[:20], cache, last_only=True)
+        settle(cache, 20)
+        cache.begin(20 + 110 * parts)
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, decoder, layers * parts)
+            with pytest.raises(KeyboardInterrupt):
+                decoder._sweep([tokens] * parts, cache, lambda: None)
+        assert cache.length == 20
+        assert cache.reachable(20) == 20
+        cache.rollback(20)
+        assert_close(decoder.forward(text[20:], cache), fresh_logits(model, text)[20:], "qwen3.5")
+
+
+def interrupt_after(patch: pytest.MonkeyPatch, decoder: LeanDecoder, count: int) -> None:
+    """Let the block after `count` of them be interrupted when its rule has run."""
+    left, add = [count], decoder._add
+
+    def interrupted(*given: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        add(*given)
+
+    patch.setattr(decoder, "_add", interrupted)
+
+
+def test_layers_that_know_different_states_go_back_to_one_that_all_know(hybrid: tuple[LeanDecoder, Any]) -> None:
+    decoder, model = hybrid
+    tokens, cache = random_tokens(30), decoder.new_cache(64)
+    decoder.forward(tokens[:20], cache)
+    some = [states for states in cache.states if states is not None]
+    some[0]._forget_from(12)
+    some[1]._journal.clear()  # it knows its states at 0 and at 20 alone
+    assert reachable(cache, 20) == 0
+    cache.rollback(0)
+    assert_close(decoder.forward(tokens, cache), fresh_logits(model, tokens), "qwen3.5")
+
+
+@pytest.mark.usefixtures("cpp_pass")
+@pytest.mark.parametrize("passes", ["PyTorch", "C++"])
+def test_a_long_window_goes_back_to_each_of_its_positions(hybrid: tuple[LeanDecoder, Any], passes: str) -> None:
+    decoder, model = hybrid
+    if passes == "C++":
+        loading.attach(decoder)
+        assert decoder.fast is not None
+    tokens, window, cache = random_tokens(30), random_tokens(2 * REACH, seed=6), decoder.new_cache(256)
+    expected = fresh_logits(model, tokens)[21:]
+    decoder.forward(tokens[:20], cache, last_only=True)
+    settle(cache, 20)
+    decoder.forward([tokens[20], *window], cache)
+    cache.rollback(21)
+    assert_close(decoder.forward(tokens[21:], cache), expected, "qwen3.5")
 
 
 def test_blocks_are_skipped_over_the_same_states(hybrid: tuple[LeanDecoder, Any]) -> None:

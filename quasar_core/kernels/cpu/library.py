@@ -120,7 +120,7 @@ def _compile(compiler: str, source: Path, library: Path, form: Chosen) -> None:
 
 
 SOURCE = build.HERE / f"{build.PASS}.cpp"
-MOST_PARTS = 3
+MOST_PARTS = 4
 
 
 class Product(ctypes.Structure):
@@ -161,6 +161,26 @@ class Experts(ctypes.Structure):
     )
 
 
+class Recurrence(ctypes.Structure):
+    """The rule of a layer with a state in the place of attention; its weights are float32, or null."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("kind", "taps", "key_heads", "value_heads", "key_size", "value_size")),
+        *((name, ctypes.c_int) for name in ("channels", "values")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("weights", "bias", "fading", "step_bias", "passed_by", "norm")),
+    )
+
+
+class StatePlace(ctypes.Structure):
+    """A state before some tokens and behind them, and what the rule reads of each."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_void_p)
+        for name in ("window", "matrices", "window_after", "matrices_after", "channels", "rates")
+    )
+
+
 class Layer(ctypes.Structure):
     """A block: norms in float32 or none, products, the positions that it sees (0: all), its rotation (-1: none)."""
 
@@ -174,6 +194,7 @@ class Layer(ctypes.Structure):
         ("shares", ctypes.c_int),
         *((name, ctypes.c_int) for name in ("window", "rope", "channels", "kv_heads", "head_size")),
         ("experts", ctypes.POINTER(Experts)),
+        ("recurrence", ctypes.POINTER(Recurrence)),
     )
 
 
@@ -184,6 +205,7 @@ class Model(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("hidden", "heads", "layers", "is_bfloat16")),
         *((name, ctypes.c_int) for name in ("activation", "gated")),
         *((name, ctypes.c_int) for name in ("norms_whole_rows", "norms_last", "interleaved")),
+        ("gates_attention", ctypes.c_int),
         *((name, ctypes.c_float) for name in ("eps", "embedding_scale", "residual_scale")),
         *((name, ctypes.c_float) for name in ("scores_scale", "scores_cap", "logits_scale", "logits_cap")),
         ("embedding", ctypes.c_void_p),
@@ -197,6 +219,15 @@ class Model(ctypes.Structure):
         ("inputs_scale", ctypes.c_float),
         ("layer", ctypes.POINTER(Layer)),
     )
+
+
+DESCRIBED: Mapping[str, type[ctypes.Structure]] = {
+    "model": Model,
+    "layer": Layer,
+    "experts": Experts,
+    "recurrence": Recurrence,
+    "state_place": StatePlace,
+}
 
 
 def why_not_here() -> str | None:
@@ -237,7 +268,7 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
                 *[number] * 3,
                 *[pointer] * 2,
                 *[number] * 2,
-                *[pointer] * 4,
+                *[pointer] * 5,
                 number,
                 *[pointer] * 3,
                 number,
@@ -245,15 +276,13 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
                 number,
             ],
             "quasar_pass_seconds": [pointer, number, pointer],
+            "quasar_recur": [pointer, *[number] * 2, *[pointer] * 2, number],
             "quasar_form": [],
-            "quasar_size_of_model": [],
-            "quasar_size_of_layer": [],
-            "quasar_size_of_experts": [],
+            **{f"quasar_size_of_{name}": [] for name in DESCRIBED},
         },
     )
     functions.quasar_pass_new.restype = pointer
     functions.quasar_form.restype = ctypes.c_char_p
-    names = {"model": Model, "layer": Layer, "experts": Experts}
-    if any(getattr(functions, f"quasar_size_of_{name}")() != ctypes.sizeof(kind) for name, kind in names.items()):
+    if any(getattr(functions, f"quasar_size_of_{name}")() != ctypes.sizeof(kind) for name, kind in DESCRIBED.items()):
         raise QuasarError("its library describes models in other bytes than this version of quasar")
     return functions

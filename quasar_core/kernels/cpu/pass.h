@@ -10,44 +10,10 @@
 #include "attention.h"
 #include "choices.h"
 #include "elementwise.h"
-#include "experts.h"
-#include "product_input.h"
+#include "model.h"
 #include "team.h"
 
 namespace quasar {
-
-struct Layer {
-    const float *input_norm, *out_norm, *mlp_norm, *down_norm;  // [hidden], or null
-    const float* head_norms;                                    // [query heads + key heads, D], or null
-    const float* activation;                                    // its weights, or null
-    FusedWeight qkv, out, gate_up, down;
-    FusedWeight input_gate, input_out;  // of the block's own input, or without parts
-    const float* input_out_norm;        // [hidden]
-    float scalar;                       // times what the block gives
-    int shares;                         // keys and values are an earlier block's
-    int window;               // positions that a token sees, its own included; 0 is all of them
-    int rope;                 // which rotary embedding, or -1
-    int channels;             // of a head that rotate
-    int kv_heads, head_size;
-    const Experts* experts;   // in the place of gate_up and down, or null
-};
-
-struct Model {
-    int hidden, heads, layers, is_bfloat16;
-    int activation, gated;             // of the MLP
-    int norms_whole_rows, norms_last;  // of queries and keys: of all heads at once; after the rotation
-    int interleaved;                   // partners in a rotation
-    float eps, embedding_scale, residual_scale, scores_scale, scores_cap, logits_scale, logits_cap;  // a cap of 0: none
-    const void* embedding;             // [vocabulary, hidden]
-    const float* norm;                 // [hidden]
-    FusedWeight head;
-    int inputs_size, norms_values;   // P, of the inputs that each block has of its own, or 0; weightless norms of values
-    const void* inputs_embedding;    // [vocabulary, layers · P]
-    FusedWeight inputs_projection;   // hidden → layers · P
-    const float* inputs_norm;        // [P]
-    float inputs_scale;              // of that embedding
-    const Layer* layer;
-};
 
 template <typename X>  // of embedding and cache
 class Pass {
@@ -57,13 +23,15 @@ public:
     // tokens [T] at `position`, one behind the other, or where `parents` [T] are given each behind its parent, which
     // stands before it (−1 for the first): keys and values lie in the order of the tokens, and each sees its own
     // ancestors alone. Of each token's place in the text cos and sin [T, D], for each rotary embedding, and growth of
-    // queries [T], or null. states: of each layer, keys then values, [2, heads, capacity, D]; logits [T, vocabulary], or
-    // null where nobody reads them; of each row the best token, its margin, and the `wanted` likeliest tokens [T, wanted].
+    // queries [T], or null. states: of each layer, keys then values, [2, heads, capacity, D]; recurrent: of each layer,
+    // where some have a state; logits [T, vocabulary], or null where nobody reads them; of each row the best token, its
+    // margin, and the `wanted` likeliest tokens [T, wanted].
     // It may run in parts, layers [begin, end) at a time, between which weights may come and go: the first embeds the
     // tokens, the last has the results, and each but the first goes on where the one before it ended.
     void run(int begin, int end, const int64_t* tokens, const int* parents, int count, int position,
-             const float* const* cos, const float* const* sin, const float* growth, void* const* states, int capacity,
-             float* logits, int64_t* chosen, float* margins, int wanted, int32_t* likeliest, int threads) {
+             const float* const* cos, const float* const* sin, const float* growth, void* const* states,
+             const StatePlace* recurrent, int capacity, float* logits, int64_t* chosen, float* margins, int wanted,
+             int32_t* likeliest, int threads) {
         const bool is_last = end == int(layers.size());
         reserve(count, threads);
         if (is_last) seen.assign(size_t(threads) * count, Leaders(std::max(wanted, 2)));
@@ -76,14 +44,14 @@ public:
             Waiting waiting = begin == 0 ? Waiting() : left;
             for (int i = begin; i < end; ++i) {
                 const Layer& layer = layers[i];
-                auto keys = static_cast<X*>(states[i]);
-                auto values = keys + size_t(layer.kv_heads) * capacity * layer.head_size;
                 prepare_normed(layer.qkv, waiting, layer.input_norm, count, team);
                 multiply_into(layer.qkv, mixed.data(), count, team);
-                if (layer.head_norms && m.norms_whole_rows) norm_rows(layer, count, team);
-                place_heads(layer, keys, values, place, team);
-                attend_heads(layer, keys, values, place, team);
-                prepare_input(layer.out, attended.data(), count, team);
+                if (layer.recurrence)
+                    recurring.pass(*layer.recurrence, mixed.data(), layer.qkv.out, count, recurrent[i], attended.data(),
+                                   team);
+                else
+                    run_attention(layer, static_cast<X*>(states[i]), place, team);
+                prepare_mix(layer, count, team);
                 waiting = multiply_onto_hidden(layer.out, layer.out_norm, count, team);
                 waiting = layer.experts ? mix_experts(layer, waiting, count, team) : run_mlp(layer, waiting, count, team);
                 if (m.inputs_size) {
@@ -130,6 +98,7 @@ private:
     std::vector<Buffer<X>> own;           // of each thread
     ProductInput inputs[MOST_PARTS];
     Mixing mixing;
+    Recurring<X> recurring;
 
     void reserve(int count, int threads) {
         size_t widest = 0, heads = 0, size = 0;
@@ -138,7 +107,9 @@ private:
         };
         for (const Layer& layer : layers) {
             widest = std::max({widest, size_t(layer.qkv.out), size_t(layer.gate_up.out)});
-            size = std::max(size, size_t(layer.head_size)), heads = std::max(heads, size_t(m.heads) * layer.head_size);
+            size = std::max(size, size_t(layer.head_size));
+            heads = std::max({heads, size_t(m.heads) * layer.head_size, size_t(layer.out.in)});
+            if (layer.recurrence) recurring.reserve(*layer.recurrence, count);
             make_room(layer.qkv), make_room(layer.out), make_room(layer.gate_up), make_room(layer.down);
             make_room(layer.input_gate), make_room(layer.input_out);
             if (layer.experts) make_room(layer.experts->router), widest = std::max(widest, size_t(layer.experts->router.out));
@@ -320,6 +291,24 @@ private:
         return Waiting();
     }
 
+    void run_attention(const Layer& layer, X* keys, const Place& place, const Team& team) {
+        X* values = keys + size_t(layer.kv_heads) * place.capacity * layer.head_size;
+        if (layer.head_norms && m.norms_whole_rows) norm_rows(layer, place.count, team);
+        place_heads(layer, keys, values, place, team);
+        attend_heads(layer, keys, values, place, team);
+    }
+
+    // What attention or a state gives, behind the gates that stand beside the queries in `mixed`.
+    void prepare_mix(const Layer& layer, int count, const Team& team) {
+        if (layer.recurrence || !m.gates_attention) return prepare_input(layer.out, attended.data(), count, team);
+        const int inner = layer.out.in, size = layer.head_size;
+        prepare_pieces(layer.out, attended.data(), inner, count, team, [&](float* row, int begin, int end) {
+            const float* token = mixed.data() + (row - attended.data()) / inner * layer.qkv.out;
+            for (int i = begin; i < end; i += LANES)
+                store(row + i, load(row + i) * sigmoid(load(token + (2 * (i / size) + 1) * size + i % size)));
+        });
+    }
+
     // The norm of all queries of a token as one row, and of all its keys.
     void norm_rows(const Layer& layer, int count, const Team& team) {
         const int queries = m.heads * layer.head_size, keys = layer.kv_heads * layer.head_size;
@@ -335,10 +324,11 @@ private:
     // Norm and rotate queries and keys as the layer has it; keys and values go to the cache.
     void place_heads(const Layer& layer, X* keys, X* values, const Place& place, const Team& team) {
         const int all = m.heads + (layer.shares ? 0 : 2 * layer.kv_heads), size = layer.head_size;
+        const int gates = m.gates_attention ? m.heads : 0;
         const Range share = team.share(place.count * all);
         for (int at = share.begin; at < share.end; ++at) {
             const int t = at / all, head = at % all;
-            float* x = mixed.data() + size_t(at) * size;
+            float* x = mixed.data() + (size_t(t) * (all + gates) + head + std::min(head, gates)) * size;
             const size_t position = place.position + t;
             if (head >= m.heads + layer.kv_heads) {
                 if (m.norms_values) normalise(x, nullptr, size, m.eps, x);

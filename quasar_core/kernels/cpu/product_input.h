@@ -7,7 +7,7 @@
 
 namespace quasar {
 
-constexpr int MOST_PARTS = 3;
+constexpr int MOST_PARTS = 4;
 constexpr int PIECE = 512;  // inputs that a thread prepares at a time: a multiple of every group of codes
 
 // A linear layer: row after row in 16 or 32 bits, or a stream of codes of 2, 4 or 8 bits.

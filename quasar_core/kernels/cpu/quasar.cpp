@@ -56,14 +56,24 @@ void quasar_pass_delete(void* pass, int is_bfloat16) {
 // Layers [begin, end) of a pass; see `Pass::run`.
 void quasar_pass_run(void* pass, int is_bfloat16, int begin, int end, const int64_t* tokens, const int* parents,
                      int count, int position, const float* const* cos, const float* const* sin, const float* growth,
-                     void* const* states, int capacity, float* logits, int64_t* chosen, float* margins, int wanted,
-                     int32_t* likeliest, int threads) {
+                     void* const* states, const StatePlace* recurrent, int capacity, float* logits, int64_t* chosen,
+                     float* margins, int wanted, int32_t* likeliest, int threads) {
     auto run = [&](auto* of) {
-        of->run(begin, end, tokens, parents, count, position, cos, sin, growth, states, capacity, logits, chosen,
-                margins, wanted, likeliest, threads);
+        of->run(begin, end, tokens, parents, count, position, cos, sin, growth, states, recurrent, capacity, logits,
+                chosen, margins, wanted, likeliest, threads);
     };
     if (is_bfloat16) return run(static_cast<Pass<uint16_t>*>(pass));
     run(static_cast<Pass<float>*>(pass));
+}
+
+// The rule of a recurrent layer over what it reads of tokens; see `Recurring::run`.
+void quasar_recur(const Recurrence* rule, int is_bfloat16, int count, const StatePlace* place, float* outputs, int threads) {
+    auto run = [&](auto&& recurring) {
+        recurring.reserve(*rule, count);
+        in_parallel(threads, [&](const Team& team) { recurring.run(*rule, count, *place, outputs, team); });
+    };
+    if (is_bfloat16) return run(Recurring<uint16_t>());
+    run(Recurring<float>());
 }
 
 // Seconds of all its passes so far, and those of them in products.
@@ -80,4 +90,6 @@ const char* quasar_form() { return FORM; }
 int quasar_size_of_model() { return sizeof(Model); }
 int quasar_size_of_layer() { return sizeof(Layer); }
 int quasar_size_of_experts() { return sizeof(Experts); }
+int quasar_size_of_recurrence() { return sizeof(Recurrence); }
+int quasar_size_of_state_place() { return sizeof(StatePlace); }
 }

@@ -1,0 +1,46 @@
+// A decoder as Python describes it: the tensors and switches of each block (`kernels/cpu/library.py`).
+
+#pragma once
+
+#include "experts.h"
+#include "product_input.h"
+#include "recurrence.h"
+
+namespace quasar {
+
+struct Layer {
+    const float *input_norm, *out_norm, *mlp_norm, *down_norm;  // [hidden], or null
+    const float* head_norms;                                    // [query heads + key heads, D], or null
+    const float* activation;                                    // its weights, or null
+    FusedWeight qkv, out, gate_up, down;
+    FusedWeight input_gate, input_out;  // of the block's own input, or without parts
+    const float* input_out_norm;        // [hidden]
+    float scalar;                       // times what the block gives
+    int shares;                         // keys and values are an earlier block's
+    int window;               // positions that a token sees, its own included; 0 is all of them
+    int rope;                 // which rotary embedding, or -1
+    int channels;             // of a head that rotate
+    int kv_heads, head_size;
+    const Experts* experts;   // in the place of gate_up and down, or null
+    const Recurrence* recurrence;  // in the place of attention, or null: then qkv is what its rule reads
+};
+
+struct Model {
+    int hidden, heads, layers, is_bfloat16;
+    int activation, gated;             // of the MLP
+    int norms_whole_rows, norms_last;  // of queries and keys: of all heads at once; after the rotation
+    int interleaved;                   // partners in a rotation
+    int gates_attention;               // behind each head's queries stand the gates of what it mixes
+    float eps, embedding_scale, residual_scale, scores_scale, scores_cap, logits_scale, logits_cap;  // a cap of 0: none
+    const void* embedding;             // [vocabulary, hidden]
+    const float* norm;                 // [hidden]
+    FusedWeight head;
+    int inputs_size, norms_values;   // P, of the inputs that each block has of its own, or 0; weightless norms of values
+    const void* inputs_embedding;    // [vocabulary, layers · P]
+    FusedWeight inputs_projection;   // hidden → layers · P
+    const float* inputs_norm;        // [P]
+    float inputs_scale;              // of that embedding
+    const Layer* layer;
+};
+
+}  // namespace quasar
