@@ -8,8 +8,6 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from quasar_core import api
 from quasar_core.bench.choose import Body, Choice
 from quasar_core.bench.choosing import (
@@ -147,8 +145,7 @@ def _choose(
     options = LoadOptions(wanted.model, verify="full", device=wanted.device, trust_remote_code=wanted.trust_remote_code)
     with working_folder(job, resume):
         costs = CandidateCosts(api.load(options, progress), job.config, progress)
-        text_device = target.device if plan.text_on_device else torch.device("cpu")
-        calibration = calibrate(job, target, tokenizer, text_device, progress)
+        calibration = calibrate(job, target, tokenizer, plan.text, progress)
         choosing = Choosing(job, target, calibration, costs, found.heads, progress)
         choice = choosing.choose(found.uniform, found.mixed)
         _hand_on(wanted, choice, job, resume)
