@@ -21,7 +21,7 @@ _ROWS = 1 << 12  # that are rounded at a time
 
 
 def round_head(verifier: LeanDecoder) -> None:
-    """Replace a head of 16 or 32 bits where all other products run on the kernel of whole passes; its choice says so."""
+    """Replace a head of 16 or 32 bits where all other products run on the kernel of whole passes, and say so."""
     head = verifier.head
     if not isinstance(head, DenseLinear) or head.bias is not None or head.weight.numel() < SMALLEST:
         return
