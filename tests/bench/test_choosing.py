@@ -28,6 +28,7 @@ from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.measure_fidelity import measure
 from quasar_core.quantize.run import calibrate
 from quasar_core.quantize.solve.gptq import SolverConfig, solve
+from quasar_core.quantize.text_plan import Free, plan_text
 
 pytest_plugins = ["helpers.quantize_fixtures"]
 PASSES = {"4 bits": 2.0, "8 bits": 3.0, "5 bits": 2.2, "6 bits": 2.4}
@@ -95,7 +96,7 @@ def test_candidates_are_solved_together_as_each_by_itself(source: Path, tmp_path
     found = find_candidates(wanted(source))
     job, target = found.job, found.target
     with working_folder(job, True):
-        text = calibrate(job, target, load_tokenizer(source), torch.device("cpu"))
+        text = calibrate(job, target, load_tokenizer(source), plan_text(source, target, Free()))
         plans = {
             tmp_path / body.describe(): LayerPlan.of(body.config(job.config, 16)) for body in (Body(4, 64), Body(8, 32))
         }
