@@ -24,6 +24,7 @@ from quasar_core.bench.results import Results
 from quasar_core.bench.steps import StepConfig, StepReport, StepRow
 from quasar_core.config import GenerationConfig
 from quasar_core.quantize.plan import Plan
+from quasar_core.quantize.text_plan import TextPlan
 from quasar_core.records import Confirm, FidelityReport, FidelitySlice, GenerationResult, QuantizeReport, Step
 from quasar_core.store import PairRecord
 
@@ -166,7 +167,8 @@ def measured() -> list[RenderableType]:
     return measured_tables(inspection()["report"]["fidelity"])
 
 
-PLAN = Plan(6_100_000_000, 4.15, 900_000_000, False, 9_000_000_000, 0, 12_000_000_000, False, seconds=5400.0)
+TEXT = TextPlan(False, None, "bfloat16", weights=1_200_000_000, room=2_000_000_000)
+PLAN = Plan(6_100_000_000, 4.15, 900_000_000, False, 9_000_000_000, 0, 12_000_000_000, TEXT, 64, seconds=5400.0)
 ANSWER = GenerationResult([1], [2], "x", "eos", STATS)
 TABLES: dict[str, Any] = {
     "bench": lambda: grids(bench.result_grids(results())),

@@ -274,6 +274,6 @@ def test_descriptions_of_other_bytes_are_refused(forgotten: None, monkeypatch: p
     if library.why_not_here() is not None:
         pytest.skip(str(library.why_not_here()))
     library._library_in.cache_clear()
-    monkeypatch.setattr(library, "Layer", Other)
+    monkeypatch.setitem(library.DESCRIBED, "layer", Other)
     with pytest.raises(QuasarError, match="describes models in other bytes"):
         library.library()

@@ -111,7 +111,7 @@ def narrow(source: Path) -> Path:
 def test_a_checkpoint_of_the_default_loads_in_vllm(narrow: Path) -> None:
     told: list[str] = []
     report = quantize(narrow, replace(CONFIG, group_size=None), tell=told.append)
-    assert told == [CHOSEN.format(32)]
+    assert told[0] == CHOSEN.format(32)
     assert Path(report.checkpoint).name == "tiny-gptq-4bit-g32"
     assert report.config["group_size"] == 32
     section = json.loads((Path(report.checkpoint) / "config.json").read_text())["quantization_config"]
