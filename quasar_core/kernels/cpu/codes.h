@@ -3,7 +3,7 @@
 // y[t, o] = sum over groups of scale[o] · row_scale[t] · (sum of code[i, o] · q[t, i]  −  zero[o] · sum of q[t, i])
 //
 // where q are the activations of a row, rounded to 8 bits with one scale per row and group. The codes are read as one
-// stream, unpacked in registers once per tile of up to 8 rows, and multiplied as the instruction set can (`Dot`: unsigned
+// stream, unpacked in registers once per tile of rows, and multiplied as the instruction set can (`Dot`: unsigned
 // codes, signed activations, 32-bit sums, so all instruction sets agree). For each block of 32 outputs and each group the
 // stream holds 128 bytes of scales (float16) and zeros (int16), half of them for each 16 outputs, then the codes: of
 // 16 outputs × 4 inputs in 64 bytes, planes of `BITS` bits on top of one another, so that 8-bit lanes hold the next 4
@@ -18,8 +18,8 @@ namespace quasar {
 
 constexpr int HALVES = 2;     // sixteens of outputs in a block
 constexpr int BLOCK = LANES * HALVES;
+constexpr int MOST_OF_GROUP = 128;  // inputs
 constexpr int HEADER = 128;   // bytes of scales and zeros of a block and group
-constexpr int MAX_TILE = 8;   // rows that share an unpacking
 constexpr int AHEAD = 8192;   // bytes of the stream that are on their way from memory
 constexpr int FOURS = BLOCK * 4;  // bytes of four inputs of a block, in all planes
 
@@ -85,40 +85,78 @@ inline IntPart four_of(const int8_t* x) {
     return spread_int(word);
 }
 
-// The products of TILE rows of activations x [.., stride] with a group's codes for BESIDE registers of outputs.
+// Adds to sums the products of TILE rows of activations x [.., stride] with the codes of inputs [begin, end) for BESIDE
+// registers of outputs → the codes that follow.
 template <int BITS, int TILE, int BESIDE>
-void dot_codes(const uint8_t* codes, const int8_t* x, int stride, int group, IntPart (&dot)[TILE][BESIDE]) {
+inline __attribute__((always_inline)) const uint8_t* add_codes(const uint8_t* codes, const int8_t* x, int stride, int begin,
+                                                               int end, typename Dot<BITS>::Sum (&sums)[TILE][BESIDE]) {
+    using Kind = Dot<BITS>;
+    constexpr int PLANES = 8 / BITS;
+    for (int i = begin; i < end; i += 4 * PLANES, codes += FOURS) {
+        IntPart packed[BESIDE];
+#pragma GCC unroll 4
+        for (int b = 0; b < BESIDE; ++b) {
+            if (b * WIDTH % LANES == 0) __builtin_prefetch(codes + AHEAD + b * WIDTH * 4);
+            packed[b] = load_codes(codes + b * WIDTH * 4);
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < PLANES; ++p) {
+            typename Kind::Codes plane[BESIDE];
+#pragma GCC unroll 4
+            for (int b = 0; b < BESIDE; ++b) plane[b] = Kind::codes(plane_of<BITS>(packed[b], p));
+#pragma GCC unroll 8
+            for (int t = 0; t < TILE; ++t) {
+                const IntPart four = four_of(x + size_t(t) * stride + i + 4 * p);
+#pragma GCC unroll 4
+                for (int b = 0; b < BESIDE; ++b) sums[t][b] = Kind::add(sums[t][b], plane[b], four);
+            }
+        }
+    }
+    return codes;
+}
+
+// The products of a whole group, in as many runs as a sum takes.
+template <int BITS, int TILE, int BESIDE>
+inline __attribute__((always_inline)) void dot_codes(const uint8_t* codes, const int8_t* x, int stride, int group,
+                                                     IntPart (&dot)[TILE][BESIDE]) {
     using Kind = Dot<BITS>;
     constexpr int PLANES = 8 / BITS, RUN = std::max(Kind::STEPS / PLANES, 1) * PLANES * 4;  // inputs
-    for (auto& line : dot)
-        for (auto& part : line) part = IntPart{};
+    constexpr bool IS_ONE = RUN >= MOST_OF_GROUP;
     for (int begin = 0; begin < group; begin += RUN) {
-        const int end = std::min(begin + RUN, group);
         typename Kind::Sum sums[TILE][BESIDE];
         for (auto& line : sums)
             for (auto& sum : line) sum = typename Kind::Sum{};
-        for (int i = begin; i < end; i += 4 * PLANES, codes += FOURS) {
-            IntPart packed[BESIDE];
-#pragma GCC unroll 4
-            for (int b = 0; b < BESIDE; ++b) {
-                if (b * WIDTH % LANES == 0) __builtin_prefetch(codes + AHEAD + b * WIDTH * 4);
-                packed[b] = load_codes(codes + b * WIDTH * 4);
-            }
-#pragma GCC unroll 4
-            for (int p = 0; p < PLANES; ++p) {
-                typename Kind::Codes plane[BESIDE];
-#pragma GCC unroll 4
-                for (int b = 0; b < BESIDE; ++b) plane[b] = Kind::codes(plane_of<BITS>(packed[b], p));
-#pragma GCC unroll 8
-                for (int t = 0; t < TILE; ++t) {
-                    const IntPart four = four_of(x + size_t(t) * stride + i + 4 * p);
-#pragma GCC unroll 4
-                    for (int b = 0; b < BESIDE; ++b) sums[t][b] = Kind::add(sums[t][b], plane[b], four);
-                }
-            }
-        }
+        const int end = IS_ONE ? group : std::min(begin + RUN, group);
+        codes = add_codes<BITS, TILE, BESIDE>(codes, x, stride, begin, end, sums);
         for (int t = 0; t < TILE; ++t)
-            for (int b = 0; b < BESIDE; ++b) dot[t][b] = dot[t][b] + Kind::widen(sums[t][b]);
+            for (int b = 0; b < BESIDE; ++b)
+                dot[t][b] = begin ? dot[t][b] + Kind::widen(sums[t][b]) : Kind::widen(sums[t][b]);
+        if (IS_ONE) break;
+    }
+}
+
+// Adds to the totals of TILE rows from `row` on what group g gives to BESIDE registers of outputs from the `first` on. The
+// registers are full of sums, so totals stay in memory: inlined, compilers would keep both and move them to and fro.
+template <int BITS, int TILE, int BESIDE>
+__attribute__((noinline)) void add_group(const uint8_t* header, const CodedRows& rows, int row, int g, int first,
+                                         Part (&total)[TILE][BLOCK / WIDTH]) {
+    IntPart dot[TILE][BESIDE];
+    const uint8_t* codes = header + HEADER + first * WIDTH * 4;
+    const int8_t* x = rows.values + row * rows.stride() + g * rows.group;
+    dot_codes<BITS, TILE, BESIDE>(codes, x, int(rows.stride()), rows.group, dot);
+#pragma GCC unroll 4
+    for (int b = 0; b < BESIDE; ++b) {
+        const int output = (first + b) * WIDTH, within = output % LANES;
+        const uint8_t* half = header + output / LANES * (HEADER / HALVES);
+        const Part scale = from_halves(reinterpret_cast<const uint16_t*>(half) + within);
+        const Part stored = from_shorts(reinterpret_cast<const int16_t*>(half + 2 * LANES) + within);
+        const Part less = spread(Dot<BITS>::OFFSET) - stored;
+#pragma GCC unroll 8
+        for (int t = 0; t < TILE; ++t) {
+            const size_t at = size_t(row + t) * rows.groups + g;
+            const Part centred = fused(less, spread(rows.sums[at]), to_floats(dot[t][b]));
+            total[t][first + b] = fused(centred, scale * spread(rows.scales[at]), total[t][first + b]);
+        }
     }
 }
 
@@ -130,62 +168,35 @@ void multiply_tile(const uint8_t* codes, const CodedRows& rows, int row, float* 
     for (auto& line : total)
         for (auto& part : line) part = spread(0);
     for (int g = 0; g < rows.groups; ++g) {
-        const uint8_t* header = codes;
-        codes += HEADER;
-        const int8_t* x = rows.values + row * rows.stride() + g * rows.group;
-        for (int first = 0; first < ALL_PARTS; first += BESIDE) {
-            IntPart dot[TILE][BESIDE];
-            dot_codes<BITS, TILE, BESIDE>(codes + first * WIDTH * 4, x, int(rows.stride()), rows.group, dot);
-#pragma GCC unroll 4
-            for (int b = 0; b < BESIDE; ++b) {
-                const int output = (first + b) * WIDTH, within = output % LANES;
-                const uint8_t* half = header + output / LANES * (HEADER / HALVES);
-                const Part scale = from_halves(reinterpret_cast<const uint16_t*>(half) + within);
-                const Part stored = from_shorts(reinterpret_cast<const int16_t*>(half + 2 * LANES) + within);
-                const Part zero = stored - spread(Dot<BITS>::OFFSET);
-#pragma GCC unroll 8
-                for (int t = 0; t < TILE; ++t) {
-                    const size_t at = size_t(row + t) * rows.groups + g;
-                    const Part centred = fused(zero, spread(-rows.sums[at]), to_floats(dot[t][b]));
-                    total[t][first + b] = fused(centred, scale * spread(rows.scales[at]), total[t][first + b]);
-                }
-            }
-        }
-        codes += size_t(rows.group) * BLOCK * BITS / 8;
+        for (int first = 0; first < ALL_PARTS; first += BESIDE)
+            add_group<BITS, TILE, BESIDE>(codes, rows, row, g, first, total);
+        codes += HEADER + size_t(rows.group) * BLOCK * BITS / 8;
     }
     for (int t = 0; t < TILE; ++t)
         for (int b = 0; b < ALL_PARTS; ++b) store_part(y + t * BLOCK + b * WIDTH, total[t][b]);
 }
 
-template <int BITS>
+template <int BITS, int TILE = 1>
 void multiply_tile_of(int count, const uint8_t* codes, const CodedRows& rows, int row, float* y) {
-    switch (count) {
-        case 1: return multiply_tile<BITS, 1>(codes, rows, row, y);
-        case 2: return multiply_tile<BITS, 2>(codes, rows, row, y);
-        case 3: return multiply_tile<BITS, 3>(codes, rows, row, y);
-        case 4: return multiply_tile<BITS, 4>(codes, rows, row, y);
-        case 5: return multiply_tile<BITS, 5>(codes, rows, row, y);
-        case 6: return multiply_tile<BITS, 6>(codes, rows, row, y);
-        case 7: return multiply_tile<BITS, 7>(codes, rows, row, y);
-        default: return multiply_tile<BITS, MAX_TILE>(codes, rows, row, y);
-    }
+    if constexpr (TILE < MOST_CODED)
+        if (count > TILE) return multiply_tile_of<BITS, TILE + 1>(count, codes, rows, row, y);
+    multiply_tile<BITS, TILE>(codes, rows, row, y);
 }
 
-// Rows [begin, end) times some blocks of outputs, in tiles as even as can be: 9 rows are 5 and 4.
-// `put(row, output, lanes, values)` takes 16 outputs of a row, of which `lanes` exist.
+// Rows [begin, end) times some blocks of outputs. `put(row, output, lanes, values)` takes 16 outputs of a row, of which
+// `lanes` exist.
 template <int BITS, typename Put>
 void multiply_blocks(const uint8_t* stream, const CodedRows& rows, Range blocks, int begin, int end, int out, Put put) {
     const size_t stride = size_t(rows.groups) * HEADER + rows.stride() * BLOCK * BITS / 8;
-    alignas(64) float tile[MAX_TILE * BLOCK];
+    alignas(64) float y[MOST_CODED * BLOCK];
     for (int block = blocks.begin; block < blocks.end; ++block) {
+        Tiles tiles(end - begin, MOST_CODED);
         for (int row = begin; row < end;) {
-            const int tiles = (end - row + MAX_TILE - 1) / MAX_TILE;
-            const int count = (end - row + tiles - 1) / tiles;
-            multiply_tile_of<BITS>(count, stream + block * stride, rows, row, tile);
+            const int count = tiles.next();
+            multiply_tile_of<BITS>(count, stream + block * stride, rows, row, y);
             for (int t = 0; t < count; ++t)
                 for (int o = 0; o < BLOCK; o += LANES)
-                    put(row + t, block * BLOCK + o, first_lanes(out - block * BLOCK - o),
-                        load(tile + t * BLOCK + o));
+                    put(row + t, block * BLOCK + o, first_lanes(out - block * BLOCK - o), load(y + t * BLOCK + o));
             row += count;
         }
     }

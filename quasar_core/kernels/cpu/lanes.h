@@ -166,7 +166,7 @@ inline float least_of(Floats x) {
 }
 
 // Lane i of the result is the sum of the lanes of sums[i].
-inline Floats sum_lanes(const Part (&sums)[LANES]) {
+inline Floats sum_lanes(const Part* sums) {
     return Floats::each([&](int p) { return sum_each(sums + p * WIDTH); });
 }
 

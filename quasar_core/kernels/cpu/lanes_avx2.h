@@ -89,7 +89,15 @@ inline Part look_up(const float* table, IntPart at) {
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)at, 28)));
 }
 
-constexpr int outputs_beside(int rows) { return rows == 1 ? 8 : rows == 2 ? 6 : rows == 3 ? 4 : rows == 4 ? 3 : rows <= 6 ? 2 : 1; }
+// Holds a number in a register: compilers would load it from memory anew for each product.
+template <typename V>
+void hold(V& x) {
+    __asm__("" : "+x"(x));
+}
+
+// Tiles, as in `lanes_avx512.h`: there are 16 registers.
+constexpr int MOST_ROWS = 6, MOST_CODED = 4;
+constexpr int outputs_beside(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 constexpr int parts_beside(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
 #ifdef __AVXVNNI__

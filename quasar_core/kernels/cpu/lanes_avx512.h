@@ -67,12 +67,11 @@ inline int32_t largest_of(IntPart x) { return _mm512_reduce_max_epi32((__m512i)x
 inline Part sum_each(const Part* sums) {
     __m512 pairs[8], fours[4];
     for (int i = 0; i < 8; ++i)
-        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(sums[2 * i], sums[2 * i + 1]),
-                                 _mm512_unpackhi_ps(sums[2 * i], sums[2 * i + 1]));
+        pairs[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, sums[2 * i], sums[2 * i + 1]),
+                                 _mm512_shuffle_ps(sums[2 * i], sums[2 * i + 1], 0x4e));
     for (int i = 0; i < 4; ++i) {
-        __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
-        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+        fours[i] = _mm512_add_ps(_mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0x88),
+                                 _mm512_shuffle_ps(pairs[2 * i], pairs[2 * i + 1], 0xdd));
     }
     // Each 128-bit quarter of fours[i] holds the four sums of its own lanes: add the quarters, four registers at once.
     __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88),
@@ -98,8 +97,16 @@ inline Pairs load_first_pairs(const uint16_t* x) {  // sixteen numbers, then zer
 inline Part add_pairs(Part sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 #endif
 
-// Registers of sums that a tile of products holds: outputs side by side, by rows of activations.
-constexpr int outputs_beside(int rows) { return rows <= 3 ? 8 : rows <= 4 ? 6 : rows <= 6 ? 4 : 3; }
+// Holds a number in a register: compilers would load it from memory anew for each product.
+template <typename V>
+void hold(V& x) {
+    __asm__("" : "+v"(x));
+}
+
+// The most rows of a tile, of 16 and 32 bits and of codes, and by its rows the outputs side by side, or their registers: so
+// that its sums and what they are made of fit the registers.
+constexpr int MOST_ROWS = 6, MOST_CODED = 8;
+constexpr int outputs_beside(int rows) { return rows <= 3 ? 8 : 4; }
 constexpr int parts_beside(int) { return 2; }
 
 // Products of codes, of so many bits, with activations of 8 bits, four inputs in each lane.

@@ -92,8 +92,15 @@ inline Pairs load_pairs(const uint16_t* x) { return (Pairs)vld1q_u16(x); }
 inline Part add_pairs(Part sum, Pairs a, Pairs b) { return vbfdotq_f32(sum, (bfloat16x8_t)a, (bfloat16x8_t)b); }
 #endif
 
-// There are 32 registers.
-constexpr int outputs_beside(int rows) { return rows <= 2 ? 8 : rows == 3 ? 6 : rows <= 6 ? 4 : 3; }
+// Holds a number in a register: compilers would load it from memory anew for each product.
+template <typename V>
+void hold(V& x) {
+    __asm__("" : "+w"(x));
+}
+
+// Tiles, as in `lanes_avx512.h`: there are 32 registers.
+constexpr int MOST_ROWS = 6, MOST_CODED = 8;
+constexpr int outputs_beside(int rows) { return rows <= 2 ? 8 : 4; }
 constexpr int parts_beside(int rows) { return rows <= 4 ? 4 : 2; }
 
 #ifdef __ARM_FEATURE_DOTPROD

@@ -98,7 +98,12 @@ inline Part look_up(const float* table, IntPart at) {
     return Part{table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
 }
 
-constexpr int outputs_beside(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows <= 4 ? 2 : 1; }
+template <typename V>
+void hold(V&) {}  // the compiler knows best
+
+// Tiles, as in `lanes_avx512.h`: there are 16 registers.
+constexpr int MOST_ROWS = 6, MOST_CODED = 8;
+constexpr int outputs_beside(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 constexpr int parts_beside(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
 }  // namespace quasar

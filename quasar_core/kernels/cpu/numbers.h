@@ -34,9 +34,10 @@ void grow(Buffer<V>& buffer, size_t size) {
     if (buffer.size() < size) buffer.resize(size);
 }
 
-// Of a kind of numbers X: a `Register` of STEP of them as products take it, from where weights and cached states lie and
-// from where activations do (a row of `Row`); the sum of their products; and sixteen values as attention weighs them, in
-// STEPS rows of a room [16, D] of 32-bit lanes. Where STEP is more than 16, `get` has a form for the last 16 of a row.
+// Of a kind of numbers X: a `Register` of STEP of them as attention takes it from where cached states lie; its TERMS, the
+// registers that products take one after the other, from where weights lie and from where activations do (a row of `Row`);
+// the sum of their products; and sixteen values as attention weighs them, in STEPS rows of a room [16, D] of 32-bit lanes.
+// Where STEP is more than 16, there is a form of them for the last 16 of a row.
 template <typename X>
 struct Numbers;
 
@@ -56,9 +57,12 @@ template <>
 struct Numbers<float> : WideValues<float> {
     using Row = float;
     using Register = Part;
-    static constexpr int STEP = WIDTH;
+    static constexpr int STEP = WIDTH, TERMS = 1;
     static Register get(const float* x) { return load_part(x); }
-    static Register get_row(const float* x) { return load_part(x); }
+    template <int>
+    static Part term(const float* w) { return load_part(w); }
+    template <int>
+    static Part term_of_row(const float* x) { return load_part(x); }
     static Part add(Part sum, Register a, Register b) { return fused(a, b, sum); }
     static void put(float* row, Floats x) { store(row, x); }
 };
@@ -68,9 +72,12 @@ template <>
 struct Numbers<uint16_t> {  // products of pairs
     using Row = uint16_t;
     using Register = Pairs;
-    static constexpr int STEP = 2 * WIDTH, STEPS = LANES / 2;
+    static constexpr int STEP = 2 * WIDTH, TERMS = 1, STEPS = LANES / 2;
     static Register get(const uint16_t* x) { return load_pairs(x); }
-    static Register get_row(const uint16_t* x) { return load_pairs(x); }
+    template <int>
+    static Pairs term(const uint16_t* w) { return load_pairs(w); }
+    template <int>
+    static Pairs term_of_row(const uint16_t* x) { return load_pairs(x); }
 #ifdef QUASAR_AVX512
     static Register get_last(const uint16_t* x) { return load_first_pairs(x); }
 #endif
@@ -99,13 +106,20 @@ private:
 #elif defined(QUASAR_AVX512)
 template <>
 struct Numbers<uint16_t> : WideValues<uint16_t> {
-    using Row = uint16_t;
+    using Row = float;  // rounded to bfloat16
     using Register = Part;
-    static constexpr int STEP = WIDTH;
+    static constexpr int STEP = WIDTH, TERMS = 1;
     static Register get(const uint16_t* x) { return from_bfloat16(x); }
-    static Register get_row(const uint16_t* x) { return from_bfloat16(x); }
+    template <int>
+    static Part term(const uint16_t* w) { return from_bfloat16(w); }
+    template <int>
+    static Part term_of_row(const float* x) { return load_part(x); }
     static Part add(Part sum, Register a, Register b) { return fused(a, b, sum); }
-    static void put(uint16_t* row, Floats x) { store(row, x); }
+    static void put(float* row, Floats x) {
+        alignas(64) uint16_t rounded[LANES];
+        store(rounded, x);
+        store(row, load(rounded));
+    }
 };
 #else
 template <>
@@ -114,14 +128,18 @@ struct Numbers<uint16_t> : WideValues<uint16_t> {
     struct Register {
         Part even, odd;
     };
-    static constexpr int STEP = 2 * WIDTH;
-    static Register get(const uint16_t* x) {
+    static constexpr int STEP = 2 * WIDTH, TERMS = 2;
+    static Register get(const uint16_t* x) { return {term<0>(x), term<1>(x)}; }
+    template <int odd>
+    static Part term(const uint16_t* w) {
         UnsignedPart both;
-        std::memcpy(&both, x, sizeof both);
-        return {Part(both << 16), Part(both & 0xffff0000)};
+        std::memcpy(&both, w, sizeof both);
+        return Part(odd ? both & 0xffff0000 : both << 16);
     }
-    static Register get_row(const float* x) { return {load_part(x), load_part(x + WIDTH)}; }
-    static Part add(Part sum, Register a, Register b) { return fused(a.odd, b.odd, fused(a.even, b.even, sum)); }
+    template <int odd>
+    static Part term_of_row(const float* x) { return load_part(x + odd * WIDTH); }
+    static Part add(Part sum, Part a, Part b) { return fused(a, b, sum); }
+    static Part add(Part sum, Register a, Register b) { return add(add(sum, a.even, b.even), a.odd, b.odd); }
     static void put(float* row, Floats x) {
         alignas(64) uint16_t rounded[LANES];
         store(rounded, x);

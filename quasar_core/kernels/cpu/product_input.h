@@ -63,10 +63,9 @@ public:
         }
         Range strips((product.out + STRIP - 1) / STRIP, thread, threads);
         if (product.bits == 16)
-            multiply_strips<uint16_t>(product.weight, halves.data(), product.in, strips, 0, count, product.out,
-                                      with_bias);
+            multiply_strips<uint16_t>(product.weight, halves.data(), product.in, strips, count, product.out, with_bias);
         else
-            multiply_strips<float>(product.weight, singles.data(), product.in, strips, 0, count, product.out, with_bias);
+            multiply_strips<float>(product.weight, singles.data(), product.in, strips, count, product.out, with_bias);
     }
 
 private:

@@ -36,6 +36,21 @@ struct Range {
         : begin(int(int64_t(count) * part / parts)), end(int(int64_t(count) * (part + 1) / parts)) {}
 };
 
+// Rows that are cut into tiles of at most `most`, as even as can be: 9 rows by 6 are 5 and 4.
+class Tiles {
+public:
+    const int total;
+    Tiles(int rows, int most) : total((rows + most - 1) / most), rows_left(rows), left(total) {}
+    int next() {  // rows of the next tile
+        const int rows = (rows_left + left - 1) / left;
+        rows_left -= rows, left -= 1;
+        return rows;
+    }
+
+private:
+    int rows_left, left;
+};
+
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
