@@ -17,6 +17,7 @@ from quasar_core.config import (
     LoadOptions,
     Offload,
     SamplingConfig,
+    VerifierAttention,
     VerifyMode,
 )
 from quasar_core.errors import UsageError
@@ -232,6 +233,14 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", help="The m
 NumDraftTokens = Annotated[
     str, typer.Option("--num-draft-tokens", metavar="N|auto", help="Tokens of a draft.", rich_help_panel=_DECODING)
 ]
+SeenByVerifier = Annotated[
+    VerifierAttention,
+    typer.Option(
+        "--verifier-attention",
+        help="What the verifier sees of a long text: all, its first few and last 512 positions, or what is faster.",
+        rich_help_panel=_DECODING,
+    ),
+]
 Trees = Annotated[
     bool,
     typer.Option(
@@ -364,6 +373,7 @@ class DecodeOptions:
     draft_memory: DraftMemory = False
     num_draft_tokens: NumDraftTokens = "auto"
     trees: Trees = True
+    verifier_attention: SeenByVerifier = "auto"
     ngram_max: NgramMax = 3
     ngram_min: NgramMin = 1
     window: Window = "auto"
@@ -385,6 +395,7 @@ class DecodeOptions:
             draft_memory=self.draft_memory,
             num_draft_tokens=parse_auto("--num-draft-tokens", self.num_draft_tokens),
             trees=self.trees,
+            verifier_attention=self.verifier_attention,
             ngram_max=self.ngram_max,
             ngram_min=self.ngram_min,
             window=parse_auto("--window", self.window),

@@ -17,6 +17,8 @@ DRAFTERS_GROUP = "quasar.drafters"  # the entry points of other packages' drafte
 Auto = Literal["auto"]
 Offload = Literal["auto", "none", "target"]
 OFFLOADS: tuple[Offload, ...] = ("auto", "none", "target")
+VerifierAttention = Literal["auto", "full", "sinks+window"]
+VERIFIER_ATTENTIONS: tuple[VerifierAttention, ...] = ("auto", "full", "sinks+window")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Method = Literal["gptq", "w8a8", "fp8"]
@@ -107,6 +109,7 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     processors: bool = True  # whether the logits processors of the model's generation_config.json are applied
+    verifier_attention: VerifierAttention = "auto"  # what the verifier sees of a long text
     fidelity: float = 0.999  # of `gated`: the share of tokens that are to be the target's own choice
 
     def __post_init__(self) -> None:
@@ -114,6 +117,14 @@ class GenerationConfig:
         _require(self.verify in VERIFY_MODES, f"--verify must be one of {', '.join(VERIFY_MODES)}, not {self.verify}.")
         self._require_drafter()
         self._require_gate()
+        _require(
+            self.verifier_attention in VERIFIER_ATTENTIONS,
+            f"--verifier-attention must be one of {', '.join(VERIFIER_ATTENTIONS)}, not {self.verifier_attention}.",
+        )
+        _require(
+            self.verifier_attention != "sinks+window" or self.verify != "full",
+            "--verifier-attention sinks+window is the verifier's, and --verify full has none.",
+        )
         if self.num_draft_tokens != "auto":
             _require(
                 1 <= self.num_draft_tokens <= 64,

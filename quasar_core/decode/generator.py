@@ -29,6 +29,7 @@ from quasar_core.decode.policy import (
 )
 from quasar_core.decode.prefixes import Prefix, Prefixes
 from quasar_core.decode.processors import Processors, describe_processors
+from quasar_core.decode.sight import Sight
 from quasar_core.decode.text import TextStream
 from quasar_core.decode.trees import Branching
 from quasar_core.decode.window_values import longest_window
@@ -71,6 +72,7 @@ class Generator:
         self._draft_length = self._checking.verifier_length if self._checking else self._choose_draft_length()
         self._prefixes = prefixes or Prefixes(pair)
         self._branching = self._choose_branching(self._draft_length, self._verifying_role)
+        self._sight = Sight(pair, config, self._note, now)
         self._in_use: KVCache | None = None  # the cache of the answer that is being written
         role: Role = "target" if self._target_first else self._verifying_role
         if not make_draft:
@@ -116,7 +118,7 @@ class Generator:
         start = self._now()
         self._in_use = None  # a larger cache may come in its place, and there is not room for both
         prefix, cached = self._prefixes.take(prompt_ids, max_tokens)
-        engine = self._make_engine(prefix, max_tokens, request, answering)
+        engine = self._make_engine(self._sight.pair_for(len(prompt_ids)), prefix, max_tokens, request, answering)
         text = TextStream(self.pair.tokenizer, request.stop or self.config.stop, answering.shown)
         _reset_peak_memory(self.pair.device)
         self._prefill(engine, prefix, prompt_ids, cached)
@@ -197,7 +199,9 @@ class Generator:
                 "model do not belong together."
             )
 
-    def _make_engine(self, prefix: Prefix, max_tokens: int, request: Request, answering: Answering) -> Engine:
+    def _make_engine(
+        self, pair: Pair, prefix: Prefix, max_tokens: int, request: Request, answering: Answering
+    ) -> Engine:
         generator = torch.Generator(self.pair.device).manual_seed(request.seed)
         checking, draft_length, branching = self._checking, self._draft_length, self._branching
         if request.alone:
@@ -211,7 +215,7 @@ class Generator:
                 length.begin()
         config = replace(self.config, sampling=request.sampling or self.config.sampling)
         return Engine(
-            self.pair,
+            pair,
             prefix.cache,
             config,
             self._make_draft() if self._make_draft else self._drafting.begin(request),

@@ -27,12 +27,15 @@ class AttentionMask:
 
 
 def make_mask(
-    start: int, count: int, window: int | None, group: int, device: torch.device, dtype: torch.dtype
+    start: int, count: int, window: int | None, group: int, device: torch.device, dtype: torch.dtype, sinks: int = 0
 ) -> AttentionMask:
-    """Make the mask of `count` tokens at position `start`; a window counts the token's own position."""
+    """Make the mask of `count` tokens at position `start`; a window counts the token's own position.
+
+    Beside a window the text's first `sinks` positions are seen.
+    """
     end = start + count
-    first = 0 if window is None else max(0, start - window + 1)
-    if count == 1:
+    first = 0 if window is None or sinks else max(0, start - window + 1)
+    if count == 1 and (not sinks or window is None or start < window):
         return AttentionMask(first, end, causal=False, added=None)
     if start == 0 and (window is None or count <= window):
         return AttentionMask(first, end, causal=True, added=None)
@@ -44,7 +47,7 @@ def make_mask(
     seen = torch.arange(first, end, device=device)
     hidden = seen > own
     if window is not None:
-        hidden |= seen <= own - window
+        hidden |= (seen <= own - window) & (seen >= sinks)
     added = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
     return AttentionMask(
         first, end, causal=False, added=added.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else added
@@ -52,7 +55,13 @@ def make_mask(
 
 
 def make_tree_mask(
-    start: int, parents: Sequence[int], window: int | None, group: int, device: torch.device, dtype: torch.dtype
+    start: int,
+    parents: Sequence[int],
+    window: int | None,
+    group: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    sinks: int = 0,
 ) -> AttentionMask:
     """Make the mask of a tree whose nodes lie from `start` on: each sees what is before, its ancestors and itself."""
     count = len(parents)
@@ -65,7 +74,7 @@ def make_tree_mask(
     places = torch.cat((torch.arange(start, device=device), start + depths))
     hidden = torch.cat((family.new_zeros(count, start), ~family), dim=1)
     if window is not None:
-        hidden |= places <= own - window
+        hidden |= (places <= own - window) & (places >= sinks)
     added = torch.zeros(hidden.shape, device=device, dtype=dtype).masked_fill_(hidden, -torch.inf)
     return AttentionMask(
         0, start + count, causal=False, added=added.repeat_interleave(group, 0) if count <= FOLDED_TOKENS else added

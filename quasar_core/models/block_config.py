@@ -27,6 +27,7 @@ class BlockConfig:
     sparse: bool = False  # experts stand in the place of its MLP
     values_are_keys: bool = False  # before norm and rotation
     recurrence: RecurrenceConfig | None = None  # in place of attention
+    sinks: int = 0  # the text's first positions, which it sees beside those of its window
 
 
 def read_blocks(row: Architecture, options: Mapping[str, Any]) -> tuple[BlockConfig, ...]:

@@ -276,6 +276,7 @@ class CpuPass:
             scalar=1 if layer.scalar is None else layer.scalar.item(),
             shares=layer.shares,
             window=shape.window or 0,
+            sinks=shape.sinks,
             rope=-1 if shape.rope is None else shape.rope,
             channels=0 if shape.rope is None else self.config.ropes[shape.rope].channels,
             kv_heads=shape.kv_heads,

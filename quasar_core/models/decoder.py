@@ -222,7 +222,7 @@ class _Place:
     end: int
     tables: list[tuple[torch.Tensor, torch.Tensor]]  # cosines and sines of each rotary embedding
     growth: torch.Tensor | None  # [T, 1, 1]
-    masks: dict[tuple[int | None, int], AttentionMask]  # by window and key-value heads
+    masks: dict[tuple[int | None, int, int], AttentionMask]  # by window, sinks and key-value heads
 
 
 class LayerSource(Protocol):
@@ -267,7 +267,9 @@ class LeanDecoder(CausalLM):
         self.norm, self.head, self.ropes, self.inputs = norm, head, tuple(ropes), inputs
         self.fast: FastPass | None = None  # runs the passes of decoding, where there is one
         self.source: LayerSource = AllThere(len(self.layers))
-        self._sights = {(block.window, block.kv_heads) for block in config.blocks if block.recurrence is None}
+        self._sights = {
+            (block.window, block.sinks, block.kv_heads) for block in config.blocks if block.recurrence is None
+        }
         rounded = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
         self.embedding_scale = rounded if config.rounds_embedding_scale else config.embedding_scale
 
@@ -458,13 +460,13 @@ class LeanDecoder(CausalLM):
         if self.config.query_growth:
             positions = start + depths.to(device)
             growth = query_growth(positions, *self.config.query_growth)[:, None, None].to(dtype)
-        masks = dict[tuple[int | None, int], AttentionMask]()
-        for window, heads in self._sights:
+        masks = dict[tuple[int | None, int, int], AttentionMask]()
+        for window, sinks, heads in self._sights:
             group = self.config.num_heads // heads
-            masks[window, heads] = (
-                make_mask(start, count, window, group, device, dtype)
+            masks[window, sinks, heads] = (
+                make_mask(start, count, window, group, device, dtype, sinks)
                 if parents is None
-                else make_tree_mask(start, parents, window, group, device, dtype)
+                else make_tree_mask(start, parents, window, group, device, dtype, sinks)
             )
         return _Place(start, start + count, tables, growth, masks)
 
@@ -483,7 +485,7 @@ class LeanDecoder(CausalLM):
         if keys is not None and values is not None:
             states[0, :, place.start : place.end] = keys.transpose(0, 1)
             states[1, :, place.start : place.end] = values.transpose(0, 1)
-        mask = place.masks[shape.window, shape.kv_heads]
+        mask = place.masks[shape.window, shape.sinks, shape.kv_heads]
         return self.finish(layer, attend(queries, states, mask, config.scores_scale, config.scores_cap), gates)
 
     def project(

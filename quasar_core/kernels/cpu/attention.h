@@ -22,6 +22,7 @@ struct Query {
     float* out;       // [D]
     int branch = std::numeric_limits<int>::max();  // from this position on its own path through a tree is seen:
     const int* path = nullptr;                     // where the states of each of these positions lie
+    int sinks = 0;                     // the text's first positions, at most sixteen, are seen beside them
     float largest = LEAST, total = 0;  // of the scores so far
 };
 
@@ -79,8 +80,9 @@ void weigh_all(const float* shares, const float* values, int size, float fade, f
 template <typename X>
 void attend_to(Query<X>& query, const X* keys, const float* values, int start, int left, int size, float cap) {
     const int below = std::max(query.first - start, 0), above = std::min(query.last - start + 1, LANES);
-    if (below >= above) return;
-    const Lanes seen = first_lanes(above) & ~first_lanes(below);
+    const int sinks = std::min(query.sinks - start, above);
+    if (below >= above && sinks <= 0) return;
+    const Lanes seen = first_lanes(above) & (~first_lanes(below) | first_lanes(sinks));
     Floats scores = scores_of(query.q, keys, left, size);
     if (cap) scores = capped(scores, cap);
     const float largest = std::max(query.largest, largest_of(select(seen, scores, LEAST)));
@@ -125,7 +127,8 @@ void attend(std::vector<Query<X>>& queries, const X* keys, const X* values, int 
         first = std::min(first, query.first), last = std::max(last, query.last);
         std::fill(query.out, query.out + size, 0.0f);
     }
-    for (int start = first / LANES * LANES; start <= last; start += LANES) {
+    const int begin = first / LANES * LANES;
+    for (int start = queries.front().sinks ? 0 : begin; start <= last; start = std::max(start + LANES, begin)) {
         if (start + LANES > queries.front().branch) {  // the same for all queries of a pass
             for (auto& query : queries) attend_along(query, keys, values, start, size, cap, own, room);
             continue;

@@ -192,7 +192,7 @@ class Layer(ctypes.Structure):
         ("input_out_norm", ctypes.c_void_p),
         ("scalar", ctypes.c_float),
         ("shares", ctypes.c_int),
-        *((name, ctypes.c_int) for name in ("window", "rope", "channels", "kv_heads", "head_size")),
+        *((name, ctypes.c_int) for name in ("window", "sinks", "rope", "channels", "kv_heads", "head_size")),
         ("experts", ctypes.POINTER(Experts)),
         ("recurrence", ctypes.POINTER(Recurrence)),
     )

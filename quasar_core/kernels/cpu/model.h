@@ -18,6 +18,7 @@ struct Layer {
     float scalar;                       // times what the block gives
     int shares;                         // keys and values are an earlier block's
     int window;               // positions that a token sees, its own included; 0 is all of them
+    int sinks;                // the text's first positions that it sees beside those of a window
     int rope;                 // which rotary embedding, or -1
     int channels;             // of a head that rotate
     int kv_heads, head_size;

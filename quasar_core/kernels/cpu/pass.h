@@ -376,6 +376,7 @@ private:
                 const size_t from = (size_t(t) * m.heads + head * group + row % group) * size;
                 const int first = layer.window ? std::max(0, last - layer.window + 1) : 0;
                 some.push_back({queries.data() + from, last, first, attended.data() + from});
+                some.back().sinks = layer.sinks;
                 if (!paths.empty()) some.back().branch = place.position, some.back().path = paths[t].data();
             }
             const size_t begin = size_t(head) * place.capacity * size;
