@@ -34,8 +34,9 @@ KERNELS: tuple[Kernel, ...] = (*PACKED_KERNELS, DENSE, REFERENCE)
 KERNEL_NAMES = tuple(kernel.name for kernel in (*KERNELS, *FLOATING_KERNELS))
 
 DECISIVE_ROWS = 4  # of a verify: what the choice goes by
-# Whole passes run in C++ where all their packed products are on this kernel, which is worth more than any lead of
-# another packed kernel, and more than a lead of unpacked weights that a busy machine may make up.
+# Whole passes run in C++ where all their packed products are on this kernel. Calls one by one do not show what that is
+# worth: they cost more than the products of a small layer. So it is not measured where it has vectors, and elsewhere
+# another one must lead by so much.
 FUSED, LEAD = "vnni", 1.5
 SMALLEST = 2**16  # weights of a layer that is measured: calling a smaller product takes longer than computing it
 COMMON = LayerShape(4096, 4096, bits=4, group_size=128, trivial_groups=True)
@@ -80,7 +81,9 @@ def select_kernel(
     able, refused = _candidates(shape, device, dtype)
     if not able:
         return KernelChoice(DENSE, "; ".join([*refused, "so dequantized at load"]))
-    able = [kernel for kernel in able if kernel.name == FUSED and has_lanes()] or able
+    fused = next((kernel for kernel in able if kernel.name == FUSED), None)
+    if fused and has_lanes():
+        return KernelChoice(fused, "; ".join([*refused, "what whole passes run on in C++"]))
     if shape.in_features * shape.out_features < SMALLEST:
         return KernelChoice(able[0], "; ".join(refused) or "the first choice for layers too small to be measured")
     no_room = why_no_room(shape, device, dtype)

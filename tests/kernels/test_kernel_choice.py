@@ -112,17 +112,14 @@ def test_a_kernel_that_cannot_run_is_named_with_its_reason(machine: Callable[...
     )
 
 
-@pytest.mark.parametrize(("dense", "chosen"), [(60.0, "dense"), (80.0, "vnni"), (120.0, "vnni")])
-def test_the_kernel_of_whole_passes_gives_way_to_unpacked_weights_that_are_much_faster(
-    machine: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch, dense: float, chosen: str
+def test_the_kernel_of_whole_passes_is_not_measured_where_it_has_vectors(
+    machine: Callable[..., Measured], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No other packed kernel is even measured: a busy machine may make any of them look fast."""
+    """Calls one by one, on a busy machine above all, make others look fast that lose the whole pass."""
     monkeypatch.setattr(select, "has_lanes", lambda: True)
-    measured = machine(vnni=100.0, rival=1.0, dense=dense)
+    measured = machine(rival=1.0, vnni=100.0, dense=1.0)
     choice = select_kernel(LARGE, CPU, BF16)
-    assert choice.kernel.name == chosen
-    assert ("not much behind the fastest" in choice.reason) == (dense == 80.0)
-    assert [name for name, _ in measured] == ["vnni", "dense"]
+    assert (choice.kernel.name, choice.reason, measured) == ("vnni", "what whole passes run on in C++", [])
 
 
 @pytest.mark.parametrize(("rival", "chosen"), [(60.0, "rival"), (80.0, "vnni"), (120.0, "vnni")])
