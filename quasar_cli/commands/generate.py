@@ -1,5 +1,7 @@
 """`quasar generate`: one prompt, one answer."""
 
+import os
+import stat
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -86,6 +88,8 @@ def generate(
     if system is not None and not chat:
         raise UsageError("--system is part of the chat template; leave --raw out, or put the text into the prompt.")
     trace_file = _trace_file(trace)
+    if trace == "-" and as_json:
+        raise UsageError("--trace draws in the terminal: with --json, name a file for it.")
     if show_unconfirmed and not (console.has_colours() and stream and not as_json and trace != "-"):
         raise UsageError("--show-unconfirmed draws in a terminal: not with --json, --no-stream, --trace or a pipe.")
     pair = load_pair(models, config)
@@ -155,6 +159,10 @@ def read_prompt(argument: str | None, prompt: str | None, prompt_file: Path | No
     given = [place for place in (argument, prompt, prompt_file) if place is not None]
     if len(given) > 1:
         raise UsageError("Give the prompt once: as PROMPT, with --prompt, with --prompt-file, or through a pipe.")
+    if given not in ([], ["-"]) and prompt_file is None and _is_piped():
+        console.note_plain(
+            "note: what comes through the pipe is not read, as the prompt is given; `-` in its place reads it"
+        )
     if prompt_file is not None:
         text = _read_pipe(prompt_file) if _is_own_pipe(prompt_file) else read_text(prompt_file, kind=UsageError)
         text = text.removesuffix("\n")
@@ -170,6 +178,14 @@ def _read_stdin() -> str:
     if sys.stdin.isatty():
         raise UsageError("Give a prompt: quasar generate 'PROMPT', --prompt-file FILE, or through a pipe.")
     return sys.stdin.read().removesuffix("\n")
+
+
+def _is_piped() -> bool:
+    """Whether a command writes to stdin."""
+    try:
+        return stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode)
+    except (OSError, ValueError, AttributeError):  # closed, or no file
+        return False
 
 
 def _is_own_pipe(path: Path) -> bool:

@@ -28,6 +28,7 @@ from quasar_core.models.hf.experts import SeparateExperts
 from quasar_core.models.lean_weights import attach_verifier
 from quasar_core.models.loading import describe_passes
 from quasar_core.models.pair import Pair
+from quasar_core.models.verifier_head import round_head
 from quasar_core.quantize.blocks.activations import Activations
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_head
 from quasar_core.quantize.calibration import Calibration
@@ -101,6 +102,7 @@ class CandidateCosts:
         verifier = attach_verifier(
             self._target, RandomCheckpoint(self._target.config, codes, self._target.dtype, widths=widths)
         )
+        round_head(verifier)  # as loading does
         describe_passes({"verifier": verifier})
         name = f"random codes: {body.describe()}, head {head}{_digest(widths)}"
         pair = replace(self._pair, verifier=verifier, verifier_fingerprint=name, measured={})

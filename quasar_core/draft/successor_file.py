@@ -6,7 +6,7 @@ The file is a safetensors file by another name: tools that load a folder read ev
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from quasar_core.draft.successors import MOST_CONTEXTS, WIDTH, KnownSuccessors
 from quasar_core.errors import QuasarError, foreign_errors
@@ -18,7 +18,8 @@ def write_successors(folder: Path, known: KnownSuccessors, text: str) -> Path:
     """Write the file, whole or not at all; `text` is what was counted, in words. Raises OSError."""
     with written_whole(folder / SUCCESSORS) as beside:
         tensors = {"contexts": known.contexts, "tokens": known.tokens, "odds": known.odds}
-        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, beside, {"text": text})
+        whole = save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, {"text": text})
+        beside.write_bytes(whole)  # `save_file` would let its owner alone read it
     return folder / SUCCESSORS
 
 

@@ -31,7 +31,7 @@ from quasar_core.cores import fast_cores, physical_cores
 from quasar_core.errors import UsageError
 from quasar_core.system import usable_cores
 
-MOST = 1024
+MOST_PER_CORE = 16
 _SAMPLES, _APART = 5, 0.002  # looks at the system's load, and seconds between them
 _LOAD, _OWN_THREADS = Path("/proc/loadavg"), Path("/proc/self/task")
 
@@ -219,8 +219,9 @@ def use_threads(number: int | Auto = "auto", steer: bool = True) -> None:
 
     Without `steer`, for work that must come out the same each time, or that is measured, `auto` is PyTorch's number.
     """
-    if number != "auto" and not 1 <= number <= MOST:
-        raise UsageError(f"--threads must be auto or a number from 1 to {MOST}, not {number}.")
+    most = MOST_PER_CORE * (os.cpu_count() or 1)
+    if number != "auto" and not 1 <= number <= most:
+        raise UsageError(f"--threads must be auto or a number from 1 to {most} here, not {number}.")
     if torch.get_num_threads() != _Choice.set:
         _Choice.own = torch.get_num_threads()
     most = _without_efficient_cores(_Choice.own or 1) if number == "auto" else number

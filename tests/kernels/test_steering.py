@@ -271,7 +271,7 @@ def test_more_threads_are_tried_only_where_cores_are_free() -> None:
 
 @pytest.mark.parametrize("number", [0, -1, 1025])
 def test_numbers_that_cannot_be(number: int, own: int) -> None:
-    with pytest.raises(UsageError, match=f"--threads must be auto or a number from 1 to 1024, not {number}"):
+    with pytest.raises(UsageError, match=rf"--threads must be auto or a number from 1 to \d+ here, not {number}"):
         threads.use_threads(number)
 
 
@@ -294,7 +294,7 @@ def test_every_command_that_computes_takes_threads(
     assert run([*command, "--threads", "many"]) == 2
     assert "--threads must be auto or a whole number, not many" in " ".join(capsys.readouterr().err.split())
     assert run([*command, "--threads", "0"]) == 2
-    assert "--threads must be auto or a number from 1 to 1024, not 0" in " ".join(capsys.readouterr().err.split())
+    assert "--threads must be auto or a number from 1 to " in " ".join(capsys.readouterr().err.split())
 
 
 def test_generate_computes_in_as_many_threads_and_writes_the_same(
