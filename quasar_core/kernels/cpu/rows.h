@@ -14,13 +14,13 @@ namespace quasar {
 
 constexpr int STRIP = LANES;  // outputs
 
-// Weights that set out from memory while others are multiplied, so many bytes at every step. They stop in the second cache:
-// the first keeps account of few that are under way, and what is multiplied waits for those.
+// Weights that set out from memory while others are multiplied, so many cache lines at every step. They stop in the second
+// cache: the first keeps account of few that are under way, and what is multiplied waits for those.
 struct Coming {
-    const char *from, *due;
-    size_t bytes;
+    const char* from;
+    int lines;
     void fetch() {
-        for (due += bytes; from < due; from += 64) __builtin_prefetch(from, 0, 2);
+        for (int line = 0; line < lines; ++line, from += 64) __builtin_prefetch(from, 0, 2);
     }
 };
 
@@ -66,15 +66,15 @@ template <typename X, int ROWS>
 void multiply_strip(const X* w, const typename Numbers<X>::Row* x, int in, int outs, int tile, int tiles, Floats* y) {
     constexpr int BESIDE = outputs_beside(ROWS);
     static_assert(STRIP % BESIDE == 0, "a strip is cut into tiles");
-    constexpr size_t STEP = BESIDE * Numbers<X>::STEP * sizeof(X);
     const size_t bytes = size_t(BESIDE) * in * sizeof(X);
     Part sums[ROWS * STRIP];
     int o = 0;
     for (; o + BESIDE <= outs; o += BESIDE) {
-        const char* next = reinterpret_cast<const char*>(w + size_t(o + STRIP) * in) + bytes * tile / tiles;
-        multiply_rows_tile<X, BESIDE, ROWS>(w + size_t(o) * in, x, in, {next, next, (STEP + tiles - 1) / tiles}, sums + o);
+        auto next = reinterpret_cast<const char*>(w + size_t(o + STRIP) * in);
+        const Coming coming{next + bytes * tile / tiles, (BESIDE + tiles - 1) / tiles};
+        multiply_rows_tile<X, BESIDE, ROWS>(w + size_t(o) * in, x, in, coming, sums + o);
     }
-    for (; o < outs; ++o) multiply_rows_tile<X, 1, ROWS>(w + size_t(o) * in, x, in, {}, sums + o);
+    for (; o < outs; ++o) multiply_rows_tile<X, 1, ROWS>(w + size_t(o) * in, x, in, {nullptr, 0}, sums + o);
     for (; o < STRIP; ++o)
         for (int t = 0; t < ROWS; ++t) sums[t * STRIP + o] = spread(0);
     for (int t = 0; t < ROWS; ++t) y[t] = sum_lanes(sums + t * STRIP);
