@@ -89,7 +89,7 @@ def main() -> int:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__)
     extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="some tests on some machines")
+    extent.add_argument("--quick", action="store_true", help="some tests, on some machines or on those named")
     extent.add_argument("--all", action="store_true", help="every test")
     parser.add_argument("machines", nargs="*", metavar="MACHINE", help=", ".join(m.name for m in MACHINES))
     arguments = parser.parse_args()
@@ -101,7 +101,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as own:
         compiled = os.environ.get("QUASAR_TEST_COMPILED", own)
         for machine in chosen:
-            if arguments.quick and not machine.quick:
+            if arguments.quick and not machine.quick and not arguments.machines:
                 continue
             if machine.under and shutil.which(machine.under[0]) is None:
                 print(f"| {machine.name:<20} | {machine.under[0]} is not here", flush=True)
