@@ -51,6 +51,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         place,
         precision,
         offload=plan,
+        rounds_head=options.max_memory is None,  # what was allowed is planned without it
         kernel=options.kernel,
         use_target=options.use_target,
         fast=options.fast,

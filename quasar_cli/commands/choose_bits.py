@@ -8,7 +8,7 @@ from quasar_cli import console
 from quasar_core.config import QuantizeConfig
 
 if TYPE_CHECKING:
-    from quasar_core.automatic import Wanted
+    from quasar_core.choose_bits import Wanted
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Chooser:
         as_json: bool,
     ) -> "Chooser":
         """Groups and head that were asked for stay; UsageError for options that do not go with it."""
-        from quasar_core.automatic import Wanted
+        from quasar_core.choose_bits import Wanted
 
         groups, heads = (() if value is None else (value,) for value in (group_size, head))
         return cls(Wanted(model, config, groups, heads, output, device, trust_remote_code), as_json)
@@ -40,7 +40,7 @@ class Chooser:
     def show_candidates(self, max_memory: int | None) -> None:
         """`--dry-run`: what would be tried, and what that and making the largest would take; then what cannot fit."""
         from quasar_core import api
-        from quasar_core.automatic import plan_choice
+        from quasar_core.choose_bits import plan_choice
 
         found, plan = plan_choice(self.wanted, max_memory)
         if self.as_json:
@@ -55,8 +55,8 @@ class Chooser:
 
     def choose(self, force: bool, resume: bool, max_memory: int | None) -> QuantizeConfig:
         """The config of what was chosen; the table is shown, unless a JSON document is to come."""
-        from quasar_core.automatic import choose
         from quasar_core.bench.choose import advice
+        from quasar_core.choose_bits import choose
 
         with console.progress_bar() as progress:
             config, choice = choose(

@@ -90,11 +90,13 @@ def load_models(
     fast: bool = False,
     trust_remote_code: bool = False,
     offload: OffloadPlan | None = None,
+    rounds_head: bool = True,
     progress: Progress = no_progress,
 ) -> LoadedModels:
     """Load the target of `folder` (unless `use_target` is false) and the verifier of `checkpoint` (where given).
 
-    With a plan of `offload` blocks of the target are streamed.
+    With a plan of `offload` blocks of the target are streamed. `rounds_head` allows a verifier's head in 8 bits beside
+    the target's (`verifier_head.py`), which takes memory.
     """
     obstacle = why_folder_not_lean(folder)
     library: Any = causal_lm if obstacle else lean_weights
@@ -119,7 +121,7 @@ def load_models(
             verifier = library.load_verifier_alone(checkpoint, device, dtype, kernel, progress)
         else:
             verifier = library.attach_verifier(target, checkpoint, kernel, progress)
-        if isinstance(verifier, LeanDecoder) and kernel == "auto" and offload is None:
+        if isinstance(verifier, LeanDecoder) and kernel == "auto" and rounds_head and offload is None:
             round_head(verifier)
         progress("reading the verifier", 1, 1)
         zeros = checkpoint.describe_zeros()

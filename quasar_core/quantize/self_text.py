@@ -57,7 +57,8 @@ def write_self_text(
         def report(tokens: int, begin: int = begin) -> None:
             progress(stage, begin * length + tokens, rows * length)
 
-        batches.append(_finished_batch(writer, turns, own, greedy_from, log, report))
+        finished = None if log is None else log.finished()
+        batches.append(_write_batch(writer, turns, own, greedy_from, log, report) if finished is None else finished)
     return torch.cat(batches)
 
 
@@ -72,23 +73,6 @@ def _batch_name(seed: int, begin: int) -> str:
     return f"seed-{seed}-row-{begin}"
 
 
-def _finished_batch(
-    writer: Writer,
-    turns: TurnTokens | None,
-    chances: torch.Tensor,
-    greedy_from: int | None,
-    log: TextLog | None,
-    report: Callable[[int], None],
-) -> torch.Tensor:
-    """Return one batch [B, length], read where an earlier run has written it."""
-    tokens = None if log is None else log.finished()
-    if tokens is None:
-        tokens = _write_batch(writer, turns, chances, greedy_from, log, report)
-        if log is not None:
-            log.finish(tokens)
-    return tokens
-
-
 def _write_batch(
     writer: Writer,
     turns: TurnTokens | None,
@@ -97,7 +81,7 @@ def _write_batch(
     log: TextLog | None,
     report: Callable[[int], None],
 ) -> torch.Tensor:
-    """Write one batch; every row gets a token a step, sampled by its own `chances` [B, length] or forced."""
+    """Write one batch and keep it; every row gets a token a step, drawn by its own `chances` [B, length] or forced."""
     count, length = chances.shape
     conversation = Conversations(turns, count)
     rows = writer.begin(count, length)
@@ -116,7 +100,10 @@ def _write_batch(
         if len(written) % STEPS_BETWEEN_RETURNS == 0:
             return_freed_memory()
         report(count * len(written))
-    return torch.stack(written, dim=1).cpu()
+    tokens = torch.stack(written, dim=1).cpu()
+    if log is not None:
+        log.finish(tokens)
+    return tokens
 
 
 def _begin_batch(

@@ -175,6 +175,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
         (["generate", "--prompt", "x", "--model", "./nowhere"], "There is no folder ./nowhere."),
         (["generate", "--prompt", "x", "--prompt-file", "y"], "Give the prompt once: as PROMPT, with --prompt"),
         (["generate", "x", "--prompt", "y"], "Give the prompt once: as PROMPT, with --prompt"),
+        (["generate", "x", "--json", "--trace"], "--trace draws in the terminal: with --json, name a file for it."),
         (["generate", " "], "The prompt is empty."),
         (["generate", "--promt", "x"], "No such option: --promt"),
         (["generate", "x", "--max-new-tokens", "many"], "--max-new-tokens: "),

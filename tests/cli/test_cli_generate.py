@@ -1,6 +1,7 @@
 """`quasar generate` and `quasar chat`, with a stand-in for the models: what is asked of them, what is printed where."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +51,25 @@ def test_generate_streams_text_to_stdout_and_statistics_to_stderr(
         assert fact in shown.err
     assert "exact: the full-precision model's own output" in shown.err
     assert "dtype: why" not in shown.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"), [(["abc"], True), (["--prompt", "abc"], True), (["-"], False), ([], False)]
+)
+def test_a_pipe_beside_a_prompt_is_said_not_to_be_read(
+    stand_in_pair: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    told: bool,
+) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"piped\n")
+    os.close(writer)
+    with open(reader, encoding="utf-8") as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        assert run(["generate", *arguments]) == 0
+    assert ("note: what comes through the pipe is not read, as the prompt is given" in capsys.readouterr().err) is told
 
 
 def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

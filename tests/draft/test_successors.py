@@ -1,5 +1,6 @@
 """Known successors against a count by hand; their file, whole and damaged; drafts from them."""
 
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +134,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.safetensors"))  # which loaders read as weights
     assert own_files(tmp_path) == [SUCCESSORS] == [path.name]
     assert read_successors(tmp_path / "elsewhere", 7) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_whoever_reads_the_folder_reads_the_file(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    path = write_successors(tmp_path, known_of({(3,): [(4, 128)]}), "some text")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def damage(name: str, tensors: dict[str, np.ndarray]) -> None:

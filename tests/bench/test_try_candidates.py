@@ -13,11 +13,11 @@ from quasar_cli import console
 from quasar_cli.main import run as run_command
 from quasar_cli.render.choice import choice_table
 from quasar_core import api
-from quasar_core.automatic import Wanted, choose, find_candidates
-from quasar_core.bench import choosing
+from quasar_core.bench import try_candidates
 from quasar_core.bench.choose import Body, Choice, Replayed
 from quasar_core.bench.synthetic_models import RandomCheckpoint
 from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.choose_bits import Wanted, choose, find_candidates
 from quasar_core.decode.costs import CostRecord, PairCosts, PassCost
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.pair import load_tokenizer
@@ -56,7 +56,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def rate(replayed: Replayed, look: Look, costs: PairCosts) -> float:
         return look.agreement / costs.verify(1)
 
-    monkeypatch.setattr(choosing, "cost_record", cost_record)
+    monkeypatch.setattr(try_candidates, "cost_record", cost_record)
     monkeypatch.setattr(Replayed, "rate", rate)  # replays take a second
     return measured
 
@@ -133,7 +133,7 @@ def test_random_codes_of_widths_by_layer() -> None:
 def test_the_fastest_is_made_and_its_table_shown(
     source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choosing, "MEAN_BITS", (5.0,))
+    monkeypatch.setattr(try_candidates, "MEAN_BITS", (5.0,))
     command = ["quantize", str(source), "--bits", "auto", "--samples", "6", "--seq-len", "24", "--device", "cpu"]
     assert run_command([*command, "--dry-run"]) == 0
     said = capsys.readouterr().out
@@ -166,7 +166,7 @@ def test_an_interrupted_choice_goes_on_with_its_text(
     source: Path, by_hand: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = wanted(source, heads=(16,))
-    monkeypatch.setattr(choosing, "MEAN_BITS", ())  # nothing is measured for widths by layer
+    monkeypatch.setattr(try_candidates, "MEAN_BITS", ())  # nothing is measured for widths by layer
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quasar_core import api
 from quasar_core.bench.choose import Body, Choice
-from quasar_core.bench.choosing import (
+from quasar_core.bench.try_candidates import (
     LOOK_ROWS,
     CandidateCosts,
     Choosing,
