@@ -159,7 +159,7 @@ class Replayed:
         self._drafted = [_drafts_along(row, first, sources) for row in rows.tolist()]
 
     def rate(self, look: Look, costs: PairCosts) -> float:
-        """Tokens per second of `exact`."""
+        """Tokens per second of `exact`, counting passes alone: drafting and choosing tokens are left out."""
         traces = [
             Trace(
                 self.tokens,

@@ -219,9 +219,9 @@ def use_threads(number: int | Auto = "auto", steer: bool = True) -> None:
 
     Without `steer`, for work that must come out the same each time, or that is measured, `auto` is PyTorch's number.
     """
-    most = MOST_PER_CORE * (os.cpu_count() or 1)
-    if number != "auto" and not 1 <= number <= most:
-        raise UsageError(f"--threads must be auto or a number from 1 to {most} here, not {number}.")
+    limit = MOST_PER_CORE * (os.cpu_count() or 1)
+    if number != "auto" and not 1 <= number <= limit:
+        raise UsageError(f"--threads must be auto or a number from 1 to {limit} here, not {number}.")
     if torch.get_num_threads() != _Choice.set:
         _Choice.own = torch.get_num_threads()
     most = _without_efficient_cores(_Choice.own or 1) if number == "auto" else number
