@@ -13,7 +13,7 @@ from quasar_core.decode.agreement import UNKNOWN, AgreementCurve, RunningAgreeme
 from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.check import Checker
 from quasar_core.decode.checking import Checking
-from quasar_core.decode.costs import KNOWN, Cost, LiveCost, PairCosts, Role, forget_cost, pair_costs, pass_sampler
+from quasar_core.decode.costs import Cost, Role
 from quasar_core.decode.drafting import Drafting
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.gate import Gate
@@ -29,6 +29,7 @@ from quasar_core.decode.policy import (
 )
 from quasar_core.decode.prefixes import Prefix, Prefixes
 from quasar_core.decode.processors import Processors, describe_processors
+from quasar_core.decode.run_costs import RunCosts
 from quasar_core.decode.sight import Sight
 from quasar_core.decode.text import TextStream
 from quasar_core.decode.trees import Branching
@@ -39,11 +40,9 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.base import KVCache
 from quasar_core.models.pair import Pair
 from quasar_core.records import FinishReason, GenerationResult, Progress, no_progress
-from quasar_core.system import Load, LoadMeter, peak_memory
+from quasar_core.system import LoadMeter, peak_memory
 
 TextPieces = Iteration[str, None, GenerationResult]  # finished text as it comes; returns the result
-
-CHECKED_TOKENS = 16  # room of the cache that passes are checked over
 
 
 class Generator:
@@ -64,17 +63,16 @@ class Generator:
         self._drafting = Drafting(pair, config, progress)
         self._make_draft = make_draft
         self._now = now
-        self._costs: PairCosts | None = None
-        self._live: dict[Role, LiveCost] = {}
+        self._costs = RunCosts(pair, config, self._note, now)
         self._target_first = False  # whether the verifier of `exact` seems of no use before anything is decoded
         self._window = WindowPolicy(DEFAULT_WINDOW if config.window == "auto" else config.window)
         self._checking = self._choose_checking()
         self._draft_length = self._checking.verifier_length if self._checking else self._choose_draft_length()
         self._prefixes = prefixes or Prefixes(pair)
-        self._branching = self._choose_branching(self._draft_length, self._verifying_role)
+        self._branching = self._choose_branching(self._draft_length, self._costs.verifying)
         self._sight = Sight(pair, config, self._note, now)
         self._in_use: KVCache | None = None  # the cache of the answer that is being written
-        role: Role = "target" if self._target_first else self._verifying_role
+        role: Role = "target" if self._target_first else self._costs.verifying
         if not make_draft:
             self._drafting.sources.guesser = make_guesser(pair, config, role, lambda: self._in_use)
 
@@ -130,7 +128,7 @@ class Generator:
             end = len(prompt_ids) + count
         finally:
             self._keep_cache(engine, prefix, end)
-            self._forget_what_was_wrong(meter.read())
+            self._costs.forget_what_was_wrong(meter.read())
         engine.stats.new_tokens = count
         engine.stats.peak_memory_bytes = _peak_memory(self.pair.device)
         new = engine.tokens[len(prompt_ids) : len(prompt_ids) + count]
@@ -208,7 +206,7 @@ class Generator:
             self._drafting.sources.acceptance = Acceptance()
             checking = self._choose_checking()
             draft_length = checking.verifier_length if checking else self._choose_draft_length()
-            branching = self._choose_branching(draft_length, self._verifying_role)
+            branching = self._choose_branching(draft_length, self._costs.verifying)
         self._in_use = prefix.cache
         for length in (draft_length, checking.target_length if checking else None):
             if isinstance(length, AdaptiveLength):
@@ -224,7 +222,7 @@ class Generator:
             generator,
             max_tokens,
             checking=checking,
-            observe=self._live["target"].observe if "target" in self._live else None,
+            observe=self._costs.observe,
             now=self._now,
             answering=answering,
             branching=branching,
@@ -244,10 +242,7 @@ class Generator:
         if self.config.draft == "none":
             return FixedLength(0)
         if self.config.num_draft_tokens == "auto":
-            self._measured_costs()
-            live = self._live[self._verifying_role]
-            cost = live if self.config.sampling.greedy else live.known  # as the engine times passes
-            return AdaptiveLength(cost, self._drafting.sources.acceptance)
+            return AdaptiveLength(self._costs.advising().verify, self._drafting.sources.acceptance)
         return FixedLength(self.config.num_draft_tokens, self._drafting.sources.acceptance)
 
     def _choose_branching(self, length: DraftLength, role: Role, cost: Cost | None = None) -> Branching | None:
@@ -263,20 +258,20 @@ class Generator:
         """Who checks drafts in `exact`; its `auto` may also find that the target had better do so always."""
         if not self.config.confirms or self.config.window != "auto":
             return None
-        costs, agreement = self._measured_costs(), self._known_agreement()
+        costs, agreement = self._costs.corrected(), self._known_agreement()
         plan = plan_exact(costs, agreement.now, self._acceptance)
-        if plan.target_alone and self._check_memory():
+        if plan.target_alone and self._costs.check_memory():
             plan = plan_exact(costs, agreement.now, self._acceptance)
         self._target_first = plan.target_alone
         self._note_expected(plan.rate)
-        checker = Checker(self._known_costs(), agreement, [plan.usual], plan.target_alone)
+        checker = Checker(self._costs.advising(), agreement, [plan.usual], plan.target_alone)
         self._note(_who_checks(self.config.verify, plan.target_alone, checker.longest))
         gate = self._choose_gate(agreement)
         at_verifier = self._choose_draft_length()
         if isinstance(at_verifier, FixedLength):
             return Checking(checker, at_verifier, FixedLength(at_verifier.limit), gate=gate)
-        at_target = AdaptiveLength(self._live["target"].known)
-        branching = self._choose_branching(at_target, "target", self._known_costs().confirm)
+        at_target = AdaptiveLength(self._costs.live["target"].known)
+        branching = self._choose_branching(at_target, "target", self._costs.advising().confirm)
         return Checking(checker, at_verifier, at_target, branching, gate)
 
     def _choose_gate(self, agreement: RunningAgreement) -> Gate | None:
@@ -294,7 +289,7 @@ class Generator:
         """Where the target's weights are streamed, what that means for whoever waits."""
         assert self.pair.target is not None
         if self.pair.target.streamed:
-            costs = self._measured_costs()
+            costs = self._costs.corrected()
             self._note(
                 f"offload: a confirm takes {costs.confirm(1):.2g} s and a verify {costs.verify(1):.2g} s, so about "
                 f"{rate:.2g} tokens a second are expected, in windows of up to {longest_window(costs)} tokens"
@@ -312,57 +307,9 @@ class Generator:
         sampled = fidelity.agreement + min(temperature, 1.0) * (fidelity.overlap - fidelity.agreement)
         return RunningAgreement(curve, shift_to(curve, sampled))
 
-    def _known_costs(self) -> PairCosts:
-        """While sampling, as they were at first: a seed fixes the text."""
-        costs = self._measured_costs()
-        if self.config.sampling.greedy:
-            return costs
-        return PairCosts(self._live[self._verifying_role].known, self._live["target"].known)
-
     @property
     def _acceptance(self) -> float:
         return 0.0 if self.config.draft == "none" else TYPICAL_ACCEPTANCE
-
-    def _measured_costs(self) -> PairCosts:
-        """What is known of the models' passes, corrected by those of this generator."""
-        if self._costs is None:
-            known = set(self.pair.measured)
-            costs = pair_costs(self.pair, with_verifier=self.config.verify != "full")
-            for role in sorted(self.pair.measured.keys() - known):
-                self._note(f"cost: {self.pair.measured[role].describe()}")
-            verify = self._live[self._verifying_role] = LiveCost(costs.verify)
-            if "target" in self.pair.measured:
-                self._live.setdefault("target", LiveCost(costs.confirm))
-            self._costs = PairCosts(verify, self._live.get("target", verify))
-        return self._costs
-
-    @property
-    def _verifying_role(self) -> Role:
-        """Whose passes verify, unless the target does so alone."""
-        uses_verifier = self.pair.target is None or (self.config.verify != "full" and self.pair.verifier is not None)
-        return "verifier" if uses_verifier else "target"
-
-    def _check_memory(self) -> bool:
-        """Time a few passes of both models where their costs are remembered; whether that was done.
-
-        A verifier that a wrong memory calls dear would never run, and so never be corrected.
-        """
-        remembered: list[Role] = [role for role in self._live if self.pair.measured[role].remembered]
-        for role in remembered:
-            model = self.pair.target if role == "target" else self.pair.verifier
-            assert model is not None
-            cache = self.pair.new_cache(CHECKED_TOKENS)
-            sample = pass_sampler(model, cache, 1, self._now)
-            for _ in range(KNOWN):
-                self._live[role].observe(1, sample())
-        return bool(remembered)
-
-    def _forget_what_was_wrong(self, load: Load) -> None:
-        """What passes of this run contradict is measured anew by the next; a busy machine contradicts nothing."""
-        for role, live in self._live.items():
-            if live.contradicts and not load.is_busy and self.pair.measured[role].remembered:
-                forget_cost(self.pair, role)
-                self._note(f"cost: what was remembered of the {role}'s passes was wrong, and is measured next time")
 
     def _note(self, sentence: str) -> None:
         """Several generators of one pair say the same only once."""

@@ -187,14 +187,14 @@ class TestMemoryHeals:
     def test_a_memory_forty_times_off_as_a_whole_heals_within_an_answer(self, factor: float, right: float) -> None:
         wrong, well = (Decoding(scaled(TRUE, off), right=right) for off in (factor, 1.0))
         assert wrong.answer() <= 1.1 * well.answer()  # longer drafts are tried step by step
-        assert wrong.generator._measured_costs().verify(1) == pytest.approx(TRUE(1))
+        assert wrong.generator._costs.corrected().verify(1) == pytest.approx(TRUE(1))
         assert wrong.answer() <= 1.03 * well.answer()
 
     def test_plain_passes_remembered_forty_times_too_dear_do_not_make_every_draft_look_cheap(self) -> None:
         """As a busy machine leaves it: one size was disturbed, and bounds the smaller ones from above."""
         decoding = Decoding(PassCost((1, 33), (40.0, 40.0)), STEEP)
         assert decoding.answer() <= 1.03
-        assert decoding.generator._measured_costs().verify(1) == pytest.approx(1.0)
+        assert decoding.generator._costs.corrected().verify(1) == pytest.approx(1.0)
 
     def test_drafts_remembered_forty_times_too_dear_are_used_within_one_answer(self) -> None:
         decoding = Decoding(PassCost((1, 2, 33), (1.0, 40.0, 104.0)), TRUE, right=1.0, tokens=600)
@@ -288,7 +288,7 @@ class TestGenerator:
         self, busy: float, forgotten: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         dropped: list[str] = []
-        monkeypatch.setattr(generator_module, "forget_cost", lambda pair, role: dropped.append(role))
+        monkeypatch.setattr("quasar_core.decode.run_costs.forget_cost", lambda pair, role: dropped.append(role))
         monkeypatch.setattr(generator_module.LoadMeter, "read", lambda self: Load(busy))
         decoding = Decoding(scaled(TRUE, 40.0))
         decoding.answer()
@@ -296,7 +296,7 @@ class TestGenerator:
         assert any("was wrong" in note for note in decoding.pair.notes) == forgotten
 
     def test_nothing_right_is_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(generator_module, "forget_cost", lambda pair, role: pytest.fail("forgotten"))
+        monkeypatch.setattr("quasar_core.decode.run_costs.forget_cost", lambda pair, role: pytest.fail("forgotten"))
         monkeypatch.setattr(generator_module.LoadMeter, "read", lambda self: Load(0.0))
         Decoding(TRUE, right=0.5).answer()
 
