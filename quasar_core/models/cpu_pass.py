@@ -20,15 +20,9 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import compiled_rule
 from quasar_core.models.architectures import HeadNorms
 from quasar_core.models.base import Choices, check_likeliest, depths_of, in_rows
-from quasar_core.models.decoder import (
-    DecoderCache,
-    DecoderLayer,
-    DenseLinear,
-    FusedLinear,
-    LayerInputs,
-    LeanDecoder,
-    Linear,
-)
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.decoder_layer import DecoderLayer, DenseLinear, FusedLinear, LayerInputs, Linear
 from quasar_core.models.experts import Experts
 from quasar_core.models.recurrence import Recurrence
 from quasar_core.models.recurrence_states import Inputs, LayerStates, State

@@ -6,212 +6,27 @@ tokens of a pass, L positions that it sees, H key-value heads, G query heads per
 vocabulary.
 """
 
-import ctypes
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
 
 import torch
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
-from quasar_core.errors import QuasarError
-from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.activations import activated, apply
 from quasar_core.models.attention import AttentionMask, attend, make_mask, make_tree_mask
 from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, go_on, join_choices
-from quasar_core.models.block_config import BlockConfig
+from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.decoder_config import DecoderConfig
-from quasar_core.models.experts import Experts
+from quasar_core.models.decoder_layer import DecoderLayer, FusedLinear, LayerInputs, Linear
 from quasar_core.models.heads import Turn, normed
-from quasar_core.models.recurrence import Recurrence
 from quasar_core.models.recurrence_states import LayerStates
-from quasar_core.models.rope import PromptLength, RopeTables, query_growth
+from quasar_core.models.rope import RopeTables, query_growth
 
 LONGEST_TREE = 32  # nodes, in PyTorch's operations
-
-
-class DecoderCache(PromptLength):
-    """Implements `models.base.KVCache`; a layer is one tensor [2, H, capacity, D], keys before values.
-
-    The positions of a head lie next to each other, so attention reads it from end to end. A recurrent layer has states
-    in the place of keys and values, of which those that decoding may go back to are kept.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[BlockConfig],
-        capacity: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        recurrences: Sequence[Recurrence | None] | None = None,
-    ) -> None:
-        shapes = [(2, block.kv_heads, capacity, block.head_size) for block in blocks]
-        sizes = [
-            math.prod(shape) * (block.states_of == i)
-            for i, (block, shape) in enumerate(zip(blocks, shapes, strict=True))
-        ]
-        parts = empty_in_huge_pages(sum(sizes), device=device, dtype=dtype).split(sizes)
-        self.layers = [parts[block.states_of].view(shape) for block, shape in zip(blocks, shapes, strict=True)]
-        self.addresses = (ctypes.c_void_p * len(blocks))(*(states.data_ptr() for states in self.layers))
-        self.states = [
-            None if rule is None else LayerStates(rule.empty(device, dtype))
-            for rule in recurrences or [None] * len(blocks)
-        ]
-        self._length, self._capacity = 0, capacity
-
-    @property
-    def length(self) -> int:
-        """Positions written."""
-        return self._length
-
-    @property
-    def capacity(self) -> int:
-        """Positions there is room for."""
-        return self._capacity
-
-    def check_room(self, count: int) -> None:
-        """Refuse a pass that would not fit."""
-        if self._length + count > self._capacity:
-            raise QuasarError(f"The cache holds {self._capacity} tokens, and {self._length + count} are needed.")
-
-    def advance(self, count: int) -> None:
-        """Count a finished pass of `count` positions."""
-        self._stand_at(self._length + count)
-
-    def keep(self, start: int, nodes: Sequence[int]) -> None:
-        """Of a tree that was passed at `start` keep these nodes, a path, as the positions from `start` on."""
-        for place, node in enumerate(nodes):
-            if place != node:  # a node lies behind every place before its own
-                for states in self.layers:
-                    states[:, :, start + place] = states[:, :, start + node]
-        self.rollback(start + len(nodes))
-
-    def rollback(self, length: int) -> None:
-        """Move the length back; a length ahead of what is written is a defect of the caller."""
-        if not 0 <= length <= self._length or self.reachable(length) < length:
-            raise ValueError(f"cannot move a cache of {self._length} positions to {length}")
-        self._stand_at(length)
-
-    def _stand_at(self, length: int) -> None:
-        self._length = length
-        for states in self.states:
-            if states is not None:
-                states.stand = length
-
-    def reachable(self, length: int) -> int:
-        """See `models/rollback.py`; any position, where no layer is recurrent.
-
-        A pass that ended midway leaves layers that know the states of different positions.
-        """
-        recurrent = [states for states in self.states if states is not None]
-        while (farthest := min((states.reachable(length) for states in recurrent), default=length)) < length:
-            length = farthest
-        return length
-
-    def settle(self, length: int) -> None:
-        """See `models/rollback.py`."""
-        for states in self.states:
-            if states is not None:
-                states.settled = length
-
-    def begin(self, prompt_length: int) -> int:
-        """See `TextCache`."""
-        for states in self.states:
-            if states is not None:
-                states.settled, states.prompt_length = None, prompt_length
-        return super().begin(prompt_length)
-
-
-Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] → [T, out]
-
-
-@dataclass(frozen=True)
-class DenseLinear:
-    """A linear layer of 16 or 32 bits: weight [out, in], bias [out]."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None = None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] → [T, out]."""
-        return linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class FusedLinear:
-    """Linear layers of one input as one layer; each keeps its own weight, such as packed ones of different widths."""
-
-    parts: tuple[Linear, ...]
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in] → [T, sum of out]."""
-        return torch.cat([part(x) for part in self.parts], dim=-1)
-
-
-@dataclass(frozen=True)
-class DecoderLayer:
-    """Weights and switches of one block."""
-
-    shape: BlockConfig
-    input_norm: torch.Tensor | None
-    qkv: Linear  # the queries of all heads, then keys, then values; of a recurrent layer, what its rule reads
-    head_norms: torch.Tensor | None  # [H·G + H, D], of the queries' heads, then of the keys'
-    out: Linear
-    out_norm: torch.Tensor | None  # of what attention adds
-    mlp_norm: torch.Tensor | None
-    gate_up: Linear | None  # gates, then what they gate; without gates, what is activated
-    activation: torch.Tensor | None  # weights of the activation, where it has some
-    down: Linear | None
-    down_norm: torch.Tensor | None  # of what the MLP adds
-    experts: Experts | None = None  # in the place of gate_up and down
-    shares: bool = False  # keys and values are an earlier block's
-    input_gate: Linear | None = None  # of the block's own input, where it has one
-    input_out: Linear | None = None
-    input_out_norm: torch.Tensor | None = None
-    scalar: torch.Tensor | None = None  # [1], times what the block gives
-    recurrence: Recurrence | None = None  # in place of attention
-    rates: Linear | None = None  # how fast its states fade, and how much is written to them
-
-    @property
-    def mlp(self) -> tuple[Linear, Linear]:
-        """The products of an MLP, which stands where no experts do."""
-        assert self.gate_up is not None
-        assert self.down is not None
-        return self.gate_up, self.down
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        """Its products: four, one more of a delta rule, two of its own input; experts' in the place of the MLP's."""
-        every = (self.qkv, self.rates, self.out, self.gate_up, self.down, self.input_gate, self.input_out)
-        experts = self.experts.linears if self.experts else ()
-        return (*(product for product in every if product is not None), *experts)
-
-    @property
-    def norms(self) -> tuple[torch.Tensor, ...]:
-        """Those that the block has."""
-        every = (self.input_norm, self.head_norms, self.out_norm, self.mlp_norm, self.down_norm, self.input_out_norm)
-        return tuple(norm for norm in every if norm is not None)
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """Inputs that each block has of its own (Gemma 4's E sizes): of the token, and of its embedding."""
-
-    embedding: torch.Tensor  # [V, blocks · P]
-    projection: Linear  # hidden → blocks · P
-    norm: torch.Tensor  # [P]
-    scale: float  # √P as the weights' dtype has it
-
-    def __call__(self, tokens: torch.Tensor, hidden: torch.Tensor, eps: float) -> torch.Tensor:
-        """Of T tokens with embeddings [T, in] → [blocks, T, P]."""
-        own = embedding(tokens, self.embedding) * self.scale
-        projected = (self.projection(hidden) * hidden.shape[-1] ** -0.5).unflatten(-1, (-1, len(self.norm)))
-        mixed = (normed(projected, self.norm, eps) + own.view_as(projected)) * 2**-0.5
-        return mixed.transpose(0, 1)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.models.activations import xielu_weights
 from quasar_core.models.architectures import BlockNorms
-from quasar_core.models.decoder import DecoderLayer, DenseLinear, LayerInputs, LeanDecoder, Linear
+from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_config import DecoderConfig, why_not_lean
+from quasar_core.models.decoder_layer import DecoderLayer, DenseLinear, LayerInputs, Linear
 from quasar_core.models.experts import Experts
 from quasar_core.models.linear import (
     Dense,

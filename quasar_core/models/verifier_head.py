@@ -12,7 +12,8 @@ from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.cpu.vnni import VnniKernel
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.select import KernelChoice
-from quasar_core.models.decoder import DenseLinear, LeanDecoder
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder_layer import DenseLinear
 
 BITS, MIDDLE = 8, 128
 GROUPS = (128, 64, 32, 16)  # inputs that share a scale: the first that divides D

@@ -31,7 +31,8 @@ from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.models import loading
 from quasar_core.models.base import NO_TOKEN, choose_best
-from quasar_core.models.decoder import DenseLinear, LeanDecoder
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder_layer import DenseLinear
 from quasar_core.models.lean_weights import attach_verifier, load_target
 
 BF16 = torch.bfloat16

@@ -11,7 +11,8 @@ from helpers.quantized_decoder import quantize_layers
 from quasar_core import api, load_pair
 from quasar_core.bench import machine
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.models.decoder import DenseLinear, LeanDecoder
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder_layer import DenseLinear
 from quasar_core.models.lean_weights import attach_verifier, load_target, load_verifier_alone
 from quasar_core.models.memory import MemoryNeed, advice, describe, pair_need, require_room
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.models import loading
-from quasar_core.models.decoder import DecoderCache, LeanDecoder
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.recurrence import Recurrence
 from quasar_core.models.recurrence_config import RecurrenceConfig

@@ -9,7 +9,8 @@ from helpers.quantized_decoder import quantize_layers
 
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import verifier_head
-from quasar_core.models.decoder import DenseLinear, LeanDecoder
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder_layer import DenseLinear
 from quasar_core.models.lean_weights import attach_verifier, load_target, load_verifier_alone
 from quasar_core.models.verifier_head import round_head, rounded
 

@@ -15,8 +15,9 @@ from quasar_core.kernels.triton.adapters import why_not_triton
 from quasar_core.models import loading
 from quasar_core.models.cuda.choose import choose_steps
 from quasar_core.models.cuda.graph_pass import CudaPass
-from quasar_core.models.decoder import DenseLinear, LeanDecoder, Linear
+from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.decoder_layer import DenseLinear, Linear
 from quasar_core.models.lean_weights import attach_verifier, build_target
 from quasar_core.models.linear import Product, block_products, dense_rows, head_product, stored_shapes
 from quasar_core.models.shapes import shape_named

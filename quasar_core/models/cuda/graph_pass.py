@@ -22,7 +22,9 @@ from quasar_core.models.base import Choices
 from quasar_core.models.cuda.graphs import LONGEST_TREE, Launcher, PinnedBuffers, TreeInputs, launcher
 from quasar_core.models.cuda.products import DenseChoices
 from quasar_core.models.cuda.torch_steps import Activation, Rows, Steps
-from quasar_core.models.decoder import DecoderCache, LeanDecoder, Linear
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.decoder_layer import Linear
 from quasar_core.models.heads import Tables
 from quasar_core.models.memory import LONGEST_PASS
 from quasar_core.models.rope import query_growth

@@ -18,7 +18,7 @@ from quasar_core.models.activations import activated
 from quasar_core.models.attention import FOLDED_TOKENS, AttentionMask, attend
 from quasar_core.models.base import NO_TOKEN, likeliest_in_torch
 from quasar_core.models.cuda.graphs import GreedyOutput, TreeInputs
-from quasar_core.models.decoder import Linear
+from quasar_core.models.decoder_layer import Linear
 from quasar_core.models.heads import Tables, Turn, normed
 
 Rows = torch.Tensor | RoundedRows  # [T, in]

@@ -29,7 +29,7 @@ from quasar_core.kernels.triton.weights import TritonWeight
 from quasar_core.models.activations import activated
 from quasar_core.models.cuda.graphs import GreedyOutput, TreeInputs
 from quasar_core.models.cuda.torch_steps import SILU, Activation, Gated, Rows
-from quasar_core.models.decoder import DenseLinear, Linear
+from quasar_core.models.decoder_layer import DenseLinear, Linear
 from quasar_core.models.heads import Tables, Turn
 
 WIDEST = 16  # tokens of one launch of attention; a longer pass takes several

@@ -1,0 +1,102 @@
+"""What the lean decoder is made of: linear layers, the weights of a block, and inputs that each block has of its own.
+
+Letters: T tokens of a pass, H key-value heads, G query heads per key-value head, D head size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import embedding, linear
+
+from quasar_core.models.block_config import BlockConfig
+from quasar_core.models.experts import Experts
+from quasar_core.models.heads import normed
+from quasar_core.models.recurrence import Recurrence
+
+Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] → [T, out]
+
+
+@dataclass(frozen=True)
+class DenseLinear:
+    """A linear layer of 16 or 32 bits: weight [out, in], bias [out]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] → [T, out]."""
+        return linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class FusedLinear:
+    """Linear layers of one input as one layer; each keeps its own weight, such as packed ones of different widths."""
+
+    parts: tuple[Linear, ...]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] → [T, sum of out]."""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Weights and switches of one block."""
+
+    shape: BlockConfig
+    input_norm: torch.Tensor | None
+    qkv: Linear  # the queries of all heads, then keys, then values; of a recurrent layer, what its rule reads
+    head_norms: torch.Tensor | None  # [H·G + H, D], of the queries' heads, then of the keys'
+    out: Linear
+    out_norm: torch.Tensor | None  # of what attention adds
+    mlp_norm: torch.Tensor | None
+    gate_up: Linear | None  # gates, then what they gate; without gates, what is activated
+    activation: torch.Tensor | None  # weights of the activation, where it has some
+    down: Linear | None
+    down_norm: torch.Tensor | None  # of what the MLP adds
+    experts: Experts | None = None  # in the place of gate_up and down
+    shares: bool = False  # keys and values are an earlier block's
+    input_gate: Linear | None = None  # of the block's own input, where it has one
+    input_out: Linear | None = None
+    input_out_norm: torch.Tensor | None = None
+    scalar: torch.Tensor | None = None  # [1], times what the block gives
+    recurrence: Recurrence | None = None  # in place of attention
+    rates: Linear | None = None  # how fast its states fade, and how much is written to them
+
+    @property
+    def mlp(self) -> tuple[Linear, Linear]:
+        """The products of an MLP, which stands where no experts do."""
+        assert self.gate_up is not None
+        assert self.down is not None
+        return self.gate_up, self.down
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Its products: four, one more of a delta rule, two of its own input; experts' in the place of the MLP's."""
+        every = (self.qkv, self.rates, self.out, self.gate_up, self.down, self.input_gate, self.input_out)
+        experts = self.experts.linears if self.experts else ()
+        return (*(product for product in every if product is not None), *experts)
+
+    @property
+    def norms(self) -> tuple[torch.Tensor, ...]:
+        """Those that the block has."""
+        every = (self.input_norm, self.head_norms, self.out_norm, self.mlp_norm, self.down_norm, self.input_out_norm)
+        return tuple(norm for norm in every if norm is not None)
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """Inputs that each block has of its own (Gemma 4's E sizes): of the token, and of its embedding."""
+
+    embedding: torch.Tensor  # [V, blocks · P]
+    projection: Linear  # hidden → blocks · P
+    norm: torch.Tensor  # [P]
+    scale: float  # √P as the weights' dtype has it
+
+    def __call__(self, tokens: torch.Tensor, hidden: torch.Tensor, eps: float) -> torch.Tensor:
+        """Of T tokens with embeddings [T, in] → [blocks, T, P]."""
+        own = embedding(tokens, self.embedding) * self.scale
+        projected = (self.projection(hidden) * hidden.shape[-1] ** -0.5).unflatten(-1, (-1, len(self.norm)))
+        mixed = (normed(projected, self.norm, eps) + own.view_as(projected)) * 2**-0.5
+        return mixed.transpose(0, 1)
