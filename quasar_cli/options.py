@@ -1,22 +1,14 @@
-"""The options that several commands share, each described once, and the groups that commands take them in."""
+"""The options that several commands share, each described once (`option_groups.py` puts them in groups)."""
 
-import functools
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from quasar_core.config import (
     Auto,
-    DraftKind,
     Dtype,
-    GenerationConfig,
-    LoadOptions,
     Offload,
-    SamplingConfig,
     VerifierAttention,
     VerifyMode,
 )
@@ -317,123 +309,3 @@ Folder = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FOLDER", help="Where the verifier goes; default: beside the target."),
 ]
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which pair to load, and where."""
-
-    model: Model = None
-    adapter: Adapter = None
-    verifier: Verifier = None
-    assistant: Assistant = None
-    use_target: UseTarget = True
-    device: Device = "auto"
-    dtype: Precision = "auto"
-    kernel: Kernel = "auto"
-    fast: Fast = False
-    max_context: MaxContext = None
-    trust_remote_code: TrustRemoteCode = False
-    check_digest: CheckDigest = False
-    offload: OffloadOption = "auto"
-    max_memory: MaxMemory = None
-    threads: Threads = "auto"
-
-    def to_load(self, verify: VerifyMode, draft: DraftKind = "none") -> LoadOptions:
-        """What is to be loaded for a mode."""
-        apart = ("threads", "adapter", "max_memory")
-        chosen = {name: value for name, value in vars(self).items() if name not in apart}
-        chosen["model"] = with_adapter(self.model, self.adapter)
-        return LoadOptions(**chosen, max_memory=parse_size("--max-memory", self.max_memory), verify=verify, draft=draft)
-
-
-def with_adapter(model: str | None, adapter: Path | None) -> str | None:
-    """The model's name, or the folder into which an adapter was merged with it."""
-    if adapter is None:
-        return model
-    if model is None:
-        raise UsageError("--adapter needs --model MODEL, the model that it was trained on.")
-    from quasar_cli import console
-    from quasar_core import api
-
-    with console.progress_bar() as progress:
-        return api.merge_adapter(model, adapter, progress)
-
-
-@dataclass(frozen=True)
-class DecodeOptions:
-    """How to generate: the options that make a GenerationConfig."""
-
-    max_new_tokens: MaxNewTokens = 256
-    stop: Stop = None
-    verify: Verify = "exact"
-    fidelity: Fidelity = 0.999
-    draft: Draft = "auto"
-    draft_from: DraftFrom = None
-    draft_memory: DraftMemory = False
-    num_draft_tokens: NumDraftTokens = "auto"
-    trees: Trees = True
-    verifier_attention: SeenByVerifier = "auto"
-    ngram_max: NgramMax = 3
-    ngram_min: NgramMin = 1
-    window: Window = "auto"
-    temperature: Temperature = 0.0
-    top_k: TopK = 0
-    top_p: TopP = 1.0
-    min_p: MinP = 0.0
-    repetition_penalty: RepetitionPenalty = None
-    processors: Processors = True
-    seed: Seed = 0
-
-    def config(self) -> GenerationConfig:
-        """The checked config; UsageError for a value that cannot be."""
-        return GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
-            verify=self.verify,
-            draft=self.draft,
-            draft_from=tuple(self.draft_from or ()),
-            draft_memory=self.draft_memory,
-            num_draft_tokens=parse_auto("--num-draft-tokens", self.num_draft_tokens),
-            trees=self.trees,
-            verifier_attention=self.verifier_attention,
-            ngram_max=self.ngram_max,
-            ngram_min=self.ngram_min,
-            window=parse_auto("--window", self.window),
-            sampling=SamplingConfig(
-                self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, self.seed
-            ),
-            stop=tuple(self.stop or ()),
-            processors=self.processors,
-            fidelity=self.fidelity,
-        )
-
-
-def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take its options in groups: a parameter typed as a dataclass becomes one option per field."""
-    groups: dict[str, Any] = {}
-    flat: list[inspect.Parameter] = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        if is_dataclass(parameter.annotation):
-            groups[name] = parameter.annotation
-            flat += _field_parameters(parameter.annotation)
-        else:
-            flat.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
-
-    @functools.wraps(command)
-    def with_flat_options(**given: Any) -> None:
-        for name, group in groups.items():
-            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
-        command(**given)
-
-    flattened: Any = with_flat_options
-    flattened.__signature__ = inspect.Signature(flat)
-    flattened.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
-    return with_flat_options
-
-
-def _field_parameters(group: Any) -> list[inspect.Parameter]:
-    """One keyword parameter for each field of an option group; every field has a default."""
-    return [
-        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
-        for field in fields(group)
-    ]

@@ -13,19 +13,8 @@ from quasar_cli.commands.bench_steps import EXAMPLES, steps
 from quasar_cli.commands.generate import say_of_loading
 from quasar_cli.commands.models import announce
 from quasar_cli.help import Command, Group, examples
-from quasar_cli.options import (
-    DraftFrom,
-    Fidelity,
-    Json,
-    ModelOptions,
-    Processors,
-    Seed,
-    Verbose,
-    Window,
-    parse_auto,
-    takes_groups,
-    use_threads,
-)
+from quasar_cli.option_groups import ModelOptions, takes_groups
+from quasar_cli.options import DraftFrom, Fidelity, Json, Processors, Seed, Verbose, Window, parse_auto, use_threads
 from quasar_core.bench.arms import ARMS, BASELINE, DEFAULT_ARMS, TWIN, TWIN_EVERY, BenchConfig, PeerOptions, parse_arms
 from quasar_core.config import VerifyMode
 from quasar_core.errors import UsageError

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quasar_cli import console
-from quasar_cli.options import Json, Verbose, takes_groups
+from quasar_cli.option_groups import takes_groups
+from quasar_cli.options import Json, Verbose
 from quasar_core.errors import UsageError
 
 if TYPE_CHECKING:

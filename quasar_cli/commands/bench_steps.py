@@ -9,19 +9,8 @@ import typer
 from quasar_cli import console
 from quasar_cli.commands.models import announce
 from quasar_cli.help import examples
-from quasar_cli.options import (
-    Device,
-    Fast,
-    Json,
-    Kernel,
-    Model,
-    Precision,
-    Threads,
-    Verbose,
-    Verifier,
-    takes_groups,
-    use_threads,
-)
+from quasar_cli.option_groups import takes_groups
+from quasar_cli.options import Device, Fast, Json, Kernel, Model, Precision, Threads, Verbose, Verifier, use_threads
 from quasar_core.config import LoadOptions, Method, QuantizeConfig, default_codes
 from quasar_core.errors import UsageError
 

@@ -12,18 +12,8 @@ from quasar_cli import console
 from quasar_cli.commands.generate import as_document, load_pair, make_generator, show_notes, show_stats
 from quasar_cli.help import examples
 from quasar_cli.messages import read_messages
-from quasar_cli.options import (
-    DecodeOptions,
-    Json,
-    MaxNewTokens,
-    ModelOptions,
-    ShowStats,
-    Stream,
-    System,
-    Think,
-    Verbose,
-    takes_groups,
-)
+from quasar_cli.option_groups import DecodeOptions, ModelOptions, takes_groups
+from quasar_cli.options import Json, MaxNewTokens, ShowStats, Stream, System, Think, Verbose
 from quasar_core.config import GenerationConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import exists, write_json

@@ -13,19 +13,8 @@ import typer
 from quasar_cli import console
 from quasar_cli.commands.models import announce
 from quasar_cli.help import examples
-from quasar_cli.options import (
-    DecodeOptions,
-    Json,
-    ModelOptions,
-    ShowStats,
-    Stream,
-    System,
-    Think,
-    Trace,
-    Verbose,
-    takes_groups,
-    use_threads,
-)
+from quasar_cli.option_groups import DecodeOptions, ModelOptions, takes_groups
+from quasar_cli.options import Json, ShowStats, Stream, System, Think, Trace, Verbose, use_threads
 from quasar_core.config import GenerationConfig
 from quasar_core.errors import UsageError, reason
 from quasar_core.files import read_text, require_characters

@@ -13,18 +13,8 @@ from quasar_cli import console
 from quasar_cli.commands.choose_bits import Chooser
 from quasar_cli.commands.models import announce, push_verifier
 from quasar_cli.help import examples
-from quasar_cli.options import (
-    Adapter,
-    Device,
-    Folder,
-    Json,
-    Threads,
-    TrustRemoteCode,
-    Verbose,
-    takes_groups,
-    use_threads,
-    with_adapter,
-)
+from quasar_cli.option_groups import takes_groups, with_adapter
+from quasar_cli.options import Adapter, Device, Folder, Json, Threads, TrustRemoteCode, Verbose, use_threads
 from quasar_core.config import BITS, QUICK, SAMPLES, Backend, Method, QuantizeConfig, Rounding
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.store import check_can_push

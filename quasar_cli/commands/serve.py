@@ -10,7 +10,8 @@ import typer
 from quasar_cli import console
 from quasar_cli.commands.generate import load_pair, show_notes
 from quasar_cli.help import examples
-from quasar_cli.options import DecodeOptions, MaxNewTokens, ModelOptions, Verbose, takes_groups
+from quasar_cli.option_groups import DecodeOptions, ModelOptions, takes_groups
+from quasar_cli.options import MaxNewTokens, Verbose
 from quasar_core.errors import UsageError
 from quasar_core.files import read_text
 

@@ -260,8 +260,6 @@ def test_two_names_that_contradict_each_other(verifier: Path) -> None:
 
 def test_the_lean_decoder_allocates_nothing_before_it_has_looked(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit(llama, vocab_size=10**12)
-    monkeypatch.setattr(
-        "quasar_core.models.lean_weights.empty_in_huge_pages", lambda *_, **__: pytest.fail("allocated")
-    )
+    monkeypatch.setattr("quasar_core.models.filling.empty_in_huge_pages", lambda *_, **__: pytest.fail("allocated"))
     with pytest.raises(QuasarError, match="and by its config"):
         load_target(llama, CPU, torch.float32)
