@@ -43,7 +43,9 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
     precision, why_precision = dtype_of_source(source.folder, options.dtype, place)
     context = min(context_limit(source.folder, options.trust_remote_code), options.max_context or sys.maxsize)
     digest = [f"digest: {_found(checkpoint, progress)}"] if options.check_digest else []
-    room = _check_room(source.folder, checkpoint, place, precision, options.use_target, context)
+    rounds_head = options.max_memory is None  # what was allowed is planned without it
+    counted = rounds_head and options.kernel == "auto"
+    room = _check_room(source.folder, checkpoint, place, precision, options.use_target, context, counted)
     plan = plan_offload(source.folder, checkpoint, place, precision, context, options)
     models = load_models(
         source.folder,
@@ -51,7 +53,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         place,
         precision,
         offload=plan,
-        rounds_head=options.max_memory is None,  # what was allowed is planned without it
+        rounds_head=rounds_head,
         kernel=options.kernel,
         use_target=options.use_target,
         fast=options.fast,
@@ -116,12 +118,13 @@ def _check_room(
     dtype: torch.dtype,
     use_target: bool,
     context: int,
+    rounds_head: bool = False,
 ) -> list[str]:
     """A note of what the pair takes of a GPU's memory; QuasarError, before it is loaded, where that is too much."""
-    need = pair_need(folder, checkpoint, dtype, use_target) if device.type == "cuda" else None
+    need = pair_need(folder, checkpoint, dtype, use_target, rounds_head) if device.type == "cuda" else None
     if need is None:
         return []
-    alone = pair_need(folder, checkpoint, dtype, use_target=False) if checkpoint else None
+    alone = pair_need(folder, checkpoint, dtype, False, rounds_head) if checkpoint else None
     return [require_room(need, alone, device, context)]
 
 

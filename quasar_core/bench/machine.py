@@ -69,7 +69,7 @@ def describe_memory(target: str, verifier: Path) -> str:
     """What a pair takes of the GPU's memory, and how long a context fits; or why that is not known."""
     try:
         folder = store.resolve_model(target).folder
-        need = pair_need(folder, VerifierCheckpoint(verifier), torch.bfloat16)
+        need = pair_need(folder, VerifierCheckpoint(verifier), torch.bfloat16, rounds_head=True)
         if need is None:
             return "not known: the pair runs through transformers"
         return describe(need, torch.cuda.mem_get_info()[0], context_limit(folder))

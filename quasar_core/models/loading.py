@@ -122,7 +122,8 @@ def load_models(
         else:
             verifier = library.attach_verifier(target, checkpoint, kernel, progress)
         if isinstance(verifier, LeanDecoder) and kernel == "auto" and rounds_head and offload is None:
-            round_head(verifier)
+            note = round_head(verifier, progress)
+            notes += [note] if note else []
         progress("reading the verifier", 1, 1)
         zeros = checkpoint.describe_zeros()
         notes += [f"zeros: {zeros}"] if zeros else []

@@ -24,6 +24,7 @@ from quasar_core.models.linear import (
     recurrent_shapes,
 )
 from quasar_core.models.recurrence_states import REACH
+from quasar_core.models.verifier_head import is_rounded, rounded_bytes
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import read_headers
 
@@ -60,9 +61,16 @@ class MemoryNeed:
 
 
 def pair_need(
-    folder: Path, checkpoint: VerifierCheckpoint | None, dtype: torch.dtype, use_target: bool = True
+    folder: Path,
+    checkpoint: VerifierCheckpoint | None,
+    dtype: torch.dtype,
+    use_target: bool = True,
+    rounds_head: bool = False,
 ) -> MemoryNeed | None:
-    """What the models of these folders take; None where our own decoder does not run them."""
+    """What the models of these folders take; None where our own decoder does not run them.
+
+    `rounds_head` counts a verifier's head in 8 bits, which loading makes of one that is stored in more.
+    """
     if why_folder_not_lean(folder):
         return None
     config = tied_as_stored(DecoderConfig.parse(read_config(folder)), TensorFiles(folder))
@@ -73,6 +81,8 @@ def pair_need(
         verifier = stored_bytes(checkpoint)
         if not use_target:
             verifier += plain - replaced_elements(config, checkpoint.layer_names) * dtype.itemsize
+        if rounds_head and (use_target or config.tied):  # alone, it takes no more than the one that it replaces
+            verifier += rounded_head_bytes(config, checkpoint)
     models = int(use_target) + int(checkpoint is not None)
     return MemoryNeed(target, verifier, workspace_bytes(config, dtype, models), token_bytes(config, dtype))
 
@@ -126,6 +136,14 @@ def replaced_elements(config: DecoderConfig, packed: list[str]) -> int:
         products.append(head_product(config))
     parts = {name: rows * p.columns for p in products for name, rows in zip(p.names, p.rows, strict=True)}
     return sum(parts.get(name, 0) for name in packed)
+
+
+def rounded_head_bytes(config: DecoderConfig, checkpoint: VerifierCheckpoint) -> int:
+    """Of the head in 8 bits that loading makes of a checkpoint's in more; 0 where it leaves the head as it is."""
+    head = head_product(config)
+    if head.names[0] in checkpoint.layer_names or not is_rounded(head.rows[0], head.columns, bias=head.bias):
+        return 0
+    return rounded_bytes(head.rows[0], head.columns)
 
 
 def stored_bytes(checkpoint: VerifierCheckpoint) -> int:

@@ -6,7 +6,10 @@ The interpreter accepts what the compiler refuses, so kernels that only run inte
 
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -32,6 +35,8 @@ TYPES = {
     torch.int8: "i8",
     torch.float8_e4m3fn: "fp8e4nv",
 }
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_KB = {80: 164, 89: 100, 90: 228, 120: 100}  # of a multiprocessor
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 CPU = torch.device("cpu")
 overlapped: set[str] = set()  # kernels that were compiled so that they may begin early
@@ -59,13 +64,35 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **nam
             if value % 16 == 0:
                 aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(self, signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(source, target=TARGET, options=options).asm
-    ttgir, ptx = compiled["ttgir"], compiled["ptx"]
-    # An operand of a product that is not where the tensor cores want it is converted, or goes through shared memory.
-    moved = [line for line in ttgir.splitlines() if re.search(r"convert_layout .*dot_op|local_alloc %", line)]
-    found = {"kernel": self.__name__, "wgmma": "warp_group_dot" in ttgir, "moved": len(moved)}
-    found |= {"overlaps": bool(options.get("launch_pdl")), "waits": ptx.count("griddepcontrol.wait")}
+    kernel = triton.compile(source, target=TARGET, options=options)
+    compiled = kernel.asm
+    found = {"kernel": self.__name__, "wgmma": "warp_group_dot" in compiled["ttgir"]}
+    found |= {"overlaps": bool(options.get("launch_pdl")), "waits": compiled["ptx"].count("griddepcontrol.wait")}
+    if self.__name__ == "_packed_kernel":
+        is_narrow = not (values["IS_WIDE"] or values["STORED"] > 1)
+        found |= {"narrow": is_narrow, "has_zeros": values["HAS_ZEROS"], **machine_code(compiled["cubin"])}
+        found["programs"] = programs(found["registers"], kernel.metadata.shared)
     print(json.dumps(found))
+
+
+def machine_code(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, bytes that it spills, and exchanges between lanes anywhere in a kernel."""
+    told = {}
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        for question in ("--dump-resource-usage", "-sass"):
+            command = [str(TOOLS / "cuobjdump"), question, file.name]
+            told[question] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used, code = told.values()
+    (registers,), (stack,) = (re.findall(rf"{name}:(\d+)", used) for name in ("REG", "STACK"))
+    return {"registers": int(registers), "spilled": int(stack), "shuffles": len(re.findall(r"\bSHFL\b", code))}
+
+
+def programs(registers: int, shared: int) -> int:
+    """Of four warps that fit a multiprocessor: CUDA gives registers to a warp by 256, and keeps 1 KB of each program."""
+    by_registers = 65536 // (4 * -(-32 * registers // 256) * 256)
+    return min(by_registers, SHARED_KB[CAPABILITY] * 1024 // (shared + 1024))
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -75,6 +102,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def main() -> None:
     JITFunction.run = compile_launch
     blocks.multiprocessors = lambda device: 132
+    blocks._stages = lambda *given: blocks.stages_for(SHARED_KB[CAPABILITY] * 1024, given[0])
     from quasar_core.kernels.triton.language import overlapping
 
     for wanted in (False, True) if CAPABILITY >= 90 else (False,):
@@ -83,19 +111,20 @@ def main() -> None:
 
 
 def launch_all() -> None:
-    from quasar_core.kernels.triton import attention, choices, eight_bit, elementwise, probe, products, unpack
+    from quasar_core.kernels.triton import attention, choices, eight_bit, elementwise, packed, probe, products, unpack
 
     x, out, steps = zeros(4, 4096), zeros(4, 256), zeros(4, dtype=torch.float32)
     for bits, symmetric in ((4, True), (4, False), (8, False), (2, True)):
         weight = prepare_packed(random_codes(bits, 4096, 256, 128, symmetric), CPU)
-        products.multiply_packed(x, weight, out, residual=out)
+        packed.multiply_packed(x, weight, out, residual=out)
+        packed.multiply_packed(zeros(16, 4096), weight, zeros(16, 256))
         unpack.dequantize_packed(weight, torch.bfloat16)
-        products.multiply_packed(x.half(), weight, out.half(), bias=out[0].half())
+        packed.multiply_packed(x.half(), weight, out.half(), bias=out[0].half())
     products.multiply_dense(x, zeros(256, 4096), out, bias=out[0])
     products.multiply_dense(zeros(40, 4096), zeros(256, 4096), zeros(40, 256))
     pairs = zeros(16, dtype=torch.int32)
     probe._probe_kernel[(1,)](zeros(16, 16), pairs, zeros(16, 16, dtype=torch.float32), pairs, SIZE=16)
-    products.multiply_packed(x, weight, out[:, :128], gated=True)
+    packed.multiply_packed(x, weight, out[:, :128], gated=True)
     products.multiply_dense(x, zeros(256, 4096), out[:, :128], gated=True)
     elementwise.rms_norm_residual(x, x, x[0], 1e-6, x)
     elementwise.silu_multiply(x, zeros(4, 2048))

@@ -22,7 +22,7 @@ from quasar_core.kernels.triton import blocks
 from quasar_core.kernels.triton import tune as tune_module
 from quasar_core.kernels.triton.adapters import TritonKernel
 from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, gated_blocks, packed_blocks
-from quasar_core.kernels.triton.products import multiply_packed
+from quasar_core.kernels.triton.packed import multiply_packed
 from quasar_core.kernels.triton.tune import GatedWeight, candidates, tune, tune_missing
 from quasar_core.kernels.triton.unpack import dequantize_packed
 from quasar_core.kernels.triton.weights import dequantize, prepare_packed
@@ -123,6 +123,17 @@ def test_only_shapes_that_are_not_known_are_tuned(shapes_file: Path) -> None:
     assert tune_missing(two_shapes(), torch.float16, timer) == "block shapes of Triton's products: 3 remembered"
     assert not timed
     assert tune_missing([], torch.float16, timer) == ""
+
+
+@pytest.mark.parametrize(("kilobytes", "stages"), [(228, 3), (164, 2), (100, 2)])
+def test_four_programs_fit_a_multiprocessor(monkeypatch: pytest.MonkeyPatch, kilobytes: int, stages: int) -> None:
+    """Of Hopper, Ampere's A100, Ada: two steps of 16 KB of codes and 8 KB of rows under way, or one."""
+    weight = prepare_packed(random_codes(4, 1088, 80, 128, symmetric=True), CPU)
+    room = SimpleNamespace(shared_memory_per_multiprocessor=1024 * kilobytes, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: room)
+    assert packed_blocks(weight, torch.device("meta"), False).stages == 3  # where nothing is known
+    monkeypatch.setattr(blocks, "tuned_blocks", lambda *given: None)
+    assert packed_blocks(weight, torch.device("cuda")).stages == stages
 
 
 def test_a_gated_product_has_as_many_programs_and_no_more_shared_memory() -> None:

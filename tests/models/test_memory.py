@@ -11,6 +11,7 @@ from helpers.quantized_decoder import quantize_layers
 from quasar_core import api, load_pair
 from quasar_core.bench import machine
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.models import verifier_head
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_layer import DenseLinear
 from quasar_core.models.lean_weights import attach_verifier, load_target, load_verifier_alone
@@ -69,6 +70,26 @@ def test_the_verifiers_share_is_its_codes_and_alone_what_it_holds_beside_them(tm
     assert alone.verifier == codes + held_bytes(load_verifier_alone(checkpoint, CPU, FLOAT, "reference"))
     target = load_target(source, CPU, FLOAT)
     assert attach_verifier(target, checkpoint, "reference").embedding is target.embedding
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3, yarn, tied"])
+def test_a_head_that_is_rounded_at_load_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """In 8 bits beside a head or an embedding that stays, as `round_head` makes it; a head in codes stays as it is."""
+    source = tmp_path / "source"
+    save_model(source, *CASES[name])
+    target = load_target(source, CPU, FLOAT)
+    weight, tied = target.head.weight, target.config.tied
+    monkeypatch.setattr(verifier_head, "SMALLEST", weight.numel())
+    for bits in (16,) if tied else (16, 8):
+        widths = {"lm_head.weight": bits}
+        checkpoint = quantize_layers(source, tmp_path / str(bits), lambda name, widths=widths: widths.get(name, 4))
+        for use_target in (True, False):
+            plain, counted = (pair_need(source, checkpoint, FLOAT, use_target, rounds) for rounds in (False, True))
+            assert plain is not None
+            assert counted is not None
+            found = verifier_head.rounded(weight, verifier_head.group_of(weight.shape[1]))
+            more = found.codes.nbytes + found.scales.nbytes if bits == 16 and (use_target or tied) else 0
+            assert counted.verifier - plain.verifier == more
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma 4, shared states and own inputs"])

@@ -7,12 +7,16 @@ import torch
 from helpers.decoder_cases import CPU, FLOAT, in_passes, random_tokens, relative_error, save_model
 from helpers.quantized_decoder import quantize_layers
 
+from quasar_core.kernels.base import LayerShape
+from quasar_core.kernels.cpu.vnni import VnniKernel
 from quasar_core.kernels.linear import PackedLinear
+from quasar_core.kernels.select import DENSE, KernelChoice
 from quasar_core.models import verifier_head
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_layer import DenseLinear
 from quasar_core.models.lean_weights import attach_verifier, load_target, load_verifier_alone
 from quasar_core.models.verifier_head import round_head, rounded
+from quasar_core.records import no_progress
 
 
 @pytest.mark.parametrize("group", [16, 64])
@@ -65,5 +69,40 @@ def test_a_small_head_or_one_beside_another_kernel_stays(
     target, both = verifiers(tmp_path, kernel)
     monkeypatch.setattr(verifier_head, "SMALLEST", target.head.weight.numel() + more)
     for verifier in both:
-        round_head(verifier)
+        stays = "head: it stays in 32 bits, as the other products run on dense, and it on vnni"
+        assert round_head(verifier) == (stays if kernel == "dense" else None)
         assert isinstance(verifier.head, DenseLinear)
+
+
+@pytest.mark.parametrize(("kernel", "found"), [("vnni", "vnni"), ("vnni", "dense"), ("dense", "vnni")])
+@pytest.mark.usefixtures("cpp_pass")
+def test_on_a_gpu_the_fastest_kernel_of_its_shape_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str, found: str
+) -> None:
+    """As a GPU chooses, on a CPU: where dense is the fastest or takes the other products, the head stays."""
+    target, both = verifiers(tmp_path, kernel)
+    monkeypatch.setattr(verifier_head, "SMALLEST", target.head.weight.numel())
+    asked = list[LayerShape]()
+
+    def select(shape: LayerShape, *_: object, **more: object) -> KernelChoice:
+        asked.append(shape)
+        return KernelChoice(VnniKernel() if found == "vnni" else DENSE, "fastest of 2: 3 µs")
+
+    monkeypatch.setattr(verifier_head, "select_kernel", select)
+    monkeypatch.setattr(
+        verifier_head, "_of_whole_passes", lambda *given: verifier_head._fastest(*given, progress=no_progress)
+    )
+    for verifier in both:
+        whole = in_passes(verifier, random_tokens(), [12, 1, 4])
+        note = round_head(verifier)
+        if kernel == found:
+            assert asked[-1] == LayerShape(64, len(target.head.weight), 8, 64, trivial_groups=True)
+            assert note is None
+            reason = "as the head of 32 bits is rounded to 8 at load; fastest of 2: 3 µs"
+            assert verifier.head.choice.reason == reason  # type: ignore[attr-defined]
+            assert 0 < relative_error(in_passes(verifier, random_tokens(), [12, 1, 4]), whole) < 0.02
+        else:
+            why = "no kernel for 8 bits is faster (fastest of 2: 3 µs)"
+            why = "the other products are dequantized" if kernel == "dense" else why
+            assert note == f"head: it stays in 32 bits, as {why}"
+            assert isinstance(verifier.head, DenseLinear)

@@ -18,7 +18,8 @@ from quasar_core.kernels.triton.elementwise import (
     silu_multiply,
     silu_multiply_rounded,
 )
-from quasar_core.kernels.triton.products import multiply_dense, multiply_packed
+from quasar_core.kernels.triton.packed import multiply_packed
+from quasar_core.kernels.triton.products import multiply_dense
 from quasar_core.kernels.triton.weights import prepare_packed
 from tools.gpu_bench.cases import TOLERANCE, Case, name_of, poisoned, randn, relative_error
 from tools.gpu_bench.choice_checks import choice_cases

@@ -57,7 +57,7 @@ class TritonKernel:
 
             with on(x.device):
                 return torch.nn.functional.linear(x, dequantize_packed(prepared, x.dtype))
-        from quasar_core.kernels.triton.products import LONGEST, multiply_packed
+        from quasar_core.kernels.triton.packed import LONGEST, multiply_packed
 
         x = x.contiguous()
         out = x.new_empty(x.shape[0], prepared.out_features)

@@ -16,6 +16,8 @@ from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
 from quasar_core.store.measured import Measured, measured_file
 from quasar_core.typed import build
 
+TILE_ROWS = 8  # of a pass, in one product of the tensor cores with packed codes
+_RESERVED = 1024  # bytes of shared memory that CUDA takes of each program
 _PROGRAMS = 4  # for each multiprocessor: so many fit, and enough bytes are under way
 
 
@@ -31,7 +33,7 @@ class Blocks:
 
 def packed_key(weight: TritonWeight, gated: bool = False) -> str:
     """What the best shapes of a packed product depend on."""
-    zeros = "asymmetric" if weight.zeros is not None else "symmetric"
+    zeros = "asymmetric" if weight.has_zeros else "symmetric"
     key = f"packed {weight.in_features} {weight.out_features} {weight.bits} bits {weight.chunk} {zeros}"
     return f"{key} gated" if gated else key
 
@@ -50,7 +52,8 @@ def packed_blocks(weight: TritonWeight, device: torch.device, gated: bool = Fals
     if gated:
         return gated_blocks(packed_blocks(weight, device), weight.in_features, weight.out_features, packed=True)
     inputs = weight.chunk * weight.chunks_per_step
-    return Blocks(BLOCK, inputs, _splits(weight.words.shape[0], weight.steps, device), stages=3)
+    step_bytes = weight.words.element_size() * weight.words.shape[2] + 2 * TILE_ROWS * inputs
+    return Blocks(BLOCK, inputs, _splits(weight.words.shape[0], weight.steps, device), _stages(step_bytes, device))
 
 
 def dense_blocks(weight: torch.Tensor, device: torch.device, gated: bool = False) -> Blocks:
@@ -86,6 +89,18 @@ def why_not_gated(out_features: int) -> str | None:
 def _splits(blocks: int, steps: int, device: torch.device) -> int:
     """So many that all programs run at once and fill the device, each with as many steps as the others."""
     return even_splits(steps, max(1, min(_PROGRAMS * multiprocessors(device) // blocks, 16)))
+
+
+def _stages(step_bytes: int, device: torch.device) -> int:
+    """See `stages_for`; interpreted kernels have three."""
+    if device.type != "cuda":
+        return 3
+    return stages_for(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor, step_bytes)
+
+
+def stages_for(shared_memory: int, step_bytes: int) -> int:
+    """Three, so that two steps are under way, where four programs with them fit a multiprocessor; else two."""
+    return 3 if _PROGRAMS * (2 * step_bytes + _RESERVED) <= shared_memory else 2
 
 
 def even_splits(steps: int, wanted: int) -> int:

@@ -26,7 +26,8 @@ from quasar_core.kernels.triton.blocks import (
 )
 from quasar_core.kernels.triton.eight_bit import LARGEST, multiply_w8a8
 from quasar_core.kernels.triton.language import scratch
-from quasar_core.kernels.triton.products import LONGEST_DENSE, multiply_dense, multiply_packed
+from quasar_core.kernels.triton.packed import LONGEST, multiply_packed
+from quasar_core.kernels.triton.products import LONGEST_DENSE, multiply_dense
 from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
 from quasar_core.records import Progress, no_progress
 from quasar_core.timing import time_one
@@ -151,9 +152,11 @@ def _compile(first: Weight, dtype: torch.dtype, shapes: Sequence[Blocks]) -> dic
 
 
 def _other_rows(first: Weight) -> tuple[int, ...]:
-    """Of products in 16 bits, which have a kernel for few rows and one for more, those of the second."""
+    """Of products that have a kernel for few rows and one for more, those of the second."""
     plain = _plain(first)
-    return () if isinstance(plain, TritonWeight) or plain.dtype in LARGEST else (LONGEST_DENSE,)
+    if isinstance(plain, TritonWeight):
+        return (LONGEST,)
+    return () if plain.dtype in LARGEST else (LONGEST_DENSE,)
 
 
 def _product(first: Weight, dtype: torch.dtype, rows: int = _TUNED_ROWS) -> Callable[[Any, Blocks], None]:

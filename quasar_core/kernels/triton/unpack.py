@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from quasar_core.kernels.triton.language import overlap, wait
-from quasar_core.kernels.triton.products import codes_of_words, load_tables, load_words
+from quasar_core.kernels.triton.packed import codes_of_words, load_table, load_words, scale_and_zero
 from quasar_core.kernels.triton.weights import TritonWeight
 
 
@@ -17,18 +17,15 @@ def dequantize_packed(weight: TritonWeight, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.words.device)
     _unpack_kernel[(weight.words.shape[0], weight.steps)](
         weight.words,
-        weight.scales,
-        weight.zeros,
         out,
         weight.in_features,
         weight.out_features,
         weight.steps,
-        weight.scales.shape[1],
         BITS=weight.bits,
         MIDDLE=weight.middle,
         CHUNK=weight.chunk,
-        CHUNKS_PER_GROUP=weight.chunks_per_group,
-        HAS_ZEROS=weight.zeros is not None,
+        TABLES=weight.tables,
+        HAS_ZEROS=weight.has_zeros,
         num_warps=4,
         **overlap(),
     )
@@ -38,17 +35,14 @@ def dequantize_packed(weight: TritonWeight, dtype: torch.dtype) -> torch.Tensor:
 @triton.jit
 def _unpack_kernel(
     words_ptr,
-    scales_ptr,
-    zeros_ptr,
     out_ptr,
     in_features,
     out_features,
     steps,
-    table_width,
     BITS: tl.constexpr,
     MIDDLE: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS_PER_GROUP: tl.constexpr,
+    TABLES: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -56,12 +50,13 @@ def _unpack_kernel(
     block, step = tl.program_id(0), tl.program_id(1)
     chunks: tl.constexpr = 16 // BITS
     outputs = block * 64 + tl.arange(0, 64)
-    words = load_words(words_ptr, block + tl.arange(0, 1), step, steps, 1, CHUNK)
+    stored = block + tl.arange(0, 1)
+    words = load_words(words_ptr, stored, step, steps, TABLES, 1, CHUNK)
     for i in tl.static_range(chunks):
         chunk = step * chunks + i
-        scale, zero = load_tables(
-            scales_ptr, zeros_ptr, chunk, outputs, table_width, CHUNKS_PER_GROUP, HAS_ZEROS, MIDDLE
-        )
+        share: tl.constexpr = 16 // BITS // TABLES  # chunks whose scales are in one word
+        table = load_table(words_ptr, stored, step, steps, i // share, TABLES, 1, CHUNK)
+        scale, zero = scale_and_zero(table >> (16 * (i % share)), HAS_ZEROS, MIDDLE)
         codes = codes_of_words(words >> (BITS * i), 2**BITS - 1)
         inputs = chunk * CHUNK + tl.arange(0, CHUNK)
         inside = (outputs[:, None] < out_features) & (inputs[None, :] < in_features)

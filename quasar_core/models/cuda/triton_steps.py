@@ -24,7 +24,8 @@ from quasar_core.kernels.triton.elementwise import (
     silu_multiply_rounded,
 )
 from quasar_core.kernels.triton.language import overlapping
-from quasar_core.kernels.triton.products import LONGEST, LONGEST_DENSE, multiply_dense, multiply_packed
+from quasar_core.kernels.triton.packed import LONGEST, multiply_packed
+from quasar_core.kernels.triton.products import LONGEST_DENSE, multiply_dense
 from quasar_core.kernels.triton.weights import TritonWeight
 from quasar_core.models.activations import activated
 from quasar_core.models.cuda.graphs import GreedyOutput, TreeInputs
