@@ -21,6 +21,7 @@ TOKENS = 1
 LATENCY_S = 0.9e-6  # of a read under load, from memory
 LAUNCH_S = 1.3e-6  # in a graph (Hazy Research, 2025, on an H100)
 SMALL_S = 2.0e-6  # a kernel of a few microseconds that reads next to nothing
+MOST_PROGRAMS = 4  # of a multiprocessor, by their registers
 READ = 0.93  # of the bandwidth on paper, by a kernel that does nothing but read
 
 
@@ -33,14 +34,15 @@ class Gpu:
     multiprocessors: int
     shared_kb: int  # of a multiprocessor
     ghz: float
+    capability: str  # whose code it runs
 
 
 GPUS = (
-    Gpu("H200", 4800, 132, 228, 1.755),
-    Gpu("H100 SXM", 3350, 132, 228, 1.755),
-    Gpu("RTX 5090", 1792, 170, 100, 2.41),
-    Gpu("RTX 4090", 1008, 128, 100, 2.52),
-    Gpu("RTX 3060", 360, 28, 100, 1.78),
+    Gpu("H200", 4800, 132, 228, 1.755, "9.0"),
+    Gpu("H100 SXM", 3350, 132, 228, 1.755, "9.0"),
+    Gpu("RTX 5090", 1792, 170, 100, 2.41, "12.0"),
+    Gpu("RTX 4090", 1008, 128, 100, 2.52, "8.x"),
+    Gpu("RTX 3060", 360, 28, 100, 1.78, "8.x"),
 )
 
 
@@ -57,7 +59,7 @@ class Compiled:
 
     def programs(self, gpu: Gpu) -> int:
         """Of a multiprocessor at once; one at least, since the tuner drops what does not fit."""
-        return max(gpu.shared_kb // self.shared_kb, 1)
+        return min(max(gpu.shared_kb // self.shared_kb, 1), MOST_PROGRAMS)
 
     def seconds(self, weights: int, gpu: Gpu) -> float:
         """Of one product."""
@@ -69,8 +71,16 @@ class Compiled:
 
 
 DENSE = Compiled("16 bits", 16, 16384, 80, 4, 0.6)
-CODES = {True: Compiled("4 bits", 4.125, 16384, 80, 3, 2.6), False: Compiled("4 bits", 4.125, 16384, 80, 3, 5.1)}
-EIGHT = Compiled("8 bits", 8.125, 16384, 80, 3, 2.9)
+CODES = {
+    "9.0": Compiled("4 bits", 4.125, 16896, 49, 3, 2.46),
+    "8.x": Compiled("4 bits", 4.125, 16896, 25, 2, 2.92),
+    "12.0": Compiled("4 bits", 4.125, 16896, 25, 2, 2.29),
+}
+EIGHT = {
+    "9.0": Compiled("8 bits", 8.125, 16640, 41, 3, 4.41),
+    "8.x": Compiled("8 bits", 8.125, 16640, 21, 2, 5.40),
+    "12.0": Compiled("8 bits", 8.125, 16640, 21, 2, 4.30),
+}
 
 
 def main() -> None:
@@ -89,7 +99,7 @@ def page(config: DecoderConfig, shape: str) -> Iterator[str]:
     yield f"Made by `tools/predict_gpu.py` from counts, for {shape} after {CONTEXT} positions, one token"
     yield "a pass. Nothing here was measured: it was written down before the first run, to be held against it."
     yield ""
-    kinds = ("16 bits", "4 bits", "4 bits, head of 8")
+    kinds = ("16 bits", "4 bits, head of 16", "4 bits, head of 8 (the default)")
     yield "Milliseconds; the floor is the bytes ÷ the bandwidth of the data sheet. An 8B pair does not fit into 12 GB:"
     yield "the figures of the RTX 3060 are of its arithmetic alone."
     yield ""
@@ -101,8 +111,8 @@ def page(config: DecoderConfig, shape: str) -> Iterator[str]:
 
 def row(config: DecoderConfig, gpu: Gpu) -> str:
     """One GPU's, in ms."""
-    codes = CODES[gpu.name.startswith("H")]
-    kinds = ((DENSE, DENSE), (codes, DENSE), (codes, EIGHT))
+    codes, head = CODES[gpu.capability], EIGHT[gpu.capability]
+    kinds = ((DENSE, DENSE), (codes, DENSE), (codes, head))
     floors = [1000 * floor(config, gpu, *kind) for kind in kinds]
     times = [1000 * predicted(config, gpu, *kind) for kind in kinds]
     cells = " | ".join(f"{least:.2f} | {time:.2f}" for least, time in zip(floors, times, strict=True))

@@ -11,6 +11,7 @@ from quasar_core.kernels.cpu.forms import has_lanes
 from quasar_core.kernels.cpu.vnni import VnniKernel
 from quasar_core.kernels.dense import DenseKernel, ReferenceKernel, why_no_room
 from quasar_core.kernels.eight_bit import Float8Kernel, Int8Kernel
+from quasar_core.kernels.humming import HummingKernel
 from quasar_core.kernels.int4 import CpuInt4Kernel, CudaInt4Kernel
 from quasar_core.kernels.marlin import MarlinKernel
 from quasar_core.kernels.times import KernelFigures, Times, kernel_times
@@ -23,6 +24,7 @@ PACKED_KERNELS: tuple[Kernel, ...] = (
     CudaInt4Kernel(),
     TritonKernel(),
     MarlinKernel(),
+    HummingKernel(),
     VnniKernel(),
     CpuInt4Kernel(),
     TRITON_INT8,

@@ -69,8 +69,8 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **nam
     found = {"kernel": self.__name__, "wgmma": "warp_group_dot" in compiled["ttgir"]}
     found |= {"overlaps": bool(options.get("launch_pdl")), "waits": compiled["ptx"].count("griddepcontrol.wait")}
     if self.__name__ == "_packed_kernel":
-        is_narrow = not (values["IS_WIDE"] or values["STORED"] > 1)
-        found |= {"narrow": is_narrow, "has_zeros": values["HAS_ZEROS"], **machine_code(compiled["cubin"])}
+        found |= {name.lower(): values[name] for name in ("BITS", "STORED", "HAS_ZEROS", "IS_WIDE")}
+        found |= machine_code(compiled["cubin"])
         found["programs"] = programs(found["registers"], kernel.metadata.shared)
     print(json.dumps(found))
 
@@ -90,7 +90,7 @@ def machine_code(cubin: bytes) -> dict[str, int]:
 
 
 def programs(registers: int, shared: int) -> int:
-    """Of four warps that fit a multiprocessor: CUDA gives registers to a warp by 256, and keeps 1 KB of each program."""
+    """Of four warps that fit a multiprocessor: CUDA gives registers to a warp by 256, and keeps 1 KB of a program."""
     by_registers = 65536 // (4 * -(-32 * registers // 256) * 256)
     return min(by_registers, SHARED_KB[CAPABILITY] * 1024 // (shared + 1024))
 

@@ -44,7 +44,11 @@ def test_kernels_compile(tmp_path: Path, target: int, launches: str) -> None:
         assert launch["waits"] == launch["overlaps"], "a launch that may begin early waits, once"
     for launch in found["_packed_kernel"]:
         assert not launch["wgmma"], "rows of eight are Ampere's instruction on every GPU"
-        assert launch["shuffles"] == launch["spilled"] == 0, "codes stay in the registers that they were unpacked in"
-    assert sum(launch["narrow"] for launch in found["_packed_kernel"]) >= len(found["_packed_kernel"]) // 3
-    for launch in (launch for launch in found["_packed_kernel"] if launch["narrow"]):
+        assert launch["spilled"] == 0
+    for launch in (launch for launch in found["_packed_kernel"] if launch["stored"] == 1):
+        # One tells all lanes who is last; codes stay in the registers that they were unpacked in.
+        assert launch["shuffles"] <= 1
+    narrow = [launch for launch in found["_packed_kernel"] if not launch["is_wide"] and launch["stored"] == 1]
+    assert {launch["bits"] for launch in narrow} >= {4}
+    for launch in (launch for launch in narrow if launch["bits"] > 2):
         assert launch["programs"] >= PROGRAMS - launch["has_zeros"], "too few share a multiprocessor"

@@ -18,7 +18,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.triton import adapters as triton_kernel
-from quasar_core.kernels.triton import blocks
+from quasar_core.kernels.triton import attention, blocks
 from quasar_core.kernels.triton import tune as tune_module
 from quasar_core.kernels.triton.adapters import TritonKernel
 from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, gated_blocks, packed_blocks
@@ -326,6 +326,24 @@ def test_every_shape_computes_the_same() -> None:
             out = torch.full((3, 80), torch.nan, dtype=torch.float16)
             multiply_packed(x, prepared, out, blocks=Blocks(outputs, 512, splits, stages=3))
             assert relative_error(out, exact) < 1e-3, (outputs, splits)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_attention_does_not_depend_on_which_program_takes_what(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """One program for all shares, some for several each, one for each; a bound of a share more, and of many."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2, 2000, 32, generator=generator).half()
+    queries, position = torch.randn(3, 4, 32, generator=generator).half(), torch.tensor([330])
+    found = []
+    for count, bound in ((1, 384), (3, 384), (3, 2000), (100, 2000)):
+        monkeypatch.setattr(attention, "multiprocessors", lambda device, count=count: count)
+        workspace = attention.attention_workspace(CPU, 3, 4, 32, bound).fill_(torch.nan)
+        found.append(torch.full((3, 128), torch.nan, dtype=torch.float16))
+        attention.attend(queries, keys, values, position, window, workspace, found[-1], bound)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert found[0].isfinite().all()
 
 
 def _python(code: str) -> str:

@@ -143,6 +143,10 @@ def test_a_gate_may_join_its_product(tmp_path: Path, kernel: str | None, monkeyp
     torch.testing.assert_close(*logits.values(), atol=4e-3, rtol=4e-3)
 
 
+def test_one_graph_serves_every_length() -> None:
+    assert [triton_steps().bound(length, 9000) for length in (1, 1025, 9000)] == [9000] * 3
+
+
 def test_gates_that_do_not_fill_blocks_stay_apart(tmp_path: Path) -> None:
     save_model(tmp_path, "Llama", {"num_hidden_layers": 1})
     product, steps = load_target(tmp_path, CPU, torch.float16).layers[0].gate_up, triton_steps()

@@ -3,9 +3,10 @@
 Flash decoding (Dao et al., 2023): each program holds a running maximum and sum for its share of the positions (Milakov
 and Gimelshein, 2018, arXiv 1805.02867), and a second launch merges the shares. The query heads of a key-value head and
 the tokens of the pass are rows of one product, so keys and values are read once. How many positions there are is read
-from the device; the host gives only a bound. A token's result is the same to the last bit whatever tokens are passed
-with it and whatever the bound is: shares begin and end at positions that never move, sums over them are taken in order,
-and every product has the same tile. What a token does not see adds zeros. Letters: as in the package.
+from the device, and with it which program takes which shares, so that one launch serves every length of a cache. A
+token's result is the same to the last bit whatever tokens are passed with it: shares begin and end at positions that
+never move, sums over them are taken in order, and every product has the same tile. What a token does not see adds
+zeros. Letters: as in the package.
 """
 
 import math
@@ -14,11 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
+from quasar_core.kernels.triton.blocks import multiprocessors
 from quasar_core.kernels.triton.language import matrix_product, overlap, wait
 
 _BLOCK = 64  # positions of a step
 _ROWS = 64  # of a tile at least: with fewer, a Hopper GPU would multiply in other units, whose last bits may differ
 _MERGED = 16  # shares that are added at once
+_PROGRAMS = 2  # of a multiprocessor: so many fit
 
 
 @triton.jit
@@ -71,7 +74,7 @@ def attend(
     """queries [T, H·G, D] over keys and values [H, capacity, D] → out [T, H·G·D].
 
     Token t, at position + t (`position`: an integer [1] on the device), sees the positions up to its own, the last
-    `window` of them where there is a window. `max_length` bounds position + T, and with it the number of programs.
+    `window` of them where there is a window. `max_length` bounds position + T, as the cache's capacity does.
     Scores are multiplied by `scale`, 1 ÷ √D by default, and then held below a soft `cap`, where there is one. Nodes of
     a `tree`, given by depths and families int64 [T] (bit i: sees node i), stand at position + depth.
     """
@@ -81,8 +84,9 @@ def attend(
     group, padded = heads // kv_heads, triton.next_power_of_2(size)
     rows = max(_ROWS, triton.next_power_of_2(count * group))
     depths, families = tree or (position, position)
+    programs = max(_PROGRAMS * multiprocessors(queries.device) // kv_heads, 1)
     stats = workspace[shares * count * heads * size :]
-    _attend_kernel[(kv_heads, shares)](
+    _attend_kernel[(kv_heads, min(shares, programs))](
         queries,
         keys,
         values,
@@ -150,11 +154,9 @@ def _attend_kernel(
     OVERLAPS: tl.constexpr,
 ):
     wait(OVERLAPS)
-    head, index = tl.program_id(0), tl.program_id(1)
+    head = tl.program_id(0)
     position = tl.load(position_ptr).to(tl.int32)
-    first, end = _seen(position, count, window)
-    first = tl.maximum(begin_of(index), first // BLOCK * BLOCK)
-    end = tl.minimum(begin_of(index + 1), end)
+    least, most = _seen(position, count, window)
     row = tl.arange(0, ROWS)
     d = tl.arange(0, PADDED)
     token, member = row // GROUP, row % GROUP
@@ -163,10 +165,12 @@ def _attend_kernel(
     queries = tl.load(queries_ptr + line[:, None] * SIZE + d[None, :], mask=inside, other=0.0)
     keys = keys_ptr + head.to(tl.int64) * capacity * SIZE
     values = values_ptr + head.to(tl.int64) * capacity * SIZE
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, PADDED), tl.float32)
-    if first < end:
+    for index in range(share_of(least) + tl.program_id(1), share_of(most - 1) + 1, tl.num_programs(1)):
+        first = tl.maximum(begin_of(index), least // BLOCK * BLOCK)
+        end = tl.minimum(begin_of(index + 1), most)
+        top = tl.full((ROWS,), float("-inf"), tl.float32)
+        total = tl.zeros((ROWS,), tl.float32)
+        acc = tl.zeros((ROWS, PADDED), tl.float32)
         for start in range(first, end, BLOCK):
             seen = start + tl.arange(0, BLOCK)
             places = seen[:, None] * SIZE + d[None, :]

@@ -49,12 +49,12 @@ def _unpack_kernel(
     wait(OVERLAPS)
     block, step = tl.program_id(0), tl.program_id(1)
     chunks: tl.constexpr = 16 // BITS
+    share: tl.constexpr = 16 // BITS // TABLES  # chunks whose scales are in one word
     outputs = block * 64 + tl.arange(0, 64)
     stored = block + tl.arange(0, 1)
     words = load_words(words_ptr, stored, step, steps, TABLES, 1, CHUNK)
     for i in tl.static_range(chunks):
         chunk = step * chunks + i
-        share: tl.constexpr = 16 // BITS // TABLES  # chunks whose scales are in one word
         table = load_table(words_ptr, stored, step, steps, i // share, TABLES, 1, CHUNK)
         scale, zero = scale_and_zero(table >> (16 * (i % share)), HAS_ZEROS, MIDDLE)
         codes = codes_of_words(words >> (BITS * i), 2**BITS - 1)

@@ -1,10 +1,11 @@
 """Run the short passes of a decoder on CUDA: ten launches per layer, recorded when first needed, then replayed.
 
 The position and the tokens lie on the device, so a graph serves every position; it is recorded for a cache, a number
-of tokens, and the bucket of lengths that bounds attention. Numbers and buckets are few, as each graph takes time to
-record: a pass is padded with tokens behind its own, which its own do not see, and whose keys and values the next pass
-overwrites. The host sends one small buffer before a pass; a pass ends with its greedy tokens and how many drafted ones
-they confirm, and the host waits once, for these. Logits stay on the device unless they are asked for.
+of tokens and, in PyTorch's operations, the bucket of lengths that bounds attention. Numbers and buckets are few, as
+each graph takes time to record: a pass is padded with tokens behind its own, which its own do not see, and whose keys
+and values the next pass overwrites. The host sends one small buffer before a pass; a pass ends with its greedy tokens
+and how many drafted ones they confirm, and the host waits once, for these. Logits stay on the device unless they are
+asked for.
 
 In Triton's kernels a token's logits are the same to the last bit whatever tokens are passed with it, unless `fast`
 asks for what may be faster: each product by the fastest way for its rows, trees, and launches that overlap, which are
@@ -21,7 +22,7 @@ from quasar_core.kernels.gpu import on
 from quasar_core.models.base import Choices
 from quasar_core.models.cuda.graphs import LONGEST_TREE, Launcher, PinnedBuffers, TreeInputs, launcher
 from quasar_core.models.cuda.products import DenseChoices
-from quasar_core.models.cuda.torch_steps import Activation, Rows, Steps
+from quasar_core.models.cuda.torch_steps import SHORTEST_BUCKET, Activation, Rows, Steps
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.decoder_layer import Linear
@@ -30,7 +31,6 @@ from quasar_core.models.memory import LONGEST_PASS
 from quasar_core.models.rope import query_growth
 
 SIZES = (1, 2, 4, 8, 16, 24, LONGEST_PASS)  # tokens of the recorded passes
-SHORTEST_BUCKET, GROWTH = 1024, 4
 
 
 class CudaPass:
@@ -75,12 +75,12 @@ class CudaPass:
         self._clear(cache)
         self._buffers.send(cache.length, tokens, size - count, parents)
         is_tree = parents is not None
-        bucket = length_bucket(cache.length + size, cache.capacity)
+        bound = self.steps.bound(cache.length + size, cache.capacity)
         tables = self._tables.get(cache.capacity) or self._cut_tables(cache.capacity)
         with self.steps.launching():
             self.dense.choose(size)
-            kind = size, bucket, likeliest, is_tree
-            self._launches.run(cache, kind, lambda: self._launch(size, cache, bucket, tables, likeliest, is_tree))
+            kind = size, bound, likeliest, is_tree
+            self._launches.run(cache, kind, lambda: self._launch(size, cache, bound, tables, likeliest, is_tree))
         cache.advance(count)
 
     def _clear(self, cache: DecoderCache) -> None:
@@ -96,14 +96,14 @@ class CudaPass:
         return tables
 
     def _launch(
-        self, count: int, cache: DecoderCache, bucket: int, tables: "PositionTables", likeliest: bool, is_tree: bool
+        self, count: int, cache: DecoderCache, bound: int, tables: "PositionTables", likeliest: bool, is_tree: bool
     ) -> None:
         """All steps of a pass of the `count` tokens in the input buffer, into `_logits`; then its choices."""
         decoder, steps, config = self.decoder, self.steps, self.decoder.config
         position, tokens, logits = self._buffers.position, self._buffers.tokens[:count], self._logits[:count]
         tree = self._buffers.tree(count) if is_tree else None
         masks = {
-            (window, heads): steps.make_mask(position, bucket, count, window, config.num_heads // heads, tree)
+            (window, heads): steps.make_mask(position, bound, count, window, config.num_heads // heads, tree)
             for window, heads in self._sights
         }
         hidden, inputs = decoder.embed(tokens)
@@ -188,14 +188,6 @@ def pass_size(count: int, room: int) -> int:
     """Tokens of the recorded pass that serves `count` of them; where the cache ends too soon for it, `count` itself."""
     size = next(size for size in SIZES if size >= count)
     return size if size <= room else count
-
-
-def length_bucket(length: int, capacity: int) -> int:
-    """The bound on the positions that a graph attends to: 1024, four times that, and so on, at most all of them."""
-    bucket = SHORTEST_BUCKET
-    while bucket < length:
-        bucket *= GROWTH
-    return min(bucket, capacity)
 
 
 def _may_differ(decoder: LeanDecoder, steps: Steps) -> bool:

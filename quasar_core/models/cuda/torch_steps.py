@@ -46,6 +46,10 @@ class Steps(Protocol):
         """The context in which the steps of a pass are launched."""
         ...
 
+    def bound(self, length: int, capacity: int) -> int:
+        """Up to which length the launches of a pass that ends at `length` serve others too; `capacity` is the most."""
+        ...
+
     def normed(
         self,
         hidden: torch.Tensor,
@@ -124,6 +128,17 @@ class Steps(Protocol):
         ...
 
 
+SHORTEST_BUCKET, GROWTH = 1024, 4
+
+
+def length_bucket(length: int, capacity: int) -> int:
+    """A bound on positions that few graphs share: 1024, four times that, and so on, at most all of them."""
+    bucket = SHORTEST_BUCKET
+    while bucket < length:
+        bucket *= GROWTH
+    return min(bucket, capacity)
+
+
 class TorchSteps:
     """PyTorch's operations. Attention reads all of `length`, masked beyond the position."""
 
@@ -132,6 +147,10 @@ class TorchSteps:
     def launching(self) -> AbstractContextManager[None]:
         """Nothing special."""
         return nullcontext()
+
+    def bound(self, length: int, capacity: int) -> int:
+        """See `Steps`: what attention reads, so a bucket."""
+        return length_bucket(length, capacity)
 
     def normed(
         self,

@@ -58,6 +58,10 @@ class TritonSteps:
         """See `kernels/triton/language.py`."""
         return overlapping(self.overlaps)
 
+    def bound(self, length: int, capacity: int) -> int:
+        """See `Steps`: attention reads its length from the device, and one graph serves every length."""
+        return capacity
+
     def normed(
         self,
         hidden: torch.Tensor,
