@@ -11,6 +11,7 @@ from quasar_cli.options import (
     Adapter,
     Assistant,
     CheckDigest,
+    Compress,
     Device,
     Draft,
     DraftFrom,
@@ -63,6 +64,7 @@ class ModelOptions:
     dtype: Precision = "auto"
     kernel: Kernel = "auto"
     fast: Fast = False
+    compress: Compress = None
     max_context: MaxContext = None
     trust_remote_code: TrustRemoteCode = False
     check_digest: CheckDigest = False

@@ -189,6 +189,7 @@ class LoadOptions:
     dtype: str = "auto"
     kernel: str = "auto"
     fast: bool = False  # on a GPU, although a token's last bits may then depend on the tokens beside it
+    compress: bool | None = None  # weights of bfloat16 in 12 bits, without loss, on a CPU; None: where it is faster
     max_context: int | None = None  # None: the model's own limit
     trust_remote_code: bool = False
     check_digest: bool = False  # read the verifier's files in full first

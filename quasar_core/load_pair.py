@@ -54,6 +54,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         precision,
         offload=plan,
         rounds_head=rounds_head,
+        compress=options.compress if options.max_memory is None else options.compress or False,
         kernel=options.kernel,
         use_target=options.use_target,
         fast=options.fast,

@@ -18,6 +18,7 @@ from quasar_core.files import read_json, refuse_foreign, write_json
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.times import device_name
 from quasar_core.models.base import CausalLM, KVCache
+from quasar_core.models.compressed_weights import saved_bytes
 from quasar_core.models.cpu_pass import CpuPass
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_config import DecoderConfig
@@ -135,7 +136,7 @@ def lean_candidate(decoder: LeanDecoder) -> Candidate:
     packed = list(decoder.packed_layers)
     kernels = dict.fromkeys(layer.choice.kernel.name for layer in packed)
     dense = "rows in C++" if isinstance(decoder.fast, CpuPass) else "torch linear"
-    size = verifier_bytes(decoder.config, packed, decoder.dtype.itemsize)
+    size = verifier_bytes(decoder.config, packed, decoder.dtype.itemsize) - saved_bytes(decoder)
     return Candidate(decoder, ", ".join(kernels) or dense, size)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from quasar_core.kernels.times import measured_on
 from quasar_core.models.base import CausalLM, KVCache
+from quasar_core.models.compressed_weights import saved_bytes
+from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.pair import Pair
 from quasar_core.store.measured import Measured, measured_file, positive, stored
 from quasar_core.system import QUIET, package_version
@@ -301,6 +303,7 @@ def _conditions(pair: Pair, role: Role) -> dict[str, str]:
         "passes": f"{type(model).__name__}, {fast.name}" if fast else type(model).__name__,
         "quasar": package_version("quasar-cli"),
         **({"streamed": model.streamed} if model.streamed else {}),
+        **({"weights": "compressed"} if isinstance(model, LeanDecoder) and saved_bytes(model) else {}),
         **measured_on(pair.device, pair.dtype),
     }
 

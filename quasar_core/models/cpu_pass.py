@@ -15,6 +15,7 @@ import torch
 
 from quasar_core.kernels.cpu import library
 from quasar_core.kernels.cpu import library as cpp
+from quasar_core.kernels.cpu.compressed import BITS, CompressedWeight
 from quasar_core.kernels.cpu.vnni import VnniWeight
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import compiled_rule
@@ -22,7 +23,14 @@ from quasar_core.models.architectures import HeadNorms
 from quasar_core.models.base import Choices, check_likeliest, depths_of, in_rows
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.decoder_layer import DecoderLayer, DenseLinear, FusedLinear, LayerInputs, Linear
+from quasar_core.models.decoder_layer import (
+    CompressedLinear,
+    DecoderLayer,
+    DenseLinear,
+    FusedLinear,
+    LayerInputs,
+    Linear,
+)
 from quasar_core.models.experts import Experts
 from quasar_core.models.recurrence import Recurrence
 from quasar_core.models.recurrence_states import Inputs, LayerStates, State
@@ -132,6 +140,7 @@ class CpuPass:
     def __init__(self, decoder: LeanDecoder) -> None:
         self.config = decoder.config
         self._kept: list[torch.Tensor] = []  # what the description points to
+        self._compressed: list[CompressedWeight] = []  # likewise
         self._mixtures: list[cpp.Experts] = []
         self._is_bfloat16 = int(decoder.dtype == torch.bfloat16)
         self._tables = [Tables(rope) for rope in decoder.ropes]
@@ -315,13 +324,17 @@ class CpuPass:
         )
 
     def _product(self, linear: Linear) -> cpp.Product:
-        assert isinstance(linear, PackedLinear | DenseLinear)
+        assert isinstance(linear, PackedLinear | DenseLinear | CompressedLinear)
         bias = None if linear.bias is None else self._address(linear.bias.float())
         weight = linear.prepared if isinstance(linear, PackedLinear) else linear.weight
         if isinstance(weight, VnniWeight):
             stream = self._address(weight.stream)
             sizes = weight.in_features, weight.out_features, weight.groups, weight.group
             return cpp.Product(stream, bias, weight.bits, *sizes)
+        if isinstance(weight, CompressedWeight):
+            self._compressed.append(weight)
+            sizes = weight.in_features, weight.out_features, 1, weight.in_features
+            return cpp.Product(ctypes.addressof(weight.described), bias, BITS, *sizes)
         outputs, inputs = weight.shape
         return cpp.Product(self._address(weight), bias, BITS_OF[weight.dtype], inputs, outputs, 1, inputs)
 

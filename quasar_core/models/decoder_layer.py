@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import embedding, linear
 
+from quasar_core.kernels.cpu.compressed import CompressedWeight
 from quasar_core.models.block_config import BlockConfig
 from quasar_core.models.experts import Experts
 from quasar_core.models.heads import normed
@@ -27,6 +28,18 @@ class DenseLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in] → [T, out]."""
         return linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class CompressedLinear:
+    """A linear layer of bfloat16 in fewer bits, without loss: passes in C++ read it so, PyTorch has it restored."""
+
+    weight: CompressedWeight
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] → [T, out]."""
+        return linear(x, self.weight.restore(), self.bias)
 
 
 @dataclass(frozen=True)

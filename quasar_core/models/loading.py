@@ -17,6 +17,7 @@ from quasar_core.kernels.cpu.library import SOURCE, carried_library, why_not_her
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import cpu_pass, lean_weights
 from quasar_core.models.base import CausalLM, FastPass
+from quasar_core.models.compressed_weights import compress as compress_weights
 from quasar_core.models.cuda import choose as cuda
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.hf import causal_lm
@@ -91,12 +92,14 @@ def load_models(
     trust_remote_code: bool = False,
     offload: OffloadPlan | None = None,
     rounds_head: bool = True,
+    compress: bool | None = None,
     progress: Progress = no_progress,
 ) -> LoadedModels:
     """Load the target of `folder` (unless `use_target` is false) and the verifier of `checkpoint` (where given).
 
     With a plan of `offload` blocks of the target are streamed. `rounds_head` allows a verifier's head in 8 bits beside
-    the target's (`verifier_head.py`), which takes memory.
+    the target's (`verifier_head.py`), which takes memory; `compress` holds weights of
+    bfloat16 in 12 bits, with None where that is faster (`compressed_weights.py`).
     """
     obstacle = why_folder_not_lean(folder)
     library: Any = causal_lm if obstacle else lean_weights
@@ -128,6 +131,9 @@ def load_models(
         zeros = checkpoint.describe_zeros()
         notes += [f"zeros: {zeros}"] if zeros else []
         notes += describe_kernels_in_use(verifier.packed_layers)
+    lean = [model for model in (target, verifier) if isinstance(model, LeanDecoder)]
+    note = compress_weights(lean, compress, progress) if lean else None
+    notes += [note] if note else []
     notes += describe_passes({"target": target, "verifier": verifier}, progress, fast)
     notes += describe_stream(target, offload, progress) if offload else []
     return LoadedModels(target, verifier, notes)

@@ -10,7 +10,7 @@ import torch
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.decoder_layer import DecoderLayer, DenseLinear, FusedLinear, Linear
+from quasar_core.models.decoder_layer import CompressedLinear, DecoderLayer, DenseLinear, FusedLinear, Linear
 from quasar_core.store.measured import Measured, measured_file
 from quasar_core.system import package_version
 from quasar_core.typed import build
@@ -72,6 +72,8 @@ def bytes_of(product: Linear) -> int:
         return sum(bytes_of(part) for part in product.parts)
     if isinstance(product, PackedLinear):
         return product.in_features * product.out_features * product.bits // 8
+    if isinstance(product, CompressedLinear):
+        return product.weight.nbytes
     assert isinstance(product, DenseLinear)
     return product.weight.numel() * product.weight.element_size()
 

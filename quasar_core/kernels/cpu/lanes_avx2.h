@@ -89,6 +89,26 @@ inline Part look_up(const float* table, IntPart at) {
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)at, 28)));
 }
 
+// bfloat16 of 12 bits (`compressed.h`), so many at a time.
+constexpr int WORDS = 16;
+using Words = __m256i;
+using ExponentTable = __m256i;
+inline ExponentTable load_exponents(const uint16_t* by_code) {
+    uint8_t bytes[16];
+    for (int code = 0; code < 16; ++code) bytes[code] = uint8_t(by_code[code] >> 7);
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+using CodeShift = __m128i;  // bits of a word before its code
+inline CodeShift shift_codes(int bits) { return _mm_cvtsi32_si128(bits); }
+inline Words restore_words(const uint8_t* low, const uint8_t* codes, CodeShift shift, ExponentTable exponents) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    const __m256i at = _mm256_and_si256(_mm256_srl_epi16(words, shift), _mm256_set1_epi16(15));
+    const __m256i found = _mm256_slli_epi16(_mm256_shuffle_epi8(exponents, at), 7);  // of the upper bytes, 0, it is 0
+    const __m256i signs = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low)));
+    return _mm256_or_si256(found, _mm256_and_si256(signs, _mm256_set1_epi16(short(0x807f))));
+}
+inline Words first_words(Words words) { return words; }
+
 // Holds a number in a register: compilers would load it from memory anew for each product.
 template <typename V>
 void hold(V& x) {
@@ -99,6 +119,8 @@ void hold(V& x) {
 constexpr int MOST_ROWS = 6, MOST_CODED = 4;
 constexpr int outputs_beside(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 constexpr int parts_beside(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+constexpr int MOST_COMPRESSED = 6;
+constexpr int compressed_beside(int rows) { return outputs_beside(rows); }
 
 #ifdef __AVXVNNI__
 template <int BITS>

@@ -97,6 +97,21 @@ inline Pairs load_first_pairs(const uint16_t* x) {  // sixteen numbers, then zer
 inline Part add_pairs(Part sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 #endif
 
+// bfloat16 of 12 bits (`compressed.h`), so many at a time.
+constexpr int WORDS = 32;
+using Words = __m512i;
+using ExponentTable = __m512i;
+inline ExponentTable load_exponents(const uint16_t* by_code) { return _mm512_load_si512(by_code); }
+using CodeShift = __m512i;  // bits of a word before its code
+inline CodeShift shift_codes(int bits) { return _mm512_set1_epi16(short(bits)); }
+inline Words restore_words(const uint8_t* low, const uint8_t* codes, CodeShift shift, ExponentTable exponents) {
+    const __m512i at = _mm512_srlv_epi16(_mm512_loadu_si512(codes), shift);
+    const __m512i found = _mm512_permutexvar_epi16(at, exponents);  // by the lowest five bits: the table stands twice
+    const __m512i signs = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+    return _mm512_ternarylogic_epi32(signs, _mm512_set1_epi16(short(0x807f)), found, 0xea);  // a and b, or c
+}
+inline Words first_words(Words words) { return _mm512_maskz_mov_epi16(0xffff, words); }  // sixteen, then zeros
+
 // Holds a number in a register: compilers would load it from memory anew for each product.
 template <typename V>
 void hold(V& x) {
@@ -108,6 +123,8 @@ void hold(V& x) {
 constexpr int MOST_ROWS = 6, MOST_CODED = 8;
 constexpr int outputs_beside(int rows) { return rows <= 3 ? 8 : 4; }
 constexpr int parts_beside(int) { return 2; }
+constexpr int MOST_COMPRESSED = 8;
+constexpr int compressed_beside(int rows) { return rows <= 3 ? 8 : rows <= 6 ? 4 : 2; }
 
 // Products of codes, of so many bits, with activations of 8 bits, four inputs in each lane.
 #ifdef __AVX512VNNI__

@@ -92,6 +92,26 @@ inline Pairs load_pairs(const uint16_t* x) { return (Pairs)vld1q_u16(x); }
 inline Part add_pairs(Part sum, Pairs a, Pairs b) { return vbfdotq_f32(sum, (bfloat16x8_t)a, (bfloat16x8_t)b); }
 #endif
 
+// bfloat16 of 12 bits (`compressed.h`), so many at a time.
+constexpr int WORDS = 8;
+using Words = uint16x8_t;
+using ExponentTable = uint8x16_t;
+inline ExponentTable load_exponents(const uint16_t* by_code) {
+    uint8_t bytes[16];
+    for (int code = 0; code < 16; ++code) bytes[code] = uint8_t(by_code[code] >> 7);
+    return vld1q_u8(bytes);
+}
+using CodeShift = int16x8_t;  // bits of a word before its code
+inline CodeShift shift_codes(int bits) { return vdupq_n_s16(int16_t(-bits)); }
+inline Words restore_words(const uint8_t* low, const uint8_t* codes, CodeShift shift, ExponentTable exponents) {
+    const uint16x8_t words = vshlq_u16(vreinterpretq_u16_u8(vld1q_u8(codes)), shift);
+    const uint8x8_t at = vand_u8(vmovn_u16(words), vdup_n_u8(15));
+    const uint16x8_t found = vshll_n_u8(vqtbl1_u8(exponents, at), 7);
+    const int16x8_t signs = vmovl_s8(vreinterpret_s8_u8(vld1_u8(low)));
+    return vorrq_u16(found, vandq_u16(vreinterpretq_u16_s16(signs), vdupq_n_u16(0x807f)));
+}
+inline Words first_words(Words words) { return words; }
+
 // Holds a number in a register: compilers would load it from memory anew for each product.
 template <typename V>
 void hold(V& x) {
@@ -102,6 +122,8 @@ void hold(V& x) {
 constexpr int MOST_ROWS = 6, MOST_CODED = 8;
 constexpr int outputs_beside(int rows) { return rows <= 2 ? 8 : 4; }
 constexpr int parts_beside(int rows) { return rows <= 4 ? 4 : 2; }
+constexpr int MOST_COMPRESSED = 6;
+constexpr int compressed_beside(int rows) { return outputs_beside(rows); }
 
 #ifdef __ARM_FEATURE_DOTPROD
 // Signed by signed: codes of 8 bits less 128.

@@ -98,6 +98,21 @@ inline Part look_up(const float* table, IntPart at) {
     return Part{table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
 }
 
+// bfloat16 of 12 bits (`compressed.h`), so many at a time.
+constexpr int WORDS = 8;
+using Words = uint16_t __attribute__((vector_size(16)));
+using ExponentTable = const uint16_t*;
+inline ExponentTable load_exponents(const uint16_t* by_code) { return by_code; }
+using CodeShift = int;  // bits of a word before its code
+inline CodeShift shift_codes(int bits) { return bits; }
+inline Words restore_words(const uint8_t* low, const uint8_t* codes, CodeShift shift, ExponentTable exponents) {
+    Words words = load_as<Words>(codes);
+    for (int i = 0; i < WORDS; ++i)
+        words[i] = uint16_t((low[i] & 0x80) << 8 | (low[i] & 0x7f) | exponents[words[i] >> shift & 15]);
+    return words;
+}
+inline Words first_words(Words words) { return words; }
+
 template <typename V>
 void hold(V&) {}  // the compiler knows best
 
@@ -105,6 +120,8 @@ void hold(V&) {}  // the compiler knows best
 constexpr int MOST_ROWS = 6, MOST_CODED = 8;
 constexpr int outputs_beside(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 constexpr int parts_beside(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+constexpr int MOST_COMPRESSED = 6;
+constexpr int compressed_beside(int rows) { return outputs_beside(rows); }
 
 }  // namespace quasar
 

@@ -137,6 +137,12 @@ class Product(ctypes.Structure):
     )
 
 
+class Compressed(ctypes.Structure):
+    """A weight of bfloat16 in 12 bits (`compressed.h`)."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("strips", "bases", "first", "apart"))
+
+
 class FusedWeight(ctypes.Structure):
     """Products of one input, whose outputs stand beside one another."""
 
@@ -224,6 +230,7 @@ class Model(ctypes.Structure):
 DESCRIBED: Mapping[str, type[ctypes.Structure]] = {
     "model": Model,
     "layer": Layer,
+    "compressed": Compressed,
     "experts": Experts,
     "recurrence": Recurrence,
     "state_place": StatePlace,
@@ -261,6 +268,9 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
         SOURCE,
         {
             "quasar_multiply_codes": [pointer] * 3 + [number] * 8,
+            "quasar_choose_bases": [pointer, number, number, pointer, pointer, number],
+            "quasar_compress": [pointer, number, number, *[pointer] * 4, number],
+            "quasar_restore": [pointer, number, number, pointer, number],
             "quasar_pass_new": [ctypes.POINTER(Model)],
             "quasar_pass_delete": [pointer, number],
             "quasar_pass_run": [

@@ -10,6 +10,9 @@
 
 namespace quasar {
 
+// Of a step of a tile: were it called, the tile's sums would lie in memory.
+#define QUASAR_INLINE __attribute__((always_inline))
+
 constexpr std::align_val_t LINE{64};  // bytes of a cache line, and of the longest register: a load across two takes twice
 
 constexpr float LEAST = -std::numeric_limits<float>::infinity();
@@ -25,6 +28,15 @@ struct Aligned {
     bool operator==(const Aligned&) const { return true; }
     bool operator!=(const Aligned&) const { return false; }
 };
+
+// Words with another in place `at`.
+inline Words with_word(Words words, int at, uint16_t bits) {
+    uint16_t all[WORDS];
+    std::memcpy(all, &words, sizeof all);
+    all[at] = bits;
+    std::memcpy(&words, all, sizeof all);
+    return words;
+}
 
 template <typename V>
 using Buffer = std::vector<V, Aligned<V>>;
@@ -84,6 +96,18 @@ struct Numbers<uint16_t> {  // products of pairs
     static Part add(Part sum, Register a, Register b) { return add_pairs(sum, a, b); }
     static void put(uint16_t* row, Floats x) { store(row, x); }
 
+    template <int>
+    static Pairs term_of_words(Words words) { return (Pairs)words; }
+    template <int>
+    static Pairs term_beside_words(const uint16_t* x, bool last) {
+#ifdef QUASAR_AVX512
+        if (last) return load_first_pairs(x);
+#endif
+        return load_pairs(x);
+    }
+    template <typename Do>
+    QUASAR_INLINE static void for_terms(Do go) { go(std::integral_constant<int, 0>()); }
+
     static void spread(const uint16_t* values, int left, int size, float* room) {
         for (int step = 0; step < STEPS; ++step)
             for (int d = 0; d < size; d += LANES) {
@@ -120,6 +144,18 @@ struct Numbers<uint16_t> : WideValues<uint16_t> {
         store(rounded, x);
         store(row, load(rounded));
     }
+
+    template <int half>
+    static Part term_of_words(Words words) {
+        const __m256i own = half ? _mm512_extracti64x4_epi64(words, 1) : _mm512_castsi512_si256(words);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(own), 16));
+    }
+    template <int half>
+    static Part term_beside_words(const float* x, bool last) {
+        return half && last ? quasar::spread(0) : load_part(x + half * WIDTH);
+    }
+    template <typename Do>
+    QUASAR_INLINE static void for_terms(Do go) { go(std::integral_constant<int, 0>()), go(std::integral_constant<int, 1>()); }
 };
 #else
 template <>
@@ -148,6 +184,16 @@ struct Numbers<uint16_t> : WideValues<uint16_t> {
             store_part(row + i, both.even), store_part(row + i + WIDTH, both.odd);
         }
     }
+
+    template <int odd>
+    static Part term_of_words(Words words) {
+        const UnsignedPart both = (UnsignedPart)words;
+        return Part(odd ? both & 0xffff0000 : both << 16);
+    }
+    template <int odd>
+    static Part term_beside_words(const float* x, bool) { return term_of_row<odd>(x); }
+    template <typename Do>
+    QUASAR_INLINE static void for_terms(Do go) { go(std::integral_constant<int, 0>()), go(std::integral_constant<int, 1>()); }
 };
 #endif
 

@@ -3,18 +3,20 @@
 #pragma once
 
 #include "codes.h"
-#include "rows.h"
+#include "compressed.h"
 
 namespace quasar {
 
 constexpr int MOST_PARTS = 4;
 constexpr int PIECE = 512;  // inputs that a thread prepares at a time: a multiple of every group of codes
 
-// A linear layer: row after row in 16 or 32 bits, or a stream of codes of 2, 4 or 8 bits.
+// A linear layer: row after row in 16 or 32 bits, `Compressed` for 12 bits, or a stream of codes of 2, 4 or 8 bits.
 struct Product {
     const void* weight;
     const float* bias;  // [out], or null
     int bits, in, out, groups, group;  // of codes: groups of so many inputs, the last one filled up with zeros
+    bool in_halves() const { return bits == 12 || bits == 16; }
+    bool coded() const { return bits < 12; }
 };
 
 // Products of one input, whose outputs stand beside one another.
@@ -28,9 +30,9 @@ class ProductInput {
 public:
     void reserve(const Product& product, int count) {
         const size_t size = size_t(count) * product.in;
-        if (product.bits == 16) grow(halves, size);
+        if (product.in_halves()) grow(halves, size);
         if (product.bits == 32) grow(singles, size);
-        if (product.bits < 16) {
+        if (product.coded()) {
             const size_t groups = size_t(count) * product.groups;
             grow(values, groups * product.group), grow(scales, groups), grow(sums, groups);
         }
@@ -39,7 +41,7 @@ public:
     // Inputs [begin, end) of row t, from x [in]; both are multiples of PIECE, or the end of the row.
     void take(const Product& product, int t, const float* x, int begin, int end) {
         const size_t row = size_t(t) * product.in;
-        if (product.bits == 16)
+        if (product.in_halves())
             for (int i = begin; i < end; i += LANES) Numbers<uint16_t>::put(halves.data() + row + i, load(x + i));
         else if (product.bits == 32)
             for (int i = begin; i < end; i += LANES) Numbers<float>::put(singles.data() + row + i, load(x + i));
@@ -56,13 +58,16 @@ public:
             if (product.bias) value = value + load(product.bias + o, lanes);
             put(t, o, lanes, value);
         };
-        if (product.bits < 16) {
+        if (product.coded()) {
             Range blocks((product.out + BLOCK - 1) / BLOCK, thread, threads);
             return multiply_codes(product.bits, product.weight, coded(product), blocks, 0, count, product.out,
                                   with_bias);
         }
         Range strips((product.out + STRIP - 1) / STRIP, thread, threads);
-        if (product.bits == 16)
+        if (product.bits == 12)
+            multiply_compressed(*static_cast<const Compressed*>(product.weight), halves.data(), product.in, strips, count,
+                                product.out, with_bias);
+        else if (product.bits == 16)
             multiply_strips<uint16_t>(product.weight, halves.data(), product.in, strips, count, product.out, with_bias);
         else
             multiply_strips<float>(product.weight, singles.data(), product.in, strips, count, product.out, with_bias);

@@ -31,7 +31,7 @@ void multiply_rows_tile(const X* w, const typename Numbers<X>::Row* x, int in, C
     Part sum[ROWS][OUTS];
     for (auto& line : sum)
         for (auto& one : line) one = spread(0);
-    auto add_term = [&](auto term, int i) {
+    auto add_term = [&](auto term, int i) QUASAR_INLINE {
         constexpr int TERM = decltype(term)::value;
         decltype(Kind::template term<TERM>(w)) weights[OUTS];
 #pragma GCC unroll 8
