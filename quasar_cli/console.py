@@ -29,12 +29,22 @@ def _console(stderr: bool) -> Console:
     return console
 
 
+def _draw(console: Console, *renderables: RenderableType) -> None:
+    """Print text with rich's markup, and tables; in a file or a pipe no line ends in the blanks that fill a table."""
+    for renderable in renderables:
+        if console.is_terminal:
+            console.print(renderable)
+            continue
+        with console.capture() as drawn:
+            console.print(renderable)
+        console.file.write("\n".join(line.rstrip(" ") for line in drawn.get().split("\n")))
+        console.file.flush()
+
+
 def show(*renderables: RenderableType) -> None:
     """Print results on stdout: text with rich's markup, tables."""
-    console = _console(stderr=False)
     with foreign_errors(_UNWRITABLE):
-        for renderable in renderables:
-            console.print(renderable)
+        _draw(_console(stderr=False), *renderables)
 
 
 def show_plain(text: str) -> None:
@@ -51,9 +61,7 @@ def has_colours() -> bool:
 
 def note(*renderables: RenderableType) -> None:
     """Print what accompanies a result on stderr."""
-    console = _console(stderr=True)
-    for renderable in renderables:
-        console.print(renderable)
+    _draw(_console(stderr=True), *renderables)
 
 
 def note_plain(text: str) -> None:

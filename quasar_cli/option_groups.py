@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from quasar_cli.idle_options import note_idle_options
 from quasar_cli.options import (
     Adapter,
     Assistant,
@@ -154,8 +155,12 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def with_flat_options(**given: Any) -> None:
+        values = dict(given)
         for name, group in groups.items():
-            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+            made = given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+            if hasattr(made, "config"):
+                made.config()  # a value that cannot be is refused before anything is said
+        note_idle_options(values, {parameter.name: parameter.default for parameter in flat})
         command(**given)
 
     flattened: Any = with_flat_options

@@ -123,21 +123,20 @@ def choose(
     Without `resume` it is chosen anew. Raises as `api.quantize` does, and UsageError for a model whose passes are not
     our own decoder's.
     """
+    if wanted.output is not None:
+        refuse_existing(wanted.output, force)
     found = find_candidates(wanted)
     known = found.kept.get(NAME) if resume else None
     if known:
+        refuse_existing(_job_of(wanted, known.value).output, force)
         tell("This was chosen by an earlier run; --no-resume chooses anew.")
         _clear(found.job)
-    choice = known.value if known else _choose(wanted, found, force, resume, max_memory, progress)
+    choice = known.value if known else _choose(wanted, found, resume, max_memory, progress)
     return choice.config(wanted.config), choice
 
 
-def _choose(
-    wanted: Wanted, found: Candidates, force: bool, resume: bool, max_memory: int | None, progress: Progress
-) -> Choice:
+def _choose(wanted: Wanted, found: Candidates, resume: bool, max_memory: int | None, progress: Progress) -> Choice:
     """Try candidates in the working folder; hand the text on to the run that follows, and keep the choice."""
-    if wanted.output is not None:
-        refuse_existing(wanted.output, force)
     job, target, plan = found.job, found.target, _plan(found, max_memory)
     refuse_what_cannot_fit(plan, job.output)
     tokenizer = load_tokenizer(job.source, wanted.trust_remote_code)
@@ -161,11 +160,17 @@ def _clear(job: Job) -> None:
         remove_work(job.partial)
 
 
-def _hand_on(wanted: Wanted, choice: Choice, tried: Job, resume: bool) -> None:
-    """Give the chosen verifier's run the text, and for widths by layer what they were chosen by."""
+def _job_of(wanted: Wanted, choice: Choice) -> Job:
+    """The run that makes the chosen verifier."""
     _, job, _ = api.open_job(
         wanted.model, choice.config(wanted.config), wanted.output, wanted.device, wanted.trust_remote_code, tell_nobody
     )
+    return job
+
+
+def _hand_on(wanted: Wanted, choice: Choice, tried: Job, resume: bool) -> None:
+    """Give the chosen verifier's run the text, and for widths by layer what they were chosen by."""
+    job = _job_of(wanted, choice)
     with working_folder(job, resume):
         for name in (tried.calibration.name, "widths.json"):
             source, place = tried.commits / name, job.commits / name

@@ -208,6 +208,8 @@ def quantize(
 ) -> None:
     """Quantize a model once: the verifier checkpoint is written beside it, and the pair becomes the current one."""
     config = options.config()
+    if successors and dry_run:
+        raise UsageError("--successors has no plan to show: leave --dry-run out.")
     use_threads(threads)
     announce(model)
     if adapter is not None and not dry_run:  # the plan is that of the model

@@ -13,7 +13,7 @@ import torch
 
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.config import LoadOptions
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import UsageError
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import Streamed, tied_as_stored, why_folder_not_lean
 from quasar_core.models.linear import Product, block_products
@@ -67,7 +67,7 @@ def plan_offload(
 ) -> OffloadPlan | None:
     """Which of the target's blocks are streamed; None where all stay.
 
-    UsageError for what was asked for and is not there; QuasarError where too little memory was allowed.
+    UsageError for what was asked for and is not there, and where too little memory was allowed.
     """
     if options.offload == "none" or not options.use_target:
         return None
@@ -106,7 +106,7 @@ def plan_to_fit(
 ) -> OffloadPlan | None:
     """As few blocks are streamed as lets the pair fit; None where all may stay.
 
-    Where all that can be is streamed and that is not enough, a budget that was asked for is a QuasarError; one that was
+    Where all that can be is streamed and that is not enough, a budget that was asked for is a UsageError; one that was
     estimated is tried.
     """
     whole = need.total(tokens)
@@ -117,7 +117,7 @@ def plan_to_fit(
     held = whole - saved_bytes(sizes, moved)
     if budget.asked and held > budget.room:
         least = held + own_memory() + budget.size - budget.room
-        raise QuasarError(
+        raise UsageError(
             f"--max-memory must be at least {_gigabytes(least)} GB with a context of {tokens} tokens, even with the "
             "target's blocks streamed: a smaller --max-context, or --verify quantized --no-target, takes less."
         )

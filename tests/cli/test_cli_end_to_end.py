@@ -84,7 +84,7 @@ def test_streamed_weights_write_the_same_and_that_is_said_before(
 @pytest.mark.parametrize(
     ("options", "sentence", "code"),
     [
-        (["--max-memory", "1MB"], "--max-memory must be at least", 1),
+        (["--max-memory", "1MB"], "--max-memory must be at least", 2),
         (["--max-memory", "much"], "--max-memory must be a size such as 8GB or 500MB, not much.", 2),
         (["--max-memory", "1GB", "--offload", "none"], "leave --offload none out", 2),
         (

@@ -9,7 +9,7 @@ from helpers.quantized_decoder import quantize_layers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quasar_core.errors import QuasarError
+from quasar_core.errors import UsageError
 from quasar_core.models import offload
 from quasar_core.models.loading import load_models
 from quasar_core.models.memory import MemoryNeed, pair_need
@@ -67,7 +67,7 @@ def test_what_fits_stays_and_what_does_not_moves(tmp_path: Path) -> None:
 
 def test_too_little_memory_is_refused_where_it_was_asked_for(tmp_path: Path) -> None:
     save_model(tmp_path, *CASES["llama"])
-    with pytest.raises(QuasarError, match=r"^--max-memory must be at least .* GB with a context of 100 tokens, even"):
+    with pytest.raises(UsageError, match=r"^--max-memory must be at least .* GB with a context of 100 tokens, even"):
         plan(tmp_path, 1000)
     estimated = plan(tmp_path, 1000, asked=False)
     assert estimated is not None
