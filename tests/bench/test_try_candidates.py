@@ -160,6 +160,19 @@ def test_the_fastest_is_made_and_its_table_shown(
     assert "(chosen)" in said
     assert "not solved" in said
     assert "at most" in said
+    assert run_command(command) == 2  # once it is finished: refused, before a table or another try
+    again = capsys.readouterr()
+    assert (again.out, again.err.count("\n")) == ("", 1)
+    assert "exists; pass --force to replace it" in again.err
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_read(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made").mkdir()
+    monkeypatch.setattr("quasar_core.choose_bits.find_candidates", lambda _: pytest.fail("read"))
+    assert run_command(["quantize", str(source), "--bits", "auto", "--output", str(tmp_path / "made")]) == 2
+    assert "exists; pass --force" in capsys.readouterr().err
 
 
 def test_an_interrupted_choice_goes_on_with_its_text(
