@@ -6,9 +6,8 @@ The rules as of late 2026, read in their sources; vLLM's CPU build, GPTQModel an
 - vLLM 0.32 (`quantization/auto_gptq.py`, `kernels/linear/mixed_precision/`): symmetric codes of 4 or 8 bits, in groups
   of 32, 64, 128 or one per output. It makes room for inputs ÷ group scales, rounded down, so the group must divide the
   inputs. On a GPU it pads sizes that fit no tile. Its CPU kernel takes 4 bits, inputs and outputs a multiple of 32.
-- SGLang (`quantization/gptq/`): where the usual codes are such that Marlin takes them, Marlin for all layers, without
-  padding; else exllama's kernel, in float16, which takes 2, 3, 4 and 8 bits, asymmetric too, in groups that divide the
-  inputs, outputs a multiple of the codes in a word.
+- SGLang 0.5.23 (`quantization/gptq/`, `quantization/__init__.py`): on NVIDIA's GPUs by Marlin alone, without padding;
+  exllama's kernel, which earlier versions had for other codes, is gone.
 - GPTQModel 7.6 (`nn_modules/qlinear/torch.py`): every width; groups of 16 to 1024 or one per output; sizes of any kind.
 - transformers 5 with optimum 2: what GPTQModel takes, but one width for all layers, and no quantized head.
 
@@ -84,12 +83,9 @@ class Verdict:
     """Whether a loader takes a checkpoint: the layers that it refuses, each with its reason."""
 
     refused: tuple[tuple[str, str], ...] = ()
-    condition: str = ""  # of taking it
 
     def __str__(self) -> str:
-        if self.refused:
-            return f"no: {self.reason}"
-        return f"yes, {self.condition}" if self.condition else "yes"
+        return f"no: {self.reason}" if self.refused else "yes"
 
     @property
     def reason(self) -> str:
@@ -127,10 +123,13 @@ def judge_vllm_cpu(layers: Sequence[StoredLayer], config: Config) -> Verdict:
 
 
 def judge_sglang(layers: Sequence[StoredLayer], config: Config) -> Verdict:
-    """On an NVIDIA GPU: by Marlin or by exllama's kernel, as the usual width decides."""
-    if config.sym and config.bits in MARLIN_BITS and config.group_size in MARLIN_GROUP_SIZES:
-        return _judge_fused(layers, config, _why_not_sglang_marlin)
-    return replace(_judge_fused(layers, config, _why_not_exllama), condition="in float16")
+    """On an NVIDIA GPU, where it asks whether Marlin takes the usual width before it looks at any layer."""
+
+    def rule(product: StoredLayer) -> str | None:
+        usual = replace(product, bits=config.bits, group_size=config.group_size)
+        return _why_not_marlin_codes(usual, config) or _why_not_sglang_marlin(product, config)
+
+    return _judge_fused(layers, config, rule)
 
 
 def judge_gptqmodel(layers: Sequence[StoredLayer], config: Config) -> Verdict:
@@ -217,31 +216,26 @@ def _why_other_width(layer: StoredLayer, config: Config) -> str | None:
 
 
 def _why_not_vllm(product: StoredLayer, config: Config) -> str | None:
-    if not config.sym:
-        return "it takes no asymmetric codes"
     if config.desc_act and product.group_size != -1:
         return "it takes no groups in the order of activations (desc_act)"
-    return _why_not_marlin_codes(product)
+    return _why_not_marlin_codes(product, config) or _why_groups_do_not_divide(product)
 
 
-def _why_not_sglang_marlin(product: StoredLayer) -> str | None:
-    if reason := _why_not_marlin_codes(product):
+def _why_not_sglang_marlin(product: StoredLayer, config: Config) -> str | None:
+    if reason := _why_not_marlin_codes(product, config) or _why_groups_do_not_divide(product):
         return reason
     narrow, wide = _why_no_multiple(product, 128, 64), _why_no_multiple(product, 64, 128)
     return narrow if narrow and wide else None
 
 
-def _why_not_exllama(product: StoredLayer) -> str | None:
-    codes_in_words = {2: 16, 3: 32, 4: 8, 8: 4}
-    return _why_groups_do_not_divide(product) or _why_no_multiple(product, 1, codes_in_words[product.bits])
-
-
-def _why_not_marlin_codes(product: StoredLayer) -> str | None:
+def _why_not_marlin_codes(product: StoredLayer, config: Config) -> str | None:
+    if not config.sym:
+        return "it takes no asymmetric codes"
     if product.bits not in MARLIN_BITS:
         return f"it takes 4 and 8 bits, not {product.bits}"
     if product.group_size not in MARLIN_GROUP_SIZES:
         return f"it takes groups of 32, 64, 128 or a whole row, not {product.group_size}"
-    return _why_groups_do_not_divide(product)
+    return None
 
 
 def _why_groups_do_not_divide(product: StoredLayer) -> str | None:

@@ -53,6 +53,28 @@ except SystemExit:
 except Exception as error:
     print(json.dumps({"refused": str(error)}), file=said)
 """
+# SGLang settles its arguments in two steps, of which the second looks for a GPU and its kernels.
+_CHECK_SGLANG = """
+import json, sys
+said = sys.stdout
+sys.stdout = sys.stderr
+try:
+    from sglang.srt.server_args import prepare_server_args
+except ImportError as error:
+    print(json.dumps({"unknown": str(error)}), file=said)
+    sys.exit()
+try:
+    parsed = prepare_server_args(sys.argv[1:])
+    getattr(parsed, "resolve_once", lambda: None)()  # earlier versions do it all at once
+    print(json.dumps({"accepted": True}), file=said)
+except SystemExit:
+    print(json.dumps({"refused": "its parser does not know an option"}), file=said)
+except (ImportError, RuntimeError) as error:  # a package or a device is missing
+    print(json.dumps({"parsed": str(error)}), file=said)
+except Exception as error:
+    print(json.dumps({"refused": str(error)}), file=said)
+"""
+_CHECKS: dict[Engine, str] = {"vllm": _CHECK_VLLM, "sglang": _CHECK_SGLANG}
 
 
 @dataclass(frozen=True)
@@ -100,14 +122,14 @@ def check_command(engine: Engine, command: Command, python: Path | None) -> str:
 
     QuasarError where it refuses.
     """
-    if engine != "vllm":
-        return "not checked by the engine itself"
     first = command.words.index("-m") + 2
-    answer = _ask(python, _CHECK_VLLM, command.words[first:], command.environment)
+    answer = _ask(python, _CHECKS[engine], command.words[first:], command.environment)
     if "refused" in answer:
         raise QuasarError(f"The installed {NAMES[engine]} refuses this: {_line(answer['refused'])}.")
     if "unknown" in answer:
         return f"not checked: this version has its parser elsewhere ({_line(answer['unknown'])})"
+    if "parsed" in answer:
+        return f"accepted by its own parser; its further checks did not run here ({_line(answer['parsed'])})"
     return "accepted by its own parser and checks"
 
 

@@ -49,12 +49,12 @@ def test_the_usual_checkpoint_loads_everywhere() -> None:
         (block(inputs=576, group=64), section(group=64), set(), ""),
         (block(inputs=64), section(), VLLM | {"SGLang"}, "64 inputs are not a multiple of the group"),
         (block(8), section(8), {"vLLM on a CPU"}, "it takes 4 bits, not 8"),
-        (block(3), section(3), VLLM, "it takes 4 and 8 bits, not 3"),
-        (block(), section(sym=False), VLLM, "it takes no asymmetric codes"),
+        (block(3), section(3), VLLM | {"SGLang"}, "it takes 4 and 8 bits, not 3"),
+        (block(), section(sym=False), VLLM | {"SGLang"}, "it takes no asymmetric codes"),
         (
             block(group=256),
             section(group=256),
-            {"vLLM", "vLLM on a CPU"},
+            VLLM | {"SGLang"},
             "groups of 32, 64, 128 or a whole row, not 256",
         ),
         (block(), section(desc_act=True), VLLM, "in the order of activations"),
@@ -68,9 +68,8 @@ def test_one_width_for_all(layers: list[StoredLayer], config: dict[str, Any], lo
 
 
 def test_groups_that_few_know() -> None:
-    """exllama's kernel alone takes any that divide the inputs."""
     layers, config = block(group=96, inputs=960), section(group=96)
-    assert refusing(layers, config) == set(ALL) - {"SGLang"}
+    assert refusing(layers, config) == set(ALL)
     told = "no: it takes groups of 16, 32, 64, 128, 256, 512, 1024 or a whole row, not 96"
     assert describe_loaders(layers, config)["GPTQModel"] == f"{told} ({ATTENTION}.q_proj and 5 more)"
 
@@ -86,10 +85,15 @@ def test_sizes_that_fit_no_tile() -> None:
     assert describe_loaders([StoredLayer("up", 576, 192, 4, 64)], section(group=64))["SGLang"].startswith(
         "no: 576 inputs"
     )
-    assert describe_loaders([StoredLayer("up", 1024, 1000, 3, 128)], section(3))["SGLang"].startswith(
-        "no: 1000 outputs"
-    )
-    assert describe_loaders(block(3), section(3))["SGLang"] == "yes, in float16"
+
+
+def test_sglang_asks_about_the_usual_width_first() -> None:
+    """Where Marlin does not take that, it knows no method for the checkpoint, whatever its layers have."""
+    names = [layer.name for layer in block()]
+    rules = dynamic_rules({name: {"bits": 4, "group_size": 128} for name in names})
+    found = describe_loaders(block(), section(3, dynamic=rules))
+    assert found["vLLM"] == "yes"
+    assert found["SGLang"].startswith("no: it takes 4 and 8 bits, not 3")
 
 
 def test_fused_parts_are_judged_together() -> None:

@@ -114,7 +114,44 @@ def test_the_engine_checks_the_command_itself(tmp_path: Path) -> None:
     with pytest.raises(QuasarError, match="refuses this: 576 is odd"):
         check_command("vllm", command, fake_python(tmp_path, {"refused": "576 is odd"}))
     assert "not checked" in check_command("vllm", command, fake_python(tmp_path, {"unknown": "no module"}))
-    assert "not checked" in check_command("sglang", command, None)
+
+
+SGLANG = """
+import argparse
+class ServerArgs:
+    def __init__(self, given): self.given = given
+    def resolve_once(self):
+        if self.given.tp_size == 2: raise RuntimeError("no accelerator")
+        if self.given.tp_size == 3: raise ValueError("3 is odd")
+def prepare_server_args(words):
+    print("a notice")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-path")
+    parser.add_argument("--tp-size", type=int, default=1)
+    return ServerArgs(parser.parse_args(words))
+"""
+
+
+def ask_sglang(folder: Path, *words: str) -> str:
+    """A package of that name is asked by the real script, in a Python of its own."""
+    package = folder / "sglang" / "srt"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "server_args.py").write_text(SGLANG)
+    launch = ("python", "-m", "sglang.launch_server", "--model-path", "/models/X", *words)
+    return check_command("sglang", Command(launch, {"PYTHONPATH": str(folder)}), None)
+
+
+def test_sglangs_own_parser_is_asked(tmp_path: Path) -> None:
+    assert ask_sglang(tmp_path) == "accepted by its own parser and checks"
+    without = ask_sglang(tmp_path, "--tp-size", "2")
+    assert without == "accepted by its own parser; its further checks did not run here (no accelerator)"
+    with pytest.raises(QuasarError, match="The installed SGLang refuses this: 3 is odd"):
+        ask_sglang(tmp_path, "--tp-size", "3")
+    with pytest.raises(QuasarError, match="its parser does not know an option"):
+        ask_sglang(tmp_path, "--odd", "3")
+    (tmp_path / "sglang" / "srt" / "server_args.py").unlink()
+    moved = Command(("python", "-m", "x"), {"PYTHONPATH": str(tmp_path)})
+    assert "parser elsewhere" in check_command("sglang", moved, None)
 
 
 @pytest.fixture

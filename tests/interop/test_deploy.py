@@ -38,19 +38,31 @@ PROMPTS = [
 REAL = os.environ.get("QUASAR_REAL_MODELS")
 
 
+COUNTERS = {
+    "drafted": "spec_decode_num_draft_tokens_total",
+    "accepted": "spec_decode_num_accepted_tokens_total",
+    "generated": "generation_tokens_total",
+    "steps": "iteration_tokens_total_count",
+}
+
+
 @dataclass(frozen=True)
 class Served:
-    """What a server wrote, and its counters: drafted and accepted tokens, all generated ones."""
+    """What a server wrote, and its counters: drafted and accepted tokens, all generated ones, passes that gave some."""
 
     texts: list[str]
     drafted: int
     accepted: int
     generated: int
+    steps: int
 
     @property
     def per_step(self) -> float:
-        """Accepted tokens of a step; a step yields them and one more."""
-        return self.accepted / max(self.generated - self.accepted, 1)
+        """Accepted tokens of a step that stand in a text: it yields them and one more.
+
+        vLLM's counter of accepted tokens is no measure of it: it counts those behind the end of an answer too.
+        """
+        return (self.generated - self.steps) / self.steps
 
 
 def free_port() -> int:
@@ -100,12 +112,13 @@ def answers(address: str) -> bool:
         return False
 
 
-def ask(address: str) -> list[str]:
-    """The greedy answers to all prompts, one after another."""
+def ask(address: str, temperature: float = 0) -> list[str]:
+    """The answers to all prompts, one after another."""
     model = json.load(urllib.request.urlopen(f"{address}/v1/models"))["data"][0]["id"]
     texts = []
+    fields = {"model": model, "max_tokens": NEW_TOKENS, "temperature": temperature, "seed": 1, "ignore_eos": True}
     for prompt in PROMPTS:
-        body = {"model": model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+        body = {"prompt": prompt, **fields}
         request = urllib.request.Request(
             f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -129,18 +142,10 @@ def served(model: Path, verifier: Path, folder: Path, *options: str, dtype: str 
         before, start = counted(address), time.perf_counter()
         texts = ask(address)
         seconds, after = time.perf_counter() - start, counted(address)
-    drafted, accepted, generated = (
-        after.get(name, 0) - before.get(name, 0)
-        for name in (
-            "spec_decode_num_draft_tokens_total",
-            "spec_decode_num_accepted_tokens_total",
-            "generation_tokens_total",
-        )
-    )
-    found = Served(texts, drafted, accepted, generated)
+    found = Served(texts, **{name: after.get(field, 0) - before.get(field, 0) for name, field in COUNTERS.items()})
     print(
-        f"{model.name} {' '.join(options)}: {accepted} of {drafted} drafted tokens accepted, {found.per_step:.2f} a "
-        f"step; {generated} tokens at {generated / seconds:.1f} a second"
+        f"{model.name} {' '.join(options)}: {found.accepted} of {found.drafted} drafted tokens accepted, "
+        f"{found.per_step:.2f} a step; {found.generated} tokens at {found.generated / seconds:.1f} a second"
     )
     return found
 
@@ -206,6 +211,7 @@ def test_a_killed_worker_is_no_end(plain: Served, verifier: Path, tmp_path: Path
     options = ("--draft", "quasar", "--tensor-parallel", "2", "--dtype", "float32")
     with deployed(DEMO, verifier, log, *options) as (address, process):
         assert ask(address)[:1] == plain.texts[:1]
+        assert all(ask(address, temperature=0.8))
         os.kill(workers_of(process.pid)[-1], signal.SIGKILL)
         end = time.monotonic() + ENDING
         while answers(address) and time.monotonic() < end:
@@ -230,14 +236,28 @@ def is_worker(process: Any) -> bool:
     return "Worker" in title
 
 
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """SmolLM2 and its copy, which QUASAR_REAL_VERIFIER may name."""
+    model, kept = Path(str(REAL)) / "smollm2", os.environ.get("QUASAR_REAL_VERIFIER")
+    with pytest.MonkeyPatch.context() as patch:
+        return model, Path(kept) if kept else quantize(patch, model, tmp_path_factory.mktemp("real") / "out")
+
+
+@pytest.fixture(scope="module")
+def real_plain(real: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """vLLM's own greedy text of it, on one rank."""
+    return served(*real, tmp_path_factory.mktemp("real-plain"), "--draft", "none")
+
+
 @pytest.mark.skipif(REAL is None, reason="QUASAR_REAL_MODELS names no folder of real models")
-def test_a_real_model_is_drafted_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SmolLM2, on one rank: its nine heads cannot be divided by two."""
-    model = Path(str(REAL)) / "smollm2"
-    kept = os.environ.get("QUASAR_REAL_VERIFIER")
-    copy = Path(kept) if kept else quantize(monkeypatch, model, tmp_path / "out")
-    without = served(model, copy, tmp_path, "--draft", "none")
-    theirs = served(model, copy, tmp_path, "--draft", "ngram", "--num-draft-tokens", "16")
-    ours = served(model, copy, tmp_path, "--draft", "quasar")
-    assert ours.texts == theirs.texts == without.texts
+@pytest.mark.parametrize("ranks", ["1", "3"])
+def test_a_real_model_is_drafted_for(
+    ranks: str, real: tuple[Path, Path], real_plain: Served, tmp_path: Path
+) -> None:
+    """SmolLM2's nine heads cannot be divided by two."""
+    shared = ("--tensor-parallel", ranks)
+    theirs = served(*real, tmp_path, "--draft", "ngram", "--num-draft-tokens", "16", *shared)
+    ours = served(*real, tmp_path, "--draft", "quasar", *shared)
+    assert ours.texts == theirs.texts == real_plain.texts
     assert ours.per_step >= theirs.per_step
