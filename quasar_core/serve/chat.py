@@ -35,10 +35,11 @@ class ChatAsk:
     tools: list[dict[str, Any]]
     thinks: bool
     inside: bool  # whether the prompt ends within thinking
+    most_calls: int | None  # of tools, in one answer
 
     def parts(self) -> AnswerParts:
         """The splitter of one answer."""
-        return AnswerParts(self.thinks, self.inside, self.form, self.tools)
+        return AnswerParts(self.thinks, self.inside, self.form, self.tools, self.most_calls)
 
 
 def read_chat(body: Mapping[str, Any], served: Served) -> ChatAsk:
@@ -50,6 +51,7 @@ def read_chat(body: Mapping[str, Any], served: Served) -> ChatAsk:
     if top and not logprobs:
         raise refused("top_logprobs goes with logprobs true.", "top_logprobs")
     tools, form, forced = _tools(fields, served)
+    most_calls = None if fields.flag("parallel_tool_calls", True) else 1
     trace = fields.flag("trace")
     variables, schema = fields.mapping("chat_template_kwargs"), _schema(fields)
     fields.end()
@@ -77,7 +79,7 @@ def read_chat(body: Mapping[str, Any], served: Served) -> ChatAsk:
         shown=shown, trace=trace,
     )  # fmt: skip
     asks = [replace(ask, request=common.request_of(number)) for number in range(common.count)]
-    return ChatAsk(asks, common, top or 0, logprobs, form, tools, served.thinks, inside)
+    return ChatAsk(asks, common, top or 0, logprobs, form, tools, served.thinks, inside, most_calls)
 
 
 def read_messages(value: Any) -> list[dict[str, Any]]:

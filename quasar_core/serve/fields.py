@@ -14,7 +14,6 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "parallel_tool_calls": (True,),
     "modalities": (["text"],),
     "functions": ([],),
     "function_call": ("none", "auto"),

@@ -19,14 +19,22 @@ class Part:
 class AnswerParts:
     """Takes an answer piece by piece. Text that may be the beginning of a mark waits; a tool call comes whole.
 
-    `thinks` is whether the answer may begin with thinking, `inside` whether the prompt opened it already.
+    `thinks` is whether the answer may begin with thinking, `inside` whether the prompt opened it already. At most
+    `most_calls` calls are told, and those behind them left out.
     """
 
-    def __init__(self, thinks: bool, inside: bool = False, form: ToolForm | None = None, tools: Tools = ()) -> None:
+    def __init__(
+        self,
+        thinks: bool,
+        inside: bool = False,
+        form: ToolForm | None = None,
+        tools: Tools = (),
+        most_calls: int | None = None,
+    ) -> None:
         self._state: Literal["start", "thinking", "content", "call"] = "start" if thinks else "content"
         if inside:
             self._state = "thinking"
-        self._form, self._tools, self._buffer = form, tools, ""
+        self._form, self._tools, self._buffer, self._most_calls = form, tools, "", most_calls
         self._fresh = thinks or inside  # whether the line breaks that come next belong to a mark
         self._said = False
         self.calls = 0
@@ -101,19 +109,21 @@ class AnswerParts:
         at = self._buffer.find(closing) if closing is not None else -1
         if closing is None or at < 0:
             return False
-        self._read_call(self._take(at + len(closing)), parts)
-        self._state, self._fresh = "content", parts[-1].kind == "call"
+        self._fresh = self._read_call(self._take(at + len(closing)), parts)
+        self._state = "content"
         return True
 
-    def _read_call(self, block: str, parts: list[Part]) -> None:
-        """The calls of a block; what is none is text, as the model wrote it."""
+    def _read_call(self, block: str, parts: list[Part]) -> bool:
+        """The calls of a block; what is none is text, as the model wrote it. Whether it held calls."""
         assert self._form is not None
         calls = self._form.read(block, self._tools)
         if calls is None:
             self._emit(parts, "content", block)
-            return
-        self.calls += len(calls)
-        parts += [Part("call", call=call) for call in calls]
+            return False
+        told = calls if self._most_calls is None else calls[: max(self._most_calls - self.calls, 0)]
+        self.calls += len(told)
+        parts += [Part("call", call=call) for call in told]
+        return True
 
     def _take(self, length: int) -> str:
         text, self._buffer = self._buffer[:length], self._buffer[length:]

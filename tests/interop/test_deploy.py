@@ -252,9 +252,7 @@ def real_plain(real: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.mark.skipif(REAL is None, reason="QUASAR_REAL_MODELS names no folder of real models")
 @pytest.mark.parametrize("ranks", ["1", "3"])
-def test_a_real_model_is_drafted_for(
-    ranks: str, real: tuple[Path, Path], real_plain: Served, tmp_path: Path
-) -> None:
+def test_a_real_model_is_drafted_for(ranks: str, real: tuple[Path, Path], real_plain: Served, tmp_path: Path) -> None:
     """SmolLM2's nine heads cannot be divided by two."""
     shared = ("--tensor-parallel", ranks)
     theirs = served(*real, tmp_path, "--draft", "ngram", "--num-draft-tokens", "16", *shared)

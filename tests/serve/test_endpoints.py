@@ -39,7 +39,7 @@ def wait_for(holds: Callable[[], bool]) -> None:
     [
         ({"beam_width": 4}, "beam_width"),
         ({"best_of": 2}, "best_of"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("1e999")}, None),

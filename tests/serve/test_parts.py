@@ -93,6 +93,19 @@ def test_parts_do_not_depend_on_how_the_text_is_cut(case: Any, cuts: list[int]) 
     assert joined(parts + one_by_one.finish()) == wanted
 
 
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [(f"Well.\n{ONE}\n{ONE}", TaggedCalls()), (f"{LLAMA}; {LLAMA}", BareCalls()), (NEWER, ListedCalls())],
+)
+def test_one_call_at_most_is_told_where_one_is_asked_for(text: str, form: ToolForm) -> None:
+    whole = AnswerParts(False, form=form, tools=TOOLS, most_calls=1)
+    one_by_one = AnswerParts(False, form=form, tools=TOOLS, most_calls=1)
+    pieces = [part for character in text for part in one_by_one.add(character)]
+    for parts in ([*whole.add(text), *whole.finish()], [*pieces, *one_by_one.finish()]):
+        assert [part for part in joined(parts) if part != "content:Well."] == [CALLED]
+    assert whole.calls == one_by_one.calls == 1
+
+
 def test_text_is_not_held_back_longer_than_it_may_be_a_mark() -> None:
     splitter = AnswerParts(True, form=TaggedCalls())
     assert joined(splitter.add("<think>ab")) == ["reasoning:ab"]
@@ -162,6 +175,8 @@ def test_tool_calls_and_thoughts_reach_openais_client() -> None:
         calls = [call for delta in deltas for call in delta.tool_calls or []]
         assert [call.index for call in calls] == [0, 1]
         assert all(isinstance(call.function.arguments, str) and call.id and call.function.name for call in calls)
+        single = api.chat.completions.create(**ask, parallel_tool_calls=False).choices[0].message
+        assert [json.loads(call.function.arguments) for call in single.tool_calls] == [{"path": "a.txt"}]
         without = api.chat.completions.create(**{**ask, "tool_choice": "none"}).choices[0]
         assert without.finish_reason == "stop"
         assert "<tool_call>" in without.message.content
