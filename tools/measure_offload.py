@@ -1,41 +1,44 @@
 """Measure `exact` beside plain decoding where memory holds half of the target: equal text, speed, floor, peak memory.
 
-    python -m tools.measure_offload MODEL VERIFIER [--share 0.5] [--limit SIZE] [--tokens 64] [--output FILE]
+    python -m tools.measure_offload MODEL VERIFIER [--share 0.5] [--limit SIZE] [--rate 500MB] [--output FILE]
     python -m tools.measure_offload MODEL VERIFIER --round
 
 Every arm is a process of its own in a control group whose limit is `--share` of the target's bytes plus the verifier's
-files: `plain` (the target alone, no drafts) and `exact`, both streaming what does not fit, and `exact` and `plain`
-without a limit as a reference. Where no control group can be made the limit is given as --max-memory, and that is said.
-The floor of an arm is what its passes must read ÷ the disk's bandwidth, measured before by the same reads, + the time
-of its verify passes. With `--round` VERIFIER is made first: every layer rounded to 4 bits, for models whose quantizing
-would take long. Run it on a machine that does nothing else.
+files: `plain` (the target alone, no drafts) and `exact`, both streaming what does not fit, and both without a limit as
+a reference. With `--beside-interpreter` the limit is that and what Python with its packages holds before any weight,
+which is more than a small model. Where no control group can be made the limit is given as --max-memory, and that is
+said. `--rate` slows the reader down to a disk of so many bytes a second.
+
+The floor of an arm is what it read ÷ the disk's bandwidth, measured before and after by the same reads (the faster
+counts), + the time of its verify passes. Plain decoding takes as long for each token, so a few are enough of it
+(`--plain-tokens`); its text must be what the other arms' text begins with.
+
+With `--round` VERIFIER is made first: every layer rounded to 4 bits, for models whose quantizing would take long. Run
+it on a machine that does nothing else.
 """
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quasar_core import api
-from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
-from quasar_core.checkpoint.reader import TensorFiles
-from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
 from quasar_core.config import GenerationConfig
 from quasar_core.files import write_json
-from quasar_core.models.streaming import PIECE_BYTES, LayerStream, OpenFile
-from quasar_core.quantize.solve.grid import fit_grid, round_to_nearest
-from quasar_core.store.model_config import read_config
+from quasar_core.kernels.cpu.library import why_not_here
+from quasar_core.models.streaming import LayerStream
+from quasar_core.models.weight_reads import PIECE_BYTES, OpenFile
+from quasar_core.page_cache import forget_file
+from quasar_core.quantize.rounded_copy import write_rounded
 from quasar_core.store.safetensors_header import weight_files
+from tools.control_group import ControlGroup, control_group
+from tools.slow_disk import slow_down
 
-GROUPS = Path("/sys/fs/cgroup")
 PROMPTS = (
     "Write a function `read_lines` that reads a file and returns its lines.",
     "Write a function `count_lines` that counts the lines of a file.",
@@ -43,15 +46,15 @@ PROMPTS = (
     "List five facts about steam engines.",
 )
 ARMS = {"plain": ("full", "none"), "exact": ("exact", "auto")}
-BITS, GROUP = 4, 128
-TESTED_BYTES = 2 << 30  # of the file that the disk's bandwidth is measured by
+TESTED_BYTES = 1 << 30  # of the file that the disk's bandwidth is measured by
+WITHOUT = ", no limit"
 
 
 def main() -> None:
     """Run one arm where `--arm` names it; else all, each in a process and a group of its own."""
     options = parse()
     if options.round:
-        round_model(options.model, options.verifier)
+        write_rounded(options.model, options.verifier)
     elif options.arm:
         print(json.dumps(run_arm(options)))
     else:
@@ -65,14 +68,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("verifier", type=Path)
     parser.add_argument("--share", type=float, default=0.5, help="of the target's bytes that fit beside the verifier")
     parser.add_argument("--limit", help="bytes of the group in place of --share, such as 900MB")
+    parser.add_argument("--beside-interpreter", action="store_true", help="add what Python holds before any weight")
+    parser.add_argument("--rate", help="bytes a second of a slower disk, such as 500MB; default: the disk's own")
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--plain-tokens", type=int, help="of plain decoding within the limit; default: --tokens")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--max-context", type=int, default=1024)
     parser.add_argument("--arms", default="plain,exact")
     parser.add_argument("--no-reference", action="store_true", help="leave the arms without a limit out")
+    parser.add_argument("--seconds", type=float, default=300, help="that an arm may take")
     parser.add_argument("--output", type=Path, help="a JSON file for all figures")
     parser.add_argument("--round", action="store_true", help="make VERIFIER by rounding, and end")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--arm", choices=(*ARMS, "nothing"), help=argparse.SUPPRESS)
     parser.add_argument("--max-memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--all-in-memory", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -82,7 +89,11 @@ def parse() -> argparse.Namespace:
 
 
 def run_arm(options: argparse.Namespace) -> dict[str, Any]:
-    """Answers of one arm: their tokens, seconds, passes, and the process's memory."""
+    """Answers of one arm: their tokens, seconds, passes and bytes, and the process's memory."""
+    if options.arm == "nothing":
+        return {"resident_peak": resident_peak()}
+    if options.rate:
+        slow_down(api.parse_bytes("--rate", options.rate))
     verify, draft = ARMS[options.arm]
     pair = api.load_pair(
         str(options.model),
@@ -94,26 +105,36 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     )
     generator = api.Generator(pair, GenerationConfig(options.tokens, verify, draft))
     source = getattr(pair.target, "source", None)
-    reading = source.pass_bytes if isinstance(source, LayerStream) else 0
-    answers = []
-    for prompt in PROMPTS[: options.prompts]:
-        result = generator.generate(api.encode_prompt(pair.tokenizer, prompt))
-        stats = result.stats
-        by_target = sum(step.by_target and step.seconds > 0 for step in stats.step_log)
-        passes = stats.steps if verify == "full" else len(stats.confirm_log) + by_target
-        answers.append(
-            {
-                "tokens": result.token_ids,
-                "decode_s": stats.decode_s,
-                "prefill_s": stats.prefill_s,
-                "verify_s": stats.verify_s if verify == "exact" else 0.0,
-                "target_passes": passes,
-                "verify_passes": len(stats.step_log) - by_target if verify == "exact" else 0,
-                "windows": [confirm.window for confirm in stats.confirm_log],
-            }
-        )
+    stream = source if isinstance(source, LayerStream) else None
+    answers = [answer(generator, pair, prompt, stream) for prompt in PROMPTS[: options.prompts]]
     notes = [note for note in pair.notes if note.startswith(("offload:", "exact:", "cost:"))]
-    return {"answers": answers, "pass_bytes": reading, "notes": notes, "resident_peak": resident_peak()}
+    return {
+        "answers": answers,
+        "pass_bytes": stream.pass_bytes if stream else 0,
+        "read_at": stream.bandwidth if stream else 0.0,
+        "notes": notes,
+        "resident_peak": resident_peak(),
+    }
+
+
+def answer(generator: api.Generator, pair: Any, prompt: str, stream: LayerStream | None) -> dict[str, Any]:
+    """One answer: its tokens, and what it took. The prompt's sweep is not counted among the bytes of decoding."""
+    before = stream.bytes_read if stream else 0
+    result = generator.generate(api.encode_prompt(pair.tokenizer, prompt))
+    read = stream.bytes_read - before - stream.pass_bytes if stream else 0
+    stats, verifies = result.stats, generator.config.verify == "exact"
+    by_target = sum(step.by_target and step.seconds > 0 for step in stats.step_log)
+    return {
+        "tokens": result.token_ids,
+        "decode_s": stats.decode_s,
+        "prefill_s": stats.prefill_s,
+        "verify_s": stats.verify_s if verifies else 0.0,
+        "bytes": max(read, 0),
+        "target_passes": len(stats.confirm_log) + by_target if verifies else stats.steps,
+        "verify_passes": len(stats.step_log) - by_target if verifies else 0,
+        "windows": [confirm.window for confirm in stats.confirm_log],
+        "kept": [confirm.accepted for confirm in stats.confirm_log],
+    }
 
 
 def resident_peak() -> dict[str, int]:
@@ -128,22 +149,39 @@ def resident_peak() -> dict[str, int]:
 
 def compare(options: argparse.Namespace) -> None:
     """Run every arm and print the table."""
+    why_not_here()  # a compiler needs more memory than the arms, once
+    if options.rate:
+        slow_down(api.parse_bytes("--rate", options.rate))
     files = {name: sum(file.stat().st_size for file in weight_files(folder)) for name, folder in folders(options)}
-    limit = api.parse_bytes("--limit", options.limit) if options.limit else None
-    limit = limit or int(options.share * files["target"] + files["verifier"])
-    bandwidth = disk_bandwidth(max(weight_files(options.model), key=lambda file: file.stat().st_size))
-    print(
-        f"target {files['target'] / 1e9:.2f} GB, verifier {files['verifier'] / 1e9:.2f} GB, limit {limit / 1e9:.2f} GB"
-    )
-    print(f"disk {bandwidth / 1e9:.2f} GB/s in reads of {PIECE_BYTES >> 20} MiB, each dropped from the page cache")
-    found: dict[str, Any] = {"limit": limit, "bandwidth": bandwidth, "files": files, "arms": {}}
+    limit, said = find_limit(options, files)
+    print(f"target {files['target'] / 1e9:.2f} GB, verifier {files['verifier'] / 1e9:.2f} GB, limit {said}")
+    found: dict[str, Any] = {"limit": limit, "rate": options.rate, "files": files, "arms": {}}
+    disk = [disk_bandwidth(options.model)]
     for arm in options.arms.split(","):
         found["arms"][arm] = in_group(options, arm, limit)
+        disk.append(disk_bandwidth(options.model))
         if not options.no_reference:
-            found["arms"][f"{arm}, no limit"] = in_group(options, arm, None)
+            found["arms"][arm + WITHOUT] = in_group(options, arm, None)
+    found["bandwidths"], found["bandwidth"] = disk, max(disk)
+    slowed = f", slowed down to {options.rate} a second" if options.rate else ""
+    print(f"disk {'; '.join(f'{one / 1e9:.2f}' for one in disk)} GB/s in reads of {PIECE_BYTES >> 20} MiB{slowed}")
     show(found)
     if options.output:
         write_json(options.output, found)
+
+
+def find_limit(options: argparse.Namespace, files: dict[str, int]) -> tuple[int, str]:
+    """The bytes of the group, and what they are made of."""
+    if options.limit:
+        size = api.parse_bytes("--limit", options.limit)
+        return size, f"{size / 1e9:.3f} GB"
+    weights = int(options.share * files["target"] + files["verifier"])
+    said = f"{weights / 1e9:.3f} GB"
+    if not options.beside_interpreter:
+        return weights, said
+    nothing = in_group(options, "nothing", None)
+    own = nothing["group"]["anonymous"] if "group" in nothing else nothing["resident_peak"]["anonymous_at_end"]
+    return weights + own, f"{said} and {own / 1e9:.3f} GB that Python with its packages holds"
 
 
 def folders(options: argparse.Namespace) -> list[tuple[str, Path]]:
@@ -151,12 +189,11 @@ def folders(options: argparse.Namespace) -> list[tuple[str, Path]]:
     return [("target", options.model), ("verifier", options.verifier)]
 
 
-def disk_bandwidth(file: Path) -> float:
-    """Bytes a second of reading a file from its beginning as blocks are read."""
+def disk_bandwidth(folder: Path) -> float:
+    """Bytes a second of reading a model's largest file from its beginning as blocks are read."""
+    file = max(weight_files(folder), key=lambda file: file.stat().st_size)
     size = min(file.stat().st_size, TESTED_BYTES)
-    descriptor = os.open(file, os.O_RDONLY)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
+    forget_file(file)
     opened, buffer = OpenFile(file), memoryview(bytearray(64 << 20))
     start = time.perf_counter()
     for begin in range(0, size, len(buffer)):
@@ -166,87 +203,81 @@ def disk_bandwidth(file: Path) -> float:
 
 def in_group(options: argparse.Namespace, arm: str, limit: int | None) -> dict[str, Any]:
     """An arm's figures, from a process of its own within the limit; what the kernel counted beside them."""
-    command = [sys.executable, "-m", "tools.measure_offload", str(options.model), str(options.verifier), "--arm", arm]
-    command += ["--tokens", str(options.tokens), "--prompts", str(options.prompts)]
-    command += ["--max-context", str(options.max_context)]
-    if limit is None:
-        return finished(subprocess.run([*command, "--all-in-memory"], capture_output=True, text=True))
+    command = arm_command(options, arm, limit)
     with control_group(limit) as group:
-        if group is None:
-            print(f"no control group can be made here: --max-memory {limit} stands in", file=sys.stderr)
-            return finished(subprocess.run([*command, "--max-memory", str(limit)], capture_output=True, text=True))
-        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=joining(group))
-        return {**finished(done), "group": counted(group)}
+        if group is not None:
+            return finished(*run_in(group, command, options.seconds))
+    if limit is not None:
+        print(f"no control group can be made here: --max-memory {limit} stands in", file=sys.stderr)
+        command += ["--max-memory", str(limit)]
+    return finished(subprocess.run(command, capture_output=True, text=True, timeout=options.seconds))
 
 
-def finished(done: "subprocess.CompletedProcess[str]") -> dict[str, Any]:
+def run_in(
+    group: ControlGroup, command: Sequence[str], seconds: float
+) -> tuple["subprocess.CompletedProcess[str]", dict[str, int]]:
+    """Run an arm in a group."""
+    done, counted = group.run(command, seconds)
+    return done, asdict(counted)
+
+
+def arm_command(options: argparse.Namespace, arm: str, limit: int | None) -> list[str]:
+    """What runs an arm."""
+    command = [sys.executable, "-m", "tools.measure_offload", str(options.model), str(options.verifier), "--arm", arm]
+    few = arm == "plain" and limit is not None and options.plain_tokens
+    command += ["--tokens", str(options.plain_tokens if few else options.tokens), "--prompts", str(options.prompts)]
+    command += ["--max-context", str(options.max_context)]
+    command += ["--rate", options.rate] if options.rate else []
+    return command + (["--all-in-memory"] if limit is None else [])
+
+
+def finished(done: "subprocess.CompletedProcess[str]", counted: dict[str, int] | None = None) -> dict[str, Any]:
     """What a process printed, or an end with what it said."""
     if done.returncode:
-        sys.exit(f"an arm ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        sys.exit(f"an arm ended with {done.returncode}:\n{done.stderr[-2000:]}\n{counted or ''}")
     result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return {**result, "group": counted} if counted else result
 
 
-@contextmanager
-def control_group(limit: int) -> Iterator[Path | None]:
-    """A new control group of version 1 or 2 with this limit; None where the machine does not let us make one."""
-    top = GROUPS / "memory" if (GROUPS / "memory").is_dir() else GROUPS
-    group = top / f"quasar-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / ("memory.max" if top == GROUPS else "memory.limit_in_bytes")).write_text(str(limit))
-    except OSError:
-        if group.is_dir():
-            group.rmdir()
-        yield None
-        return
-    try:
-        yield group
-    finally:
-        group.rmdir()
-
-
-def joining(group: Path) -> Callable[[], None]:
-    """Runs in the new process: it enters the group before it is another program."""
-
-    def join() -> None:
-        (group / "cgroup.procs").write_text(str(os.getpid()))
-
-    return join
-
-
-def counted(group: Path) -> dict[str, int]:
-    """The most that the group held, pages of files included, and how often it met its limit."""
-    names = {"peak": ("memory.peak", "memory.max_usage_in_bytes"), "met_limit": ("memory.failcnt",)}
-    found = {}
-    for name, files in names.items():
-        for file in files:
-            if (group / file).is_file():
-                found[name] = int((group / file).read_text())
-    return found
+COLUMNS = ("tokens/s", "÷ plain", "÷ floor", "sweeps", "verifies", "GB/sweep", "peak GB", "no file's")
 
 
 def show(found: dict[str, Any]) -> None:
     """A line for each arm, and whether all texts are equal."""
     arms = found["arms"]
-    print(
-        f"{'arm':<18}{'tokens/s':>10}{'÷ plain':>9}{'÷ floor':>9}{'passes':>8}{'GB/pass':>9}{'peak GB':>9}{'group':>8}"
-    )
-    plain = arms.get("plain")
+    print(f"{'arm':<17}" + "".join(f"{name:>10}" for name in COLUMNS))
     for name, arm in arms.items():
-        speed, floor = rate(arm), floor_seconds(arm, found["bandwidth"])
-        seconds = sum(answer["decode_s"] for answer in arm["answers"])
-        passes = sum(answer["target_passes"] for answer in arm["answers"])
-        gain = f"{speed / rate(plain):>9.2f}" if plain else f"{'':>9}"
-        against = f"{seconds / floor:>9.2f}" if arm["pass_bytes"] else f"{'':>9}"
-        group = f"{arm['group']['peak'] / 1e9:>8.2f}" if "group" in arm else ""
-        peak = arm["resident_peak"]["peak"] / 1e9
-        print(f"{name:<18}{speed:>10.2f}{gain}{against}{passes:>8}{arm['pass_bytes'] / 1e9:>9.2f}{peak:>9.2f}{group}")
-    texts = {json.dumps([answer["tokens"] for answer in arm["answers"]]) for arm in arms.values()}
-    print("all texts are equal" if len(texts) == 1 else f"TEXTS DIFFER: {len(texts)} kinds")
+        print(f"{name:<17}" + "".join(f"{cell:>10}" for cell in cells(arm, arms.get("plain"), found["bandwidth"])))
+    print("peak: all that the kernel charged to the group, pages of files included; no file's: of it, sampled")
+    print(describe_texts(list(arms.values())))
     for name, arm in arms.items():
         for note in arm["notes"]:
             print(f"- {name}: {note}")
+
+
+def cells(arm: dict[str, Any], plain: dict[str, Any] | None, bandwidth: float) -> list[str]:
+    """The figures of one arm, as `COLUMNS` names them."""
+    answers, group = arm["answers"], arm.get("group")
+    seconds = sum(one["decode_s"] for one in answers)
+    return [
+        f"{rate(arm):.2f}",
+        f"{rate(arm) / rate(plain):.2f}" if plain else "",
+        f"{seconds / floor_seconds(arm, bandwidth):.2f}" if arm["pass_bytes"] else "",
+        str(sum(one["target_passes"] for one in answers)),
+        str(sum(one["verify_passes"] for one in answers)),
+        f"{arm['pass_bytes'] / 1e9:.2f}",
+        f"{(group or arm['resident_peak'])['peak'] / 1e9:.3f}",
+        f"{group['anonymous'] / 1e9:.3f}" if group else "",
+    ]
+
+
+def describe_texts(arms: Sequence[dict[str, Any]]) -> str:
+    """Whether every answer begins with what the shortest one of its prompt says."""
+    texts = list(zip(*([one["tokens"] for one in arm["answers"]] for arm in arms), strict=True))
+    differing = sum(len({tuple(text[: min(map(len, same))]) for text in same}) > 1 for same in texts)
+    if differing:
+        return f"TEXTS DIFFER: in {differing} of {len(texts)} answers"
+    return f"all texts are equal, as far as the shortest goes: {[min(map(len, same)) for same in texts]} tokens"
 
 
 def rate(arm: dict[str, Any]) -> float:
@@ -256,38 +287,8 @@ def rate(arm: dict[str, Any]) -> float:
 
 
 def floor_seconds(arm: dict[str, Any], bandwidth: float) -> float:
-    """What decoding must take: bytes of its target passes ÷ the disk's bandwidth, and its verify passes."""
-    passes = sum(answer["target_passes"] for answer in arm["answers"])
-    return float(passes * arm["pass_bytes"] / bandwidth + sum(answer["verify_s"] for answer in arm["answers"]))
-
-
-# A verifier by rounding
-
-
-def round_model(model: Path, verifier: Path) -> None:
-    """Write a checkpoint whose layers are rounded to the nearest of 4 bits in groups of 128."""
-    verifier.mkdir(parents=True)
-    files, writer = TensorFiles(model), ShardWriter(verifier)
-    for name in files.names():
-        weight = files.load(name)
-        if not name.endswith("_proj.weight"):
-            writer.add(name, weight)
-            continue
-        for part, tensor in rounded(weight.float()).pack().items():
-            writer.add(f"{name.removesuffix('weight')}{part}", tensor)
-    writer.close()
-    copy_kept_files(model, verifier)
-    section = {"quant_method": "gptq", "bits": BITS, "group_size": GROUP, "checkpoint_format": "gptq", "sym": True}
-    write_json(verifier / "config.json", {**read_config(model), "quantization_config": section})
-
-
-def rounded(weight: torch.Tensor) -> QuantizedWeight:
-    """The codes of a weight [out, in]."""
-    grid = fit_grid(weight, BITS, GROUP, sym=True, search=False)
-    groups = trivial_groups(weight.shape[1], GROUP)
-    codes = round_to_nearest(weight, grid, groups.long())
-    tensors: Sequence[torch.Tensor] = (codes.to(torch.uint8), grid.scales.half(), grid.zeros.int())
-    return QuantizedWeight(BITS, GROUP, *(tensor.t().contiguous() for tensor in tensors), groups)
+    """What decoding must take: the bytes that it read ÷ the disk's bandwidth, and its verify passes."""
+    return float(sum(answer["bytes"] / bandwidth + answer["verify_s"] for answer in arm["answers"]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Read a verifier checkpoint, strictly: what does not fit the format is refused in one sentence."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from quasar_core.checkpoint.gptq_format import (
 from quasar_core.config import BITS
 from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.files import is_file, is_folder, read_json, read_json_if_there, require_regular
+from quasar_core.page_cache import forget_file
 from quasar_core.records import FidelityReport
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import (
@@ -47,6 +48,7 @@ class TensorFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.sparing = False  # whether what was read is to leave memory at once
         files = weight_files(folder)
         if not files:
             raise QuasarError(f"{folder} holds no safetensors files.")
@@ -140,6 +142,11 @@ class TensorFiles:
         tensor = read_tensor(file, name, self._where[name])
         scales = self.scales_of(name)
         return tensor if scales is None else float8_blocks.dequantize(name, tensor, *scales)
+
+    def let_go(self, names: Iterable[str]) -> None:
+        """Where memory is short: let the system forget tensors that nobody holds any more. Raises OSError."""
+        for entry in [self._entries[name] for name in names] if self.sparing else []:
+            forget_file(entry.file, entry.start, entry.size)
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values."""
@@ -365,4 +372,6 @@ class VerifierCheckpoint:
         """One layer's weight, unpacked and checked; GPTQ's codes on the device, since billions take a GPU no time."""
         place = device if isinstance(self.format, QuantizationFormat) else CPU
         parts = {s: f"{name}.{s}" for s in self.format.suffixes if f"{name}.{s}" in self.tensors}
-        return self.format.unpack(name, {s: self.tensors.load(full).to(place) for s, full in parts.items()})
+        weight = self.format.unpack(name, {s: self.tensors.load(full).to(place) for s, full in parts.items()})
+        self.tensors.let_go(parts.values())
+        return weight

@@ -16,6 +16,7 @@ from quasar_core.models.activations import xielu_weights
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.decoder_layer import DenseLinear
 from quasar_core.models.linear import Product, xielu_names
+from quasar_core.models.streaming import StreamedWeights
 from quasar_core.models.upload import Upload
 from quasar_core.records import Progress, no_progress
 
@@ -146,19 +147,31 @@ class Filling:
             if name not in self._waiting and name not in shared and not has_no_effect(name, config):
                 raise QuasarError(f"{self.files.folder} holds {name}, which {config.architecture} does not have.")
 
-    def fill(self, progress: Progress = no_progress) -> None:
-        """Copy everything from the files, file by file."""
-        with Upload(self.device) as upload:
-            for done, (name, stored) in enumerate(self.files.load_many(list(self._waiting))):
-                progress("reading weights", done, len(self._waiting))
-                for place in self._waiting[name]:
-                    upload.copy(place, stored)
+    def fill(self, progress: Progress = no_progress, sparing: StreamedWeights | None = None) -> None:
+        """Copy everything from the files, file by file; `sparing` memory, which keeps nothing of the files."""
+        if sparing is not None:
+            self._read(sparing, progress)
+        else:
+            self._copy(progress)
         if self._centred:
             for norm in self._norms:
                 norm += 1
         for weights in self._activations:
             weights.copy_(xielu_weights(weights))
         progress("reading weights", len(self._waiting), len(self._waiting))
+
+    def _copy(self, progress: Progress) -> None:
+        with Upload(self.device) as upload:
+            for done, (name, stored) in enumerate(self.files.load_many(list(self._waiting))):
+                progress("reading weights", done, len(self._waiting))
+                for place in self._waiting[name]:
+                    upload.copy(place, stored)
+
+    def _read(self, sparing: StreamedWeights, progress: Progress) -> None:
+        for done, (name, places) in enumerate(self._waiting.items()):
+            progress("reading weights", done, len(self._waiting))
+            for place in places:
+                sparing.fill(name, place)
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return empty_in_huge_pages(*shape, device=self.device, dtype=self.dtype)

@@ -78,7 +78,7 @@ def build_target(
     filling = Filling(files, device, dtype, config, weights.places)
     decoder = _build(config, filling, dense_only)
     filling.refuse_unknown(config, [name for name in files.names() if name not in weights.names])
-    filling.fill(progress)
+    filling.fill(progress, weights if streamed else None)
     if streamed:
         decoder.source = weights.stream(config.num_layers)
     return decoder

@@ -27,8 +27,10 @@ from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.offload import OffloadPlan
 from quasar_core.models.streaming import LayerStream
 from quasar_core.models.verifier_head import round_head
+from quasar_core.page_cache import forget_file
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.gguf import describe_gguf
+from quasar_core.store.safetensors_header import weight_files
 
 
 def recurrent_layers_in(folder: Path, trust_remote_code: bool = False) -> str | None:
@@ -119,6 +121,7 @@ def load_models(
         target = library.load_target(folder, device, dtype, **options)
         notes += [*describe_left_out(target), *describe_dequantized(folder)]
     if checkpoint is not None:
+        checkpoint.tensors.sparing = offload is not None
         progress("reading the verifier", 0, 1)
         if target is None:
             verifier = library.load_verifier_alone(checkpoint, device, dtype, kernel, progress)
@@ -135,8 +138,17 @@ def load_models(
     note = compress_weights(lean, compress, progress) if lean else None
     notes += [note] if note else []
     notes += describe_passes({"target": target, "verifier": verifier}, progress, fast)
-    notes += describe_stream(target, offload, progress) if offload else []
+    if offload:
+        forget_files(folder, checkpoint)
+        notes += describe_stream(target, offload, progress)
     return LoadedModels(target, verifier, notes)
+
+
+def forget_files(folder: Path, checkpoint: VerifierCheckpoint | None) -> None:
+    """Leave nothing in the page cache of what was read on loading."""
+    for place in [folder, *([checkpoint.folder] if checkpoint else [])]:
+        for file in weight_files(place):
+            forget_file(file)
 
 
 def describe_stream(target: CausalLM | None, plan: OffloadPlan, progress: Progress = no_progress) -> list[str]:

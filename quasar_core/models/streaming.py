@@ -6,7 +6,6 @@ has its place in one of the two buffers for good, so the weights' addresses do n
 system's page cache at once: it would push out what stays in memory.
 """
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,96 +16,13 @@ import torch
 
 from quasar_core.checkpoint import float8_blocks
 from quasar_core.checkpoint.reader import TensorFiles
-from quasar_core.errors import QuasarError, reason
+from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.models.linear import Product
-from quasar_core.store.safetensors_header import TensorEntry
+from quasar_core.models.weight_reads import DTYPES, OpenFile, StoredWeight, read_weights
 
-PIECE_BYTES = 8 << 20  # of one read
 BUFFERS = 2
 ALIGNED = 64  # bytes: where a tensor begins in a buffer
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    float8_blocks.STORED: torch.float8_e4m3fn,
-}
-
-
-class OpenFile:
-    """A file of weights that is read again and again, and must stay as it is meanwhile."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if not hasattr(os, "preadv"):
-            raise QuasarError("Models larger than the memory run on Linux and macOS alone; on Windows, use WSL.")
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise QuasarError(f"{path} cannot be read: {reason(error)}.") from error
-        self._state = self._look()
-
-    def __del__(self) -> None:
-        """Close it."""
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-    def check(self) -> None:
-        """QuasarError where the file is another one by now: its size, or when it was written."""
-        if self._look() != self._state:
-            raise QuasarError(f"{self.path} was changed while its weights were in use: start again with whole files.")
-
-    def read(self, start: int, into: memoryview) -> None:
-        """Fill a buffer with the bytes from `start` on; QuasarError where the system refuses or the file ends."""
-        done = 0
-        try:
-            while done < len(into):
-                count = os.preadv(self._descriptor, [into[done : done + PIECE_BYTES]], start + done)
-                if count == 0:
-                    raise QuasarError(
-                        f"{self.path} is cut short: it has no byte {start + done}, where weights should be."
-                    )
-                _drop(self._descriptor, start + done, count)
-                done += count
-        except OSError as error:
-            raise QuasarError(f"{self.path} cannot be read: {reason(error)}.") from error
-
-    def _look(self) -> tuple[int, int]:
-        found = os.fstat(self._descriptor)
-        return found.st_size, found.st_mtime_ns
-
-
-def _drop(descriptor: int, start: int, count: int) -> None:
-    """Let the system forget what it keeps of a file's bytes; advice, which not every system takes."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)
-
-
-@dataclass
-class StoredWeight:
-    """A weight in a file, and its place in a buffer, of another dtype perhaps."""
-
-    entry: TensorEntry
-    file: OpenFile
-    place: torch.Tensor
-    scales: torch.Tensor | None = None  # of blocks of 8-bit floats
-    block: tuple[int, int] = float8_blocks.BLOCK
-
-    def read(self) -> None:
-        """Bring it from the file to its place."""
-        dtype = DTYPES[self.entry.dtype]
-        if dtype == self.place.dtype:
-            self.file.read(self.entry.start, _bytes_of(self.place))
-            return
-        stored = torch.empty(self.entry.shape, dtype=dtype)
-        self.file.read(self.entry.start, _bytes_of(stored))
-        if self.scales is not None:
-            stored = float8_blocks.dequantize(self.entry.name, stored, self.scales, self.block)
-        self.place.copy_(stored)
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.view(torch.uint8).view(-1).numpy().data
 
 
 @dataclass
@@ -201,10 +117,7 @@ class LayerStream:
 
     def _read(self, block: int) -> None:
         start = time.perf_counter()
-        for weight in self.weights[block]:
-            weight.read()
-        for file in {weight.file for weight in self.weights[block]}:
-            file.check()
+        read_weights(self.weights[block])
         self.seconds_reading += time.perf_counter() - start
         self.bytes_read += sum(weight.entry.size for weight in self.weights[block])
 
@@ -233,6 +146,13 @@ class StreamedWeights:
     def names(self) -> set[str]:
         """The stored tensors that are streamed."""
         return {weight.entry.name for weights in self._stored.values() for weight in weights}
+
+    def fill(self, name: str, place: torch.Tensor) -> None:
+        """Bring a stored tensor that is not streamed to its place, and leave nothing of its file in memory."""
+        if self.files.holds_whole(name) and self.files.entry(name).dtype in DTYPES:
+            self._find(name, place).read()
+        else:
+            place.copy_(self.files.load(name))
 
     def stream(self, count: int) -> LayerStream:
         """The stream of a decoder with so many blocks."""

@@ -286,7 +286,7 @@ def plan_here(
     shape = shape_of(target.skeleton, config, stored, target.dtype.itemsize, target.whole_because)
     free = Free(free_memory(), free_on(target.device), free_disk(output))
     allowed = max_memory or (free.memory // SHARE_OF_MEMORY if free.memory else None)
-    text = plan_text(source, target, free)
+    text = plan_text(source, target, free, rounds=True)
     plan = make_plan(shape, config, target.device.type != "cpu", allowed, free.device, text)
     return replace(plan, free_host=free.memory, free_disk=free.disk)
 

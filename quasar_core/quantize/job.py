@@ -62,6 +62,11 @@ class Job:
         return self.commits / "text"
 
     @property
+    def rounded(self) -> Path:
+        """A copy of few bits that writes the text where memory does not hold the model."""
+        return self.partial / "rounded"
+
+    @property
     def budget(self) -> Path:
         """The bits that `--target-agreement` found, once it did."""
         return self.commits / "budget.json"

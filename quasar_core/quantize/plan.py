@@ -124,7 +124,7 @@ def make_plan(
         spilled=spilled,
         host=INTERPRETER_BYTES + max(host),
         device=max(device_stages(shape, config, text)) if on_device else 0,
-        disk=text_bytes(config) + max(written_bytes(shape, config, text), quantized),
+        disk=text_bytes(config) + max(written_bytes(shape, config, text) + copy_on_disk(text), quantized),
         text=text,
         text_rows=rows_written(shape, config, text),
         writes_calibration=config.calibration == "self",
@@ -202,6 +202,11 @@ def text_bytes(config: QuantizeConfig) -> int:
         config
     ) * GREEDY_LENGTH
     return 8 * tokens
+
+
+def copy_on_disk(text: TextPlan) -> int:
+    """Bytes of the copy that writes the text, where one does."""
+    return text.weights if text.copy_bits is not None else 0
 
 
 def rows_written(shape: Shape, config: QuantizeConfig, text: TextPlan) -> int:

@@ -154,7 +154,8 @@ def calibrate(
         return Calibration(name, rows["samples"], rows["held_out"], rows["greedy"], job.config.seed)
     check_finite(target.weights.files, progress)
     limit = position_limit(target.skeleton.config.get_text_config()) or UNLIMITED
-    writer = open_writer(job.source, target, text, progress)
+    shutil.rmtree(job.rounded, ignore_errors=True)  # of a run that was interrupted
+    writer = open_writer(job.source, target, text, progress, job.rounded)
     calibration = load_calibration(writer, tokenizer, job.config, limit, progress, job.written_text)
     del writer
     check_calibration(calibration, target.vocab_size)
@@ -162,8 +163,9 @@ def calibrate(
         job.calibration,
         {"samples": calibration.samples, "held_out": calibration.held_out, "greedy": calibration.greedy},
     )
-    if job.written_text.exists():
-        shutil.rmtree(job.written_text)
+    for folder in (job.written_text, job.rounded):
+        if folder.exists():
+            shutil.rmtree(folder)
     return calibration
 
 

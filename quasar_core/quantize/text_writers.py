@@ -78,15 +78,15 @@ class Writer(Protocol):
 
 
 class LeanWriter:
-    """The lean decoder; no layer may be recurrent."""
+    """The lean decoder; no layer may be recurrent. `kind` tells a rounded copy from the model."""
 
-    def __init__(self, decoder: LeanDecoder, room: int = USUAL_ROOM) -> None:
-        self.decoder, self.room = decoder, room
+    def __init__(self, decoder: LeanDecoder, room: int = USUAL_ROOM, kind: str = "") -> None:
+        self.decoder, self.room, self._kind = decoder, room, kind
 
     @property
     def name(self) -> str:
         """See `Writer`."""
-        return f"lean {self.decoder.dtype} {self.decoder.device.type}"
+        return f"lean {self._kind}{self.decoder.dtype} {self.decoder.device.type}"
 
     @property
     def device(self) -> torch.device:

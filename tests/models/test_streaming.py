@@ -18,7 +18,7 @@ from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import engine
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError
-from quasar_core.models import loading, streaming
+from quasar_core.models import loading, weight_reads
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.offload import movable_products
@@ -193,7 +193,7 @@ class Disk:
         self.before: Callable[[], None] = lambda: None
         self.most: int | None = None
         self._read = os.preadv
-        monkeypatch.setattr(streaming.os, "preadv", self)
+        monkeypatch.setattr(weight_reads.os, "preadv", self)
 
     def __call__(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
         self.before()

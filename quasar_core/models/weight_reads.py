@@ -1,0 +1,159 @@
+"""Read stored weights straight to their places in memory, in long reads, and leave nothing of the files behind.
+
+Weights that lie one behind the other in a file are read together, whatever the order of their places: a disk gives the
+more bytes a second the longer a read is. What was read leaves the system's page cache at once.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quasar_core.checkpoint import float8_blocks
+from quasar_core.errors import QuasarError, reason
+from quasar_core.page_cache import forget
+from quasar_core.store.safetensors_header import TensorEntry
+
+PIECE_BYTES = 8 << 20  # of one read
+SMALL_GAP = 256 << 10  # bytes between two weights that are read and thrown away: a seek costs more
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    float8_blocks.STORED: torch.float8_e4m3fn,
+}
+
+
+class OpenFile:
+    """A file of weights that is read again and again, and must stay as it is meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not hasattr(os, "preadv"):
+            raise QuasarError("Models larger than the memory run on Linux and macOS alone; on Windows, use WSL.")
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise QuasarError(f"{path} cannot be read: {reason(error)}.") from error
+        self._state = self._look()
+
+    def __del__(self) -> None:
+        """Close it."""
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def check(self) -> None:
+        """QuasarError where the file is another one by now: its size, or when it was written."""
+        if self._look() != self._state:
+            raise QuasarError(f"{self.path} was changed while its weights were in use: start again with whole files.")
+
+    def read(self, start: int, *buffers: memoryview) -> None:
+        """Fill buffers, one after another, from `start` on; QuasarError where the system refuses or the file ends."""
+        left = list(buffers)
+        try:
+            while left:
+                count = os.preadv(self._descriptor, _first_bytes(left, PIECE_BYTES), start)
+                if count == 0:
+                    raise QuasarError(f"{self.path} is cut short: it has no byte {start}, where weights should be.")
+                forget(self._descriptor, start, count)
+                start, left = start + count, _behind(left, count)
+        except OSError as error:
+            raise QuasarError(f"{self.path} cannot be read: {reason(error)}.") from error
+
+    def _look(self) -> tuple[int, int]:
+        found = os.fstat(self._descriptor)
+        return found.st_size, found.st_mtime_ns
+
+
+def _first_bytes(buffers: Sequence[memoryview], most: int) -> list[memoryview]:
+    """What a read of at most so many bytes fills."""
+    found = []
+    for buffer in buffers:
+        found.append(buffer[:most])
+        most -= len(found[-1])
+        if most == 0:
+            break
+    return found
+
+
+def _behind(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is still to be filled behind the first `count` bytes."""
+    for index, buffer in enumerate(buffers):
+        if count < len(buffer):
+            return [buffer[count:], *buffers[index + 1 :]]
+        count -= len(buffer)
+    return []
+
+
+@dataclass
+class StoredWeight:
+    """A weight in a file, and its place in memory, of another dtype perhaps, or of more rows that are all alike."""
+
+    entry: TensorEntry
+    file: OpenFile
+    place: torch.Tensor
+    scales: torch.Tensor | None = None  # of blocks of 8-bit floats
+    block: tuple[int, int] = float8_blocks.BLOCK
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether its place takes the bytes as they are."""
+        same = self.place.shape == self.entry.shape and DTYPES[self.entry.dtype] == self.place.dtype
+        return same and self.place.is_contiguous()
+
+    def read(self) -> None:
+        """Bring it from the file to its place."""
+        if self.as_stored:
+            self.file.read(self.entry.start, _bytes_of(self.place))
+            return
+        stored = torch.empty(self.entry.shape, dtype=DTYPES[self.entry.dtype])
+        self.file.read(self.entry.start, _bytes_of(stored))
+        if self.scales is not None:
+            stored = float8_blocks.dequantize(self.entry.name, stored, self.scales, self.block)
+        self.place.copy_(stored)
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def read_weights(weights: Iterable[StoredWeight]) -> None:
+    """Bring all to their places, in the order of the files; QuasarError where a file has changed meanwhile."""
+    files = dict[OpenFile, None]()
+    for run in runs_of(weights):
+        files[run[0].file] = None
+        if len(run) == 1:
+            run[0].read()
+        else:
+            run[0].file.read(run[0].entry.start, *_buffers_of(run))
+    for file in files:
+        file.check()
+
+
+def runs_of(weights: Iterable[StoredWeight]) -> Iterator[list[StoredWeight]]:
+    """Weights that one read can bring: those of a file that lie together, and need no conversion."""
+    run: list[StoredWeight] = []
+    for weight in sorted(weights, key=lambda weight: (weight.file.path, weight.entry.start)):
+        if run and not _follows(run[-1], weight):
+            yield run
+            run = []
+        run.append(weight)
+    if run:
+        yield run
+
+
+def _follows(one: StoredWeight, next_one: StoredWeight) -> bool:
+    gap = next_one.entry.start - one.entry.start - one.entry.size
+    return one.file is next_one.file and one.as_stored and next_one.as_stored and 0 <= gap <= SMALL_GAP
+
+
+def _buffers_of(run: Sequence[StoredWeight]) -> Iterator[memoryview]:
+    """The places of a run's weights, and room for what lies between them."""
+    end = run[0].entry.start
+    for weight in run:
+        if weight.entry.start > end:
+            yield memoryview(bytearray(weight.entry.start - end))
+        yield _bytes_of(weight.place)
+        end = weight.entry.start + weight.entry.size

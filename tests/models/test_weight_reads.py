@@ -1,0 +1,83 @@
+"""Weights that lie together are read together, and arrive as they are stored, however their places are ordered."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.models import weight_reads
+from quasar_core.models.weight_reads import OpenFile, StoredWeight, read_weights, runs_of
+
+SIZES = st.lists(
+    st.tuples(st.integers(1, 40), st.sampled_from([torch.bfloat16, torch.float32])), min_size=1, max_size=8
+)
+
+
+def weights_of(folder: Path, places: dict[str, torch.Tensor]) -> list[StoredWeight]:
+    files = TensorFiles(folder)
+    opened = {files.entry(name).file: OpenFile(files.entry(name).file) for name in places}
+    return [StoredWeight(files.entry(name), opened[files.entry(name).file], place) for name, place in places.items()]
+
+
+@given(SIZES, st.data())
+def test_all_arrive_in_their_places(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[tuple[int, torch.dtype]], data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("model")
+    stored = {f"w{i}": torch.randn(size).to(dtype) for i, (size, dtype) in enumerate(sizes)}
+    save_file(stored, folder / "model.safetensors")
+    wanted = data.draw(st.lists(st.sampled_from(sorted(stored)), min_size=1, unique=True))
+    places = {name: torch.full(stored[name].shape, -1.0, dtype=torch.float32) for name in wanted}
+    read_weights(weights_of(folder, places))
+    for name in wanted:
+        assert torch.equal(places[name], stored[name].float())
+
+
+def test_a_block_takes_one_read_whatever_the_order_of_its_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = {name: torch.randn(64, 16).to(torch.bfloat16) for name in ("down", "gate", "norm", "up")}
+    save_file(stored, tmp_path / "model.safetensors")
+    places = {name: torch.empty(64, 16, dtype=torch.bfloat16) for name in ("up", "down", "gate")}
+    weights, reads, read = weights_of(tmp_path, places), list[int](), os.preadv
+
+    def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        reads.append(read(descriptor, buffers, offset))
+        return reads[-1]
+
+    monkeypatch.setattr(weight_reads.os, "preadv", counted)
+    read_weights(weights)
+    assert reads == [4 * 64 * 16 * 2]  # with the norm, which lies between and is thrown away
+    assert all(torch.equal(places[name], stored[name]) for name in places)
+
+
+def test_what_lies_far_apart_is_read_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_reads, "SMALL_GAP", 100)
+    save_file({name: torch.zeros(64) for name in ("a", "b", "c", "d")}, tmp_path / "model.safetensors")
+    weights = weights_of(tmp_path, {name: torch.empty(64) for name in ("d", "a", "b")})
+    assert [[weight.entry.name for weight in run] for run in runs_of(weights)] == [["a", "b"], ["d"]]
+
+
+@given(st.lists(st.integers(0, 9), max_size=6), st.integers(1, 30))
+def test_reads_are_cut_and_gone_on_with(sizes: list[int], most: int) -> None:
+    whole = bytes(range(sum(sizes)))
+    buffers, begin = [], 0
+    for size in sizes:
+        buffers.append(memoryview(whole[begin : begin + size]))
+        begin += size
+    first = weight_reads._first_bytes(buffers, most)
+    rest = weight_reads._behind(buffers, sum(map(len, first)))
+    assert b"".join(first) == whole[:most]
+    assert b"".join([*first, *rest]) == whole
+
+
+def test_one_stored_number_may_have_no_dimension(tmp_path: Path) -> None:
+    save_file({"one": torch.tensor(2.5)}, tmp_path / "model.safetensors")
+    place = torch.zeros(1)
+    read_weights(weights_of(tmp_path, {"one": place.view(())}))
+    assert place.item() == 2.5
