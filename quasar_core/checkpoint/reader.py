@@ -23,6 +23,7 @@ from quasar_core.checkpoint.gptq_format import (
 from quasar_core.config import BITS
 from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.files import is_file, is_folder, read_json, read_json_if_there, require_regular
+from quasar_core.malloc import return_freed_memory
 from quasar_core.page_cache import forget_file
 from quasar_core.records import FidelityReport
 from quasar_core.store.model_config import read_config
@@ -144,9 +145,15 @@ class TensorFiles:
         return tensor if scales is None else float8_blocks.dequantize(name, tensor, *scales)
 
     def let_go(self, names: Iterable[str]) -> None:
-        """Where memory is short: let the system forget tensors that nobody holds any more. Raises OSError."""
-        for entry in [self._entries[name] for name in names] if self.sparing else []:
+        """Where memory is short: let the system have what reading tensors took that nobody holds any more.
+
+        Raises OSError.
+        """
+        if not self.sparing:
+            return
+        for entry in [self._entries[name] for name in names]:
             forget_file(entry.file, entry.start, entry.size)
+        return_freed_memory()
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values."""

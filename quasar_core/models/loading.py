@@ -15,6 +15,7 @@ from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.library import SOURCE, carried_library, why_not_here
 from quasar_core.kernels.linear import PackedLinear
+from quasar_core.malloc import return_freed_memory
 from quasar_core.models import cpu_pass, lean_weights
 from quasar_core.models.base import CausalLM, FastPass
 from quasar_core.models.compressed_weights import compress as compress_weights
@@ -139,13 +140,14 @@ def load_models(
     notes += [note] if note else []
     notes += describe_passes({"target": target, "verifier": verifier}, progress, fast)
     if offload:
-        forget_files(folder, checkpoint)
+        tidy_up(folder, checkpoint)
         notes += describe_stream(target, offload, progress)
     return LoadedModels(target, verifier, notes)
 
 
-def forget_files(folder: Path, checkpoint: VerifierCheckpoint | None) -> None:
-    """Leave nothing in the page cache of what was read on loading."""
+def tidy_up(folder: Path, checkpoint: VerifierCheckpoint | None) -> None:
+    """Leave nothing in memory of what loading took on the way: no pages of files, no freed memory."""
+    return_freed_memory()
     for place in [folder, *([checkpoint.folder] if checkpoint else [])]:
         for file in weight_files(place):
             forget_file(file)

@@ -17,6 +17,7 @@ from quasar_core.page_cache import forget
 from quasar_core.store.safetensors_header import TensorEntry
 
 PIECE_BYTES = 8 << 20  # of one read
+AHEAD = 32 << 20  # that a system may read ahead
 SMALL_GAP = 256 << 10  # bytes between two weights that are read and thrown away: a seek costs more
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -37,7 +38,7 @@ class OpenFile:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise QuasarError(f"{path} cannot be read: {reason(error)}.") from error
-        self._state = self._look()
+        self._state, self._end = self._look(), 0
 
     def __del__(self) -> None:
         """Close it."""
@@ -53,12 +54,15 @@ class OpenFile:
         """Fill buffers, one after another, from `start` on; QuasarError where the system refuses or the file ends."""
         left = list(buffers)
         try:
+            if start != self._end:  # the system has read on behind the last read, in vain
+                forget(self._descriptor, self._end, AHEAD)
             while left:
                 count = os.preadv(self._descriptor, _first_bytes(left, PIECE_BYTES), start)
                 if count == 0:
                     raise QuasarError(f"{self.path} is cut short: it has no byte {start}, where weights should be.")
                 forget(self._descriptor, start, count)
-                start, left = start + count, _behind(left, count)
+                self._end = start = start + count
+                left = _behind(left, count)
         except OSError as error:
             raise QuasarError(f"{self.path} cannot be read: {reason(error)}.") from error
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from quasar_core.checkpoint.compressed_tensors import PackedWeight
 from quasar_core.kernels.linear import PackedLinear
+from quasar_core.malloc import return_freed_memory
 from quasar_core.quantize.blocks.activations import Activations, capture_first_inputs
 from quasar_core.quantize.blocks.collect import Stage, collect_inputs, find_stages, trace_block
 from quasar_core.quantize.blocks.layerwise import hessian_of, make_room
@@ -22,7 +23,6 @@ from quasar_core.quantize.calibration import GREEDY_FROM
 from quasar_core.quantize.fidelity import PIECE, margins
 from quasar_core.quantize.job import QuantizedBlock, block_file, read_commit, write_commit
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
-from quasar_core.quantize.malloc import return_freed_memory
 from quasar_core.quantize.measure_fidelity import RowsRead, read_states
 from quasar_core.quantize.mixed_precision import CommittedModel
 from quasar_core.quantize.solve.factor import inverse_factor

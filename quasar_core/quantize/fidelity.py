@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from quasar_core.malloc import return_freed_memory
 from quasar_core.models.base import CausalLM, KVCache, refuse_odd_logits
-from quasar_core.quantize.malloc import return_freed_memory
 from quasar_core.records import FidelityReport, FidelitySlice, KernelPrice, MarginTable, Progress, no_progress
 
 KINDS = ("letters", "digits", "punctuation", "whitespace", "part of a character", "special")

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.linear import PackedLinear
+from quasar_core.malloc import return_freed_memory
 from quasar_core.models.base import CausalLM
 from quasar_core.models.hf.skeleton import UNLIMITED, position_limit
 from quasar_core.quantize.blocks.activations import (
@@ -24,7 +25,6 @@ from quasar_core.quantize.blocks.activations import (
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks
 from quasar_core.quantize.calibration import GREEDY_FROM, Calibration, calibration_name, encode, read_documents
 from quasar_core.quantize.fidelity import kernel_divergence, measure_fidelity, token_kinds
-from quasar_core.quantize.malloc import return_freed_memory
 from quasar_core.records import FidelityReport, KernelPrice, Progress, no_progress
 
 KERNEL_ROWS = 4

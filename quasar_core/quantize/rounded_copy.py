@@ -48,7 +48,7 @@ def write_rounded(model: Path, folder: Path, bits: int = BITS, progress: Progres
 
 def layers_of_blocks(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """(out, in) of the layers of all blocks, experts among them, that GPTQ's format can pack."""
-    sizes = {}
+    sizes = dict[str, tuple[int, int]]()
     for block in range(config.num_layers):
         products = [*block_products(config, block).values()]
         experts = mixture_products(config, block)
@@ -69,5 +69,5 @@ def rounded(weight: torch.Tensor, bits: int, group: int) -> QuantizedWeight:
     grid = fit_grid(weight, bits, group, sym=True)
     groups = trivial_groups(weight.shape[1], group)
     codes = round_to_nearest(weight, grid, groups.long())
-    tensors = (codes.to(torch.uint8), grid.scales.half(), grid.zeros.int())
-    return QuantizedWeight(bits, group, *(tensor.t().contiguous() for tensor in tensors), groups)
+    codes, scales, zeros = (part.t().contiguous() for part in (codes.to(torch.uint8), grid.scales.half(), grid.zeros))
+    return QuantizedWeight(bits, group, codes, scales, zeros.int(), groups)

@@ -13,9 +13,9 @@ import torch
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
+from quasar_core.malloc import return_freed_memory
 from quasar_core.models.base import refuse_odd_logits
 from quasar_core.quantize.conversation import Conversations, TurnTokens, turn_tokens
-from quasar_core.quantize.malloc import return_freed_memory
 from quasar_core.quantize.text_log import TextLog, kept_batch
 from quasar_core.quantize.text_writers import Rows, Writer, batch_rows
 from quasar_core.records import Progress, no_progress

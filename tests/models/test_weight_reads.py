@@ -5,13 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.decoder_cases import CASES, CPU, save_model
+from helpers.quantized_decoder import quantize_layers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core import page_cache
+from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.models import weight_reads
+from quasar_core.models.loading import load_models
+from quasar_core.models.offload import OffloadPlan, movable_products
 from quasar_core.models.weight_reads import OpenFile, StoredWeight, read_weights, runs_of
+from quasar_core.store.safetensors_header import read_headers
 
 SIZES = st.lists(
     st.tuples(st.integers(1, 40), st.sampled_from([torch.bfloat16, torch.float32])), min_size=1, max_size=8
@@ -81,3 +87,43 @@ def test_one_stored_number_may_have_no_dimension(tmp_path: Path) -> None:
     place = torch.zeros(1)
     read_weights(weights_of(tmp_path, {"one": place.view(())}))
     assert place.item() == 2.5
+
+
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> dict[Path, set[int]]:
+    """The bytes of files that the system is told to forget, from now on."""
+    found = dict[Path, set[int]]()
+
+    def advise(descriptor: int, start: int, count: int, advice: int) -> None:
+        if advice == os.POSIX_FADV_DONTNEED:
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            size = path.stat().st_size
+            found.setdefault(path, set()).update(range(start, min(start + count, size) if count else size))
+
+    monkeypatch.setattr(page_cache.os, "posix_fadvise", advise)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="files are known by their descriptors on Linux alone")
+def test_loading_for_streams_leaves_no_pages_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, verifier = tmp_path / "model", tmp_path / "verifier"
+    save_model(model, *CASES["llama"])
+    checkpoint = quantize_layers(model, verifier, lambda name: 8)
+    found = forgotten(monkeypatch)
+    load_models(model, checkpoint, CPU, torch.float32, kernel="dense")
+    assert found == {}
+    movable, count = movable_products(model, checkpoint)
+    plan, anew = OffloadPlan(movable, count, 0), VerifierCheckpoint(verifier)
+    load_models(model, anew, CPU, torch.float32, kernel="dense", offload=plan)
+    for folder in (model, verifier):
+        (file,) = folder.glob("*.safetensors")
+        first = min(entry.start for entry in read_headers(folder))
+        assert found[file] >= set(range(first, file.stat().st_size))
+
+
+def test_what_the_system_read_ahead_in_vain_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(bytes(5000))
+    file, asked = OpenFile(tmp_path / "file"), list[tuple[int, int]]()
+    monkeypatch.setattr(weight_reads, "forget", lambda descriptor, start, count: asked.append((start, count)))
+    for start in (0, 100, 1000):  # the second goes on where the first ended
+        file.read(start, memoryview(bytearray(100)))
+    assert asked == [(0, 100), (100, 100), (200, weight_reads.AHEAD), (1000, 100)]

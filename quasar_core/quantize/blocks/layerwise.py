@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quasar_core.checkpoint.compressed_tensors import PackedWeight
+from quasar_core.malloc import FREED_BYTES, keep_freed_memory, return_freed_memory
 from quasar_core.models.hf.skeleton import clone_structure
 from quasar_core.quantize.blocks.activations import Activations
 from quasar_core.quantize.blocks.collect import (
@@ -30,7 +31,6 @@ from quasar_core.quantize.blocks.collect import (
 from quasar_core.quantize.blocks.streaming import find_blocks, find_head, linear_layers
 from quasar_core.quantize.job import Layout, QuantizedBlock, block_file, head_file, own_name, read_commit, write_commit
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
-from quasar_core.quantize.malloc import FREED_BYTES, keep_freed_memory, return_freed_memory
 from quasar_core.quantize.solve.gptq import Solution, SolverConfig, solve, solve_group
 from quasar_core.quantize.solve.hessian import HessianAccumulator, error_correlation, shrunk
 from quasar_core.records import Progress, no_progress
