@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -20,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from quasar_core.kernels.triton import blocks
 from quasar_core.kernels.triton.weights import prepare_packed
-from tools.gpu_bench.checks import random_codes
+from tools.gpu_bench.cases import random_codes
 
 CAPABILITY = int(sys.argv[1]) if len(sys.argv) > 1 else 90
 EVERY = "all" in sys.argv[2:]
@@ -69,7 +70,7 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **nam
     found = {"kernel": self.__name__, "wgmma": "warp_group_dot" in compiled["ttgir"]}
     found |= {"overlaps": bool(options.get("launch_pdl")), "waits": compiled["ptx"].count("griddepcontrol.wait")}
     if self.__name__ == "_packed_kernel":
-        found |= {name.lower(): values[name] for name in ("BITS", "STORED", "HAS_ZEROS", "IS_WIDE")}
+        found |= {name.lower(): values[name] for name in ("BITS", "STORED", "HAS_ZEROS", "IS_WIDE", "SLOTS", "NORMS")}
         found |= machine_code(compiled["cubin"])
         found["programs"] = programs(found["registers"], kernel.metadata.shared)
     print(json.dumps(found))
@@ -111,7 +112,17 @@ def main() -> None:
 
 
 def launch_all() -> None:
-    from quasar_core.kernels.triton import attention, choices, eight_bit, elementwise, packed, probe, products, unpack
+    from quasar_core.kernels.triton import (
+        attention,
+        choices,
+        eight_bit,
+        elementwise,
+        packed,
+        probe,
+        products,
+        stream,
+        unpack,
+    )
 
     x, out, steps = zeros(4, 4096), zeros(4, 256), zeros(4, dtype=torch.float32)
     for bits, symmetric in ((4, True), (4, False), (8, False), (2, True)):
@@ -127,6 +138,16 @@ def launch_all() -> None:
     probe._probe_kernel[(1,)](zeros(16, 16), pairs, zeros(16, 16, dtype=torch.float32), pairs, SIZE=16)
     packed.multiply_packed(x, weight, out[:, :128], gated=True)
     products.multiply_dense(x, zeros(256, 4096), out[:, :128], gated=True)
+    weight = prepare_packed(random_codes(4, 4096, 256, 128, symmetric=True), CPU)
+    whole = stream.begin_stream(x, x[0], 1e-6)
+    part = stream.Stream(out, out, zeros(4, 4, dtype=torch.float32), 1e-6)
+    before = stream.NextNorm(out[0], part.scaled, part.squares)
+    dense = (products.multiply_dense, zeros(256, 4096))
+    for multiply, own in ((packed.multiply_packed, weight), *([dense] if EVERY else [])):
+        multiply(x, own, out, residual=out, before=before)
+        multiply(x, own, out[:, :128], gated=True, behind=whole)
+        if EVERY:
+            multiply(x, own, out, behind=replace(whole, squares=zeros(4, 64, dtype=torch.float32)))
     elementwise.rms_norm_residual(x, x, x[0], 1e-6, x)
     elementwise.silu_multiply(x, zeros(4, 2048))
     states, queries, position = zeros(8, 1024, 128), zeros(4, 32, 128), zeros(1, dtype=torch.int64)

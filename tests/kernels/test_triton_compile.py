@@ -37,7 +37,7 @@ def test_kernels_compile(tmp_path: Path, target: int, launches: str) -> None:
     for line in run.stdout.splitlines():
         launch = json.loads(line)
         found[launch["kernel"]].append(launch)
-    assert len(found) == 16, sorted(found)
+    assert len(found) == 17, sorted(found)
     for launch in (*found["_dense_kernel"], *found["_w8a8_kernel"]) if target == 90 else ():
         assert launch["wgmma"], "the product is not on Hopper's tensor cores"
     for launch in (launch for launches in found.values() for launch in launches):
@@ -47,7 +47,7 @@ def test_kernels_compile(tmp_path: Path, target: int, launches: str) -> None:
         assert launch["spilled"] == 0
     for launch in (launch for launch in found["_packed_kernel"] if launch["stored"] == 1):
         # One tells all lanes who is last; codes stay in the registers that they were unpacked in.
-        assert launch["shuffles"] <= 1
+        assert launch["shuffles"] <= 1 or launch["slots"] or launch["norms"]
     narrow = [launch for launch in found["_packed_kernel"] if not launch["is_wide"] and launch["stored"] == 1]
     assert {launch["bits"] for launch in narrow} >= {4}
     for launch in (launch for launch in narrow if launch["bits"] > 2):

@@ -18,7 +18,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.triton import adapters as triton_kernel
-from quasar_core.kernels.triton import attention, blocks
+from quasar_core.kernels.triton import attention, blocks, weights
 from quasar_core.kernels.triton import tune as tune_module
 from quasar_core.kernels.triton.adapters import TritonKernel
 from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, gated_blocks, packed_blocks
@@ -26,8 +26,8 @@ from quasar_core.kernels.triton.packed import multiply_packed
 from quasar_core.kernels.triton.tune import GatedWeight, candidates, tune, tune_missing
 from quasar_core.kernels.triton.unpack import dequantize_packed
 from quasar_core.kernels.triton.weights import dequantize, prepare_packed
-from tools.gpu_bench.cases import Case, relative_error
-from tools.gpu_bench.checks import correctness_cases, random_codes
+from tools.gpu_bench.cases import Case, random_codes, relative_error
+from tools.gpu_bench.checks import correctness_cases
 
 CPU = torch.device("cpu")
 CASES = list(correctness_cases(CPU, small=True))
@@ -46,6 +46,17 @@ def test_the_order_of_the_tensor_cores_loses_nothing(bits: int, shape: tuple[int
     prepared = prepare_packed(weight, CPU)
     assert torch.equal(dequantize(prepared, torch.float32), weight.dequantize())
     assert torch.equal(dequantize_packed(prepared, torch.float16), dequantize(prepared, torch.float16))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_large_layer_is_packed_in_parts(monkeypatch: pytest.MonkeyPatch, symmetric: bool) -> None:
+    """Of a head that lies the other way in memory, too."""
+    weight = random_codes(8, 96, 200, 32, symmetric)
+    whole = prepare_packed(weight, CPU)
+    monkeypatch.setattr(weights, "_AT_ONCE", 1)
+    turned = replace(weight, codes=weight.codes.t().contiguous().t(), scales=weight.scales.t().contiguous().t())
+    for layer in (weight, turned):
+        assert torch.equal(prepare_packed(layer, CPU).words, whole.words)
 
 
 @pytest.mark.parametrize("rows", [1, 17, 65])

@@ -147,6 +147,77 @@ def test_one_graph_serves_every_length() -> None:
     assert [triton_steps().bound(length, 9000) for length in (1, 1025, 9000)] == [9000] * 3
 
 
+PLAIN = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(("codes", "count"), [(False, 5), pytest.param(True, 20, marks=pytest.mark.slow)], ids=str)
+def test_norms_may_join_the_products_around_them(
+    tmp_path: Path, codes: bool, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As near to float32 as passes with norms, in fewer launches; a token's logits do not depend on those beside it."""
+    steps = triton_steps()
+    save_model(tmp_path, "Llama", {**PLAIN, "attention_bias": True, "mlp_bias": True})
+    decoder, exact = load_target(tmp_path, CPU, torch.float16), load_target(tmp_path, CPU, FLOAT)
+    if codes:
+        monkeypatch.setattr(TritonKernel, "why_not", lambda *given: None)
+        rounded = RoundedCopy(decoder, in_groups(4), None)
+        decoder, exact = attach_verifier(decoder, rounded, "triton"), attach_verifier(exact, rounded, "reference")
+    tokens, logits = random_tokens(count), dict[str, torch.Tensor]()
+    for way, joins in (("exact", None), ("apart", False), ("joined", True)):
+        model = exact if joins is None else decoder
+        if joins is not None:
+            model.fast = CudaPass(model, steps, fast=True, joins_norms=joins)
+        if joins:
+            monkeypatch.setattr(steps, "normed", lambda *given: pytest.fail("a norm was launched on its own"))
+        cache = model.new_cache(40)
+        logits[way] = torch.cat([model.forward(part, cache) for part in (tokens[:1], tokens[1:3], tokens[3:])])
+    errors = {way: (logits[way] - logits["exact"]).norm() / logits["exact"].norm() for way in ("apart", "joined")}
+    assert 0 < errors["joined"] <= max(1.5 * errors["apart"], 8 * 2**-11), errors
+    cache = decoder.new_cache(40)
+    assert torch.equal(decoder.forward(tokens[:3], cache), logits["joined"][:3])
+    assert torch.equal(decoder.forward(tokens[3:4], cache), logits["joined"][3:4])
+
+
+def test_norms_join_only_where_the_products_can_apply_them(tmp_path: Path) -> None:
+    triton_steps()
+    from quasar_core.models.cuda.joined_norms import why_not_joined
+
+    def obstacle(kind: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> str | None:
+        folder = tmp_path / f"{kind} {dtype} {len(list(tmp_path.iterdir()))}"
+        save_model(folder, kind, {**PLAIN, **options})
+        return why_not_joined(load_target(folder, CPU, dtype))
+
+    more = "its blocks have more than a norm before attention and one before a gated MLP"
+    assert obstacle("Llama") is None
+    assert obstacle("Llama", torch.float16) == "rows that are not normed yet may be too large for float16"
+    assert obstacle("Llama", intermediate_size=96) == more  # gates that do not fill blocks
+    assert obstacle("Gemma2", head_dim=32) == more
+    assert obstacle("Granite", residual_multiplier=0.3) == more
+
+
+@pytest.mark.parametrize(("seconds", "joins"), [([2.0, 1.0], True), ([1.0, 2.0], False)])
+def test_norms_join_where_that_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: list[float], joins: bool
+) -> None:
+    steps = triton_steps()
+    save_model(tmp_path, "Llama", PLAIN)
+    apart = CudaPass(load_target(tmp_path, CPU, torch.bfloat16), steps, fast=True)
+    tried = list[CudaPass]()
+    monkeypatch.setattr(choosing, "try_out", tried.append)
+    monkeypatch.setattr(choosing, "time_passes", lambda passes, cache: seconds)
+    found, note = choosing.with_joined_norms(apart)
+    assert found is (tried[0] if joins else apart)
+    assert (found.joins_norms, "norms join their products: 1000000 µs" in note) == (joins, joins)
+
+    def fail(*given: Any) -> None:
+        raise RuntimeError("PassManager::run failed\nand more")
+
+    monkeypatch.setattr(choosing, "time_passes", fail)
+    kept, note = choosing.with_joined_norms(apart)
+    assert kept is apart
+    assert note == "norms have launches of their own: without, it failed here (PassManager::run failed)"
+
+
 def test_gates_that_do_not_fill_blocks_stay_apart(tmp_path: Path) -> None:
     save_model(tmp_path, "Llama", {"num_hidden_layers": 1})
     product, steps = load_target(tmp_path, CPU, torch.float16).layers[0].gate_up, triton_steps()
@@ -229,7 +300,7 @@ def test_tuning_comes_before_the_pass_and_is_told(tmp_path: Path, monkeypatch: p
     assert "of Triton's kernels; 4 tuned in 1.0 s; a token's logits do not depend on the tokens beside it" in note
     assert events == ["tune", "pass"]
     note = choosing.choose(decoder, fast=True)[1]
-    assert "of Triton's kernels; 4 tuned in 1.0 s; launches do not overlap: it needs" in note
+    assert "of Triton's kernels; 4 tuned in 1.0 s; norms have launches of their own: rows" in note
 
 
 def test_launches_overlap_within_their_context(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from quasar_core.checkpoint.gptq_format import QuantizedWeight, count_groups, trivial_groups
 from quasar_core.kernels.triton.attention import attend, attention_workspace
 from quasar_core.kernels.triton.blocks import dense_blocks, even_splits, packed_blocks
 from quasar_core.kernels.triton.eight_bit import multiply_w8a8, quantize_rows
@@ -21,8 +20,9 @@ from quasar_core.kernels.triton.elementwise import (
 from quasar_core.kernels.triton.packed import multiply_packed
 from quasar_core.kernels.triton.products import multiply_dense
 from quasar_core.kernels.triton.weights import prepare_packed
-from tools.gpu_bench.cases import TOLERANCE, Case, name_of, poisoned, randn, relative_error
+from tools.gpu_bench.cases import TOLERANCE, Case, name_of, poisoned, randn, random_codes, relative_error
 from tools.gpu_bench.choice_checks import choice_cases
+from tools.gpu_bench.norm_checks import joined_norm_cases
 
 
 def rotation_cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -111,7 +111,6 @@ def _attention(
 
 
 ROWS = (1, 2, 3, 5, 8, 16)
-CPU = torch.device("cpu")
 Term = torch.Tensor | None
 
 
@@ -149,23 +148,6 @@ def eight_bit_cases(device: torch.device, small: bool) -> Iterator[Case]:
         if device.type == "cuda" or kind == torch.int8:  # the interpreter's conversion to float8 loses carries
             yield f"norm into {name_of(kind)}", partial(_rounded_norm, kind, device)
             yield f"gate into {name_of(kind)}", partial(_rounded_gate, kind, device)
-
-
-def random_codes(
-    bits: int, in_features: int, out_features: int, group_size: int, symmetric: bool, device: torch.device = CPU
-) -> QuantizedWeight:
-    """Random codes, scales and zeros, the same for the same arguments."""
-    generator = torch.Generator(device).manual_seed(bits * in_features + out_features)
-    shape, groups = (in_features, out_features), (count_groups(in_features, group_size), out_features)
-    zeros = torch.randint(0, 2**bits + 1, groups, generator=generator, device=device)
-    return QuantizedWeight(
-        bits,
-        group_size,
-        torch.randint(2**bits, shape, generator=generator, dtype=torch.uint8, device=device),
-        (torch.rand(groups, generator=generator, device=device) + 0.1).half(),
-        (torch.full_like(zeros, 2 ** (bits - 1)) if symmetric else zeros).to(torch.int32),
-        trivial_groups(in_features, group_size).to(device),
-    )
 
 
 def _packed(
@@ -300,6 +282,7 @@ def correctness_cases(device: torch.device, small: bool) -> Iterator[Case]:
     """(name, callable → (error, tolerance)) for every kernel; `small` for the interpreter."""
     for dtype in TOLERANCE:
         yield from product_cases(device, dtype, small)
+        yield from joined_norm_cases(device, dtype, small)
         yield from _elementwise_cases(device, dtype, small)
         yield from rotation_cases(device, dtype)
         yield from attention_cases(device, dtype, small)

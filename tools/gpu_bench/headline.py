@@ -21,6 +21,8 @@ SMOKE_CASES = (
     "dense 6144×4096 bfloat16",
     "dense 4096×12288 bfloat16",
     "norm with residual 4096 bfloat16",
+    "joined norms 4 bits 4096×4096 bfloat16",
+    "joined norms 16 bits 4096×12288 bfloat16",
     "rotate and store 8+2·2 heads of 128 norms rotation bfloat16",
     "attend 1 tokens, 32/8 heads of 128 at 511 bfloat16",
     "attend 8 tokens, 32/8 heads of 128 at 8000 bfloat16",

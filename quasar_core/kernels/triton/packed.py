@@ -21,6 +21,7 @@ from quasar_core.kernels.triton.language import (
     wait,
 )
 from quasar_core.kernels.triton.products import finish, outputs_of
+from quasar_core.kernels.triton.stream import NOTHING_READ, NOTHING_WRITTEN, NextNorm, Stream
 from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
 
 TILE = tl.constexpr(TILE_ROWS)
@@ -36,11 +37,13 @@ def multiply_packed(
     residual: torch.Tensor | None = None,
     blocks: Blocks | None = None,
     gated: bool = False,
+    behind: Stream | None = None,
+    before: NextNorm | None = None,
 ) -> None:
     """x [T, in] · Wᵀ (+ bias [out]) (+ residual [T, out]) → out [T, out]; a row's result does not depend on T.
 
     `gated` stores silu(gate) · up in out [T, out ÷ 2], the first half of the outputs being gates (no residual then);
-    its blocks have two stored ones, or more.
+    its blocks have two stored ones, or more. Of `behind` and `before` see `stream.py`: x is then `behind.scaled`.
     """
     chosen = blocks or packed_blocks(weight, x.device, gated)
     space = scratch(x.device)
@@ -58,6 +61,8 @@ def multiply_packed(
         weight.words.shape[0],
         weight.steps,
         _MAGIC[x.dtype],
+        *(behind.reads if behind else NOTHING_READ),
+        *(before.writes if before else NOTHING_WRITTEN),
         BITS=weight.bits,
         MIDDLE=weight.middle,
         CHUNK=weight.chunk,
@@ -70,6 +75,8 @@ def multiply_packed(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         GATED=gated,
+        SLOTS=triton.next_power_of_2(behind.squares.shape[1]) if behind else 0,
+        NORMS=before is not None,
         num_warps=4,
         num_stages=chosen.stages,
         **overlap(),
@@ -91,6 +98,13 @@ def _packed_kernel(
     stored_blocks,
     steps,
     magic,
+    read_ptr,
+    slots,
+    inverse,
+    eps,
+    norm_ptr,
+    scaled_ptr,
+    written_ptr,
     BITS: tl.constexpr,
     MIDDLE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -103,6 +117,8 @@ def _packed_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    NORMS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     block, split = tl.program_id(0), tl.program_id(1)
@@ -144,7 +160,8 @@ def _packed_kernel(
         acc = tl.reshape(tl.permute(tl.join(acc, further), (0, 2, 1)), (size, 2 * TILE))
     finish(
         acc, block, split, outputs, rows, out_ptr, bias_ptr, residual_ptr, partials_ptr, counters_ptr, count,
-        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL, GATED,
+        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL, GATED, read_ptr, slots, inverse, eps, norm_ptr, scaled_ptr,
+        written_ptr, SLOTS, NORMS,
     )  # fmt: skip
 
 

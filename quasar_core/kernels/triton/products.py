@@ -13,6 +13,7 @@ import triton.language as tl
 
 from quasar_core.kernels.triton.blocks import Blocks, dense_blocks
 from quasar_core.kernels.triton.language import fetch_rows, matrix_product, overlap, scratch, wait
+from quasar_core.kernels.triton.stream import NOTHING_READ, NOTHING_WRITTEN, NextNorm, Stream
 
 
 @triton.jit
@@ -33,6 +34,15 @@ def finish(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
+    read_ptr=None,
+    slots=1,
+    inverse=1.0,
+    eps=0.0,
+    norm_ptr=None,
+    scaled_ptr=None,
+    written_ptr=None,
+    SLOTS: tl.constexpr = 0,
+    NORMS: tl.constexpr = False,
 ):
     """Each program leaves its part; the last to arrive at a block adds all parts, in order, whoever it is.
 
@@ -43,7 +53,7 @@ def finish(
     if SPLITS == 1:
         store(
             acc, places, inside, block, outputs, rows, out_ptr, bias_ptr, residual_ptr, count, out_features, HAS_BIAS,
-            HAS_RESIDUAL, GATED,
+            HAS_RESIDUAL, GATED, read_ptr, slots, inverse, eps, norm_ptr, scaled_ptr, written_ptr, SLOTS, NORMS,
         )  # fmt: skip
     else:
         part = count * out_features
@@ -56,7 +66,8 @@ def finish(
                 total += tl.load(partials_ptr + i * part + places, mask=inside, other=0.0, cache_modifier=".cg")
             store(
                 total, places, inside, block, outputs, rows, out_ptr, bias_ptr, residual_ptr, count, out_features,
-                HAS_BIAS, HAS_RESIDUAL, GATED,
+                HAS_BIAS, HAS_RESIDUAL, GATED, read_ptr, slots, inverse, eps, norm_ptr, scaled_ptr, written_ptr, SLOTS,
+                NORMS,
             )  # fmt: skip
             tl.store(counters_ptr + block, 0)
 
@@ -77,8 +88,22 @@ def store(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
+    read_ptr,
+    slots,
+    inverse,
+    eps,
+    norm_ptr,
+    scaled_ptr,
+    written_ptr,
+    SLOTS: tl.constexpr,
+    NORMS: tl.constexpr,
 ):
-    """Bias and residual added in float32, and the gate in float32 too."""
+    """A norm's factor, bias, residual and gate in float32; then what the next norm needs of the sums as stored."""
+    if SLOTS:
+        slot = tl.arange(0, SLOTS)
+        known = (rows[None, :] < count) & (slot[:, None] < slots)
+        squares = tl.load(read_ptr + rows[None, :] * slots + slot[:, None], mask=known, other=0.0)
+        total *= tl.rsqrt(tl.sum(squares, axis=0) * inverse + eps)[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + outputs, mask=outputs < out_features, other=0.0)
         total += bias.to(tl.float32)[:, None]
@@ -91,7 +116,14 @@ def store(
         places = rows[None, :] * (out_features // 2) + columns[:, None]
         inside = (rows[None, :] < count) & (columns[:, None] < out_features // 2)
         total = gate / (1 + tl.exp(-gate)) * up
-    tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=inside)
+    stored = total.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + places, stored, mask=inside)
+    if NORMS:
+        kept = tl.where(inside, stored.to(tl.float32), 0.0)
+        norm = tl.load(norm_ptr + outputs, mask=outputs < out_features, other=0.0).to(tl.float32)
+        tl.store(scaled_ptr + places, (kept * norm[:, None]).to(stored.dtype), mask=inside)
+        blocks = tl.num_programs(0)
+        tl.store(written_ptr + rows * blocks + block, tl.sum(kept * kept, axis=0), mask=rows < count)
 
 
 @triton.jit
@@ -116,6 +148,8 @@ def multiply_dense(
     residual: torch.Tensor | None = None,
     blocks: Blocks | None = None,
     gated: bool = False,
+    behind: Stream | None = None,
+    before: NextNorm | None = None,
 ) -> None:
     """x [T, in] · weight [out, in]ᵀ (+ bias) (+ residual) → out [T, out], 16 bits; a row does not depend on T.
 
@@ -137,6 +171,8 @@ def multiply_dense(
         in_features,
         out_features,
         steps,
+        *(behind.reads if behind else NOTHING_READ),
+        *(before.writes if before else NOTHING_WRITTEN),
         OUTPUTS=chosen.outputs,
         INPUTS=chosen.inputs,
         SPLITS=chosen.splits,
@@ -145,6 +181,8 @@ def multiply_dense(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         GATED=gated,
+        SLOTS=triton.next_power_of_2(behind.squares.shape[1]) if behind else 0,
+        NORMS=before is not None,
         num_warps=4,
         num_stages=min(chosen.stages, _WIDE_STAGES) if is_wide else chosen.stages,
         **overlap(),
@@ -164,6 +202,13 @@ def _dense_kernel(
     in_features,
     out_features,
     steps,
+    read_ptr,
+    slots,
+    inverse,
+    eps,
+    norm_ptr,
+    scaled_ptr,
+    written_ptr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -172,6 +217,8 @@ def _dense_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    NORMS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     block, split = tl.program_id(0), tl.program_id(1)
@@ -195,5 +242,6 @@ def _dense_kernel(
         acc = matrix_product(weight, x, acc)
     finish(
         acc, block, split, outputs, rows, out_ptr, bias_ptr, residual_ptr, partials_ptr, counters_ptr, count,
-        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL, GATED,
+        out_features, SPLITS, HAS_BIAS, HAS_RESIDUAL, GATED, read_ptr, slots, inverse, eps, norm_ptr, scaled_ptr,
+        written_ptr, SLOTS, NORMS,
     )  # fmt: skip

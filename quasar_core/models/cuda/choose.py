@@ -6,7 +6,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.gpu import first_line, on, raise_if_lost
 from quasar_core.kernels.triton.adapters import why_not_triton
 from quasar_core.models.cuda.graph_pass import POSITION, CudaPass, cache_at
-from quasar_core.models.cuda.overlap import with_overlap
+from quasar_core.models.cuda.overlap import COUNTS, time_passes, with_overlap
 from quasar_core.models.cuda.products import tune_products
 from quasar_core.models.cuda.torch_steps import Steps, TorchSteps
 from quasar_core.models.decoder import LeanDecoder
@@ -64,10 +64,34 @@ def _pass_in_triton(decoder: LeanDecoder, steps: Steps, progress: Progress, fast
     progress("compiling kernels", 1, 1)
     if not fast:
         return found, [*notes, "a token's logits do not depend on the tokens beside it"]
+    progress("trying fewer launches", 0, 1)
+    found, about_norms = with_joined_norms(found)
+    progress("trying fewer launches", 1, 1)
     progress("trying launches that overlap", 0, 1)
-    found, note = with_overlap(found)
+    found, about_overlap = with_overlap(found)
     progress("trying launches that overlap", 1, 1)
-    return found, [*notes, note]
+    return found, [*notes, about_norms, about_overlap]
+
+
+def with_joined_norms(apart: CudaPass) -> tuple[CudaPass, str]:
+    """The pass whose products apply the norms where that can be had and is faster, else the one given; a sentence."""
+    from quasar_core.models.cuda.joined_norms import why_not_joined
+
+    obstacle = why_not_joined(apart.decoder)
+    if obstacle:
+        return apart, f"norms have launches of their own: {obstacle}"
+    try:
+        joined = CudaPass(apart.decoder, apart.steps, fast=True, joins_norms=True)
+        try_out(joined)
+        seconds = time_passes([apart, joined], cache_at(apart.decoder, POSITION))
+    except Exception as error:  # of a compiler, a kernel, the driver: it is told
+        raise_if_lost(error)
+        return apart, f"norms have launches of their own: without, it failed here ({first_line(error)})"
+    counts = " and ".join(map(str, COUNTS))
+    figures = f"{1e6 * seconds[1]:.0f} µs for passes of {counts}, {1e6 * seconds[0]:.0f} without"
+    if seconds[1] < seconds[0]:
+        return joined, f"norms join their products: {figures}"
+    return apart, f"norms have launches of their own: joined to their products, {figures}"
 
 
 def choose_steps(device: torch.device, dtype: torch.dtype) -> tuple[Steps, str]:

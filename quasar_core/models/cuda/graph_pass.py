@@ -12,7 +12,7 @@ asks for what may be faster: each product by the fastest way for its rows, trees
 tried on the decoder itself (`overlap.py`). Letters: T tokens of a pass, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from weakref import WeakSet
 
@@ -37,13 +37,20 @@ class CudaPass:
     """Implements `models.base.FastPass`. On other devices the same steps run unrecorded: so they are tested."""
 
     def __init__(
-        self, decoder: LeanDecoder, steps: Steps, launches: Launcher | None = None, *, fast: bool = False
+        self,
+        decoder: LeanDecoder,
+        steps: Steps,
+        launches: Launcher | None = None,
+        *,
+        fast: bool = False,
+        joins_norms: bool = False,
     ) -> None:
         self.decoder, self.steps = decoder, steps
         self.name = "CUDA graphs, fast" if fast else "CUDA graphs"  # remembered costs are of one or the other
         self.longest = LONGEST_PASS
         self.longest_tree = LONGEST_TREE if fast or _may_differ(decoder, steps) else 0
         self.note = ""  # how it was chosen
+        self.joins_norms = joins_norms  # products apply the norms, in Triton's kernels
         device = decoder.device
         self.dense = DenseChoices(decoder, steps, measures=fast)
         self._launches = launches or launcher(device)
@@ -78,7 +85,8 @@ class CudaPass:
         bound = self.steps.bound(cache.length + size, cache.capacity)
         tables = self._tables.get(cache.capacity) or self._cut_tables(cache.capacity)
         with self.steps.launching():
-            self.dense.choose(size)
+            if not self.joins_norms:
+                self.dense.choose(size)
             kind = size, bound, likeliest, is_tree
             self._launches.run(cache, kind, lambda: self._launch(size, cache, bound, tables, likeliest, is_tree))
         cache.advance(count)
@@ -106,22 +114,34 @@ class CudaPass:
             (window, heads): steps.make_mask(position, bound, count, window, config.num_heads // heads, tree)
             for window, heads in self._sights
         }
-        hidden, inputs = decoder.embed(tokens)
-        delta = None
-        for layer, states, given in zip(decoder.layers, cache.layers, inputs, strict=True):
-            x = self._normed(hidden, delta, layer.input_norm, layer.qkv)
-            rope = layer.shape.rope
-            queries = steps.rotate_and_store(
-                self.dense.multiply(layer.qkv, x),
-                decoder.turn(layer),
-                None if rope is None else tables.rotations[rope],
-                position,
-                states,
-                tree,
-            )
-            queries = tables.grown(queries, position, tree)
+
+        def attention(index: int, qkv: torch.Tensor) -> torch.Tensor:
+            """Write a block's keys and values to the cache, then mix the values."""
+            layer, states = decoder.layers[index], cache.layers[index]
+            rope = None if layer.shape.rope is None else tables.rotations[layer.shape.rope]
+            queries = steps.rotate_and_store(qkv, decoder.turn(layer), rope, position, states, tree)
             mask = masks[layer.shape.window, layer.shape.kv_heads]
-            x = steps.attend(queries, states, mask, config.scores_scale, config.scores_cap)
+            queries = tables.grown(queries, position, tree)
+            return steps.attend(queries, states, mask, config.scores_scale, config.scores_cap)
+
+        logits.copy_(decoder.logits(self._run_blocks(tokens, attention)))
+        output = self._buffers.output.first(count)
+        steps.choose(logits, tokens, self._buffers.drafted, output)
+        if likeliest:
+            steps.find_likeliest(logits, output.likeliest)
+
+    def _run_blocks(self, tokens: torch.Tensor, attention: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Embedding, all blocks and the head → its product [T, V]."""
+        decoder, config = self.decoder, self.decoder.config
+        hidden, inputs = decoder.embed(tokens)
+        if self.joins_norms:
+            from quasar_core.models.cuda.joined_norms import run_joined
+
+            return run_joined(decoder, hidden, attention)
+        delta, count = None, len(tokens)
+        for index, (layer, given) in enumerate(zip(decoder.layers, inputs, strict=True)):
+            x = self._normed(hidden, delta, layer.input_norm, layer.qkv)
+            x = attention(index, self.dense.multiply(layer.qkv, x))
             delta = self._behind(self.dense.multiply(layer.out, x), layer.out_norm)
             gate_up, down = layer.mlp
             x = self._normed(hidden, delta, layer.mlp_norm, gate_up)
@@ -133,12 +153,7 @@ class CudaPass:
                 delta = self._behind(decoder.own_input(layer, hidden, given), layer.input_out_norm)
             if layer.scalar is not None:
                 hidden, delta = hidden.add_(delta).mul_(layer.scalar), None
-        x = self._normed(hidden, delta, decoder.norm, decoder.head)
-        logits.copy_(decoder.logits(self.dense.multiply(decoder.head, x)))
-        output = self._buffers.output.first(count)
-        steps.choose(logits, tokens, self._buffers.drafted, output)
-        if likeliest:
-            steps.find_likeliest(logits, output.likeliest)
+        return self.dense.multiply(decoder.head, self._normed(hidden, delta, decoder.norm, decoder.head))
 
     def _normed(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.Tensor | None, product: Linear

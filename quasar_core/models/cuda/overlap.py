@@ -36,7 +36,7 @@ def choose_overlap(apart: CudaPass, overlapping: Steps) -> tuple[CudaPass, str]:
     decoder = apart.decoder
     cache = cache_at(decoder, POSITION)
     try:
-        overlapped = CudaPass(decoder, overlapping, fast=True)
+        overlapped = CudaPass(decoder, overlapping, fast=True, joins_norms=apart.joins_norms)
         differing = differing_passes(decoder, apart.steps, overlapped, cache)
         seconds = time_passes([apart, overlapped], cache)
     except Exception as error:  # of Triton, which does not know the option, or of the driver
@@ -54,7 +54,7 @@ def choose_overlap(apart: CudaPass, overlapping: Steps) -> tuple[CudaPass, str]:
 
 def differing_passes(decoder: LeanDecoder, plain: Steps, overlapped: CudaPass, cache: DecoderCache) -> int:
     """Passes that overlap, and whose logits are not to the last bit those of the same kernels one after the other."""
-    apart, differing = CudaPass(decoder, plain, PlainLauncher()), 0
+    apart, differing = CudaPass(decoder, plain, PlainLauncher(), joins_norms=overlapped.joins_norms), 0
     apart.dense = overlapped.dense
     for count in COUNTS:
         overlapped.run([0] * count, cache)  # which chooses the products
