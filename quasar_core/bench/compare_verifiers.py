@@ -21,7 +21,7 @@ from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.times import ROWS, kernel_times, measured_on
 from quasar_core.models.decoder_config import DecoderConfig, why_not_lean
 from quasar_core.models.linear import all_block_products, head_product
-from quasar_core.store import fingerprint, list_pairs, read_headers
+from quasar_core.store import fingerprint, list_pairs, read_text_headers
 
 SHOWN = (1, 4, 8)  # tokens
 COMPARED_BITS = (4, 8)
@@ -210,7 +210,7 @@ class _Comparer:
         packed, plain = set(checkpoint.layer_names), set(checkpoint.plain_names)
         stored = sum(
             entry.size
-            for entry in read_headers(checkpoint.folder)
+            for entry in read_text_headers(checkpoint.folder)
             if entry.name not in plain and not entry.name.endswith(".g_idx")
         )
         products = [*self.blocks, head_product(self.config)]

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from quasar_core.checkpoint.reader import QuantizationFormat, VerifierCheckpoint
-from quasar_core.store.safetensors_header import TensorEntry, read_headers
+from quasar_core.store.model_config import read_text_headers
+from quasar_core.store.safetensors_header import TensorEntry
 
 # As a safetensors header names what a layer's tensors may be, and as torch does.
 _DTYPES = {"I32": "int32", "I64": "int64", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}
@@ -35,7 +36,7 @@ class StoredLayer:
 
 def stored_layers(checkpoint: VerifierCheckpoint) -> list[StoredLayer]:
     """Every quantized layer, by name; layers of widths of their own are told by their shapes."""
-    entries = {entry.name: entry for entry in read_headers(checkpoint.folder)}
+    entries = {entry.name: entry for entry in read_text_headers(checkpoint.folder)}
     return [_stored(entries, name, checkpoint) for name in checkpoint.layer_names]
 
 

@@ -1,7 +1,7 @@
 """Read a verifier checkpoint, strictly: what does not fit the format is refused in one sentence."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from quasar_core.files import is_file, is_folder, read_json, read_json_if_there,
 from quasar_core.malloc import return_freed_memory
 from quasar_core.page_cache import forget_file
 from quasar_core.records import FidelityReport
-from quasar_core.store.model_config import read_config
+from quasar_core.store.model_config import read_config, read_text_config, read_text_headers, text_entries
 from quasar_core.store.safetensors_header import (
     INDEX_NAME,
     WEIGHTS_NAME,
@@ -35,6 +35,7 @@ from quasar_core.store.safetensors_header import (
     read_index,
     weight_files,
 )
+from quasar_core.store.text_part import prefixes_of, text_name
 from quasar_core.typed import build, known_part
 
 CPU = torch.device("cpu")
@@ -45,7 +46,11 @@ PACKED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 class TensorFiles:
-    """The safetensors files of a folder as one mapping from name to tensor, read on demand."""
+    """The safetensors files of a folder as one mapping from name to tensor, read on demand.
+
+    Of a multimodal model they are those of its text part, by the names of a text model (`store/text_part.py`); the
+    names in the files are known too.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,13 +61,21 @@ class TensorFiles:
         for path in files:
             with open_tensors(path):
                 pass  # the library's own checks of a header are stricter than ours
-        self._entries = {entry.name: entry for entry in read_headers(folder)}
+        text = text_entries(folder)
+        self._stored = {name: entry.name for name, entry in text.items()}
+        renamed = any(name != stored for name, stored in self._stored.items())
+        self._prefixes = prefixes_of(self._stored.values()) if renamed else {}
+        self._entries = {name: replace(entry, name=name) for name, entry in text.items()}
         self._where = {name: entry.file for name, entry in self._entries.items()}
+        held = {entry.name: entry.file for entry in read_headers(folder)}
+        self.beside = sorted(held.keys() - self._stored.values())
+        self._where |= {name: held[name] for name in self.beside}
+        self._stored |= {name: name for name in self.beside}
         self._scales = self._take_scales()
         self._entries, self._parts = stacked_experts.separate(self._entries)
         self._where |= {name: entry.file for name, entry in self._entries.items()}
         if files != [folder / WEIGHTS_NAME]:
-            self._check_index()
+            self._check_index(held.keys())
 
     def _take_scales(self) -> dict[str, Path]:
         """Where the scales of weights in 8-bit blocks lie, by the weight; they are no tensors of the model."""
@@ -83,22 +96,33 @@ class TensorFiles:
 
     def dequantizes(self, name: str) -> bool:
         """Whether a weight is one of those."""
-        return name in self._scales
+        return self.own(name) in self._scales
 
-    def _check_index(self) -> None:
+    def _check_index(self, held: Set[str]) -> None:
         """A tensor that the index names and no file holds is lost; a verifier would be without it, unnoticed."""
         index = self.folder / INDEX_NAME
         named = read_index(self.folder) if is_file(index) else {}
-        lost = sorted(named.keys() - self._where.keys())
+        lost = sorted(named.keys() - held)
         if lost:
             raise QuasarError(f"{index} names the tensor {lost[0]}, and {named[lost[0]]} does not hold it.")
 
+    def stored(self, name: str) -> str:
+        """The name in the files of a tensor, or of a layer, that a text model has by this one."""
+        prefix = next((own for own in self._prefixes if name.startswith(own) or f"{name}." == own), None)
+        if name in self._stored or prefix is None:
+            return self._stored.get(name, name)
+        return (self._prefixes[prefix] + f"{name}.".removeprefix(prefix)).removesuffix(".")
+
+    def own(self, stored: str) -> str:
+        """The name that a text model has for a tensor of the files."""
+        return (text_name(stored) if self._prefixes else None) or stored
+
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return self.own(name) in self._entries
 
     def holds_whole(self, name: str) -> bool:
         """Whether a tensor is stored by itself, and not as a part of one with all experts."""
-        return name in self._entries and name not in self._parts
+        return self.own(name) in self._entries and self.own(name) not in self._parts
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -106,21 +130,21 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, from its file's header."""
-        if name not in self._entries:
-            raise QuasarError(f"{self.folder} holds no tensor {name}.")
-        return self._entries[name].shape
+        return self.entry(name).shape
 
     def entry(self, name: str) -> TensorEntry:
         """Where a tensor's bytes lie."""
-        self.shape(name)
-        return self._entries[name]
+        if name not in self:
+            raise QuasarError(f"{self.folder} holds no tensor {name}.")
+        return self._entries[self.own(name)]
 
     def scales_of(self, name: str) -> tuple[torch.Tensor, tuple[int, int]] | None:
         """The scales of a weight in 8-bit floats, and the size of their blocks; None for other tensors."""
         if name not in self._scales:
             return None
         with open_tensors(self._scales[name]) as file:
-            return read_tensor(file, float8_blocks.scale_of(name), self._scales[name]), self._block
+            scales = self.stored(float8_blocks.scale_of(name))
+            return read_tensor(file, scales, self._scales[name]), self._block
 
     def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """QuasarError where the stored tensor has another shape than the model's config gives it."""
@@ -130,17 +154,18 @@ class TensorFiles:
 
     def load(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU."""
-        if name not in self._where:
+        if self.own(name) not in self._where:
             raise QuasarError(f"{self.folder} holds no tensor {name}.")
-        with open_tensors(self._where[name]) as file:
-            return self._read(file, name)
+        with open_tensors(self._where[self.own(name)]) as file:
+            return self._read(file, self.own(name))
 
     def _read(self, file: Any, name: str) -> torch.Tensor:
         """One tensor of an open file, dequantized where it is stored in 8-bit blocks."""
         if name in self._parts:
-            with foreign_errors(f"The tensor {self._parts[name].name} in {self._where[name]} cannot be read"):
-                return self._parts[name].read(file)
-        tensor = read_tensor(file, name, self._where[name])
+            part = self._parts[name]
+            with foreign_errors(f"The tensor {part.name} in {self._where[name]} cannot be read"):
+                return part.read(file, self.stored(part.name))
+        tensor = read_tensor(file, self.stored(name), self._where[name])
         scales = self.scales_of(name)
         return tensor if scales is None else float8_blocks.dequantize(name, tensor, *scales)
 
@@ -161,11 +186,12 @@ class TensorFiles:
 
     def load_many(self, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors file by file, each file opened once."""
-        for path in sorted({self._where[name] for name in names}):
+        where = {name: self._where[self.own(name)] for name in names}
+        for path in sorted(set(where.values())):
             with open_tensors(path) as file:
                 for name in names:
-                    if self._where[name] == path:
-                        yield name, self._read(file, name)
+                    if where[name] == path:
+                        yield name, self._read(file, self.own(name))
 
 
 def open_tensors(path: Path) -> Any:
@@ -323,7 +349,7 @@ class VerifierCheckpoint:
         if not is_folder(folder):
             raise QuasarError(f"The verifier's folder {folder} does not exist.")
         self.folder = folder
-        self.config = read_config(folder)
+        self.config = read_text_config(folder)
         self.format = parse_format(folder, self.config)
         self.tensors = TensorFiles(folder)
         self._refuse_parts()
@@ -332,7 +358,7 @@ class VerifierCheckpoint:
     def _refuse_parts(self) -> None:
         """A layer of which the marker alone is missing would be taken for one that was never quantized."""
         layers = set(self.layer_names)
-        for entry in read_headers(self.folder):
+        for entry in read_text_headers(self.folder):
             layer, _, suffix = entry.name.rpartition(".")
             belongs = suffix in self.format.only_packed or (suffix == "weight" and entry.dtype in _EIGHT_BITS)
             if belongs and layer not in layers:

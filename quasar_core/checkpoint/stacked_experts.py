@@ -33,9 +33,9 @@ class Part:
     begin: int
     end: int
 
-    def read(self, file: Any) -> torch.Tensor:
-        """The tensor, from the open file that holds the whole."""
-        rows: torch.Tensor = file.get_slice(self.name)[self.index : self.index + 1, self.begin : self.end]
+    def read(self, file: Any, stored: str) -> torch.Tensor:
+        """The tensor, from the open file that holds the whole by this name."""
+        rows: torch.Tensor = file.get_slice(stored)[self.index : self.index + 1, self.begin : self.end]
         return rows[0]
 
 

@@ -278,7 +278,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         ropes_by_type=True,
         scales=Scales("√hidden", scores_are_plain=True),
         blocks_differ=True,
-        only={**CAUSAL_ONLY, "enable_moe_block": (False, None), "per_layer_config": ()},
+        only={
+            "use_bidirectional_attention": (None, False, "vision"),
+            "enable_moe_block": (False, None),
+            "per_layer_config": (),
+        },
         defaults={
             **GEMMA_DEFAULTS,
             "sliding_window": 512,

@@ -6,12 +6,12 @@ from quasar_core.checkpoint.headers import StoredLayer, describe_marlin, stored_
 from quasar_core.checkpoint.loaders import describe_loaders
 from quasar_core.checkpoint.reader import GPTQ_METHODS, VerifierCheckpoint
 from quasar_core.models.lean_weights import check_fits
-from quasar_core.store import TensorEntry, read_headers
+from quasar_core.store import TensorEntry, read_text_headers
 
 
 def describe(checkpoint: VerifierCheckpoint) -> dict[str, Any]:
     """The JSON form: from the configs, quasar.json and the headers of the safetensors files."""
-    sizes = {entry.name: entry for entry in read_headers(checkpoint.folder)}
+    sizes = {entry.name: entry for entry in read_text_headers(checkpoint.folder)}
     plain = set(checkpoint.plain_names)
     packed = {name: entry for name, entry in sizes.items() if name not in plain}
     packed_bytes = sum(entry.size for entry in packed.values())

@@ -19,6 +19,7 @@ from quasar_core.models.linear import Product, xielu_names
 from quasar_core.models.streaming import StreamedWeights
 from quasar_core.models.upload import Upload
 from quasar_core.records import Progress, no_progress
+from quasar_core.store.text_part import BESIDE
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head"
 
@@ -26,10 +27,13 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head"
 def has_no_effect(name: str, config: DecoderConfig) -> bool:
     """Whether a stored tensor is a buffer that models compute from their config, or of a block that does not run.
 
-    Older tools stored such buffers; some models have blocks behind the last one that only predict further tokens.
+    Older tools stored such buffers; some models have blocks behind the last one, or heads beside it (`mtp`), that only
+    predict further tokens.
     """
     further = range(config.num_layers, config.num_layers + config.further_blocks)
-    return name.endswith("rotary_emb.inv_freq") or any(name.startswith(f"model.layers.{index}.") for index in further)
+    if name.startswith(BESIDE) or name.endswith("rotary_emb.inv_freq"):
+        return True
+    return any(name.startswith(f"model.layers.{index}.") for index in further)
 
 
 class Filling:

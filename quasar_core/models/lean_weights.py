@@ -41,7 +41,7 @@ from quasar_core.models.recurrence import Recurrence
 from quasar_core.models.rope import RopeTables
 from quasar_core.models.streaming import StreamedWeights
 from quasar_core.records import Progress, no_progress
-from quasar_core.store.model_config import read_config
+from quasar_core.store.model_config import read_text_config
 
 Streamed = Mapping[int, Sequence[Product]]  # products of blocks that are fetched for every pass, by their block
 NOTHING: Streamed = MappingProxyType({})
@@ -57,7 +57,7 @@ def load_target(
     streamed: Streamed = NOTHING,
 ) -> LeanDecoder:
     """The model of a folder, from safetensors only; QuasarError where `why_not_lean` has a reason."""
-    config = DecoderConfig.parse(read_config(folder))
+    config = DecoderConfig.parse(read_text_config(folder))
     return build_target(config, TensorFiles(folder), device, dtype, progress, streamed)
 
 
@@ -273,7 +273,7 @@ def _build_linears(
 
 def why_folder_not_lean(folder: Path) -> str | None:
     """Why the lean decoder does not run the model of a folder, or None where it does."""
-    content = read_config(folder)
+    content = read_text_config(folder)
     return why_not_lean(content) or _tensor_without_place(DecoderConfig.parse(content), TensorFiles(folder))
 
 

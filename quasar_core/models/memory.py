@@ -25,8 +25,7 @@ from quasar_core.models.linear import (
 )
 from quasar_core.models.recurrence_states import REACH
 from quasar_core.models.verifier_head import is_rounded, rounded_bytes
-from quasar_core.store.model_config import read_config
-from quasar_core.store.safetensors_header import read_headers
+from quasar_core.store.model_config import read_text_config, read_text_headers
 
 PROMPT_CHUNK = 2048  # tokens of a prompt's pass on a GPU
 LONGEST_PASS = 40  # tokens of the longest recorded pass: a confirm of the longest window takes 33
@@ -73,7 +72,7 @@ def pair_need(
     """
     if why_folder_not_lean(folder):
         return None
-    config = tied_as_stored(DecoderConfig.parse(read_config(folder)), TensorFiles(folder))
+    config = tied_as_stored(DecoderConfig.parse(read_text_config(folder)), TensorFiles(folder))
     plain = sum(tensor_elements(config).values()) * dtype.itemsize + rule_bytes(config)
     target = plain if use_target else 0
     verifier = 0
@@ -149,7 +148,7 @@ def rounded_head_bytes(config: DecoderConfig, checkpoint: VerifierCheckpoint) ->
 def stored_bytes(checkpoint: VerifierCheckpoint) -> int:
     """Codes, scales and zeros as they are stored; kernels bring them into another order, of about the same size."""
     plain = set(checkpoint.plain_names)
-    return sum(entry.size for entry in read_headers(checkpoint.folder) if entry.name not in plain)
+    return sum(entry.size for entry in read_text_headers(checkpoint.folder) if entry.name not in plain)
 
 
 def token_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:

@@ -19,7 +19,7 @@ from quasar_core.models.lean_weights import Streamed, tied_as_stored, why_folder
 from quasar_core.models.linear import Product, block_products
 from quasar_core.models.memory import MemoryNeed, pair_need
 from quasar_core.models.streaming import BUFFERS, LayerStream, buffer_bytes
-from quasar_core.store.model_config import read_config
+from quasar_core.store.model_config import read_text_config
 from quasar_core.system import free_memory, own_memory
 
 PLANNED_CONTEXT = 4096  # tokens that a cache is planned for where --max-context does not say
@@ -129,7 +129,7 @@ def movable_products(folder: Path, checkpoint: VerifierCheckpoint | None) -> tup
 
     They are those that the verifier has in codes; all where there is no verifier.
     """
-    config = tied_as_stored(DecoderConfig.parse(read_config(folder)), TensorFiles(folder))
+    config = tied_as_stored(DecoderConfig.parse(read_text_config(folder)), TensorFiles(folder))
     packed = None if checkpoint is None else set(checkpoint.layer_names)
     found: dict[int, list[Product]] = {}
     for block in range(config.num_layers):

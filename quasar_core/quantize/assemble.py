@@ -24,6 +24,7 @@ from quasar_core.records import FidelityReport, QuantizeReport
 from quasar_core.store.folders import CARD
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import weight_files
+from quasar_core.store.text_part import BESIDE
 from quasar_core.system import package_versions
 
 MIXED = "mixed-width"
@@ -150,19 +151,28 @@ def assemble(job: Job, names: Weights) -> dict[str, str]:
         if gptq
         else compressed_tensors.quantization_section(number)
     )
-    if any(is_kept(name.removesuffix(".weight")) for name in TensorFiles(job.source).names()):
+    for rule in rules_of_kept(TensorFiles(job.source)):
         if gptq:
-            section.setdefault("dynamic", {})[f"-:{KEPT_RULE}"] = {}
+            section.setdefault("dynamic", {})[f"-:{rule}"] = {}
         else:
-            section["ignore"].append(f"re:{KEPT_RULE}")
+            section["ignore"].append(f"re:{rule}")
     config = read_config(job.source)
     config["quantization_config"] = section
     if job.config.lm_head_bits < 16:
-        config["tie_word_embeddings"] = False  # the packed head stands on its own
+        for part in (config, config.get("text_config") or {}):
+            part["tie_word_embeddings"] = False  # the packed head stands on its own
     write_json(job.partial / "config.json", config)
     if gptq:
         write_json(job.partial / "quantize_config.json", section)
     return digests
+
+
+def rules_of_kept(files: TensorFiles) -> list[str]:
+    """Patterns, for other loaders, of layers that keep the target's precision: some rows, towers, further heads."""
+    rules = [KEPT_RULE] if any(is_kept(name.removesuffix(".weight")) for name in files.names()) else []
+    further = [name for name in files.names() if name.startswith(BESIDE)]
+    roots = sorted({name.removeprefix("model.").partition(".")[0] for name in (*files.beside, *further)})
+    return rules + [rf"(.*\.)?{root}\..*" for root in roots]
 
 
 def unwritten_tensors(job: Job, names: Weights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -173,7 +183,8 @@ def unwritten_tensors(job: Job, names: Weights) -> Iterator[tuple[str, torch.Ten
         if not is_shard(commit):
             yield from committed_tensors(commit)
     source = TensorFiles(job.source)
-    yield from source.load_many([name for name in source.names() if name not in replaced])
+    stored = [*map(source.stored, source.names()), *source.beside]
+    yield from source.load_many([name for name in stored if name not in replaced])
     for name, kept in names.tied.items():  # an embedding that is stored as the head alone, which has codes now
         if names.stored(kept) in replaced and names.stored(name) not in source:
             yield name, source.load(names.stored(kept))

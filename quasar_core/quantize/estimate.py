@@ -29,7 +29,7 @@ from quasar_core.quantize.successors import MOST_READ, can_be_counted
 from quasar_core.quantize.text_plan import Free, free_on, plan_text
 from quasar_core.quantize.text_writers import token_bytes
 from quasar_core.records import Progress
-from quasar_core.store.safetensors_header import read_headers
+from quasar_core.store.model_config import read_text_headers
 from quasar_core.system import LoadMeter, free_disk, free_memory
 from quasar_core.timing import time_one, timed
 
@@ -364,7 +364,7 @@ def stored_element(source: Path) -> int:
     They are 2 or more, as weights of 8 bits are dequantized to 16.
     """
     sizes: dict[int, int] = {}
-    for entry in read_headers(source):
+    for entry in read_text_headers(source):
         element = entry.size // max(1, math.prod(entry.shape))
         sizes[element] = sizes.get(element, 0) + entry.size
     return max(2, max(sizes, key=lambda element: sizes[element]))

@@ -23,7 +23,7 @@ from quasar_core.quantize.blocks.streaming import StreamedModel
 from quasar_core.quantize.rounded_copy import rounded_bytes, write_rounded
 from quasar_core.quantize.text_writers import USUAL_ROOM, LeanWriter, TransformersWriter, Writer
 from quasar_core.records import Progress, no_progress
-from quasar_core.store.model_config import read_config
+from quasar_core.store.model_config import read_text_config
 
 # Rows may take one part in so many of the memory that is free beside the weights, and, kept, of the disk.
 SHARE_FOR_ROWS = 4
@@ -134,7 +134,7 @@ def _why_not_lean(source: Path, target: StreamedModel) -> str | None:
         return target.whole_because
     if (obstacle := why_folder_not_lean(source)) is not None:
         return obstacle
-    recurrent = DecoderConfig.parse(read_config(source)).is_recurrent
+    recurrent = DecoderConfig.parse(read_text_config(source)).is_recurrent
     return "some of its layers are recurrent" if recurrent else None
 
 

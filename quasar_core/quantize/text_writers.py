@@ -198,6 +198,11 @@ class TransformersRows:
 def token_bytes(model: PreTrainedModel, element: int) -> int:
     """Count the bytes of a token's keys and values in all layers, of so many bytes a number."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * element)
+    options = config.to_dict()  # of layers that differ, the config itself gives no number
+    own = {int(index): given for index, given in (options.get("per_layer_config") or {}).items()}
+    total = 0
+    for index in range(config.num_hidden_layers):
+        layer = {**options, **own.get(index, {})}
+        heads = layer.get("num_key_value_heads") or config.num_attention_heads
+        total += 2 * heads * (layer.get("head_dim") or config.hidden_size // config.num_attention_heads)
+    return int(total * element)

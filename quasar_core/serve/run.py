@@ -14,7 +14,7 @@ from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.memory import token_bytes
 from quasar_core.models.pair import Pair
 from quasar_core.serve.settings import Settings
-from quasar_core.store.model_config import read_config
+from quasar_core.store.model_config import read_text_config
 from quasar_core.system import free_memory
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client", "llguidance")
@@ -114,5 +114,5 @@ def prefix_positions(settings: Settings, pair: Pair) -> Settings:
     free = free_memory() if pair.device.type == "cpu" else None
     if free is None or pair.target_folder is None or why_folder_not_lean(pair.target_folder):
         return replace(settings, prefix_positions=settings.prefixes * pair.max_context)
-    each = token_bytes(DecoderConfig.parse(read_config(pair.target_folder)), pair.dtype)
+    each = token_bytes(DecoderConfig.parse(read_text_config(pair.target_folder)), pair.dtype)
     return replace(settings, prefix_positions=free // 4 // each)

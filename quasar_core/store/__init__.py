@@ -6,9 +6,10 @@ Knows files and names only; it imports no torch, so that every command may ask i
 from quasar_core.store.fingerprint import fingerprint
 from quasar_core.store.folders import home
 from quasar_core.store.hub import check_can_push, push_folder
+from quasar_core.store.model_config import read_text_headers
 from quasar_core.store.names import ModelSource, default_output, full_name, resolve_model
 from quasar_core.store.pairs import PairRecord, current_pair, find_pair, list_pairs, record_pair, remove_pair, use_pair
-from quasar_core.store.safetensors_header import TensorEntry, read_headers
+from quasar_core.store.safetensors_header import TensorEntry
 
 __all__ = [
     "ModelSource",
@@ -23,7 +24,7 @@ __all__ = [
     "home",
     "list_pairs",
     "push_folder",
-    "read_headers",
+    "read_text_headers",
     "record_pair",
     "remove_pair",
     "resolve_model",

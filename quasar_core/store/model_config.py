@@ -1,12 +1,14 @@
 """Read a model's config.json, and refuse options of a wrong type or sign and counts that its files cannot hold."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quasar_core.errors import QuasarError
 from quasar_core.files import read_json
-from quasar_core.store.safetensors_header import read_headers
+from quasar_core.store.safetensors_header import TensorEntry, read_headers
+from quasar_core.store.text_part import has_text_part, text_name, text_part
 from quasar_core.typed import build
 
 _SIZE: Any = int | list | None
@@ -46,6 +48,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise QuasarError(f"{path} is not a model's config: {error}.") from error
     return config
+
+
+def read_text_config(folder: Path) -> dict[str, Any]:
+    """The same of the text part alone, where the model is multimodal (`text_part.py`)."""
+    return text_part(read_config(folder))
+
+
+def text_entries(folder: Path) -> dict[str, TensorEntry]:
+    """The tensors of a folder's text part as they are stored, by the names that a text model has, sorted."""
+    entries = read_headers(folder)
+    prefixed = any(text_name(entry.name) not in (None, entry.name) for entry in entries)
+    if not prefixed or not has_text_part(read_config(folder)):
+        return {entry.name: entry for entry in entries}
+    found: dict[str, TensorEntry] = {}
+    for entry in entries:
+        name = text_name(entry.name)
+        if name is not None and found.setdefault(name, entry) is not entry:
+            raise QuasarError(f"{folder} holds {name} twice: as {found[name].name} and as {entry.name}.")
+    return {name: found[name] for name in sorted(found)}
+
+
+def read_text_headers(folder: Path) -> list[TensorEntry]:
+    """The same under those names."""
+    return [replace(entry, name=name) for name, entry in text_entries(folder).items()]
 
 
 def _check(options: dict[str, Any], where: str) -> None:

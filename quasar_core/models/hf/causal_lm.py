@@ -22,6 +22,7 @@ from quasar_core.models.hf.skeleton import Weights, build_empty, build_skeleton,
 from quasar_core.models.hf.stored_names import StoredNames
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.model_config import read_config
+from quasar_core.store.text_part import has_text_part, key_mapping
 
 AnyCache = PreallocatedCache | TwoTableCache | RecurrentCache
 PIECE = 512  # tokens of a pass that writes keys again
@@ -141,6 +142,7 @@ def load_target(
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
+                **_text_part_alone(folder),
             )
     finally:
         if bar_was_shown:
@@ -151,6 +153,13 @@ def load_target(
     target = TransformersLM(model.to(device))
     target.left_out = sorted(found["unexpected_keys"])
     return target
+
+
+def _text_part_alone(folder: Path) -> dict[str, Any]:
+    """What has transformers load the text part of a multimodal model; nothing for a text model."""
+    if not has_text_part(read_config(folder)):
+        return {}
+    return {"config": read_model_config(folder), "key_mapping": key_mapping()}
 
 
 def _check_sizes(folder: Path, dtype: torch.dtype) -> None:

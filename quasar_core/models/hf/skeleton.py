@@ -20,6 +20,7 @@ from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.models.hf.experts import separate_experts
 from quasar_core.models.hf.stored_names import StoredNames
 from quasar_core.store.model_config import read_config
+from quasar_core.store.text_part import has_text_part
 
 LARGEST_BUFFER = 2**32  # bytes of what a config may ask to be computed
 POSITION_OPTIONS = (
@@ -37,6 +38,7 @@ _PANGU = "PanguEmbeddedForCausalLM"  # Llama by another name, which transformers
 def read_model_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of a model's folder as transformers understands it, without a quantization section.
 
+    That of its text part, where the model is multimodal.
     QuasarError where transformers refuses it, and for a model that needs code of its own without `trust_remote_code`.
     """
     content = read_config(folder)
@@ -48,6 +50,9 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> Pretrain
             config: PretrainedConfig = _pangu_as_llama(content)
         else:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    if has_text_part(content):
+        text, shared = config.get_text_config(), config
+        text.tie_word_embeddings, config = shared.tie_word_embeddings, text
     _refuse_foreign_windows(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -152,7 +157,7 @@ class Weights:
 
     def stored(self, name: str) -> str:
         """The name in the files of a parameter, a layer, or a part of a packed layer."""
-        return self.names.stored(name)
+        return self.files.stored(self.names.stored(name))
 
     def _tie(self, model: PreTrainedModel) -> Mapping[str, str]:
         """Parameters that are another one, by name, as transformers has it when it loads.
