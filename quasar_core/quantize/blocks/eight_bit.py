@@ -27,7 +27,7 @@ from quasar_core.quantize.solve.eight_bit import (
     solve_eight_bits,
 )
 from quasar_core.quantize.solve.gptq import Solution, SolverConfig
-from quasar_core.store.model_config import read_config
+from quasar_core.store.model_config import read_text_config
 
 SAMPLED_ROWS = 512  # of the calibration text, for the search
 # The norm that is divided by the factors, and the layers that read it, by the architecture table's names.
@@ -69,7 +69,7 @@ def eight_bit_method(config: QuantizeConfig, source: Path) -> EightBitMethod | N
     """What `--method` asks for of the model in a folder; None for GPTQ."""
     if config.method == "gptq":
         return None
-    content = read_config(source)
+    content = read_text_config(source)
     known = why_not_lean(content) is None and DecoderConfig.parse(content).can_be_smoothed
     number_format = Int8Format() if config.method == "w8a8" else E4M3Format()
     return EightBitMethod(number_format, smooth=known, solved=config.rounding == "gptq")
