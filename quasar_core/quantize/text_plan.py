@@ -125,7 +125,7 @@ def free_on(device: torch.device) -> int | None:
 
 def copy_bytes(source: Path, weights: int) -> dict[int, int]:
     """Bytes of rounded copies of a model with so many weights, by their bits, as the lean decoder holds them."""
-    config, widest = DecoderConfig.parse(read_config(source)), torch.float32.itemsize
+    config, widest = DecoderConfig.parse(read_text_config(source)), torch.float32.itemsize
     return {bits: rounded_bytes(config, weights, bits, widest) for bits in COPY_BITS}
 
 
