@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from quasar_core.quantize.solve import hessian as hessian_module
-from quasar_core.quantize.solve import matmul
+from quasar_core.quantize.solve import cpp, matmul
 from quasar_core.quantize.solve.hessian import HessianAccumulator
 from quasar_core.quantize.solve.matmul import FastPasses, causal_attention, product
 
@@ -128,22 +128,41 @@ def test_tiles_and_parts_make_the_hessian(columns: int, copied: int, monkeypatch
     assert torch.allclose(found, found.t(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("pairs", [True, False])
 @pytest.mark.parametrize("flags", [{"amx_bf16"}, set()], ids=str)
-def test_sums_over_inputs_in_bfloat16(fast: bool, flags: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """H as in float64, whatever the processor multiplies with; the errors' sum within a rounding of each batch."""
-    monkeypatch.setattr(matmul, "has_fast_bf16", lambda: fast)
+@pytest.mark.usefixtures("cpp_solver")
+def test_sums_over_inputs_in_bfloat16(pairs: bool, flags: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """H and the errors' sum as in float64, whatever the processor multiplies with."""
+    monkeypatch.setattr(cpp, "sums_pairs", lambda rows: pairs and rows.dtype == torch.bfloat16)
     monkeypatch.setattr(matmul, "processor_flags", lambda: frozenset(flags))
     torch.manual_seed(0)
-    batches, errors = torch.randn(4, 50, 300).bfloat16(), torch.randn(4, 50, 7).bfloat16()
+    batches, errors = torch.randn(4, 51, 300).bfloat16(), torch.randn(4, 51, 7).bfloat16()
     accumulator = HessianAccumulator(300, batches.device)
     for rows, beside in zip(batches, errors, strict=True):
         accumulator.add(rows, beside)
     x, e = batches.double(), errors.double()
     found, sums = accumulator.errors(), accumulator.finish("x")
-    torch.testing.assert_close(sums.double(), 2 / 200 * (x.mT @ x).sum(0), rtol=1e-5, atol=1e-5)
-    each = 2 / 200 * (e.mT @ x)
-    allowed = 2**-8 * each.abs().sum(0) + 1e-6 if fast else torch.tensor(1e-5, dtype=torch.double)
-    assert ((found - each.sum(0)).abs() <= allowed).all()
+    torch.testing.assert_close(sums.double(), 2 / 204 * (x.mT @ x).sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.double(), 2 / 204 * (e.mT @ x).sum(0), rtol=1e-5, atol=1e-5)
     if hasattr(torch.backends.mkldnn, "matmul"):
         assert torch.backends.mkldnn.matmul.fp32_precision != "bf16", "the setting is put back"
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 511, 1025])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (8, 48), (9, 49), (70, 130)])
+@pytest.mark.usefixtures("cpp_solver")
+def test_sums_over_tokens_in_cpp(tokens: int, rows: int, columns: int) -> None:
+    """Beside what was there already; of a factor with itself, the lower triangle; the same bits with any threads."""
+    torch.manual_seed(tokens)
+    left, right = torch.randn(tokens, rows).bfloat16(), torch.randn(tokens, columns).bfloat16()
+    found, itself = torch.ones(rows, columns), torch.zeros(columns, columns)
+    cpp.add_token_sums(left, right, found)
+    torch.testing.assert_close(found.double(), 1 + left.double().t() @ right.double(), rtol=1e-4, atol=1e-4)
+    cpp.add_token_sums(right, right, itself, lower=True)
+    exact = (right.double().t() @ right.double()).tril()
+    torch.testing.assert_close(itself.tril().double(), exact, rtol=1e-4, atol=1e-4)
+    before, again = torch.get_num_threads(), torch.ones(rows, columns)
+    torch.set_num_threads(3)
+    cpp.add_token_sums(left, right, again)
+    torch.set_num_threads(before)
+    assert torch.equal(found, again)

@@ -8,6 +8,7 @@
 
 #include "lanes.h"
 #include "team.h"
+#include "token_sums.h"
 
 using namespace quasar;
 
@@ -202,5 +203,20 @@ void quasar_descend_columns(const float* gradient, const float* kernel, const fl
             return move;
         });
     });
+}
+
+// Whether the processor multiplies bfloat16 in pairs.
+int quasar_multiplies_pairs() {
+#if defined(QUASAR_PAIRS)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Adds Σ a_t b_tᵀ to sums [rows, columns], of a [tokens, rows] and b [tokens, columns] in bfloat16.
+void quasar_add_token_sums(const uint16_t* a, const uint16_t* b, float* sums, int64_t tokens, int rows, int columns,
+                           int lower, int threads) {
+    add_token_sums(a, b, sums, tokens, rows, columns, lower, threads);
 }
 }

@@ -1,7 +1,7 @@
-"""The quantizer's inner loops in C++ (`kernels/cpu/solver.cpp`): the search for scales, and columns taken in turn.
+"""The quantizer's inner loops in C++ (`kernels/cpu/solver.cpp`): the search for scales, columns in turn, Hessians' sums.
 
-A wheel carries them, else a C++ compiler builds them on first use; tensors are float32, on the CPU. Elsewhere
-`quantize/` does the same with PyTorch's operations. Letters: C columns of a block, r outputs of a piece, G groups; in a
+A wheel carries them, else a C++ compiler builds them on first use; tensors are on the CPU, in float32 but for what is
+summed. Elsewhere `quantize/` does the same with PyTorch's operations. Letters: C columns of a block, r outputs of a piece, G groups; in a
 piece a column's outputs lie beside one another.
 """
 
@@ -47,6 +47,13 @@ def runs(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and why_not_here() is None
 
 
+def sums_pairs(tensor: torch.Tensor) -> bool:
+    """Whether rows of this kind are summed here in products of pairs: bfloat16, by a processor that has them."""
+    if tensor.device.type != "cpu" or tensor.dtype != torch.bfloat16 or why_not_here() is not None:
+        return False
+    return bool(library().quasar_multiplies_pairs())
+
+
 def library() -> ctypes.CDLL:
     """The compiled library; QuasarError where it cannot be built or loaded."""
     return _library_in(chosen())
@@ -61,6 +68,8 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
             "quasar_search_grids": [pointer] * 3 + [ctypes.c_int64] + [number] * 4 + [ctypes.c_float] * 2 + [number],
             "quasar_round_columns": [pointer] * 8 + [number] * 4,
             "quasar_descend_columns": [pointer] * 10 + [number] * 4,
+            "quasar_multiplies_pairs": [],
+            "quasar_add_token_sums": [pointer] * 3 + [ctypes.c_int64] + [number] * 4,
         },
     )
 
@@ -74,6 +83,17 @@ def search_grids(
     numbers = (*groups.shape, bits, sym, steps, smallest, exponent, torch.get_num_threads())
     library().quasar_search_grids(groups.data_ptr(), scales.data_ptr(), zeros.data_ptr(), *numbers)
     return scales, zeros
+
+
+def add_token_sums(left: torch.Tensor, right: torch.Tensor, sums: torch.Tensor, lower: bool = False) -> None:
+    """Add Σ l rᵀ over tokens to sums [m, k] in float32; of left [n, m] and right [n, k], both bfloat16.
+
+    With `lower` what lies above the diagonal is not whole.
+    """
+    left, right = left.contiguous(), right.contiguous()
+    assert sums.is_contiguous()
+    numbers = (len(left), *sums.shape, lower, torch.get_num_threads())
+    library().quasar_add_token_sums(left.data_ptr(), right.data_ptr(), sums.data_ptr(), *numbers)
 
 
 @dataclass(frozen=True)

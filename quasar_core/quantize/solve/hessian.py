@@ -17,7 +17,8 @@ from collections.abc import Mapping
 import torch
 
 from quasar_core.errors import QuasarError
-from quasar_core.quantize.solve.matmul import multiplies_in_bf16, product, product_of_bf16
+from quasar_core.quantize.solve.cpp import add_token_sums
+from quasar_core.quantize.solve.matmul import product, product_of_bf16, sums_pairs
 
 # Float32 values of a batch that are copied at a time: 16 MB.
 COPIED_VALUES = 2**22
@@ -28,8 +29,7 @@ TILE_ROWS, TILES = 128, 8
 class HessianAccumulator:
     """Sums inputs [..., in] into H [in, in], in float32 whatever the model's dtype.
 
-    Errors correct the weight before it is rounded, and bear a rounding of 2⁻⁹: where the processor multiplies in
-    bfloat16 and the inputs have it, their products are rounded to it before they are added.
+    What is summed beside them, where they are bfloat16, is rounded to it as they are, and its products are not.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class HessianAccumulator:
     def add(self, inputs: torch.Tensor, errors: torch.Tensor | None = None) -> None:
         """Add the inputs of one batch, and the errors [..., k] of the same rows where they are known."""
         rows = inputs.reshape(-1, inputs.shape[-1])
-        beside = None if errors is None else errors.reshape(len(rows), -1)
+        beside = None if errors is None else errors.reshape(len(rows), -1).to(rows.dtype)
         at_once = max(1, COPIED_VALUES // rows.shape[1])
         for begin in range(0, len(rows), at_once):
             part = slice(begin, begin + at_once)
@@ -48,19 +48,21 @@ class HessianAccumulator:
         self.count += len(rows)
 
     def _add(self, rows: torch.Tensor, errors: torch.Tensor | None) -> None:
+        total = None if errors is None else self._errors_of(errors.shape[1])
+        if sums_pairs(rows):
+            add_token_sums(rows, rows, self.sum, lower=True)
+            if errors is not None and total is not None:
+                add_token_sums(errors, rows, total)
+            return
         columns = _columns(rows)
         multiply = product_of_bf16 if rows.dtype == torch.bfloat16 else product
         for tile in _tiles(len(columns)):
             self.sum[tile, : tile.stop] += multiply(columns[tile], columns[: tile.stop])
-        if errors is None:
-            return
-        total = self._errors_of(errors.shape[1])
-        if multiplies_in_bf16(rows):
-            total += errors.to(rows.dtype).t() @ rows
+        if errors is None or total is None:
             return
         beside = _columns(errors)
         for tile in _tiles(len(beside)):
-            total[tile] += product(beside[tile], columns)
+            total[tile] += multiply(beside[tile], columns)
 
     def _errors_of(self, size: int) -> torch.Tensor:
         """The sum of errors [size, in]."""
@@ -80,6 +82,8 @@ class HessianAccumulator:
         hessian = self.sum.mul_(2.0 / self.count)  # in place: the matrix may be half a gigabyte
         for tile in _tiles(len(hessian)):
             hessian[: tile.start, tile] = hessian[tile, : tile.start].t()
+            corner = hessian[tile, tile].tril()
+            hessian[tile, tile] = corner.add_(corner.tril(-1).t())
         if not all(bool(torch.isfinite(hessian[tile]).all()) for tile in _tiles(len(hessian))):
             raise QuasarError(
                 f"Layer {name} has inputs that are not finite: the model's weights or the dtype overflow on this text."
@@ -114,20 +118,28 @@ STREAM_SHARE = 0.5
 PIECE = 512  # outputs
 
 
-def output_error(weight: torch.Tensor, drift: torch.Tensor, stream_error: torch.Tensor | None) -> torch.Tensor:
-    """Compute the error of a layer's outputs [..., out]: W (x̄ − x) + ½ (r̄ − r), the second where r is known."""
-    error = product(drift, weight)
-    return error if stream_error is None else error.add_(stream_error, alpha=STREAM_SHARE)
+def wanted_outputs(outputs: torch.Tensor, stream_error: torch.Tensor | None) -> torch.Tensor:
+    """Compute what a lone layer should give [..., out]: W x̄ + ½ (r̄ − r), the second where r is known.
+
+    What it gives, W x, is subtracted from the sum over all inputs: `error_correlation` has H for that.
+    """
+    return outputs if stream_error is None else outputs.add(stream_error, alpha=STREAM_SHARE)
 
 
-def error_correlation(weights: Mapping[str, torch.Tensor], errors: torch.Tensor) -> dict[str, torch.Tensor]:
+def error_correlation(
+    weights: Mapping[str, torch.Tensor], errors: torch.Tensor, hessian: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Correlate each layer's output error with its inputs, [out, in] by name: W ΔX Xᵀ of GPTAQ.
 
-    `errors` [k, in] correlates the inputs with the output errors of a lone layer, else with ΔX, which W multiplies.
+    `errors` [k, in] correlates the inputs with the wanted outputs of a lone layer, and is overwritten; else with ΔX,
+    which W multiplies.
     """
-    if len(weights) == 1:
-        return dict.fromkeys(weights, errors)
-    return {name: _weighted(weight, errors) for name, weight in weights.items()}
+    if len(weights) > 1:
+        return {name: _weighted(weight, errors) for name, weight in weights.items()}
+    for weight in weights.values():
+        for rows, some in zip(errors.split(PIECE), weight.split(PIECE), strict=True):
+            rows.addmm_(some.float(), hessian, alpha=-1)
+    return dict.fromkeys(weights, errors)
 
 
 def _weighted(weight: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:

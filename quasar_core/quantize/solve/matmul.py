@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from quasar_core.models.device import has_fast_bf16
+from quasar_core.quantize.solve import cpp
 from quasar_core.system import processor_flags
 
 _SETTING = "matmul"  # of oneDNN's products, which older PyTorch does not have
@@ -34,7 +34,7 @@ def product_of_bf16(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
     AMX multiplies such numbers at many times the rate of float32, and adds in float32.
     """
-    if not (_on_cpu(left, right) and "amx_bf16" in processor_flags() and hasattr(torch.backends.mkldnn, _SETTING)):
+    if not (_on_cpu(left, right) and _has_amx()):
         return product(left, right)
     with _bf16_inside():
         return left @ right.t()
@@ -89,9 +89,14 @@ def _on_cpu(*tensors: torch.Tensor, dtypes: Sequence[torch.dtype] = (torch.float
     return all(tensor.device.type == "cpu" and tensor.dtype in dtypes for tensor in tensors)
 
 
-def multiplies_in_bf16(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is of bfloat16 on a processor that multiplies in it, at twice the rate of float32 or more."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and has_fast_bf16()
+def sums_pairs(tensor: torch.Tensor) -> bool:
+    """Whether sums over tokens are taken in C++: in bfloat16, at twice the rate of float32, where there is no AMX."""
+    return not _has_amx() and cpp.sums_pairs(tensor)
+
+
+def _has_amx() -> bool:
+    """Whether oneDNN multiplies in AMX what float32 holds of bfloat16."""
+    return "amx_bf16" in processor_flags() and hasattr(torch.backends.mkldnn, _SETTING)
 
 
 def _has_onednn() -> bool:

@@ -1,0 +1,103 @@
+// Sums of outer products of two rows in bfloat16, over many tokens, as a layer's Hessian has them; added in float32.
+//
+// Tokens are taken a block at a time, each factor copied so that what a tile reads lies in order: of a panel's columns, two
+// tokens side by side where the processor multiplies pairs, else one in float32. A tile of both factors has its sums in
+// registers for a whole block. No result depends on the number of threads.
+
+#pragma once
+
+#include <vector>
+
+#include "lanes.h"
+#include "team.h"
+
+namespace quasar {
+
+#if defined(QUASAR_PAIRS)
+struct Terms {  // of two tokens
+    static constexpr int TOKENS = 2;
+    static uint32_t of(const uint16_t* x, bool second, int width) { return x[0] | uint32_t(second ? x[width] : 0) << 16; }
+    static Part add(Part sum, uint32_t a, const uint32_t* b) {
+        return add_pairs(sum, (Pairs)spread_int(int32_t(a)), (Pairs)load_part(reinterpret_cast<const float*>(b)));
+    }
+};
+#else
+struct Terms {  // of one token, as a float32's bits
+    static constexpr int TOKENS = 1;
+    static uint32_t of(const uint16_t* x, bool, int) { return uint32_t(x[0]) << 16; }
+    static Part add(Part sum, uint32_t a, const uint32_t* b) {
+        float value;
+        std::memcpy(&value, &a, sizeof value);
+        return fused(spread(value), load_part(reinterpret_cast<const float*>(b)), sum);
+    }
+};
+#endif
+
+// A factor's columns of some tokens, in panels of so many; columns that are not there are 0.
+template <int PANEL>
+class Panels {
+public:
+    Panels(int width, int64_t most_tokens) : width(width), room(size_t(count()) * steps_of(most_tokens) * PANEL) {}
+    int count() const { return (width + PANEL - 1) / PANEL; }
+    const uint32_t* panel(int index, int64_t tokens) const { return room.data() + index * steps_of(tokens) * PANEL; }
+
+    void fill(int index, const uint16_t* rows, int64_t tokens) {
+        uint32_t* to = room.data() + index * steps_of(tokens) * PANEL;
+        const int first = index * PANEL, some = std::min(PANEL, width - first);
+        for (int64_t token = 0; token < tokens; token += Terms::TOKENS, to += PANEL) {
+            const uint16_t* from = rows + token * width + first;
+            for (int i = 0; i < some; ++i) to[i] = Terms::of(from + i, token + 1 < tokens, width);
+            for (int i = some; i < PANEL; ++i) to[i] = 0;
+        }
+    }
+    static int64_t steps_of(int64_t tokens) { return (tokens + Terms::TOKENS - 1) / Terms::TOKENS; }
+
+private:
+    int width;
+    std::vector<uint32_t> room;
+};
+
+constexpr int TILE_ROWS = 8, TILE_PARTS = WIDTH == LANES ? 3 : 2, TILE_COLUMNS = TILE_PARTS * WIDTH;
+constexpr int BLOCK_TOKENS = 512;
+
+// Adds a tile's sums over a block of tokens; `rows` and `columns` of it are there.
+inline void add_tile(const uint32_t* a, const uint32_t* b, int64_t steps, float* sums, int stride, int rows, int columns) {
+    Part tile[TILE_ROWS][TILE_PARTS] = {};
+    for (int64_t step = 0; step < steps; ++step, a += TILE_ROWS, b += TILE_COLUMNS)
+        for (int i = 0; i < TILE_ROWS; ++i)
+            for (int p = 0; p < TILE_PARTS; ++p) tile[i][p] = Terms::add(tile[i][p], a[i], b + p * WIDTH);
+    for (int i = 0; i < rows; ++i)
+        for (int p = 0; p < TILE_PARTS; ++p) {
+            const int left = columns - p * WIDTH;
+            const unsigned there = left <= 0 ? 0 : left < WIDTH ? (1u << left) - 1 : (1u << WIDTH) - 1;
+            float* at = sums + ptrdiff_t(i) * stride + p * WIDTH;
+            if (there) store_part(at, load_part(at, there) + tile[i][p], there);
+        }
+}
+
+// Adds Σ a_t b_tᵀ to sums [rows, columns], of a [tokens, rows] and b [tokens, columns] in bfloat16. With `lower`, tiles that
+// lie wholly above the diagonal are left out.
+inline void add_token_sums(const uint16_t* a, const uint16_t* b, float* sums, int64_t tokens, int rows, int columns,
+                           bool lower, int threads) {
+    const int64_t most = std::min<int64_t>(tokens, BLOCK_TOKENS);
+    Panels<TILE_ROWS> left(rows, most);
+    Panels<TILE_COLUMNS> right(columns, most);
+    for (int64_t begin = 0; begin < tokens; begin += BLOCK_TOKENS) {
+        const int64_t count = std::min<int64_t>(tokens - begin, BLOCK_TOKENS), steps = left.steps_of(count);
+        for_each(threads, left.count() + right.count(), 4, [&](int64_t panel) {
+            if (panel < left.count()) left.fill(int(panel), a + begin * rows, count);
+            else right.fill(int(panel) - left.count(), b + begin * columns, count);
+        });
+        for_each(threads, right.count(), 1, [&](int64_t panel) {
+            const int column = int(panel) * TILE_COLUMNS;
+            for (int tile = lower ? column / TILE_ROWS : 0; tile < left.count(); ++tile) {
+                const int row = tile * TILE_ROWS;
+                add_tile(left.panel(tile, count), right.panel(int(panel), count), steps,
+                         sums + ptrdiff_t(row) * columns + column, columns, std::min(TILE_ROWS, rows - row),
+                         columns - column);
+            }
+        });
+    }
+}
+
+}  // namespace quasar
