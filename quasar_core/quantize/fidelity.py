@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quasar_core.malloc import return_freed_memory
 from quasar_core.models.base import CausalLM, KVCache, refuse_odd_logits
+from quasar_core.quantize.solve import cpp
 from quasar_core.records import FidelityReport, FidelitySlice, KernelPrice, MarginTable, Progress, no_progress
 
 KINDS = ("letters", "digits", "punctuation", "whitespace", "part of a character", "special")
@@ -100,9 +101,12 @@ class Tally:
         """
         refuse_odd_logits(target)
         refuse_odd_logits(verifier)
-        rows = max(1, COMPARED_VALUES // target.shape[-1])
-        for part in zip(target.split(rows), verifier.split(rows), tokens.split(rows), strict=True):
-            self._add(*part)
+        if cpp.runs(target) and cpp.runs(verifier):
+            self._add_compared(cpp.compare_logits(target, verifier, tokens))
+        else:
+            rows = max(1, COMPARED_VALUES // target.shape[-1])
+            for part in zip(target.split(rows), verifier.split(rows), tokens.split(rows), strict=True):
+                self._add(*part)
         self.tokens.append(tokens.cpu())
         self.positions.append(torch.arange(first, first + len(tokens)))
 
@@ -117,6 +121,15 @@ class Tally:
         best = verifier.argmax(dim=-1)
         self.agreed.append((target.argmax(dim=-1) == best).cpu())
         self.margin.append(margins(verifier, best).cpu())
+
+    def _add_compared(self, found: cpp.Compared) -> None:
+        """Add rows that C++ has compared."""
+        self.target_nll += found.target_nll.double().sum().item()
+        self.verifier_nll += found.verifier_nll.double().sum().item()
+        self.kl.append(found.kl.clone())
+        self.overlap.append(found.overlap.clone())
+        self.agreed.append(found.target_best == found.verifier_best)
+        self.margin.append(found.margin.clone())
 
     def slices(self, names: list[str], index: torch.Tensor) -> list[FidelitySlice]:
         """One slice for each name that a token's `index` [n] points to."""

@@ -19,6 +19,7 @@ from quasar_core.quantize.calibration import load_calibration
 from quasar_core.quantize.fidelity import logit_pieces
 from quasar_core.quantize.job import Job
 from quasar_core.quantize.measure_fidelity import read_rows
+from quasar_core.quantize.solve import cpp
 from quasar_core.quantize.text_plan import Free, free_on, open_writer, plan_text
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.folders import read_card
@@ -36,9 +37,9 @@ def known_successors(model: CausalLM, samples: torch.Tensor, progress: Progress 
     for done, row in enumerate(rows.tolist()):
         progress("counting successors", done, len(rows))
         for logits in logit_pieces(model, cache, row, 0):
-            chances, tokens = logits.softmax(dim=-1).topk(min(WIDTH, logits.shape[-1]), dim=-1)
-            best.append(tokens.cpu())
-            odds.append(chances.float().cpu())
+            tokens, chances = likeliest(logits, min(WIDTH, logits.shape[-1]))
+            best.append(tokens)
+            odds.append(chances)
     progress("counting successors", len(rows), len(rows))
     shape = (*rows.shape, -1)
     return count_successors(
@@ -46,6 +47,14 @@ def known_successors(model: CausalLM, samples: torch.Tensor, progress: Progress 
         torch.cat(best).view(shape).numpy().astype(np.int64),
         torch.cat(odds).view(shape).numpy(),
     )
+
+
+def likeliest(logits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the `width` likeliest tokens of rows of logits [T, V], best first, and their chances, on the CPU."""
+    if cpp.runs(logits):
+        return cpp.likeliest(logits, width)
+    chances, tokens = logits.softmax(dim=-1).topk(width, dim=-1)
+    return tokens.cpu(), chances.float().cpu()
 
 
 def can_be_counted(vocabulary: int) -> bool:

@@ -8,6 +8,7 @@ import torch
 from helpers.layers import make_hessian, make_layer
 from quantize.test_gptq import assert_same_solution, share_of_same
 
+from quasar_core.quantize.fidelity import Tally
 from quasar_core.quantize.solve import cpp
 from quasar_core.quantize.solve.factor import inverse_factor
 from quasar_core.quantize.solve.gptq import SolverConfig, column_order, round_columns, solve
@@ -20,6 +21,7 @@ from quasar_core.quantize.solve.grid import (
     search_grids,
 )
 from quasar_core.quantize.solve.refine import descend, gradient_and_loss
+from quasar_core.quantize.successors import likeliest
 
 pytestmark = pytest.mark.usefixtures("cpp_solver")
 T = TypeVar("T")
@@ -122,3 +124,42 @@ def test_other_tensors_are_left_to_pytorch() -> None:
     assert cpp.runs(torch.zeros(1))
     assert not cpp.runs(torch.zeros(1, dtype=torch.float64))
     assert not cpp.runs(torch.zeros(1, device="meta"))
+
+
+@pytest.mark.parametrize("size", [2, 16, 17, 1000])
+def test_logits_are_compared_as_pytorch_does(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of a row; ties, equal rows and a token that neither can say among them."""
+    torch.manual_seed(size)
+    p, q = 4 * torch.randn(2, 12, size)
+    q[0], q[1, :2], p[2, 1], q[3] = p[0], 9.0, -200.0, q[3].bfloat16().float()
+    tokens = torch.randint(size, (12,))
+
+    def tally() -> Tally:
+        counted = Tally()
+        counted.add(p, q, tokens, 1)
+        return counted
+
+    ours, theirs = both(monkeypatch, tally)
+    for name in ("kl", "overlap", "margin"):
+        found, expected = (torch.cat(getattr(counted, name)) for counted in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+    assert torch.equal(torch.cat(ours.agreed), torch.cat(theirs.agreed))
+    assert ours.kl[0][0] == 0
+    assert ours.target_nll == pytest.approx(theirs.target_nll, rel=1e-5)
+    assert ours.verifier_nll == pytest.approx(theirs.verifier_nll, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 8, 19, 1000])
+def test_the_likeliest_tokens_as_pytorch_finds_them(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(size)
+    logits = 4 * torch.randn(9, size)
+    logits[1] = logits[1].sort().values
+    (tokens, chances), theirs = both(monkeypatch, lambda: likeliest(logits, min(8, size)))
+    assert torch.equal(tokens, theirs[0])
+    torch.testing.assert_close(chances, theirs[1], rtol=1e-5, atol=1e-7)
+
+
+def test_of_equal_logits_the_first_tokens_are_the_likeliest() -> None:
+    tokens, chances = cpp.likeliest(torch.zeros(2, 40), 3)
+    assert tokens.tolist() == [[0, 1, 2]] * 2
+    assert chances.tolist() == [[pytest.approx(1 / 40)] * 3] * 2

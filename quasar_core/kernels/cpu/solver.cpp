@@ -1,4 +1,5 @@
-// The quantizer's inner loops: the search for a group's scale, and columns that are rounded one after the other.
+// The quantizer's inner loops: the search for a group's scale, columns that are rounded one after the other, Hessians' sums,
+// and whole rows of logits.
 //
 // Outputs of a layer are independent of one another. In the loops over columns they lie in the lanes of registers, a
 // column after the other in memory; in the search a group's weights do. No result depends on the number of threads.
@@ -7,6 +8,7 @@
 #include <limits>
 
 #include "lanes.h"
+#include "logit_rows.h"
 #include "team.h"
 #include "token_sums.h"
 
@@ -218,5 +220,21 @@ int quasar_multiplies_pairs() {
 void quasar_add_token_sums(const uint16_t* a, const uint16_t* b, float* sums, int64_t tokens, int rows, int columns,
                            int lower, int threads) {
     add_token_sums(a, b, sums, tokens, rows, columns, lower, threads);
+}
+
+// Compares rows of logits [count, size]: COMPARED numbers of each.
+void quasar_compare_logits(const float* p, const float* q, const int64_t* tokens, float* found, int64_t count, int size,
+                           int threads) {
+    for_each(threads, count, 1, [&](int64_t row) {
+        compare_rows({p + row * size, size}, {q + row * size, size}, tokens[row], found + row * COMPARED);
+    });
+}
+
+// The `width` likeliest tokens of rows of logits [count, size], and their chances.
+void quasar_likeliest(const float* logits, int64_t* tokens, float* chances, int64_t count, int size, int width,
+                      int threads) {
+    for_each(threads, count, 1, [&](int64_t row) {
+        likeliest({logits + row * size, size}, width, tokens + row * width, chances + row * width);
+    });
 }
 }

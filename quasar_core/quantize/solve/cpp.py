@@ -1,4 +1,4 @@
-"""The quantizer's inner loops in C++ (`kernels/cpu/solver.cpp`): the search for scales, columns in turn, Hessians' sums.
+"""The quantizer's inner loops in C++ (`kernels/cpu/solver.cpp`): the search for scales, columns in turn, sums, logits.
 
 A wheel carries them, else a C++ compiler builds them on first use; tensors are on the CPU, in float32 but for what is
 summed. Elsewhere `quantize/` does the same with PyTorch's operations. Letters: C columns of a block, r outputs of a piece, G groups; in a
@@ -69,6 +69,8 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
             "quasar_round_columns": [pointer] * 8 + [number] * 4,
             "quasar_descend_columns": [pointer] * 10 + [number] * 4,
             "quasar_multiplies_pairs": [],
+            "quasar_compare_logits": [pointer] * 4 + [ctypes.c_int64] + [number] * 2,
+            "quasar_likeliest": [pointer] * 3 + [ctypes.c_int64] + [number] * 3,
             "quasar_add_token_sums": [pointer] * 3 + [ctypes.c_int64] + [number] * 4,
         },
     )
@@ -94,6 +96,38 @@ def add_token_sums(left: torch.Tensor, right: torch.Tensor, sums: torch.Tensor, 
     assert sums.is_contiguous()
     numbers = (len(left), *sums.shape, lower, torch.get_num_threads())
     library().quasar_add_token_sums(left.data_ptr(), right.data_ptr(), sums.data_ptr(), *numbers)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two rows of logits, by row [T]: KL in nats, Σ min(p, q), −log of a token's chance, best tokens, verifier's margin."""
+
+    kl: torch.Tensor
+    overlap: torch.Tensor
+    target_nll: torch.Tensor
+    verifier_nll: torch.Tensor
+    target_best: torch.Tensor
+    verifier_best: torch.Tensor
+    margin: torch.Tensor
+
+
+def compare_logits(target: torch.Tensor, verifier: torch.Tensor, tokens: torch.Tensor) -> Compared:
+    """Compare logits [T, V] of both, and how likely each finds the tokens [T]."""
+    target, verifier, tokens = target.contiguous(), verifier.contiguous(), tokens.contiguous()
+    found = target.new_empty(len(target), 7)
+    pointers = (tensor.data_ptr() for tensor in (target, verifier, tokens, found))
+    library().quasar_compare_logits(*pointers, *target.shape, torch.get_num_threads())
+    return Compared(*found.unbind(dim=1))
+
+
+def likeliest(logits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the `width` likeliest tokens of rows of logits [T, V], best first, and their chances, both [T, width]."""
+    logits = logits.contiguous()
+    tokens = torch.empty(len(logits), width, dtype=torch.int64)
+    chances = logits.new_empty(len(logits), width)
+    pointers = (tensor.data_ptr() for tensor in (logits, tokens, chances))
+    library().quasar_likeliest(*pointers, *logits.shape, width, torch.get_num_threads())
+    return tokens, chances
 
 
 @dataclass(frozen=True)
