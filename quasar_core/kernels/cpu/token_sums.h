@@ -60,20 +60,29 @@ private:
 constexpr int TILE_ROWS = 8, TILE_PARTS = WIDTH == LANES ? 3 : 2, TILE_COLUMNS = TILE_PARTS * WIDTH;
 constexpr int BLOCK_TOKENS = 512;
 
-// Adds a tile's sums over a block of tokens; `rows` and `columns` of it are there.
-inline void add_tile(const uint32_t* a, const uint32_t* b, int64_t steps, float* sums, int stride, int rows, int columns) {
-    Part tile[TILE_ROWS][TILE_PARTS] = {};
-    for (int64_t step = 0; step < steps; ++step, a += TILE_ROWS, b += TILE_COLUMNS)
+// Sums of a tile, TILE_ROWS times PARTS registers, over so many steps.
+template <int PARTS>
+struct Tile {
+    Part sums[TILE_ROWS][PARTS] = {};
+    Tile(const uint32_t* a, const uint32_t* b, int64_t steps) {
+        for (int64_t step = 0; step < steps; ++step, a += TILE_ROWS, b += PARTS * WIDTH)
+            for (int i = 0; i < TILE_ROWS; ++i)
+                for (int p = 0; p < PARTS; ++p) sums[i][p] = Terms::add(sums[i][p], a[i], b + p * WIDTH);
+    }
+    void put(float* to, int stride) const {
         for (int i = 0; i < TILE_ROWS; ++i)
-            for (int p = 0; p < TILE_PARTS; ++p) tile[i][p] = Terms::add(tile[i][p], a[i], b + p * WIDTH);
-    for (int i = 0; i < rows; ++i)
-        for (int p = 0; p < TILE_PARTS; ++p) {
-            const int left = columns - p * WIDTH;
-            const unsigned there = left <= 0 ? 0 : left < WIDTH ? (1u << left) - 1 : (1u << WIDTH) - 1;
-            float* at = sums + ptrdiff_t(i) * stride + p * WIDTH;
-            if (there) store_part(at, load_part(at, there) + tile[i][p], there);
-        }
-}
+            for (int p = 0; p < PARTS; ++p) store_part(to + ptrdiff_t(i) * stride + p * WIDTH, sums[i][p]);
+    }
+    void add_to(float* to, int stride, int rows, int columns) const {  // those that are there
+        for (int i = 0; i < rows; ++i)
+            for (int p = 0; p < PARTS; ++p) {
+                const int left = columns - p * WIDTH;
+                const unsigned there = left <= 0 ? 0 : left < WIDTH ? (1u << left) - 1 : (1u << WIDTH) - 1;
+                float* at = to + ptrdiff_t(i) * stride + p * WIDTH;
+                if (there) store_part(at, load_part(at, there) + sums[i][p], there);
+            }
+    }
+};
 
 // Adds Σ a_t b_tᵀ to sums [rows, columns], of a [tokens, rows] and b [tokens, columns] in bfloat16. With `lower`, tiles that
 // lie wholly above the diagonal are left out.
@@ -92,9 +101,9 @@ inline void add_token_sums(const uint16_t* a, const uint16_t* b, float* sums, in
             const int column = int(panel) * TILE_COLUMNS;
             for (int tile = lower ? column / TILE_ROWS : 0; tile < left.count(); ++tile) {
                 const int row = tile * TILE_ROWS;
-                add_tile(left.panel(tile, count), right.panel(int(panel), count), steps,
-                         sums + ptrdiff_t(row) * columns + column, columns, std::min(TILE_ROWS, rows - row),
-                         columns - column);
+                Tile<TILE_PARTS>(left.panel(tile, count), right.panel(int(panel), count), steps)
+                    .add_to(sums + ptrdiff_t(row) * columns + column, columns, std::min(TILE_ROWS, rows - row),
+                            columns - column);
             }
         });
     }

@@ -53,7 +53,10 @@ def _bf16_inside() -> Iterator[None]:
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
     """Causal attention [..., L, D], some queries at a time, each over the keys that it may see."""
-    length, parts = query.shape[-2], []
+    length, size = query.shape[-2:]
+    if query.dim() == 4 and size == value.shape[-1] and size % cpp.HEAD_SIZES == 0 and sums_pairs(query):
+        return cpp.causal_attention(query, key, value, options.get("scale") or size**-0.5)
+    parts = []
     for begin in range(0, length, QUERIES):
         end = min(begin + QUERIES, length)
         seen = torch.ones(end - begin, end, dtype=torch.bool).tril(begin)
