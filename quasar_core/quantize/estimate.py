@@ -25,6 +25,7 @@ from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks, qu
 from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.plan import Plan, Shape, make_plan, rows_written
+from quasar_core.quantize.solve.matmul import sums_in_bf16
 from quasar_core.quantize.successors import MOST_READ, can_be_counted
 from quasar_core.quantize.text_plan import Free, free_on, plan_text
 from quasar_core.quantize.text_writers import token_bytes
@@ -44,25 +45,26 @@ ATTENTION_COST, LAUNCHES = 6, 400
 # Of passes and steps, with what is no product: norms, activations, copies, a fifth of the time.
 BESIDE_PRODUCTS = 1.25
 # In softmaxes of as many logits: a draw, a comparison of two models, and the search for the likeliest tokens.
-DRAW_COST, COMPARE_COST, SUCCESSOR_COST = 2.5, 10, 3
+DRAW_COST, COMPARE_COST, SUCCESSOR_COST = 2.5, 4, 1
 SOFTMAX_ROWS = 32
 MEASURED_SECONDS, UNCACHED_BYTES = 0.2, 64_000_000
 # On a CPU, of a product that stands for a larger one: multiply-adds, rows at most and outputs at least.
 SHORT_PRODUCT, SHORT_ROWS, SHORT_OUTPUTS = 2**27, 512, 64
 
 
-KINDS = ("passes", "steps", "matrices", "logits")
+KINDS = ("passes", "steps", "sums", "matrices", "logits")
 
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds of passes over whole rows, of steps of a token a row, of float32 matrices; then logits; launches.
+    """Multiply-adds of passes over whole rows, of steps of a token a row, of sums over tokens, of float32 matrices.
 
-    Logits are counted in softmaxes.
+    Then logits, counted in softmaxes, and launches.
     """
 
     passes: float
     steps: float
+    sums: float
     matrices: float
     logits: float
     launches: float
@@ -74,6 +76,7 @@ class Rates:
 
     passes: float
     steps: float
+    sums: float
     matrices: float
     logits: float
     launch: float
@@ -109,7 +112,8 @@ def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
     return Work(
         passes=BESIDE_PRODUCTS * 2 * (calibration + compared) * (token + attention) + (2 * compared + counted) * head,
         steps=BESIDE_PRODUCTS * written * (token + head + ATTENTION_COST * attention / 2),
-        matrices=sum(_matrices(shape, name, calibration) for name in shape.layers),
+        sums=sum(_sums(shape, name, calibration) for name in shape.layers),
+        matrices=sum(_matrices(shape, name) for name in shape.layers),
         logits=logits * shape.vocabulary,
         launches=turns * LAUNCHES * len(blocks),
     )
@@ -120,15 +124,20 @@ def _counted(shape: Shape, calibration: int) -> int:
     return min(calibration, MOST_READ) if can_be_counted(shape.vocabulary) else 0
 
 
-def _matrices(shape: Shape, name: str, tokens: int) -> float:
-    """Count Hessian and errors, factor and solver of one layer; where the input is shared, the solver alone."""
+def _sums(shape: Shape, name: str, tokens: int) -> float:
+    """Count a layer's Hessian and errors; where the input is shared, they are another layer's."""
     (out, columns), last = shape.layers[name], name.rpartition(".")[2]
-    solver = SOLVER_PRODUCTS * columns**2 * out + SEARCH_OPERATIONS * columns * out
     if last in SHARED:
-        return solver
-    rows = tokens * _share(shape, name)
+        return 0
     errors = columns * out if last in INTO_STREAM else columns**2
-    return rows * (columns**2 / 2 + errors) + columns**3 / 3 + solver
+    return tokens * _share(shape, name) * (columns**2 / 2 + errors)
+
+
+def _matrices(shape: Shape, name: str) -> float:
+    """Count factor and solver of one layer; where the input is shared, the solver alone."""
+    out, columns = shape.layers[name]
+    factor = 0 if name.rpartition(".")[2] in SHARED else columns**3 / 3
+    return factor + SOLVER_PRODUCTS * columns**2 * out + SEARCH_OPERATIONS * columns * out
 
 
 def _share(shape: Shape, name: str) -> float:
@@ -154,10 +163,14 @@ def measure_rates(
     most = batch_tokens(shape.hidden, device.type != "cpu")
     batch = min(most, config.samples * config.calibration_length)
     small, logits = torch.ones(8, 8, device=device), torch.randn(SOFTMAX_ROWS, shape.vocabulary, device=device)
+    passes = _rate(batch, size, device, dtype, shape.weights, now)
+    steps = _rate(rows, size, device, text_dtype or dtype, shape.weights, now)
+    matrices = _rate(size[1], (size[1], batch), device, torch.float32, 0, now)
     return Rates(
-        passes=_rate(batch, size, device, dtype, shape.weights, now),
-        steps=_rate(rows, size, device, text_dtype or dtype, shape.weights, now),
-        matrices=_rate(size[1], (size[1], batch), device, torch.float32, 0, now),
+        passes=passes,
+        steps=steps,
+        sums=passes if sums_in_bf16(device, dtype) else matrices,
+        matrices=matrices,
         logits=logits.numel() / _seconds(lambda: logits.softmax(dim=-1), device, now),
         launch=_seconds(lambda: [small.add_(1) for _ in range(100)], device, now) / 100,
     )
@@ -206,7 +219,7 @@ def about(seconds: float) -> str:
 
 
 WHOLE = "the whole run"
-NOMINAL = Rates(passes=5e10, steps=4e10, matrices=5e10, logits=8e8, launch=2e-6)
+NOMINAL = Rates(passes=5e10, steps=4e10, sums=5e10, matrices=5e10, logits=8e8, launch=2e-6)
 TEXT, BLOCKS, COUNTING, FIDELITY = "writing", "quantizing", "counting successors", "measuring fidelity"
 LEAST_SHARE = 0.02  # of a stage, from which on it tells how long the rest of it takes
 
@@ -222,7 +235,9 @@ def stage_seconds(shape: Shape, config: QuantizeConfig, rows: int) -> dict[str, 
     drawn = work.logits / NOMINAL.logits - compared - counted
     return {
         TEXT: work.steps / NOMINAL.steps + drawn + work.launches * NOMINAL.launch,
-        BLOCKS: passes * calibration / (calibration + rest) + work.matrices / NOMINAL.matrices,
+        BLOCKS: passes * calibration / (calibration + rest)
+        + work.sums / NOMINAL.sums
+        + work.matrices / NOMINAL.matrices,
         COUNTING: counted,
         FIDELITY: passes * rest / (calibration + rest) + compared,
     }

@@ -46,10 +46,11 @@ def test_passes_and_matrices_counted_by_hand() -> None:
     work = count_work(shape(1), CONFIG, rows=40)
     assert work.passes == 1.25 * 2 * 10_752 * (6_656 + 4_096) + (2 * 10_240 + 512) * 3_200 == 356_188_160
     solvers = 2 * 671_744 + 335_872 + 1_343_488 + 1_867_776
-    assert work.matrices == pytest.approx(solvers + 1_572_864 + 2 * 524_288 + 1_048_576 + 109_227, abs=1)
+    assert work.sums == 1_572_864 + 2 * 524_288 + 1_048_576
+    assert work.matrices == pytest.approx(solvers + 109_227, abs=1)
     assert work.launches == 320 * 400
     assert work.steps == 1.25 * 10_752 * (6_656 + 3_200 + 6 * 2_048)
-    assert work.logits == 100 * (2.5 * 10_752 + 10 * 10_240 + 3 * 512)
+    assert work.logits == 100 * (2.5 * 10_752 + 4 * 10_240 + 512)
 
 
 def test_work_grows_with_what_there_is_to_do() -> None:
@@ -58,7 +59,8 @@ def test_work_grows_with_what_there_is_to_do() -> None:
     assert two.launches == 2 * one.launches
     assert one.passes < two.passes < 2 * one.passes  # the head is there once
     longer = count_work(shape(1), replace(CONFIG, samples=80), 40)
-    assert longer.matrices > one.matrices
+    assert longer.sums > one.sums
+    assert longer.matrices == one.matrices
     assert longer.launches == one.launches + 2 * 64 * estimate.LAUNCHES  # 112 rows, 40 at a time
     foreign = count_work(shape(1), replace(CONFIG, calibration="text.txt"), 40)
     assert foreign.passes == one.passes
@@ -73,12 +75,14 @@ def test_experts_read_their_share() -> None:
     all_of_it, a_quarter = (count_work(replace(experts, routed=share), CONFIG, 40) for share in (1.0, 0.25))
     ends = (2 * HELD_OUT_ROWS * (64 + GREEDY_LENGTH) + CONFIG.samples * 64) * 100 * 32
     assert a_quarter.passes - ends == pytest.approx(0.25 * (all_of_it.passes - ends))
-    assert a_quarter.matrices < all_of_it.matrices
+    assert a_quarter.sums == 0.25 * all_of_it.sums
+    assert a_quarter.matrices == all_of_it.matrices
 
 
 def test_seconds_are_work_by_rates() -> None:
-    work = Work(passes=100, steps=30, matrices=10, logits=50, launches=1000)
-    assert Rates(passes=10, steps=10, matrices=1, logits=25, launch=0.002).seconds_of(work) == 10 + 3 + 10 + 2 + 2
+    work = Work(passes=100, steps=30, sums=20, matrices=10, logits=50, launches=1000)
+    rates = Rates(passes=10, steps=10, sums=5, matrices=1, logits=25, launch=0.002)
+    assert rates.seconds_of(work) == 10 + 3 + 4 + 10 + 2 + 2
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,18 @@ def test_rates_are_those_of_the_largest_layers_products() -> None:
     clock = itertools.count()
     rates = measure_rates(shape(), CONFIG, torch.device("cpu"), torch.float32, 40, now=lambda: float(next(clock)))
     up_proj = 2048
-    assert rates == Rates(512 * up_proj, 40 * up_proj, 32 * 32 * 512, 32 * 100, 0.01)
+    assert rates == Rates(512 * up_proj, 40 * up_proj, 32 * 32 * 512, 32 * 32 * 512, 32 * 100, 0.01)
+
+
+@pytest.mark.parametrize("in_bf16", [True, False])
+def test_sums_have_the_rate_of_passes_where_they_are_taken_in_bfloat16(
+    in_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "sums_in_bf16", lambda *_: in_bf16)
+    clock = itertools.count()
+    rates = measure_rates(shape(), CONFIG, torch.device("cpu"), torch.float32, 40, now=lambda: float(next(clock)))
+    assert rates.sums == (rates.passes if in_bf16 else rates.matrices)
+    assert rates.passes != rates.matrices
 
 
 def test_the_fastest_of_the_calls_within_the_time_counts() -> None:
@@ -122,7 +137,7 @@ def test_the_fastest_of_the_calls_within_the_time_counts() -> None:
 def test_a_dry_run_says_about_how_long(
     source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = Rates(passes=1e9, steps=1e9, matrices=1e9, logits=1e9, launch=1e-6)
+    rates = Rates(passes=1e9, steps=1e9, sums=1e9, matrices=1e9, logits=1e9, launch=1e-6)
     monkeypatch.setattr(estimate, "measure_rates", lambda *_: rates)
     arguments = ["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run"]
     assert run([*arguments, "--json"]) == 0
@@ -139,7 +154,7 @@ def test_a_dry_run_says_about_how_long(
 def test_a_busy_machine_is_said_beside_the_time(
     source: Path, others: float, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rates = Rates(passes=1e9, steps=1e9, matrices=1e9, logits=1e9, launch=1e-6)
+    rates = Rates(passes=1e9, steps=1e9, sums=1e9, matrices=1e9, logits=1e9, launch=1e-6)
     monkeypatch.setattr(estimate, "measure_rates", lambda *_: rates)
     monkeypatch.setattr(estimate.LoadMeter, "read", lambda self: Load(others))
     assert run(["quantize", str(source), "--group-size", "32", "--device", "cpu", "--dry-run"]) == 0
@@ -152,7 +167,7 @@ def test_on_a_busy_machine_one_thread_is_measured_too(source: Path, monkeypatch:
 
     def measured(*_: Any) -> Rates:
         threads.append(torch.get_num_threads())
-        return Rates(1e9, 1e9, 1e9, 1e9, 1e-6) if threads[-1] == 1 else Rates(2e7, 2e7, 2e7, 2e7, 1e-6)
+        return Rates(*[1e9] * 5, 1e-6) if threads[-1] == 1 else Rates(*[2e7] * 5, 1e-6)
 
     monkeypatch.setattr(estimate, "measure_rates", measured)
     before = torch.get_num_threads()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from quasar_core.quantize.solve import hessian as hessian_module
 from quasar_core.quantize.solve import cpp, matmul
+from quasar_core.quantize.solve import hessian as hessian_module
 from quasar_core.quantize.solve.hessian import HessianAccumulator
 from quasar_core.quantize.solve.matmul import FastPasses, causal_attention, product
 
@@ -172,7 +172,7 @@ def test_sums_over_tokens_in_cpp(tokens: int, rows: int, columns: int) -> None:
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.usefixtures("cpp_solver")
 def test_causal_attention_in_cpp(length: int, kv_heads: int) -> None:
-    """Within bfloat16's rounding of PyTorch's in float64, of tensors as a model's heads lie; the same with any threads."""
+    """Within bfloat16's rounding of float64, of tensors as a model's heads lie; the same bits with any threads."""
     torch.manual_seed(length)
     query, key, value = (torch.randn(2, length, n, 64).bfloat16().transpose(1, 2) for n in (4, kv_heads, kv_heads))
     exact = scaled_dot_product_attention(

@@ -1,12 +1,13 @@
-"""The quantizer's inner loops in C++ (`kernels/cpu/solver.cpp`): the search for scales, columns in turn, sums, logits.
+"""The quantizer's inner loops in C++ (`kernels/cpu/solver.cpp`): columns in turn, sums over tokens, rows of logits.
 
-A wheel carries them, else a C++ compiler builds them on first use; tensors are on the CPU, in float32 but for what is
-summed. Elsewhere `quantize/` does the same with PyTorch's operations. Letters: C columns of a block, r outputs of a piece, G groups; in a
-piece a column's outputs lie beside one another.
+A wheel carries them, else a C++ compiler builds them on first use; tensors are on the CPU, in float32 but where it is
+said. Elsewhere `quantize/` does the same with PyTorch's operations. Letters: C columns of a block, r outputs of a
+piece, G groups; in a piece a column's outputs lie beside one another; B texts of L tokens, H heads of D numbers; T rows
+of logits, V vocabulary.
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -116,7 +117,7 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 @dataclass(frozen=True)
 class Compared:
-    """Two rows of logits, by row [T]: KL in nats, Σ min(p, q), −log of a token's chance, best tokens, verifier's margin."""
+    """How rows of logits differ, [T] each: KL in nats, Σ min(p, q), −log of a token's chance, best tokens; a margin."""
 
     kl: torch.Tensor
     overlap: torch.Tensor
@@ -130,7 +131,7 @@ class Compared:
 def compare_logits(target: torch.Tensor, verifier: torch.Tensor, tokens: torch.Tensor) -> Compared:
     """Compare logits [T, V] of both, and how likely each finds the tokens [T]."""
     target, verifier, tokens = target.contiguous(), verifier.contiguous(), tokens.contiguous()
-    found = target.new_empty(len(target), 7)
+    found = target.new_empty(len(target), len(fields(Compared)))
     pointers = (tensor.data_ptr() for tensor in (target, verifier, tokens, found))
     library().quasar_compare_logits(*pointers, *target.shape, torch.get_num_threads())
     return Compared(*found.unbind(dim=1))

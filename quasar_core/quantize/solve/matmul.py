@@ -97,6 +97,12 @@ def sums_pairs(tensor: torch.Tensor) -> bool:
     return not _has_amx() and cpp.sums_pairs(tensor)
 
 
+def sums_in_bf16(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether sums over tokens of activations in that dtype take products in bfloat16: with AMX, or in C++."""
+    empty = torch.empty(0, device=device, dtype=dtype)
+    return _on_cpu(empty, dtypes=(torch.bfloat16,)) and (_has_amx() or cpp.sums_pairs(empty))
+
+
 def _has_amx() -> bool:
     """Whether oneDNN multiplies in AMX what float32 holds of bfloat16."""
     return "amx_bf16" in processor_flags() and hasattr(torch.backends.mkldnn, _SETTING)
