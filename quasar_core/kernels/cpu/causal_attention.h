@@ -25,7 +25,7 @@ class HeadAttention {
 public:
     HeadAttention(const AttentionShape& shape, const uint16_t* keys, int64_t key_token, const uint16_t* values,
                   int64_t value_token)
-        : shape(shape), padded((shape.length + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS),
+        : shape(shape), padded((shape.length + WHOLE - 1) / WHOLE * WHOLE),
           key_words(size_t(padded) * steps(shape.size)), value_words(size_t(steps(padded)) * shape.size),
           scores(size_t(TILE_ROWS) * padded), shares(scores.size()), share_words(size_t(steps(padded)) * TILE_ROWS),
           query_words(size_t(steps(shape.size)) * TILE_ROWS) {
@@ -72,8 +72,11 @@ public:
 private:
     static constexpr int VALUE_PARTS = 2, VALUE_COLUMNS = VALUE_PARTS * WIDTH;
 
+    static constexpr int WHOLE = std::max(TILE_COLUMNS, LANES);
+    static_assert(WHOLE % TILE_COLUMNS == 0 && WHOLE % LANES == 0);
+
     AttentionShape shape;
-    int padded;
+    int padded;  // keys, to whole tiles and whole registers
     std::vector<uint32_t> key_words, value_words;
     std::vector<float> scores;
     std::vector<uint16_t> shares;
