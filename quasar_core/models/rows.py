@@ -5,7 +5,7 @@ and values alone. Letters: B texts (rows), L positions that each sees, H key-val
 head, D head size, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -16,6 +16,8 @@ from quasar_core.models.decoder_layer import DecoderLayer
 from quasar_core.models.rope import query_growth
 
 Tables = tuple[torch.Tensor, torch.Tensor]
+# As `attend_rows`: queries, states, first, end, scale, cap.
+Attend = Callable[[torch.Tensor, torch.Tensor, int, int, float | None, float | None], torch.Tensor]
 
 
 # Positions by which the cache grows. Products read it from end to end: where a part of it were read, PyTorch would copy
@@ -83,8 +85,13 @@ def text_bytes(blocks: Sequence[BlockConfig], length: int, element: int) -> int:
 
 
 @torch.inference_mode()
-def pass_rows(decoder: LeanDecoder, tokens: torch.Tensor, cache: RowsCache) -> torch.Tensor:
-    """Pass the next token of each text, [B] → float32 logits [B, V]; no layer may be recurrent."""
+def pass_rows(
+    decoder: LeanDecoder, tokens: torch.Tensor, cache: RowsCache, attend: Attend | None = None
+) -> torch.Tensor:
+    """Pass the next token of each text, [B] → float32 logits [B, V]; no layer may be recurrent.
+
+    `attend` computes what `attend_rows` does, in its place.
+    """
     config, place = decoder.config, cache.length
     cache.make_room(1)
     tables = [rope.rows(place, place + 1) for rope in decoder.ropes]
@@ -97,7 +104,7 @@ def pass_rows(decoder: LeanDecoder, tokens: torch.Tensor, cache: RowsCache) -> t
 
         def mix(x: torch.Tensor, layer: DecoderLayer = layer, states: torch.Tensor = states) -> torch.Tensor:
             own = None if layer.shape.rope is None else tables[layer.shape.rope]
-            return _attention(decoder, layer, x, states, place, own, growth)
+            return _attention(decoder, layer, x, states, place, own, growth, attend or attend_rows)
 
         decoder.run_block(layer, hidden, given, mix)
     cache.length += 1
@@ -112,6 +119,7 @@ def _attention(
     place: int,
     tables: Tables | None,
     growth: torch.Tensor | None,
+    attend: Attend,
 ) -> torch.Tensor:
     """Write the texts' keys and values at `place` into a layer's states, and attend over each text's own."""
     queries, keys, values, gates = decoder.project(layer, x, tables, growth)
@@ -119,7 +127,7 @@ def _attention(
         states[0, :, :, place], states[1, :, :, place] = keys, values
     first = 0 if layer.shape.window is None else max(0, place + 1 - layer.shape.window)
     config = decoder.config
-    mixed = attend_rows(queries, states, first, place + 1, config.scores_scale, config.scores_cap)
+    mixed = attend(queries, states, first, place + 1, config.scores_scale, config.scores_cap)
     return decoder.finish(layer, mixed, gates)
 
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.hf.cache import PreallocatedCache, RecurrentCache, recurrent_layers
-from quasar_core.models.rows import RowsCache, pass_rows, text_bytes
+from quasar_core.models.rows import Attend, RowsCache, pass_rows, text_bytes
+from quasar_core.quantize.solve import cpp
 
 # Where nobody has asked what is free.
 USUAL_ROOM = 500_000_000
@@ -86,7 +87,14 @@ class LeanWriter:
     @property
     def name(self) -> str:
         """See `Writer`."""
-        return f"lean {self._kind}{self.decoder.dtype} {self.decoder.device.type}"
+        attention = "" if self.attention is None else ", attention in C++"
+        return f"lean {self._kind}{self.decoder.dtype} {self.decoder.device.type}{attention}"
+
+    @property
+    def attention(self) -> Attend | None:
+        """Attention in C++; None where PyTorch's operations compute it."""
+        whole = all(block.head_size % cpp.LANES == 0 for block in self.decoder.config.blocks)
+        return cpp.attend_rows if whole and cpp.attends_rows(self.decoder.device, self.decoder.dtype) else None
 
     @property
     def device(self) -> torch.device:
@@ -107,19 +115,19 @@ class LeanWriter:
         """See `Writer`."""
         for rope in self.decoder.ropes:
             rope.reach(length)
-        return LeanRows(self.decoder, rows, length)
+        return LeanRows(self.decoder, rows, length, self.attention)
 
 
 class LeanRows(RowsCache):
     """A batch of the lean decoder."""
 
-    def __init__(self, decoder: LeanDecoder, rows: int, length: int) -> None:
+    def __init__(self, decoder: LeanDecoder, rows: int, length: int, attend: Attend | None = None) -> None:
         super().__init__(decoder.config.blocks, rows, length, decoder.device, decoder.dtype)
-        self._decoder = decoder
+        self._decoder, self._attend = decoder, attend
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """See `Rows`."""
-        return pass_rows(self._decoder, tokens, self)
+        return pass_rows(self._decoder, tokens, self, self._attend)
 
 
 class TransformersWriter:

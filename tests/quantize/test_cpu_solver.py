@@ -8,6 +8,7 @@ import torch
 from helpers.layers import make_hessian, make_layer
 from quantize.test_gptq import assert_same_solution, share_of_same
 
+from quasar_core.models.rows import attend_rows
 from quasar_core.quantize.fidelity import Tally
 from quasar_core.quantize.solve import cpp
 from quasar_core.quantize.solve.factor import inverse_factor
@@ -163,3 +164,18 @@ def test_of_equal_logits_the_first_tokens_are_the_likeliest() -> None:
     tokens, chances = cpp.likeliest(torch.zeros(2, 40), 3)
     assert tokens.tolist() == [[0, 1, 2]] * 2
     assert chances.tolist() == [[pytest.approx(1 / 40)] * 3] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("first", "end"), [(0, 1), (0, 16), (3, 40), (17, 18)])
+@pytest.mark.parametrize(("scale", "cap"), [(None, None), (0.3, 2.0)])
+def test_texts_in_step_attend_as_in_pytorch(
+    dtype: torch.dtype, first: int, end: int, scale: float | None, cap: float | None
+) -> None:
+    """Against the operations in float64; what is not seen may be anything."""
+    torch.manual_seed(end)
+    queries, states = torch.randn(3, 6, 32).to(dtype), torch.randn(2, 3, 2, 41, 32).to(dtype)
+    states[..., end:, :] = states[..., :first, :] = 9e9
+    found = cpp.attend_rows(queries, states, first, end, scale, cap)
+    exact = attend_rows(queries.double(), states.double(), first, end, scale, cap)
+    assert (found - exact).norm() < (1e-6 if dtype == torch.float32 else 2**-7) * exact.norm()

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 
+#include "attention.h"
 #include "causal_attention.h"
 #include "lanes.h"
 #include "logit_rows.h"
@@ -143,6 +144,30 @@ Floats nearest_step(const Block& block, const Place& place, Floats wish) {
     return smaller(larger(nearest(wish), place.load(block.low + own)), place.load(block.high + own));
 }
 
+// Texts that march in step: a head's queries [groups, size] of each over its own keys and values [room, size].
+struct Rows {
+    int texts, heads, groups, size, room;
+    int first, last;  // positions that are seen
+    float scale, cap;
+};
+
+template <typename X>
+void attend_rows(const X* queries, const X* states, X* to, const Rows& rows, int threads) {
+    const size_t values = size_t(rows.texts) * rows.heads * rows.room * rows.size;
+    const int numbers = rows.groups * rows.size;
+    for_each(threads, int64_t(rows.texts) * rows.heads, 1, [&](int64_t head) {
+        Buffer<X> scaled(numbers);
+        Buffer<float> mixed(numbers), room(size_t(LANES) * rows.size);
+        for (int i = 0; i < numbers; i += LANES) store(scaled.data() + i, load(queries + head * numbers + i) * rows.scale);
+        std::vector<Query<X>> own;
+        for (int i = 0; i < numbers; i += rows.size)
+            own.push_back({scaled.data() + i, rows.last, rows.first, mixed.data() + i});
+        const X* keys = states + size_t(head) * rows.room * rows.size;
+        attend<X>(own, keys, keys + values, rows.size, rows.cap, room.data(), nullptr);
+        for (int i = 0; i < numbers; i += LANES) store(to + head * numbers + i, load(mixed.data() + i));
+    });
+}
+
 }  // namespace
 
 extern "C" {
@@ -248,6 +273,19 @@ void quasar_causal_attention(const uint16_t* queries, const uint16_t* keys, cons
         return Heads{const_cast<uint16_t*>(first), strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
     };
     attend_causally({heads, kv_heads, length, size, scale}, of(queries, 0), of(keys, 1), of(values, 2), of(to, 3), texts,
+                    threads);
+}
+
+// Queries [texts, heads, groups, size] over keys and values [2, texts, heads, room, size], from `first` to `last`, scores below
+// a soft cap where it is not 0; in bfloat16 or float32.
+void quasar_attend_rows(const void* queries, const void* states, void* to, int halves, int texts, int heads, int groups,
+                        int size, int room, int first, int last, float scale, float cap, int threads) {
+    const Rows rows{texts, heads, groups, size, room, first, last, scale, cap};
+    if (halves)
+        attend_rows(static_cast<const uint16_t*>(queries), static_cast<const uint16_t*>(states), static_cast<uint16_t*>(to),
+                    rows, threads);
+    else
+        attend_rows(static_cast<const float*>(queries), static_cast<const float*>(states), static_cast<float*>(to), rows,
                     threads);
 }
 }

@@ -18,7 +18,7 @@ from quasar_core.kernels.cpu.forms import Chosen, chosen
 from quasar_core.kernels.cpu.library import load_library, remark, why_switched_off
 
 SOURCE = build.HERE / f"{build.SOLVER}.cpp"
-MOST_COLUMNS = 128
+MOST_COLUMNS, LANES = 128, 16
 
 
 def why_not_here() -> str | None:
@@ -71,6 +71,7 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
             "quasar_descend_columns": [pointer] * 10 + [number] * 4,
             "quasar_multiplies_pairs": [],
             "quasar_causal_attention": [pointer] * 5 + [ctypes.c_int64] + [number] * 4 + [ctypes.c_float, number],
+            "quasar_attend_rows": [pointer] * 3 + [number] * 8 + [ctypes.c_float] * 2 + [number],
             "quasar_compare_logits": [pointer] * 4 + [ctypes.c_int64] + [number] * 2,
             "quasar_likeliest": [pointer] * 3 + [ctypes.c_int64] + [number] * 3,
             "quasar_add_token_sums": [pointer] * 3 + [ctypes.c_int64] + [number] * 4,
@@ -113,6 +114,26 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     pointers = (each.data_ptr() for each in tensors)
     library().quasar_causal_attention(*pointers, ctypes.addressof(strides), *shape, scale, torch.get_num_threads())
     return tensors[3]
+
+
+def attends_rows(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `attend_rows` takes tensors of this kind, here; heads are of a multiple of `LANES` numbers."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and why_not_here() is None
+
+
+def attend_rows(
+    queries: torch.Tensor, states: torch.Tensor, first: int, end: int, scale: float | None, cap: float | None
+) -> torch.Tensor:
+    """As `models/rows.py` has it, in float32 or bfloat16: queries, scaled, are rounded to their dtype."""
+    queries = queries.contiguous()
+    assert states.is_contiguous()
+    _, texts, heads, room, size = states.shape
+    mixed = torch.empty_like(queries)
+    sizes = (texts, heads, queries[0].numel() // (heads * size), size, room, first, end - 1)
+    pointers = (each.data_ptr() for each in (queries, states, mixed))
+    numbers = (scale or size**-0.5, cap or 0.0, torch.get_num_threads())
+    library().quasar_attend_rows(*pointers, queries.dtype == torch.bfloat16, *sizes, *numbers)
+    return mixed.view(texts, -1)
 
 
 @dataclass(frozen=True)
