@@ -15,7 +15,7 @@ from quasar_core.quantize.blocks.streaming import find_blocks
 from quasar_core.quantize.solve import hessian
 from quasar_core.quantize.solve.factor import inverse_factor
 from quasar_core.quantize.solve.gptq import SolverConfig
-from quasar_core.quantize.solve.hessian import HessianAccumulator, error_correlation, wanted_outputs
+from quasar_core.quantize.solve.hessian import HessianAccumulator, error_correlation, output_error
 
 SAMPLES = torch.randint(97, (24, 32), generator=torch.Generator().manual_seed(3))
 
@@ -27,11 +27,13 @@ def corrected_weight(
     accumulator = HessianAccumulator(inputs.shape[1], inputs.device)
     for begin in range(0, len(inputs), 16):
         part = slice(begin, begin + 16)
-        outputs = wanted_outputs(wanted[part] @ weight.t(), None if stream is None else stream[part])
-        accumulator.add(inputs[part], outputs if lone else wanted[part] - inputs[part])
+        errors = wanted[part] - inputs[part]
+        accumulator.add(
+            inputs[part], output_error(weight, errors, None if stream is None else stream[part]) if lone else errors
+        )
     hessian, errors = accumulator.finish("x"), accumulator.errors()
     assert errors is not None
-    lacking = error_correlation({"x": weight} if lone else {"x": weight, "y": weight[:3]}, errors, hessian)["x"]
+    lacking = error_correlation({"x": weight} if lone else {"x": weight, "y": weight[:3]}, errors)["x"]
     factor = inverse_factor(hessian, torch.arange(len(hessian)), 1e-7, "x")
     return weight + factor.apply_(lacking.t().contiguous()).t()
 
@@ -65,7 +67,7 @@ def test_brackets_in_pieces_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     drift = torch.randn(4, 4, generator=generator)
     weights = {name: torch.randn(rows, 4, generator=generator).bfloat16() for name, rows in (("q", 5), ("k", 3))}
     monkeypatch.setattr(hessian, "PIECE", 2)
-    for name, lacking in error_correlation(weights, drift, torch.eye(4)).items():
+    for name, lacking in error_correlation(weights, drift).items():
         torch.testing.assert_close(lacking, weights[name].float() @ drift)
 
 

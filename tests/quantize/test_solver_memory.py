@@ -31,7 +31,7 @@ def allocated(columns: int, outs: tuple[int, ...], config: SolverConfig) -> int:
     with Allocations() as counted:
         hessian = torch.zeros(columns, columns).addmm_(rows.t(), rows, alpha=2 / 256)
         errors = torch.randn(outs[0] if len(outs) == 1 else columns, columns).mul_(0.01)
-        lacking = error_correlation(weights, errors, hessian)
+        lacking = error_correlation(weights, errors)
         del errors
         solved = solve_group(weights, hessian, dict.fromkeys(weights, config), lacking)
     packed = [solution.weight for solution in solved.values()]

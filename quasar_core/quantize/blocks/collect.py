@@ -19,7 +19,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.models.hf.experts import SeparateExperts
 from quasar_core.quantize.blocks.activations import Activations, Batch, OutputLayer, Stop, first_output, run_block
 from quasar_core.quantize.blocks.streaming import linear_layers
-from quasar_core.quantize.solve.hessian import HessianAccumulator, wanted_outputs
+from quasar_core.quantize.solve.hessian import HessianAccumulator, output_error
 from quasar_core.quantize.solve.matmul import product
 
 HESSIAN_BYTES = 1_000_000_000  # of the experts whose inputs are collected in one pass
@@ -224,9 +224,7 @@ def collect_compared(
     activations: Activations,
     output_layer: OutputLayer | None = None,
 ) -> HessianAccumulator:
-    """Sum the Hessian of a group's inputs, and their correlation with the drift from those of the original block.
-
-    Of a lone layer the correlation is with the outputs that it should have.
+    """Sum the Hessian of a group's inputs, and their correlation with the error against the original block.
 
     Of an output layer the inputs are cached; of the original one, the outputs.
     """
@@ -240,14 +238,13 @@ def collect_compared(
     for batch, reference in activations.pairs():
         inputs, standing = reach(block, name, before, batch)
         wanted, aim = reach(original, name, before, reference)
-        if len(group) > 1:
-            accumulator.add(inputs, wanted - inputs)
-            continue
-        outputs = product(wanted, own.weight)
-        accumulator.add(inputs, wanted_outputs(outputs, None if standing is None or aim is None else aim - standing))
+        errors = wanted - inputs
+        if len(group) == 1:
+            errors = output_error(own.weight, errors, None if standing is None or aim is None else aim - standing)
+        accumulator.add(inputs, errors)
         if output_layer is not None:
             activations.cache.store(output_layer, batch.rows, inputs, linear.out_features)
-            outputs = outputs if own.bias is None else outputs.add_(own.bias)
+            outputs = product(wanted, own.weight, own.bias)
             activations.reference.cache.store(output_layer, batch.rows, outputs, own.out_features)
     if output_layer is not None:
         activations.reference.cache.mark_finished(output_layer, own.out_features)

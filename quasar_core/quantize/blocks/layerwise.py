@@ -189,14 +189,9 @@ def solve_together(
     own: Mapping[str, torch.nn.Linear], sums: HessianAccumulator, plan: LayerPlan, solve_layers: GroupSolver
 ) -> dict[str, Solution]:
     """Solve layers of one input, by their full names, from the sums over their inputs, which are consumed."""
-    first, errors = next(iter(own.items())), sums.errors()
-    weights, correlations = {name: linear.weight for name, linear in own.items()}, dict[str, torch.Tensor]()
-    if errors is None:
-        hessian = hessian_of(*first, sums)
-    else:
-        hessian = sums.finish(first[0])
-        correlations = error_correlation(weights, errors, hessian)
-        hessian = shrunk(hessian, sums.count)
+    hessian, errors = hessian_of(*next(iter(own.items())), sums), sums.errors()
+    weights = {name: linear.weight for name, linear in own.items()}
+    correlations = {} if errors is None else error_correlation(weights, errors)
     del sums, errors  # as large as the Hessian, and not needed for the codes
     return solve_layers(weights, hessian, {name: plan.solver(name) for name in own}, correlations)
 

@@ -118,28 +118,20 @@ STREAM_SHARE = 0.5
 PIECE = 512  # outputs
 
 
-def wanted_outputs(outputs: torch.Tensor, stream_error: torch.Tensor | None) -> torch.Tensor:
-    """Compute what a lone layer should give [..., out]: W x̄ + ½ (r̄ − r), the second where r is known.
-
-    What it gives, W x, is subtracted from the sum over all inputs: `error_correlation` has H for that.
-    """
-    return outputs if stream_error is None else outputs.add(stream_error, alpha=STREAM_SHARE)
+def output_error(weight: torch.Tensor, drift: torch.Tensor, stream_error: torch.Tensor | None) -> torch.Tensor:
+    """Compute the error of a layer's outputs [..., out]: W (x̄ − x) + ½ (r̄ − r), the second where r is known."""
+    error = product(drift, weight)
+    return error if stream_error is None else error.add_(stream_error, alpha=STREAM_SHARE)
 
 
-def error_correlation(
-    weights: Mapping[str, torch.Tensor], errors: torch.Tensor, hessian: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def error_correlation(weights: Mapping[str, torch.Tensor], errors: torch.Tensor) -> dict[str, torch.Tensor]:
     """Correlate each layer's output error with its inputs, [out, in] by name: W ΔX Xᵀ of GPTAQ.
 
-    `errors` [k, in] correlates the inputs with the wanted outputs of a lone layer, and is overwritten; else with ΔX,
-    which W multiplies.
+    `errors` [k, in] correlates the inputs with the output errors of a lone layer, else with ΔX, which W multiplies.
     """
-    if len(weights) > 1:
-        return {name: _weighted(weight, errors) for name, weight in weights.items()}
-    for weight in weights.values():
-        for rows, some in zip(errors.split(PIECE), weight.split(PIECE), strict=True):
-            rows.addmm_(some.float(), hessian, alpha=-1)
-    return dict.fromkeys(weights, errors)
+    if len(weights) == 1:
+        return dict.fromkeys(weights, errors)
+    return {name: _weighted(weight, errors) for name, weight in weights.items()}
 
 
 def _weighted(weight: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
