@@ -29,7 +29,7 @@ def read_messages(keep_history: bool) -> Iterator[str]:
     """Messages and commands until the input ends; empty ones are left out."""
     keeps = keep_history and sys.stdin.isatty() and find_spec("readline")  # which Windows lacks
     history = History(home() / "chat_history.jsonl") if keeps else None
-    while (message := _read_message()) is not None:
+    while (message := _next_message()) is not None:
         if message := message.strip():
             if history is not None:
                 history.add(message)
@@ -81,6 +81,17 @@ class History:
             console.note_plain(f"{error} Messages of this chat are not kept.")
             return False
         return True
+
+
+def _next_message() -> str | None:
+    """The next message; in a terminal Ctrl-C drops what was typed, as one that is meant for an answer may come late."""
+    while True:
+        try:
+            return _read_message()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            console.note_plain("\n(/exit or Ctrl-D ends)")
 
 
 def _read_message() -> str | None:

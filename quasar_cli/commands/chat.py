@@ -33,7 +33,7 @@ HELP = r"""/more         go on with an answer that was cut
 /stats        tell what the last answer gained
 /reset        forget the conversation
 /help         print this
-/exit         end, as Ctrl-D does; Ctrl-C stops an answer
+/exit         end, as Ctrl-D does; Ctrl-C stops an answer, or drops a line
 A pasted text is one message. A line that ends in \ goes on in the
 next; so do lines between two times three double quotes.
 // at the beginning sends a message that begins with /"""
@@ -177,7 +177,8 @@ class Conversation:
     def show_stats(self) -> None:
         """Print what the last answer gained."""
         if self._last is None:
-            raise UsageError("There is no answer yet.")
+            stopped = self.messages != self._opening
+            raise UsageError("The answer was stopped: it has no figures." if stopped else "There is no answer yet.")
         show_stats(self._generator.pair, self._generator.config, self._last)
 
     def answer(self, message: str) -> None:

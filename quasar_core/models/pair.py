@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from quasar_core.errors import QuasarError, foreign_errors
-from quasar_core.files import read_json_if_there
+from quasar_core.files import read_json, read_json_if_there
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.records import FidelityReport
 from quasar_core.typed import build
@@ -61,8 +61,15 @@ class Pair:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model's folder."""
-    with foreign_errors(f"The tokenizer in {folder} could not be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    try:
+        with foreign_errors(f"The tokenizer in {folder} could not be loaded"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+    except QuasarError:
+        for path in sorted(folder.glob("tokenizer*.json")):
+            read_json(path)  # one that is no JSON is named
+        raise
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
         raise QuasarError(f"{folder} holds no tokenizer: the one that transformers makes of it knows no text.")
     return tokenizer

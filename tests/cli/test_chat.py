@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 from helpers.stand_ins import STATS, StandInGenerator, type_lines
 
+from quasar_cli import messages
 from quasar_cli.main import run
 from quasar_core.records import GenerationResult
 
@@ -109,6 +110,23 @@ def test_save_writes_the_messages_and_replaces_nothing(
     said = capsys.readouterr().err
     assert "Error: /save needs a file: /save FILE.\n" in said
     assert "Error: kept.json exists already: name another file.\n" in said
+
+
+def test_ctrl_c_at_the_prompt_drops_the_line_and_does_not_end_the_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter([KeyboardInterrupt(), "hello", KeyboardInterrupt(), None])
+
+    def read() -> str | None:
+        following = next(typed)
+        if isinstance(following, KeyboardInterrupt):
+            raise following
+        return following
+
+    monkeypatch.setattr(messages, "_read_message", read)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert list(messages.read_messages(keep_history=False)) == ["hello"]
+    assert capsys.readouterr().err.count("(/exit or Ctrl-D ends)") == 2
 
 
 def test_stats_are_those_of_the_last_answer(

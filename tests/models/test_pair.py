@@ -69,6 +69,13 @@ def test_the_first_of_several_ends_ends_the_text_as_in_transformers(verify: str)
         assert generate(pair, verify, 6, 9, 20, make_draft).token_ids == expected
 
 
+def test_a_tokenizers_file_that_is_no_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(QuasarError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("files", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
 def test_a_tokenizer_that_is_missing_is_named(files: list[str], tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path)
