@@ -18,7 +18,7 @@ from quasar_core.bench.peers import process, talk
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.cpu import build, private_files
 from quasar_core.kernels.cpu import library as compiling
-from quasar_core.models import streaming
+from quasar_core.models import weight_reads
 from quasar_core.quantize import job
 
 ROOT = Path(__file__).parents[1]
@@ -135,9 +135,9 @@ def test_a_peer_is_ended_where_processes_have_no_groups(monkeypatch: pytest.Monk
 
 
 def test_weights_are_not_streamed_without_reads_at_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(streaming.os, "preadv")
+    monkeypatch.delattr(weight_reads.os, "preadv")
     with pytest.raises(QuasarError, match="on Linux and macOS alone"):
-        streaming.OpenFile(tmp_path / "file")
+        weight_reads.OpenFile(tmp_path / "file")
 
 
 @pytest.mark.parametrize("has_owners", [True, False])

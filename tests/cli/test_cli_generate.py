@@ -117,6 +117,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
         "trust_remote_code": True,
         "check_digest": False,
         "fast": False,
+        "compress": None,
         "max_memory": None,
         "offload": "auto",
     }

@@ -180,7 +180,10 @@ def solve_eight_bits(
     configs: Mapping[str, SolverConfig],
     correlations: MutableMapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Solution]:
-    """Quantize layers [out, in] of one H [in, in], as `gptq.solve_group`; never worse than rounding to nearest."""
+    """Quantize layers [out, in] of one H [in, in], as `gptq.solve_group`.
+
+    On the same grid never worse than rounding to nearest; inputs that are always 0 take no part in the grid.
+    """
     first, hessian = next(iter(weights)), hessian.float()
     config = configs[first]
     factor = inverse_factor(hessian, column_order(hessian, config.act_order), config.damp, first)
