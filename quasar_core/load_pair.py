@@ -54,7 +54,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         precision,
         offload=plan,
         rounds_head=rounds_head,
-        compress=options.compress if options.max_memory is None else options.compress or False,
+        compress=_compresses(options),
         kernel=options.kernel,
         use_target=options.use_target,
         fast=options.fast,
@@ -91,12 +91,18 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
     return _with_assistant(pair, options, progress) if options.assistant else pair
 
 
+def _compresses(options: LoadOptions) -> bool | None:
+    """What is asked; what was allowed of memory is planned without."""
+    return options.compress if options.max_memory is None else options.compress or False
+
+
 def _with_assistant(pair: Pair, options: LoadOptions, progress: Progress) -> Pair:
     """The pair, and the small model that drafts for it."""
     assert options.assistant is not None
     source, trusted = resolve_model(options.assistant), options.trust_remote_code
     refuse_drafts(source.label, source.folder, trusted)
-    found = load_assistant(source.folder, source.label, pair.tokenizer, pair.device, pair.dtype, trusted, progress)
+    place = pair.device, pair.dtype, trusted, _compresses(options)
+    found = load_assistant(source.folder, source.label, pair.tokenizer, *place, progress)
     return replace(
         pair,
         assistant=found.model,

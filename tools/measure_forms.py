@@ -1,7 +1,7 @@
 """Every instruction set that this machine can run, on one model: milliseconds of short passes, and times their floor.
 
     python -m tools.measure_forms MODEL VERIFIER [--tokens 1,2,4,8,16] [--context 256] [--rounds 9] [--threads 2]
-        [--llama-bench FILE --gguf FILE …]
+        [--compress] [--llama-bench FILE --gguf FILE …]
 
 The passes of target and verifier run in each form in turn, interleaved, on the same weights; medians. The floor is the
 bytes that a pass reads over the measured bandwidth. llama.cpp's passes (its prompts of so many tokens, which compute
@@ -77,13 +77,14 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--tokens", default="1,2,4,8,16")
     parser.add_argument("--llama-bench")
+    parser.add_argument("--compress", action="store_true", help="the target's weights in 12 bits, in every form")
     parser.add_argument("--gguf", type=Path, nargs="*", default=[])
     for name, default in (("--context", 256), ("--rounds", 9), ("--threads", 0)):
         parser.add_argument(name, type=int, default=default)
     options = parser.parse_args()
     api.use_threads(options.threads or "auto")
     config = StepConfig(tuple(map(int, options.tokens.split(","))), options.context, options.rounds)
-    pair = api.load_pair(options.model, options.verifier)
+    pair = api.load_pair(options.model, options.verifier, compress=options.compress)
     by_name = dict(in_each_form(pair))
     assert isinstance(pair.target, LeanDecoder)
     shape = pair.target.config

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -28,11 +29,13 @@ def load_assistant(
     device: torch.device,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
+    compress: bool | None = None,
     progress: Progress = no_progress,
 ) -> LoadedAssistant:
     """Load the model of a folder as a target is; UsageError where its tokens are not those of `tokenizer`."""
     check_vocabulary(name, load_tokenizer(folder, trust_remote_code).get_vocab(), tokenizer.get_vocab())
-    models = load_models(folder, None, device, dtype, trust_remote_code=trust_remote_code, progress=progress)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "compress": compress}
+    models = load_models(folder, None, device, dtype, **options, progress=progress)
     assert models.target is not None
     if models.target.vocab_size < len(tokenizer):
         raise UsageError(f"--assistant {name} has {models.target.vocab_size:,} rows for {len(tokenizer):,} tokens.")

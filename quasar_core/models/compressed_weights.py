@@ -19,7 +19,7 @@ from quasar_core.models.decoder_layer import CompressedLinear, DecoderLayer, Den
 from quasar_core.records import Progress, no_progress
 
 SMALLEST = 64 << 20  # bytes of weights below which they may lie in the processor's caches
-FASTER_IN = "BF16"  # instruction sets where fewer bytes are measured to be less time (docs/results/)
+FASTER_IN = "AVX-512 with VNNI and BF16"  # the form where it is measured to be faster (docs/results/)
 
 
 def compress(decoders: Sequence[LeanDecoder], wanted: bool | None, progress: Progress = no_progress) -> str | None:
@@ -29,9 +29,11 @@ def compress(decoders: Sequence[LeanDecoder], wanted: bool | None, progress: Pro
     """
     if wanted is False:
         return None
-    reason = _why_not(decoders) or (None if wanted else _why_not_faster(decoders))
+    reason = _why_not(decoders)
     if reason:
-        return f"weights: in 16 bits, as {reason}" if wanted else None
+        return f"weights: as they are, since {reason}" if wanted else None
+    if not wanted and not _is_faster(decoders):
+        return None
     compressing = _Compressing(progress, sum(len(_dense(decoder)) for decoder in decoders))
     for decoder in decoders:
         decoder.layers = tuple(compressing.layer(layer) for layer in decoder.layers)
@@ -47,6 +49,8 @@ def saved_bytes(decoder: LeanDecoder) -> int:
 
 
 def _why_not(decoders: Sequence[LeanDecoder]) -> str | None:
+    if not decoders:
+        return "transformers runs the model"
     for decoder in decoders:
         if decoder.device.type != "cpu":
             return f"compressed ones are for a CPU, and these are on {decoder.device.type}"
@@ -60,11 +64,9 @@ def _why_not(decoders: Sequence[LeanDecoder]) -> str | None:
     return None
 
 
-def _why_not_faster(decoders: Sequence[LeanDecoder]) -> str | None:
-    if FASTER_IN not in cpp.library().quasar_form().decode():
-        return "without BF16 instructions it would take longer to restore them than to read them whole"
+def _is_faster(decoders: Sequence[LeanDecoder]) -> bool:
     size = sum(weight.nbytes for decoder in decoders for weight in _dense(decoder))
-    return "they are few" if size < SMALLEST else None
+    return size >= SMALLEST and FASTER_IN in cpp.library().quasar_form().decode()
 
 
 def _dense(decoder: LeanDecoder) -> list[torch.Tensor]:

@@ -136,7 +136,7 @@ def load_models(
         notes += [f"zeros: {zeros}"] if zeros else []
         notes += describe_kernels_in_use(verifier.packed_layers)
     lean = [model for model in (target, verifier) if isinstance(model, LeanDecoder)]
-    note = compress_weights(lean, compress, progress) if lean else None
+    note = compress_weights(lean, compress, progress)
     notes += [note] if note else []
     notes += describe_passes({"target": target, "verifier": verifier}, progress, fast)
     if offload:

@@ -64,7 +64,7 @@ def test_the_bytes_of_a_pass_are_those_that_it_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wanted", [True, None, False])
 def test_other_weights_stay_and_it_is_said_where_it_was_asked(tmp_path: Path, wanted: bool | None) -> None:
     decoder = loaded(tmp_path, "llama", FLOAT)
-    reason = "weights: in 16 bits, as only bfloat16 is compressed, and these are float32"
+    reason = "weights: as they are, since only bfloat16 is compressed, and these are float32"
     assert compress([decoder], wanted) == (reason if wanted else None)
     assert isinstance(decoder.head, DenseLinear)
 
@@ -82,3 +82,8 @@ def test_loading_compresses_where_it_is_asked(tmp_path: Path) -> None:
     notes = load_models(tmp_path, None, CPU, HALF, compress=True).notes
     assert sum(note.startswith("weights: bfloat16 in 12 bits") for note in notes) == 1
     assert not any(note.startswith("weights") for note in load_models(tmp_path, None, CPU, HALF).notes)
+
+
+def test_what_transformers_runs_stays_and_it_is_said() -> None:
+    assert compress([], wanted=True) == "weights: as they are, since transformers runs the model"
+    assert compress([], wanted=None) is None

@@ -1,14 +1,14 @@
-// A product with bfloat16 weights of which three quarters of the bytes are kept, and nothing is lost.
+// A product with bfloat16 weights in three quarters of their bytes, without loss.
 //
 // The exponents of a strip's weights lie close together: fifteen of them next to one another hold nearly all, so a code of
 // 4 bits tells which, and 0 is that of zeros and denormals. Sign and mantissa stay as they are: 12 bits for 16. The few
-// weights that have another exponent stand apart, with their places, and are put back where a strip is read: so products are
-// those of the weights as they were, to the last bit. (Zhang et al., 2025, "70% Size, 100% Accuracy", code exponents by their entropy, in 11 bits; codes of one
-// length are read at the memory's speed.)
+// weights that have another exponent stand apart, with their places, and are put back where a strip is read: so products
+// are those of the weights as they were, to the last bit. (Zhang et al., 2025, "70% Size, 100% Accuracy", code exponents
+// by their entropy, in 11 bits; codes of one length are read at the memory's speed.)
 //
-// Of a strip, row after row: a byte for each weight, its sign before seven bits of mantissa; then for every 128 weights (the
-// last ones too, where they are fewer) 32 words of 16 bits, of which word j has the codes of the weights j, 32 + j, 64 + j and
-// 96 + j, the first in its lowest bits.
+// Of a strip, row after row: a byte for each weight, its sign before seven bits of mantissa; then sixteen bytes for every
+// 32 weights (the last ones too, where they are fewer), the codes of the first sixteen in the lower halves, of the others
+// in the upper.
 
 #pragma once
 
@@ -18,7 +18,7 @@
 
 namespace quasar {
 
-constexpr int BLOCK_OF_CODES = 128, QUARTER = BLOCK_OF_CODES / 4;
+constexpr int CODES = 32;  // weights whose codes lie in sixteen bytes
 
 struct Apart {
     int32_t column;
@@ -33,12 +33,12 @@ struct Compressed {
 };
 
 inline size_t compressed_row(int in) {  // bytes
-    return size_t(in) + (in + BLOCK_OF_CODES - 1) / BLOCK_OF_CODES * QUARTER * sizeof(uint16_t);
+    return size_t(in) + (in + CODES - 1) / CODES * (CODES / 2);
 }
 
-// Where the codes of inputs i, i + 1, … stand behind a row's bytes, and from which bit on.
-inline size_t place_of_codes(int i) { return (i / BLOCK_OF_CODES * QUARTER + i % QUARTER) * sizeof(uint16_t); }
-inline int bits_before_code(int i) { return i % BLOCK_OF_CODES / QUARTER * 4; }
+// Where the codes of inputs i, i + 1, … stand behind a row's bytes, and whether in the upper halves.
+inline size_t place_of_codes(int i) { return i / CODES * (CODES / 2) + i % (CODES / 2); }
+inline bool in_upper_half(int i) { return i % CODES >= CODES / 2; }
 
 // The upper half of a bfloat16's bits by code: its exponent.
 struct Exponents {
@@ -68,11 +68,10 @@ void multiply_compressed_tile(const uint8_t* w, int first, const Exponents& expo
     auto add = [&](int i, auto last) QUASAR_INLINE {
         Words words[OUTS];
         const size_t codes = in + place_of_codes(i);
-        const CodeShift shift = shift_codes(bits_before_code(i));
 #pragma GCC unroll 8
         for (int o = 0; o < OUTS; ++o) {
             const uint8_t* row = w + o * bytes;
-            words[o] = restore_words(row + i, row + codes, shift, table);
+            words[o] = restore_words(row + i, row + codes, in_upper_half(i), table);
             if (decltype(last)::value) words[o] = first_words(words[o]);
         }
         for (; column < i + WORDS; ++apart.next, column = apart.column())
@@ -170,14 +169,12 @@ inline void restore_strip(const CompressedStrip& strip, uint16_t* w) {
         const uint8_t *low = strip.row(o), *codes = low + strip.in;
         int i = 0;
         for (; i + WORDS <= strip.in; i += WORDS) {
-            const CodeShift shift = shift_codes(bits_before_code(i));
-            const Words words = restore_words(low + i, codes + place_of_codes(i), shift, table);
+            const Words words = restore_words(low + i, codes + place_of_codes(i), in_upper_half(i), table);
             std::memcpy(w + size_t(o) * strip.in + i, &words, sizeof words);
         }
         for (; i < strip.in; ++i) {
-            uint16_t word;
-            std::memcpy(&word, codes + place_of_codes(i), sizeof word);
-            const uint16_t exponent = strip.exponents.by_code[word >> bits_before_code(i) & 15];
+            const int both = codes[place_of_codes(i)];
+            const uint16_t exponent = strip.exponents.by_code[in_upper_half(i) ? both >> 4 : both & 15];
             w[size_t(o) * strip.in + i] = uint16_t((low[i] & 0x80) << 8 | (low[i] & 0x7f) | exponent);
         }
     }
@@ -200,13 +197,13 @@ inline int choose_base(const uint16_t* w, size_t count, int& apart) {
 }
 
 // Sixteen weights: a byte and a code of each; which of them stand apart.
-inline Lanes compress_lanes(const uint16_t* w, int base, uint8_t* low, uint16_t* codes) {
+inline Lanes compress_lanes(const uint16_t* w, int base, uint8_t* low, uint8_t* codes) {
     unsigned apart = 0;
     for (int i = 0; i < LANES; ++i) {
         const int exponent = w[i] >> 7 & 0xff, code = exponent - base;
         const bool held = (code >= 1 && code <= 15) || exponent == 0;
         low[i] = held ? uint8_t((w[i] >> 8 & 0x80) | (w[i] & 0x7f)) : 0;
-        codes[i] = held && exponent ? uint16_t(code) : 0;
+        codes[i] = held && exponent ? uint8_t(code) : 0;
         apart |= unsigned(!held) << i;
     }
     return Lanes(apart);
@@ -217,17 +214,14 @@ inline void compress_strip(const uint16_t* w, int outs, int in, int base, uint8_
     const size_t bytes = compressed_row(in);
     Apart* end = apart;
     for (int o = 0; o < outs; ++o) {
-        uint8_t *low = strip + o * bytes, *words = low + in;
-        std::memset(words, 0, bytes - in);
+        uint8_t *low = strip + o * bytes, *pairs = low + in;
         for (int i = 0; i < in; i += LANES) {
-            uint16_t codes[LANES], all[LANES];
+            uint8_t codes[LANES];
             const uint16_t* own = w + size_t(o) * in + i;
             for (unsigned left = compress_lanes(own, base, low + i, codes), at = 0; left; left >>= 1, ++at)
                 if (left & 1) *end++ = {int32_t(i + at), uint16_t(o), own[at]};
-            uint8_t* to = words + place_of_codes(i);
-            std::memcpy(all, to, sizeof all);
-            for (int at = 0; at < LANES; ++at) all[at] |= uint16_t(codes[at] << bits_before_code(i));
-            std::memcpy(to, all, sizeof all);
+            uint8_t* to = pairs + place_of_codes(i);
+            for (int at = 0; at < LANES; ++at) to[at] = in_upper_half(i) ? uint8_t(to[at] | codes[at] << 4) : codes[at];
         }
     }
     std::sort(apart, end, [](const Apart& a, const Apart& b) { return a.column < b.column; });

@@ -15,7 +15,7 @@ from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 
 STRIP = 16  # outputs whose exponents are told from one base
 BITS = 12
-_BLOCK = 128  # weights whose codes lie in 64 bytes
+_CODES = 32  # weights whose codes lie in sixteen bytes
 _APART = 8  # bytes of a weight that stands apart
 
 
@@ -43,8 +43,7 @@ class CompressedWeight:
         first = torch.zeros(strips + 1, dtype=torch.int32)
         torch.cumsum(counts, 0, out=first[1:])
         apart = torch.empty(int(first[-1]), _APART, dtype=torch.uint8)
-        size = rows * row_bytes(columns)
-        stream = empty_in_huge_pages(size + 64, dtype=torch.uint8)
+        stream = empty_in_huge_pages(rows * row_bytes(columns), dtype=torch.uint8)
         places = bases.data_ptr(), first.data_ptr(), stream.data_ptr(), apart.data_ptr()
         library.quasar_compress(*given, *places, threads)
         described = cpp.Compressed(stream.data_ptr(), bases.data_ptr(), first.data_ptr(), apart.data_ptr())
@@ -65,4 +64,4 @@ class CompressedWeight:
 
 def row_bytes(columns: int) -> int:
     """Bytes of an output's weights."""
-    return columns + -(-columns // _BLOCK) * _BLOCK // 2
+    return columns + -(-columns // _CODES) * _CODES // 2

@@ -92,18 +92,16 @@ inline Part look_up(const float* table, IntPart at) {
 // bfloat16 of 12 bits (`compressed.h`), so many at a time.
 constexpr int WORDS = 16;
 using Words = __m256i;
-using ExponentTable = __m256i;
+using ExponentTable = __m128i;
 inline ExponentTable load_exponents(const uint16_t* by_code) {
     uint8_t bytes[16];
     for (int code = 0; code < 16; ++code) bytes[code] = uint8_t(by_code[code] >> 7);
-    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
 }
-using CodeShift = __m128i;  // bits of a word before its code
-inline CodeShift shift_codes(int bits) { return _mm_cvtsi32_si128(bits); }
-inline Words restore_words(const uint8_t* low, const uint8_t* codes, CodeShift shift, ExponentTable exponents) {
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-    const __m256i at = _mm256_and_si256(_mm256_srl_epi16(words, shift), _mm256_set1_epi16(15));
-    const __m256i found = _mm256_slli_epi16(_mm256_shuffle_epi8(exponents, at), 7);  // of the upper bytes, 0, it is 0
+inline Words restore_words(const uint8_t* low, const uint8_t* codes, bool upper, ExponentTable exponents) {
+    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m128i at = _mm_and_si128(upper ? _mm_srli_epi16(both, 4) : both, _mm_set1_epi8(15));
+    const __m256i found = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_shuffle_epi8(exponents, at)), 7);
     const __m256i signs = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low)));
     return _mm256_or_si256(found, _mm256_and_si256(signs, _mm256_set1_epi16(short(0x807f))));
 }

@@ -102,10 +102,10 @@ constexpr int WORDS = 32;
 using Words = __m512i;
 using ExponentTable = __m512i;
 inline ExponentTable load_exponents(const uint16_t* by_code) { return _mm512_load_si512(by_code); }
-using CodeShift = __m512i;  // bits of a word before its code
-inline CodeShift shift_codes(int bits) { return _mm512_set1_epi16(short(bits)); }
-inline Words restore_words(const uint8_t* low, const uint8_t* codes, CodeShift shift, ExponentTable exponents) {
-    const __m512i at = _mm512_srlv_epi16(_mm512_loadu_si512(codes), shift);
+inline Words restore_words(const uint8_t* low, const uint8_t* codes, bool, ExponentTable exponents) {
+    const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    const __m512i at = _mm512_srlv_epi16(_mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(both)), shifts);
     const __m512i found = _mm512_permutexvar_epi16(at, exponents);  // by the lowest five bits: the table stands twice
     const __m512i signs = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
     return _mm512_ternarylogic_epi32(signs, _mm512_set1_epi16(short(0x807f)), found, 0xea);  // a and b, or c

@@ -101,11 +101,8 @@ inline ExponentTable load_exponents(const uint16_t* by_code) {
     for (int code = 0; code < 16; ++code) bytes[code] = uint8_t(by_code[code] >> 7);
     return vld1q_u8(bytes);
 }
-using CodeShift = int16x8_t;  // bits of a word before its code
-inline CodeShift shift_codes(int bits) { return vdupq_n_s16(int16_t(-bits)); }
-inline Words restore_words(const uint8_t* low, const uint8_t* codes, CodeShift shift, ExponentTable exponents) {
-    const uint16x8_t words = vshlq_u16(vreinterpretq_u16_u8(vld1q_u8(codes)), shift);
-    const uint8x8_t at = vand_u8(vmovn_u16(words), vdup_n_u8(15));
+inline Words restore_words(const uint8_t* low, const uint8_t* codes, bool upper, ExponentTable exponents) {
+    const uint8x8_t both = vld1_u8(codes), at = upper ? vshr_n_u8(both, 4) : vand_u8(both, vdup_n_u8(15));
     const uint16x8_t found = vshll_n_u8(vqtbl1_u8(exponents, at), 7);
     const int16x8_t signs = vmovl_s8(vreinterpret_s8_u8(vld1_u8(low)));
     return vorrq_u16(found, vandq_u16(vreinterpretq_u16_s16(signs), vdupq_n_u16(0x807f)));

@@ -103,12 +103,12 @@ constexpr int WORDS = 8;
 using Words = uint16_t __attribute__((vector_size(16)));
 using ExponentTable = const uint16_t*;
 inline ExponentTable load_exponents(const uint16_t* by_code) { return by_code; }
-using CodeShift = int;  // bits of a word before its code
-inline CodeShift shift_codes(int bits) { return bits; }
-inline Words restore_words(const uint8_t* low, const uint8_t* codes, CodeShift shift, ExponentTable exponents) {
-    Words words = load_as<Words>(codes);
-    for (int i = 0; i < WORDS; ++i)
-        words[i] = uint16_t((low[i] & 0x80) << 8 | (low[i] & 0x7f) | exponents[words[i] >> shift & 15]);
+inline Words restore_words(const uint8_t* low, const uint8_t* codes, bool upper, ExponentTable exponents) {
+    Words words;
+    for (int i = 0; i < WORDS; ++i) {
+        const int code = upper ? codes[i] >> 4 : codes[i] & 15;
+        words[i] = uint16_t((low[i] & 0x80) << 8 | (low[i] & 0x7f) | exponents[code]);
+    }
     return words;
 }
 inline Words first_words(Words words) { return words; }

@@ -122,6 +122,7 @@ const char* quasar_form() { return FORM; }
 
 // For Python to check that both sides describe a model in the same bytes.
 int quasar_size_of_model() { return sizeof(Model); }
+static_assert(sizeof(Apart) == 8, "as compressed.py has it");
 int quasar_size_of_compressed() { return sizeof(Compressed); }
 int quasar_size_of_layer() { return sizeof(Layer); }
 int quasar_size_of_experts() { return sizeof(Experts); }
