@@ -13,8 +13,13 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MODELS = ("test_cpu_pass.py", "test_trees.py", "test_recurrent.py")
-CPP = ("kernels/test_vnni.py", *(f"models/{name}" for name in MODELS), "quantize/test_cpu_solver.py")
+MODELS = ("test_cpu_pass.py", "test_compressed_weights.py", "test_trees.py", "test_recurrent.py")
+CPP = (
+    "kernels/test_vnni.py",
+    "kernels/test_compressed.py",
+    *(f"models/{name}" for name in MODELS),
+    "quantize/test_cpu_solver.py",
+)
 TESTS = tuple(f"tests/{name}" for name in CPP)
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 BEYOND = "int planted(int i) { int* volatile four = new int[4](); int read = four[i]; delete[] four; return read; }"
