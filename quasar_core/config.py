@@ -79,7 +79,7 @@ class Request:
     """What one answer may ask for by itself; all else of a `GenerationConfig` is settled before the first.
 
     `sampling` and `stop` stand in for the config's own where they are given; the temperature is 0 in both or in
-    neither. `alone`: what earlier answers taught of drafts is left aside, so that a seed fixes a sampled text.
+    neither.
     """
 
     max_new_tokens: int
@@ -87,7 +87,6 @@ class Request:
     prediction: str = ""  # the text that is expected
     sampling: SamplingConfig | None = None
     stop: tuple[str, ...] = ()
-    alone: bool = False
 
 
 @dataclass(frozen=True)

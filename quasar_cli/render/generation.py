@@ -32,9 +32,8 @@ def stats_table(result: GenerationResult, config: GenerationConfig) -> Table:
 
 def promise(fidelity: FidelityReport | None, config: GenerationConfig) -> str:
     """What the verification mode guarantees; in `quantized` mode, the measured agreement."""
-    greedy = config.sampling.greedy
     if config.verify == "exact":
-        return "exact: " + ("the full-precision model's own output" if greedy else "the full-precision distribution")
+        return "exact: the full-precision model's own output"
     if config.verify == "gated":
         return (
             "gated: not lossless; the full-precision model's own choice is expected of "

@@ -44,7 +44,7 @@ class Claim:
         if ARMS[self.arm].verify == "quantized":
             return ", and its text is the low-bit copy's"
         if self.identical is None:
-            return ", and its text is drawn from the full-precision model's distribution"
+            return ", and its text is drawn by numbers of its own"
         count = self.speedup.questions
         if self.identical == count:
             return f", and its text is the same, token for token, in all {count} answers"

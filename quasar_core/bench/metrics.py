@@ -142,7 +142,7 @@ def _measure_arm(
     lengths = [length for stats in pooled if (length := stats.acceptance_length) is not None]
     speedup_mean, speedup_total = _speedups(answers, vanilla) if vanilla else (None, None)
     read = bytes_read(arm, total, run.passes)
-    greedy = vanilla is not None and temperature == 0
+    compared = vanilla if temperature == 0 or not ARMS[arm].is_peer else None  # others draw by numbers of their own
     return ArmMetrics(
         dataset=dataset,
         temperature=temperature,
@@ -162,7 +162,7 @@ def _measure_arm(
         confirm_rate=total.confirm_rate,
         speedup_mean=speedup_mean,
         speedup_total=speedup_total,
-        identical=_count_identical(answers, vanilla) if vanilla and greedy else None,
+        identical=_count_identical(answers, compared) if compared else None,
         ttft_s=spread([row.stats.ttft_s for row in rows if row.stats and row.stats.ttft_s]),
         token_s=spread([1 / speed for row in rows if row.stats and (speed := row.stats.tokens_per_s)]),
         shares=shares(total),
@@ -170,7 +170,7 @@ def _measure_arm(
         floor_share=read / run.bandwidth / total.decode_s if read and run.bandwidth and total.decode_s else None,
         peak_memory_bytes=total.peak_memory_bytes,
         joules_per_token=joules_per_token(rows),
-        agreement=_agreement(answers, vanilla) if vanilla and greedy else None,
+        agreement=_agreement(answers, compared) if compared else None,
         correct=sum(row.correct is True for row in rows),
         scored=sum(row.correct is not None for row in rows),
         speculation=speculation([row.stats for row in rows if row.stats], ARMS[arm].draft),

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from quasar_core.bench.arms import ARMS
 from quasar_core.bench.document import as_record
 from quasar_core.bench.metrics import measure
 from quasar_core.bench.results import Results
@@ -90,6 +91,7 @@ def _figures(rows: Rows, dataset: str, temperature: float, category: str | None,
     yields = [(_tokens(a), _seconds(a), _tokens(b), _seconds(b)) for a, b in both]
     yields = [one for one in yields if all(one)]
     steps = _count(kept, "step_log", None)
+    compared = temperature == 0 or not ARMS[arm].is_peer
     return {
         "new_tokens": sum(row["stats"]["new_tokens"] for row in kept),
         "steps": steps,
@@ -100,7 +102,7 @@ def _figures(rows: Rows, dataset: str, temperature: float, category: str | None,
         "confirm_rate": _ratio(_count(kept, "confirm_log", "accepted"), _count(kept, "confirm_log", "window")),
         "speedup_total": _total_speedup(yields),
         "speedup_mean": _ratio(sum(a / b / (c / d) for a, b, c, d in yields), len(yields)),
-        "identical": sum(_ids(a) == _ids(b) for a, b in both) if theirs and temperature == 0 else None,
+        "identical": sum(_ids(a) == _ids(b) for a, b in both) if theirs and compared else None,
         "correct": sum(row.get("correct") is True for row in kept),
         "failed": len({row["question_id"] for row in of_place if row["arm"] == arm}) - len(ours),
     }

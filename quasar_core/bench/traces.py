@@ -110,14 +110,12 @@ class Recorded:
 
 
 def record_of(results: Results, arm: str) -> Recorded:
-    """The traces of an arm of greedy `exact`; UsageError where the file holds none."""
+    """The traces of an arm of `exact`; UsageError where the file holds none."""
     stats = [row.stats for row in results.rows if row.arm == arm and row.stats and row.stats.step_log]
     if not stats:
         raise UsageError(f"The results have no answers of the arm {arm}.")
     if any(step.let_through for one in stats for step in one.step_log):
         raise UsageError(f"Answers of {arm} cannot be replayed: not all of it was confirmed.")
-    if any(results.run.config.temperatures):
-        raise UsageError("Sampled answers cannot be replayed: other decisions would have drawn another text.")
     if not any(one.confirm_log for one in stats) or not any(step.margins for one in stats for step in one.step_log):
         raise UsageError(
             f"The results hold no margins of the arm {arm}: it has no confirms, or an older version ran it. Run the "

@@ -1,7 +1,6 @@
 """What a generator drafts from: the drafter of each answer, and what outlives it."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from quasar_core.config import GenerationConfig, Request
 from quasar_core.decode.draft_memory import keep_answers, memory_file, recall_answers
@@ -20,21 +19,17 @@ from quasar_core.records import Progress, no_progress
 
 
 class Drafting:
-    """Makes a drafter for each answer. With `auto`, later answers draft from earlier ones of the same generator.
-
-    While sampling they do not, unless answers are kept for later runs: what is drawn depends on the drafts, and a seed
-    is to fix the text.
-    """
+    """Makes a drafter for each answer. With `auto`, later answers draft from earlier ones of the same generator."""
 
     def __init__(self, pair: Pair, config: GenerationConfig, progress: Progress = no_progress) -> None:
         self.pair, self.config = pair, config
         self.sources = Sources()
         if config.draft == "none":
             return
-        if config.draft_memory or (config.draft == "auto" and config.sampling.greedy):
+        if config.draft_memory or config.draft == "auto":
             self.sources.memory = SuffixAutomaton()
             self.sources.memory.extend(self._recall() if config.draft_memory else ())
-        if config.draft == "recycle" and config.sampling.greedy:
+        if config.draft == "recycle":
             self.sources.successors = Successors()
         if config.draft in KNOWING:
             self.sources.known = self._known_successors()
@@ -45,8 +40,7 @@ class Drafting:
     def begin(self, request: Request) -> Drafter:
         """The drafter of an answer."""
         expected = encode_text(self.pair.tokenizer, request.prediction) if request.prediction else []
-        sources = replace(self.sources, memory=None) if request.alone else self.sources
-        return make_drafter(self.config, sources, expected)
+        return make_drafter(self.config, self.sources, expected)
 
     def end(self, answer: Sequence[int]) -> None:
         """An answer is whole."""

@@ -12,15 +12,13 @@ from dataclasses import replace
 from math import prod
 from typing import cast
 
-import torch
-
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.agreement import Estimate
 from quasar_core.decode.answering import Answering
 from quasar_core.decode.checking import Checking
 from quasar_core.decode.passes import Passes, verifying_model
 from quasar_core.decode.policy import DraftLength, WindowPolicy
-from quasar_core.decode.sampling import accept_matching, confirm_block, draw
+from quasar_core.decode.sampling import accept_matching
 from quasar_core.decode.step_log import StepLog
 from quasar_core.decode.trees import WINDOW, Branching, Tree
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter
@@ -51,7 +49,6 @@ class Engine:
         drafter: Drafter,
         draft_length: DraftLength,
         window: WindowPolicy,
-        generator: torch.Generator,
         max_tokens: int,
         checking: Checking | None = None,
         observe: Observe | None = None,
@@ -61,19 +58,16 @@ class Engine:
     ) -> None:
         self.pair, self.cache, self.config = pair, cache, config
         self.drafter, self.draft_length, self.window_policy = drafter, draft_length, window
-        self.generator = generator
         self.max_tokens = max_tokens  # prompt included
         self._checking, self._observe, self._now = checking, observe, now
         self.confirms = config.confirms
         self.verifying = verifying_model(pair, config.verify)
         self.answering = answering or Answering()
-        self._passes = Passes(pair, self.verifying, cache, config, self.answering, generator, drafter.wants_best)
+        self._passes = Passes(pair, self.verifying, cache, config, self.answering, drafter.wants_best)
         # With rules or scores each row would need the text of its own path.
         forks = not self._passes.changes and self.answering.scores is None
         self._branching = branching if forks else None
         self._branching_at_target = checking.branching if checking and forks else None
-        # What is drawn depends on how drafts are cut: a seed would fix nothing if that followed the clock.
-        self._learns_costs = config.sampling.greedy
         self.eos_ids = frozenset() if config.ignore_eos else pair.eos_ids
         self.stats = Stats()
         self._log = StepLog(self.stats, self.verifying is pair.target)
@@ -83,7 +77,6 @@ class Engine:
         self._passed: list[Estimate] = []  # of tokens that were let through since, which the target has not passed
         self._estimates: list[Estimate] = []  # and with each of its tokens, where it is asked of either model
         self._drafts: list[tuple[int, Draft]] = []  # that the verifier checked since the last confirm, and their places
-        self._window_q: list[torch.Tensor] = []  # the verifier's distribution [V] of each window token, when sampling
 
     @property
     def window(self) -> list[int]:
@@ -103,9 +96,8 @@ class Engine:
         start = self._now()
         self._passes.begin(prompt, self.max_tokens, self.eos_ids)
         chunk = PREFILL_CHUNK[self.pair.primary.device.type] if self.pair.rolls_back else len(prompt)
-        logits = self._passes.read(prompt[cached:], chunk)
+        choices = self._passes.read(prompt, cached, chunk)
         self.tokens = list(prompt)
-        choices, _ = self._passes.choose(logits, self.tokens, [])
         self.drafter.observe(self.tokens)
         self._show(prompt[-1:], choices.likeliest, len(prompt) - 1)
         self._extend(choices.tokens)
@@ -187,7 +179,7 @@ class Engine:
     def _verify_chain(self, draft: Draft, drafting_s: float) -> None:
         start = self._now()
         tokens = [self.tokens[-1], *draft.tokens]
-        choices, q = self._passes.verify(self.tokens, draft.tokens)
+        choices = self._passes.verify(self.tokens, draft.tokens)
         pass_s = self._now() - start
         self._show(tokens, choices.likeliest, len(self.tokens) - 1)
         accepted, bonus = _accept(choices, draft.tokens)
@@ -197,11 +189,8 @@ class Engine:
         self._log.step(draft, accepted, margins, drafting_s, pass_s)
         if self.confirms:
             self._drafts.append((len(self.tokens), draft))
-            self._remember(margins, accepted, accepted < len(draft.tokens), None if q is None else q[: len(new)])
-        if self._learns_costs:
-            self.draft_length.learn(draft, accepted, drafting_s, pass_s)
-        else:
-            self.draft_length.learn(draft, accepted)
+            self._remember(margins, accepted, accepted < len(draft.tokens))
+        self.draft_length.learn(draft, accepted, drafting_s, pass_s)
         self._extend(new)
         if not self.confirms:
             self._passes.score(new)
@@ -219,19 +208,19 @@ class Engine:
         """As of a draft alone; the cache keeps the path that the pass's own tokens lead through."""
         assert self._branching is not None
         before, start = self.cache.length, self._now()
-        choices, q = self._passes.verify_tree(tree.tokens, tree.parents)
+        choices = self._passes.verify_tree(self.tokens, tree.tokens, tree.parents)
         pass_s = self._now() - start
         self._show_tree(tree, choices.likeliest, len(self.tokens) - 1)
         path = tree.follow(choices.tokens)
         cast(TreeCache, self.cache).keep(before, [0, *path])
         new = self._cut_at_eos([*(tree.tokens[node] for node in path), choices.tokens[path[-1] if path else 0]])
         accepted, rows = path[: len(new)], [0, *path][: len(new)]
-        margins = [choices.margins[row] for row in rows] if choices.margins else []
+        margins = [choices.margins[row] for row in rows]
         self._log.step(tree.as_draft(accepted), len(accepted), margins, drafting_s, pass_s)
         if self.confirms:
             self._drafts.append((len(self.tokens), tree.draft))
-            self._remember(margins, len(accepted), tree.refuses_behind(accepted), None if q is None else q[rows])
-        self._branching.learn(tree, accepted, drafting_s, pass_s if self._learns_costs else None)
+            self._remember(margins, len(accepted), tree.refuses_behind(accepted))
+        self._branching.learn(tree, accepted, drafting_s, pass_s)
         self._extend(new)
         if not self.confirms:
             self.committed = len(self.tokens)
@@ -255,7 +244,7 @@ class Engine:
         window, unseen, start = self.window, len(self._passed), self._now()
         tree = self._grow_behind(draft)
         self.cache.rollback(self.seen - 1)
-        path, bonus, margins = self._accept_tree(tree) if tree.branches else self._accept_window(window, draft.tokens)
+        path, bonus, margins = self._accept_tree(tree) if tree.branches else self._accept_window(draft.tokens)
         path, margins = path[unseen:], margins[unseen:]
         pass_s = self._now() - start
         kept, before = min(len(path), len(window)), self.committed
@@ -276,26 +265,22 @@ class Engine:
         if self._checking:
             self._checking.confirmed(len(tree.tokens), self.committed - before, self._estimates, kept)
         self._survival, self._estimates, self._passed, self._drafts = 1.0, [], [], []
-        self._window_q.clear()
 
     def _learn_from_confirm(
         self, passed: int, tried: Tree, path: Sequence[int], drafting_s: float, pass_s: float
     ) -> None:
         """What the pass cost; what the target accepts of drafts, those that the verifier checked before among them."""
-        if self._observe and self._learns_costs:
+        if self._observe:
             self._observe(passed, pass_s)
         if self._checking:
             self._checking.learn_drafts(self._drafts, self.tokens)
-            self._checking.learn_tree(tried, path, drafting_s if self._learns_costs else 0.0)
+            self._checking.learn_tree(tried, path, drafting_s)
 
     def _grow_behind(self, draft: Draft) -> Tree:
-        """What the target has not passed yet and the draft, and what is worth a row of its pass beside the draft.
-
-        A window that was drawn is judged as a block, which knows no branches.
-        """
+        """What the target has not passed yet and the draft, and what is worth a row of its pass beside the draft."""
         waiting, last = self.tokens[self.seen :], self.tokens[self.seen - 1]
         branching, reach = self._branching_at_target, self.max_tokens - len(self.tokens) - 1
-        if branching is None or reach <= 0 or (waiting and not self.config.sampling.greedy):
+        if branching is None or reach <= 0:
             return Tree(last, Draft.of(waiting, WINDOW, 0).then(draft))
         room = self.cache.capacity - self.seen + 1
         survivals = [*(1.0 for _ in self._passed), *(estimate.p for estimate in self._estimates)]
@@ -316,58 +301,43 @@ class Engine:
         Returns the path behind the first node, the bonus token, and the target's margins along it.
         """
         start = self.cache.length
-        choices = self._passes.confirm_tree(tree.tokens, tree.parents)
+        choices = self._passes.confirm_tree(self.tokens[: self.seen], tree.tokens, tree.parents)
         self._show_tree(tree, choices.likeliest, start)
         choices = self._hold(choices)
         path = tree.follow(choices.tokens)
         cast(TreeCache, self.cache).keep(start, [0, *path])
-        greedy = self.config.sampling.greedy
-        margins = [choices.margins[node] for node in [0, *path]] if greedy else []
+        margins = [choices.margins[node] for node in [0, *path]]
         return path, choices.tokens[path[-1] if path else 0], margins
 
     def _show_tree(self, tree: Tree, likeliest: Sequence[list[int]], start: int) -> None:
         for nodes in tree.paths() if likeliest else ():
             self._show([tree.tokens[node] for node in nodes], [likeliest[node] for node in nodes], start)
 
-    def _accept_window(self, window: Sequence[int], draft: Sequence[int]) -> tuple[list[int], int, Sequence[float]]:
+    def _accept_window(self, draft: Sequence[int]) -> tuple[list[int], int, Sequence[float]]:
         """Pass what was let through, window and draft through the target.
 
-        Returns the places of what is accepted, from 1 on, the bonus token, and the target's margins of all of it, which
-        are known of greedy choices.
+        Returns the places of what is accepted, from 1 on, the bonus token, and the target's margins of all of it.
         """
         tokens, prefix = [*self.tokens[self.seen - 1 :], *draft], self.tokens[: self.seen]
         offered = tokens[1:]
-        choices, p = self._passes.confirm(prefix, offered)
+        choices = self._passes.confirm(prefix, offered)
         self._show(tokens, choices.likeliest, len(prefix) - 1)
-        accepted, bonus = _accept(self._hold(choices), offered) if p is None else self._confirm_drawn(p, window, draft)
+        accepted, bonus = _accept(self._hold(choices), offered)
         return list(range(1, accepted + 1)), bonus, choices.margins
-
-    def _confirm_drawn(self, p: torch.Tensor, window: Sequence[int], draft: Sequence[int]) -> tuple[int, int]:
-        """Sampling: confirm the window by p [W + 1 + k, V]; where all of it is accepted, check the draft behind it."""
-        if not window:
-            return accept_matching(draw(p, self.generator).tolist(), draft)
-        accepted, bonus = confirm_block(p[: len(window) + 1], torch.stack(self._window_q), window, self.generator)
-        if accepted < len(window) or not draft:
-            return accepted, bonus
-        drawn = draw(p[len(window) + 1 :], self.generator).tolist()
-        further, bonus = accept_matching([bonus, *drawn], draft)
-        return accepted + further, bonus
 
     def _show(self, tokens: Sequence[int], likeliest: list[list[int]], start: int) -> None:
         """Let the drafter see what a pass over the tokens computed, the first of which stands at `start`."""
         if self.drafter.wants_best:
             self.drafter.see(tokens, likeliest, start)
 
-    def _remember(self, margins: list[float], accepted: int, refused: bool, q: torch.Tensor | None) -> None:
-        """Keep what a later confirm needs of the new tokens: how sure the verifier was of each, and its q of each."""
+    def _remember(self, margins: list[float], accepted: int, refused: bool) -> None:
+        """Keep what decides when to confirm the new tokens: how sure the verifier was of each."""
         if self._checking:
             estimates = self._checking.agreement.estimates(margins, accepted, refused)
             self._estimates += estimates
             self._survival *= prod(estimate.p for estimate in estimates)
         else:
             self._survival *= prod(self.window_policy.survival(margin) for margin in margins)
-        if q is not None:
-            self._window_q.extend(q)
 
     def _cut_at_eos(self, tokens: list[int]) -> list[int]:
         for i, token in enumerate(tokens):

@@ -34,7 +34,6 @@ from quasar_core.decode.sight import Sight
 from quasar_core.decode.text import TextStream
 from quasar_core.decode.trees import Branching
 from quasar_core.decode.window_values import longest_window
-from quasar_core.draft.acceptance import Acceptance
 from quasar_core.draft.base import Drafter
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.base import KVCache
@@ -200,32 +199,26 @@ class Generator:
     def _make_engine(
         self, pair: Pair, prefix: Prefix, max_tokens: int, request: Request, answering: Answering
     ) -> Engine:
-        generator = torch.Generator(self.pair.device).manual_seed(request.seed)
-        checking, draft_length, branching = self._checking, self._draft_length, self._branching
-        if request.alone:
-            self._drafting.sources.acceptance = Acceptance()
-            checking = self._choose_checking()
-            draft_length = checking.verifier_length if checking else self._choose_draft_length()
-            branching = self._choose_branching(draft_length, self._costs.verifying)
+        checking = self._checking
         self._in_use = prefix.cache
-        for length in (draft_length, checking.target_length if checking else None):
+        for length in (self._draft_length, checking.target_length if checking else None):
             if isinstance(length, AdaptiveLength):
                 length.begin()
-        config = replace(self.config, sampling=request.sampling or self.config.sampling)
+        sampling = replace(request.sampling or self.config.sampling, seed=request.seed)
+        config = replace(self.config, sampling=sampling)
         return Engine(
             pair,
             prefix.cache,
             config,
             self._make_draft() if self._make_draft else self._drafting.begin(request),
-            draft_length,
+            self._draft_length,
             self._window,
-            generator,
             max_tokens,
             checking=checking,
             observe=self._costs.observe,
             now=self._now,
             answering=answering,
-            branching=branching,
+            branching=self._branching,
         )
 
     def _check_processors(self) -> None:
@@ -242,7 +235,7 @@ class Generator:
         if self.config.draft == "none":
             return FixedLength(0)
         if self.config.num_draft_tokens == "auto":
-            return AdaptiveLength(self._costs.advising().verify, self._drafting.sources.acceptance)
+            return AdaptiveLength(self._costs.corrected().verify, self._drafting.sources.acceptance)
         return FixedLength(self.config.num_draft_tokens, self._drafting.sources.acceptance)
 
     def _choose_branching(self, length: DraftLength, role: Role, cost: Cost | None = None) -> Branching | None:
@@ -264,14 +257,14 @@ class Generator:
             plan = plan_exact(costs, agreement.now, self._acceptance)
         self._target_first = plan.target_alone
         self._note_expected(plan.rate)
-        checker = Checker(self._costs.advising(), agreement, [plan.usual], plan.target_alone)
+        checker = Checker(costs, agreement, [plan.usual], plan.target_alone)
         self._note(_who_checks(self.config.verify, plan.target_alone, checker.longest))
         gate = self._choose_gate(agreement)
         at_verifier = self._choose_draft_length()
         if isinstance(at_verifier, FixedLength):
             return Checking(checker, at_verifier, FixedLength(at_verifier.limit), gate=gate)
         at_target = AdaptiveLength(self._costs.live["target"].known)
-        branching = self._choose_branching(at_target, "target", self._costs.advising().confirm)
+        branching = self._choose_branching(at_target, "target", costs.confirm)
         return Checking(checker, at_verifier, at_target, branching, gate)
 
     def _choose_gate(self, agreement: RunningAgreement) -> Gate | None:

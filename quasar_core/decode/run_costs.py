@@ -50,17 +50,6 @@ class RunCosts:
             self._corrected = PairCosts(verify, self.live.get("target", verify))
         return self._corrected
 
-    def advising(self) -> PairCosts:
-        """What lengths of drafts and windows are chosen by; while sampling as it was at first: a seed fixes the text.
-
-        The times of passes differ from run to run, and with them the lengths, which random numbers are drawn by.
-        """
-        costs = self.corrected()
-        if self._config.sampling.greedy:
-            return costs
-        verify = self.live[self.verifying]
-        return PairCosts(verify.known, self.live.get("target", verify).known)
-
     def check_memory(self) -> bool:
         """Time a few passes of both models where their costs are remembered; whether that was done.
 

@@ -31,8 +31,7 @@ class Sight:
         self._pair, self._asked, self._note, self._now = pair, config.verifier_attention, note, now
         self._narrow: Pair | None = None
         self._slope: tuple[float, float] | None = None  # seconds of a pass at no context, and of each position more
-        # What is measured may differ from run to run, and a seed is to fix what is drawn.
-        self._may_choose = self._asked == "auto" and config.verify == "exact" and config.sampling.greedy
+        self._may_choose = self._asked == "auto" and config.verify == "exact"
         if self._asked == "sinks+window":
             self._refuse()
             self._note(_described(config))

@@ -135,7 +135,8 @@ class Batch:
     ) -> None:
         self._pair, self._settings, self._now = pair, settings, now
         config = settings.config()
-        self._drafting, self._request = Drafting(pair, config), replace(config.request, alone=True)
+        self._drafting, self._request = Drafting(pair, config), config.request
+        self._drafting.sources.memory = None  # texts of other users stay theirs
         self._caches = FreeCaches(pair, settings.copy_texts)
         self._decisions = Decisions(pair, settings.window, ratio)
         self._texts: dict[int, Ahead] = {}  # by their rows in the last pass

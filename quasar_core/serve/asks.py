@@ -82,7 +82,6 @@ def read_common(fields: Fields, served: Served, usual_tokens: int, least_tokens:
         prediction=_prediction(fields, served, draft),
         sampling=sampling,
         stop=_stop(fields),
-        alone=not sampling.greedy,
     )
     return Common(
         stream=stream,

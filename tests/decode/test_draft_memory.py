@@ -7,7 +7,7 @@ from helpers.drafters import spaced_words
 from helpers.tiny_models import TableModel, make_pair
 
 from quasar_cli.main import run
-from quasar_core.config import GenerationConfig, Request
+from quasar_core.config import GenerationConfig
 from quasar_core.decode import draft_memory
 from quasar_core.decode.draft_memory import keep_answers, memory_file, recall_answers
 from quasar_core.decode.generator import Generator
@@ -33,15 +33,6 @@ def test_a_later_run_drafts_from_the_answers_of_an_earlier_one() -> None:
 def test_without_being_asked_nothing_is_kept() -> None:
     answer()
     assert not (home() / "drafts").exists()
-
-
-def test_an_answer_that_stands_alone_is_not_drafted_from_earlier_ones() -> None:
-    pair = make_pair(TableModel(6, 3), tokenizer=spaced_words(6))
-    generator = Generator(pair, GenerationConfig(40, "full", num_draft_tokens=4, draft_memory=True))
-    generator.generate([1, 2])
-    assert "memory" in generator.generate([1, 2]).stats.drafters
-    alone = generator.generate([1, 2], request=Request(40, 0, alone=True))
-    assert "memory" not in alone.stats.drafters
 
 
 def test_the_latest_tokens_are_kept_and_only_the_user_may_read_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,14 @@
-"""Sampling: what `full` and `exact` write is distributed as what plain sampling writes.
+"""Sampling: `full` and `exact` write, for a seed, the text of plain sampling; and that is distributed as it should be.
 
-Two tests of it: all continuations of three tokens, counted out; and the transitions of a long text, which depend on
-the last two tokens only.
+Of the distribution there are two tests: all continuations of three tokens, counted out over seeds; and the transitions
+of a long text, which depend on the last two tokens only.
 """
 
 import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,16 +32,23 @@ from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import engine as engine_module
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.policy import FixedLength, WindowPolicy
-from quasar_core.decode.sampling import draw
+from quasar_core.decode.sampling import Noise
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.draft.none import NoDrafter
 from quasar_core.draft.recycle import RecycleDrafter
 from quasar_core.draft.suffix import SuffixDrafter
 
-# Fewer texts in the default run; these still show confirms and acceptances that are broken, as tests below tell.
+# Fewer texts in the default run; these still show what is broken, as tests below tell.
 few_or_many = pytest.mark.parametrize("runs", [1500, pytest.param(6000, marks=pytest.mark.slow)])
 GOOD, BAD = TARGET.disturbed(0.3), TableModel(VOCABULARY, seed=1)
+OPTIONS = [
+    SamplingConfig(temperature=0.6),
+    SamplingConfig(temperature=1.0, top_k=3),
+    SamplingConfig(temperature=1.0, top_p=0.8),
+    SamplingConfig(temperature=1.2, min_p=0.15),
+    SamplingConfig(temperature=1.0, repetition_penalty=1.5),
+]
 Text = tuple[int, ...]
 
 
@@ -61,11 +69,12 @@ def _source(kind: str) -> Callable[[], Drafter]:
 
 
 ALL_SOURCES = _source("auto")
+DRAFTERS = [NoDrafter, NgramDrafter, RecycleDrafter, RandomDrafter, SuffixDrafter, ALL_SOURCES]
 
 
 def run_engine(
     verify: str,
-    generator: torch.Generator,
+    seed: int,
     count: int,
     verifier: TableModel,
     drafter: Drafter,
@@ -73,22 +82,64 @@ def run_engine(
     sampling: SamplingConfig = PLAIN,
 ) -> Text:
     """`count` tokens after PROMPT."""
-    config = GenerationConfig(count, verify, sampling=sampling)  # type: ignore[arg-type]
+    config = GenerationConfig(count, verify, sampling=replace(sampling, seed=seed))  # type: ignore[arg-type]
     pair, longest = make_pair(TARGET, verifier), len(PROMPT) + count
-    engine = Engine(
-        pair, pair.new_cache(longest), config, drafter, FixedLength(2), WindowPolicy(window), generator, longest
-    )
+    engine = Engine(pair, pair.new_cache(longest), config, drafter, FixedLength(2), WindowPolicy(window), longest)
+    return _run(engine, longest)
+
+
+def run_routed(seed: int, count: int, verifier: TableModel, drafter: Drafter) -> Text:
+    """The same where who checks a draft, and how much of it, is drawn at each step."""
+    pair, sampling = make_pair(TARGET, verifier), replace(PLAIN, seed=seed)
+    return _run(routed_engine(pair, drafter, drawn_decisions(seed), count, sampling), len(PROMPT) + count)
+
+
+def _run(engine: Engine, longest: int) -> Text:
+    engine.max_tokens = longest
     engine.prefill(PROMPT)
     while engine.committed < longest:
         engine.step()
     return tuple(engine.tokens[len(PROMPT) :])
 
 
+def plain(seed: int, count: int, sampling: SamplingConfig = PLAIN) -> Text:
+    return run_engine("full", seed, count, BAD, NoDrafter(), sampling=sampling)
+
+
+@pytest.mark.parametrize("make_drafter", DRAFTERS)
+@pytest.mark.parametrize(("verify", "verifier"), [("full", BAD), ("exact", GOOD), ("exact", BAD)])
+def test_a_seed_fixes_the_text_whoever_drafts_and_verifies(
+    verify: str, verifier: TableModel, make_drafter: Callable[[], Drafter]
+) -> None:
+    for seed, window in enumerate([1, 2, 3, 8]):
+        assert run_engine(verify, seed, 80, verifier, make_drafter(), window) == plain(seed, 80), seed
+
+
+@pytest.mark.parametrize("make_drafter", [NgramDrafter, RandomDrafter])
+@pytest.mark.parametrize("verifier", [GOOD, BAD])
+def test_a_seed_fixes_the_text_whoever_checks_a_draft(
+    verifier: TableModel, make_drafter: Callable[[], Drafter]
+) -> None:
+    for seed in range(6):
+        assert run_routed(seed, 80, verifier, make_drafter()) == plain(seed, 80), seed
+
+
+@pytest.mark.parametrize("sampling", OPTIONS, ids=str)
+def test_every_option_is_applied_to_target_and_verifier_alike(sampling: SamplingConfig) -> None:
+    for seed in range(4):
+        expected = plain(seed, 80, sampling)
+        assert run_engine("exact", seed, 80, BAD, NgramDrafter(), sampling=sampling) == expected
+    assert run_engine("quantized", 0, 80, TARGET, NgramDrafter(), sampling=sampling) == plain(0, 80, sampling)
+
+
+def test_seeds_write_texts_of_their_own() -> None:
+    assert len({plain(seed, 30) for seed in range(20)}) == 20
+
+
 def continuations(runs: int, make_drafter: Callable[[], Drafter], verify: str, **options: Any) -> Iterator[Text]:
-    """Three tokens, many times."""
-    generator = torch.Generator().manual_seed(7)
-    for _ in range(runs):
-        yield run_engine(verify, generator, 3, drafter=make_drafter(), **options)
+    """Three tokens, by many seeds."""
+    for seed in range(runs):
+        yield run_engine(verify, seed, 3, drafter=make_drafter(), **options)
 
 
 def enumerate_continuations(sampling: SamplingConfig) -> dict[Text, float]:
@@ -112,109 +163,43 @@ def p_of_continuations(texts: Iterator[Text], sampling: SamplingConfig = PLAIN) 
 
 
 @few_or_many
-@pytest.mark.parametrize("make_drafter", [NgramDrafter, RandomDrafter])
 @pytest.mark.parametrize(("verify", "verifier"), [("full", BAD), ("exact", GOOD), ("exact", BAD)])
-def test_continuations_are_distributed_as_plain_samplings(
-    verify: str, verifier: TableModel, make_drafter: Callable[[], Drafter], runs: int
-) -> None:
-    assert p_of_continuations(continuations(runs, make_drafter, verify, verifier=verifier)) > SUSPICIOUS
+def test_continuations_are_distributed_as_they_should(verify: str, verifier: TableModel, runs: int) -> None:
+    assert p_of_continuations(continuations(runs, NgramDrafter, verify, verifier=verifier)) > SUSPICIOUS
 
 
-@pytest.mark.parametrize("verify", ["full", "exact"])
-def test_drafts_from_every_source_leave_the_distribution(verify: str) -> None:
-    assert p_of_continuations(continuations(1500, ALL_SOURCES, verify, verifier=BAD)) > SUSPICIOUS
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        SamplingConfig(temperature=0.6),
-        SamplingConfig(temperature=1.0, top_k=3),
-        SamplingConfig(temperature=1.0, top_p=0.8),
-        SamplingConfig(temperature=1.2, min_p=0.15),
-        SamplingConfig(temperature=1.0, repetition_penalty=1.5),
-    ],
-    ids=str,
-)
-def test_every_option_is_applied_to_target_and_verifier_alike(sampling: SamplingConfig) -> None:
+@pytest.mark.parametrize("sampling", OPTIONS, ids=str)
+def test_every_option_has_its_distribution(sampling: SamplingConfig) -> None:
     texts = continuations(1200, NgramDrafter, "exact", verifier=BAD, sampling=sampling)
     assert p_of_continuations(texts, sampling) > SUSPICIOUS
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 8])
-@pytest.mark.parametrize("verifier", [GOOD, BAD])
-def test_a_long_text_has_plain_samplings_transitions(window: int, verifier: TableModel) -> None:
-    generator = torch.Generator().manual_seed(window)
-    text = run_engine("exact", generator, 1500, verifier, RecycleDrafter() if window == 2 else NgramDrafter(), window)
-    assert p_of_transitions(text) > SUSPICIOUS
-
-
-@pytest.mark.parametrize(
-    "make_drafter", [NoDrafter, NgramDrafter, RecycleDrafter, RandomDrafter, SuffixDrafter, ALL_SOURCES]
-)
-def test_full_has_plain_samplings_transitions(make_drafter: Callable[[], Drafter]) -> None:
-    text = run_engine("full", torch.Generator().manual_seed(0), 2500, BAD, make_drafter())
-    assert p_of_transitions(text) > SUSPICIOUS
-
-
-def run_routed(seed: int, count: int, verifier: TableModel, drafter: Drafter, generator: torch.Generator) -> Text:
-    engine = routed_engine(make_pair(TARGET, verifier), drafter, drawn_decisions(seed), count, PLAIN, generator)
-    engine.max_tokens = len(PROMPT) + count
-    engine.prefill(PROMPT)
-    while engine.committed < engine.max_tokens:
-        engine.step()
-    return tuple(engine.tokens[len(PROMPT) :])
-
-
-@pytest.mark.parametrize("make_drafter", [NgramDrafter, RandomDrafter])
-@pytest.mark.parametrize("verifier", [GOOD, BAD])
-def test_whoever_checks_a_draft_transitions_are_plain_samplings(
-    verifier: TableModel, make_drafter: Callable[[], Drafter]
-) -> None:
-    """Target or verifier by chance, windows and drafts behind them of any length."""
-    text = run_routed(1, 2500, verifier, make_drafter(), torch.Generator().manual_seed(1))
-    assert p_of_transitions(text) > SUSPICIOUS
-
-
-@few_or_many
-def test_whoever_checks_a_draft_continuations_are_plain_samplings(runs: int) -> None:
-    generator = torch.Generator().manual_seed(5)
-    texts = (run_routed(seed, 3, BAD, RandomDrafter(), generator) for seed in range(runs))
-    assert p_of_continuations(texts) > SUSPICIOUS
-
-
-def test_a_draft_that_passes_behind_a_window_unchecked_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "accept_matching", lambda choices, offered: (len(offered), choices[-1]))
-    text = run_routed(1, 1500, GOOD, RandomDrafter(), torch.Generator().manual_seed(1))
-    assert p_of_transitions(text) < IMPOSSIBLE
+@pytest.mark.parametrize("make_drafter", DRAFTERS)
+def test_transitions_of_a_long_text_are_distributed_as_they_should(make_drafter: Callable[[], Drafter]) -> None:
+    assert p_of_transitions(run_engine("exact", 1, 2500, GOOD, make_drafter(), 3)) > SUSPICIOUS
 
 
 def test_the_verifiers_own_distribution_is_another() -> None:
     """Without confirms (`quantized`) a bad verifier shows: the tests above can fail."""
     texts = continuations(600, NgramDrafter, "quantized", verifier=BAD)
     assert p_of_continuations(texts) < IMPOSSIBLE
-    text = run_engine("quantized", torch.Generator().manual_seed(0), 1000, BAD, NgramDrafter())
-    assert p_of_transitions(text) < IMPOSSIBLE
+    assert p_of_transitions(run_engine("quantized", 0, 1000, BAD, NgramDrafter())) < IMPOSSIBLE
 
 
-def accept_everything(p: torch.Tensor, q: torch.Tensor, window: Sequence[int], generator: Any) -> tuple[int, int]:
-    return len(window), int(draw(p[-1:], generator))
+def test_noise_that_does_not_follow_the_position_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    same = Noise.at
+    monkeypatch.setattr(Noise, "at", lambda noise, position: same(noise, 0))
+    assert p_of_transitions(run_engine("full", 0, 1500, BAD, NoDrafter())) < IMPOSSIBLE
 
 
-def forget_the_residual(p: torch.Tensor, q: torch.Tensor, window: Sequence[int], generator: Any) -> tuple[int, int]:
-    for i, token in enumerate(window):
-        if torch.rand((), generator=generator) * q[i, token] >= p[i, token]:
-            return i, int(draw(p[i : i + 1], generator))
-    return accept_everything(p, q, window, generator)
-
-
-@pytest.mark.parametrize("broken", [accept_everything, forget_the_residual])
-def test_a_broken_confirm_is_detected(broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "confirm_block", broken)
-    assert p_of_continuations(continuations(1500, NgramDrafter, "exact", verifier=BAD)) < IMPOSSIBLE
+def test_noise_that_prefers_a_token_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    fair = Noise.at
+    monkeypatch.setattr(Noise, "at", lambda noise, position: fair(noise, position) + 0.8 * torch.eye(VOCABULARY)[1])
+    assert p_of_continuations(continuations(1500, NgramDrafter, "full", verifier=BAD)) < IMPOSSIBLE
 
 
 def test_a_broken_acceptance_of_drafts_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "accept_matching", lambda choices, offered: (len(offered), choices[-1]))
     assert p_of_continuations(continuations(600, RandomDrafter, "full", verifier=BAD)) < IMPOSSIBLE
     assert p_of_continuations(continuations(600, ALL_SOURCES, "full", verifier=BAD)) < IMPOSSIBLE
+    assert p_of_transitions(run_routed(1, 1500, GOOD, RandomDrafter())) < IMPOSSIBLE

@@ -135,9 +135,7 @@ def test_after_every_step_drafter_and_cache_hold_the_text() -> None:
     target = TableModel(VOCABULARY, seed=0)
     pair, drafter, limit = make_pair(target, target.disturbed(2.0)), NgramDrafter(), len(PROMPT) + 60
     cache: Any = target.new_cache(limit)
-    engine = Engine(
-        pair, cache, GenerationConfig(60), drafter, FixedLength(3), WindowPolicy(5), torch.Generator(), limit
-    )
+    engine = Engine(pair, cache, GenerationConfig(60), drafter, FixedLength(3), WindowPolicy(5), limit)
     engine.prefill(PROMPT)
     while engine.committed < limit:
         assert drafter.context == engine.tokens

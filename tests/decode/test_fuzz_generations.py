@@ -1,14 +1,14 @@
 """Many generations by tiny random models: `full` and `exact` write what plain decoding writes, whatever is guessed.
 
 In float32 plain decoding is transformers' greedy `generate`; in bfloat16 it is one token a pass through the C++ kernel,
-and windows and drafts are longer than a part of that pass. Every drafter meets every mode, window and length of drafts,
-with trees and without: in trees likely and unlikely tokens stand beside the draft's. A few generations run by default;
-among the slow tests 6,000 in float32 and 4,000 in bfloat16.
+greedy or sampled by a seed, and windows and drafts are longer than a part of that pass. Every drafter meets every mode,
+window and length of drafts, with trees and without: in trees likely and unlikely tokens stand beside the draft's. A few
+generations run by default; among the slow tests 6,000 in float32 and 4,000 in bfloat16.
 """
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from helpers.drafters import SOURCES, Forking, source_factory
 from helpers.quantized_decoder import quantize_layers
 from helpers.tiny_models import OracleDrafter, make_pair
 
-from quasar_core.config import Auto, GenerationConfig
+from quasar_core.config import Auto, GenerationConfig, SamplingConfig
 from quasar_core.decode.costs import PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.passes import Passes
@@ -52,6 +52,7 @@ class Case:
     drafts: int | Auto
     drafter: str
     costs: tuple[float, float] = (1.0, 1.0)  # seconds of a verifier's pass, and a token's share of any pass
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,14 @@ def random_case(dice: random.Random, prompt: tuple[int, ...], longest: int, mode
     return Case(prompt, length, dice.choice(modes), window, drafts, dice.choice(DRAFTERS), costs)  # type: ignore[arg-type]
 
 
+def random_sampling(dice: random.Random) -> SamplingConfig:
+    """Greedy, or sampled by one of many rules and seeds."""
+    if dice.random() < 0.5:
+        return SamplingConfig()
+    rules = dice.choice([{}, {}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.05}, {"repetition_penalty": 1.2}])
+    return SamplingConfig(dice.choice([0.3, 0.7, 1.0, 1.5]), seed=dice.randrange(-(2**61), 2**61), **rules)  # type: ignore[arg-type]
+
+
 def longest_answer(verifier: str, dice: random.Random, of_faithful: int, of_others: int) -> int:
     """Tokens; a verifier that is mostly wrong verifies a whole window for each of them."""
     return of_faithful if verifier in ("the target", "8 bits") else dice.choice([of_others, of_others // 4])
@@ -150,10 +159,10 @@ class Clock:
         return self.seconds
 
     def _timed(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(passes: Passes, first: Sequence[int], last: Sequence[int]) -> Any:
+        def timed(passes: Passes, *tokens: Sequence[int]) -> Any:
             whole = 1.0 if name.startswith("confirm") else self.costs[0]
-            self.seconds += whole + self.costs[1] * len(last)
-            return run(passes, first, last)
+            self.seconds += whole + self.costs[1] * len(tokens[1])
+            return run(passes, *tokens)
 
         return timed
 
@@ -169,7 +178,8 @@ def answer(pair: Any, case: Case, text: Sequence[int], seed: int, ends: frozense
     clock.costs = pass_s, token_s = case.costs
     passes = {"verifier": (pass_s, pass_s + 63 * token_s), "target": (1.0, 1.0 + 63 * token_s)}
     pair.measured = {role: Known(PassCost((1, 64), seconds)) for role, seconds in passes.items()}
-    config = GenerationConfig(case.length, case.verify, num_draft_tokens=case.drafts, window=case.window)  # type: ignore[arg-type]
+    options = {"num_draft_tokens": case.drafts, "window": case.window, "sampling": case.sampling}
+    config = GenerationConfig(case.length, case.verify, **options)  # type: ignore[arg-type]
     whole = [*case.prompt, *text]
     make = drafter_of(case.drafter, whole, seed)
 
@@ -273,7 +283,9 @@ def test_bfloat16_equals_plain_decoding(tmp_path: Path, clock: Clock, count: int
         for run in range(runs):
             longest = longest_answer(kind, dice, 250, 88)
             drawn = random_case(dice, random_prompt(dice), longest, ("full", "exact", "exact", "quantized"))
-            plain = GenerationConfig(drawn.length, "quantized" if drawn.verify == "quantized" else "full", "none")
+            drawn = replace(drawn, sampling=random_sampling(dice))
+            mode = "quantized" if drawn.verify == "quantized" else "full"
+            plain = GenerationConfig(drawn.length, mode, "none", sampling=drawn.sampling)  # type: ignore[arg-type]
             pair.eos_ids = frozenset()
             expected = Generator(pair, plain).generate(drawn.prompt).token_ids
             ends = some_ends(dice, expected)

@@ -1,7 +1,11 @@
-"""From logits to a distribution: its properties, and the same numbers as transformers' own warpers."""
+"""From logits to a draw: what may be drawn is what transformers' own warpers leave, noise is fixed and fair."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch
+from helpers.sampled_text import SUSPICIOUS, chi_square, p_value
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -11,7 +15,7 @@ from transformers import (
 )
 
 from quasar_core.config import SamplingConfig
-from quasar_core.decode.sampling import distribution, draw
+from quasar_core.decode.sampling import MOST_KEPT, Noise, accept_matching, gumbel_noise, keep_likely
 
 LOGITS = 3 * torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
 
@@ -39,13 +43,18 @@ def transformers_distribution(logits: torch.Tensor, config: SamplingConfig) -> t
     return warpers(ids, logits).softmax(dim=-1)  # type: ignore[no-any-return]
 
 
+def distribution(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
+    """The probabilities [T, V] that are drawn from."""
+    return (keep_likely(logits, config).double() / config.temperature).softmax(dim=-1)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_distributions_are_those_of_transformers(config: SamplingConfig) -> None:
     ours, theirs = distribution(LOGITS, config), transformers_distribution(LOGITS, config)
     rows = ~on_an_edge(config)
     assert rows.sum() > 30
     assert torch.equal((ours > 0)[rows], (theirs > 0)[rows])
-    assert torch.allclose(ours[rows], theirs[rows], atol=1e-6)
+    assert torch.allclose(ours[rows].float(), theirs[rows], atol=1e-6)
 
 
 def on_an_edge(config: SamplingConfig) -> torch.Tensor:
@@ -58,11 +67,6 @@ def on_an_edge(config: SamplingConfig) -> torch.Tensor:
     nucleus = (sums - (1 - config.top_p)).abs().amin(dim=-1) < 1e-6
     share = (plain / plain.amax(dim=-1, keepdim=True) - config.min_p).abs().amin(dim=-1) < 1e-6
     return (nucleus & (config.top_p < 1)) | (share & (config.min_p > 0))
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_row_sums_to_one(config: SamplingConfig) -> None:
-    assert torch.allclose(distribution(LOGITS, config).sum(dim=-1), torch.ones(40), atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])
@@ -86,15 +90,81 @@ def test_top_p_keeps_the_smallest_nucleus(top_p: float) -> None:
         assert mass.min() >= probabilities[~row].max()
 
 
-def test_a_tiny_temperature_is_greedy_and_finite() -> None:
-    probabilities = distribution(LOGITS, SamplingConfig(temperature=1e-30))
-    assert torch.equal(probabilities, torch.nn.functional.one_hot(LOGITS.argmax(dim=-1), 50).float())
+CPU = torch.device("cpu")
 
 
-def test_draws_follow_the_probabilities_and_the_seed() -> None:
-    probabilities = torch.tensor([[0.0, 1.0, 0.0]]).repeat(5, 1)
-    assert draw(probabilities, torch.Generator().manual_seed(1)).tolist() == [1] * 5
-    flat = torch.full((64, 10), 0.1)
-    first, again, other = (draw(flat, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
+def drawn(logits: torch.Tensor, config: SamplingConfig, seed: int, positions: Sequence[int]) -> list[int]:
+    """The tokens that are drawn from rows [T, V]."""
+    noisy = Noise(seed, logits.shape[-1], CPU).add(keep_likely(logits, config), positions, config.temperature)
+    return noisy.argmax(dim=-1).tolist()  # type: ignore[no-any-return]
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    tokens = drawn(LOGITS, SamplingConfig(temperature=1e-30), 0, range(40))
+    assert tokens == LOGITS.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_draws_follow_the_distribution(config: SamplingConfig) -> None:
+    """20,000 positions of one row: counts as chi-square has them, and nothing that is left out."""
+    row = LOGITS[0]
+    expected = 20_000 * distribution(row[None], config)[0]
+    noise = Noise(3, 50, CPU)
+    kept = keep_likely(row[None], config)
+    tokens = [int(noise.add(kept, [position], config.temperature).argmax()) for position in range(20_000)]
+    counts = torch.bincount(torch.tensor(tokens), minlength=50)
+    assert counts[expected == 0].sum() == 0
+    statistic, cells = chi_square(list(zip(counts.tolist(), expected.tolist(), strict=True)))
+    assert cells < 2 or p_value(statistic, cells - 1) > SUSPICIOUS
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should() -> None:
+    """100,000 tokens of 1e-8 each beside a sure one: noise in float32 would draw one of them far too often."""
+    logits = torch.full((1, 100_001), float(np.log(1e-8)))
+    logits[0, 0] = 0.0
+    noise = Noise(0, 100_001, CPU)
+    rare = sum(int(noise.add(logits, [position], 1.0).argmax()) > 0 for position in range(3000))
+    assert rare <= 18  # 3 are expected
+
+
+def test_seed_and_position_fix_the_noise_and_nothing_else_does() -> None:
+    """Asked in any order, again, and after it was forgotten; other seeds and positions have other noise."""
+    noise, positions = Noise(7, 30, CPU), [*range(3 * MOST_KEPT), 5, 2 * MOST_KEPT, 0]
+    for position in positions:
+        assert torch.equal(noise.at(position), gumbel_noise(7, position, 30, CPU)), position
+    rows = {tuple(gumbel_noise(seed, position, 30, CPU).tolist()) for seed in range(5) for position in range(5)}
+    assert len(rows) == 25
+
+
+def test_a_negative_seed_is_one_of_its_own() -> None:
+    minus, plus = (Noise(seed, 30, CPU).at(0) for seed in (-7, 7))
+    assert not torch.equal(minus, plus)
+
+
+def test_noise_is_gumbels() -> None:
+    """Mean, variance and the logarithm of the exponentials' own mean, over 2^20 numbers."""
+    noise = torch.cat([gumbel_noise(1, position, 2**15, CPU) for position in range(32)]).double()
+    assert noise.mean().item() == pytest.approx(0.57722, abs=0.01)
+    assert noise.var().item() == pytest.approx(np.pi**2 / 6, abs=0.02)
+    assert (-noise).exp().mean().item() == pytest.approx(1, abs=0.01)
+    assert abs(np.corrcoef(noise[:-1], noise[1:])[0, 1]) < 0.005
+
+
+def test_a_lone_token_that_is_left_is_drawn() -> None:
+    kept = SamplingConfig(temperature=5.0, top_k=1)
+    assert drawn(LOGITS, kept, 1, range(40)) == LOGITS.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("choices", "offered", "expected"),
+    [
+        ([5], [], (0, 5)),
+        ([1, 2, 3], [1, 2], (2, 3)),
+        ([1, 9, 3], [1, 2], (1, 9)),
+        ([7, 2, 3], [1, 2], (0, 7)),  # what follows a refused token is never accepted
+    ],
+)
+def test_tokens_are_accepted_until_the_first_difference(
+    choices: list[int], offered: list[int], expected: tuple[int, int]
+) -> None:
+    assert accept_matching(choices, offered) == expected

@@ -13,7 +13,7 @@ from helpers.tiny_models import TableModel
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from quasar_core.config import SamplingConfig
-from quasar_core.decode.sampling import distribution
+from quasar_core.decode.sampling import keep_likely
 
 VOCABULARY = 5
 PROMPT = [1, 2, 1, 2]
@@ -26,7 +26,7 @@ def next_token(context: Sequence[int], sampling: SamplingConfig) -> list[float]:
     """The target's distribution after a context."""
     logits = TARGET.table[context[-2], context[-1]][None]
     penalized = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty or 1.0)(torch.tensor([context]), logits)
-    return distribution(penalized, sampling)[0].tolist()
+    return (keep_likely(penalized, sampling)[0] / sampling.temperature).softmax(dim=-1).tolist()
 
 
 def chi_square(cells: list[tuple[float, float]]) -> tuple[float, int]:

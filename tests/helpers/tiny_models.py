@@ -289,7 +289,6 @@ def routed_engine(
     choose: Callable[..., Check],
     count: int,
     sampling: SamplingConfig | None = None,
-    generator: torch.Generator | None = None,
 ) -> Engine:
     """An engine of `exact` in which `choose` says who checks a draft."""
     checker = _any_checker()
@@ -303,7 +302,6 @@ def routed_engine(
         drafter,
         FixedLength(4),
         WindowPolicy(1),
-        generator or torch.Generator(),
         limit,
         checking=Checking(checker, FixedLength(4), FixedLength(6)),
     )
