@@ -77,7 +77,7 @@ def test_every_share_gives_the_same_bits(
     save_model(tmp_path, *CASES[case])
     tokens, ready = random_tokens(40), always_ready if fast else lambda decoder: decoder
     expected = passes(ready(load_target(tmp_path, CPU, dtype)), tokens)
-    for blocks in SHARES:
+    for blocks in SHARES[dtype == BF16 :: 2]:  # each dtype takes every second one
         decoder = ready(streamed(tmp_path, blocks, dtype))
         assert_same(passes(decoder, tokens), expected)
         assert_same(passes(decoder, tokens), expected)  # and when the buffers hold the first blocks already

@@ -19,7 +19,7 @@ from quasar_core.models import lean_weights, loading
 from quasar_core.models.hf.causal_lm import TransformersLM, attach_verifier
 from quasar_core.models.rope import spans
 
-LIMIT, LONGEST, COUNT, VOCABULARY = 24, 96, 20, 97
+LIMIT, LONGEST, COUNT, VOCABULARY = 24, 96, 14, 97
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

@@ -67,8 +67,11 @@ def decoder_of(folder: Path, case: str, dtype: torch.dtype, kind: str) -> LeanDe
     return attach_verifier(target, quantize_layers(folder, folder / "verifier", mixed_bits), "vnni")
 
 
-def check_trees(decoder: LeanDecoder, compare: Any, seed: int, runs: int) -> None:
-    """Every node of random trees behind prompts of several lengths; then a path is kept, and the text goes on."""
+def check_trees(decoder: LeanDecoder, compare: Any, seed: int, runs: int, threads: int = 1) -> None:
+    """Every node of random trees behind prompts of several lengths; then a path is kept, and the text goes on.
+
+    Trees are passed by so many threads, paths by one.
+    """
     dice = random.Random(seed)
     for _ in range(runs):
         prompt = random_tokens(dice.choice([1, 3, 15, 16, 17, 30, 47]))
@@ -76,13 +79,17 @@ def check_trees(decoder: LeanDecoder, compare: Any, seed: int, runs: int) -> Non
         cache, one_by_one = decoder.new_cache(ROOM), OneByOne(decoder, prompt)
         for token in prompt:
             decoder.forward([token], cache)
+        torch.set_num_threads(threads)
         logits = decoder.forward_tree(tokens, parents, cache)
+        torch.set_num_threads(1)
         assert cache.length == len(prompt) + len(tokens)
         for node in range(len(tokens)):
             path = [tokens[i] for i in path_to(node, parents)]
             compare(logits[node], one_by_one.behind(path))
         cache.rollback(len(prompt))
+        torch.set_num_threads(threads)
         found = decoder.choose_tree(tokens, parents, cache, 3)
+        torch.set_num_threads(1)
         expected = choose_best(logits, 3)
         assert (found.tokens, found.likeliest, found.accepted) == (expected.tokens, expected.likeliest, None)
         assert found.margins == pytest.approx(expected.margins, abs=1e-6)
@@ -107,8 +114,7 @@ def test_in_cpp_a_node_has_the_bits_of_its_path(tmp_path: Path, case: str, dtype
     loading.attach(decoder)
     assert decoder.longest_tree == 64
     for threads, runs in ((1, 4), (3, 2)):
-        torch.set_num_threads(threads)
-        check_trees(decoder, assert_same_bits, seed=threads, runs=runs)
+        check_trees(decoder, assert_same_bits, seed=threads, runs=runs, threads=threads)
 
 
 @pytest.mark.usefixtures("cpp_pass")
