@@ -8,7 +8,7 @@ import hashlib
 import importlib
 import io
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.decode.text import render, text_of
 from quasar_core.errors import QuasarError, UsageError, foreign_errors
 from quasar_core.files import is_file, opened, parse_json, read_text, require_characters
+from quasar_core.quantize.conversation import text_opening
 from quasar_core.quantize.self_text import write_self_text
 from quasar_core.quantize.text_writers import Writer
 from quasar_core.records import Progress, no_progress
@@ -108,16 +109,23 @@ def _cut_samples(
         tokens += encode(document, tokenizer)
         if len(tokens) > 8 * wanted:
             break
-    windows = len(tokens) // length
-    if windows < 2:
+    rows = cut_rows(tokens, text_opening(tokenizer), length)
+    if len(rows) < 2:
         raise UsageError(
             f"--calibration {config.calibration} holds {len(tokens)} tokens; at least {2 * length} are needed "
             f"for samples of {length} tokens (--seq-len)."
         )
-    order = torch.randperm(windows, generator=torch.Generator().manual_seed(config.seed))
-    held_out = min(held_out_rows(config), max(1, windows // 5))
-    rows = torch.tensor(tokens[: windows * length]).view(windows, length)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
+    held_out = min(held_out_rows(config), max(1, len(rows) // 5))
     return rows[order[held_out:][: config.samples]], rows[order[:held_out]]
+
+
+def cut_rows(tokens: Sequence[int], opening: Sequence[int], length: int) -> torch.Tensor:
+    """Cut a text into rows [n, length], each of which begins with `opening`, as every prompt does; the rest is left."""
+    own = max(1, length - len(opening))
+    count = len(tokens) // own
+    rows = torch.tensor(tokens[: count * own]).view(count, own)
+    return torch.cat([torch.tensor(opening).long().expand(count, -1), rows], dim=1)[:, :length]
 
 
 def encode(document: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -54,6 +54,17 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> TurnTokens | None:
     return TurnTokens(without_end(opening), without_end(after_user), without_end(after_assistant), frozenset([end]))
 
 
+def text_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Find the token ids that the tokenizer puts before every text, such as Gemma's <bos>; often none.
+
+    A model that never read a text without them writes, without them, what it would never be asked to write.
+    """
+    bare = list(tokenizer(_MARK, add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer(_MARK)["input_ids"])
+    starts = (at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare)
+    return whole[: next(starts, 0)]
+
+
 class Conversations:
     """Whose turn it is in each row, and the template's tokens that must come next."""
 

@@ -23,7 +23,15 @@ from quasar_core.quantize.blocks.activations import (
     output_form,
 )
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks
-from quasar_core.quantize.calibration import GREEDY_FROM, Calibration, calibration_name, encode, read_documents
+from quasar_core.quantize.calibration import (
+    GREEDY_FROM,
+    Calibration,
+    calibration_name,
+    cut_rows,
+    encode,
+    read_documents,
+)
+from quasar_core.quantize.conversation import text_opening
 from quasar_core.quantize.fidelity import kernel_divergence, measure_fidelity, token_kinds
 from quasar_core.records import FidelityReport, KernelPrice, Progress, no_progress
 
@@ -206,8 +214,7 @@ def _cut_rows(text: str, tokenizer: PreTrainedTokenizerBase, context: int) -> to
         tokens += encode(document, tokenizer)
         if len(tokens) >= TEXT_ROWS * TEXT_LENGTH:
             break
-    length = min(TEXT_LENGTH, context, len(tokens))
-    if length < 2:
+    if len(tokens) < 2:
         raise UsageError(f"--text {text} holds {len(tokens)} tokens; at least 2 are needed.")
-    count = min(TEXT_ROWS, len(tokens) // length)
-    return torch.tensor(tokens[: count * length]).view(count, length)
+    opening = text_opening(tokenizer)
+    return cut_rows(tokens, opening, min(TEXT_LENGTH, context, len(opening) + len(tokens)))[:TEXT_ROWS]

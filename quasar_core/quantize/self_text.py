@@ -1,8 +1,9 @@
 """Text that the model writes for its own calibration: rows in batches that march in step, at temperature 1.
 
-A chat model writes conversations (`conversation.py`); a base model starts from a token drawn at random. Every draw has
-its own number, made from the seed, the row and the position before anything is written: so neither the size of a batch
-nor an interruption changes what is drawn. Letters: B rows of a batch, V vocabulary.
+A chat model writes conversations (`conversation.py`); a base model goes on from the tokens that its tokenizer puts
+before every text, or where there are none, from a token drawn at random. Every draw has its own number, made from the
+seed, the row and the position before anything is written: so neither the size of a batch nor an interruption changes
+what is drawn. Letters: B rows of a batch, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quasar_core.malloc import return_freed_memory
 from quasar_core.models.base import refuse_odd_logits
-from quasar_core.quantize.conversation import Conversations, TurnTokens, turn_tokens
+from quasar_core.quantize.conversation import Conversations, TurnTokens, text_opening, turn_tokens
 from quasar_core.quantize.text_log import TextLog, kept_batch
 from quasar_core.quantize.text_writers import Rows, Writer, batch_rows
 from quasar_core.records import Progress, no_progress
@@ -44,8 +45,10 @@ def write_self_text(
     Raises QuasarError where the model's logits are not numbers.
     """
     turns = turn_tokens(tokenizer)
+    opening = turns.opening if turns else text_opening(tokenizer)
     chances = torch.rand(rows, length, dtype=torch.double, generator=torch.Generator().manual_seed(seed * 1_000_003))
     identity = {"rows": rows, "length": length, "seed": seed, "greedy_from": greedy_from, "writer": writer.name}
+    identity["opening"] = opening
     batches = []
     at_once = _kept_rows_at_once(kept, seed, identity) or batch_rows(writer.room, writer.row_bytes(length), rows)
     for begin in range(0, rows, at_once):
@@ -58,7 +61,9 @@ def write_self_text(
             progress(stage, begin * length + tokens, rows * length)
 
         finished = None if log is None else log.finished()
-        batches.append(_write_batch(writer, turns, own, greedy_from, log, report) if finished is None else finished)
+        if finished is None:
+            finished = _write_batch(writer, turns, opening, own, greedy_from, log, report)
+        batches.append(finished)
     return torch.cat(batches)
 
 
@@ -76,6 +81,7 @@ def _batch_name(seed: int, begin: int) -> str:
 def _write_batch(
     writer: Writer,
     turns: TurnTokens | None,
+    opening: list[int],
     chances: torch.Tensor,
     greedy_from: int | None,
     log: TextLog | None,
@@ -85,7 +91,7 @@ def _write_batch(
     count, length = chances.shape
     conversation = Conversations(turns, count)
     rows = writer.begin(count, length)
-    written, logits = _begin_batch(writer, turns, chances, rows, conversation, log)
+    written, logits = _begin_batch(_first_tokens(writer, opening, chances), rows, conversation, log, writer.device)
     while len(written) < length:
         refuse_odd_logits(logits)
         if greedy_from is not None and len(written) >= greedy_from:
@@ -107,16 +113,14 @@ def _write_batch(
 
 
 def _begin_batch(
-    writer: Writer,
-    turns: TurnTokens | None,
-    chances: torch.Tensor,
+    opening: list[torch.Tensor],
     rows: Rows,
     conversation: Conversations,
     log: TextLog | None,
+    device: torch.device,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Tokens [B] of the first positions, as kept or as every row begins, and the logits [B, V] behind them."""
-    opening = _opening(writer, turns, chances)
-    written = log.resume(rows, writer.device) if log else []
+    written = log.resume(rows, device) if log else []
     if written:
         for tokens in written[len(opening) :]:
             conversation.direct(tokens)
@@ -127,10 +131,10 @@ def _begin_batch(
     return opening, logits
 
 
-def _opening(writer: Writer, turns: TurnTokens | None, chances: torch.Tensor) -> list[torch.Tensor]:
-    """What every row begins with, [B] each: the template's tokens, else a token drawn at random."""
-    if turns:
-        return [torch.full((len(chances),), token, device=writer.device) for token in turns.opening][: chances.shape[1]]
+def _first_tokens(writer: Writer, opening: list[int], chances: torch.Tensor) -> list[torch.Tensor]:
+    """What every row begins with, [B] each: these tokens, else one drawn at random."""
+    if opening:
+        return [torch.full((len(chances),), token, device=writer.device) for token in opening][: chances.shape[1]]
     return [(chances[:, 0] * writer.vocab_size).long()]
 
 

@@ -15,6 +15,7 @@ from helpers.tiny_models import random_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from quasar_core.config import QuantizeConfig
@@ -67,6 +68,19 @@ def test_a_text_file_is_cut_into_windows_that_do_not_overlap(tmp_path: Path) -> 
     again = load(tmp_path / "book.txt")
     assert torch.equal(found.samples, again.samples)
     assert not torch.equal(found.samples, load(tmp_path / "book.txt", seed=1).samples)
+
+
+def test_windows_begin_as_the_tokenizer_begins_every_text(tmp_path: Path) -> None:
+    """As prompts do: some models, such as Gemma, read a text without its first token as another text."""
+    tokenizer = word_tokenizer()
+    begin = TemplateProcessing(single="w96 $A", special_tokens=[("w96", 96)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    (tmp_path / "book.txt").write_text(text_of(90))
+    found = load(tmp_path / "book.txt", tokenizer)
+    rows = torch.cat([found.samples, found.held_out])
+    assert rows[:, 0].tolist() == [96] * 6
+    assert windows(rows[:, 1:]) == {0, 15, 30, 45, 60, 75}
+    assert found.greedy[:, 0].tolist() == [96] * 4
 
 
 def test_no_more_samples_than_asked_for(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from helpers.near_ties import assert_same_but_for_ties
 from helpers.tiny_models import random_model, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from quasar_core.models.lean_weights import load_target
-from quasar_core.quantize.conversation import turn_tokens
+from quasar_core.quantize.conversation import text_opening, turn_tokens
 from quasar_core.quantize.self_text import draw, write_self_text
 from quasar_core.quantize.text_writers import LeanWriter, TransformersWriter, batch_rows
 
@@ -172,3 +173,20 @@ def test_progress_counts_tokens_to_the_end() -> None:
         stage="s",
     )
     assert seen == [("s", 2 * position, 12) for position in range(2, 7)]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [("w5 w6 $A", [5, 6]), ("w5 $A w6", [5]), ("$A w6", []), ("$A", [])],
+    ids=["two", "an end too", "only an end", "none"],
+)
+def test_a_base_models_text_begins_as_its_tokenizer_begins_every_text(template: str, expected: list[int]) -> None:
+    """Gemma's <bos>, without which it writes what it was never trained to write; a token at random only without one."""
+    tokenizer = words()
+    ids = [(word, int(word[1:])) for word in template.split() if word != "$A"]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=ids)
+    assert text_opening(tokenizer) == expected
+    rows = write_self_text(TransformersWriter(random_model("llama").model), tokenizer, 64, 6, seed=0)
+    begin = len(expected)
+    assert rows[:, :begin].tolist() == [expected] * 64
+    assert len(set(rows[:, begin].tolist())) > 10
