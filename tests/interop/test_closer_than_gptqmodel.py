@@ -5,7 +5,6 @@ Also on a second model where QUASAR_SMALL_LLAMA names one (`python -m tools.demo
 
 import importlib.util
 import os
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from quasar_core.quantize.calibration import GREEDY_FROM
 from quasar_core.quantize.fidelity import measure_fidelity
 from quasar_core.quantize.solve.gptq import SolverConfig
 from quasar_core.store.names import demo_folder
+from tools.compare_gptqmodel import quantize_by_gptqmodel, their_settings
 from tools.study.study import Study, Variant, with_weights
 
 pytestmark = [
@@ -29,7 +29,7 @@ pytestmark = [
     ),
 ]
 SAMPLES = 64
-ASYMMETRIC = "with GPTAQ, α 1, asymmetric codes"
+ASYMMETRIC = "gptaq-asymmetric"
 SECOND = os.environ.get("QUASAR_SMALL_LLAMA")
 MODELS = [
     pytest.param(str(demo_folder()), id="demo"),
@@ -54,31 +54,9 @@ def _eager() -> Iterator[None]:
         yield
 
 
-def their_settings() -> dict[str, dict[str, Any]]:
-    """Their solver's options that were best in a search: act-order, scale search, with GPTAQ and without."""
-    from gptqmodel.quantization.config import GPTAQConfig
-
-    usual = {"sym": True, "desc_act": True, "act_group_aware": False, "damp_percent": 0.05, "mse": 2.4}
-    return {
-        "act-order, scale search": usual,
-        "with GPTAQ, α ¼": {**usual, "gptaq": GPTAQConfig(alpha=0.25)},
-        "with GPTAQ, α 1": {**usual, "gptaq": GPTAQConfig(alpha=1.0)},
-        ASYMMETRIC: {**usual, "sym": False, "gptaq": GPTAQConfig(alpha=1.0)},
-    }
-
-
 def quantize_with_theirs(folder: str, study: Study, out: Path, options: dict[str, Any]) -> tuple[float, float]:
     """Mean KL of their checkpoint at 4 bits in groups of 128, and the seconds that quantizing took."""
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with a single worker its thread pool raises
-    from gptqmodel import GPTQModel, QuantizeConfig
-
-    config = QuantizeConfig(bits=4, group_size=128, offload_to_disk=False, **options)
-    model = GPTQModel.load(folder, config, device="cpu", dtype=torch.float32)
-    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in study.texts["self"].samples.tolist()]
-    begin = time.perf_counter()
-    model.quantize(rows, batch_size=8)
-    seconds = time.perf_counter() - begin
-    model.save(str(out))
+    seconds = quantize_by_gptqmodel(folder, study.texts["self"].samples, out, options, 128)
     checkpoint = VerifierCheckpoint(out)
     return divergence(study, {name: checkpoint.layer(name).dequantize() for name in checkpoint.layer_names}), seconds
 

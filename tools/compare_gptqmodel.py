@@ -1,0 +1,188 @@
+"""Fidelity beside GPTQModel: both quantize a model on the same text, in as many bytes, and one measure reads both.
+
+    python -m tools.compare_gptqmodel text MODEL VERIFIER FOLDER [--samples 128]
+    quasar quantize MODEL --bits 4 --samples 128 --output VERIFIER
+    python -m tools.compare_gptqmodel theirs MODEL FOLDER SETTING [--dtype float32]
+    python -m tools.compare_gptqmodel measure MODEL FOLDER CHECKPOINT… [--rows 32]
+    python -m tools.compare_gptqmodel table FOLDER
+
+The first begins the run of the second: the model writes its text, which is copied to FOLDER. The third needs gptqmodel
+(`make interop` makes an environment that has it), takes groups as VERIFIER has them, and writes FOLDER/SETTING. The
+fourth measures each checkpoint on rows that no quantizer read, and keeps what it found in FOLDER. Each goes on after
+what is finished, so a slow machine may take them one by one.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from quasar_core import api
+from quasar_core.checkpoint.reader import PACKED_SUFFIXES, VerifierCheckpoint
+from quasar_core.config import QuantizeConfig
+from quasar_core.files import read_json, write_json
+from quasar_core.load_pair import dtype_of_source
+from quasar_core.models.pair import load_tokenizer
+from quasar_core.quantize.blocks.streaming import open_target, open_verifier
+from quasar_core.quantize.calibration import Calibration
+from quasar_core.quantize.estimate import plan_here
+from quasar_core.quantize.job import working_folder
+from quasar_core.quantize.measure_fidelity import measure
+from quasar_core.quantize.run import calibrate
+from quasar_core.records import FidelityReport
+from quasar_core.store.names import resolve_model
+
+TEXT, CHOSEN = "text.safetensors", "groups.json"
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A checkpoint's fidelity, and the bytes of its packed layers: codes, scales, zeros, groups of inputs."""
+
+    name: str
+    packed_bytes: int
+    fidelity: FidelityReport
+
+
+def their_settings() -> dict[str, dict[str, Any]]:
+    """GPTQModel's options that its documentation has for fidelity: order of inputs, search for scales, GPTAQ, FOEM."""
+    from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig
+
+    usual = {"sym": True, "desc_act": True, "act_group_aware": False, "damp_percent": 0.05, "mse": 2.4}
+    return {
+        "act-order": usual,
+        "gptaq-quarter": {**usual, "gptaq": GPTAQConfig(alpha=0.25)},
+        "gptaq": {**usual, "gptaq": GPTAQConfig(alpha=1.0)},
+        "gptaq-asymmetric": {**usual, "sym": False, "gptaq": GPTAQConfig(alpha=1.0)},
+        "foem": {**usual, "foem": FOEMConfig(alpha=0.0, beta=0.2)},
+        "group-aware": {**usual, "desc_act": False, "act_group_aware": True},
+    }
+
+
+def quantize_by_gptqmodel(
+    model: str,
+    rows: torch.Tensor,
+    out: Path,
+    options: dict[str, Any],
+    group_size: int,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 8,
+) -> float:
+    """Write GPTQModel's checkpoint at 4 bits, calibrated on rows [N, L]; the seconds that quantizing took."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # with a single worker its thread pool raises
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    config = QuantizeConfig(bits=4, group_size=group_size, offload_to_disk=False, **options)
+    theirs = GPTQModel.load(model, config, device="cpu", dtype=dtype)
+    begin = time.perf_counter()
+    theirs.quantize(
+        [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows.tolist()], batch_size=batch_size
+    )
+    seconds = time.perf_counter() - begin
+    theirs.save(str(out))
+    return seconds
+
+
+def write_text(model: str, verifier: Path, folder: Path, samples: int, seq_len: int | None) -> None:
+    """Let the run of `quasar quantize` that writes `verifier` begin with its text, and copy that to `folder`."""
+    config = QuantizeConfig(samples=samples, seq_len=seq_len)
+    source, job, target = api.open_job(model, config, verifier, "cpu", False, print)
+    plan = plan_here(source.folder, target, job.config, job.output, None)
+    with working_folder(job, resume=True):
+        calibrate(job, target, load_tokenizer(source.folder, False), plan.text)
+        shutil.copyfile(job.calibration, folder / TEXT)
+    write_json(folder / CHOSEN, {"group_size": job.config.group_size})
+
+
+def run_theirs(model: str, folder: Path, setting: str, dtype: torch.dtype) -> None:
+    """Quantize by GPTQModel on the text in `folder`, in groups as ours."""
+    source, rows = str(resolve_model(model).folder.resolve()), load_file(folder / TEXT)["samples"]
+    group_size = read_json(folder / CHOSEN)["group_size"]
+    torch.compiler.set_stance("force_eager")  # it compiles its dequantization, which takes half a minute a model
+    os.chdir(folder)  # where it writes its logs
+    options = their_settings()[setting]
+    # Row by row: GPTAQ fails on Gemma 3 with several at once.
+    seconds = quantize_by_gptqmodel(source, rows, Path(setting), options, group_size, dtype, batch_size=1)
+    print(f"{setting}: {seconds:.0f} s")
+
+
+def measure_checkpoint(model: str, folder: Path, checkpoint: Path, rows: int) -> Measured:
+    """Compare a checkpoint with the model on the held-out rows and on the greedy rows of the text."""
+    source, text = resolve_model(model), load_file(folder / TEXT)
+    target = open_target(source.folder, CPU, dtype_of_source(source.folder, "auto", CPU)[0])
+    found = VerifierCheckpoint(checkpoint)
+    calibration = Calibration("self", text["samples"], text["held_out"][:rows], text["greedy"][:rows], 0)
+    report = measure(target, open_verifier(found, target), calibration)
+    return Measured(checkpoint.name, packed_bytes(found), report)
+
+
+def packed_bytes(checkpoint: VerifierCheckpoint) -> int:
+    """Count the bytes that the quantized layers take in the checkpoint's files."""
+    parts = [f"{layer}.{suffix}" for layer in checkpoint.layer_names for suffix in PACKED_SUFFIXES]
+    return sum(checkpoint.tensors.entry(part).size for part in parts if part in checkpoint.tensors)
+
+
+def table(folder: Path) -> str:
+    """Tabulate, as Markdown, all that was measured, the least divergence first."""
+    found = [read_json(path) for path in folder.glob("measured-*.json")]
+    lines = [
+        "| | mean KL | 99th percentile | agreement, sampled | greedy | perplexity | bytes of packed layers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in sorted(found, key=lambda one: one["fidelity"]["kl_mean"]):
+        fidelity = one["fidelity"]
+        figures = [f"{fidelity[name]:.4f}" for name in ("kl_mean", "kl_p99", "agreement_sampled", "agreement")]
+        figures += [f"{fidelity['perplexity_verifier']:.3f}", f"{one['packed_bytes']:,}"]
+        lines.append(f"| {one['name']} | {' | '.join(figures)} |")
+    if found:
+        lines.append(f"\nThe target's perplexity: {found[0]['fidelity']['perplexity_target']:.3f}.")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do the one step that the command line names."""
+    options = parse(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.step == "text":
+        write_text(options.model, options.verifier, options.folder, options.samples, options.seq_len)
+    elif options.step == "theirs":
+        run_theirs(options.model, options.folder, options.setting, getattr(torch, options.dtype))
+    elif options.step == "measure":
+        for checkpoint in options.checkpoints:
+            found = measure_checkpoint(options.model, options.folder, checkpoint, options.rows)
+            write_json(options.folder / f"measured-{found.name}.json", asdict(found))
+            print(json.dumps({"name": found.name, "kl_mean": found.fidelity.kl_mean}), flush=True)
+    else:
+        print(table(options.folder))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = parser.add_subparsers(dest="step", required=True)
+    text, theirs, measured, shown = (steps.add_parser(name) for name in ("text", "theirs", "measure", "table"))
+    for step in (text, theirs, measured):
+        step.add_argument("model")
+    text.add_argument("verifier", type=Path)
+    for step in (text, theirs, measured, shown):
+        step.add_argument("folder", type=Path)
+    text.add_argument("--samples", type=int, default=QuantizeConfig().samples)
+    text.add_argument("--seq-len", type=int, help="as quantize has it, without")
+    theirs.add_argument("setting", help="a name of `their_settings`")
+    theirs.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    measured.add_argument("checkpoints", type=Path, nargs="+")
+    measured.add_argument("--rows", type=int, default=32, help="of held-out and of greedy text")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
