@@ -9,11 +9,12 @@ DOUBT = "?"  # behind a speedup that the run does not show
 WIDE = "wide"  # in place of a speedup that the run does not tell
 MARK = "*"  # behind a change that two runs show
 LEGEND = (
-    "speedup: total tokens ÷ total seconds, by vanilla's; the prompt's pass left out\n"
-    f"{DOUBT}: not shown, as its 95 % interval spans 1 or there are fewer than {FEWEST} questions\n"
+    "speedup: total tokens ÷ total seconds, by vanilla's; the prompt's pass left out, but for the column with prompt\n"
+    f"{DOUBT}: in doubt, as its 95 % interval holds 1 or fewer than {FEWEST} questions were asked\n"
     "len: acceptance length, new tokens ÷ steps; plain decoding is 1.00"
 )
 TOO_WIDE = f"{WIDE}: its interval is wider than ±{100 * WIDEST:.0f} %; --show-uncertain prints it"
+NO_ENERGY = "no counter (RAPL, NVML) can be read here"
 PAPER = "quantized: the verifier's text, not the target's; the method of the paper Quasar"
 DEFINED = "docs/measuring.md defines every figure"
 MARKED = f"{MARK}: the 95 % interval of the ratio of speeds, over at least {FEWEST} questions, leaves 1 out"
@@ -106,5 +107,7 @@ def describe_conditions(results: Results) -> str:
         parts.append("cores at {:.0f} to {:.0f} MHz".format(*found.mhz))
     if found.reference_spread is not None:
         parts.append(f"vanilla's speed varied by {100 * found.reference_spread:.0f} % between answers")
+    if parts:
+        parts.append(f"energy: {found.energy or NO_ENERGY}")
     busy = f"The machine was busy during {found.busy} of {found.answers} answers: measure again on a quiet one. "
     return (busy if found.was_busy else "") + ("Conditions: " + "; ".join(parts) + "." if parts else "")

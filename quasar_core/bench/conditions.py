@@ -19,7 +19,8 @@ class Conditions:
     `others` and `most_others` are the mean and the largest share of the cores that other programs took during an
     answer, `busy` the answers during which that was too much to trust their seconds. `mhz` is the range of the cores'
     frequency. `reference_spread` is that of vanilla's tokens per second: the half of its answers in the middle, high ÷
-    low − 1. `twins` is the speedup of vanilla asked again, over all questions that it was asked again.
+    low − 1. `twins` is the speedup of vanilla asked again, over all questions that it was asked again. `energy` says
+    what was counted of it.
     """
 
     answers: int
@@ -29,6 +30,7 @@ class Conditions:
     mhz: tuple[float, float] | None
     reference_spread: float | None
     twins: Estimate | None
+    energy: str | None
 
     @property
     def was_busy(self) -> bool:
@@ -56,7 +58,14 @@ def conditions(results: Results) -> Conditions:
         mhz=(min(mhz), max(mhz)) if mhz else None,
         reference_spread=float(high / low - 1) if len(known) > 1 else None,
         twins=_twins(results),
+        energy=_energy(results),
     )
+
+
+def _energy(results: Results) -> str | None:
+    """What the joules of the rows count; files of earlier versions do not say which counters they were."""
+    counted = any(row.joules is not None for row in results.rows)
+    return (results.run.energy or "what RAPL and NVML told") if counted else None
 
 
 def _twins(results: Results) -> Estimate | None:

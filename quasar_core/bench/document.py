@@ -8,7 +8,7 @@ from quasar_core.bench.estimates import Estimate
 from quasar_core.bench.metrics import ArmMetrics, mean_over_datasets, measure
 from quasar_core.bench.results import Results
 
-ESTIMATES = ("speedup_mean", "speedup_total")
+ESTIMATES = ("speedup_mean", "speedup_total", "speedup_answers")
 _NESTED = {  # fields whose own fields become columns
     "ttft_s": ("median", "p95"),
     "token_s": ("median", "p95"),

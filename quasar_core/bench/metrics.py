@@ -43,11 +43,12 @@ class ArmMetrics:
 
     `acceptance_length` is total new tokens ÷ total steps, the prompt's token left out; `acceptance_length_mean` is the
     mean of the questions' own. `speedup_total`, the headline, is the ratio of total tokens ÷ total seconds;
-    `speedup_mean` is Spec-Bench's, the mean over questions of the ratio of tokens per second. `ttft_s` is the time to
+    `speedup_mean` is Spec-Bench's, the mean over questions of the ratio of tokens per second. `speedup_answers` counts
+    what a user waits for: all new tokens ÷ all seconds, those of the prompt's pass among them. `ttft_s` is the time to
     the first token and `token_s` the seconds of decoding ÷ tokens, both over answers. `bytes_per_token` counts the
     weights that passes read, `floor_share` is the least time that they could take ÷ the time that decoding took.
-    `identical` counts the questions whose every answer is vanilla's, token for token; sampled text differs by design,
-    so there it does not exist. `correct` of `scored` answers are right.
+    `identical` counts the questions whose every answer is vanilla's, token for token; other programs draw
+    by numbers of their own, so of their sampled text it does not exist. `correct` of `scored` answers are right.
     """
 
     dataset: str
@@ -68,6 +69,7 @@ class ArmMetrics:
     confirm_rate: float | None
     speedup_mean: Estimate | None
     speedup_total: Estimate | None
+    speedup_answers: Estimate | None
     identical: int | None
     ttft_s: Spread | None
     token_s: Spread | None
@@ -140,7 +142,7 @@ def _measure_arm(
     rows = [row for answer in whole for row in answer.rows]
     total = pool(pooled)
     lengths = [length for stats in pooled if (length := stats.acceptance_length) is not None]
-    speedup_mean, speedup_total = _speedups(answers, vanilla) if vanilla else (None, None)
+    speedup_mean, speedup_total, speedup_answers = _speedups(answers, vanilla or {})
     read = bytes_read(arm, total, run.passes)
     compared = vanilla if temperature == 0 or not ARMS[arm].is_peer else None  # others draw by numbers of their own
     return ArmMetrics(
@@ -162,6 +164,7 @@ def _measure_arm(
         confirm_rate=total.confirm_rate,
         speedup_mean=speedup_mean,
         speedup_total=speedup_total,
+        speedup_answers=speedup_answers,
         identical=_count_identical(answers, compared) if compared else None,
         ttft_s=spread([row.stats.ttft_s for row in rows if row.stats and row.stats.ttft_s]),
         token_s=spread([1 / speed for row in rows if row.stats and (speed := row.stats.tokens_per_s)]),
@@ -286,17 +289,28 @@ def _agreement(answers: _Answers, vanilla: _Answers) -> Agreement:
     return agreement((ours.token_ids[0], theirs.token_ids[0]) for ours, theirs in pairs)
 
 
-def _speedups(answers: _Answers, vanilla: _Answers) -> tuple[Estimate, Estimate] | tuple[None, None]:
-    """Both speedups, over the questions on which both arms took at least one step."""
-    arm, baseline = paired_yields(answers, vanilla)
-    if not len(arm):
-        return None, None
-    return estimate(mean_of_ratios, arm, baseline), estimate(ratio_of_totals, arm, baseline)
+def _speedups(answers: _Answers, vanilla: _Answers) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
+    """By question, in total, and of whole answers; over the questions on which both arms took at least one step."""
+    decoding, whole = paired_yields(answers, vanilla), paired_yields(answers, vanilla, whole=True)
+    if not len(decoding[0]):
+        return None, None, None
+    return estimate(mean_of_ratios, *decoding), estimate(ratio_of_totals, *decoding), estimate(ratio_of_totals, *whole)
 
 
-def paired_yields(answers: _Answers, others: _Answers) -> tuple[Yields, Yields]:
-    """Tokens and seconds [n, 2] of the questions that both answered, one beside the other."""
-    pairs = [(_yield(ours), _yield(theirs)) for ours, theirs in _pairs(answers, others)]
+def speedup_over_all(results: Results, arm: str, temperature: float, whole: bool = False) -> Estimate | None:
+    """An arm's speedup over the questions of all datasets together; None where no question was answered by both."""
+    datasets = dict.fromkeys(row.dataset for row in results.rows if row.temperature == temperature)
+    pairs = [
+        paired_yields(*(answers_of(results, name, temperature, one) for one in (arm, BASELINE)), whole)
+        for name in datasets
+    ]
+    timed = [np.concatenate([pair[side] for pair in pairs]) for side in (0, 1)] if pairs else []
+    return estimate(ratio_of_totals, *timed) if timed and len(timed[0]) else None
+
+
+def paired_yields(answers: _Answers, others: _Answers, whole: bool = False) -> tuple[Yields, Yields]:
+    """Tokens and seconds [n, 2] of the questions that both answered, one beside the other: of decoding, or of all."""
+    pairs = [(_yield(ours, whole), _yield(theirs, whole)) for ours, theirs in _pairs(answers, others)]
     timed = np.array([pair for pair in pairs if np.all(pair)], dtype=np.float64).reshape(-1, 2, 2)
     return timed[:, 0], timed[:, 1]
 
@@ -307,9 +321,11 @@ def answers_of(results: Results, dataset: str, temperature: float, arm: str) -> 
     return _by_question([row for row in results.rows if (row.dataset, row.temperature, row.arm) == place])
 
 
-def _yield(answer: _Answer) -> tuple[float, float]:
-    """Tokens that the steps yielded, and their seconds."""
+def _yield(answer: _Answer, whole: bool) -> tuple[float, float]:
+    """Tokens that the steps yielded, and their seconds; with `whole`, those of the prompt's pass too."""
     stats = answer.stats or Stats()
+    if whole:
+        return stats.new_tokens, stats.prefill_s + stats.decode_s
     return _yielded(stats), stats.decode_s
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quasar_core.bench.arms import BASELINE
-from quasar_core.bench.metrics import measure
+from quasar_core.bench.arms import BASELINE, TWIN
+from quasar_core.bench.metrics import ArmMetrics, measure
 from quasar_core.bench.results import Results, temperatures
 from quasar_core.bench.steps import REFERENCE, StepReport
 from quasar_core.errors import QuasarError, UsageError, foreign_errors
@@ -38,11 +38,11 @@ def plot(results: Results, path: Path) -> None:
     """
     figure = new_figure(path, "--output")
     left, right = figure.subplots(1, 2)
-    _draw_speedups(left, results)
+    draw_speedups(left, results)
     _draw_accepted(right, results)
     run = results.run
     _title(figure, f"{run.model} · {run.dtype} on {run.device} · {temperatures(run)}")
-    _legend_below(figure, left, right)
+    _legend_below(figure, left, right, said=_whose_text(results))
     save_figure(figure, path)
 
 
@@ -78,23 +78,24 @@ def _title(figure: "Figure", text: str) -> None:
         axes.set_axisbelow(True)
 
 
-def _legend_below(figure: "Figure", *drawn: "Axes") -> None:
-    """One legend for all parts, under them, where it hides nothing."""
+def _legend_below(figure: "Figure", *drawn: "Axes", said: Mapping[str, str] | None = None) -> None:
+    """One legend for all parts, under them, where it hides nothing; `said` is what it says in place of a label."""
     handles = {label: handle for axes in drawn for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if handles:
-        columns = max(1, _LEGEND_WIDTH // (max(map(len, handles)) + 5))
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, frameon=False)
+        texts = [(said or {}).get(label, label) for label in handles]
+        columns = max(1, _LEGEND_WIDTH // (max(map(len, texts)) + 5))
+        figure.legend(list(handles.values()), texts, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _draw_speedups(axes: "Axes", results: Results) -> None:
-    """A group of bars for each dataset, a bar for each arm but vanilla, which is the line at 1."""
-    metrics = measure(results)
-    datasets = list(dict.fromkeys(metric.dataset for metric in metrics))
-    arms = [arm for arm in results.run.config.arms if arm != BASELINE]
+def draw_speedups(axes: "Axes", results: Results) -> None:
+    """A group of bars for each dataset and temperature, a bar for each arm but vanilla, which is the line at 1."""
+    metrics = [metric for metric in measure(results) if metric.arm != TWIN]
+    groups = list(dict.fromkeys(map(_group, metrics)))
+    arms = [arm for arm in results.run.config.arms if arm not in (BASELINE, TWIN)]
     places = _bar_places(len(arms))
     for number, arm in enumerate(arms):
         drawn = [metric for metric in metrics if metric.arm == arm and metric.speedup_total is not None]
-        at = [datasets.index(metric.dataset) + places[number] for metric in drawn]
+        at = [groups.index(_group(metric)) + places[number] for metric in drawn]
         estimates = [metric.speedup_total for metric in drawn if metric.speedup_total is not None]
         heights = [estimate.value for estimate in estimates]
         # With few questions a skewed interval may lie beside its value.
@@ -104,17 +105,44 @@ def _draw_speedups(axes: "Axes", results: Results) -> None:
         error = {"elinewidth": 1, "ecolor": "0.25"}
         look = _look(results, arm)
         axes.bar(at, heights, 0.75 / len(arms), yerr=[below, above], capsize=2, error_kw=error, label=arm, **look)
+        for place, estimate, height in zip(at, estimates, above, strict=True):
+            said = f"{estimate.value:.2f}" + ("" if estimate.is_shown else "?")
+            axes.annotate(said, (place, estimate.value + height), (0, 2), textcoords="offset points", ha="center")
+    axes.margins(y=0.1)  # room for the numbers
     axes.axhline(1, color="0.3", linewidth=1, linestyle="--", label=BASELINE)
-    asked = {name: max(one.questions for one in metrics if one.dataset == name) for name in datasets}
-    axes.set_xticks(range(len(datasets)), [f"{name}\n(n = {asked[name]})" for name in datasets], fontsize="small")
+    axes.set_xticks(range(len(groups)), [_group_label(group, metrics) for group in groups], fontsize="small")
     axes.set(xlabel="dataset (n questions)", ylabel=f"speedup over {BASELINE} (×), 95 % interval")
+
+
+def _group(metric: ArmMetrics) -> tuple[str, float]:
+    return metric.dataset, metric.temperature
+
+
+def _group_label(group: tuple[str, float], metrics: list[ArmMetrics]) -> str:
+    """The dataset, with the temperature where there are several, and the number of its questions."""
+    name, temperature = group
+    several = len({metric.temperature for metric in metrics}) > 1
+    asked = max(metric.questions for metric in metrics if _group(metric) == group)
+    return f"{name}{f', T = {temperature:g}' if several else ''}\n(n = {asked})"
+
+
+def _whose_text(results: Results) -> dict[str, str]:
+    """What the legend says of each arm: in how many answers its text is plain decoding's, where that is known."""
+    said = {BASELINE: f"{BASELINE}: plain decoding"}
+    metrics = measure(results)
+    for arm in results.run.config.arms:
+        known = [metric for metric in metrics if metric.arm == arm and metric.identical is not None]
+        if arm != BASELINE and known:
+            same = sum(metric.identical or 0 for metric in known)
+            said[arm] = f"{arm}: same text in {same} of {sum(metric.questions for metric in known)}"
+    return said
 
 
 def _draw_accepted(axes: "Axes", results: Results) -> None:
     """For each arm that drafted, the share of its steps that accepted 0, 1, 2, … draft tokens."""
     from matplotlib.ticker import MaxNLocator
 
-    counts = {arm: accepted_per_step(results, arm) for arm in results.run.config.arms}
+    counts = {arm: accepted_per_step(results, arm) for arm in results.run.config.arms if arm != TWIN}
     drafting = {arm: of_arm for arm, of_arm in counts.items() if of_arm}
     places = _bar_places(len(drafting))
     for (arm, of_arm), place in zip(drafting.items(), places, strict=True):

@@ -1,29 +1,35 @@
 """Compute the figures of a result file again, straight from its JSON and by other means, and say which differ.
 
-Nothing of `records`, `metrics` or `estimates` is used: loops over the rows, and numbers written down as
-docs/measuring.md defines them. Intervals are drawn anew, and have to come out near.
+`recompute_figures.py` has the second way. Intervals are drawn anew, and have to come out near.
 """
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from quasar_core.bench.arms import ARMS
 from quasar_core.bench.document import as_record
-from quasar_core.bench.metrics import measure
+from quasar_core.bench.metrics import ArmMetrics, mean_over_datasets, measure
+from quasar_core.bench.recompute_figures import (
+    Numbers,
+    Rows,
+    Yields,
+    answer_yields,
+    figures,
+    pairs,
+    ratio,
+    splits,
+    total_speedup,
+    yields,
+)
 from quasar_core.bench.results import Results
 from quasar_core.errors import UsageError
 from quasar_core.files import read_json
 
-BASELINE = "vanilla"
 TOLERANCE = 1e-9  # of sums in another order
 RESAMPLED = 1000  # resamplings of an interval, which are others than the table's
 CLOSE = 0.03  # of the value: how near to another resampling's an end of an interval lies
-
-Rows = list[dict[str, Any]]
-Numbers = dict[str, float | int | None]
 
 
 def differences(path: Path, results: Results) -> tuple[int, list[str]]:
@@ -41,8 +47,8 @@ def _as_of_today(row: dict[str, Any], results: Results) -> dict[str, Any]:
 
 
 def _same(shown: Any, again: Any) -> bool:
-    if shown is None or again is None:
-        return shown is again
+    if shown is None or again is None or isinstance(shown, list):
+        return bool(shown == again)
     return math.isclose(shown, again, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
 
 
@@ -61,7 +67,7 @@ def _derived(rows: Rows) -> Iterable[tuple[str, Any, Any]]:
             "confirm_window": sum(confirm["window"] for confirm in confirms),
             "confirm_accepted": sum(confirm["accepted"] for confirm in confirms),
             "new_tokens": len(row["token_ids"]),
-            "acceptance_length": _ratio(stats["new_tokens"] - stats["prefill_tokens"], len(steps)),
+            "acceptance_length": ratio(stats["new_tokens"] - stats["prefill_tokens"], len(steps)),
         }
         for name, value in again.items():
             if name in stats:
@@ -69,102 +75,75 @@ def _derived(rows: Rows) -> Iterable[tuple[str, Any, Any]]:
 
 
 def _table(rows: Rows, results: Results) -> Iterable[tuple[str, Any, Any]]:
-    """The figures of the tables, by dataset and by category."""
+    """The figures of the tables, by dataset and by category, and their means over datasets."""
+    passes, bandwidth = results.run.to_dict()["passes"], results.run.bandwidth
     for by_category in (False, True):
         for metric in measure(results, by_category):
-            shown = as_record(metric)
-            again = _figures(rows, metric.dataset, metric.temperature, metric.category, metric.arm)
-            place = f"{metric.dataset}, T = {metric.temperature:g}, {metric.category or 'all'}, {metric.arm}"
-            for name, value in again.items():
-                yield f"{place}: {name}", shown[name], value
+            of_place = _of_place(rows, metric)
+            shown, splits_shown = as_record(metric), _splits_of(metric)
+            for name, value in figures(of_place, metric.arm, passes, bandwidth).items():
+                yield f"{_name(metric)}: {name}", shown[name], value
+            for split, parts in splits(of_place, metric.arm).items():
+                yield f"{_name(metric)}: parts of {split}", splits_shown[split], parts
+    yield from _means(rows, results)
 
 
-def _figures(rows: Rows, dataset: str, temperature: float, category: str | None, arm: str) -> Numbers:
-    of_place = [
-        row
-        for row in rows
-        if (row["dataset"], row["temperature"]) == (dataset, temperature) and category in (None, row["category"])
-    ]
-    ours, theirs = _whole(of_place, arm), _whole(of_place, BASELINE)
-    kept = [row for question in ours.values() for row in question]
-    both = [(ours[key], theirs[key]) for key in ours if key in theirs]
-    yields = [(_tokens(a), _seconds(a), _tokens(b), _seconds(b)) for a, b in both]
-    yields = [one for one in yields if all(one)]
-    steps = _count(kept, "step_log", None)
-    compared = temperature == 0 or not ARMS[arm].is_peer
-    return {
-        "new_tokens": sum(row["stats"]["new_tokens"] for row in kept),
-        "steps": steps,
-        "decode_s": _seconds(kept),
-        "tokens_per_s": _ratio(_tokens(kept), _seconds(kept)),
-        "acceptance_length": _ratio(_tokens(kept), steps),
-        "acceptance_rate": _ratio(_count(kept, "step_log", "accepted"), _count(kept, "step_log", "drafted")),
-        "confirm_rate": _ratio(_count(kept, "confirm_log", "accepted"), _count(kept, "confirm_log", "window")),
-        "speedup_total": _total_speedup(yields),
-        "speedup_mean": _ratio(sum(a / b / (c / d) for a, b, c, d in yields), len(yields)),
-        "identical": sum(_ids(a) == _ids(b) for a, b in both) if theirs and compared else None,
-        "correct": sum(row.get("correct") is True for row in kept),
-        "failed": len({row["question_id"] for row in of_place if row["arm"] == arm}) - len(ours),
-    }
+def _means(rows: Rows, results: Results) -> Iterable[tuple[str, Any, Any]]:
+    """The paper's last column pair, by datasets that each count the same."""
+    run = results.run
+    for mean in mean_over_datasets(measure(results)):
+        of_arm = [row for row in rows if row["temperature"] == mean.temperature]
+        names = dict.fromkeys(row["dataset"] for row in of_arm if row["arm"] == mean.arm)
+        found = [
+            figures([row for row in of_arm if row["dataset"] == name], mean.arm, run.to_dict()["passes"], run.bandwidth)
+            for name in names
+        ]
+        for shown, name in ((mean.speedup, "speedup_total"), (mean.acceptance_length, "acceptance_length")):
+            values = [one[name] for one in found if one[name] is not None]
+            again = math.fsum(values) / len(values) if len(values) == len(found) else None
+            yield f"mean of datasets, T = {mean.temperature:g}, {mean.arm}: {name}", shown, again
 
 
-def _whole(rows: Rows, arm: str) -> dict[Any, Rows]:
-    """An arm's rows by question, without those of which one failed."""
-    found: dict[Any, Rows] = {}
-    for row in rows:
-        if row["arm"] == arm:
-            found.setdefault(row["question_id"], []).append(row)
-    return {key: of_one for key, of_one in found.items() if all(row["stats"] is not None for row in of_one)}
+def _of_place(rows: Rows, metric: ArmMetrics) -> Rows:
+    place = metric.dataset, metric.temperature
+    of_place = [row for row in rows if (row["dataset"], row["temperature"]) == place]
+    return [row for row in of_place if metric.category in (None, row["category"])]
 
 
-def _ids(rows: Rows) -> list[list[int]]:
-    return [row["token_ids"] for row in sorted(rows, key=lambda row: (row["repeat"], row["turn"]))]
+def _name(metric: ArmMetrics) -> str:
+    return f"{metric.dataset}, T = {metric.temperature:g}, {metric.category or 'all'}, {metric.arm}"
 
 
-def _tokens(rows: Rows) -> int:
-    return sum(row["stats"]["new_tokens"] - row["stats"]["prefill_tokens"] for row in rows)
+def _splits_of(metric: ArmMetrics) -> dict[str, Any]:
+    """The tables of drafts and confirms as they are shown, in the form of `splits`."""
+    found = metric.speculation
+    counts = [(str(length), count, sum(found.accepted)) for length, count in enumerate(found.accepted)]
+    named = {name: getattr(found, name) for name in ("by_place", "by_drafter", "by_position", "refused_by_margin")}
+    shares = {name: [(one.name, one.count, one.total) for one in parts] for name, parts in named.items()}
+    return {"accepted": counts, **shares, "by_drafter": sorted(shares["by_drafter"])}
 
 
-def _seconds(rows: Rows) -> float:
-    return math.fsum(row["stats"]["decode_s"] for row in rows)
-
-
-def _count(rows: Rows, log: str, name: str | None) -> int:
-    return sum(one[name] if name else 1 for row in rows for one in row["stats"][log])
-
-
-def _ratio(above: float, below: float) -> float | None:
-    return above / below if below else None
-
-
-def _total_speedup(yields: Sequence[tuple[float, float, float, float]]) -> float | None:
-    if not yields:
-        return None
-    tokens, seconds, plain_tokens, plain_seconds = (math.fsum(one[i] for one in yields) for i in range(4))
-    return tokens / seconds / (plain_tokens / plain_seconds)
+INTERVALS = {"speedup_total": yields, "speedup_answers": answer_yields}
 
 
 def _intervals(rows: Rows, results: Results) -> list[str]:
-    """Intervals of the headline that another resampling does not give, within what chance allows."""
+    """Intervals that another resampling does not give, within what chance allows."""
     wrong = []
     for metric in measure(results):
-        found = metric.speedup_total
-        if found is None or found.interval is None or not found.has_enough:
-            continue
-        low, high = _resampled(rows, metric.dataset, metric.temperature, metric.arm)
-        for name, shown, again in (("low", found.interval[0], low), ("high", found.interval[1], high)):
-            if abs(shown - again) > CLOSE * found.value:
-                wrong.append(f"{metric.dataset} {metric.arm} interval, {name}: {shown}, but {again} from the rows")
+        of_place = _of_place(rows, metric)
+        for quantity, of in INTERVALS.items():
+            found = getattr(metric, quantity)
+            if found is None or found.interval is None or not found.has_enough:
+                continue
+            again = _resampled(of(pairs(of_place, metric.arm)))
+            for name, shown, other in zip(("low", "high"), found.interval, again, strict=True):
+                if abs(shown - other) > CLOSE * found.value:
+                    wrong.append(f"{_name(metric)}: {quantity}, interval, {name}: {shown}, but {other} from the rows")
     return wrong
 
 
-def _resampled(rows: Rows, dataset: str, temperature: float, arm: str) -> tuple[float, float]:
-    of_place = [row for row in rows if (row["dataset"], row["temperature"]) == (dataset, temperature)]
-    ours, theirs = _whole(of_place, arm), _whole(of_place, BASELINE)
-    both = [(ours[key], theirs[key]) for key in ours if key in theirs]
-    yields = [(_tokens(a), _seconds(a), _tokens(b), _seconds(b)) for a, b in both]
-    yields = [one for one in yields if all(one)]
+def _resampled(timed: Yields) -> tuple[float, float]:
     chance = random.Random(1)
-    speedups = (_total_speedup(chance.choices(yields, k=len(yields))) for _ in range(RESAMPLED))
+    speedups = (total_speedup(chance.choices(timed, k=len(timed))) for _ in range(RESAMPLED))
     drawn = sorted(value for value in speedups if value is not None)
     return drawn[round(0.025 * len(drawn))], drawn[round(0.975 * len(drawn)) - 1]

@@ -96,7 +96,8 @@ class Run:
     """What ran and where. `datasets` gives the number and the digest of the questions asked, by dataset.
 
     `passes` are known of models of our own decoder, by role; `bandwidth` is what the machine reads, in bytes a second.
-    `peers` says of each arm that is another program what ran, with its version and options.
+    `peers` says of each arm that is another program what ran, with its version and options. `energy` says what the
+    joules of the rows count; None where no counter could be read.
     """
 
     config: BenchConfig
@@ -111,6 +112,7 @@ class Run:
     passes: dict[str, Passes] = field(default_factory=dict)
     bandwidth: float | None = None
     peers: dict[str, str] = field(default_factory=dict)
+    energy: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""

@@ -235,6 +235,7 @@ def describe_run(pair: Pair, datasets: Sequence[Dataset], config: BenchConfig, a
         passes=passes,
         bandwidth=read_bandwidth(pair.device) if passes else None,
         peers={name: peer.version for name, peer in peers.items() if peer.version},
+        energy=EnergyMeter(pair.device.type == "cuda").sources,
     )
 
 

@@ -5,7 +5,10 @@ no sandbox against code that wants to do harm, so a bench runs code only where t
 where the system sets no limits (Windows).
 """
 
+import contextlib
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,23 +44,34 @@ def _imports(prompt: str) -> str:
 
 
 def runs(source: str, seconds: int = SECONDS) -> bool:
-    """Whether a program ends by itself, in time, with exit code 0."""
+    """Whether a program ends by itself, in time, with exit code 0; what it has begun ends with it."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, "-I", "-c", source],
                 cwd=folder,
                 env={},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                timeout=seconds,
                 preexec_fn=lambda: _limit(seconds),
                 start_new_session=True,
             )
-        except (subprocess.TimeoutExpired, OSError, ValueError):  # ValueError: a null byte in the program
+        except (OSError, ValueError):  # ValueError: a null byte in the program
             return False
-    return done.returncode == 0
+        try:
+            return process.wait(seconds) == 0
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End a program, and the processes of its group, which would outlive it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _limit(seconds: int) -> None:

@@ -1,5 +1,6 @@
 """How far a run is to be trusted: identical arms, energy, and runs of several temperatures."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,10 +142,49 @@ def test_joules_of_all_packages_over_a_counter_that_begins_again(tmp_path: Path)
     rapl(tmp_path, "intel-rapl:0", 2.0)
     rapl(tmp_path, "intel-rapl:1", 8.0)
     assert meter.read() == pytest.approx(12.0 + 3.0)
+    assert meter.sources == "2 processor packages by RAPL"
+
+
+def test_the_platforms_counter_holds_the_packages_and_is_not_added_to_them(tmp_path: Path) -> None:
+    rapl(tmp_path, "intel-rapl:0", 1.0)
+    rapl(tmp_path, "intel-rapl:1", 100.0)
+    (tmp_path / "intel-rapl:0" / "name").write_text("package-0\n")
+    (tmp_path / "intel-rapl:1" / "name").write_text("psys\n")
+    meter = EnergyMeter(powercap=tmp_path)
+    rapl(tmp_path, "intel-rapl:0", 3.0)
+    rapl(tmp_path, "intel-rapl:1", 150.0)
+    assert meter.read() == pytest.approx(2.0)
+    assert meter.sources == "1 processor package by RAPL"
+
+
+class FakeNvml:
+    """Counts in millijoules."""
+
+    def __init__(self, *counts: int) -> None:
+        self._counts = list(counts)
+
+    def nvmlInit(self) -> None:
+        """As NVML's."""
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:
+        return self._counts.pop(0)
+
+
+def test_a_gpu_counts_where_the_processor_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux lets root alone read RAPL."""
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(1000, 1000, 8000))  # type: ignore[arg-type]
+    (tmp_path / "intel-rapl:0" / "energy_uj").mkdir(parents=True)  # reading it is an OSError
+    meter = EnergyMeter(on_gpu=True, powercap=tmp_path)
+    assert meter.sources == "the GPU by NVML"
+    assert meter.read() == pytest.approx(7.0)
 
 
 def test_where_nothing_tells_there_are_no_joules(tmp_path: Path) -> None:
     assert EnergyMeter(powercap=tmp_path / "none").read() is None
+    assert EnergyMeter(powercap=tmp_path / "none").sources is None
     rapl(tmp_path, "intel-rapl:0", 1.0)
     meter = EnergyMeter(powercap=tmp_path)
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("?")

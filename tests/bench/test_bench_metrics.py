@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.estimates import estimate, mean_of_ratios, ratio_of_totals
-from quasar_core.bench.metrics import ArmMetrics, mean_over_datasets, measure, pool
+from quasar_core.bench.metrics import ArmMetrics, mean_over_datasets, measure, pool, speedup_over_all
 from quasar_core.bench.results import Results
 from quasar_core.records import Confirm, Step
 
@@ -45,6 +45,20 @@ def test_speed_by_hand() -> None:
     # Two questions: a quarter of the draws holds only the first, a quarter only the second.
     assert mean.interval == pytest.approx((2.0, 4.0))
     assert metrics["vanilla"].speedup_mean == estimate(mean_of_ratios, np.ones((2, 2)), np.ones((2, 2)))
+
+
+def test_speed_of_whole_answers_by_hand() -> None:
+    """9 tokens each; with a quarter of a second for each prompt, 7.5 seconds beside 3."""
+    metrics = by_arm(make_results())
+    assert metrics["ngram"].speedup_answers is not None
+    assert metrics["ngram"].speedup_answers.value == pytest.approx(7.5 / 3)
+    assert metrics["vanilla"].speedup_answers is not None
+    assert metrics["vanilla"].speedup_answers.value == 1
+    over_all = speedup_over_all(make_results(), "ngram", 0.0, whole=True)
+    assert over_all == metrics["ngram"].speedup_answers
+    assert speedup_over_all(make_results(), "ngram", 0.0) == metrics["ngram"].speedup_total
+    assert speedup_over_all(make_results(), "exact", 0.0) is None
+    assert speedup_over_all(make_results(), "ngram", 1.0) is None
 
 
 def test_identical_counts_questions_whose_ids_are_all_vanillas() -> None:

@@ -1,6 +1,9 @@
 """Agreement with the target's own text, and scores."""
 
+import fcntl
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -70,6 +73,30 @@ def test_a_block_that_defines_something_else_is_not_the_program() -> None:
 )
 def test_a_program_has_limits(source: str) -> None:
     assert not runs(source, seconds=1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file locks and groups of processes as Linux has them")
+@pytest.mark.parametrize("rest", ["", "while True: pass"], ids=["it ends", "its time ends"])
+def test_what_a_program_has_begun_ends_with_it(tmp_path: Path, rest: str) -> None:
+    """A child that would sleep on holds a lock, which goes with its process."""
+    path = str(tmp_path / "lock")
+    source = f"""
+import fcntl, os, time
+lock = open({path!r}, "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+if os.fork() == 0:
+    time.sleep(600)
+{rest}"""
+    assert runs(source, seconds=2) == (rest == "")
+    with open(path) as lock:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < end, "the child lives on"
+                time.sleep(0.02)
 
 
 def test_a_program_inherits_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Every figure again, by the package's second way and by a few lines here that share nothing with either."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,11 @@ import pytest
 from helpers.bench_pair import CountingModel, make_pair
 
 from quasar_cli.main import run
+from quasar_core.bench import metrics, recompute, speculation
 from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.datasets import Dataset, Question
+from quasar_core.bench.document import as_record
+from quasar_core.bench.estimates import estimate
 from quasar_core.bench.metrics import measure
 from quasar_core.bench.recompute import differences
 from quasar_core.bench.results import Results, write_results
@@ -59,6 +63,48 @@ def test_the_second_way_agrees_on_everything(results: Results, tmp_path: Path) -
     count, wrong = differences(tmp_path / "r.json", results)
     assert wrong == []
     assert count > 1000
+
+
+PLACES = {"dataset", "temperature", "category", "arm"}
+JUDGED = re.compile("speedup_.*_(low|high|shown|uncertain)")  # by another resampling, below; or of the figures
+
+
+def test_every_column_of_the_tables_is_computed_again(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever is changed on the way to the tables, it is named."""
+    write_results(results, tmp_path / "r.json")
+    columns = as_record(measure(results)[0]).keys() - PLACES
+    changed = {name: -7.0 for name in columns if not JUDGED.fullmatch(name)}
+    monkeypatch.setattr(recompute, "as_record", lambda metric: {**as_record(metric), **changed})
+    _, wrong = differences(tmp_path / "r.json", results)
+    for column in changed:
+        assert any(f": {column}: -7.0, but " in line for line in wrong), column
+
+
+@pytest.mark.parametrize("split", ["by_place", "by_drafter", "by_position", "refused_by_margin"])
+def test_the_tables_of_drafts_are_computed_again(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    write_results(results, tmp_path / "r.json")
+    shown = getattr(speculation, split)
+    monkeypatch.setattr(
+        speculation,
+        split,
+        lambda *arguments: [replace(share, count=share.count + 1) for share in shown(*arguments)],
+    )
+    _, wrong = differences(tmp_path / "r.json", results)
+    assert any(f"parts of {split}: " in line for line in wrong)
+
+
+def test_an_interval_that_another_resampling_does_not_give_is_named(
+    results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_results(results, tmp_path / "r.json")
+    monkeypatch.setattr(metrics, "estimate", lambda *asked: replace(estimate(*asked), interval=(0.1, 9.0)))
+    _, wrong = differences(tmp_path / "r.json", results)
+    assert any("speedup_total, interval, low: 0.1, but" in line for line in wrong)
+    assert any("speedup_answers, interval, high: 9.0, but" in line for line in wrong)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.document import as_document
 from quasar_core.bench.report.charts import ticks
 from quasar_core.bench.report.page import Sources, page, read_sources, write_page
+from quasar_core.bench.report.traces import of_results
 from quasar_core.bench.results import Passes, Results, write_results
 from quasar_core.bench.run import run_bench
 from quasar_core.errors import UsageError
@@ -158,6 +159,38 @@ def test_the_page_shows_the_numbers_of_the_json(results: Results) -> None:
     histogram = [int(row[3]) for row in counts if row[:2] == ["d</script>, T = 0", "exact"]]
     assert histogram == exact["speculation"]["accepted"]
     assert tables(html)["Passes"][1] == ["target", "1", "1.000", "0.800", "1.25×"]
+
+
+def test_a_fresh_reader_finds_the_text_the_prompt_and_what_each_arm_is() -> None:
+    """On one dataset no column is spent on it; what each arm is stands below the first table."""
+    html = page(Sources(steady(9, 2.0), []))
+    heads, *rows = tables(html)["Arms on d"]
+    shown = {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+    # Four tokens in 4 s and in 2 s, behind a prompt of 0.25 s that gives the first of five.
+    assert shown["ngram"]["with prompt"] == f"{4.25 / 2.25:.2f}×"
+    assert shown["ngram"]["same text"] == "9/9"
+    assert "That is of decoding; with the time of the prompt it is 1.89 times (1.89 to 1.89)." in html
+    assert "n-gram drafts; the full-precision model checks them: its own text" in html
+    assert "plain decoding" in html.partition("<h3>The arms</h3>")[2]
+
+
+def test_categories_have_a_column_for_each_arm(results: Results) -> None:
+    heads, *rows = tables(page(Sources(results, [])))["Categories"]
+    assert heads == ["dataset", "category", "questions", "ngram", "quantized", "exact"]
+    assert [row[:3] for row in rows] == [
+        [f"d</script>, T = {temperature}", f"<k{kind}>", "4"] for temperature in (0, 1) for kind in (0, 1)
+    ]
+
+
+def test_what_several_tokens_cost_is_as_it_was_measured(results: Results) -> None:
+    html = page(Sources(results, []))
+    assert "One of the target over 8 tokens takes 1.1 times as long as over one." in html
+    assert "One of the verifier over 8 tokens takes 1.2 times as long as over one." in html
+
+
+def test_a_text_stands_beside_what_plain_decoding_took(results: Results) -> None:
+    texts = of_results(results)
+    assert all(re.search(r"\d s of decoding; plain decoding took \d+\.\d\d s\.$", text.about) for text in texts)
 
 
 def test_the_page_stands_alone(results: Results) -> None:

@@ -20,7 +20,7 @@ from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.compare import compare
 from quasar_core.bench.document import as_record
 from quasar_core.bench.metrics import measure
-from quasar_core.bench.plots import accepted_per_step, plot
+from quasar_core.bench.plots import accepted_per_step, draw_speedups, plot
 from quasar_core.bench.results import Results, read_results, write_results
 from quasar_core.config import LoadOptions
 from quasar_core.errors import QuasarError, UsageError
@@ -145,6 +145,23 @@ def test_another_suffix_is_refused(tmp_path: Path) -> None:
         plot(make_results(), tmp_path / "f.pdf")
 
 
+def test_every_temperature_has_bars_of_its_own_with_their_numbers() -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes, rows = figure.subplots(), make_results().rows
+    rows += [replace(row, temperature=1.0) for row in rows]
+    run = make_run(config=BenchConfig(("vanilla", "ngram", "vanilla-again"), temperatures=(0.0, 1.0)))
+    draw_speedups(axes, Results(run, rows))
+    assert [round(bar.get_x() + bar.get_width() / 2) for bar in axes.patches] == [0, 1]
+    assert [text.get_text() for text in axes.texts] == ["2.80?", "2.80?"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["d, T = 0\n(n = 2)", "d, T = 1\n(n = 2)"]
+
+
+def test_the_figure_says_in_how_many_answers_the_text_is_plain_decodings(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot(make_results(), tmp_path / "f.svg")
+    assert "<!-- ngram: same text in 1 of 2 -->" in (tmp_path / "f.svg").read_text()
+
+
 def test_without_matplotlib_it_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(QuasarError, match=r"pip install 'quasar-cli\[plots\]'"):
@@ -244,7 +261,12 @@ def test_a_busy_machine_is_said(tmp_path: Path) -> None:
 
 
 def test_what_is_not_known_of_the_machine_is_not_said() -> None:
-    assert words.describe_conditions(make_results()) == "Conditions: vanilla's speed varied by 0 % between answers."
+    assert words.describe_conditions(make_results()) == (
+        "Conditions: vanilla's speed varied by 0 % between answers; energy: no counter (RAPL, NVML) can be read here."
+    )
+    rows = [replace(row, joules=1.0) for row in make_results().rows]
+    counted = Results(make_run(energy="1 processor package by RAPL"), rows)
+    assert words.describe_conditions(counted).endswith("energy: 1 processor package by RAPL.")
     assert words.describe_conditions(Results(make_run(), [])) == ""
 
 

@@ -165,7 +165,7 @@ def curves(title: str, found: Sequence[Curve]) -> str:
     for tokens in (1, 8, 16, 24, 32):
         if tokens <= widest:
             drawing.text(at(tokens, 0)[0], bottom + 16, str(tokens), "middle", "tick")
-    drawing.text((left + right) / 2, bottom + 34, "tokens of a pass, milliseconds", "middle", "tick")
+    drawing.text((left + right) / 2, bottom + 34, "milliseconds, by the tokens of a pass", "middle", "tick")
     for curve in found:
         kind = f"s{curve.series % SERIES}"
         drawing.path([at(*point) for point in curve.points], f"curve {kind}")

@@ -4,15 +4,18 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from quasar_core.bench.arms import ARMS, BASELINE, TWIN
-from quasar_core.bench.claim import claims
+from quasar_core.bench.claim import Claim, claims
 from quasar_core.bench.conditions import conditions
-from quasar_core.bench.estimates import FEWEST, WIDEST, Estimate
-from quasar_core.bench.metrics import ArmMetrics, Shares, Spread, mean_over_datasets, measure
+from quasar_core.bench.estimates import FEWEST, WIDEST
+from quasar_core.bench.metrics import ArmMetrics, Shares, Spread, mean_over_datasets, measure, speedup_over_all
+from quasar_core.bench.report.cells import cell, interval, label, speedup_cell
 from quasar_core.bench.report.charts import PARTS, Curve, Range, curves, histogram, ranges, stacked
+from quasar_core.bench.report.conditions_chapter import arms_list, conditions_chapter
 from quasar_core.bench.report.html import MISSING, behind, number, table, tag
-from quasar_core.bench.results import Results, Row, temperatures
+from quasar_core.bench.results import Results, temperatures
 
 Chapter = tuple[str, str, str]
+FEW = 8  # tokens of a pass, as drafts have
 
 
 def heading(results: Results) -> tuple[str, str]:
@@ -22,11 +25,24 @@ def heading(results: Results) -> tuple[str, str]:
     first = found[0].sentence if found else "This run has no arm to set beside plain decoding."
     verifier = f" with {run.verifier}" if run.verifier else ""
     where = f"{run.model}{verifier}, {run.dtype} on {run.device}, {temperatures(run)}"
-    more = "".join(tag("p", escape(f"At temperature {one.temperature:g}: {one.sentence}")) for one in found[1:])
+    more = "".join(tag("p", escape(_with_prompt(results, one))) for one in found[:1])
+    more += "".join(
+        tag("p", escape(f"At temperature {one.temperature:g}: {one.sentence} {_with_prompt(results, one)}"))
+        for one in found[1:]
+    )
     warning = "".join(tag("p", escape(text), class_="warning") for text in _doubts(results))
     return f"quasar bench: {run.model}", tag("p", escape(where), class_="kind") + tag(
-        "h1", escape(first)
+        "h1", escape(first.replace(" %", "\u00a0%"))
     ) + more + warning
+
+
+def _with_prompt(results: Results, claim: Claim) -> str:
+    """The claim of whole answers, which are what a user waits for."""
+    found = speedup_over_all(results, claim.arm, claim.temperature, whole=True)
+    if found is None or found.interval is None or found.is_uncertain:
+        return ""
+    low, high = found.interval
+    return f"That is of decoding; with the time of the prompt it is {found.value:.2f} times ({low:.2f} to {high:.2f})."
 
 
 def _doubts(results: Results) -> list[str]:
@@ -56,73 +72,55 @@ def run_chapters(results: Results) -> list[Chapter]:
         _passes(results),
         _time(metrics),
         _categories(results),
-        _conditions(results),
+        conditions_chapter(results),
     ]
     return [one for one in found if one is not None]
 
 
-def _label(metric: ArmMetrics, metrics: Sequence[ArmMetrics]) -> str:
-    several = len({one.temperature for one in metrics}) > 1
-    return f"{metric.dataset}, T = {metric.temperature:g}" if several else metric.dataset
-
-
 def _table(metrics: Sequence[ArmMetrics]) -> Chapter:
-    heads = [
-        "dataset",
-        "arm",
-        "speedup",
-        "95 % interval",
-        "tokens/s",
-        "acceptance length",
-        "same text",
-        "right",
-        "failed",
-    ]
+    several = len({(metric.dataset, metric.temperature) for metric in metrics}) > 1
+    heads = ["arm", "speedup", "95 % interval", "same text", "with prompt", "tokens/s", "acceptance length", "right"]
     rows = [
         [
-            _label(metric, metrics),
+            *([label(metric, metrics)] if several else []),
             metric.arm,
             speedup_cell(metric),
-            _interval(metric.speedup_total) if metric.arm != BASELINE else MISSING,
+            interval(metric.speedup_total) if metric.arm != BASELINE else MISSING,
+            MISSING if metric.identical is None else f"{metric.identical}/{metric.questions}",
+            cell(metric, metric.speedup_answers),
             number(metric.tokens_per_s, 1),
             number(metric.acceptance_length),
-            MISSING if metric.identical is None else f"{metric.identical}/{metric.questions}",
             f"{metric.correct}/{metric.scored}" if metric.scored else MISSING,
             str(metric.failed),
         ]
         for metric in metrics
     ]
     means = [
-        ["mean of datasets", mean.arm, number(mean.speedup, 2, "×"), MISSING, MISSING, number(mean.acceptance_length)]
-        + [MISSING] * 3
+        ["mean of datasets", mean.arm, number(mean.speedup, 2, "×"), *[MISSING] * 4, number(mean.acceptance_length)]
+        + [MISSING] * 2
         for mean in mean_over_datasets(metrics)
         if len({metric.dataset for metric in metrics if metric.temperature == mean.temperature}) > 1
     ]
+    caption = "Arms on each dataset" if several else f"Arms on {metrics[0].dataset}" if metrics else "Arms"
+    columns = [*(["dataset"] if several else []), *heads, "failed"]
+    shown = table(caption, columns, [*rows, *means], 1 + several)
+    arms = list(dict.fromkeys(metric.arm for metric in metrics))
+    return "table", "What is faster than what", shown + tag("p", _legend(arms), class_="soft") + arms_list(arms)
+
+
+def _legend(arms: Sequence[str]) -> str:
+    """What the columns of the first table mean."""
     said = (
-        "Speedup: tokens per second of decoding, in total, by those of plain decoding (vanilla). Acceptance length: "
-        "tokens a verify pass; plain decoding is 1.00. Same text: questions whose every token equals vanilla’s. "
-        f"A ? marks a speedup that the run does not show: its interval holds 1, or fewer than {FEWEST} questions were "
-        f"asked. “wide”: the interval is wider than ±{100 * WIDEST:.0f} %."
+        "Speedup: tokens per second of decoding, in total, by those of plain decoding (vanilla); with prompt: the same "
+        "of whole answers, with the time that the prompt took. Same text: questions whose every token equals "
+        "vanilla’s. Acceptance length: tokens a verify pass; plain decoding is 1.00. Right: answers that the "
+        "dataset’s own number, or test, says are right, of those that can be told. A ? marks a speedup in doubt: its "
+        f"interval holds 1, or fewer than {FEWEST} questions were asked. “wide”: the interval is wider than "
+        f"±{100 * WIDEST:.0f} %."
     )
-    return (
-        "table",
-        "What is faster than what",
-        table("Arms on each dataset", heads, [*rows, *means], 2) + tag("p", said, class_="soft"),
-    )
-
-
-def speedup_cell(metric: ArmMetrics) -> str:
-    """A speedup as tables show it."""
-    found = metric.speedup_total
-    if found is None:
-        return MISSING
-    if metric.arm == BASELINE:
-        return f"{found.value:.2f}×"
-    return "wide" if found.is_uncertain else f"{found.value:.2f}×{'' if found.is_shown else '?'}"
-
-
-def _interval(found: Estimate | None) -> str:
-    return "{:.2f}–{:.2f}".format(*found.interval) if found and found.interval else MISSING
+    if any(ARMS[arm].is_peer for arm in arms):
+        said += " Other programs add up in another order, so where two tokens lie a rounding apart they may part."
+    return said
 
 
 def _speedups(metrics: Sequence[ArmMetrics]) -> Chapter | None:
@@ -132,7 +130,7 @@ def _speedups(metrics: Sequence[ArmMetrics]) -> Chapter | None:
         rows = [one for one in metrics if (one.dataset, one.temperature) == place and one.speedup_total]
         if not rows:
             continue
-        name = _label(rows[0], metrics)
+        name = label(rows[0], metrics)
         points = [_range(metric, arms.index(metric.arm)) for metric in rows if metric.arm != BASELINE]
         if points:
             figures.append(_figure(name, ranges(f"Speedups on {name}", points)))
@@ -146,12 +144,12 @@ def _speedups(metrics: Sequence[ArmMetrics]) -> Chapter | None:
         ["dataset", "arm", "speedup", "95 % interval", "by question", "95 % interval"],
         [
             [
-                _label(one, metrics),
+                label(one, metrics),
                 one.arm,
                 number(one.speedup_total.value, 4),
-                _interval(one.speedup_total),
+                interval(one.speedup_total),
                 number(one.speedup_mean.value if one.speedup_mean else None, 4),
-                _interval(one.speedup_mean),
+                interval(one.speedup_mean),
             ]
             for one in metrics
             if one.speedup_total and one.arm != BASELINE
@@ -177,19 +175,19 @@ def _acceptance(metrics: Sequence[ArmMetrics]) -> Chapter | None:
     if not drafting:
         return None
     figures = [
-        _figure(f"{one.arm}, {_label(one, metrics)}", histogram(
-            f"Accepted tokens of {one.arm} on {_label(one, metrics)}", one.speculation.accepted, arms.index(one.arm)
+        _figure(f"{one.arm}, {label(one, metrics)}", histogram(
+            f"Accepted tokens of {one.arm} on {label(one, metrics)}", one.speculation.accepted, arms.index(one.arm)
         ))
         for one in drafting
     ]  # fmt: skip
     rows = [
-        [_label(one, metrics), one.arm, str(length), str(count), number(count / sum(one.speculation.accepted), 4)]
+        [label(one, metrics), one.arm, str(length), str(count), number(count / sum(one.speculation.accepted), 4)]
         for one in drafting
         for length, count in enumerate(one.speculation.accepted)
     ]
     counts = table("Steps with a draft, by accepted tokens", ["dataset", "arm", "accepted", "steps", "share"], rows, 2)
     places = [
-        [_label(one, metrics), one.arm, share.name, str(share.count), str(share.total), number(share.value, 3)]
+        [label(one, metrics), one.arm, share.name, str(share.count), str(share.total), number(share.value, 3)]
         for one in drafting
         for share in one.speculation.by_drafter
     ]
@@ -224,13 +222,23 @@ def _passes(results: Results) -> Chapter | None:
     ]
     key = "".join(tag("li", f'<i class="c{one.series}"></i>{one.name}') for one in found)
     said = (
-        "A pass over several tokens costs little more than over one, as it reads the same weights: so verifying many "
-        "tokens at once pays. Dashed: the floor, the bytes of the weights ÷ what the machine reads in a second."
+        f"A pass reads the weights once, whatever its tokens. {' '.join(map(_several_tokens, found))} So it pays to "
+        "verify several at once. Dashed: the floor, the bytes of the weights ÷ what the machine reads in a second."
     )
     figure = _figure("Pass cost", curves("Milliseconds of a pass by its tokens, and the floor", found))
     counts = table("Passes", ["model", "tokens", "ms", "floor, ms", "of the floor"], rows)
     content = tag("p", said, class_="soft") + tag("ul", key, class_="key") + tag("div", figure, class_="charts")
     return "passes", "What a pass costs", content + behind(counts)
+
+
+def _several_tokens(curve: Curve) -> str:
+    """What a pass over some tokens costs beside one over a single token; empty where only one size was timed."""
+    (least, first), *more = sorted(curve.points)
+    few = [point for point in more if point[0] <= FEW] or more[:1]
+    if not few or least != 1:
+        return ""
+    tokens, ms = few[-1]
+    return f"One of the {curve.name} over {tokens} tokens takes {ms / first:.1f} times as long as over one."
 
 
 def _time(metrics: Sequence[ArmMetrics]) -> Chapter | None:
@@ -239,11 +247,11 @@ def _time(metrics: Sequence[ArmMetrics]) -> Chapter | None:
         return None
     bars = [(one, one.shares) for one in known if one.shares]
     figures = []
-    for name in dict.fromkeys(_label(one, metrics) for one in known):
+    for name in dict.fromkeys(label(one, metrics) for one in known):
         rows = [
             (one.arm, (share.draft, share.verify, share.confirm, share.other))
             for one, share in bars
-            if _label(one, metrics) == name
+            if label(one, metrics) == name
         ]
         figures.append(_figure(name, stacked(f"Where the time of decoding goes on {name}", rows)))
     key = "".join(tag("li", f'<i class="k{place}"></i>{part}') for place, part in enumerate(PARTS))
@@ -258,7 +266,7 @@ def _costs(metrics: Sequence[ArmMetrics]) -> Callable[[tuple[ArmMetrics, Shares]
     def row(bar: tuple[ArmMetrics, Shares]) -> list[str]:
         one, share = bar
         return [
-            _label(one, metrics),
+            label(one, metrics),
             one.arm,
             *(f"{100 * part:.1f} %" for part in (share.draft, share.verify, share.confirm, share.other)),
             *_milliseconds(one.ttft_s, 1),
@@ -278,89 +286,27 @@ def _milliseconds(spread: Spread | None, digits: int) -> tuple[str, str]:
 
 
 def _categories(results: Results) -> Chapter | None:
+    """A row for each category, a column for each arm."""
     metrics = [one for one in measure(results, by_category=True) if one.arm not in (TWIN, BASELINE)]
     if len({metric.category for metric in metrics}) < 2:
         return None
+    arms = list(dict.fromkeys(metric.arm for metric in metrics))
+    found: dict[tuple[str, str], dict[str, ArmMetrics]] = {}
+    for one in metrics:
+        found.setdefault((label(one, metrics), str(one.category)), {})[one.arm] = one
     rows = [
-        [
-            _label(one, metrics),
-            str(one.category),
-            one.arm,
-            str(one.questions),
-            speedup_cell(one),
-            _interval(one.speedup_total),
-            number(one.acceptance_length),
-        ]
-        for one in sorted(metrics, key=lambda one: (one.dataset, one.temperature, str(one.category)))
+        [*place, str(max(one.questions for one in of_arm.values())), *(_with_interval(of_arm.get(arm)) for arm in arms)]
+        for place, of_arm in found.items()
     ]
-    heads = ["dataset", "category", "arm", "questions", "speedup", "95 % interval", "acceptance length"]
-    return "categories", "By kind of task", table("Categories", heads, rows, 3)
+    several = len({dataset for dataset, _ in found}) > 1
+    heads = ["dataset", "category", "questions", *arms]
+    said = "Speedups, in brackets their 95 % intervals; a ? marks one in doubt, as above."
+    shown = table("Categories", heads[not several :], [row[not several :] for row in rows], 1 + several)
+    return "categories", "By kind of task", tag("p", said, class_="soft") + shown
 
 
-def _conditions(results: Results) -> Chapter:
-    run, found, config = results.run, conditions(results), results.run.config
-    often = "once" if config.repeats == 1 else f"{config.repeats} times"
-    settings = f"{temperatures(run)}, at most {config.max_new_tokens} tokens, each question {often}, seed {config.seed}"
-    asked = (f"{name}: {one['questions']}, digest {one['sha256'][:12]}" for name, one in run.datasets.items())
-    facts = [
-        ("Model", run.model),
-        ("Verifier", run.verifier or "none"),
-        ("Machine", f"{run.device}, {run.dtype}"),
-        ("Settings", settings),
-        ("Questions", "; ".join(asked)),
-        ("Other programs", _load(results)),
-        ("Clock", "{:.0f} to {:.0f} MHz".format(*found.mhz) if found.mhz else "not told by the system"),
-        ("Bandwidth", number(run.bandwidth / 1e9 if run.bandwidth else None, 1, " GB/s")),
-        ("Identical arms", _twins(found.twins, found.twins_agree)),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in run.versions.items())),
-        ("Code", run.git or "installed, commit not known"),
-        *((f"Peer {arm}", version) for arm, version in run.peers.items()),
-        *(
-            (f"Failed: {row.arm}", f"{row.dataset}, question {row.question_id}: {row.error}")
-            for row in _failed(results)
-        ),
-    ]
-    arms = [(name, _arm(name)) for name in config.arms]
-    return "conditions", "Conditions", _facts(facts) + tag("h3", "Arms") + _facts(arms)
-
-
-def _facts(facts: Sequence[tuple[str, str]]) -> str:
-    return tag("dl", "".join(tag("dt", escape(name)) + tag("dd", escape(value)) for name, value in facts))
-
-
-def _arm(name: str) -> str:
-    """What an arm is."""
-    arm = ARMS[name]
-    if name == TWIN:
-        return "vanilla once more, on every fourth question, to see the noise"
-    if arm.is_peer:
-        return f"{arm.program}, in a process of its own"
-    named = {"ngram": "n-gram drafts", "none": "no drafts", "auto": "drafts by all drafters that pay"}
-    drafts = named.get(arm.draft, f"{arm.draft} drafts")
-    who = {
-        "full": "the full-precision model decides",
-        "quantized": "the low-bit copy decides",
-        "gated": "the low-bit copy verifies, and the full-precision model confirms what it is not sure of",
-        "exact": "the low-bit copy verifies, the full-precision model confirms or checks drafts itself",
-    }
-    return f"{drafts}; {who.get(arm.verify, arm.verify)}"
-
-
-def _load(results: Results) -> str:
-    found = conditions(results)
-    if found.others is None or found.most_others is None:
-        return "not told by the system"
-    shares = f"took {100 * found.others:.0f} % of the cores, at most {100 * found.most_others:.0f} %"
-    return f"{shares}; busy in {found.busy} answers"
-
-
-def _twins(twins: Estimate | None, agree: bool | None) -> str:
-    if twins is None:
-        return "not asked"
-    said = {True: "they agree", False: "they differ", None: "too few questions to tell"}[agree]
-    return f"{twins.value:.3f}× ({_interval(twins)}, {twins.questions} questions): {said}"
-
-
-def _failed(results: Results) -> list[Row]:
-    """The first failure of each arm."""
-    return list({row.arm: row for row in reversed(results.errors)}.values())
+def _with_interval(metric: ArmMetrics | None) -> str:
+    if metric is None:
+        return MISSING
+    around = interval(metric.speedup_total)
+    return speedup_cell(metric) + ("" if around == MISSING else f" ({around})")

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
-from quasar_core.bench.arms import ARMS
+from quasar_core.bench.arms import ARMS, BASELINE
 from quasar_core.bench.report.html import table, tag
 from quasar_core.bench.results import Results, Row
 from quasar_core.trace import MAKERS, Maker, Trace, TracedToken, show
@@ -51,7 +51,12 @@ def of_results(results: Results) -> list[ShownTrace]:
         if row.turn == 0 and row.repeat == 0 and row.stats and row.lengths and _is_of_interest(row.arm):
             found.append(row)
     chosen = _spread(found)
-    shown = [trace for row in found if (row.dataset, row.question_id) in chosen and (trace := _of_row(row))]
+    plain = {_asked(row): row for row in results.rows if row.arm == BASELINE and row.turn == 0 and row.repeat == 0}
+    shown = [
+        trace
+        for row in found
+        if (row.dataset, row.question_id) in chosen and (trace := _of_row(row, plain.get(_asked(row))))
+    ]
     order = {"exact": 0, "full": 1, "quantized": 2}
     return sorted(shown, key=lambda one: order.get(one.verify, 3))[:MOST_TRACES]
 
@@ -69,7 +74,11 @@ def _spread(rows: Sequence[Row]) -> set[tuple[str, int | str]]:
     return chosen
 
 
-def _of_row(row: Row) -> ShownTrace | None:
+def _asked(row: Row) -> tuple[str, int | str, float]:
+    return row.dataset, row.question_id, row.temperature
+
+
+def _of_row(row: Row, plain: Row | None) -> ShownTrace | None:
     assert row.stats is not None
     pieces, start = [], 0
     for length in row.lengths:
@@ -80,10 +89,10 @@ def _of_row(row: Row) -> ShownTrace | None:
         return None
     temperature = f", T = {row.temperature:g}" if row.temperature else ""
     name = f"{row.arm}: {row.dataset}, question {row.question_id} ({row.category}){temperature}"
-    mean = row.stats.acceptance_length
     about = f"{row.stats.new_tokens} tokens in {row.stats.steps} verify passes"
     about += f" and {row.stats.confirms} confirms" if row.stats.confirms else ""
-    about += f": {mean:.2f} tokens a verify pass." if mean else "."
+    about += f", {row.stats.decode_s:.2f} s of decoding"
+    about += f"; plain decoding took {plain.stats.decode_s:.2f} s." if plain and plain.stats else "."
     return ShownTrace(name, about, ARMS[row.arm].verify, tokens)
 
 
