@@ -1,6 +1,5 @@
 """`POST /v1/chat/completions`: messages in, the assistant's message out, whole or in chunks."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +12,11 @@ from quasar_core.errors import UsageError
 from quasar_core.serve.asks import MOST_TOP, Ask, Common, content_text, read_common
 from quasar_core.serve.errors import ApiError, of_usage, refused
 from quasar_core.serve.fields import Fields
-from quasar_core.serve.parts import AnswerParts, Part
+from quasar_core.serve.job import Event, Finished, Job, Written, by_answer, read_events
+from quasar_core.serve.parts import AnswerParts, Part, join_parts
 from quasar_core.serve.replies import REASONS, Head, Tally, chat_logprobs
 from quasar_core.serve.served import END_OF_THINKING, THINK, Served
 from quasar_core.serve.tools import ToolForm, form_of, read_tools
-from quasar_core.serve.worker import Event, Finished, Job, Written
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 PROMPT_END = 8  # tokens of a prompt in which thinking may be opened
@@ -244,9 +243,10 @@ class Choice:
 async def whole_chat(chat: ChatAsk, job: Job, served: Served) -> dict[str, Any]:
     """The reply to a request that does not stream."""
     choices, tally = [Choice(chat.parts()) for _ in chat.asks], Tally()
-    async for number, event in read_events(job):
-        for part in choices[number].take(event, tally):
-            choices[number].delta(part)
+    async for told in read_events(job, stream=False):
+        for number, event in told:
+            for part in choices[number].take(event, tally):
+                choices[number].delta(part)
     listed: list[dict[str, Any]] = [
         {
             "index": number,
@@ -277,39 +277,17 @@ async def stream_chat(chat: ChatAsk, job: Job, served: Served) -> AsyncIterator[
 
     for number in range(len(choices)):
         yield chunk(number, {"role": "assistant", "content": ""})
-    async for found in read_events(job, pauses=True):
-        if found is None:
+    async for told in read_events(job, stream=True):
+        if not told:
             yield None
-            continue
-        number, event = found
-        choice = choices[number]
-        for part in choice.take(event, tally):
-            traced = {"quasar": {"tokens": choice.traced}} if choice.traced else {}
-            yield {**chunk(number, choice.delta(part), choice.scores), **traced}
-            choice.scores, choice.traced = [], []
-        if choice.reason is not None and isinstance(event, Finished):
-            last = chunk(number, {}, choice.scores, finish_reason=choice.reason)
-            yield {**last, **tally.measures(chat.asks[number], served)}
+        for number, events in by_answer(told):
+            choice = choices[number]
+            for part in join_parts(part for event in events for part in choice.take(event, tally)):
+                traced = {"quasar": {"tokens": choice.traced}} if choice.traced else {}
+                yield {**chunk(number, choice.delta(part), choice.scores), **traced}
+                choice.scores, choice.traced = [], []
+            if choice.reason is not None:
+                last = chunk(number, {}, choice.scores, finish_reason=choice.reason)
+                yield {**last, **tally.measures(chat.asks[number], served)}
     if chat.common.include_usage:
         yield head.document(choices=[], usage=tally.usage(chat.asks))
-
-
-PAUSE = 10.0  # seconds without an event, after which a stream says that it is alive
-
-
-async def read_events(job: Job, pauses: bool = False) -> AsyncIterator[Any]:
-    """The events of a request's answers until all are whole; with `pauses`, None now and then while nothing comes.
-
-    Raises the ApiError of one that failed.
-    """
-    left = len(job.asks)
-    while left:
-        try:
-            found = await asyncio.wait_for(job.events.get(), PAUSE if pauses else None)
-        except asyncio.TimeoutError:
-            yield None
-            continue
-        if isinstance(found[1], ApiError):
-            raise found[1]
-        left -= isinstance(found[1], Finished)
-        yield found

@@ -1,16 +1,15 @@
 """`POST /v1/completions`: prompts as texts or token ids in, what follows them out, with log-probabilities."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from quasar_core.serve.asks import Ask, Common, content_text, read_common
-from quasar_core.serve.chat import read_events
 from quasar_core.serve.errors import refused
 from quasar_core.serve.fields import Fields
+from quasar_core.serve.job import Begun, Event, Finished, Job, Written, by_answer, read_events
 from quasar_core.serve.replies import REASONS, Head, OldLogprobs, Tally, join_logprobs
 from quasar_core.serve.served import Served
-from quasar_core.serve.worker import Begun, Event, Finished, Job, Written
 
 USUAL_TOKENS = 16  # as OpenAI's endpoint has it
 MOST_LOGPROBS = 20
@@ -81,8 +80,16 @@ class TextChoice:
         self._logprobs = None if ask.top is None else OldLogprobs(served, ask.top)
         self.reason: str | None = None
 
-    def take(self, event: Event, tally: Tally) -> tuple[str, dict[str, Any] | None]:
-        """The text of an event, and its log-probabilities where they are asked for."""
+    def take_all(self, events: Sequence[Event], tally: Tally) -> tuple[str, dict[str, Any] | None]:
+        """The text of some events, and its log-probabilities where they are asked for."""
+        texts, logprobs = [], None
+        for event in events:
+            text, found = self._take(event, tally)
+            texts.append(text)
+            logprobs = logprobs if found is None else join_logprobs(logprobs, found)
+        return "".join(texts), logprobs
+
+    def _take(self, event: Event, tally: Tally) -> tuple[str, dict[str, Any] | None]:
         if isinstance(event, Begun):
             return self._echo(event) if self._ask.echo else ("", None)
         if isinstance(event, Written):
@@ -109,10 +116,11 @@ async def whole_completion(ask: TextAsk, job: Job, served: Served) -> dict[str, 
     choices = [TextChoice(ask, number, served) for number in range(len(ask.asks))]
     texts: list[str] = ["" for _ in choices]
     logprobs: list[dict[str, Any] | None] = [None for _ in choices]
-    async for number, event in read_events(job):
-        text, found = choices[number].take(event, tally)
-        texts[number] += text
-        logprobs[number] = logprobs[number] if found is None else join_logprobs(logprobs[number], found)
+    async for told in read_events(job, stream=False):
+        for number, events in by_answer(told):
+            text, found = choices[number].take_all(events, tally)
+            texts[number] += text
+            logprobs[number] = logprobs[number] if found is None else join_logprobs(logprobs[number], found)
     listed = [
         {"index": number, "text": texts[number], "logprobs": logprobs[number], "finish_reason": choice.reason}
         for number, choice in enumerate(choices)
@@ -126,18 +134,15 @@ async def stream_completion(ask: TextAsk, job: Job, served: Served) -> AsyncIter
     head, tally = Head("cmpl", "text_completion", served.name), Tally()
     choices = [TextChoice(ask, number, served) for number in range(len(ask.asks))]
     usage: dict[str, Any] = {"usage": None} if ask.common.include_usage else {}
-    async for found in read_events(job, pauses=True):
-        if found is None:
+    async for told in read_events(job, stream=True):
+        if not told:
             yield None
-            continue
-        number, event = found
-        text, logprobs = choices[number].take(event, tally)
-        ended = isinstance(event, Finished)
-        if not (text or logprobs or ended):
-            continue
-        reason = choices[number].reason if ended else None
-        choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        measures = tally.measures(ask.asks[number], served) if ended else {}
-        yield head.document(choices=[choice], **usage, **measures)
+        for number, events in by_answer(told):
+            text, logprobs = choices[number].take_all(events, tally)
+            reason = choices[number].reason
+            if text or logprobs or reason is not None:
+                choice = {"index": number, "text": text, "logprobs": logprobs, "finish_reason": reason}
+                measures = tally.measures(ask.asks[number], served) if reason is not None else {}
+                yield head.document(choices=[choice], **usage, **measures)
     if ask.common.include_usage:
         yield head.document(choices=[], usage=tally.usage(ask.asks))

@@ -1,5 +1,6 @@
 """Split an answer, as it comes, into what was thought, what is said, and tool calls."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,17 @@ class Part:
     kind: Literal["reasoning", "content", "call"]
     text: str = ""
     call: ToolCall | None = None
+
+
+def join_parts(parts: Iterable[Part]) -> list[Part]:
+    """The same with texts of one kind that follow one another made one."""
+    joined: list[Part] = []
+    for part in parts:
+        if joined and part.call is None and joined[-1].kind == part.kind:
+            joined[-1] = Part(part.kind, joined[-1].text + part.text)
+        else:
+            joined.append(part)
+    return joined
 
 
 class AnswerParts:

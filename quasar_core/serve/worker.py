@@ -7,75 +7,22 @@ the next pass.
 import asyncio
 import queue
 import threading
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from quasar_core.config import SamplingConfig
 from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.prefixes import Prefixes
-from quasar_core.decode.scores import Scores, TokenScore, score_text
+from quasar_core.decode.scores import Scores, score_text
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.records import GenerationResult
 from quasar_core.serve.asks import Ask
 from quasar_core.serve.errors import ApiError
+from quasar_core.serve.job import Begun, Finished, Job, Written
 from quasar_core.serve.metrics import Metrics
 from quasar_core.serve.served import Served
 from quasar_core.trace import GrowingOrigins, Maker
-
-
-@dataclass(frozen=True)
-class Begun:
-    """An answer begins; the scores of its prompt where they were asked for."""
-
-    prompt_scores: Sequence[TokenScore] = ()
-
-
-@dataclass(frozen=True)
-class Written:
-    """A piece of an answer's text, the tokens that it is made of, and their scores where they were asked for."""
-
-    text: str
-    tokens: Sequence[int]
-    scores: Sequence[TokenScore] = ()
-    maker: Maker | None = None  # of the last token, which finished the text, where it was asked for
-
-
-@dataclass(frozen=True)
-class Finished:
-    """An answer is whole; without a result only its prompt was scored. Tokens without text of their own come here."""
-
-    result: GenerationResult | None
-    tokens: Sequence[int] = ()
-    scores: Sequence[TokenScore] = ()
-
-
-Event = Begun | Written | Finished | ApiError
-
-
-@dataclass
-class Job:
-    """The answers of one request; `events` yields (number of the answer, event), and an ApiError is the last."""
-
-    asks: Sequence[Ask]
-    loop: asyncio.AbstractEventLoop
-    timeout: float
-    events: asyncio.Queue[tuple[int, Event]] = field(default_factory=asyncio.Queue)
-    received: float = field(default_factory=time.monotonic)
-    cancelled: bool = False
-
-    def emit(self, number: int, event: Event) -> None:
-        """Tell the request's own loop, from the computing thread."""
-        if not self.cancelled:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, (number, event))
-
-    def before_pass(self) -> None:
-        """End where nobody reads, or the time is over."""
-        if self.cancelled:
-            raise Stopped
-        if time.monotonic() - self.received > self.timeout:
-            raise ApiError(504, f"The answer took longer than {self.timeout:g} seconds.", code="timeout")
 
 
 class Worker:
