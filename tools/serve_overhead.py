@@ -2,16 +2,21 @@
 
     python -m tools.serve_overhead --rounds 10 --tokens 128
 
-Both answer the same prompts with the same pair in this process, so that costs and windows are the same. Prints the two
-rates (total tokens ÷ total seconds, prompts included) and the overhead, as JSON. For a quiet machine.
+Both answer the same prompts with the same pair in this process, so that costs and windows are the same; the client is a
+process of its own (`tools.stream_client`). Prints, as JSON, the two rates (total tokens ÷ total seconds, prompts
+included), the overhead, and its two parts: how much longer the engine itself took (`engine_percent`), as whoever else
+runs takes cores from it, and the time around it (`around_percent`): HTTP, reading the request, the template, the
+chunks. For a quiet machine.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import time
-from dataclasses import replace
-
-import httpx
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import quasar_core as quasar
 from quasar_core.config import GenerationConfig, Request
@@ -22,46 +27,81 @@ from quasar_core.serve.settings import Settings
 from tools.soak import PROMPTS
 
 
+@dataclass
+class Answer:
+    """One answer: its text and tokens, all its seconds, those of the engine, and the chunks that it came in."""
+
+    text: str
+    seconds: float
+    engine_s: float
+    chunks: int = 1
+    tokens: int = 0
+
+
 def measure(rounds: int, tokens: int, stream: bool, model: str | None, verifier: str | None = None) -> dict[str, float]:
-    """Seconds of both ways; texts that differ end the run."""
+    """The figures; texts that differ end the run."""
     pair = quasar.load(model, verifier)
     settings = prefix_positions(Settings(port=0, prefixes=0, defaults=GenerationConfig(max_new_tokens=tokens)), pair)
-    generator = Generator(pair, replace(settings.defaults, ignore_eos=False))
+    generator = Generator(pair, settings.defaults)
     server = RunningServer(pair, settings)
     server.start()
-    library = endpoint = 0.0
-    written = 0
-    with httpx.Client(base_url=server.url, timeout=600) as http:
-        for number in range(rounds + 1):
-            messages = [{"role": "user", "content": PROMPTS[number % len(PROMPTS)]}]
-            start = time.perf_counter()
-            generator.reset()
-            result = generator.generate(encode_prompt(pair.tokenizer, messages), request=Request(tokens, 0))
-            own = time.perf_counter() - start
-            body = {"messages": messages, "max_tokens": tokens, "stream": stream}
-            start = time.perf_counter()
-            text = read(http, body)
-            through = time.perf_counter() - start
-            if text != result.text:
-                raise SystemExit(f"The texts differ: {text!r} and {result.text!r}.")
-            if number:  # the first round warms both
-                library, endpoint, written = library + own, endpoint + through, written + len(result.token_ids)
+    command = [sys.executable, "-m", "tools.stream_client", server.url]
+    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    own, through = list[Answer](), list[Answer]()
+    ways: list[tuple[list[Answer], Callable[[list[dict[str, str]]], Answer]]] = [
+        (own, lambda messages: from_library(generator, messages, tokens)),
+        (
+            through,
+            lambda messages: from_endpoint(client, {"messages": messages, "max_tokens": tokens, "stream": stream}),
+        ),
+    ]
+    for number in range(rounds + 1):
+        messages = [{"role": "user", "content": PROMPTS[number % len(PROMPTS)]}]
+        for found, answer in ways if number % 2 else reversed(ways):
+            found.append(answer(messages))
+        if own[-1].text != through[-1].text:
+            raise SystemExit(f"The texts differ: {through[-1].text!r} and {own[-1].text!r}.")
+    client.communicate()
     server.stop()
+    return figures(own[1:], through[1:])  # the first round warms both
+
+
+def figures(own: list[Answer], through: list[Answer]) -> dict[str, float]:
+    """Rates and the overhead, of all answers together."""
+    tokens, library, endpoint = (
+        sum(answer.tokens for answer in own),
+        sum(answer.seconds for answer in own),
+        sum(answer.seconds for answer in through),
+    )
+    engine, engine_before = sum(answer.engine_s for answer in through), sum(answer.engine_s for answer in own)
     return {
-        "tokens": written,
-        "library_tokens_per_s": round(written / library, 2),
-        "endpoint_tokens_per_s": round(written / endpoint, 2),
+        "tokens": tokens,
+        "chunks": sum(answer.chunks for answer in through),
+        "library_tokens_per_s": round(tokens / library, 2),
+        "endpoint_tokens_per_s": round(tokens / endpoint, 2),
         "overhead_percent": round(100 * (endpoint / library - 1), 2),
+        "engine_percent": round(100 * (engine - engine_before) / library, 2),
+        "around_percent": round(100 * ((endpoint - engine) - (library - engine_before)) / library, 2),
     }
 
 
-def read(http: httpx.Client, body: dict) -> str:
-    """An answer's text."""
-    if not body["stream"]:
-        return str(http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"])
-    with http.stream("POST", "/v1/chat/completions", json=body) as reply:
-        lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line.startswith("data: ")]
-    return "".join(json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines[:-1])
+def from_library(generator: Generator, messages: list[dict[str, str]], tokens: int) -> Answer:
+    """An answer by `generate`, of a conversation that nothing is kept of."""
+    start = time.perf_counter()
+    generator.reset()
+    result = generator.generate(encode_prompt(generator.pair.tokenizer, messages), request=Request(tokens, 0))
+    seconds = time.perf_counter() - start
+    stats = result.stats
+    return Answer(result.text, seconds, stats.prefill_s + stats.decode_s, tokens=len(result.token_ids))
+
+
+def from_endpoint(client: subprocess.Popen[str], body: dict[str, Any]) -> Answer:
+    """An answer by the client's process."""
+    assert client.stdin is not None
+    assert client.stdout is not None
+    client.stdin.write(json.dumps(body) + "\n")
+    client.stdin.flush()
+    return Answer(**json.loads(client.stdout.readline()))
 
 
 def main() -> None:
@@ -73,8 +113,8 @@ def main() -> None:
     parser.add_argument("--model", help="default: the current pair")
     parser.add_argument("--verifier", help="default: the one that quantize wrote for the model")
     options = parser.parse_args()
-    figures = measure(options.rounds, options.tokens, not options.no_stream, options.model, options.verifier)
-    print(json.dumps(figures, indent=1))
+    found = measure(options.rounds, options.tokens, not options.no_stream, options.model, options.verifier)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

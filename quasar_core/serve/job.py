@@ -133,7 +133,7 @@ async def read_events(job: Job, stream: bool) -> AsyncIterator[list[Told]]:
         if error is not None:
             raise error
         left -= sum(isinstance(event, Finished) for _, event in told)
-        if stream and any(isinstance(event, Written) for _, event in told):
+        if stream and left and any(isinstance(event, Written) for _, event in told):
             await job.wait(GATHER, for_end=True)
 
 
