@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from quasar_core.decode.costs import Cost, PairCosts
 
 MAX_WINDOW = 32
-# Where a confirm costs so many verifies, as it does where the target's weights are streamed, windows may be longer.
-DEAR, LONGEST_WINDOW = 20, 256
+# Where a confirm costs so many verifies, as it does where the target's weights are streamed, windows may be longer: the
+# best one of tokens that are right with a chance of p has about √(2 · confirm ÷ verify ÷ (1 − p)).
+LONGER_WINDOWS = ((20, 256), (10, 128))
 SPACING = 0.08  # of log survivals
 LEVELS = 64  # of survival, from 1 to 1 in 150
 MOST_NEW = 17  # tokens that a verify pass adds to a window
@@ -123,7 +124,8 @@ def best_values(agreements: Agreements, prospects: Sequence[Prospect], costs: Pa
 
 def longest_window(costs: PairCosts) -> int:
     """The most tokens that may wait for a confirm."""
-    return LONGEST_WINDOW if costs.confirm(1) >= DEAR * costs.verify(1) else MAX_WINDOW
+    ratio = costs.confirm(1) / costs.verify(1)
+    return next((window for dear, window in LONGER_WINDOWS if ratio >= dear), MAX_WINDOW)
 
 
 class _Steps:

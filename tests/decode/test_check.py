@@ -16,7 +16,7 @@ from quasar_core.decode.costs import PairCosts, PassCost
 from quasar_core.decode.policy import FixedLength
 from quasar_core.decode.window_values import (
     LEVELS,
-    LONGEST_WINDOW,
+    LONGER_WINDOWS,
     MAX_WINDOW,
     Means,
     WindowValues,
@@ -184,10 +184,11 @@ class TestValues:
         assert (np.diff(best.table, axis=1) <= 1e-9).all()
 
     @pytest.mark.parametrize(
-        ("confirm", "p", "longest"), [(2.5, 0.75, MAX_WINDOW), (19.9, 0.99, MAX_WINDOW), (60.0, 0.995, LONGEST_WINDOW)]
+        ("confirm", "p", "longest"),
+        [(2.5, 0.75, MAX_WINDOW), (9.9, 0.99, MAX_WINDOW), (16.0, 0.99, 128), (19.9, 0.99, 128), (60.0, 0.995, 256)],
     )
     def test_by_brute_force(self, confirm: float, p: float, longest: int) -> None:
-        """Every window, of tokens that are all as sure; where a confirm costs 20 verifies and more, up to 256."""
+        """Every window, of tokens that are all as sure; where a confirm costs 10 or 20 verifies and more, longer ones."""
         costs = PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (confirm,)))
         table = MarginTable([], [10**8], [round(p * 10**8)])
         cycles = [(sum(p**i for i in range(n + 1)), n + costs.confirm(n + 1)) for n in range(longest + 1)]
@@ -201,7 +202,7 @@ def test_where_a_confirm_is_very_dear_windows_are_long() -> None:
     costs = PairCosts(PassCost((1,), (1.0,)), PassCost((1, 257), (100.0, 110.0)))
     sure = AgreementCurve(MarginTable([], [10**8], [round(0.998 * 10**8)]))
     checker = Checker(costs, RunningAgreement(sure), [prospect_of((), (), costs, 0.0)])
-    assert 100 < checker.longest <= LONGEST_WINDOW
+    assert 100 < checker.longest <= LONGER_WINDOWS[0][1]
     assert checker.choose(checker.longest, 0.7, [], []).by_target
     assert not checker.choose(80, 0.85, [], []).by_target
 
