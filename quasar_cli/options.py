@@ -133,7 +133,8 @@ Compress = Annotated[
     bool | None,
     typer.Option(
         "--compress/--no-compress",
-        help="On a CPU, keep bfloat16 weights in 12 bits, without loss; default: where it is faster.",
+        help="On a CPU, keep bfloat16 weights in 12 bits, without loss; default: where it is faster. Streamed blocks "
+        "come from a copy, which is written once.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -35,6 +35,7 @@ from quasar_core.files import absolute, is_folder
 from quasar_core.kernels.threads import describe_threads, use_threads
 from quasar_core.kernels.times import forget_times
 from quasar_core.load_pair import dtype_of_source, find_pair_files, known_verifier, load
+from quasar_core.models.compressed_files import forget_copies
 from quasar_core.models.describe import describe
 from quasar_core.models.device import choose_device
 from quasar_core.models.loading import refuse_drafts
@@ -361,6 +362,6 @@ def load_pair(
     return load(LoadOptions(model, verifier, **options), progress)
 
 
-def forget_drafts() -> tuple[int, int]:
-    """Remove answers that were kept for drafts, and indexes of texts; how many files of each there were."""
-    return forget_answers(), forget_texts()
+def forget_kept() -> tuple[int, int, int]:
+    """Remove answers that were kept for drafts, indexes of texts, copies of models in 12 bits; how many of each."""
+    return forget_answers(), forget_texts(), forget_copies()

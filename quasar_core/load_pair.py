@@ -20,7 +20,7 @@ from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.hf.skeleton import UNLIMITED, context_limit
 from quasar_core.models.loading import load_models, recurrent_layers_in, refuse_drafts
 from quasar_core.models.memory import pair_need, require_room
-from quasar_core.models.offload import plan_offload
+from quasar_core.models.offload import OffloadPlan, plan_offload
 from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
 from quasar_core.records import Progress, no_progress
 from quasar_core.store import ModelSource, current_pair, default_output, fingerprint, list_pairs, resolve_model
@@ -46,7 +46,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
     rounds_head = options.max_memory is None  # what was allowed is planned without it
     counted = rounds_head and options.kernel == "auto"
     room = _check_room(source.folder, checkpoint, place, precision, options.use_target, context, counted)
-    plan = plan_offload(source.folder, checkpoint, place, precision, context, options)
+    plan = plan_offload(source.folder, checkpoint, place, precision, context, options, progress)
     models = load_models(
         source.folder,
         checkpoint,
@@ -54,7 +54,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         precision,
         offload=plan,
         rounds_head=rounds_head,
-        compress=_compresses(options),
+        compress=_compresses(options, plan),
         kernel=options.kernel,
         use_target=options.use_target,
         fast=options.fast,
@@ -91,8 +91,10 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
     return _with_assistant(pair, options, progress) if options.assistant else pair
 
 
-def _compresses(options: LoadOptions) -> bool | None:
-    """What is asked; what was allowed of memory is planned without."""
+def _compresses(options: LoadOptions, plan: OffloadPlan | None = None) -> bool | None:
+    """What is asked; what was allowed of memory is planned without, and blocks that are streamed are planned for."""
+    if plan is not None:
+        return False
     return options.compress if options.max_memory is None else options.compress or False
 
 

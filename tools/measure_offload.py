@@ -1,20 +1,20 @@
 """Measure `exact` beside plain decoding where memory holds half of the target: equal text, speed, floor, peak memory.
 
-    python -m tools.measure_offload MODEL VERIFIER [--share 0.5] [--limit SIZE] [--rate 500MB] [--output FILE]
-    python -m tools.measure_offload MODEL VERIFIER --round
+    python -m tools.measure_offload MODEL VERIFIER [--share 0.5] [--limit SIZE] [--rate 500MB] [--compress]
 
 Every arm is a process of its own in a control group whose limit is `--share` of the target's bytes plus the verifier's
 files: `plain` (the target alone, no drafts) and `exact`, both streaming what does not fit, and both without a limit as
 a reference. With `--beside-interpreter` the limit is that and what Python with its packages holds before any weight,
 which is more than a small model. Where no control group can be made the limit is given as --max-memory, and that is
-said. `--rate` slows the reader down to a disk of so many bytes a second.
+said. `--rate` slows the reader down to a disk of so many bytes a second; `--compress` streams the blocks in 12 bits.
 
 The floor of an arm is what it read ÷ the disk's bandwidth, measured before and after by the same reads (the faster
 counts), + the time of its verify passes. Plain decoding takes as long for each token, so a few are enough of it
 (`--plain-tokens`); its text must be what the other arms' text begins with.
 
-With `--round` VERIFIER is made first: every layer rounded to 4 bits, for models whose quantizing would take long. Run
-it on a machine that does nothing else.
+Below the table stands what bounds `exact`: how often the target took the verifier's word, how many verifies a confirm
+is, and the most that windows without drafts can gain by these two. A large model and a verifier of measured margins are
+made by `tools.demo.grow` and `tools.demo.grow_verifier`. Run it on a machine that does nothing else.
 """
 
 import argparse
@@ -24,17 +24,19 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from quasar_core import api
 from quasar_core.config import GenerationConfig
+from quasar_core.decode.window_values import LONGER_WINDOWS
 from quasar_core.files import write_json
 from quasar_core.kernels.cpu.library import why_not_here
+from quasar_core.models.compressed_files import make_copy
 from quasar_core.models.streaming import LayerStream
 from quasar_core.models.weight_reads import PIECE_BYTES, OpenFile
 from quasar_core.page_cache import forget_file
-from quasar_core.quantize.rounded_copy import write_rounded
 from quasar_core.store.safetensors_header import weight_files
 from tools.control_group import ControlGroup, control_group
 from tools.slow_disk import slow_down
@@ -53,9 +55,7 @@ WITHOUT = ", no limit"
 def main() -> None:
     """Run one arm where `--arm` names it; else all, each in a process and a group of its own."""
     options = parse()
-    if options.round:
-        write_rounded(options.model, options.verifier)
-    elif options.arm:
+    if options.arm:
         print(json.dumps(run_arm(options)))
     else:
         compare(options)
@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-reference", action="store_true", help="leave the arms without a limit out")
     parser.add_argument("--seconds", type=float, default=300, help="that an arm may take")
     parser.add_argument("--output", type=Path, help="a JSON file for all figures")
-    parser.add_argument("--round", action="store_true", help="make VERIFIER by rounding, and end")
+    parser.add_argument("--compress", action="store_true", help="stream the blocks in 12 bits, from a copy")
     parser.add_argument("--arm", choices=(*ARMS, "nothing"), help=argparse.SUPPRESS)
     parser.add_argument("--max-memory", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--all-in-memory", action="store_true", help=argparse.SUPPRESS)
@@ -102,6 +102,7 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
         max_context=options.max_context,
         offload="none" if options.all_in_memory else "auto",
         max_memory=options.max_memory,
+        compress=None if options.all_in_memory else options.compress,
     )
     generator = api.Generator(pair, GenerationConfig(options.tokens, verify, draft))
     source = getattr(pair.target, "source", None)
@@ -150,6 +151,8 @@ def resident_peak() -> dict[str, int]:
 def compare(options: argparse.Namespace) -> None:
     """Run every arm and print the table."""
     why_not_here()  # a compiler needs more memory than the arms, once
+    if options.compress:
+        make_copy(options.model)
     if options.rate:
         slow_down(api.parse_bytes("--rate", options.rate))
     files = {name: sum(file.stat().st_size for file in weight_files(folder)) for name, folder in folders(options)}
@@ -228,6 +231,7 @@ def arm_command(options: argparse.Namespace, arm: str, limit: int | None) -> lis
     command += ["--tokens", str(options.plain_tokens if few else options.tokens), "--prompts", str(options.prompts)]
     command += ["--max-context", str(options.max_context)]
     command += ["--rate", options.rate] if options.rate else []
+    command += ["--compress"] if options.compress else []
     return command + (["--all-in-memory"] if limit is None else [])
 
 
@@ -249,6 +253,8 @@ def show(found: dict[str, Any]) -> None:
     for name, arm in arms.items():
         print(f"{name:<17}" + "".join(f"{cell:>10}" for cell in cells(arm, arms.get("plain"), found["bandwidth"])))
     print("peak: all that the kernel charged to the group, pages of files included; no file's: of it, sampled")
+    if "exact" in arms and arms["exact"]["pass_bytes"]:
+        print(describe_bound(arms["exact"], found["bandwidth"]))
     print(describe_texts(list(arms.values())))
     for name, arm in arms.items():
         for note in arm["notes"]:
@@ -269,6 +275,33 @@ def cells(arm: dict[str, Any], plain: dict[str, Any] | None, bandwidth: float) -
         f"{(group or arm['resident_peak'])['peak'] / 1e9:.3f}",
         f"{group['anonymous'] / 1e9:.3f}" if group else "",
     ]
+
+
+def describe_bound(arm: dict[str, Any], bandwidth: float) -> str:
+    """What bounds a streaming arm of `exact`: agreement, and what a confirm costs."""
+    answers = arm["answers"]
+    confirms = [pair for one in answers for pair in zip(one["windows"], one["kept"], strict=True)]
+    kept, refused = sum(kept for _, kept in confirms), sum(kept < window for window, kept in confirms)
+    verify_s = sum(one["verify_s"] for one in answers) / max(sum(one["verify_passes"] for one in answers), 1)
+    if not (kept and verify_s):
+        return "exact: nothing was verified"
+    agreement, ratio = kept / (kept + refused), arm["pass_bytes"] / bandwidth / verify_s
+    tokens = sum(len(one["tokens"]) - 1 for one in answers) / sum(one["target_passes"] for one in answers)
+    return (
+        f"exact: {tokens:.1f} tokens a sweep, which takes as long as {ratio:.0f} verifies; the target took the "
+        f"verifier's word at {agreement:.3f} of {kept + refused} places, so without drafts "
+        f"{most_gained(agreement, ratio):.1f} × plain is the most"
+    )
+
+
+def most_gained(agreement: float, ratio: float) -> float:
+    """How many times as fast as plain decoding the best window is.
+
+    A cycle of W verifies and a confirm, which takes as long as `ratio` of them, gives 1 + p + … + p^W tokens.
+    """
+    longest = LONGER_WINDOWS[0][1]
+    tokens = list(accumulate(agreement**n for n in range(longest + 1)))
+    return max(count * ratio / (ratio + window) for window, count in enumerate(tokens))
 
 
 def describe_texts(arms: Sequence[dict[str, Any]]) -> str:

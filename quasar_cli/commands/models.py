@@ -107,14 +107,16 @@ def push_verifier(folder: Path, repository: str, private: bool) -> str:
 
 @app.command("forget", cls=Command, epilog=examples("quasar models forget"))
 def forget(verbose: Verbose = False, as_json: Json = False) -> None:
-    """Remove what drafts were made from in earlier runs: answers that --draft-memory kept, texts of --draft-from."""
+    """Remove what earlier runs kept: answers of --draft-memory, texts of --draft-from, copies of --compress."""
     from quasar_core import api
 
-    answers, texts = api.forget_drafts()
+    answers, texts, copies = api.forget_kept()
     if as_json:
-        console.print_json({"memories": answers, "texts": texts})
+        console.print_json({"memories": answers, "texts": texts, "copies": copies})
     else:
-        console.note_plain(f"Forgotten: files of kept answers, {answers}; of texts for drafts, {texts}.")
+        console.note_plain(
+            f"Forgotten: files of kept answers, {answers}; of texts for drafts, {texts}; models in 12 bits, {copies}."
+        )
 
 
 @app.command("remove", cls=Command, epilog=examples("quasar models remove demo-gptq-4bit-g128 --keep-files"))

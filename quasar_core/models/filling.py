@@ -11,10 +11,11 @@ import torch
 
 from quasar_core.checkpoint.reader import TensorFiles
 from quasar_core.errors import QuasarError
+from quasar_core.kernels.cpu.compressed import CompressedWeight
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.models.activations import xielu_weights
 from quasar_core.models.decoder_config import DecoderConfig
-from quasar_core.models.decoder_layer import DenseLinear
+from quasar_core.models.decoder_layer import CompressedLinear, DenseLinear
 from quasar_core.models.linear import Product, xielu_names
 from quasar_core.models.streaming import StreamedWeights
 from quasar_core.models.upload import Upload
@@ -45,7 +46,7 @@ class Filling:
         device: torch.device,
         dtype: torch.dtype,
         config: DecoderConfig,
-        places: Mapping[tuple[str, ...], torch.Tensor] = MappingProxyType({}),
+        places: Mapping[tuple[str, ...], torch.Tensor | CompressedWeight] = MappingProxyType({}),
     ) -> None:
         self.files, self.device, self.dtype = files, device, dtype
         self._places = places  # of products whose weights are not filled here
@@ -141,8 +142,19 @@ class Filling:
         weight = self._places.get(product.names)
         if weight is None:
             weight = self.tensor([f"{name}.weight" for name in product.names], product.rows, product.columns)
+        assert isinstance(weight, torch.Tensor)
+        return DenseLinear(weight, self._bias(product))
+
+    def product(self, product: Product) -> DenseLinear | CompressedLinear:
+        """A product of a block, in 12 bits where its place holds it so."""
+        weight = self._places.get(product.names)
+        if isinstance(weight, CompressedWeight):
+            return CompressedLinear(weight, self._bias(product))
+        return self.linear(product)
+
+    def _bias(self, product: Product) -> torch.Tensor | None:
         names = [f"{name}.bias" for name in product.names]
-        return DenseLinear(weight, self.tensor(names, product.rows) if product.bias else None)
+        return self.tensor(names, product.rows) if product.bias else None
 
     def refuse_unknown(self, config: DecoderConfig, names: Sequence[str]) -> None:
         """A stored tensor that the architecture has no place for would be left out of the model: refuse it."""

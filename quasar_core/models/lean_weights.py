@@ -5,7 +5,7 @@ twice. A verifier takes from its target all that it does not hold in codes. `why
 from the files alone whether that will do.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +17,7 @@ from quasar_core.checkpoint.headers import StoredLayer
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures import BlockNorms
+from quasar_core.models.compressed_files import CompressedCopy
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_config import DecoderConfig, why_not_lean
 from quasar_core.models.decoder_layer import DecoderLayer, DenseLinear, LayerInputs, Linear
@@ -39,12 +40,11 @@ from quasar_core.models.linear import (
 )
 from quasar_core.models.recurrence import Recurrence
 from quasar_core.models.rope import RopeTables
-from quasar_core.models.streaming import StreamedWeights
+from quasar_core.models.streaming import Products, StreamedWeights
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.model_config import read_text_config
 
-Streamed = Mapping[int, Sequence[Product]]  # products of blocks that are fetched for every pass, by their block
-NOTHING: Streamed = MappingProxyType({})
+NOTHING: Products = MappingProxyType({})
 
 __all__ = ["attach_verifier", "build_target", "load_target", "load_verifier_alone", "why_not_lean"]
 
@@ -54,11 +54,13 @@ def load_target(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress = no_progress,
-    streamed: Streamed = NOTHING,
+    streamed: Products = NOTHING,
+    kept: Products = NOTHING,
+    copy: CompressedCopy | None = None,
 ) -> LeanDecoder:
     """The model of a folder, from safetensors only; QuasarError where `why_not_lean` has a reason."""
     config = DecoderConfig.parse(read_text_config(folder))
-    return build_target(config, TensorFiles(folder), device, dtype, progress, streamed)
+    return build_target(config, TensorFiles(folder), device, dtype, progress, streamed, kept, copy)
 
 
 def build_target(
@@ -67,18 +69,22 @@ def build_target(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress = no_progress,
-    streamed: Streamed = NOTHING,
+    streamed: Products = NOTHING,
+    kept: Products = NOTHING,
+    copy: CompressedCopy | None = None,
 ) -> LeanDecoder:
     """The model of a config, from these files; QuasarError where a tensor is missing or of another shape.
 
-    Of the `streamed` products of blocks nothing stays in memory but their biases.
+    Of the `streamed` products of blocks nothing stays in memory but their biases. With a `copy` in 12 bits they come
+    from there, and so do those that are `kept`.
     """
     config = tied_as_stored(config, files)
-    weights = StreamedWeights(files, streamed, dtype)
+    weights = StreamedWeights(files, streamed, dtype, kept, copy)
     filling = Filling(files, device, dtype, config, weights.places)
     decoder = _build(config, filling, dense_only)
     filling.refuse_unknown(config, [name for name in files.names() if name not in weights.names])
     filling.fill(progress, weights if streamed else None)
+    weights.read_kept()
     if streamed:
         decoder.source = weights.stream(config.num_layers)
     return decoder
@@ -204,7 +210,7 @@ def _build_layer(
     head_norms = list(head_norm_shapes(config, index))
     times = (config.num_heads, block.kv_heads)[: len(head_norms)]
     products: dict[str, Any] = dict.fromkeys(("gate_up", "down")) | {
-        field: make(product, filling.linear) for field, product in block_products(config, index).items()
+        field: make(product, filling.product) for field, product in block_products(config, index).items()
     }
     return DecoderLayer(
         shape=block,

@@ -2,11 +2,12 @@
 
 The verifier, embedding, head, norms and cache stay in any case, and what the verifier takes over from the target's
 blocks. Every block that does not fit beside them is read from the files whenever the target passes: the fewest, spread
-evenly, so that the reading never waits for long.
+evenly, so that the reading never waits for long. Where there is a copy of the blocks in 12 bits (`compressed_files.py`)
+all of them come from there, those that stay too.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ import torch
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.config import LoadOptions
 from quasar_core.errors import UsageError
+from quasar_core.kernels.cpu.compressed import BITS
+from quasar_core.models.compressed_files import CompressedCopy, find_copy, make_copy, why_not_copied
 from quasar_core.models.decoder_config import DecoderConfig
-from quasar_core.models.lean_weights import Streamed, tied_as_stored, why_folder_not_lean
+from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
 from quasar_core.models.linear import Product, block_products
 from quasar_core.models.memory import MemoryNeed, pair_need
-from quasar_core.models.streaming import BUFFERS, LayerStream, buffer_bytes
+from quasar_core.models.streaming import BUFFERS, LayerStream, Products, buffer_bytes
+from quasar_core.records import Progress, no_progress
 from quasar_core.store.model_config import read_text_config
 from quasar_core.system import free_memory, own_memory
 
@@ -41,20 +45,56 @@ class Budget:
 
 @dataclass(frozen=True)
 class OffloadPlan:
-    """The products that are streamed, by their block; how many blocks there are; bytes that the pair then holds."""
+    """The products that are streamed, by their block; how many blocks there are; bytes that the pair then holds.
 
-    streamed: Streamed
+    Where there is a copy in 12 bits: it, and the products that stay and come from it.
+    """
+
+    streamed: Products
     count: int
     held: int
+    copy: CompressedCopy | None = None
+    kept: Products = field(default_factory=dict)
 
     def describe(self, source: LayerStream) -> str:
         """What stays, what moves, and how long that takes at the speed that reading has shown."""
+        form = f", in {BITS} bits" if self.copy else ""
+        if not source.pass_bytes:
+            return (
+                f"offload: all of the target's {self.count} blocks stay in memory{form}, with all else "
+                f"{_gigabytes(self.held)} GB"
+            )
         seconds = source.pass_bytes / source.bandwidth if source.bandwidth else 0.0
         return (
-            f"offload: {self.count - len(self.streamed)} of the target's {self.count} blocks stay in memory, with all "
-            f"else {_gigabytes(self.held)} GB; {len(self.streamed)} are read whenever it passes, "
+            f"offload: {self.count - len(self.streamed)} of the target's {self.count} blocks stay in memory{form}, "
+            f"with all else {_gigabytes(self.held)} GB; {len(self.streamed)} are read whenever it passes, "
             f"{_gigabytes(source.pass_bytes)} GB in {seconds:.2g} s at {_gigabytes(source.bandwidth)} GB a second"
         )
+
+
+@dataclass(frozen=True)
+class Movable:
+    """The products of each block that may be streamed, how many blocks there are, and what each of them takes."""
+
+    products: Products
+    count: int
+    dtype: torch.dtype
+    copy: CompressedCopy | None = None
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Bytes in a buffer, by block."""
+        return {block: buffer_bytes(products, self.dtype, self.copy) for block, products in self.products.items()}
+
+    def plan(self, moved: Sequence[int], whole: int) -> OffloadPlan:
+        """The plan in which these blocks are streamed, of a pair that takes so many bytes with all in memory."""
+        streamed = {block: self.products[block] for block in moved}
+        kept = {block: some for block, some in self.products.items() if self.copy and block not in streamed}
+        return OffloadPlan(streamed, self.count, whole - saved_bytes(self.sizes, moved), self.copy, kept)
+
+    def compressed(self, copy: CompressedCopy) -> "Movable":
+        """The same, from a copy."""
+        return replace(self, copy=copy)
 
 
 def plan_offload(
@@ -64,6 +104,7 @@ def plan_offload(
     dtype: torch.dtype,
     context: int,
     options: LoadOptions,
+    progress: Progress = no_progress,
 ) -> OffloadPlan | None:
     """Which of the target's blocks are streamed; None where all stay.
 
@@ -79,11 +120,33 @@ def plan_offload(
         return None
     need = pair_need(folder, checkpoint, dtype)
     assert need is not None
-    movable, count = movable_products(folder, checkpoint)
+    movable = Movable(*movable_products(folder, checkpoint), dtype)
     tokens = min(context, options.max_context or PLANNED_CONTEXT)
     budget = budget_here(options.max_memory)
-    fits = plan_to_fit(movable, dtype, need, tokens, count, budget) if budget else None
-    return plan_all(movable, dtype, need, tokens, count) if options.offload == "target" else fits
+
+    def planned(movable: Movable) -> OffloadPlan | None:
+        fits = plan_to_fit(movable, need, tokens, budget) if budget else None
+        return plan_all(movable, need, tokens) if options.offload == "target" else fits
+
+    if planned(movable) is None:
+        return None
+    copy = choose_copy(folder, dtype, options.compress, progress)
+    return planned(movable.compressed(copy)) if copy else planned(movable)
+
+
+def choose_copy(folder: Path, dtype: torch.dtype, wanted: bool | None, progress: Progress) -> CompressedCopy | None:
+    """The blocks in 12 bits: written where that is `wanted`, used where they are there, with False never.
+
+    UsageError where what is wanted cannot be.
+    """
+    if wanted is False:
+        return None
+    obstacle = why_not_copied(folder, dtype)
+    if wanted and obstacle:
+        raise UsageError(f"--compress keeps a streamed model's blocks in {BITS} bits: {obstacle}.")
+    if obstacle:
+        return None
+    return make_copy(folder, progress) if wanted else find_copy(folder)
 
 
 def budget_here(max_memory: int | None) -> Budget | None:
@@ -95,33 +158,36 @@ def budget_here(max_memory: int | None) -> Budget | None:
     return Budget(left if free is None else min(left, free), asked=True)
 
 
-def plan_all(movable: Streamed, dtype: torch.dtype, need: MemoryNeed, tokens: int, count: int) -> OffloadPlan:
+def plan_all(movable: Movable, need: MemoryNeed, tokens: int) -> OffloadPlan:
     """Every block that can be is streamed."""
-    sizes = {block: buffer_bytes(products, dtype) for block, products in movable.items()}
-    return OffloadPlan(movable, count, need.total(tokens) - saved_bytes(sizes, sorted(sizes)))
+    return movable.plan(sorted(movable.products), all_in_memory(movable, need, tokens))
 
 
-def plan_to_fit(
-    movable: Streamed, dtype: torch.dtype, need: MemoryNeed, tokens: int, count: int, budget: Budget
-) -> OffloadPlan | None:
-    """As few blocks are streamed as lets the pair fit; None where all may stay.
+def all_in_memory(movable: Movable, need: MemoryNeed, tokens: int) -> int:
+    """Bytes of the pair with every block in memory, in 12 bits where they come from a copy."""
+    if movable.copy is None:
+        return need.total(tokens)
+    plain = sum(buffer_bytes(products, movable.dtype) for products in movable.products.values())
+    return need.total(tokens) - plain + sum(movable.sizes.values())
+
+
+def plan_to_fit(movable: Movable, need: MemoryNeed, tokens: int, budget: Budget) -> OffloadPlan | None:
+    """As few blocks are streamed as lets the pair fit; None where all may stay as they are stored.
 
     Where all that can be is streamed and that is not enough, a budget that was asked for is a UsageError; one that was
     estimated is tried.
     """
-    whole = need.total(tokens)
-    if whole <= budget.room:
+    whole = all_in_memory(movable, need, tokens)
+    if whole <= budget.room and movable.copy is None:
         return None
-    sizes = {block: buffer_bytes(products, dtype) for block, products in movable.items()}
-    moved = fewest_to_move(sizes, whole - budget.room)
-    held = whole - saved_bytes(sizes, moved)
-    if budget.asked and held > budget.room:
-        least = held + own_memory() + budget.size - budget.room
+    plan = movable.plan(fewest_to_move(movable.sizes, whole - budget.room), whole)
+    if budget.asked and plan.held > budget.room:
+        least = plan.held + own_memory() + budget.size - budget.room
         raise UsageError(
             f"--max-memory must be at least {_gigabytes(least)} GB with a context of {tokens} tokens, even with the "
             "target's blocks streamed: a smaller --max-context, or --verify quantized --no-target, takes less."
         )
-    return OffloadPlan({block: movable[block] for block in moved}, count, held)
+    return plan
 
 
 def movable_products(folder: Path, checkpoint: VerifierCheckpoint | None) -> tuple[dict[int, list[Product]], int]:

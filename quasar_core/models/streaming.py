@@ -8,8 +8,8 @@ system's page cache at once: it would push out what stays in memory.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,12 +17,17 @@ import torch
 from quasar_core.checkpoint import float8_blocks
 from quasar_core.checkpoint.reader import TensorFiles
 from quasar_core.errors import QuasarError
+from quasar_core.kernels.cpu.compressed import CompressedWeight
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
+from quasar_core.models.background import Background
+from quasar_core.models.compressed_files import CompressedCopy, Take
 from quasar_core.models.linear import Product
-from quasar_core.models.weight_reads import DTYPES, OpenFile, StoredWeight, read_weights
+from quasar_core.models.weight_reads import DTYPES, OpenFile, StoredWeight, read_weights, replaced
+from quasar_core.store.safetensors_header import TensorEntry, read_header
 
 BUFFERS = 2
 ALIGNED = 64  # bytes: where a tensor begins in a buffer
+Products = Mapping[int, Sequence[Product]]  # of some blocks, by their number
 
 
 @dataclass
@@ -49,7 +54,7 @@ class LayerStream:
     def __post_init__(self) -> None:
         self._blocks = sorted(self.weights)
         self._ahead: list[Future[None] | None] = []  # readings that an earlier pass asked for
-        self._reader = ThreadPoolExecutor(1, "quasar weights")  # one thread: a buffer has one writer
+        self._reader = Background("quasar weights")  # one thread: a buffer has one writer
 
     @property
     def streamed(self) -> str | None:
@@ -125,27 +130,29 @@ class LayerStream:
 class StreamedWeights:
     """Places in two buffers for the weights of some blocks' products, and where these are stored.
 
-    `places` holds them by the names of a product, [out, in] in `dtype`.
+    `places` holds them by the names of a product, [out, in] in `dtype`, or in 12 bits where they come from a `copy`;
+    then the products that are `kept` come from there too, each into a place of its own.
     """
 
-    def __init__(self, files: TensorFiles, products: Mapping[int, Sequence[Product]], dtype: torch.dtype) -> None:
-        self.files, self.dtype = files, dtype
-        self.places = dict[tuple[str, ...], torch.Tensor]()
-        self._opened = dict[Path, OpenFile]()
-        for product in (product for some in products.values() for product in some):
+    def __init__(
+        self, files: TensorFiles, products: Products, dtype: torch.dtype, kept: Products, copy: CompressedCopy | None
+    ) -> None:
+        self.files, self.dtype, self._copy = files, dtype, copy
+        self.places = dict[tuple[str, ...], torch.Tensor | CompressedWeight]()
+        self._files = dict[Path, tuple[OpenFile, set[TensorEntry]]]()
+        moved = [product for some in products.values() for product in some]
+        moved += [product for some in kept.values() for product in some]
+        self.names = {f"{name}.weight" for product in moved for name in product.names}
+        for product in moved:
             for name, rows in zip(product.names, product.rows, strict=True):
                 files.check_shape(f"{name}.weight", (rows, product.columns))  # before sizes that no memory has
-        size = max((buffer_bytes(some, dtype) for some in products.values()), default=0)
+        size = max((buffer_bytes(some, dtype, copy) for some in products.values()), default=0)
         buffers = [empty_in_huge_pages(size, dtype=torch.uint8) for _ in range(BUFFERS)]
         self._stored = {
-            block: self._place(products[block], buffers[number % BUFFERS])
+            block: self._place(products[block], _Room(buffers[number % BUFFERS]).take)
             for number, block in enumerate(sorted(products))
         }
-
-    @property
-    def names(self) -> set[str]:
-        """The stored tensors that are streamed."""
-        return {weight.entry.name for weights in self._stored.values() for weight in weights}
+        self._kept = self._place([product for some in kept.values() for product in some], _own_room)
 
     def fill(self, name: str, place: torch.Tensor) -> None:
         """Bring a stored tensor that is not streamed to its place, and leave nothing of its file in memory."""
@@ -158,16 +165,38 @@ class StreamedWeights:
         """The stream of a decoder with so many blocks."""
         return LayerStream(count, self._stored)
 
-    def _place(self, products: Sequence[Product], buffer: torch.Tensor) -> list[StoredWeight]:
-        """The weights of a block's products, one behind the other in its buffer."""
-        begin, found = 0, list[StoredWeight]()
+    def read_kept(self) -> None:
+        """Bring the products that are kept, and come from a copy, to their places.
+
+        All is loaded then; QuasarError where a file was replaced or changed meanwhile.
+        """
+        read_weights(self._kept)
+        for file, _ in self._files.values():
+            file.check_place()
+
+    def _open(self, entry: TensorEntry) -> OpenFile:
+        """An entry's file, held open; the tensor must lie in it where the header had it that was read before."""
+        if entry.file not in self._files:
+            file = OpenFile(entry.file)  # before the header is read: what replaces it later is told by its place
+            self._files[entry.file] = file, {replace(one, name="") for one in read_header(entry.file)}
+        file, held = self._files[entry.file]
+        if replace(entry, name="") not in held:
+            raise replaced(entry.file)
+        return file
+
+    def _place(self, products: Sequence[Product], take: Take) -> list[StoredWeight]:
+        """The weights of products, one behind the other in what room there is."""
+        found = list[StoredWeight]()
         for product in products:
-            size = weight_bytes(product, self.dtype)
-            whole = buffer[begin : begin + size].view(self.dtype).view(-1, product.columns)
+            if self._copy is not None:
+                placed = self._copy.place(product, take, self._open)
+                self.places[product.names] = placed.weight
+                found += placed.stored
+                continue
+            whole = take(weight_bytes(product, self.dtype)).view(self.dtype).view(-1, product.columns)
             self.places[product.names] = whole
             for name, place in zip(product.names, whole.split(list(product.rows)), strict=True):
                 found.append(self._find(f"{name}.weight", place))
-            begin += _aligned(size)
         return found
 
     def _find(self, name: str, place: torch.Tensor) -> StoredWeight:
@@ -175,9 +204,23 @@ class StreamedWeights:
         entry, scales = self.files.entry(name), self.files.scales_of(name)
         if entry.dtype not in DTYPES or (entry.dtype == float8_blocks.STORED and scales is None):
             raise QuasarError(f"The tensor {name} in {self.files.folder} is {entry.dtype}, which cannot be streamed.")
-        if entry.file not in self._opened:
-            self._opened[entry.file] = OpenFile(entry.file)
-        return StoredWeight(entry, self._opened[entry.file], place, *(scales or ()))
+        return StoredWeight(entry, self._open(entry), place, *(scales or ()))
+
+
+class _Room:
+    """A buffer's bytes, handed out one part behind the other."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self._buffer, self._used = buffer, 0
+
+    def take(self, size: int) -> torch.Tensor:
+        """So many bytes, from a place on that kernels like."""
+        begin, self._used = self._used, self._used + _aligned(size)
+        return self._buffer[begin : begin + size]
+
+
+def _own_room(size: int) -> torch.Tensor:
+    return empty_in_huge_pages(size, dtype=torch.uint8)
 
 
 def weight_bytes(product: Product, dtype: torch.dtype) -> int:
@@ -185,8 +228,10 @@ def weight_bytes(product: Product, dtype: torch.dtype) -> int:
     return sum(product.rows) * product.columns * dtype.itemsize
 
 
-def buffer_bytes(products: Sequence[Product], dtype: torch.dtype) -> int:
-    """Of the weights of products in a buffer, one behind the other."""
+def buffer_bytes(products: Sequence[Product], dtype: torch.dtype, copy: CompressedCopy | None = None) -> int:
+    """Of the weights of products in a buffer, one behind the other; of a copy, theirs there."""
+    if copy is not None:
+        return sum(_aligned(size) for product in products for size in copy.part_sizes(product))
     return sum(_aligned(weight_bytes(product, dtype)) for product in products)
 
 

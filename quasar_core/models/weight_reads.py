@@ -25,6 +25,7 @@ DTYPES = {
     "F32": torch.float32,
     float8_blocks.STORED: torch.float8_e4m3fn,
 }
+PARTS = {"U8": torch.uint8, "I32": torch.int32}  # of weights in 12 bits (`compressed_files.py`)
 
 
 class OpenFile:
@@ -50,9 +51,19 @@ class OpenFile:
         if self._look() != self._state:
             raise QuasarError(f"{self.path} was changed while its weights were in use: start again with whole files.")
 
+    def check_place(self) -> None:
+        """QuasarError where another file stands in its place by now, or it was changed."""
+        try:
+            same = os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        except OSError as error:
+            raise QuasarError(f"{self.path} cannot be read: {reason(error)}.") from error
+        if not same:
+            raise replaced(self.path)
+        self.check()
+
     def read(self, start: int, *buffers: memoryview) -> None:
         """Fill buffers, one after another, from `start` on; QuasarError where the system refuses or the file ends."""
-        left = list(buffers)
+        left = [buffer for buffer in buffers if len(buffer)]
         try:
             if start != self._end:  # the system has read on behind the last read, in vain
                 forget(self._descriptor, self._end, AHEAD)
@@ -69,6 +80,11 @@ class OpenFile:
     def _look(self) -> tuple[int, int]:
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns
+
+
+def replaced(path: Path) -> QuasarError:
+    """Another file has come into the place of one whose header was read."""
+    return QuasarError(f"{path} was replaced while its weights were loaded: start again with whole files.")
 
 
 def _first_bytes(buffers: Sequence[memoryview], most: int) -> list[memoryview]:
@@ -104,7 +120,7 @@ class StoredWeight:
     @property
     def as_stored(self) -> bool:
         """Whether its place takes the bytes as they are."""
-        same = self.place.shape == self.entry.shape and DTYPES[self.entry.dtype] == self.place.dtype
+        same = self.place.shape == self.entry.shape and (DTYPES | PARTS)[self.entry.dtype] == self.place.dtype
         return same and self.place.is_contiguous()
 
     def read(self) -> None:

@@ -188,7 +188,7 @@ class TestValues:
         [(2.5, 0.75, MAX_WINDOW), (9.9, 0.99, MAX_WINDOW), (16.0, 0.99, 128), (19.9, 0.99, 128), (60.0, 0.995, 256)],
     )
     def test_by_brute_force(self, confirm: float, p: float, longest: int) -> None:
-        """Every window, of tokens that are all as sure; where a confirm costs 10 or 20 verifies and more, longer ones."""
+        """Every window, of tokens that are all as sure; longer ones where a confirm costs 10 or 20 verifies."""
         costs = PairCosts(PassCost((1,), (1.0,)), PassCost((1,), (confirm,)))
         table = MarginTable([], [10**8], [round(p * 10**8)])
         cycles = [(sum(p**i for i in range(n + 1)), n + costs.confirm(n + 1)) for n in range(longest + 1)]

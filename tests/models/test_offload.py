@@ -1,5 +1,7 @@
 """Which blocks are streamed: the fewest that make a pair fit, spread evenly, and never what the verifier needs."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from quasar_core.models.memory import MemoryNeed, pair_need
 from quasar_core.models.offload import (
     LEAST_RESERVE,
     Budget,
+    Movable,
     OffloadPlan,
     budget_here,
     fewest_to_move,
@@ -46,10 +49,9 @@ def test_moved_blocks_are_spread_evenly() -> None:
 
 
 def plan(tmp_path: Path, room: int, asked: bool = True) -> OffloadPlan | None:
-    movable, count = movable_products(tmp_path, None)
     need = pair_need(tmp_path, None, BF16)
     assert need is not None
-    return plan_to_fit(movable, BF16, need, 100, count, Budget(room + LEAST_RESERVE, asked))
+    return plan_to_fit(Movable(*movable_products(tmp_path, None), BF16), need, 100, Budget(room + LEAST_RESERVE, asked))
 
 
 def test_what_fits_stays_and_what_does_not_moves(tmp_path: Path) -> None:
@@ -87,12 +89,38 @@ def test_a_budget_counts_what_the_process_holds(monkeypatch: pytest.MonkeyPatch)
         assert budget_here(most) == expected
 
 
+PEAK = """
+import sys
+from quasar_core import api
+from quasar_core.config import GenerationConfig
+from quasar_core.system import own_memory, peak_memory
+most = own_memory() + int(sys.argv[2])
+pair = api.load_pair(sys.argv[1], verify="full", max_memory=most, max_context=256)
+api.Generator(pair, GenerationConfig(8, "full", "none")).generate(list(range(100)))
+print(pair.target.streamed, most - peak_memory())
+"""
+
+
+@pytest.mark.machine
+def test_the_process_stays_within_what_was_allowed(tmp_path: Path) -> None:
+    """Its peak, as the kernel counts it; without blocks that move it would be beyond."""
+    size = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16}
+    save_model(tmp_path, "Llama", {**size, "num_key_value_heads": 16}).to(BF16).save_pretrained(tmp_path)
+    need = pair_need(tmp_path, None, BF16)
+    assert need is not None
+    room = need.total(256) - 150_000_000 + LEAST_RESERVE
+    command = [sys.executable, "-c", PEAK, str(tmp_path), str(room)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    moved, _, count, _, left = done.stdout.split()
+    assert 4 < int(moved) < int(count)
+    assert int(left) > 0
+
+
 def test_all_that_can_move_moves_when_asked(tmp_path: Path) -> None:
     save_model(tmp_path, *CASES["llama"])
     checkpoint = quantize_layers(tmp_path, tmp_path / "verifier", lambda name: 16 if "layers.2" in name else 8)
-    movable, count = movable_products(tmp_path, checkpoint)
     need = MemoryNeed(1_000_000, 100, 10, 1)
-    asked = plan_all(movable, BF16, need, 5, count)
+    asked = plan_all(Movable(*movable_products(tmp_path, checkpoint), BF16), need, 5)
     assert (sorted(asked.streamed), asked.count) == ([0, 1, 3], 4)
     loaded = load_models(tmp_path, checkpoint, CPU, BF16, offload=asked)
     said = next(note for note in loaded.notes if note.startswith("offload:"))

@@ -13,7 +13,9 @@ from helpers.decoder_cases import CASES, CPU, FLOAT, random_tokens, save_model
 from helpers.float8_models import to_blocks
 from helpers.quantized_decoder import mixed_bits, quantize_layers
 from helpers.tiny_models import make_pair
+from safetensors.torch import save_file
 
+from quasar_core.checkpoint.reader import TensorFiles
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import engine
 from quasar_core.decode.generator import Generator
@@ -22,7 +24,7 @@ from quasar_core.models import loading, weight_reads
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.offload import movable_products
-from quasar_core.models.streaming import LayerStream
+from quasar_core.models.streaming import LayerStream, StreamedWeights
 
 BF16 = torch.bfloat16
 SHARES = ([0, 1, 2, 3], [1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 3], [2])
@@ -251,13 +253,49 @@ def test_a_file_that_changes_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_replaced_is_not_read(tmp_path: Path) -> None:
-    """As downloads and editors do it: another file under the same name. The one that was opened is whole."""
+    """Another file under the same name: the one that was opened is whole."""
     save_model(tmp_path, *CASES["llama"])
     expected = passes(load_target(tmp_path, CPU, FLOAT), random_tokens())
     decoder = streamed(tmp_path, range(4))
-    (tmp_path / "other").write_bytes(bytes(1000))
-    (tmp_path / "other").replace(tmp_path / "model.safetensors")
+    replace_file(tmp_path / "model.safetensors", bytes(1000))
     assert_same(passes(decoder, random_tokens()), expected)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """As downloads and editors do it."""
+    path.with_name("other").write_bytes(content)
+    path.with_name("other").replace(path)
+
+
+def test_a_file_that_is_replaced_between_its_header_and_its_weights_is_refused(tmp_path: Path) -> None:
+    """What the header says of the one file would be read from the other."""
+    save_model(tmp_path, *CASES["llama"])
+    movable, _ = movable_products(tmp_path, None)
+    files = TensorFiles(tmp_path)
+    save_file(
+        {name: files.load(name).bfloat16() for name in files.names()},
+        tmp_path / "other",
+        metadata={"much": "longer " * 100},
+    )
+    (tmp_path / "other").replace(tmp_path / "model.safetensors")
+    with pytest.raises(QuasarError, match=r"model.safetensors was replaced while its weights were loaded: start again"):
+        StreamedWeights(files, movable, FLOAT, {}, None)
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path, *CASES["llama"])
+    movable, _ = movable_products(tmp_path, None)
+    path = tmp_path / "model.safetensors"
+    content, done = path.read_bytes(), list[int]()
+
+    def replace_it(stage: str, *counts: int) -> None:
+        if not done:
+            replace_file(path, content)
+        done.append(1)
+
+    with pytest.raises(QuasarError, match=r"model.safetensors was replaced while its weights were loaded: start again"):
+        load_target(tmp_path, CPU, FLOAT, replace_it, movable)
+    assert done
 
 
 def test_a_dtype_that_is_not_read_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from quasar_core.models.weight_reads import OpenFile, StoredWeight, read_weights
 from quasar_core.store.safetensors_header import read_headers
 
 SIZES = st.lists(
-    st.tuples(st.integers(1, 40), st.sampled_from([torch.bfloat16, torch.float32])), min_size=1, max_size=8
+    st.tuples(st.integers(0, 40), st.sampled_from([torch.bfloat16, torch.float32])), min_size=1, max_size=8
 )
 
 

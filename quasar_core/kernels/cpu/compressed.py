@@ -46,8 +46,21 @@ class CompressedWeight:
         stream = empty_in_huge_pages(rows * row_bytes(columns), dtype=torch.uint8)
         places = bases.data_ptr(), first.data_ptr(), stream.data_ptr(), apart.data_ptr()
         library.quasar_compress(*given, *places, threads)
-        described = cpp.Compressed(stream.data_ptr(), bases.data_ptr(), first.data_ptr(), apart.data_ptr())
-        return cls(columns, rows, stream, bases, first, apart, described)
+        return cls.at(rows, columns, stream, bases, first, apart)
+
+    @classmethod
+    def at(
+        cls,
+        rows: int,
+        columns: int,
+        strips: torch.Tensor,
+        bases: torch.Tensor,
+        first: torch.Tensor,
+        apart: torch.Tensor,
+    ) -> "CompressedWeight":
+        """The weight whose parts lie here, or will when it is used."""
+        described = cpp.Compressed(strips.data_ptr(), bases.data_ptr(), first.data_ptr(), apart.data_ptr())
+        return cls(columns, rows, strips, bases, first, apart, described)
 
     def restore(self) -> torch.Tensor:
         """The weight [out, in] as it was."""
@@ -60,6 +73,17 @@ class CompressedWeight:
     def nbytes(self) -> int:
         """Bytes that it takes."""
         return sum(part.nbytes for part in (self.strips, self.bases, self.first, self.apart))
+
+
+def parts_fit(rows: int, columns: int, sizes: tuple[int, ...], first: torch.Tensor) -> bool:
+    """Whether parts of so many bytes are those of a weight, so that nothing outside of them is read.
+
+    `first` [strips + 1] counts the weights that stand apart.
+    """
+    strips = -(-rows // STRIP)
+    if sizes[:3] != (rows * row_bytes(columns), strips, (strips + 1) * first.itemsize) or int(first[0]):
+        return False
+    return bool((first.diff() >= 0).all()) and sizes[3] == int(first[-1]) * _APART
 
 
 def row_bytes(columns: int) -> int:

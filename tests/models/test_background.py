@@ -1,0 +1,47 @@
+"""Work in the background: in turn, what fails is told, and neither its object nor the program waits for it."""
+
+import gc
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from quasar_core.models.background import Background
+
+BLOCKED = """
+import threading
+from quasar_core.models.background import Background
+begun = threading.Event()
+background = Background("blocked")
+background.submit(lambda: (begun.set(), threading.Event().wait()))
+begun.wait()
+raise SystemExit(7)
+"""
+
+
+def test_work_is_done_in_turn_and_failures_are_told() -> None:
+    background, done = Background("x"), list[int]()
+
+    def fail() -> None:
+        raise OSError(5, "no")
+
+    futures = [background.submit(done.append, 1), background.submit(fail), background.submit(done.append, 2)]
+    futures[2].result()
+    assert done == [1, 2]
+    assert futures[0].exception() is None
+    with pytest.raises(OSError, match="no"):
+        futures[1].result()
+
+
+def test_the_thread_ends_with_its_object() -> None:
+    background = Background("ends with its object")
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "ends with its object")
+    del background
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_program_ends_although_work_does_not() -> None:
+    assert subprocess.run([sys.executable, "-c", BLOCKED], timeout=60, check=False).returncode == 7
