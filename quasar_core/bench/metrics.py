@@ -301,7 +301,9 @@ def speedup_over_all(results: Results, arm: str, temperature: float, whole: bool
     """An arm's speedup over the questions of all datasets together; None where no question was answered by both."""
     datasets = dict.fromkeys(row.dataset for row in results.rows if row.temperature == temperature)
     pairs = [
-        paired_yields(*(answers_of(results, name, temperature, one) for one in (arm, BASELINE)), whole)
+        paired_yields(
+            answers_of(results, name, temperature, arm), answers_of(results, name, temperature, BASELINE), whole
+        )
         for name in datasets
     ]
     timed = [np.concatenate([pair[side] for pair in pairs]) for side in (0, 1)] if pairs else []

@@ -106,7 +106,7 @@ def draw_speedups(axes: "Axes", results: Results) -> None:
         look = _look(results, arm)
         axes.bar(at, heights, 0.75 / len(arms), yerr=[below, above], capsize=2, error_kw=error, label=arm, **look)
         for place, estimate, height in zip(at, estimates, above, strict=True):
-            said = f"{estimate.value:.2f}" + ("" if estimate.is_shown else "?")
+            said = "wide" if estimate.is_uncertain else f"{estimate.value:.2f}{'' if estimate.is_shown else '?'}"
             axes.annotate(said, (place, estimate.value + height), (0, 2), textcoords="offset points", ha="center")
     axes.margins(y=0.1)  # room for the numbers
     axes.axhline(1, color="0.3", linewidth=1, linestyle="--", label=BASELINE)

@@ -99,7 +99,7 @@ def _means(rows: Rows, results: Results) -> Iterable[tuple[str, Any, Any]]:
             for name in names
         ]
         for shown, name in ((mean.speedup, "speedup_total"), (mean.acceptance_length, "acceptance_length")):
-            values = [one[name] for one in found if one[name] is not None]
+            values = [value for one in found if (value := one[name]) is not None]
             again = math.fsum(values) / len(values) if len(values) == len(found) else None
             yield f"mean of datasets, T = {mean.temperature:g}, {mean.arm}: {name}", shown, again
 

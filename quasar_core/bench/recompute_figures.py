@@ -105,10 +105,10 @@ def _bytes(kept: Rows, arm: str, passes: Mapping[str, Any]) -> int | None:
     if not by_target and (ARMS[arm].verify == "full" or (ARMS[arm].verify == "exact" and not confirms)):
         by_target = len(steps)
     joint = sum(one.get("drafted", 0) > 0 for one in confirms)
-    counts = {"verifier": len(steps) - by_target, "target": by_target + len(confirms) - joint}
+    counts: dict[str, int] = {"verifier": len(steps) - by_target, "target": by_target + len(confirms) - joint}
     if ARMS[arm].is_peer or any(count and role not in passes for role, count in counts.items()):
         return None
-    return sum(count * passes[role]["bytes"] for role, count in counts.items() if count)
+    return sum(count * int(passes[role]["bytes"]) for role, count in counts.items() if count)
 
 
 def _quality(kept: Rows, both: Sequence[tuple[Rows, Rows]], compared: bool) -> Numbers:

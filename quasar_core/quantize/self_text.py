@@ -47,8 +47,8 @@ def write_self_text(
     turns = turn_tokens(tokenizer)
     opening = turns.opening if turns else text_opening(tokenizer)
     chances = torch.rand(rows, length, dtype=torch.double, generator=torch.Generator().manual_seed(seed * 1_000_003))
-    identity = {"rows": rows, "length": length, "seed": seed, "greedy_from": greedy_from, "writer": writer.name}
-    identity["opening"] = opening
+    identity: dict[str, Any] = {"rows": rows, "length": length, "seed": seed, "greedy_from": greedy_from}
+    identity |= {"writer": writer.name, "opening": opening}
     batches = []
     at_once = _kept_rows_at_once(kept, seed, identity) or batch_rows(writer.room, writer.row_bytes(length), rows)
     for begin in range(0, rows, at_once):

@@ -169,8 +169,8 @@ def test_a_fresh_reader_finds_the_text_the_prompt_and_what_each_arm_is() -> None
     # Four tokens in 4 s and in 2 s, behind a prompt of 0.25 s that gives the first of five.
     assert shown["ngram"]["with prompt"] == f"{4.25 / 2.25:.2f}×"
     assert shown["ngram"]["same text"] == "9/9"
-    assert "That is of decoding; with the time of the prompt it is 1.89 times (1.89 to 1.89)." in html
-    assert "n-gram drafts; the full-precision model checks them: its own text" in html
+    assert "What ngram is: n-gram drafts; the full-precision model checks them: its own text." in html
+    assert "with the time of the prompt it is 1.89 times as fast (1.89 to 1.89)." in html
     assert "plain decoding" in html.partition("<h3>The arms</h3>")[2]
 
 

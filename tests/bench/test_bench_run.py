@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.bench_pair import CountingModel, make_pair
 
+from quasar_cli.commands.bench import BenchOptions
 from quasar_core.bench.arms import ARMS, BenchConfig, parse_arms
 from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.metrics import measure
@@ -224,6 +225,15 @@ def test_arms_by_name() -> None:
         parse_arms("fast,vanilla,slow")
     with pytest.raises(UsageError, match="not empty"):
         parse_arms(" , ")
+
+
+def test_profiles_set_what_is_not_given() -> None:
+    usual, quick, paper = (BenchOptions(profile=name).config() for name in (None, "quick", "paper"))
+    assert (usual.max_new_tokens, usual.repeats, usual.temperatures, usual.num_draft_tokens) == (256, 1, (0.0,), "auto")
+    assert (quick.max_new_tokens, quick.repeats, quick.temperatures, quick.num_draft_tokens) == (64, 1, (0.0,), "auto")
+    assert (paper.max_new_tokens, paper.repeats, paper.temperatures, paper.num_draft_tokens) == (1024, 3, (0.0, 1.0), 5)
+    given = BenchOptions(profile="paper", repeats=1, temperature="0").config()
+    assert (given.max_new_tokens, given.repeats, given.temperatures) == (1024, 1, (0.0,))
 
 
 @pytest.mark.parametrize(

@@ -152,8 +152,15 @@ def test_every_temperature_has_bars_of_its_own_with_their_numbers() -> None:
     run = make_run(config=BenchConfig(("vanilla", "ngram", "vanilla-again"), temperatures=(0.0, 1.0)))
     draw_speedups(axes, Results(run, rows))
     assert [round(bar.get_x() + bar.get_width() / 2) for bar in axes.patches] == [0, 1]
-    assert [text.get_text() for text in axes.texts] == ["2.80?", "2.80?"]
+    assert [text.get_text() for text in axes.texts] == ["wide", "wide"]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["d, T = 0\n(n = 2)", "d, T = 1\n(n = 2)"]
+
+
+@pytest.mark.parametrize(("questions", "number"), [(8, "0.32"), (7, "0.33?")])
+def test_a_bar_has_its_number_with_its_doubt(questions: int, number: str) -> None:
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    draw_speedups(axes, of_questions(questions, 9.0))
+    assert [text.get_text() for text in axes.texts] == [number]
 
 
 def test_the_figure_says_in_how_many_answers_the_text_is_plain_decodings(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from quasar_core.bench.estimates import FEWEST, WIDEST
 from quasar_core.bench.metrics import ArmMetrics, Shares, Spread, mean_over_datasets, measure, speedup_over_all
 from quasar_core.bench.report.cells import cell, interval, label, speedup_cell
 from quasar_core.bench.report.charts import PARTS, Curve, Range, curves, histogram, ranges, stacked
-from quasar_core.bench.report.conditions_chapter import arms_list, conditions_chapter
+from quasar_core.bench.report.conditions_chapter import arms_list, conditions_chapter, describe_arm
 from quasar_core.bench.report.html import MISSING, behind, number, table, tag
 from quasar_core.bench.results import Results, temperatures
 
@@ -25,7 +25,10 @@ def heading(results: Results) -> tuple[str, str]:
     first = found[0].sentence if found else "This run has no arm to set beside plain decoding."
     verifier = f" with {run.verifier}" if run.verifier else ""
     where = f"{run.model}{verifier}, {run.dtype} on {run.device}, {temperatures(run)}"
-    more = "".join(tag("p", escape(_with_prompt(results, one))) for one in found[:1])
+    more = "".join(
+        tag("p", escape(f"What {one.arm} is: {describe_arm(one.arm)}. {_with_prompt(results, one)}"))
+        for one in found[:1]
+    )
     more += "".join(
         tag("p", escape(f"At temperature {one.temperature:g}: {one.sentence} {_with_prompt(results, one)}"))
         for one in found[1:]
@@ -42,7 +45,10 @@ def _with_prompt(results: Results, claim: Claim) -> str:
     if found is None or found.interval is None or found.is_uncertain:
         return ""
     low, high = found.interval
-    return f"That is of decoding; with the time of the prompt it is {found.value:.2f} times ({low:.2f} to {high:.2f})."
+    return (
+        f"Its speed is that of decoding; with the time of the prompt it is {found.value:.2f} times as fast "
+        f"({low:.2f} to {high:.2f})."
+    )
 
 
 def _doubts(results: Results) -> list[str]:
@@ -116,7 +122,7 @@ def _legend(arms: Sequence[str]) -> str:
         "vanilla’s. Acceptance length: tokens a verify pass; plain decoding is 1.00. Right: answers that the "
         "dataset’s own number, or test, says are right, of those that can be told. A ? marks a speedup in doubt: its "
         f"interval holds 1, or fewer than {FEWEST} questions were asked. “wide”: the interval is wider than "
-        f"±{100 * WIDEST:.0f} %."
+        f"±{100 * WIDEST:.0f}\u00a0%."
     )
     if any(ARMS[arm].is_peer for arm in arms):
         said += " Other programs add up in another order, so where two tokens lie a rounding apart they may part."
