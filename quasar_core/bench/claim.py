@@ -2,23 +2,25 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from quasar_core.bench.arms import ARMS, BASELINE, TWIN
-from quasar_core.bench.estimates import FEWEST, Estimate, estimate, ratio_of_totals
-from quasar_core.bench.metrics import answers_of, measure, paired_yields
+from quasar_core.bench.estimates import FEWEST, Estimate
+from quasar_core.bench.metrics import count_compared, measure, speedup_over_all
 from quasar_core.bench.results import Results
 
 
 @dataclass(frozen=True)
 class Claim:
-    """An arm beside vanilla over all questions at one temperature; `identical` of the questions have the same text."""
+    """An arm beside vanilla over all questions at one temperature; `identical` of `compared` have the same text.
+
+    More are compared than timed where an answer ends with the prompt's pass.
+    """
 
     arm: str
     temperature: float
     speedup: Estimate
     datasets: tuple[str, ...]
     identical: int | None
+    compared: int
 
     @property
     def sentence(self) -> str:
@@ -45,7 +47,7 @@ class Claim:
             return ", and its text is the low-bit copy's"
         if self.identical is None:
             return ", and its text is drawn by numbers of its own"
-        count = self.speedup.questions
+        count = self.compared
         if self.identical == count:
             return f", and its text is the same, token for token, in all {count} answers"
         return f", and its text is the same in {self.identical} of {count} answers"
@@ -65,24 +67,18 @@ def _claim(results: Results, temperature: float) -> Claim | None:
 
 def claim_of(results: Results, arm: str, temperature: float) -> Claim | None:
     """One arm beside vanilla, all datasets together; None where no question was answered by both."""
-    metrics = [one for one in measure(results) if (one.arm, one.temperature) == (arm, temperature)]
-    datasets = [metric.dataset for metric in metrics]
-    pairs = [
-        paired_yields(
-            answers_of(results, dataset, temperature, arm), answers_of(results, dataset, temperature, BASELINE)
-        )
-        for dataset in datasets
-    ]
-    timed = [np.concatenate([pair[side] for pair in pairs]) for side in (0, 1)] if pairs else [np.empty((0, 2))] * 2
-    if not len(timed[0]):
+    speedup = speedup_over_all(results, arm, temperature)
+    if speedup is None:
         return None
+    metrics = [one for one in measure(results) if (one.arm, one.temperature) == (arm, temperature)]
     identical = [metric.identical for metric in metrics if metric.identical is not None]
     return Claim(
         arm,
         temperature,
-        estimate(ratio_of_totals, timed[0], timed[1]),
-        tuple(datasets),
+        speedup,
+        tuple(metric.dataset for metric in metrics),
         sum(identical) if len(identical) == len(metrics) else None,
+        sum(count_compared(results, metric.dataset, temperature, arm) for metric in metrics),
     )
 
 

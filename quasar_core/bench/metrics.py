@@ -279,6 +279,11 @@ def _pairs(answers: _Answers, vanilla: _Answers) -> list[tuple[_Answer, _Answer]
     return [(ours, theirs) for ours, theirs in pairs if ours.stats is not None and theirs.stats is not None]
 
 
+def count_compared(results: Results, dataset: str, temperature: float, arm: str) -> int:
+    """Count the questions that an arm and vanilla both answered."""
+    return len(_pairs(*(answers_of(results, dataset, temperature, name) for name in (arm, BASELINE))))
+
+
 def _count_identical(answers: _Answers, vanilla: _Answers) -> int:
     return sum(ours.token_ids == theirs.token_ids for ours, theirs in _pairs(answers, vanilla))
 

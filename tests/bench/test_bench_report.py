@@ -65,6 +65,14 @@ def test_the_claim_by_hand(results: Results, sentence: str) -> None:
     assert [claim.sentence for claim in claims(results)] == [sentence]
 
 
+def test_an_answer_of_the_prompts_pass_is_compared_and_not_timed() -> None:
+    found = steady(9, 2.0)
+    rows = [*found.rows, *(make_row(arm, 9, [2], make_stats(1, 0.0, [])) for arm in ("vanilla", "ngram"))]
+    (claim,) = claims(Results(make_run(), rows))
+    assert claim.sentence.startswith("On 9 questions of d, ngram is 2.00 times")
+    assert claim.sentence.endswith("the same, token for token, in all 10 answers.")
+
+
 def test_a_wide_interval_is_no_claim_of_a_number() -> None:
     rows = steady(8, 10.0).rows
     uneven = [

@@ -132,7 +132,13 @@ def test_logits_do_not_depend_on_the_pass_or_on_the_threads(
     tokens = random_tokens(100)
     torch.set_num_threads(1)
     expected = in_passes(fast(decoder), tokens, [1])
-    for threads, sizes, count in ((2, [2], 6), (3, [3, 17], 37), (2, [8], 24), (3, [13, 5, 31], 49), (2, [64, 36], 100)):
+    for threads, sizes, count in (
+        (2, [2], 6),
+        (3, [3, 17], 37),
+        (2, [8], 24),
+        (3, [13, 5, 31], 49),
+        (2, [64, 36], 100),
+    ):
         torch.set_num_threads(threads)
         assert torch.equal(in_passes(decoder, tokens[:count], sizes), expected[:count])
 
