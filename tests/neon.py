@@ -20,7 +20,8 @@ PROCESSORS = {
     "dot products": "armv8.2-a+dotprod",
     "Armv8.0": "armv8-a",
 }
-TESTS = ("tests/kernels/test_vnni.py", "tests/models/test_cpu_pass.py")
+COMPRESSED = ("tests/kernels/test_compressed.py", "tests/models/test_compressed_weights.py")
+TESTS = ("tests/kernels/test_vnni.py", "tests/models/test_cpu_pass.py", *COMPRESSED)
 ELSEWHERE = ("avx2", "neon", "portable", "compiler", "build", "load", "home", "compiled")  # of this processor alone
 LEFT_OUT = " and ".join(f"not {name}" for name in ELSEWHERE)
 SHORT = f"{LEFT_OUT} and not exact_text and not transformers"  # of the processors after the first

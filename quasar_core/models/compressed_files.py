@@ -33,8 +33,8 @@ from quasar_core.store.safetensors_header import TensorEntry, read_header, weigh
 from quasar_core.system import free_disk
 
 COPIES = "compressed"
-PARTS = {"strips": torch.uint8, "bases": torch.uint8, "first": torch.int32, "apart": torch.uint8}
-SHARE = BITS / 16 + 0.01  # of the bytes as they were: scales of strips, and what stands apart
+PARTS = {"strips": torch.uint8, "bases": torch.uint8, "first": torch.int32, "outliers": torch.uint8}
+SHARE = BITS / 16 + 0.01  # of the bytes as they were: scales of strips, and outliers
 STEP = 16  # inputs that are read at once
 
 Take = Callable[[int], torch.Tensor]  # so many bytes of room, as uint8

@@ -11,7 +11,7 @@
 namespace {
 
 struct Call {
-    int64_t kind;  // a product, a pass, a rule
+    int64_t kind;  // a product, a pass, a rule; of a compressed weight: bases, itself, what it was
     const Model* model;
     const int64_t* tokens;
     const int* parents;
@@ -25,6 +25,9 @@ struct Call {
     float* margins;
     int32_t* likeliest;
     const Recurrence* rule;
+    uint8_t *strips, *bases;
+    int32_t* first;
+    Outlier* outliers;
     const void* x;
     const void* codes;
     void* y;
@@ -48,6 +51,15 @@ void give(const void* from, size_t size) {
     }
 }
 
+void run_compressed(const Call& call) {
+    auto weight = static_cast<const uint16_t*>(call.x);
+    if (call.kind == 3) return quasar_choose_bases(weight, call.in, call.out, call.bases, call.first, call.threads);
+    if (call.kind == 4)
+        return quasar_compress(weight, call.in, call.out, call.bases, call.first, call.strips, call.outliers, call.threads);
+    const Compressed compressed{call.strips, call.bases, call.first, call.outliers};
+    quasar_restore(&compressed, call.in, call.out, static_cast<uint16_t*>(call.y), call.threads);
+}
+
 void run(const Call& call) {
     if (call.kind == 2)
         return quasar_recur(call.rule, call.is_bfloat16, call.count, call.recurrent,
@@ -55,6 +67,7 @@ void run(const Call& call) {
     if (call.kind == 0)
         return quasar_multiply_codes(call.x, call.codes, call.y, call.count, call.in, call.out, call.groups, call.group,
                                      call.bits, call.is_bfloat16, call.threads);
+    if (call.kind >= 3) return run_compressed(call);
     void* pass = quasar_pass_new(call.model);
     quasar_pass_run(pass, call.is_bfloat16, 0, call.model->layers, call.tokens, call.parents, call.count, call.position,
                     call.cos, call.sin, call.growth, call.states, call.recurrent, call.capacity, call.logits, call.chosen,

@@ -10,16 +10,26 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from quasar_core.kernels.cpu.library import FusedWeight, Layer, Model, Product, Recurrence, StatePlace
+from quasar_core.kernels.cpu.compressed import BITS, STRIP, row_bytes
+from quasar_core.kernels.cpu.library import (
+    Compressed,
+    Experts,
+    FusedWeight,
+    Layer,
+    Model,
+    Product,
+    Recurrence,
+    StatePlace,
+)
 
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int
 _POINTERS = ("model", "tokens", "parents", "cos", "sin", "growth", "states", "recurrent")
-_POINTERS += ("logits", "chosen", "margins", "likeliest", "rule")
+_POINTERS += ("logits", "chosen", "margins", "likeliest", "rule", "strips", "bases", "first", "outliers")
 _NUMBERS = ("is_bfloat16", "count", "position", "capacity", "wanted", "inputs", "outputs", "groups", "group")
 _NUMBERS += ("bits", "threads")
 
 
-PRODUCT, PASS, RULE = range(3)
+PRODUCT, PASS, RULE, BASES, COMPRESS, RESTORE = range(6)
 
 
 class Call(ctypes.Structure):
@@ -89,6 +99,36 @@ class Emulated:
         names = ("count", "inputs", "outputs", "groups", "group", "bits", "is_bfloat16", "threads")
         values = (count, inputs, outputs, groups, group, bits, is_bfloat16, threads)
         self._run(block, PRODUCT, at, dict(zip(names, values, strict=True)), [y])
+
+    def quasar_choose_bases(self, weight: int, inputs: int, outputs: int, bases: int, first: int, threads: int) -> None:
+        """The bases of a weight's strips, and how many outliers each has."""
+        block, strips = Block(), -(-outputs // STRIP)
+        at = {
+            "x": block.place(weight, inputs * outputs * 2),
+            "bases": block.place(bases, strips),
+            "first": block.place(first, strips * 4),
+        }
+        self._run(block, BASES, at, {"inputs": inputs, "outputs": outputs, "threads": threads}, [bases, first])
+
+    def quasar_compress(self, weight: int, inputs: int, outputs: int, *parts: Any) -> None:
+        """A weight in 12 bits."""
+        *places, threads = parts
+        bases, first, strips, outliers = places
+        block = Block()
+        at = {
+            "x": block.place(weight, inputs * outputs * 2),
+            **_place_compressed(block, Compressed(strips, bases, first, outliers), inputs, outputs),
+        }
+        self._run(block, COMPRESS, at, {"inputs": inputs, "outputs": outputs, "threads": threads}, [strips, outliers])
+
+    def quasar_restore(self, compressed: Any, inputs: int, outputs: int, weight: int, threads: int) -> None:
+        """A compressed weight as it was."""
+        block = Block()
+        at = {
+            "y": block.place(weight, inputs * outputs * 2),
+            **_place_compressed(block, compressed._obj, inputs, outputs),
+        }
+        self._run(block, RESTORE, at, {"inputs": inputs, "outputs": outputs, "threads": threads}, [weight])
 
     def quasar_pass_new(self, model: Any) -> int:
         """A pass over a model, whose description is kept."""
@@ -209,11 +249,28 @@ def _place_layer(block: Block, start: int, layer: Layer, model: Model) -> None:
         block.point(start + getattr(Layer, name).offset, block.place(getattr(layer, name), size))
     for name in ("qkv", "out", "gate_up", "down", "input_gate", "input_out"):
         _place_products(block, start + getattr(Layer, name).offset, getattr(layer, name))
+    if layer.experts:
+        block.point(start + Layer.experts.offset, _place_experts(block, layer.experts.contents))
     if rule := _rule_of(layer):
         at = block.place(ctypes.addressof(rule), ctypes.sizeof(Recurrence))
         assert at is not None
         block.point(start + Layer.recurrence.offset, at)
         _place_rule(block, at, rule)
+
+
+def _place_experts(block: Block, experts: Experts) -> int:
+    start, count = block.place(ctypes.addressof(experts), ctypes.sizeof(Experts)), experts.count + experts.shared
+    assert start is not None
+    block.point(start + Experts.correction.offset, block.place(experts.correction, experts.count * 4))
+    _place_products(block, start + Experts.router.offset, experts.router)
+    for name in ("gate_up", "down"):
+        every = getattr(experts, name)
+        first = block.place(ctypes.addressof(every.contents), ctypes.sizeof(FusedWeight) * count)
+        assert first is not None
+        block.point(start + getattr(Experts, name).offset, first)
+        for number in range(count):
+            _place_products(block, first + number * ctypes.sizeof(FusedWeight), every[number])
+    return start
 
 
 WRITTEN = ("window_after", "matrices_after", "channels", "rates")
@@ -253,8 +310,28 @@ def _place_rule(block: Block, start: int, rule: Recurrence) -> None:
 def _place_products(block: Block, start: int, weight: FusedWeight) -> None:
     for number in range(weight.count):
         part, at = weight.parts[number], start + FusedWeight.parts.offset + number * ctypes.sizeof(Product)
-        size = part.inputs * part.outputs * part.bits // 8
-        if part.bits < 16:
-            size = _stream_size(part.bits, part.outputs, part.groups, part.group)
-        block.point(at + Product.weight.offset, block.place(part.weight, size))
+        if part.bits == BITS:
+            place = block.place(part.weight, ctypes.sizeof(Compressed))
+            assert place is not None
+            weight_parts = Compressed.from_address(part.weight)
+            for name, offset in _place_compressed(block, weight_parts, part.inputs, part.outputs).items():
+                block.point(place + getattr(Compressed, name).offset, offset)
+        else:
+            size = part.inputs * part.outputs * part.bits // 8
+            if part.bits < 16:
+                size = _stream_size(part.bits, part.outputs, part.groups, part.group)
+            place = block.place(part.weight, size)
+        block.point(at + Product.weight.offset, place)
         block.point(at + Product.bias.offset, block.place(part.bias, part.outputs * 4))
+
+
+def _place_compressed(block: Block, weight: Compressed, inputs: int, outputs: int) -> dict[str, int | None]:
+    strips = -(-outputs // STRIP)
+    outliers = (ctypes.c_int32 * (strips + 1)).from_address(weight.first)[strips]
+    sizes = {
+        "strips": outputs * row_bytes(inputs),
+        "bases": strips,
+        "first": 4 * (strips + 1),
+        "outliers": 8 * outliers,
+    }
+    return {name: block.place(getattr(weight, name), size) for name, size in sizes.items()}

@@ -41,13 +41,16 @@ def test_normal_weights_take_three_quarters_of_their_bytes() -> None:
     compressed = CompressedWeight.of(weight)
     assert compressed.strips.nbytes == 64 * row_bytes(1024) == weight.nbytes * 3 // 4
     assert compressed.nbytes < 0.78 * weight.nbytes
-    assert len(compressed.apart) < weight.numel() / 500
+    assert len(compressed.outliers) < weight.numel() / 500
 
 
-def test_one_weight_far_from_the_others_stands_apart_alone() -> None:
+def test_one_weight_far_from_the_others_is_an_outlier() -> None:
     weight = normal(16, 64).abs() + 1
     weight[3, 5] = 1e30
     compressed = CompressedWeight.of(weight)
-    assert len(compressed.apart) == 1
-    column, row = compressed.apart[0, :4].view(torch.int32).item(), compressed.apart[0, 4:6].view(torch.int16).item()
+    assert len(compressed.outliers) == 1
+    column, row = (
+        compressed.outliers[0, :4].view(torch.int32).item(),
+        compressed.outliers[0, 4:6].view(torch.int16).item(),
+    )
     assert (row, column) == (3, 5)

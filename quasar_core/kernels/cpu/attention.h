@@ -45,7 +45,7 @@ Floats scores_of(const X* q, const X* keys, int left, int size) {
         if constexpr (Kind::STEP > LANES)
             if (d < size)
                 for (int p = 0; p < WIDTH; ++p)
-                    some[p] = Kind::add(some[p], Kind::get_last(q + d), Kind::get_last(rows[first + p] + d));
+                    some[p] = Kind::add(some[p], Kind::get(q + d, true), Kind::get(rows[first + p] + d, true));
         for (int p = 0; p < WIDTH; ++p) sums[first + p] = some[p];
     }
     return sum_lanes(sums);

@@ -1,10 +1,10 @@
-// A product with bfloat16 weights in three quarters of their bytes, without loss.
+// Weights of bfloat16 in three quarters of their bytes, without loss.
 //
 // The exponents of a strip's weights lie close together: fifteen of them next to one another hold nearly all, so a code of
 // 4 bits tells which, and 0 is that of zeros and denormals. Sign and mantissa stay as they are: 12 bits for 16. The few
-// weights that have another exponent stand apart, with their places, and are put back where a strip is read: so products
-// are those of the weights as they were, to the last bit. (Zhang et al., 2025, "70% Size, 100% Accuracy", code exponents
-// by their entropy, in 11 bits; codes of one length are read at the memory's speed.)
+// weights that have another exponent, the outliers, are listed with their places, and put back where a strip is read: so
+// products are those of the weights as they were, to the last bit. (Zhang et al., 2025, "70% Size, 100% Accuracy", code
+// exponents by their entropy, in 11 bits; codes of one length are read at the memory's speed.)
 //
 // Of a strip, row after row: a byte for each weight, its sign before seven bits of mantissa; then sixteen bytes for every
 // 32 weights (the last ones too, where they are fewer), the codes of the first sixteen in the lower halves, of the others
@@ -14,22 +14,22 @@
 
 #include <limits>
 
-#include "rows.h"
+#include "strips.h"
 
 namespace quasar {
 
 constexpr int CODES = 32;  // weights whose codes lie in sixteen bytes
 
-struct Apart {
+struct Outlier {
     int32_t column;
     uint16_t row, bits;  // within its strip; the weight as bfloat16 has it
 };
 
 struct Compressed {
-    const uint8_t* strips;      // all of them, one behind the other
-    const uint8_t* bases;       // [strips]: the exponent of code 1, less 1
-    const int32_t* first;       // [strips + 1]: of a strip's weights that stand apart, among all of them
-    const Apart* apart;         // in a strip by columns
+    const uint8_t* strips;    // all of them, one behind the other
+    const uint8_t* bases;     // [strips]: the exponent of code 1, less 1
+    const int32_t* first;     // [strips + 1]: of a strip's outliers, among all of them
+    const Outlier* outliers;  // in a strip by columns
 };
 
 inline size_t compressed_row(int in) {  // bytes
@@ -48,125 +48,66 @@ struct Exponents {
     }
 };
 
-// The weights of a strip that stand apart, column by column.
-struct ApartOf {
-    const Apart *next, *end;
+// The outliers of a strip, column by column.
+struct Outliers {
+    const Outlier *next, *end;
     int column() const { return next < end ? next->column : std::numeric_limits<int>::max(); }
 };
 
-// As `multiply_rows_tile`, of weights [OUTS, compressed_row(in)], the first of which is `first` in its strip.
-template <int OUTS, int ROWS>
-void multiply_compressed_tile(const uint8_t* w, int first, const Exponents& exponents, ApartOf apart,
-                              const Numbers<uint16_t>::Row* x, int in, Coming coming, Part* sums) {
-    using Kind = Numbers<uint16_t>;
-    const size_t bytes = compressed_row(in);
-    const ExponentTable table = load_exponents(exponents.by_code);
-    Part sum[ROWS][OUTS];
-    for (auto& line : sum)
-        for (auto& one : line) one = spread(0);
-    int column = apart.column();
-    auto add = [&](int i, auto last) QUASAR_INLINE {
-        Words words[OUTS];
-        const size_t codes = in + place_of_codes(i);
-#pragma GCC unroll 8
-        for (int o = 0; o < OUTS; ++o) {
-            const uint8_t* row = w + o * bytes;
-            words[o] = restore_words(row + i, row + codes, in_upper_half(i), table);
-            if (decltype(last)::value) words[o] = first_words(words[o]);
-        }
-        for (; column < i + WORDS; ++apart.next, column = apart.column())
-#pragma GCC unroll 8
-            for (int o = 0; o < OUTS; ++o)
-                if (apart.next->row == first + o) words[o] = with_word(words[o], column - i, apart.next->bits);
-        Kind::for_terms([&](auto term) QUASAR_INLINE {
-            constexpr int TERM = decltype(term)::value;
-#pragma GCC unroll 8
-            for (int t = 0; t < ROWS; ++t) {
-                auto row = Kind::template term_beside_words<TERM>(x + size_t(t) * in + i, decltype(last)::value);
-                hold(row);
-#pragma GCC unroll 8
-                for (int o = 0; o < OUTS; ++o)
-                    sum[t][o] = Kind::add(sum[t][o], Kind::template term_of_words<TERM>(words[o]), row);
-            }
-        });
-    };
-    int i = 0;
-    for (; i + WORDS <= in; i += WORDS) {
-        coming.fetch();
-        add(i, std::false_type());
-    }
-    if constexpr (WORDS > LANES)
-        if (i < in) add(i, std::true_type());
-    for (int t = 0; t < ROWS; ++t)
-        for (int o = 0; o < OUTS; ++o) sums[t * STRIP + o] = sum[t][o];
-}
-
-// A strip of outputs as it is read.
+// See `strips.h`.
 struct CompressedStrip {
+    using Kind = Numbers<uint16_t>;
+    using Taken = Words;
+    static constexpr int STEP = WORDS, TERMS = Kind::TERMS_OF_WORDS, MOST = MOST_COMPRESSED;
+    static constexpr int beside(int rows) { return compressed_beside(rows); }
+    static constexpr int lines(int outputs) { return (outputs * STEP * 3 + 127) / 128; }
+
     const uint8_t* rows;
     int in, outs;
     Exponents exponents;
-    ApartOf apart;
-    const uint8_t* row(int o) const { return rows + o * compressed_row(in); }
+    Outliers outliers;
+    size_t row_bytes() const { return compressed_row(in); }
+    const char* row(int o) const { return reinterpret_cast<const char*>(rows + o * row_bytes()); }
+
+    struct Reader {
+        const uint8_t* w;
+        int in, first;
+        size_t bytes;
+        ExponentTable exponents;
+        Outliers outliers;
+        int column;  // of the next outlier
+
+        template <int OUTS>
+        QUASAR_INLINE void take(int i, Words (&words)[OUTS]) {
+            const size_t codes = in + place_of_codes(i);
+#pragma GCC unroll 8
+            for (int o = 0; o < OUTS; ++o) {
+                const uint8_t* row = w + o * bytes;
+                words[o] = restore_words(row + i, row + codes, in_upper_half(i), exponents);
+            }
+            for (; column < i + STEP; ++outliers.next, column = outliers.column())
+#pragma GCC unroll 8
+                for (int o = 0; o < OUTS; ++o)
+                    if (outliers.next->row == first + o) words[o] = with_word(words[o], column - i, outliers.next->bits);
+        }
+    };
+    Reader reader(int o) const {
+        const ExponentTable table = load_exponents(exponents.by_code);
+        return {rows + o * row_bytes(), in, o, row_bytes(), table, outliers, outliers.column()};
+    }
 };
 
 inline CompressedStrip strip_of(const Compressed& weight, int in, int out, int at) {
     const int first = at * STRIP;
     return {weight.strips + first * compressed_row(in), in, std::min(STRIP, out - first), Exponents(weight.bases[at]),
-            {weight.apart + weight.first[at], weight.apart + weight.first[at + 1]}};
-}
-
-// As `multiply_strip`.
-template <int ROWS>
-void multiply_compressed_strip(const CompressedStrip& strip, const Numbers<uint16_t>::Row* x, int tile, int tiles, Floats* y) {
-    constexpr int BESIDE = compressed_beside(ROWS), LINES = (BESIDE * WORDS * 3 + 127) / 128;
-    static_assert(STRIP % BESIDE == 0, "a strip is cut into tiles");
-    Part sums[ROWS * STRIP];
-    auto multiply = [&](int o, auto outs, Coming coming) {
-        multiply_compressed_tile<decltype(outs)::value, ROWS>(strip.row(o), o, strip.exponents, strip.apart, x, strip.in,
-                                                              coming, sums + o);
-    };
-    int o = 0;
-    for (; o + BESIDE <= strip.outs; o += BESIDE) {
-        const size_t before = BESIDE * compressed_row(strip.in) * tile / tiles;
-        const Coming coming{reinterpret_cast<const char*>(strip.row(o + STRIP)) + before, (LINES + tiles - 1) / tiles};
-        multiply(o, std::integral_constant<int, BESIDE>(), coming);
-    }
-    for (; o < strip.outs; ++o) multiply(o, std::integral_constant<int, 1>(), {nullptr, 0});
-    for (; o < STRIP; ++o)
-        for (int t = 0; t < ROWS; ++t) sums[t * STRIP + o] = spread(0);
-    for (int t = 0; t < ROWS; ++t) y[t] = sum_lanes(sums + t * STRIP);
-}
-
-template <int ROWS = 1, typename... Arguments>
-void multiply_compressed_strip_of(int rows, const CompressedStrip& strip, Arguments... arguments) {
-    if constexpr (ROWS < MOST_COMPRESSED)
-        if (rows > ROWS) return multiply_compressed_strip_of<ROWS + 1>(rows, strip, arguments...);
-    multiply_compressed_strip<ROWS>(strip, arguments...);
-}
-
-// As `multiply_strips`.
-template <typename Put>
-void multiply_compressed(const Compressed& weight, const Numbers<uint16_t>::Row* x, int in, Range strips, int count, int out,
-                         Put put) {
-    Floats y[MOST_COMPRESSED];
-    for (int at = strips.begin; at < strips.end; ++at) {
-        const CompressedStrip strip = strip_of(weight, in, out, at);
-        Tiles tiles(count, MOST_COMPRESSED);
-        for (int tile = 0, row = 0; tile < tiles.total; ++tile) {
-            const int rows = tiles.next();
-            multiply_compressed_strip_of(rows, strip, x + size_t(row) * in, tile, tiles.total, y);
-            for (int t = 0; t < rows; ++t) put(row + t, at * STRIP, first_lanes(strip.outs), y[t]);
-            row += rows;
-        }
-    }
+            {weight.outliers + weight.first[at], weight.outliers + weight.first[at + 1]}};
 }
 
 // The weights [outs, in] as they were.
 inline void restore_strip(const CompressedStrip& strip, uint16_t* w) {
     const ExponentTable table = load_exponents(strip.exponents.by_code);
     for (int o = 0; o < strip.outs; ++o) {
-        const uint8_t *low = strip.row(o), *codes = low + strip.in;
+        const uint8_t *low = strip.rows + o * strip.row_bytes(), *codes = low + strip.in;
         int i = 0;
         for (; i + WORDS <= strip.in; i += WORDS) {
             const Words words = restore_words(low + i, codes + place_of_codes(i), in_upper_half(i), table);
@@ -178,12 +119,12 @@ inline void restore_strip(const CompressedStrip& strip, uint16_t* w) {
             w[size_t(o) * strip.in + i] = uint16_t((low[i] & 0x80) << 8 | (low[i] & 0x7f) | exponent);
         }
     }
-    for (const Apart* one = strip.apart.next; one < strip.apart.end; ++one)
+    for (const Outlier* one = strip.outliers.next; one < strip.outliers.end; ++one)
         w[size_t(one->row) * strip.in + one->column] = one->bits;
 }
 
 // The base whose fifteen exponents hold the most of a strip's weights [outs, in], and how many they do not hold.
-inline int choose_base(const uint16_t* w, size_t count, int& apart) {
+inline int choose_base(const uint16_t* w, size_t count, int& outliers) {
     int beside[4][256] = {}, of[256];  // equal exponents one behind the other would wait for one counter
     for (size_t i = 0; i < count; ++i) ++beside[i % 4][w[i] >> 7 & 0xff];
     for (int e = 0; e < 256; ++e) of[e] = beside[0][e] + beside[1][e] + beside[2][e] + beside[3][e];
@@ -192,27 +133,27 @@ inline int choose_base(const uint16_t* w, size_t count, int& apart) {
         held += of[e] - (e > 15 ? of[e - 15] : 0);
         if (held > most) most = held, best = std::max(e - 15, 0);
     }
-    apart = int(count) - of[0] - most;
+    outliers = int(count) - of[0] - most;
     return best;
 }
 
-// Sixteen weights: a byte and a code of each; which of them stand apart.
+// Sixteen weights: a byte and a code of each; which of them are outliers.
 inline Lanes compress_lanes(const uint16_t* w, int base, uint8_t* low, uint8_t* codes) {
-    unsigned apart = 0;
+    unsigned outliers = 0;
     for (int i = 0; i < LANES; ++i) {
         const int exponent = w[i] >> 7 & 0xff, code = exponent - base;
         const bool held = (code >= 1 && code <= 15) || exponent == 0;
         low[i] = held ? uint8_t((w[i] >> 8 & 0x80) | (w[i] & 0x7f)) : 0;
         codes[i] = held && exponent ? uint8_t(code) : 0;
-        apart |= unsigned(!held) << i;
+        outliers |= unsigned(!held) << i;
     }
-    return Lanes(apart);
+    return Lanes(outliers);
 }
 
-// A strip [outs, in] into its bytes; what stands apart to `apart`.
-inline void compress_strip(const uint16_t* w, int outs, int in, int base, uint8_t* strip, Apart* apart) {
+// A strip [outs, in] into its bytes; its outliers to `outliers`.
+inline void compress_strip(const uint16_t* w, int outs, int in, int base, uint8_t* strip, Outlier* outliers) {
     const size_t bytes = compressed_row(in);
-    Apart* end = apart;
+    Outlier* end = outliers;
     for (int o = 0; o < outs; ++o) {
         uint8_t *low = strip + o * bytes, *pairs = low + in;
         for (int i = 0; i < in; i += LANES) {
@@ -224,7 +165,7 @@ inline void compress_strip(const uint16_t* w, int outs, int in, int base, uint8_
             for (int at = 0; at < LANES; ++at) to[at] = in_upper_half(i) ? uint8_t(to[at] | codes[at] << 4) : codes[at];
         }
     }
-    std::sort(apart, end, [](const Apart& a, const Apart& b) { return a.column < b.column; });
+    std::sort(outliers, end, [](const Outlier& a, const Outlier& b) { return a.column < b.column; });
 }
 
 }  // namespace quasar

@@ -1,8 +1,8 @@
 """Keep bfloat16 weights in 12 bits each, without loss: the exponents of a strip of outputs as codes of 4 bits.
 
 A pass that decodes is bound by the bytes that it reads, so a quarter less of them is a quarter less time, and a quarter
-less memory. `cpu/compressed.h` has the format and the product; weights whose exponents lie far from the others' stand
-apart, some in ten thousand. PyTorch's operations take the weight as it was (`restore`).
+less memory. `cpu/compressed.h` has the format and the product; the outliers, weights whose exponents
+lie far from the others', some in ten thousand, are listed. PyTorch's operations take the weight as it was (`restore`).
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 STRIP = 16  # outputs whose exponents are told from one base
 BITS = 12
 _CODES = 32  # weights whose codes lie in sixteen bytes
-_APART = 8  # bytes of a weight that stands apart
+_OUTLIER = 8  # bytes of an outlier, with its place
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class CompressedWeight:
     strips: torch.Tensor
     bases: torch.Tensor
     first: torch.Tensor
-    apart: torch.Tensor
+    outliers: torch.Tensor
     described: cpp.Compressed
 
     @classmethod
@@ -42,11 +42,11 @@ class CompressedWeight:
         library.quasar_choose_bases(*given, bases.data_ptr(), counts.data_ptr(), threads)
         first = torch.zeros(strips + 1, dtype=torch.int32)
         torch.cumsum(counts, 0, out=first[1:])
-        apart = torch.empty(int(first[-1]), _APART, dtype=torch.uint8)
+        outliers = torch.empty(int(first[-1]), _OUTLIER, dtype=torch.uint8)
         stream = empty_in_huge_pages(rows * row_bytes(columns), dtype=torch.uint8)
-        places = bases.data_ptr(), first.data_ptr(), stream.data_ptr(), apart.data_ptr()
+        places = bases.data_ptr(), first.data_ptr(), stream.data_ptr(), outliers.data_ptr()
         library.quasar_compress(*given, *places, threads)
-        return cls.at(rows, columns, stream, bases, first, apart)
+        return cls.at(rows, columns, stream, bases, first, outliers)
 
     @classmethod
     def at(
@@ -56,11 +56,11 @@ class CompressedWeight:
         strips: torch.Tensor,
         bases: torch.Tensor,
         first: torch.Tensor,
-        apart: torch.Tensor,
+        outliers: torch.Tensor,
     ) -> "CompressedWeight":
         """The weight whose parts lie here, or will when it is used."""
-        described = cpp.Compressed(strips.data_ptr(), bases.data_ptr(), first.data_ptr(), apart.data_ptr())
-        return cls(columns, rows, strips, bases, first, apart, described)
+        described = cpp.Compressed(strips.data_ptr(), bases.data_ptr(), first.data_ptr(), outliers.data_ptr())
+        return cls(columns, rows, strips, bases, first, outliers, described)
 
     def restore(self) -> torch.Tensor:
         """The weight [out, in] as it was."""
@@ -72,18 +72,18 @@ class CompressedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes that it takes."""
-        return sum(part.nbytes for part in (self.strips, self.bases, self.first, self.apart))
+        return sum(part.nbytes for part in (self.strips, self.bases, self.first, self.outliers))
 
 
 def parts_fit(rows: int, columns: int, sizes: tuple[int, ...], first: torch.Tensor) -> bool:
     """Whether parts of so many bytes are those of a weight, so that nothing outside of them is read.
 
-    `first` [strips + 1] counts the weights that stand apart.
+    `first` [strips + 1] counts the outliers.
     """
     strips = -(-rows // STRIP)
     if sizes[:3] != (rows * row_bytes(columns), strips, (strips + 1) * first.itemsize) or int(first[0]):
         return False
-    return bool((first.diff() >= 0).all()) and sizes[3] == int(first[-1]) * _APART
+    return bool((first.diff() >= 0).all()) and sizes[3] == int(first[-1]) * _OUTLIER
 
 
 def row_bytes(columns: int) -> int:

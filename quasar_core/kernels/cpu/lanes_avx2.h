@@ -105,7 +105,6 @@ inline Words restore_words(const uint8_t* low, const uint8_t* codes, bool upper,
     const __m256i signs = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low)));
     return _mm256_or_si256(found, _mm256_and_si256(signs, _mm256_set1_epi16(short(0x807f))));
 }
-inline Words first_words(Words words) { return words; }
 
 // Holds a number in a register: compilers would load it from memory anew for each product.
 template <typename V>

@@ -90,9 +90,8 @@ inline Part look_up(const float* table, IntPart at) {
 #ifdef __AVX512BF16__
 #define QUASAR_PAIRS
 using Pairs = IntPart;
-inline Pairs load_pairs(const uint16_t* x) { return (Pairs)_mm512_loadu_si512(x); }
-inline Pairs load_first_pairs(const uint16_t* x) {  // sixteen numbers, then zeros
-    return (Pairs)_mm512_maskz_loadu_epi16(0xffff, x);
+inline Pairs load_pairs(const uint16_t* x, bool last) {  // of the last ones of a row: sixteen numbers, then zeros
+    return (Pairs)(last ? _mm512_maskz_loadu_epi16(0xffff, x) : _mm512_loadu_si512(x));
 }
 inline Part add_pairs(Part sum, Pairs a, Pairs b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 #endif

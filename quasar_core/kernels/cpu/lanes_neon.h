@@ -88,7 +88,7 @@ inline Part look_up(const float* table, IntPart at) {
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
 #define QUASAR_PAIRS
 using Pairs = IntPart;
-inline Pairs load_pairs(const uint16_t* x) { return (Pairs)vld1q_u16(x); }
+inline Pairs load_pairs(const uint16_t* x, bool) { return (Pairs)vld1q_u16(x); }
 inline Part add_pairs(Part sum, Pairs a, Pairs b) { return vbfdotq_f32(sum, (bfloat16x8_t)a, (bfloat16x8_t)b); }
 #endif
 

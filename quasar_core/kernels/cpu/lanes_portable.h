@@ -111,7 +111,6 @@ inline Words restore_words(const uint8_t* low, const uint8_t* codes, bool upper,
     }
     return words;
 }
-inline Words first_words(Words words) { return words; }
 
 template <typename V>
 void hold(V&) {}  // the compiler knows best

@@ -140,7 +140,7 @@ class Product(ctypes.Structure):
 class Compressed(ctypes.Structure):
     """A weight of bfloat16 in 12 bits (`compressed.h`)."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("strips", "bases", "first", "apart"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("strips", "bases", "first", "outliers"))
 
 
 class FusedWeight(ctypes.Structure):

@@ -29,13 +29,13 @@ struct Aligned {
     bool operator!=(const Aligned&) const { return false; }
 };
 
-// Words with another in place `at`.
+// Words with another in place `at`. In registers: were it put there in memory, tiles would keep more than that there.
 inline Words with_word(Words words, int at, uint16_t bits) {
-    uint16_t all[WORDS];
-    std::memcpy(all, &words, sizeof all);
-    all[at] = bits;
-    std::memcpy(&words, all, sizeof all);
-    return words;
+    using Shorts = uint16_t __attribute__((vector_size(2 * WORDS)));
+    Shorts places;
+    for (int i = 0; i < WORDS; ++i) places[i] = uint16_t(i);
+    const Shorts there = (Shorts)(places == uint16_t(at));
+    return (Words)(((Shorts)words & ~there) | (there & bits));
 }
 
 template <typename V>
@@ -47,9 +47,9 @@ void grow(Buffer<V>& buffer, size_t size) {
 }
 
 // Of a kind of numbers X: a `Register` of STEP of them as attention takes it from where cached states lie; its TERMS, the
-// registers that products take one after the other, from where weights lie and from where activations do (a row of `Row`);
-// the sum of their products; and sixteen values as attention weighs them, in STEPS rows of a room [16, D] of 32-bit lanes.
-// Where STEP is more than 16, there is a form of them for the last 16 of a row.
+// registers that products take one after the other, from where weights lie and from where activations do (a row of `Row`),
+// or of `Words`, which make TERMS_OF_WORDS; the sum of their products; and sixteen values as attention weighs them, in STEPS
+// rows of a room [16, D] of 32-bit lanes. Where a step is of more than 16, the `last` one of a row may have but 16.
 template <typename X>
 struct Numbers;
 
@@ -72,9 +72,9 @@ struct Numbers<float> : WideValues<float> {
     static constexpr int STEP = WIDTH, TERMS = 1;
     static Register get(const float* x) { return load_part(x); }
     template <int>
-    static Part term(const float* w) { return load_part(w); }
+    static Part term(const float* w, bool) { return load_part(w); }
     template <int>
-    static Part term_of_row(const float* x) { return load_part(x); }
+    static Part term_of_row(const float* x, bool) { return load_part(x); }
     static Part add(Part sum, Register a, Register b) { return fused(a, b, sum); }
     static void put(float* row, Floats x) { store(row, x); }
 };
@@ -84,29 +84,16 @@ template <>
 struct Numbers<uint16_t> {  // products of pairs
     using Row = uint16_t;
     using Register = Pairs;
-    static constexpr int STEP = 2 * WIDTH, TERMS = 1, STEPS = LANES / 2;
-    static Register get(const uint16_t* x) { return load_pairs(x); }
+    static constexpr int STEP = 2 * WIDTH, TERMS = 1, TERMS_OF_WORDS = 1, STEPS = LANES / 2;
+    static Register get(const uint16_t* x, bool last = false) { return load_pairs(x, last); }
     template <int>
-    static Pairs term(const uint16_t* w) { return load_pairs(w); }
+    static Pairs term(const uint16_t* w, bool last) { return load_pairs(w, last); }
     template <int>
-    static Pairs term_of_row(const uint16_t* x) { return load_pairs(x); }
-#ifdef QUASAR_AVX512
-    static Register get_last(const uint16_t* x) { return load_first_pairs(x); }
-#endif
+    static Pairs term(Words words, bool last) { return (Pairs)(last ? first_words(words) : words); }
+    template <int>
+    static Pairs term_of_row(const uint16_t* x, bool last) { return load_pairs(x, last); }
     static Part add(Part sum, Register a, Register b) { return add_pairs(sum, a, b); }
     static void put(uint16_t* row, Floats x) { store(row, x); }
-
-    template <int>
-    static Pairs term_of_words(Words words) { return (Pairs)words; }
-    template <int>
-    static Pairs term_beside_words(const uint16_t* x, bool last) {
-#ifdef QUASAR_AVX512
-        if (last) return load_first_pairs(x);
-#endif
-        return load_pairs(x);
-    }
-    template <typename Do>
-    QUASAR_INLINE static void for_terms(Do go) { go(std::integral_constant<int, 0>()); }
 
     static void spread(const uint16_t* values, int left, int size, float* room) {
         for (int step = 0; step < STEPS; ++step)
@@ -132,30 +119,26 @@ template <>
 struct Numbers<uint16_t> : WideValues<uint16_t> {
     using Row = float;  // rounded to bfloat16
     using Register = Part;
-    static constexpr int STEP = WIDTH, TERMS = 1;
+    static constexpr int STEP = WIDTH, TERMS = 1, TERMS_OF_WORDS = 2;
     static Register get(const uint16_t* x) { return from_bfloat16(x); }
     template <int>
-    static Part term(const uint16_t* w) { return from_bfloat16(w); }
-    template <int>
-    static Part term_of_row(const float* x) { return load_part(x); }
+    static Part term(const uint16_t* w, bool) { return from_bfloat16(w); }
+    template <int half>
+    static Part term(Words words, bool last) {
+        if (last) words = first_words(words);
+        const __m256i own = half ? _mm512_extracti64x4_epi64(words, 1) : _mm512_castsi512_si256(words);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(own), 16));
+    }
+    template <int half>
+    static Part term_of_row(const float* x, bool last) {
+        return half && last ? quasar::spread(0) : load_part(x + half * WIDTH);
+    }
     static Part add(Part sum, Register a, Register b) { return fused(a, b, sum); }
     static void put(float* row, Floats x) {
         alignas(64) uint16_t rounded[LANES];
         store(rounded, x);
         store(row, load(rounded));
     }
-
-    template <int half>
-    static Part term_of_words(Words words) {
-        const __m256i own = half ? _mm512_extracti64x4_epi64(words, 1) : _mm512_castsi512_si256(words);
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(own), 16));
-    }
-    template <int half>
-    static Part term_beside_words(const float* x, bool last) {
-        return half && last ? quasar::spread(0) : load_part(x + half * WIDTH);
-    }
-    template <typename Do>
-    QUASAR_INLINE static void for_terms(Do go) { go(std::integral_constant<int, 0>()), go(std::integral_constant<int, 1>()); }
 };
 #else
 template <>
@@ -164,16 +147,21 @@ struct Numbers<uint16_t> : WideValues<uint16_t> {
     struct Register {
         Part even, odd;
     };
-    static constexpr int STEP = 2 * WIDTH, TERMS = 2;
-    static Register get(const uint16_t* x) { return {term<0>(x), term<1>(x)}; }
+    static constexpr int STEP = 2 * WIDTH, TERMS = 2, TERMS_OF_WORDS = 2;
+    static Register get(const uint16_t* x) { return {term<0>(x, false), term<1>(x, false)}; }
     template <int odd>
-    static Part term(const uint16_t* w) {
+    static Part term(const uint16_t* w, bool) {
         UnsignedPart both;
         std::memcpy(&both, w, sizeof both);
         return Part(odd ? both & 0xffff0000 : both << 16);
     }
     template <int odd>
-    static Part term_of_row(const float* x) { return load_part(x + odd * WIDTH); }
+    static Part term(Words words, bool) {
+        const UnsignedPart both = (UnsignedPart)words;
+        return Part(odd ? both & 0xffff0000 : both << 16);
+    }
+    template <int odd>
+    static Part term_of_row(const float* x, bool) { return load_part(x + odd * WIDTH); }
     static Part add(Part sum, Part a, Part b) { return fused(a, b, sum); }
     static Part add(Part sum, Register a, Register b) { return add(add(sum, a.even, b.even), a.odd, b.odd); }
     static void put(float* row, Floats x) {
@@ -184,16 +172,6 @@ struct Numbers<uint16_t> : WideValues<uint16_t> {
             store_part(row + i, both.even), store_part(row + i + WIDTH, both.odd);
         }
     }
-
-    template <int odd>
-    static Part term_of_words(Words words) {
-        const UnsignedPart both = (UnsignedPart)words;
-        return Part(odd ? both & 0xffff0000 : both << 16);
-    }
-    template <int odd>
-    static Part term_beside_words(const float* x, bool) { return term_of_row<odd>(x); }
-    template <typename Do>
-    QUASAR_INLINE static void for_terms(Do go) { go(std::integral_constant<int, 0>()), go(std::integral_constant<int, 1>()); }
 };
 #endif
 

@@ -4,6 +4,7 @@
 
 #include "codes.h"
 #include "compressed.h"
+#include "strips.h"
 
 namespace quasar {
 
@@ -63,14 +64,16 @@ public:
             return multiply_codes(product.bits, product.weight, coded(product), blocks, 0, count, product.out,
                                   with_bias);
         }
-        Range strips((product.out + STRIP - 1) / STRIP, thread, threads);
+        const Range strips((product.out + STRIP - 1) / STRIP, thread, threads);
+        auto multiply = [&](const auto& weight, const auto* x) {
+            multiply_strips(weight, x, product.in, strips, count, product.out, with_bias);
+        };
         if (product.bits == 12)
-            multiply_compressed(*static_cast<const Compressed*>(product.weight), halves.data(), product.in, strips, count,
-                                product.out, with_bias);
+            multiply(*static_cast<const Compressed*>(product.weight), halves.data());
         else if (product.bits == 16)
-            multiply_strips<uint16_t>(product.weight, halves.data(), product.in, strips, count, product.out, with_bias);
+            multiply(static_cast<const uint16_t*>(product.weight), halves.data());
         else
-            multiply_strips<float>(product.weight, singles.data(), product.in, strips, count, product.out, with_bias);
+            multiply(static_cast<const float*>(product.weight), singles.data());
     }
 
 private:

@@ -42,28 +42,28 @@ void quasar_multiply_codes(const void* x, const void* codes, void* y, int count,
         multiply_codes_of(static_cast<const float*>(x), product, static_cast<float*>(y), count, threads);
 }
 
-// The exponents' base of each strip of a bfloat16 weight [out, in], and how many of its weights stand apart.
-void quasar_choose_bases(const uint16_t* weight, int in, int out, uint8_t* bases, int32_t* apart, int threads) {
+// The exponents' base of each strip of a bfloat16 weight [out, in], and how many outliers it has.
+void quasar_choose_bases(const uint16_t* weight, int in, int out, uint8_t* bases, int32_t* outliers, int threads) {
     in_parallel(threads, [&](const Team& team) {
         const Range strips = team.share((out + STRIP - 1) / STRIP);
         for (int strip = strips.begin; strip < strips.end; ++strip) {
             const int first = strip * STRIP, outs = std::min(STRIP, out - first);
             int count;
             bases[strip] = uint8_t(choose_base(weight + size_t(first) * in, size_t(outs) * in, count));
-            apart[strip] = count;
+            outliers[strip] = count;
         }
     });
 }
 
-// That weight in 12 bits: to `strips` and `apart`, of which `first` [strips + 1] tells where those of a strip begin.
+// That weight in 12 bits: to `strips` and `outliers`, of which `first` [strips + 1] tells where those of a strip begin.
 void quasar_compress(const uint16_t* weight, int in, int out, const uint8_t* bases, const int32_t* first, uint8_t* strips,
-                     Apart* apart, int threads) {
+                     Outlier* outliers, int threads) {
     in_parallel(threads, [&](const Team& team) {
         const Range own = team.share((out + STRIP - 1) / STRIP);
         for (int strip = own.begin; strip < own.end; ++strip) {
             const int begin = strip * STRIP;
             compress_strip(weight + size_t(begin) * in, std::min(STRIP, out - begin), in, bases[strip],
-                           strips + begin * compressed_row(in), apart + first[strip]);
+                           strips + begin * compressed_row(in), outliers + first[strip]);
         }
     });
 }
@@ -122,7 +122,7 @@ const char* quasar_form() { return FORM; }
 
 // For Python to check that both sides describe a model in the same bytes.
 int quasar_size_of_model() { return sizeof(Model); }
-static_assert(sizeof(Apart) == 8, "as compressed.py has it");
+static_assert(sizeof(Outlier) == 8, "as compressed.py has it");
 int quasar_size_of_compressed() { return sizeof(Compressed); }
 int quasar_size_of_layer() { return sizeof(Layer); }
 int quasar_size_of_experts() { return sizeof(Experts); }
