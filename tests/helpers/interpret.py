@@ -59,8 +59,8 @@ def _patch_the_language_once(interpreter: Any, language: Any) -> None:
 def _find_types_when_asked(interpreter: Any, core: Any) -> None:
     """Leave a tuple's type until something asks for it, and look an element's type up once.
 
-    The interpreter makes tuples of every tensor's shape, and their types, which nothing reads, took a fifth of its time;
-    a table of all types for every array took a tenth.
+    The interpreter makes tuples of every tensor's shape, and their types, which nothing reads, took a fifth of its
+    time; a table of all types for every array took a tenth.
     """
     begin, plain, known = core.tuple.__init__, interpreter._get_np_dtype, dict[str, Any]()
 
