@@ -99,7 +99,8 @@ def _announcing(base: Any, announce: Callable[[], None], end: Callable[[], None]
 def listen(settings: Settings) -> socket.socket:
     """The socket of a server, which answers nothing yet; UsageError where the address is taken or not to be had."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # By the protocol's name asyncio knows that small writes are not to wait for one another (TCP_NODELAY).
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((settings.host, settings.port))

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -181,3 +182,12 @@ def test_joined_parts_say_the_same_in_the_same_order(parts: list[Part]) -> None:
     joined = join_parts(parts)
     assert said(joined) == said(parts)
     assert all(a.call or b.call or a.kind != b.kind for a, b in itertools.pairwise(joined))
+
+
+def test_what_is_written_is_sent_at_once() -> None:
+    """Else the second part of a reply waits for the client to acknowledge the first, which takes 40 ms."""
+    with serving(demo_pair()) as running, client(running) as http:
+        assert http.get("/health").status_code == 200
+        (connection,) = running._uvicorn.server_state.connections
+        connected = connection.transport.get_extra_info("socket")
+        assert connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
