@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from quasar_core.decode.scores import Scores
+from quasar_core.decode.text import Reading
 from quasar_core.models.base import go_on
 from quasar_core.records import Stats
 
@@ -42,7 +43,8 @@ class Answering:
     rules: Sequence[TokenRule] = ()
     before_pass: Callable[[], None] = go_on
     scores: Scores | None = None
-    shown: Sequence[str] = ()  # special tokens that are text here
+    reading: Reading = field(default_factory=Reading)
+    ends: frozenset[int] | None = None  # tokens that end the answer; None: the model's own
     tokens: list[int] = field(default_factory=list)  # of the answer, those whose text was yielded or waits
     waiting: Callable[[Sequence[int]], None] = ignore  # told, after each step, the tokens that wait for a confirm
     stats: Stats | None = None  # of the answer, once its prompt is passed

@@ -68,7 +68,8 @@ class Engine:
         forks = not self._passes.changes and self.answering.scores is None
         self._branching = branching if forks else None
         self._branching_at_target = checking.branching if checking and forks else None
-        self.eos_ids = frozenset() if config.ignore_eos else pair.eos_ids
+        usual = frozenset() if config.ignore_eos else pair.eos_ids
+        self.eos_ids = usual if self.answering.ends is None else self.answering.ends
         self.stats = Stats()
         self._log = StepLog(self.stats, self.verifying is pair.target)
         self.tokens: list[int] = []

@@ -116,7 +116,7 @@ class Generator:
         self._in_use = None  # a larger cache may come in its place, and there is not room for both
         prefix, cached = self._prefixes.take(prompt_ids, max_tokens)
         engine = self._make_engine(self._sight.pair_for(len(prompt_ids)), prefix, max_tokens, request, answering)
-        text = TextStream(self.pair.tokenizer, request.stop or self.config.stop, answering.shown)
+        text = TextStream(self.pair.tokenizer, request.stop or self.config.stop, answering.reading)
         _reset_peak_memory(self.pair.device)
         self._prefill(engine, prefix, prompt_ids, cached)
         engine.stats.ttft_s = self._now() - start
@@ -156,6 +156,8 @@ class Generator:
                 read += 1
                 engine.answering.tokens.append(token)
                 if token in engine.eos_ids:
+                    if engine.answering.reading.keeps_stop and (piece := text.add(token)):
+                        yield piece
                     return read - prompt_length, "eos"
                 if piece := text.add(token):
                     yield piece

@@ -30,6 +30,7 @@ class Grammars:
         self._library = llguidance
         self.vocabulary, self.eos_ids = pair.primary.vocab_size, pair.eos_ids
         tokenizer: Any = pair.tokenizer
+        self._added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
         with foreign_errors("A grammar cannot be served, as llguidance cannot read this model's tokenizer", UsageError):
             self._tokenizer = llguidance.hf.from_tokenizer(
                 tokenizer, n_vocab=self.vocabulary, eos_token=sorted(pair.eos_ids) or None
@@ -45,6 +46,14 @@ class Grammars:
         if not self._begins(checked):
             raise UsageError("the JSON schema cannot be served: nothing fits it")
         return checked
+
+    def of_regex(self, expression: str) -> str:
+        """The grammar of a text that a regular expression, in Rust's syntax, fits as a whole."""
+        return self._checked(self._library.LLMatcher.grammar_from_regex(expression), "the regular expression")
+
+    def of_choice(self, texts: Sequence[str]) -> str:
+        """The grammar of an answer that is one of some texts."""
+        return self.of_lark(f"start: {' | '.join(json.dumps(text, ensure_ascii=False) for text in texts)}\n")
 
     def of_lark(self, text: str) -> str:
         """The grammar of a text in llguidance's form of Lark."""
@@ -66,6 +75,19 @@ class Grammars:
         """The rule of one answer whose first token stands at `begin`; with `behind`, from the token after that one."""
         return GrammarRule(self._library.LLMatcher(self._tokenizer, grammar, log_level=0), self, begin, behind)
 
+    def tokens_of(self, text: bytes) -> tuple[int, ...]:
+        """Tokens of a text, marks of the vocabulary's own among them."""
+        return tuple(self._tokenizer.tokenize_bytes(text, parse_special=True))
+
+    def token_texts(self, shown: Sequence[str]) -> list[bytes]:
+        """What each token adds to a text: special tokens nothing, but for those that are shown."""
+        texts = [self._tokenizer.decode_bytes([token]) for token in range(self.vocabulary)]
+        for number, added in self._added.items():
+            if number < len(texts):
+                hidden = added.special and added.content not in shown
+                texts[number] = b"" if hidden else added.content.encode("utf-8")
+        return texts
+
 
 class GrammarRule:
     """Implements `answering.TokenRule`."""
@@ -79,7 +101,7 @@ class GrammarRule:
         """How many tokens of a draft the grammar allows."""
         answer = list(text[self.begin :])
         if self._behind is None:
-            self._follow(answer)
+            self.follow(answer)
             return int(self._matcher.validate_tokens(list(draft)))
         return next(
             (i for i, token in enumerate(draft) if not self._allows(answer + list(draft[:i]), token)), len(draft)
@@ -87,10 +109,21 @@ class GrammarRule:
 
     def _allows(self, answer: list[int], token: int) -> bool:
         constrained = self._constrained(answer)
-        if constrained is None:
-            return True
-        self._follow(constrained)
+        return constrained is None or self.allows(constrained, token)
+
+    def allows(self, governed: list[int], token: int) -> bool:
+        """Whether a token may follow those that the grammar governs."""
+        self.follow(governed)
         return bool(self._matcher.validate_tokens([token]))
+
+    def begins_with(self, tokens: Sequence[int]) -> bool:
+        """Whether a text of the grammar may begin so."""
+        self.follow([])
+        return bool(self._matcher.validate_tokens(list(tokens)) == len(tokens))
+
+    def is_whole(self) -> bool:
+        """Whether what was followed is a whole text of the grammar."""
+        return bool(self._matcher.is_accepting())
 
     def __call__(self, logits: torch.Tensor, prefix: Sequence[int], continuation: Sequence[int]) -> torch.Tensor:
         """Logits [T, V] with −∞ for what the grammar forbids; rows behind a forbidden or last token stay."""
@@ -104,7 +137,7 @@ class GrammarRule:
                 answer.append(token)
             constrained = self._constrained(answer)
             if constrained is not None:
-                self._follow(constrained)
+                self.follow(constrained)
                 logits[row].masked_fill_(~self.mask().to(logits.device), -torch.inf)
         return logits
 
@@ -114,7 +147,7 @@ class GrammarRule:
             return answer
         return answer[answer.index(self._behind) + 1 :] if self._behind in answer else None
 
-    def _follow(self, answer: list[int]) -> None:
+    def follow(self, answer: list[int]) -> None:
         """Bring the matcher to the state behind the answer."""
         common = 0
         for old, new in zip(self._read, answer, strict=False):

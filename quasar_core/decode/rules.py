@@ -4,7 +4,7 @@ Letters: T rows of a pass, V vocabulary.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -33,6 +33,25 @@ class WrittenPenalty:
                 ids = torch.tensor(list(counts), device=logits.device)
                 times = torch.tensor([float(count) for count in counts.values()], device=logits.device)
                 logits[row, ids] -= self.frequency * times + self.presence
+        return logits
+
+
+class NoEnd:
+    """Forbid the tokens that end an answer until it has `least` tokens, as transformers' `min_new_tokens` does."""
+
+    def __init__(self, begin: int, least: int, ends: Iterable[int]) -> None:
+        self.first, self.ends = begin + least, sorted(ends)
+
+    def allowed(self, text: Sequence[int], draft: Sequence[int]) -> int:
+        """The draft up to an end that comes too early."""
+        early = max(self.first - len(text), 0)
+        return next((i for i, token in enumerate(draft[:early]) if token in self.ends), len(draft))
+
+    def __call__(self, logits: torch.Tensor, prefix: Sequence[int], continuation: Sequence[int]) -> torch.Tensor:
+        """Logits [T, V] with −∞ for ends, in the rows of tokens that come too early for one."""
+        early = max(self.first - len(prefix), 0)
+        logits = logits.clone()
+        logits[:early, self.ends] = -torch.inf
         return logits
 
 

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -150,20 +151,40 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, what: str = "The prom
         return list(tokenizer(text, **options)["input_ids"])
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What of an answer's tokens is its text.
+
+    Special tokens have none, but for those that are `shown`, and all of them with `special`. With `keeps_stop` what
+    ends the answer, a stop string or a token, belongs to its text. No stop string ends with the first `least` tokens.
+    """
+
+    shown: tuple[str, ...] = ()
+    special: bool = False
+    keeps_stop: bool = False
+    least: int = 0
+
+
 class TextStream:
     """Decodes committed tokens one by one, and yields text as soon as it is finished.
 
-    Text that may be the beginning of a stop string waits; a stop string itself is never yielded. Special tokens have
-    no text, but those that a stop string names are known by their ids, and those that are `shown` are text.
+    Text that may be the beginning of a stop string waits; a stop string itself is not yielded, unless it belongs to the
+    text. Special tokens that a stop string names are known by their ids.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], shown: Sequence[str] = ()) -> None:
-        self._decoder = _Decoder(tokenizer)
-        self._stop = stop
-        self._marks = special_tokens_within(tokenizer, [*stop, *shown]) if stop or shown else {}
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], reading: Reading | None = None
+    ) -> None:
+        self._reading = reading or Reading()
+        self._decoder = _Decoder(tokenizer, self._reading.special)
+        self._stop, self._left = stop, self._reading.least
+        shown = self._reading.shown
+        known = not self._reading.special and (stop or shown)
+        self._marks = special_tokens_within(tokenizer, [*stop, *shown]) if known else {}
         self._are_text = {number for number, text in self._marks.items() if text in shown}
         self._pieces: list[str] = []
         self._waiting = ""
+        self._early = 0  # characters of it in which no stop string may end
         self._shown: list[bool] = []  # of each waiting character: whether it is text, and not a special token's name
         self.stopped = False  # whether a stop string is complete
 
@@ -178,12 +199,23 @@ class TextStream:
         piece = self._decoder.add(token) if mark is None else mark
         self._waiting += piece
         self._shown += [mark is None or token in self._are_text] * len(piece)
-        found = [at for s in self._stop if (at := self._waiting.find(s)) >= 0]
+        found = self._stops()
         if not found:
             return self._take(len(self._waiting) - self._held_back())
-        finished = self._take(min(found))
+        at, length = min(found)
+        if self._reading.keeps_stop:
+            self._shown[at : at + length] = [True] * length
+            at += length
+        finished = self._take(at)
         self._waiting, self._shown, self.stopped = "", [], True
         return finished
+
+    def _stops(self) -> list[tuple[int, int]]:
+        """Places and lengths of the stop strings in the waiting text, of each the first that may count."""
+        if self._left > 0:
+            self._left, self._early = self._left - 1, len(self._waiting)
+        begins = [(s, max(self._early - len(s) + 1, 0)) for s in self._stop]
+        return [(at, len(s)) for s, begin in begins if (at := self._waiting.find(s, begin)) >= 0]
 
     def _held_back(self) -> int:
         """Length of the longest end of the waiting text that begins a stop string."""
@@ -198,6 +230,7 @@ class TextStream:
         shown = zip(self._waiting[:length], self._shown, strict=False)
         piece = "".join(character for character, is_text in shown if is_text)
         self._waiting, self._shown = self._waiting[length:], self._shown[length:]
+        self._early = max(self._early - length, 0)
         self._pieces.append(piece)
         return piece
 
@@ -232,7 +265,8 @@ class _Decoder:
     Tokens that are bytes by name are put together here: tokenizers take all of a run of them for broken where one is.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> None:
+        self._skips = not special
         self._names = tokenizer.convert_ids_to_tokens
         backend = getattr(tokenizer, "backend_tokenizer", None)  # which tokenizers in Python do not have
         self._text_of = tokenizer.decode if backend is None else backend.decode
@@ -279,4 +313,4 @@ class _Decoder:
         return bytes.fromhex(found.group(1)) if found is not None and is_byte else None
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self._text_of(tokens, skip_special_tokens=True))
+        return str(self._text_of(tokens, skip_special_tokens=self._skips))

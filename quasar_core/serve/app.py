@@ -23,11 +23,12 @@ from quasar_core.serve.chat import read_chat, read_messages, stream_chat, whole_
 from quasar_core.serve.completions import read_completion, stream_completion, whole_completion
 from quasar_core.serve.errors import ApiError, refused
 from quasar_core.serve.fields import Fields
+from quasar_core.serve.job import Job
 from quasar_core.serve.metrics import Metrics
 from quasar_core.serve.replies import Head
 from quasar_core.serve.served import Served
 from quasar_core.serve.settings import LOCAL, Settings
-from quasar_core.serve.worker import Job, Worker
+from quasar_core.serve.worker import Worker
 
 PAGE = Path(__file__).parent / "page"
 BODY_SECONDS = 30.0  # in which a body must arrive

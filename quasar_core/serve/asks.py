@@ -7,9 +7,11 @@ from typing import Any
 
 from quasar_core.config import VERIFY_MODES, DraftKind, Request, SamplingConfig, VerifyMode
 from quasar_core.decode.answering import TokenRule
-from quasar_core.decode.rules import Bias, WrittenPenalty
+from quasar_core.decode.rules import Bias, NoEnd, WrittenPenalty
+from quasar_core.decode.text import Reading
 from quasar_core.errors import QuasarError
 from quasar_core.files import require_characters
+from quasar_core.serve.ends import read_ends, read_reading
 from quasar_core.serve.errors import ApiError, refused
 from quasar_core.serve.fields import Fields
 from quasar_core.serve.served import Served
@@ -25,8 +27,8 @@ Rules = Callable[[], list[TokenRule]]
 class Ask:
     """One answer to one prompt. With `score_prompt` the prompt's own tokens are scored before; `top` None scores none.
 
-    `rules` makes the answer's rules; `shown` are special tokens that are text here. `max_new_tokens` 0 asks for the
-    prompt's scores alone.
+    `rules` makes the answer's rules; `ends` are the tokens that end it. `max_new_tokens` 0 asks for the prompt's scores
+    alone.
     """
 
     prompt_ids: Sequence[int]
@@ -34,9 +36,10 @@ class Ask:
     verify: VerifyMode
     draft: DraftKind
     rules: Rules
+    ends: frozenset[int]
+    reading: Reading
     top: int | None = None
     score_prompt: bool = False
-    shown: tuple[str, ...] = ()
     trace: bool = False
 
 
@@ -53,6 +56,8 @@ class Common:
     presence: float
     frequency: float
     biases: dict[int, float]
+    ends: frozenset[int]
+    reading: Reading
 
     def rules(self, prompt_ids: Sequence[int]) -> list[TokenRule]:
         """Those of penalties and biases, for an answer behind the prompt."""
@@ -61,6 +66,8 @@ class Common:
             rules.append(WrittenPenalty(len(prompt_ids), self.presence, self.frequency))
         if self.biases:
             rules.append(Bias(self.biases))
+        if self.reading.least and self.ends:
+            rules.append(NoEnd(len(prompt_ids), self.reading.least, self.ends))
         return rules
 
     def request_of(self, choice: int) -> Request:
@@ -93,6 +100,8 @@ def read_common(fields: Fields, served: Served, usual_tokens: int, least_tokens:
         presence=penalties[0],
         frequency=penalties[1],
         biases=_biases(fields, served),
+        ends=read_ends(fields, served),
+        reading=read_reading(fields, tokens),
     )
 
 

@@ -1,22 +1,24 @@
 """`POST /v1/chat/completions`: messages in, the assistant's message out, whole or in chunks."""
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from quasar_core.decode.answering import TokenRule
-from quasar_core.decode.grammar import ANY_OBJECT
 from quasar_core.decode.scores import TokenScore
-from quasar_core.errors import UsageError
+from quasar_core.decode.triggered_grammar import TriggeredRule
 from quasar_core.serve.asks import MOST_TOP, Ask, Common, content_text, read_common
-from quasar_core.serve.errors import ApiError, of_usage, refused
+from quasar_core.serve.errors import ApiError, refused
 from quasar_core.serve.fields import Fields
 from quasar_core.serve.job import Event, Finished, Job, Written, by_answer, read_events
 from quasar_core.serve.parts import AnswerParts, Part, join_parts
 from quasar_core.serve.replies import REASONS, Head, Tally, chat_logprobs
-from quasar_core.serve.served import END_OF_THINKING, THINK, Served
-from quasar_core.serve.tools import ToolForm, form_of, read_tools
+from quasar_core.serve.served import THINK, Served
+from quasar_core.serve.structure import Structure, read_structure, require_free_end
+from quasar_core.serve.tooling import Tooling, read_tooling, shown_in
+from quasar_core.serve.tools import ToolForm
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 PROMPT_END = 8  # tokens of a prompt in which thinking may be opened
@@ -49,36 +51,29 @@ def read_chat(body: Mapping[str, Any], served: Served) -> ChatAsk:
     logprobs, top = fields.flag("logprobs"), fields.whole("top_logprobs", 0, MOST_TOP)
     if top and not logprobs:
         raise refused("top_logprobs goes with logprobs true.", "top_logprobs")
-    tools, form, forced = _tools(fields, served)
+    tools = read_tooling(fields, served)
     most_calls = None if fields.flag("parallel_tool_calls", True) else 1
     trace = fields.flag("trace")
-    variables, schema = fields.mapping("chat_template_kwargs"), _schema(fields)
+    variables, structure = fields.mapping("chat_template_kwargs"), read_structure(fields, common, served)
     fields.end()
-    if schema is not None and tools:
-        raise refused("response_format and tools cannot both shape an answer.", "response_format")
-    if schema is not None and "enable_thinking" in served.variables:
+    if structure is not None and tools.offered:
+        raise refused(f"{structure.field} and tools cannot both shape an answer.", structure.field)
+    if structure is not None and "enable_thinking" in served.variables:
         variables = {"enable_thinking": False, **variables}
-    if tools:
-        variables = {**variables, "tools": tools}
+    if tools.offered:
+        variables = {**variables, "tools": tools.offered}
     if messages[-1]["role"] == "assistant" and "add_generation_prompt" not in variables:
         raise refused("The last of messages must not be the assistant's: an answer is what is asked for.", "messages")
     ids = served.encode_messages(messages, variables)
     served.check_prompt(ids, "messages")
     inside = served.thinks and served.decode(ids[-PROMPT_END:]).rstrip().endswith(THINK)
-    grammar = _grammar(served, schema, forced, form)
-    behind = served.end_of_thinking if inside or variables.get("enable_thinking") else None
-    shown = (*(form.special if form else ()), *((THINK, END_OF_THINKING) if served.thinks else ()))
-
-    def rules() -> list[TokenRule]:
-        made = common.rules(ids)
-        return made if grammar is None else [*made, served.grammars.rule(grammar, len(ids), behind)]
-
+    rules = _rules(served, common, tools, structure, inside, bool(variables.get("enable_thinking")))
     ask = Ask(
-        ids, common.request, common.verify, common.draft, rules, (top or 0) if logprobs else None,
-        shown=shown, trace=trace,
+        ids, common.request, common.verify, common.draft, partial(rules, ids), common.ends,
+        replace(common.reading, shown=shown_in(served, tools.form)), (top or 0) if logprobs else None, trace=trace,
     )  # fmt: skip
     asks = [replace(ask, request=common.request_of(number)) for number in range(common.count)]
-    return ChatAsk(asks, common, top or 0, logprobs, form, tools, served.thinks, inside, most_calls)
+    return ChatAsk(asks, common, top or 0, logprobs, tools.form, tools.offered, served.thinks, inside, most_calls)
 
 
 def read_messages(value: Any) -> list[dict[str, Any]]:
@@ -129,65 +124,27 @@ def _call(value: Any, where: str) -> dict[str, Any]:
     return {"id": value.get("id"), "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _tools(fields: Fields, served: Served) -> tuple[list[dict[str, Any]], ToolForm | None, list[dict[str, Any]]]:
-    """The tools that are offered, the form of their calls, and those of which one must be called."""
-    given, choice = fields.take("tools", []), fields.take("tool_choice", "auto")
-    tools = read_tools(given)
-    if not tools or choice == "none":
-        if choice not in ("auto", "none"):
-            raise refused("tool_choice goes with tools.", "tool_choice")
-        return [], None, []
-    form = form_of(served.template)
-    if choice == "auto":
-        return tools, form, []
-    if choice == "required":
-        return tools, form, tools
-    name = (choice.get("function") or {}).get("name") if isinstance(choice, dict) else None
-    forced = [tool for tool in tools if tool["function"]["name"] == name]
-    if not forced:
-        raise refused("tool_choice must be none, auto, required, or one of the tools.", "tool_choice")
-    return tools, form, forced
+def _rules(
+    served: Served, common: Common, tools: Tooling, structure: Structure | None, inside: bool, asked: bool
+) -> Callable[[Sequence[int]], list[TokenRule]]:
+    """What makes the rules of an answer to a prompt, whose thinking is open (`inside`) or `asked` for."""
+    if structure is not None:
+        grammar = structure.grammar(served)
+    elif tools.held:
+        require_free_end(common, "tools", served)
+        grammar = tools.grammar(served)
+    else:
+        return common.rules
+    behind = served.end_of_thinking if inside or asked else None
 
+    def rules(ids: Sequence[int]) -> list[TokenRule]:
+        rule: TokenRule = served.grammars.rule(grammar, len(ids), behind)
+        if structure is None and tools.strict:
+            trigger = tools.trigger(served, inside, common.reading.special)
+            rule = TriggeredRule(served.grammars, grammar, trigger, len(ids))
+        return [*common.rules(ids), rule]
 
-def _schema(fields: Fields) -> dict[str, Any] | None:
-    """The JSON schema that `response_format` asks for; None for plain text."""
-    given = fields.mapping("response_format")
-    if not given:
-        return None
-    inner = Fields(given, "response_format")
-    kind = inner.one_of("type", ("text", "json_object", "json_schema"), "text")
-    wrapped = Fields(inner.mapping("json_schema"), "response_format.json_schema")
-    inner.end()
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return ANY_OBJECT
-    for name in ("name", "description", "strict"):
-        wrapped.take(name)
-    schema = wrapped.take("schema")
-    wrapped.end()
-    if not isinstance(schema, dict):
-        raise refused("response_format: json_schema needs a schema, which is an object.", "response_format")
-    return schema
-
-
-def _grammar(
-    served: Served, schema: dict[str, Any] | None, forced: list[dict[str, Any]], form: ToolForm | None
-) -> str | None:
-    """The grammar of the answer; None where it is free."""
-    try:
-        if schema is not None:
-            return served.grammars.of_schema(schema)
-        if not forced or form is None:
-            return None
-        lark = form.grammar(forced, served.added_tokens)
-        if lark is None:
-            raise refused("A call that must be made is not served for this model's form of calls.", "tool_choice")
-        return served.grammars.of_lark(lark)
-    except UsageError as error:
-        wrong = of_usage(error)
-        wrong.field = "response_format" if schema is not None else "tools"
-        raise wrong from error
+    return rules
 
 
 @dataclass

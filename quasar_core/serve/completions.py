@@ -2,14 +2,17 @@
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from quasar_core.decode.answering import TokenRule
 from quasar_core.serve.asks import Ask, Common, content_text, read_common
 from quasar_core.serve.errors import refused
 from quasar_core.serve.fields import Fields
 from quasar_core.serve.job import Begun, Event, Finished, Job, Written, by_answer, read_events
 from quasar_core.serve.replies import REASONS, Head, OldLogprobs, Tally, join_logprobs
 from quasar_core.serve.served import Served
+from quasar_core.serve.structure import read_structure
 
 USUAL_TOKENS = 16  # as OpenAI's endpoint has it
 MOST_LOGPROBS = 20
@@ -33,19 +36,27 @@ def read_completion(body: Mapping[str, Any], served: Served) -> TextAsk:
     common = read_common(fields, served, USUAL_TOKENS, least_tokens=0)
     echo, top = fields.flag("echo"), fields.whole("logprobs", 0, MOST_LOGPROBS)
     prompts = _prompts(fields.take("prompt"), served)
+    structure = read_structure(fields, common, served)
     fields.end()
+    grammar = None if structure is None else structure.grammar(served)
     if common.request.max_new_tokens == 0 and not echo:
         raise refused("max_tokens 0 goes with echo: nothing would be answered.", "max_tokens")
     asks, echoed = [], []
     for ids, text in prompts:
         served.check_prompt(ids, "prompt")
         ask = Ask(
-            ids, common.request, common.verify, common.draft, lambda ids=ids: common.rules(ids), top,  # type: ignore[misc]
-            score_prompt=echo and top is not None,
+            ids, common.request, common.verify, common.draft, partial(_rules, common, served, grammar, ids),
+            common.ends, common.reading, top, score_prompt=echo and top is not None,
         )  # fmt: skip
         asks += [replace(ask, request=common.request_of(number)) for number in range(common.count)]
         echoed += [text] * common.count
     return TextAsk(asks, common, echo, top, echoed)
+
+
+def _rules(common: Common, served: Served, grammar: str | None, ids: Sequence[int]) -> list[TokenRule]:
+    """The rules of an answer behind a prompt."""
+    held = [] if grammar is None else [served.grammars.rule(grammar, len(ids))]
+    return [*common.rules(ids), *held]
 
 
 def _prompts(value: Any, served: Served) -> list[tuple[list[int], str]]:

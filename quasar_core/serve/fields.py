@@ -18,7 +18,16 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "use_beam_search": (False,),
-    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "bad_words": ([],),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "include_reasoning": (True,),
+    "priority": (0,),
     "cache_prompt": (True,),
 }
 

@@ -19,7 +19,7 @@ from quasar_core.serve.asks import Ask
 from quasar_core.serve.errors import ApiError
 from quasar_core.trace import Maker
 
-GATHER = 0.05  # seconds of text that come as one chunk: no eye follows faster, and slow models are not held up
+GATHER = 0.05  # seconds of text that come as one chunk: few wake-ups, and as fast as anybody reads
 PAUSE = 10.0  # seconds without an event, after which a stream says that it is alive
 
 

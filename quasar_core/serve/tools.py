@@ -29,12 +29,14 @@ class ToolForm(Protocol):
     """How calls stand in a text: from `opening` to `closing`, or to the end where that is None.
 
     `special` are tokens that decoding drops and that are part of the form; `only_first` calls begin the answer.
+    `keeps_strict`: whether calls that a model makes by itself can be held to their tools' schemas.
     """
 
     opening: str
     closing: str | None
     special: tuple[str, ...]
     only_first: bool
+    keeps_strict: bool
 
     def read(self, block: str, tools: Tools) -> list[ToolCall] | None:
         """The calls of a block, marks included; None where it holds none."""
@@ -46,12 +48,18 @@ class ToolForm(Protocol):
 
 
 class TaggedCalls:
-    """`<tool_call>{"name": …, "arguments": …}</tool_call>`: Qwen, Hermes, SmolLM3; or with `<function=…>`: Qwen3.5."""
+    """`<tool_call>{"name": …, "arguments": …}</tool_call>`: Qwen, Hermes, SmolLM3; or with `<function=…>`: Qwen3.5.
+
+    The latter has its own writing of values, in which no grammar of ours holds a schema.
+    """
 
     opening = "<tool_call>"
     closing: str | None = "</tool_call>"
     special: tuple[str, ...] = ("<tool_call>", "</tool_call>")
     only_first = False
+
+    def __init__(self, as_json: bool = True) -> None:
+        self.keeps_strict = as_json
 
     def read(self, block: str, tools: Tools) -> list[ToolCall] | None:
         """One call."""
@@ -74,6 +82,7 @@ class BareCalls:
     closing: str | None = None
     special: tuple[str, ...] = ()  # <|python_tag|> may stand before it, and is dropped
     only_first = True
+    keeps_strict = True
 
     def read(self, block: str, tools: Tools) -> list[ToolCall] | None:
         """Calls one after another, between semicolons or white space."""
@@ -102,6 +111,7 @@ class ListedCalls:
     closing: str | None = None
     special: tuple[str, ...] = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
     only_first = False
+    keeps_strict = False
 
     def read(self, block: str, tools: Tools) -> list[ToolCall] | None:
         """All calls to the end."""
@@ -134,7 +144,7 @@ def form_of(template: str) -> ToolForm:
         if "[TOOL_CALLS]" in template:
             return ListedCalls()
         if "<tool_call>" in template:
-            return TaggedCalls()
+            return TaggedCalls(as_json="<function=" not in template)
         if '"parameters"' in template or "python_tag" in template:
             return BareCalls()
     raise refused(
@@ -152,7 +162,18 @@ def read_tools(value: Any) -> list[dict[str, Any]]:
             raise refused('Each of tools must be {"type": "function", "function": {"name": …}}.', "tools")
         if not isinstance(function.get("parameters", {}), dict):
             raise refused("The parameters of a tool must be a JSON schema.", "tools")
+        if function.get("strict") not in (None, True, False):
+            raise refused("strict of a tool must be true or false.", "tools")
     return value
+
+
+def loosened(tools: Tools) -> list[dict[str, Any]]:
+    """The tools with no schema for the arguments of those that are not strict."""
+    functions = [tool["function"] for tool in tools]
+    return [
+        {"type": "function", "function": function if function.get("strict") else {"name": function["name"]}}
+        for function in functions
+    ]
 
 
 def _parse(text: str) -> Any:

@@ -107,7 +107,7 @@ class Worker:
             job.emit(number, Finished(None))
             return
         scores = None if ask.top is None else Scores(ask.top)
-        answering = Answering(ask.rules(), job.before_pass, scores, ask.shown)
+        answering = Answering(ask.rules(), job.before_pass, scores, ask.reading, ends=ask.ends)
         result = self._write(job, number, self._generator(ask), ask, answering)
         self.metrics.take(result.stats)
 

@@ -6,10 +6,12 @@ from functools import cache
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from quasar_core.decode.text import BROKEN, TextStream
+from quasar_core.decode.text import BROKEN, Reading, TextStream
 from tools.demo.tokenizer import TURN_END, train_tokenizer
 
 TEXT = "def größe(x):\n    return 'naïve 日本語 😀👩‍👩‍👧' + x\n"
@@ -229,3 +231,51 @@ def test_a_tokenizer_in_python_decodes_too() -> None:
     tokens = [*tokenizer("a bca")["input_ids"], tokenizer.eos_token_id, *tokenizer("b")["input_ids"]]
     assert stream(tokenizer, tokens)[1] == "a bcab"
     assert stream(tokenizer, tokens, stop=("<end>",))[1] == "a bca"
+
+
+WORDS = st.lists(st.sampled_from([*"abc", " a", "ab\n"]), max_size=14)
+
+
+@given(
+    WORDS,
+    st.lists(st.sampled_from(["a", "ab", "ca", "b a", "\na"]), max_size=2, unique=True),
+    st.integers(0, 6),
+    st.booleans(),
+)
+def test_stops_behind_the_fewest_tokens_and_in_the_text(
+    words: list[str], stop: list[str], least: int, keeps: bool
+) -> None:
+    """The slow way: after each token beyond the fewest, whether a stop text ends within what that token brought."""
+    tokens = [token for word in words for token in ids_of(word)]
+    stream, written = TextStream(byte_level(), tuple(stop), Reading(keeps_stop=keeps, least=least)), ""
+    for number, token in enumerate(tokens):
+        before, written = written, written + byte_level().decode([token])
+        stream.add(token)
+        found = [(at, len(s)) for s in stop for at in places(written, s) if at + len(s) > len(before)]
+        if number >= least and found:
+            at, length = min(found)
+            assert stream.stopped
+            assert stream.text == written[: at + length * keeps]
+            return
+        assert not stream.stopped
+    stream.finish()
+    assert stream.text == written
+
+
+def places(text: str, stop: str) -> list[int]:
+    return [at for at in range(len(text)) if text.startswith(stop, at)]
+
+
+@pytest.mark.parametrize("make", [byte_level, with_byte_fallback])
+def test_with_special_tokens_it_is_what_the_tokenizer_decodes(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+    tokenizer, luck = make(), random.Random(2)
+    special = tokenizer.all_special_ids
+    words = [
+        number for number in range(len(tokenizer)) if tokenizer.decode([number]).isascii() and number not in special
+    ]
+    for _ in range(100):
+        tokens = [luck.choice(special if luck.random() < 0.2 else words) for _ in range(20)]
+        stream = TextStream(tokenizer, (), Reading(special=True))
+        pieces = [stream.add(token) for token in tokens]
+        pieces.append(stream.finish())
+        assert "".join(pieces) == stream.text == tokenizer.decode(tokens, skip_special_tokens=False)
