@@ -30,6 +30,7 @@ class Grammars:
         self._library = llguidance
         self.vocabulary, self.eos_ids = pair.primary.vocab_size, pair.eos_ids
         tokenizer: Any = pair.tokenizer
+        self._texts: dict[tuple[str, ...], list[bytes]] = {}
         self._added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
         with foreign_errors("A grammar cannot be served, as llguidance cannot read this model's tokenizer", UsageError):
             self._tokenizer = llguidance.hf.from_tokenizer(
@@ -81,6 +82,11 @@ class Grammars:
 
     def token_texts(self, shown: Sequence[str]) -> list[bytes]:
         """What each token adds to a text: special tokens nothing, but for those that are shown."""
+        if tuple(shown) not in self._texts:
+            self._texts[tuple(shown)] = self._make_texts(shown)
+        return self._texts[tuple(shown)]
+
+    def _make_texts(self, shown: Sequence[str]) -> list[bytes]:
         texts = [self._tokenizer.decode_bytes([token]) for token in range(self.vocabulary)]
         for number, added in self._added.items():
             if number < len(texts):

@@ -137,12 +137,12 @@ def _rules(
         return common.rules
     behind = served.end_of_thinking if inside or asked else None
 
+    trigger = tools.trigger(served, inside, common.reading.special) if tools.strict else None
+
     def rules(ids: Sequence[int]) -> list[TokenRule]:
-        rule: TokenRule = served.grammars.rule(grammar, len(ids), behind)
-        if structure is None and tools.strict:
-            trigger = tools.trigger(served, inside, common.reading.special)
-            rule = TriggeredRule(served.grammars, grammar, trigger, len(ids))
-        return [*common.rules(ids), rule]
+        if trigger is None:
+            return [*common.rules(ids), served.grammars.rule(grammar, len(ids), behind)]
+        return [*common.rules(ids), TriggeredRule(served.grammars, grammar, trigger, len(ids))]
 
     return rules
 

@@ -87,6 +87,17 @@ class ScriptedModel(CausalLM):
         return len(tokens) - 1 - at
 
 
+def scripted(text: str, template: str) -> Pair:
+    """A pair that writes a text, whatever it is asked, and goes on as it can where it may not."""
+    pair = demo_pair()
+    pair.tokenizer.chat_template = template
+    script = [*pair.tokenizer(text)["input_ids"], 2]
+    start = pair.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    newline = pair.tokenizer("assistant\n")["input_ids"]
+    model = ScriptedModel(2048, [*newline, *script], start)
+    return demo_pair(tokenizer=pair.tokenizer, models=(model, None))
+
+
 @contextmanager
 def serving(pair: Pair, defaults: GenerationConfig = FIXED, **options: Any) -> Iterator[RunningServer]:
     """A server on a free port, for as long as the context lasts."""

@@ -117,7 +117,7 @@ def test_the_loop_is_not_woken_while_it_gathers(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(jobs, "GATHER", LONG)
     woken: list[Callable[..., Any]] = []
 
-    async def run(stream: bool) -> None:
+    async def run() -> None:
         loop = asyncio.get_running_loop()
         job = Job(ASKS, loop, LONG)
         monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *call: woken.append(call[0]) or loop.call_soon(*call))
@@ -130,7 +130,7 @@ def test_the_loop_is_not_woken_while_it_gathers(monkeypatch: pytest.MonkeyPatch)
         await waiting
         assert len(woken) == 1
 
-    asyncio.run(run(True))
+    asyncio.run(run())
 
 
 @pytest.fixture
@@ -148,16 +148,15 @@ def events_of(http: Any, path: str, body: dict[str, Any]) -> list[Any]:
 def test_a_stream_has_few_chunks_and_the_whole_text(http: Any) -> None:
     pair = demo_pair()
     wanted = Generator(pair, plain(FIXED)).generate(encode_prompt(pair.tokenizer, LINES))
-    for scored in ({}, {"logprobs": True, "trace": True}):
-        chunks = events_of(http, "/v1/chat/completions", {"messages": LINES, "max_tokens": 64, **scored})
-        choices = [chunk["choices"][0] for chunk in chunks]
-        assert "".join(choice["delta"].get("content", "") for choice in choices) == wanted.text
-        assert 4 <= len(chunks) <= 5  # the role, the first text, the rest, what a stop text might have begun, the end
-        if scored:
-            entries = [entry for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]]
-            assert [entry["token"] for entry in entries] == [pair.tokenizer.decode([i]) for i in wanted.token_ids]
-            made = [token["text"] for chunk in chunks for token in chunk.get("quasar", {}).get("tokens", ())]
-            assert "".join(made) == wanted.text
+    body = {"messages": LINES, "max_tokens": 64, "logprobs": True, "trace": True}
+    chunks = events_of(http, "/v1/chat/completions", body)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == wanted.text
+    assert 4 <= len(chunks) <= 5  # the role, the first text, the rest, what a stop text might have begun, the end
+    entries = [entry for choice in choices if choice["logprobs"] for entry in choice["logprobs"]["content"]]
+    assert [entry["token"] for entry in entries] == [pair.tokenizer.decode([i]) for i in wanted.token_ids]
+    made = [token["text"] for chunk in chunks for token in chunk.get("quasar", {}).get("tokens", ())]
+    assert "".join(made) == wanted.text
     several = events_of(http, "/v1/completions", {"prompt": ["def count", "import"], "max_tokens": 12, "logprobs": 1})
     for number, prompt in enumerate(("def count", "import")):
         wanted = Generator(pair, plain(FIXED, max_new_tokens=12)).generate(pair.tokenizer(prompt)["input_ids"])

@@ -13,10 +13,10 @@ pytest.importorskip("starlette")
 from helpers.serving import (
     FIXED,
     LINES,
-    ScriptedModel,
     client,
     demo_pair,
     plain,
+    scripted,
     serving,
 )
 
@@ -136,17 +136,6 @@ HERMES = (
 )
 
 
-def scripted(text: str) -> Any:
-    """A pair that writes a text, whatever it is asked, through a template with tools and thinking."""
-    pair = demo_pair()
-    pair.tokenizer.chat_template = HERMES
-    script = [*pair.tokenizer(text)["input_ids"], 2]
-    start = pair.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    newline = pair.tokenizer("assistant\n")["input_ids"]
-    model = ScriptedModel(2048, [*newline, *script], start)
-    return demo_pair(tokenizer=pair.tokenizer, models=(model, None))
-
-
 def test_tool_calls_and_thoughts_reach_openais_client() -> None:
     openai = pytest.importorskip("openai")
     text = f"<think>\nI count.\n</think>\n\nOne moment.\n{ONE}\n{ONE}"
@@ -156,7 +145,7 @@ def test_tool_calls_and_thoughts_reach_openais_client() -> None:
             {"id": "c1", "type": "function", "function": {"name": "count", "arguments": '{"path": "b"}'}}]},
         {"role": "tool", "tool_call_id": "c1", "content": "3"},
     ]  # fmt: skip
-    with serving(scripted(text), plain(FIXED, max_new_tokens=200)) as server:
+    with serving(scripted(text, HERMES), plain(FIXED, max_new_tokens=200)) as server:
         api = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
         ask: Any = {"model": "demo", "messages": history, "tools": TOOLS}
         reply = api.chat.completions.create(**ask)
@@ -202,7 +191,7 @@ def test_a_call_can_be_asked_for() -> None:
 
 
 def test_template_variables_that_the_template_reads_are_taken() -> None:
-    with serving(scripted("Yes."), plain(FIXED)) as server, client(server) as http:
+    with serving(scripted("Yes.", HERMES), plain(FIXED)) as server, client(server) as http:
         body = {"messages": LINES, "chat_template_kwargs": {"enable_thinking": True}}
         reply = http.post("/v1/chat/completions", json=body).json()
         assert reply["choices"][0]["finish_reason"]

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("llguidance")
 
-from helpers.serving import FIXED, LINES, ScriptedModel, client, demo_pair, plain, serving
+from helpers.serving import FIXED, LINES, client, demo_pair, plain, scripted, serving
 
 TOOL: dict[str, Any] = {
     "name": "count",
@@ -32,17 +32,6 @@ LLAMA = HERMES.replace("'<tool_call>'", "'\"parameters\"'")
 MISTRAL = HERMES.replace("'<tool_call>'", "'[TOOL_CALLS]'")
 QWEN35 = HERMES + "{# <function= #}"
 WRONG = '<tool_call>\n{"name": "count", "arguments": {"kind": "prose", "lines": "many"}}\n</tool_call>'
-
-
-def scripted(text: str, template: str) -> Any:
-    """A pair that writes a text, whatever it is asked, and goes on as it can where it may not."""
-    pair = demo_pair()
-    pair.tokenizer.chat_template = template
-    script = [*pair.tokenizer(text)["input_ids"], 2]
-    start = pair.tokenizer.convert_tokens_to_ids("<|im_start|>")
-    newline = pair.tokenizer("assistant\n")["input_ids"]
-    model = ScriptedModel(2048, [*newline, *script], start)
-    return demo_pair(tokenizer=pair.tokenizer, models=(model, None))
 
 
 def answer(text: str, tools: Any, template: str = HERMES, **body: Any) -> Any:
