@@ -1,7 +1,7 @@
 """Fidelity beside GPTQModel: both quantize a model on the same text, in as many bytes, and one measure reads both.
 
-    python -m tools.compare_gptqmodel text MODEL VERIFIER FOLDER [--samples 128]
-    quasar quantize MODEL --bits 4 --samples 128 --output VERIFIER
+    python -m tools.compare_gptqmodel text MODEL VERIFIER FOLDER [--samples 128] [--quick]
+    quasar quantize MODEL --bits 4 --samples 128 [--quick] --output VERIFIER
     python -m tools.compare_gptqmodel theirs MODEL FOLDER SETTING [--dtype float32]
     python -m tools.compare_gptqmodel measure MODEL FOLDER CHECKPOINT… [--rows 32]
     python -m tools.compare_gptqmodel table FOLDER
@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from quasar_core import api
 from quasar_core.checkpoint.reader import PACKED_SUFFIXES, VerifierCheckpoint
-from quasar_core.config import QuantizeConfig
+from quasar_core.config import QUICK, QuantizeConfig
 from quasar_core.files import read_json, write_json
 from quasar_core.load_pair import dtype_of_source
 from quasar_core.models.pair import load_tokenizer
@@ -92,9 +92,8 @@ def quantize_by_gptqmodel(
     return seconds
 
 
-def write_text(model: str, verifier: Path, folder: Path, samples: int, seq_len: int | None) -> None:
+def write_text(model: str, verifier: Path, folder: Path, config: QuantizeConfig) -> None:
     """Let the run of `quasar quantize` that writes `verifier` begin with its text, and copy that to `folder`."""
-    config = QuantizeConfig(samples=samples, seq_len=seq_len)
     source, job, target = api.open_job(model, config, verifier, "cpu", False, print)
     plan = plan_here(source.folder, target, job.config, job.output, None)
     with working_folder(job, resume=True):
@@ -153,7 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.step == "text":
-        write_text(options.model, options.verifier, options.folder, options.samples, options.seq_len)
+        rows = {"fidelity_rows": QUICK["fidelity_rows"]} if options.quick else {}
+        config = QuantizeConfig(samples=options.samples, seq_len=options.seq_len, **rows)
+        write_text(options.model, options.verifier, options.folder, config)
     elif options.step == "theirs":
         run_theirs(options.model, options.folder, options.setting, getattr(torch, options.dtype))
     elif options.step == "measure":
@@ -177,6 +178,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         step.add_argument("folder", type=Path)
     text.add_argument("--samples", type=int, default=QuantizeConfig().samples)
     text.add_argument("--seq-len", type=int, help="as quantize has it, without")
+    text.add_argument("--quick", action="store_true", help="as quantize has it: fidelity on fewer rows")
     theirs.add_argument("setting", help="a name of `their_settings`")
     theirs.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     measured.add_argument("checkpoints", type=Path, nargs="+")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST = 16  # accepted tokens of a step that are drawn by themselves
 SUFFIXES = (".png", ".svg")
 MARK = "quasar, by matplotlib"
 _LEGEND_WIDTH = 110  # characters
@@ -39,7 +40,7 @@ def plot(results: Results, path: Path) -> None:
     figure = new_figure(path, "--output")
     left, right = figure.subplots(1, 2)
     draw_speedups(left, results)
-    _draw_accepted(right, results)
+    draw_accepted(right, results)
     run = results.run
     _title(figure, f"{run.model} · {run.dtype} on {run.device} · {temperatures(run)}")
     _legend_below(figure, left, right, said=_whose_text(results))
@@ -107,7 +108,8 @@ def draw_speedups(axes: "Axes", results: Results) -> None:
         axes.bar(at, heights, 0.75 / len(arms), yerr=[below, above], capsize=2, error_kw=error, label=arm, **look)
         for place, estimate, height in zip(at, estimates, above, strict=True):
             said = "wide" if estimate.is_uncertain else f"{estimate.value:.2f}{'' if estimate.is_shown else '?'}"
-            axes.annotate(said, (place, estimate.value + height), (0, 2), textcoords="offset points", ha="center")
+            top, behind = (place, estimate.value + height), {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            axes.annotate(said, top, (0, 3), textcoords="offset points", ha="center", bbox=behind)
     axes.margins(y=0.1)  # room for the numbers
     axes.axhline(1, color="0.3", linewidth=1, linestyle="--", label=BASELINE)
     axes.set_xticks(range(len(groups)), [_group_label(group, metrics) for group in groups], fontsize="small")
@@ -138,21 +140,23 @@ def _whose_text(results: Results) -> dict[str, str]:
     return said
 
 
-def _draw_accepted(axes: "Axes", results: Results) -> None:
-    """For each arm that drafted, the share of its steps that accepted 0, 1, 2, … draft tokens."""
-    from matplotlib.ticker import MaxNLocator
-
+def draw_accepted(axes: "Axes", results: Results) -> None:
+    """For each arm that drafted, the share of its steps that accepted 0, 1, 2, … draft tokens; `MOST` are many."""
     counts = {arm: accepted_per_step(results, arm) for arm in results.run.config.arms if arm != TWIN}
     drafting = {arm: of_arm for arm, of_arm in counts.items() if of_arm}
     places = _bar_places(len(drafting))
     for (arm, of_arm), place in zip(drafting.items(), places, strict=True):
-        lengths = range(max(of_arm) + 1)
-        shares = [100 * of_arm[length] / sum(of_arm.values()) for length in lengths]
+        lengths = range(min(max(of_arm), MOST) + 1)
+        many = sum(count for length, count in of_arm.items() if length >= MOST)
+        shown = [many if length == MOST else of_arm[length] for length in lengths]
+        shares = [100 * count / sum(of_arm.values()) for count in shown]
         at = [length + place for length in lengths]
         axes.bar(at, shares, 0.75 / len(drafting), label=arm, **_look(results, arm))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    longest = min(max((max(of_arm) for of_arm in drafting.values()), default=0), MOST)
+    ticks = range(0, longest + 1, 1 if longest < MOST // 2 else 2)
+    axes.set_xticks(ticks, [f"{tick} or more" if tick == MOST else str(tick) for tick in ticks])
     steps = sum(sum(of_arm.values()) for of_arm in drafting.values())
-    axes.set(xlabel="draft tokens accepted in a step", ylabel=f"share of an arm's steps (%), n = {steps:,} in all")
+    axes.set(xlabel="draft tokens accepted in a step", ylabel=f"share of an arm's steps (%), n = {steps:,}")
 
 
 def _bar_places(count: int) -> list[float]:

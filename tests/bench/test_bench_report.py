@@ -14,11 +14,13 @@ from helpers.bench_records import make_row, make_run, make_stats
 from helpers.browser import Browser, find_chromium
 
 from quasar_cli.main import run
+from quasar_core.bench.arms import ARMS as ARM_NAMES
 from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.claim import claims
 from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.document import as_document
 from quasar_core.bench.report.charts import ticks
+from quasar_core.bench.report.conditions_chapter import describe_arm
 from quasar_core.bench.report.page import Sources, page, read_sources, write_page
 from quasar_core.bench.report.traces import of_results
 from quasar_core.bench.results import Passes, Results, write_results
@@ -180,6 +182,12 @@ def test_a_fresh_reader_finds_the_text_the_prompt_and_what_each_arm_is() -> None
     assert "What ngram is: n-gram drafts; the full-precision model checks them: its own text." in html
     assert "with the time of the prompt it is 1.89 times as fast (1.89 to 1.89)." in html
     assert "plain decoding" in html.partition("<h3>The arms</h3>")[2]
+
+
+@pytest.mark.parametrize("name", ARM_NAMES)
+def test_every_arm_is_described_in_words_of_its_own(name: str) -> None:
+    said = {other: describe_arm(other) for other in ARM_NAMES}
+    assert list(said.values()).count(describe_arm(name)) == 1
 
 
 def test_categories_have_a_column_for_each_arm(results: Results) -> None:

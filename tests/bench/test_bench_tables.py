@@ -20,7 +20,7 @@ from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.compare import compare
 from quasar_core.bench.document import as_record
 from quasar_core.bench.metrics import measure
-from quasar_core.bench.plots import accepted_per_step, draw_speedups, plot
+from quasar_core.bench.plots import accepted_per_step, draw_accepted, draw_speedups, plot
 from quasar_core.bench.results import Results, read_results, write_results
 from quasar_core.config import LoadOptions
 from quasar_core.errors import QuasarError, UsageError
@@ -161,6 +161,15 @@ def test_a_bar_has_its_number_with_its_doubt(questions: int, number: str) -> Non
     axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
     draw_speedups(axes, of_questions(questions, 9.0))
     assert [text.get_text() for text in axes.texts] == [number]
+
+
+def test_steps_that_accepted_many_tokens_share_a_bar() -> None:
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    steps = [Step(20, 0)] * 2 + [Step(90, 16), Step(90, 90)]
+    rows = [make_row("ngram", 1, [1] * 111, make_stats(111, 1.0, steps))]
+    draw_accepted(axes, Results(make_run(config=BenchConfig(("ngram",))), rows))
+    assert [bar.get_height() for bar in axes.patches] == [50, *[0] * 15, 50]
+    assert axes.get_xticklabels()[-1].get_text() == "16 or more"
 
 
 def test_the_figure_says_in_how_many_answers_the_text_is_plain_decodings(tmp_path: Path) -> None:

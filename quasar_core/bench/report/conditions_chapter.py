@@ -55,18 +55,35 @@ def describe_arm(name: str) -> str:
     if name == TWIN:
         return "vanilla once more, on every fourth question, to see the noise"
     if arm.is_peer:
-        return f"{arm.program}, in a process of its own"
+        return f"{_PEERS[name]}, in a process of its own"
     if arm.draft == "none":
         return _ALONE.get(arm.verify, arm.verify)
-    drafts = _DRAFTS.get(arm.draft, f"drafts of {arm.draft}")
+    drafts = _DRAFTS.get(arm.draft, f"drafts of {arm.draft}") + ("" if arm.trees else " without branches")
     return f"{drafts}; {_CHECKED.get(arm.verify, arm.verify)}"
 
 
+_PEERS = {
+    "transformers": "transformers’ generate, plain",
+    "transformers-pld": "transformers’ generate with prompt lookup",
+    "transformers-assisted": "transformers’ generate with a small model that drafts",
+    "llama.cpp": "llama.cpp’s server, plain",
+    "llama.cpp-spec": "llama.cpp’s server with its own drafts",
+    "vllm": "vLLM’s engine, plain",
+    "vllm-ngram": "vLLM’s engine with its n-gram drafts",
+    "vllm-draft": "vLLM’s engine with a small model that drafts",
+}
 _ALONE = {
     "full": "the full-precision model, a token a pass: plain decoding",
     "quantized": "the low-bit copy, a token a pass: the copy’s text",
 }
-_DRAFTS = {"ngram": "n-gram drafts", "auto": "drafts by all drafters that pay"}
+_DRAFTS = {
+    "ngram": "n-gram drafts",
+    "auto": "drafts by all drafters that pay",
+    "suffix": "drafts of the suffix automaton",
+    "recycle": "drafts from what earlier passes computed",
+    "assistant": "drafts of a small model",
+    "layer-skip": "drafts of the model without some of its blocks",
+}
 _CHECKED = {
     "full": "the full-precision model checks them: its own text",
     "quantized": "the low-bit copy checks them: the copy’s text, not the full-precision model’s",
