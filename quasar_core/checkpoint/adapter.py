@@ -28,16 +28,21 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _WEIGHTS = frozenset((".bin", ".pt", ".pth", ".safetensors", ".gguf", ".h5", ".msgpack"))
 _ENDS = {"lora_A.weight": "a", "lora_B.weight": "b"}
-# Options of peft that change the sum above, and the values with which they do not.
+# Options of peft that change the sum above, or the model that it is added to, and the values with which they do not.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
     "bias": ("none", None),
-    "modules_to_save": (None, []),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, []),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # others begin by changing the model
 }
+# Options that say where it came from and how it was trained. Whatever else is set may change the sum.
+_TOLD = frozenset(
+    (
+        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules"),
+        *("inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout"),
+        *("megatron_core", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules"),
+        *("task_type", "use_rslora", *_ONLY),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,27 @@ class Adapter:
             )
         return (weight.float() + (b.float() @ a.float()) * self.scales[name]).to(weight.dtype)
 
+    def for_files(self, files: TensorFiles) -> "Adapter":
+        """The same by the names that the weights have in a model's files; QuasarError for one that is not there.
+
+        An adapter of a multimodal model's text part may call it as either version of transformers does, or as a text
+        model does.
+        """
+        found: dict[str, str] = {}
+        for name in self.pairs:
+            stored = files.stored(files.own(name))
+            if stored not in files.beside and not files.holds_whole(name):
+                module = name.removesuffix(".weight")
+                raise QuasarError(f"{self.folder} does not fit {files.folder}: the model has no {module}.")
+            if stored in found:
+                raise QuasarError(f"{self.folder} changes {stored} twice: as {found[stored]} and as {name}.")
+            found[stored] = name
+        return Adapter(
+            self.folder,
+            {stored: self.pairs[name] for stored, name in found.items()},
+            {stored: self.scales[name] for stored, name in found.items()},
+        )
+
 
 def read_adapter(folder: Path) -> Adapter:
     """The LoRA of a folder; QuasarError where there is none, or one that adds more than products of two matrices."""
@@ -66,9 +92,10 @@ def read_adapter(folder: Path) -> Adapter:
     if not is_file(folder / WEIGHTS):
         raise QuasarError(f"{folder} holds no {WEIGHTS}; pickled adapters are never loaded.")
     config = read_json(folder / CONFIG)
-    for option, values in _ONLY.items():
-        if config.get(option, values[0]) not in values:
-            raise QuasarError(f"{folder} is no plain LoRA: its {option} is {config[option]}.")
+    wrong = [option for option, values in _ONLY.items() if config.get(option, values[0]) not in values]
+    wrong += sorted(option for option, value in config.items() if value and option not in _TOLD)
+    if wrong:
+        raise QuasarError(f"{folder} is no plain LoRA: its {wrong[0]} is {config[wrong[0]]}.")
     found: dict[str, dict[str, torch.Tensor]] = {}
     path = folder / WEIGHTS
     with open_tensors(path) as file:
@@ -89,9 +116,7 @@ def merge_adapter(base: Path, adapter: Path, progress: Progress = no_progress) -
     lora, files = read_adapter(adapter), TensorFiles(base)
     if files.dequantized or "quantization_config" in read_json(base / "config.json"):
         raise QuasarError(f"{base} is quantized; an adapter is merged into weights of 16 or 32 bits.")
-    unknown = min((name for name in lora.pairs if not files.holds_whole(name)), default=None)
-    if unknown:
-        raise QuasarError(f"{adapter} does not fit {base}: the model has no {unknown.removesuffix('.weight')}.")
+    lora = lora.for_files(files)
     digest = hashlib.sha256((adapter / WEIGHTS).read_bytes() + (adapter / CONFIG).read_bytes())
     digest.update(fingerprint(base).encode())
     folder = home() / "merged" / digest.hexdigest()[:12] / f"{base.name}+{adapter.name}"
@@ -107,15 +132,18 @@ def merge_adapter(base: Path, adapter: Path, progress: Progress = no_progress) -
 
 def _write(base: Path, lora: Adapter, folder: Path, progress: Progress) -> None:
     """Each file of weights with what the adapter adds, and all that lies beside them."""
-    weights = weight_files(base)
+    weights, left = weight_files(base), set(lora.pairs)
     shutil.copytree(base, folder, ignore=_not_copied)
     for done, path in enumerate(weights):
         progress("merging the adapter", done, len(weights))
         with open_tensors(path) as file:
             tensors = {name: read_tensor(file, name, path) for name in file.keys()}  # noqa: SIM118
-        for name in lora.pairs.keys() & tensors.keys():
+        for name in left & tensors.keys():
             tensors[name] = lora.merged(name, tensors[name])
+        left -= tensors.keys()
         save_file(tensors, folder / path.name, metadata={"format": "pt"})
+    if left:
+        raise QuasarError(f"{base} does not hold {min(left)}, which {lora.folder} changes.")
     progress("merging the adapter", len(weights), len(weights))
 
 

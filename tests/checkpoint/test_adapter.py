@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.decoder_cases import CPU, FLOAT, fresh_logits, in_passes, random_tokens, save_model
-from safetensors.torch import save_file
+from helpers.multimodal_models import save_multimodal
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -81,6 +82,9 @@ def test_files_stay_apart_and_a_merge_is_made_once(tmp_path: Path) -> None:
         ({"modules_to_save": ["lm_head"]}, r"is no plain LoRA: its modules_to_save is \['lm_head'\]"),
         ({"rank_pattern": {"q_proj": 8}}, "its ranks or alphas differ by layer"),
         ({"lora_alpha": None}, "adapter_config.json and the matrices of .* disagree"),
+        ({"init_lora_weights": "pissa_niter_4"}, "is no plain LoRA: its init_lora_weights is pissa_niter_4"),
+        ({"alora_invocation_tokens": [5]}, r"is no plain LoRA: its alora_invocation_tokens is \[5\]"),
+        ({"an_option_to_come": {"a": 1}}, "is no plain LoRA: its an_option_to_come is"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
@@ -89,6 +93,67 @@ def test_what_is_no_plain_lora_is_refused(tmp_path: Path, options: dict[str, Any
     with pytest.raises(QuasarError, match=sentence):
         merge_adapter(tmp_path / "base", tmp_path / "lora")
     assert not (tmp_path / "home").exists()
+
+
+AS_PEFT_WRITES = {  # what of it may change the sum is off
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "megatron_config")),
+    **dict.fromkeys(("layer_replication", "layers_pattern", "modules_to_save", "target_parameters", "revision")),
+    **dict.fromkeys(("ensure_weight_tying", "fan_in_fan_out", "lora_bias", "use_dora", "use_qalora"), False),
+    "alpha_pattern": {},
+    "rank_pattern": {},
+    "loftq_config": {},
+    "init_lora_weights": True,
+    "inference_mode": True,
+    "auto_mapping": {"parent_library": "a"},
+    "lora_dropout": 0.05,
+    "peft_version": "0.18.0",
+    "task_type": "CAUSAL_LM",
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "base_model_name_or_path": "a/b",
+}
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", "model."])
+@pytest.mark.parametrize("name", ["qwen3.5", "ministral 3"])
+def test_every_matrix_is_merged_into_a_multimodal_folders_text_part(tmp_path: Path, name: str, prefix: str) -> None:
+    """By all the names that versions of transformers give its layers."""
+    model = save_multimodal(tmp_path / "base", name)
+    module, rank = "layers.1.mlp.down_proj", 4
+    a, b = torch.randn(rank, 64), torch.randn(64, rank)
+    write(tmp_path / "lora", **AS_PEFT_WRITES)
+    whole = {f"base_model.model.{prefix}{module}.lora_{part}.weight": m for part, m in (("A", a), ("B", b))}
+    save_file(whole, tmp_path / "lora" / "adapter_model.safetensors")
+    folder = merge_adapter(tmp_path / "base", tmp_path / "lora")
+    before, after = (load_file(place / "model.safetensors") for place in (tmp_path / "base", folder))
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert [key.endswith(f"{module}.weight") for key in changed] == [True]
+    model.get_submodule(f"model.language_model.{module}").weight.data += 2.0 * (b @ a)
+    logits = in_passes(load_target(folder, CPU, FLOAT), random_tokens(), [20, 1, 4])
+    torch.testing.assert_close(logits, fresh_logits(model, random_tokens()), atol=1e-4, rtol=1e-4)
+
+
+def test_a_towers_matrices_are_merged_too_and_one_weight_is_changed_once(tmp_path: Path) -> None:
+    save_multimodal(tmp_path / "base", "ministral 3")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    tower = next(key for key in before if key.startswith("model.vision_tower") and key.endswith("q_proj.weight"))
+    outputs, inputs = before[tower].shape
+    write(tmp_path / "lora")
+
+    def of(module: str, outputs: int, inputs: int) -> dict[str, torch.Tensor]:
+        a, b = torch.randn(4, inputs), torch.randn(outputs, 4)
+        return {f"base_model.model.{module}.lora_{part}.weight": m for part, m in (("A", a), ("B", b))}
+
+    save_file(of(tower.removesuffix(".weight"), outputs, inputs), tmp_path / "lora" / "adapter_model.safetensors")
+    after = load_file(merge_adapter(tmp_path / "base", tmp_path / "lora") / "model.safetensors")
+    assert [key for key in before if not torch.equal(before[key], after[key])] == [tower]
+    twice = [of(f"{prefix}layers.0.mlp.up_proj", 64, 64) for prefix in ("model.language_model.", "model.")]
+    save_file(twice[0] | twice[1], tmp_path / "lora" / "adapter_model.safetensors")
+    with pytest.raises(QuasarError, match=r"changes model\.language_model\.layers\.0\.mlp\.up_proj\.weight twice"):
+        merge_adapter(tmp_path / "base", tmp_path / "lora")
+    save_file(of("model.visual.blocks.9.q_proj", 64, 64), tmp_path / "lora" / "adapter_model.safetensors")
+    with pytest.raises(QuasarError, match=r"the model has no model\.visual\.blocks\.9\.q_proj"):
+        merge_adapter(tmp_path / "base", tmp_path / "lora")
 
 
 def test_one_of_another_model_is_refused(tmp_path: Path) -> None:
