@@ -67,32 +67,30 @@ class TensorFiles:
         self._prefixes = prefixes_of(self._stored.values()) if renamed else {}
         self._entries = {name: replace(entry, name=name) for name, entry in text.items()}
         self._where = {name: entry.file for name, entry in self._entries.items()}
-        held = {entry.name: entry.file for entry in read_headers(folder)}
-        self.beside = sorted(held.keys() - self._stored.values())
-        self._where |= {name: held[name] for name in self.beside}
-        self._stored |= {name: name for name in self.beside}
-        self._scales = self._take_scales()
+        held = {entry.name: entry for entry in read_headers(folder)}
+        beside = {name: held[name] for name in sorted(held.keys() - self._stored.values())}
+        self._where |= {name: entry.file for name, entry in beside.items()}
+        self._stored |= {name: name for name in beside}
+        self._scales = self._take_scales(self._entries)
+        self.dequantized = len(self._scales)  # weights that are stored in 8-bit floats and come as bfloat16
+        self._scales |= self._take_scales(beside)
+        self.beside = list(beside)  # what is not of the text, by its stored names
         self._entries, self._parts = stacked_experts.separate(self._entries)
         self._where |= {name: entry.file for name, entry in self._entries.items()}
         if files != [folder / WEIGHTS_NAME]:
             self._check_index(held.keys())
 
-    def _take_scales(self) -> dict[str, Path]:
-        """Where the scales of weights in 8-bit blocks lie, by the weight; they are no tensors of the model."""
-        coded = [name for name, entry in self._entries.items() if entry.dtype == float8_blocks.STORED]
+    def _take_scales(self, entries: dict[str, TensorEntry]) -> dict[str, Path]:
+        """Where the scales of weights in 8-bit blocks lie, by the weight; they are no tensors of the model, and go."""
+        coded = [name for name, entry in entries.items() if entry.dtype == float8_blocks.STORED]
         found = {name: self._where[scale] for name in coded if (scale := float8_blocks.scale_of(name)) in self._where}
         for name in found:
             module = name.removesuffix("weight")
             for extra in (float8_blocks.scale_of(name), *(f"{module}{end}" for end in float8_blocks.UNUSED)):
-                self._entries.pop(extra, None)
+                entries.pop(extra, None)
         if found:
             self._block = float8_blocks.block_size(read_config(self.folder))
         return found
-
-    @property
-    def dequantized(self) -> int:
-        """Weights that are stored in 8-bit floats and come as bfloat16."""
-        return len(self._scales)
 
     def dequantizes(self, name: str) -> bool:
         """Whether a weight is one of those."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.decoder_cases import CASES, CPU, FLOAT, in_passes, random_tokens, save_model
 from helpers.float8_models import BLOCK, to_blocks
+from helpers.multimodal_models import add_tensors, save_multimodal
 
 from quasar_core.checkpoint.float8_blocks import dequantize
 from quasar_core.checkpoint.reader import TensorFiles
@@ -30,6 +31,23 @@ def test_a_model_in_8_bit_blocks_is_the_model_that_they_stand_for(
     assert torch.equal(*logits)
     note = f"weights: {len(meant)} are stored in 8-bit floats with scales, and dequantized to bfloat16"
     assert [note in loaded.notes for loaded in models] == [False, True]
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "gemma 3", "mistral small 3.1"])
+def test_the_text_part_of_a_multimodal_folder_is_read_so_and_its_tower_too(tmp_path: Path, name: str) -> None:
+    save_multimodal(tmp_path / "plain", name)
+    add_tensors(tmp_path / "plain", {"mtp.layers.0.mlp.up_proj.weight": torch.randn(48, 64)})
+    meant = to_blocks(tmp_path / "plain", tmp_path / "blocks", whole=False)
+    files = TensorFiles(tmp_path / "blocks")
+    plain = TensorFiles(tmp_path / "plain")
+    assert (files.names(), files.beside) == (plain.names(), plain.beside)
+    assert all(torch.equal(files.load(key), weight) for key, weight in meant.items())
+    models = [load_models(tmp_path / kind, None, CPU, FLOAT) for kind in ("plain", "blocks")]
+    assert torch.equal(*(in_passes(loaded.target, random_tokens(), [20, 1, 4]) for loaded in models))
+    count = sum("language_model" in key or key.startswith("mtp.") for key in meant)
+    note = f"weights: {count} are stored in 8-bit floats with scales, and dequantized to bfloat16"
+    assert [note in loaded.notes for loaded in models] == [False, True]
+    assert "decoder: our own" in models[1].notes
 
 
 def test_scales_of_another_shape_are_refused() -> None:
