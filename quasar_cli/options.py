@@ -209,7 +209,7 @@ Draft = Annotated[
     typer.Option(
         "--draft",
         metavar="auto|none|ngram|suffix|NAME",
-        help="Who guesses the next tokens, or recycle, assistant, layer-skip; packages may add names.",
+        help="Who guesses the next tokens, or recycle, assistant, layer-skip, mtp; packages may add names.",
         rich_help_panel=_DECODING,
     ),
 ]

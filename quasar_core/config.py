@@ -12,7 +12,16 @@ VerifyMode = Literal["full", "quantized", "exact", "gated"]
 VERIFY_MODES: tuple[VerifyMode, ...] = ("full", "quantized", "exact", "gated")
 LEAST_FIDELITY = 0.5
 DraftKind = str  # one of DRAFT_KINDS, or a name under which another package registers a drafter
-DRAFT_KINDS: tuple[DraftKind, ...] = ("auto", "none", "ngram", "suffix", "recycle", "assistant", "layer-skip")
+DRAFT_KINDS: tuple[DraftKind, ...] = (
+    "auto",
+    "none",
+    "ngram",
+    "suffix",
+    "recycle",
+    "assistant",
+    "layer-skip",
+    "mtp",
+)
 DRAFTERS_GROUP = "quasar.drafters"  # the entry points of other packages' drafters
 Auto = Literal["auto"]
 Offload = Literal["auto", "none", "target"]

@@ -20,6 +20,7 @@ from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.hf.skeleton import UNLIMITED, context_limit
 from quasar_core.models.loading import load_models, recurrent_layers_in, refuse_drafts
 from quasar_core.models.memory import pair_need, require_room
+from quasar_core.models.mtp import head_bytes, head_of
 from quasar_core.models.offload import OffloadPlan, plan_offload
 from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
 from quasar_core.records import Progress, no_progress
@@ -45,8 +46,9 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
     digest = [f"digest: {_found(checkpoint, progress)}"] if options.check_digest else []
     rounds_head = options.max_memory is None  # what was allowed is planned without it
     counted = rounds_head and options.kernel == "auto"
-    room = _check_room(source.folder, checkpoint, place, precision, options.use_target, context, counted)
-    plan = plan_offload(source.folder, checkpoint, place, precision, context, options, progress)
+    beside = head_bytes(source.folder, precision) if options.draft == "mtp" else 0
+    room = _check_room(source.folder, checkpoint, place, precision, options.use_target, context, counted, beside)
+    plan = plan_offload(source.folder, checkpoint, place, precision, context, options, progress, beside)
     models = load_models(
         source.folder,
         checkpoint,
@@ -88,6 +90,8 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
             *models.notes,
         ],
     )
+    if options.draft == "mtp":
+        head_of(pair)
     return _with_assistant(pair, options, progress) if options.assistant else pair
 
 
@@ -128,11 +132,16 @@ def _check_room(
     use_target: bool,
     context: int,
     rounds_head: bool = False,
+    beside: int = 0,
 ) -> list[str]:
-    """A note of what the pair takes of a GPU's memory; QuasarError, before it is loaded, where that is too much."""
+    """A note of what the pair takes of a GPU's memory; QuasarError, before it is loaded, where that is too much.
+
+    `beside` it are so many bytes of weights.
+    """
     need = pair_need(folder, checkpoint, dtype, use_target, rounds_head) if device.type == "cuda" else None
     if need is None:
         return []
+    need = replace(need, target=need.target + beside)
     alone = pair_need(folder, checkpoint, dtype, False, rounds_head) if checkpoint else None
     return [require_room(need, alone, device, context)]
 

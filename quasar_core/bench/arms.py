@@ -49,6 +49,8 @@ ARMS = {
         Arm("recycle-chain", "full", "recycle", trees=False),
         Arm("assistant", "full", "assistant"),
         Arm("layer-skip", "full", "layer-skip"),
+        Arm("mtp", "full", "mtp"),
+        Arm("exact-mtp", "exact", "mtp"),
         Arm("quantized-ngram", "quantized", "ngram"),
         Arm("exact-ngram", "exact", "ngram"),
         Arm("quantized-only", "quantized", "none"),

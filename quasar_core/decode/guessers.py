@@ -1,4 +1,4 @@
-"""Make what guesses for a model drafter: an assistant, or the checking model without some of its blocks."""
+"""Make what guesses for a model drafter: an assistant, the checking model less some blocks, a checkpoint's own head."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,11 @@ from quasar_core.decode.costs import Role, cost_record
 from quasar_core.draft.assistant import Assistant
 from quasar_core.draft.by_model import Guesser, NoGuesser
 from quasar_core.draft.layer_skip import LayerSkip
+from quasar_core.draft.mtp import NextTokenHead
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.loading import attach
+from quasar_core.models.mtp import head_of, over, share_of_pass
 from quasar_core.models.pair import Pair
 from quasar_core.models.skipping import remembered_layers, share_of_weights, skip_layers
 
@@ -19,6 +21,8 @@ def make_guesser(pair: Pair, config: GenerationConfig, role: Role, cache: Callab
     """What `--draft` needs beside the text; `role` is the model that checks drafts, over what `cache` returns."""
     if config.draft == "assistant":
         return _assistant(pair, role)
+    if config.draft == "mtp":
+        return _next_token_head(pair, role, cache)
     return _layer_skip(pair, role, cache) if config.draft == "layer-skip" else NoGuesser()
 
 
@@ -38,6 +42,11 @@ def _layer_skip(pair: Pair, role: Role, cache: Callable[[], Any]) -> Guesser:
         raise QuasarError(f"--draft layer-skip needs all blocks in memory, and of the {role} {model.streamed} move.")
     if len(model.layers) < 2:
         raise QuasarError("--draft layer-skip needs a model of two blocks at least.")
+    if model.switches_at is not None:
+        limit = model.switches_at
+        raise QuasarError(
+            f"--draft layer-skip needs one cache, and this model's keys are computed anew at {limit} tokens."
+        )
     if model.inputs is not None or any(layer.shares for layer in model.layers):
         raise QuasarError("--draft layer-skip leaves out blocks, and this model's read what others of them hold.")
     kept, how = remembered_layers(model, _fingerprint(pair, role), role)
@@ -49,6 +58,20 @@ def _layer_skip(pair: Pair, role: Role, cache: Callable[[], Any]) -> Guesser:
     ratio = share_of_weights(model, kept)
     _note(pair, f"layer-skip: {len(kept)} of the {role}'s {len(model.layers)} blocks draft, {how}")
     return LayerSkip(some, kept, ratio, cache)
+
+
+def _next_token_head(pair: Pair, role: Role, cache: Callable[[], Any]) -> NextTokenHead:
+    own = head_of(pair)
+    model = pair.target if role == "target" else pair.verifier
+    assert isinstance(model, LeanDecoder)
+    if model.fast is not None and not model.fast.gives_rows:
+        raise QuasarError(
+            f"--draft mtp needs the model's last rows, which passes recorded on {model.device} do not give."
+        )
+    head = over(own, model)
+    ratio = share_of_pass(head, model)
+    _note(pair, f"mtp: the checkpoint's own head drafts; its pass of a token reads {ratio:.2f} of the {role}'s weights")
+    return NextTokenHead(head, ratio, cache)
 
 
 def _fingerprint(pair: Pair, role: Role) -> str | None:

@@ -77,7 +77,7 @@ def saved_share(base: float, slope: float, positions: int) -> float:
 
 def measured_slope(pair: Pair, model: LeanDecoder, now: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
     """Seconds of a pass of one token without context, and what each position more adds."""
-    far = min(FAR, pair.max_context - 1)
+    far = min(FAR, pair.max_context - 1, (model.switches_at or FAR) - 1)  # within one table of rotations
     cache = model.new_cache(far + 1)
     for states in cache.layers:
         states.zero_()  # what is read takes as long whatever it is, but for numbers that are none

@@ -39,6 +39,7 @@ BY_NAME: dict[str, Make] = {
     "recycle": lambda config, sources: RecycleDrafter(sources.successors),
     "assistant": lambda config, sources: ModelDrafter("assistant", sources.guesser),
     "layer-skip": lambda config, sources: ModelDrafter("layer-skip", sources.guesser),
+    "mtp": lambda config, sources: ModelDrafter("mtp", sources.guesser),
 }
 KNOWING = ("auto", "recycle")  # which begin with successors that are known
 AUTO = ("suffix",)  # the drafters that need no other model; of equal drafts, that of the first is taken

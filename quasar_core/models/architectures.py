@@ -185,6 +185,24 @@ SIGMOID_MIXTURE: dict[str, Any] = {
     "shared_count": "n_shared_experts",
     "first": "first_k_dense_replace",
 }
+DELTA: dict[str, Any] = {
+    **ATTENTION_BIASES,
+    "head_norms": HeadNorms(),
+    "centred_norms": True,
+    "rotates_part": True,
+    "gates_attention": True,
+    "recurrent": Recurrent("delta", "linear_attn", period=4, interval="full_attention_interval"),
+}
+DELTA_DEFAULTS: dict[str, Any] = {
+    "head_dim": 256,
+    "num_key_value_heads": 4,
+    "partial_rotary_factor": 0.25,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
 ONE_GROUP: dict[str, Any] = {"n_group": (1, None), "topk_group": (1, None)}  # of experts to choose from
 CAUSAL_ONLY: dict[str, Any] = {"use_bidirectional_attention": (None, False)}
 
@@ -345,7 +363,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         windows=Windows("all"),
         rotates_part=True,
         fused=frozenset(("qkv", "gate_up")),
-        defaults={"rms_norm_eps": 1e-5},
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
     ),
     "Olmo2ForCausalLM": Architecture(
         "olmo2",
@@ -417,21 +435,28 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3_5ForCausalLM": Architecture(
         "qwen3_5_text",
         "Qwen3.5, Qwen3.6, Qwen3.8, text, without experts",
-        **ATTENTION_BIASES,
-        head_norms=HeadNorms(),
-        centred_norms=True,
-        rotates_part=True,
-        gates_attention=True,
-        recurrent=Recurrent("delta", "linear_attn", period=4, interval="full_attention_interval"),
+        **DELTA,
+        defaults=DELTA_DEFAULTS,
+    ),
+    "Qwen3_5MoeForCausalLM": Architecture(
+        "qwen3_5_moe_text",
+        "Qwen3.5-35B-A3B and its kin, text",
+        **DELTA,
+        mixture=Mixture(
+            usual_count=256,
+            scores="chosen",  # of the same shares as a softmax of all that is made to sum to 1
+            shared="shared_expert",
+            shared_inner="shared_expert_intermediate_size",
+            shared_gate="shared_expert_gate",
+        ),
+        inner_option="moe_intermediate_size",
         defaults={
-            "head_dim": 256,
-            "num_key_value_heads": 4,
-            "partial_rotary_factor": 0.25,
-            "linear_conv_kernel_dim": 4,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 32,
+            **DELTA_DEFAULTS,
+            "num_key_value_heads": 2,
+            "intermediate_size": 512,  # which its configs do not name, as no block has an MLP
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "num_experts_per_tok": 8,
         },
     ),
     "Lfm2ForCausalLM": Architecture(

@@ -144,6 +144,7 @@ class FastPass(Protocol):
     name: str
     longest: int
     longest_tree: int  # nodes of a tree that passes at once; 0 where none does
+    gives_rows: bool  # whether it keeps what the head reads, where a cache wants it
 
     def run(self, tokens: Sequence[int], cache: Any, parents: Sequence[int] | None = None) -> torch.Tensor:
         """One pass at position `cache.length`, which moves on by T → float32 logits [T, V].

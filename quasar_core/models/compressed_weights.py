@@ -38,6 +38,8 @@ def compress(decoders: Sequence[LeanDecoder], wanted: bool | None, progress: Pro
     for decoder in decoders:
         decoder.layers = tuple(compressing.layer(layer) for layer in decoder.layers)
         decoder.head = compressing.product(decoder.head)
+        if decoder.joint is not None:
+            decoder.joint = replace(decoder.joint, projection=compressing.product(decoder.joint.projection))
     before, after = compressing.before / 1e6, compressing.after / 1e6
     return f"weights: bfloat16 in {BITS} bits each, without loss; a pass reads {after:,.0f} MB of {before:,.0f}"
 
@@ -75,6 +77,7 @@ def _dense(decoder: LeanDecoder) -> list[torch.Tensor]:
 
 def _parts(decoder: LeanDecoder) -> list[Linear]:
     products = [*(product for layer in decoder.layers for product in layer.linears), decoder.head]
+    products += [] if decoder.joint is None else [decoder.joint.projection]
     return [part for one in products for part in (one.parts if isinstance(one, FusedLinear) else (one,))]
 
 

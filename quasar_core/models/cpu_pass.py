@@ -28,6 +28,7 @@ from quasar_core.models.decoder_layer import (
     DecoderLayer,
     DenseLinear,
     FusedLinear,
+    Joint,
     LayerInputs,
     Linear,
 )
@@ -135,6 +136,7 @@ class CpuPass:
     """Implements `base.FastPass`. The decoder's tensors must stay where they are."""
 
     name = "C++"
+    gives_rows = True
     longest, longest_tree = 320, 64  # a window of 256 tokens and a draft behind it are one pass
 
     def __init__(self, decoder: LeanDecoder) -> None:
@@ -191,6 +193,8 @@ class CpuPass:
             cache.addresses,
             None if recurrent is None else recurrent.places,
             cache.capacity,
+            None if cache.given is None else cache.given[cache.length].data_ptr(),
+            None if cache.rows is None else cache.rows.place(cache.length, count).data_ptr(),
             None if logits is None else logits.data_ptr(),
             chosen,
             margins,
@@ -202,6 +206,8 @@ class CpuPass:
             self._run(self._pass, self._is_bfloat16, layers.start, layers.stop, *given)
         if recurrent is not None:
             recurrent.record()
+        if cache.rows is not None:
+            cache.rows.mark(cache.length, count)
         cache.advance(count)
         return Choices(chosen[:], margins[:], likeliest=in_rows(found[:], likeliest))
 
@@ -245,6 +251,7 @@ class CpuPass:
             head=self._fused(decoder.head),
             norms_values=norms.of_values,
             **self._inputs(decoder.inputs),
+            **self._joint(decoder.joint),
             layer=(cpp.Layer * len(layers))(*layers),
         )
 
@@ -258,6 +265,16 @@ class CpuPass:
             "inputs_projection": self._fused(inputs.projection),
             "inputs_norm": self._floats(inputs.norm),
             "inputs_scale": inputs.scale,
+        }
+
+    def _joint(self, joint: Joint | None) -> dict[str, Any]:
+        """What stands before the block of a head that goes on from another model's rows, by the fields of `Model`."""
+        if joint is None:
+            return {}
+        return {
+            "joint": self._fused(joint.projection),
+            "joint_embedding_norm": self._floats(joint.embedding_norm),
+            "joint_rows_norm": self._floats(joint.rows_norm),
         }
 
     def _layer(self, layer: DecoderLayer) -> cpp.Layer:

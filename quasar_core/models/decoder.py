@@ -6,10 +6,10 @@ tokens of a pass, L positions that it sees, H key-value heads, G query heads per
 vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch.nn.functional import embedding
@@ -21,12 +21,17 @@ from quasar_core.models.attention import AttentionMask, attend, make_mask, make_
 from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, go_on, join_choices
 from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.decoder_config import DecoderConfig
-from quasar_core.models.decoder_layer import DecoderLayer, FusedLinear, LayerInputs, Linear
+from quasar_core.models.decoder_layer import DecoderLayer, FusedLinear, Joint, LayerInputs, Linear
 from quasar_core.models.heads import Turn, normed
+from quasar_core.models.hidden_rows import HiddenRows, LastRow
+from quasar_core.models.layer_source import AllThere, LayerSource
 from quasar_core.models.recurrence_states import LayerStates
 from quasar_core.models.rope import RopeTables, query_growth
+from quasar_core.models.two_tables import TwoTableCache
 
 LONGEST_TREE = 32  # nodes, in PyTorch's operations
+
+AnyCache = DecoderCache | TwoTableCache
 
 
 @dataclass(frozen=True)
@@ -38,31 +43,6 @@ class _Place:
     tables: list[tuple[torch.Tensor, torch.Tensor]]  # cosines and sines of each rotary embedding
     growth: torch.Tensor | None  # [T, 1, 1]
     masks: dict[tuple[int | None, int, int], AttentionMask]  # by window, sinks and key-value heads
-
-
-class LayerSource(Protocol):
-    """Where the weights of blocks come from."""
-
-    @property
-    def streamed(self) -> str | None:
-        """What is fetched for every pass, in words; None where all is in memory."""
-        ...
-
-    def stretches(self) -> Iterator[range]:
-        """All blocks of a pass in order, in stretches; while one is yielded its weights are in their places."""
-        ...
-
-
-@dataclass(frozen=True)
-class AllThere:
-    """All weights are in memory."""
-
-    count: int
-    streamed = None
-
-    def stretches(self) -> Iterator[range]:
-        """All blocks at once."""
-        yield range(self.count)
 
 
 class LeanDecoder(CausalLM):
@@ -77,9 +57,12 @@ class LeanDecoder(CausalLM):
         head: Linear,
         ropes: Sequence[RopeTables],
         inputs: LayerInputs | None = None,
+        joint: Joint | None = None,
     ) -> None:
         self.config, self.embedding, self.layers = config, embedding, tuple(layers)
         self.norm, self.head, self.ropes, self.inputs = norm, head, tuple(ropes), inputs
+        self.joint = joint  # of a head that goes on from another model's rows
+        self.keeps_rows = False  # whether its caches keep the rows that the head reads
         self.fast: FastPass | None = None  # runs the passes of decoding, where there is one
         self.source: LayerSource = AllThere(len(self.layers))
         self._sights = {
@@ -110,13 +93,32 @@ class LeanDecoder(CausalLM):
             parts = product.parts if isinstance(product, FusedLinear) else (product,)
             yield from (part for part in parts if isinstance(part, PackedLinear))
 
-    def new_cache(self, capacity: int) -> DecoderCache:
+    @property
+    def switches_at(self) -> int | None:
+        """The length of texts beyond which all of a text is rotated by another table; None where no text is."""
+        rope = self.config.ropes[0]
+        return rope.limit if rope.switches else None
+
+    def new_cache(self, capacity: int) -> Any:
         """A cache for this model, and for any model of the same shape."""
+        limit = self.switches_at
+        if limit is None or capacity <= limit:
+            return self._one_cache(capacity)
+        return TwoTableCache(self._one_cache(limit), self._one_cache(capacity), limit, self._write)
+
+    def _write(self, tokens: Sequence[int], cache: DecoderCache) -> None:
+        self._plain_pass(tokens, cache, last_only=True)
+
+    def _one_cache(self, capacity: int) -> DecoderCache:
         for rope in self.ropes:
             rope.reach(capacity)
         recurrences = [layer.recurrence for layer in self.layers]
         cache = DecoderCache(self.config.blocks, capacity, self.device, self.dtype, recurrences)
         cache.limit = self.ropes[0].limit
+        if self.keeps_rows:
+            cache.rows = HiddenRows(capacity, self.config.hidden_size, self.device, self.dtype)
+        if self.joint is not None:
+            cache.rows = LastRow(self.config.hidden_size, self.device, self.dtype)
         return cache
 
     @property
@@ -134,6 +136,8 @@ class LeanDecoder(CausalLM):
     @property
     def why_chains(self) -> str | None:
         """See `models/base.py`."""
+        if self.switches_at is not None:
+            return f"rotations change at {self.switches_at} tokens, and a tree may stand on both sides"
         return "the states of recurrent layers follow one text" if self.config.is_recurrent else None
 
     @steered
@@ -155,30 +159,37 @@ class LeanDecoder(CausalLM):
         return self.fast.choose(tokens, cache, likeliest, parents=parents)
 
     @steered
-    def forward(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool = False) -> torch.Tensor:
+    def forward(self, tokens: Sequence[int], cache: AnyCache, last_only: bool = False) -> torch.Tensor:
         """One pass of T tokens → float32 logits [T, V] ([1, V] with `last_only`, as of a prompt).
 
         The fast pass takes any number of tokens, in parts: what decoding writes depends on no limit of its own.
         """
         cache.check_room(len(tokens))
+        rows = [self._forward(run, one, last_only) for run, one in _runs(tokens, cache)]
+        return rows[-1] if last_only or len(rows) == 1 else torch.cat(rows)
+
+    def _forward(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool) -> torch.Tensor:
         if self.fast is None or last_only:
             return self._plain_pass(tokens, cache, last_only)
         parts = [self.fast.run(part, cache) for part in _parts(tokens, self.fast.longest)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @steered
-    def choose(self, tokens: Sequence[int], cache: DecoderCache, likeliest: int = 0) -> Choices:
+    def choose(self, tokens: Sequence[int], cache: AnyCache, likeliest: int = 0) -> Choices:
         """One pass → the best token of each row, its margin, and so many `likeliest` tokens."""
         cache.check_room(len(tokens))
+        return join_choices([self._choose(run, one, likeliest) for run, one in _runs(tokens, cache)])
+
+    def _choose(self, tokens: Sequence[int], cache: DecoderCache, likeliest: int) -> Choices:
         if self.fast is None:
             return choose_best(self._plain_pass(tokens, cache, last_only=False), likeliest)
         return join_choices([self.fast.choose(part, cache, likeliest) for part in _parts(tokens, self.fast.longest)])
 
     def pass_prompt(
-        self, tokens: Sequence[int], cache: DecoderCache, chunk: int, before_pass: Callable[[], None] = go_on
+        self, tokens: Sequence[int], cache: AnyCache, chunk: int, before_pass: Callable[[], None] = go_on
     ) -> torch.Tensor:
         """See `models/base.py`. Where weights are fetched for every pass, they are for all chunks at once."""
-        if self.streamed is None:
+        if self.streamed is None or isinstance(cache, TwoTableCache):
             return super().pass_prompt(tokens, cache, chunk, before_pass)
         cache.check_room(len(tokens))
         return self._sweep(list(_parts(tokens, chunk)), cache, before_pass)
@@ -193,9 +204,13 @@ class LeanDecoder(CausalLM):
     ) -> torch.Tensor:
         place = self._place(cache, cache.length, len(tokens), parents)
         hidden, inputs = self.embed(torch.tensor(tokens, device=self.device))
+        if self.joint is not None:
+            assert cache.given is not None
+            hidden = self.joint(hidden, cache.given[place.start : place.end], self.config.eps)
         for layers in self.source.stretches():
             for index in layers:
                 self._run_layer(index, hidden, inputs[index], cache, place)
+        self._keep_rows(hidden, cache, place.start)
         cache.advance(len(tokens))
         return self.head_logits(hidden[-1:] if last_only else hidden)
 
@@ -210,6 +225,8 @@ class LeanDecoder(CausalLM):
                     before()
                     place = self._place(cache, start, len(hidden))
                     self._run_layer(index, hidden, inputs[index], cache, place)
+        for start, (hidden, _) in zip(starts, embedded, strict=False):
+            self._keep_rows(hidden, cache, start)
         cache.advance(starts[-1] - cache.length)
         return self.head_logits(embedded[-1][0][-1:])
 
@@ -244,6 +261,12 @@ class LeanDecoder(CausalLM):
             self._add(hidden, self.own_input(layer, hidden, given), layer.input_out_norm)
         if layer.scalar is not None:
             hidden *= layer.scalar
+
+    def _keep_rows(self, hidden: torch.Tensor, cache: DecoderCache, start: int) -> None:
+        """Keep what the head reads of the residual stream [T, in] of a pass at `start`, where the cache wants it."""
+        if cache.rows is not None:
+            cache.rows.place(start, len(hidden)).copy_(self._normed(hidden, self.norm))
+            cache.rows.mark(start, len(hidden))
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of the residual stream [T, in] behind the last block → float32 logits [T, V]."""
@@ -361,6 +384,11 @@ class LeanDecoder(CausalLM):
         if config.logits_scale != 1:
             x = x * config.logits_scale
         return x if config.logits_cap is None else torch.tanh(x / config.logits_cap) * config.logits_cap
+
+
+def _runs(tokens: Sequence[int], cache: AnyCache) -> Iterable[tuple[Sequence[int], DecoderCache]]:
+    """The tokens of a pass in runs that are rotated alike, each with the cache that it is passed over."""
+    return cache.runs(tokens) if isinstance(cache, TwoTableCache) else [(tokens, cache)]
 
 
 def _parts(tokens: Sequence[int], longest: int) -> Iterator[Sequence[int]]:

@@ -9,6 +9,7 @@ import torch
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.models.block_config import BlockConfig
+from quasar_core.models.hidden_rows import HiddenRows, Rows
 from quasar_core.models.recurrence import Recurrence
 from quasar_core.models.recurrence_states import LayerStates
 from quasar_core.models.rope import PromptLength
@@ -18,8 +19,12 @@ class DecoderCache(PromptLength):
     """Implements `models.base.KVCache`; a layer is one tensor [2, H, capacity, D], keys before values.
 
     The positions of a head lie next to each other, so attention reads it from end to end. A recurrent layer has states
-    in the place of keys and values, of which those that decoding may go back to are kept.
+    in the place of keys and values, of which those that decoding may go back to are kept. `rows` keeps what the head
+    reads, where that is wanted; `given` [capacity, in] are the rows that a joint reads.
     """
+
+    rows: Rows | None = None
+    given: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -68,6 +73,8 @@ class DecoderCache(PromptLength):
             if place != node:  # a node lies behind every place before its own
                 for states in self.layers:
                     states[:, :, start + place] = states[:, :, start + node]
+        if isinstance(self.rows, HiddenRows):
+            self.rows.keep(start, nodes)
         self.rollback(start + len(nodes))
 
     def rollback(self, length: int) -> None:

@@ -113,3 +113,17 @@ class LayerInputs:
         projected = (self.projection(hidden) * hidden.shape[-1] ** -0.5).unflatten(-1, (-1, len(self.norm)))
         mixed = (normed(projected, self.norm, eps) + own.view_as(projected)) * 2**-0.5
         return mixed.transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What stands before the block of a head that goes on from another model's rows (`models/mtp.py`)."""
+
+    embedding_norm: torch.Tensor  # [in]
+    rows_norm: torch.Tensor  # [in]
+    projection: Linear  # 2·in → in, of the embedding and the row beside one another
+
+    def __call__(self, embedded: torch.Tensor, given: torch.Tensor, eps: float) -> torch.Tensor:
+        """Of embeddings and rows [T, in] → [T, in]."""
+        both = normed(embedded, self.embedding_norm, eps), normed(given, self.rows_norm, eps)
+        return self.projection(torch.cat(both, dim=-1))

@@ -47,11 +47,12 @@ class Filling:
         dtype: torch.dtype,
         config: DecoderConfig,
         places: Mapping[tuple[str, ...], torch.Tensor | CompressedWeight] = MappingProxyType({}),
+        renamed: tuple[tuple[str, str], ...] = (),
     ) -> None:
         self.files, self.device, self.dtype = files, device, dtype
         self._places = places  # of products whose weights are not filled here
         self._centred = config.centred_norms
-        self._renamed = config.mixture.row.renamed if config.mixture else ()
+        self._renamed = (*(config.mixture.row.renamed if config.mixture else ()), *renamed)
         self._waiting: dict[str, list[torch.Tensor]] = {}  # its places
         self._norms: list[torch.Tensor] = []
         self._activations: list[torch.Tensor] = []
@@ -82,6 +83,7 @@ class Filling:
 
     def floats(self, name: str, size: int) -> torch.Tensor:
         """Stored numbers [size], in float32 whatever the weights are."""
+        name = self._stored(name)
         self.files.check_shape(name, (size,))
         whole = torch.empty(size, device=self.device)
         self._waiting[name] = [whole]
@@ -95,7 +97,7 @@ class Filling:
         return [DenseLinear(weight) for weight in whole.view(len(products), -1, products[0].columns)]
 
     def _stored(self, name: str) -> str:
-        """The name in the files, where transformers 5 may have written another one."""
+        """The name in the files, where another one may stand there: of transformers 5, or of a head's block."""
         other = name
         for part, later in self._renamed:
             other = other.replace(part, later)
@@ -107,11 +109,13 @@ class Filling:
 
     def norm(self, name: str, size: int) -> torch.Tensor:
         """A norm's weight [size]; centred ones become whole, in float32, as 1 + w has more bits than w."""
+        name = self._stored(name)
         self.files.check_shape(name, (size,))
         return self._place_norm([name], [1], size)[0]
 
     def repeated_norms(self, names: Sequence[str], times: Sequence[int], size: int) -> torch.Tensor:
         """One tensor [sum of times, size]; a stored vector is of `size` and repeated, or as long as its rows."""
+        names = [self._stored(name) for name in names]
         for name, count in zip(names, times, strict=True):
             if self.files.shape(name) != (count * size,):
                 self.files.check_shape(name, (size,))
@@ -162,6 +166,12 @@ class Filling:
         for name in names:
             if name not in self._waiting and name not in shared and not has_no_effect(name, config):
                 raise QuasarError(f"{self.files.folder} holds {name}, which {config.architecture} does not have.")
+
+    def refuse_left_over(self, names: Sequence[str]) -> None:
+        """QuasarError for one of these stored tensors that nothing is made of."""
+        left = next((name for name in names if name not in self._waiting), None)
+        if left:
+            raise QuasarError(f"{self.files.folder} holds {left}, which quasar has no place for.")
 
     def fill(self, progress: Progress = no_progress, sparing: StreamedWeights | None = None) -> None:
         """Copy everything from the files, file by file; `sparing` memory, which keeps nothing of the files."""

@@ -176,7 +176,7 @@ def _build(config: DecoderConfig, filling: Filling, make: Callable[[Product, Den
     """The decoder, its tensors allocated and not yet filled."""
     shared = config.tied and EMBEDDING not in filling.files  # by the head's name alone, as transformers 4 wrote many
     embedding = filling.tensor([f"{HEAD}.weight" if shared else EMBEDDING], [config.vocab_size], config.hidden_size)
-    layers = [_build_layer(config, index, filling, make) for index in range(config.num_layers)]
+    layers = [build_layer(config, index, filling, make) for index in range(config.num_layers)]
     norm = filling.norm(f"model.{config.names.last_norm}.weight", config.hidden_size)
     own_head: Dense = (lambda _: DenseLinear(embedding)) if config.tied else filling.linear
     head = make(head_product(config), own_head)
@@ -197,9 +197,10 @@ def _build_inputs(config: DecoderConfig, filling: Filling) -> LayerInputs | None
     )
 
 
-def _build_layer(
+def build_layer(
     config: DecoderConfig, index: int, filling: Filling, make: Callable[[Product, Dense], Linear]
 ) -> DecoderLayer:
+    """A block, its tensors allocated and not yet filled."""
     block, norms = config.blocks[index], dict[str, Any]()
     prefix = f"model.layers.{index}"
     for field in ("input_norm", "out_norm", "mlp_norm", "down_norm"):

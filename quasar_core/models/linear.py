@@ -51,6 +51,8 @@ def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
     if "qkv" in config.fused:
         qkv = product(f"{attention}.qkv_proj", (queries + 2 * states,), hidden, config.qkv_bias)
     products = {"qkv": qkv, "out": product(f"{attention}.{names.out}", (hidden,), queries, config.out_bias)}
+    if block.recurrence is not None:
+        products = recurrent_products(block.recurrence, f"model.layers.{index}.{config.recurrent_module}", hidden)
     if block.sparse:
         return products
     up = product(f"{mlp}.{names.gate} {mlp}.{names.up}", (inner, inner), hidden, config.mlp_bias)
@@ -59,9 +61,6 @@ def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
     elif not config.gated:
         up = product(f"{mlp}.{names.up}", (inner,), hidden, config.mlp_bias)
     products |= {"gate_up": up, "down": product(f"{mlp}.{names.down}", (hidden,), inner, config.mlp_bias)}
-    if block.recurrence is not None:
-        prefix = f"model.layers.{index}.{config.recurrent_module}"
-        products |= recurrent_products(block.recurrence, prefix, hidden)
     if config.inputs_size:
         products["input_gate"] = product("per_layer_input_gate", (config.inputs_size,), hidden, False)
         products["input_out"] = product("per_layer_projection", (hidden,), config.inputs_size, False)

@@ -105,8 +105,9 @@ def plan_offload(
     context: int,
     options: LoadOptions,
     progress: Progress = no_progress,
+    beside: int = 0,
 ) -> OffloadPlan | None:
-    """Which of the target's blocks are streamed; None where all stay.
+    """Which of the target's blocks are streamed; None where all stay. `beside` are bytes of further weights.
 
     UsageError for what was asked for and is not there, and where too little memory was allowed.
     """
@@ -120,6 +121,7 @@ def plan_offload(
         return None
     need = pair_need(folder, checkpoint, dtype)
     assert need is not None
+    need = replace(need, target=need.target + beside)
     movable = Movable(*movable_products(folder, checkpoint), dtype)
     tokens = min(context, options.max_context or PLANNED_CONTEXT)
     budget = budget_here(options.max_memory)

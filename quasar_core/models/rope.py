@@ -3,7 +3,8 @@
 With two scalings, dynamic NTK and longrope, the frequencies depend on the text's length. Up to a limit a text has the
 frequencies of training. Beyond it, a token is rotated as the text that ends with it has it, and a prompt's tokens all
 as the whole prompt has it; that is what transformers' `generate` does, whose first pass is the prompt and each later
-one a token. Here a pass may be a piece of a prompt or several drafted tokens.
+one a token. Here a pass may be a piece of a prompt or several drafted tokens. Phi-3 has one other table for all tokens
+of a text beyond the limit, and computes its keys anew there (`two_tables.py`).
 Letters: D head size, R rotated channels of a head, T positions of a pass, P tokens of a prompt.
 """
 
@@ -14,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "alpha", "proportional")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "alpha", "proportional", "longrope")
 FIRST_ROWS = 1024
 
 
@@ -40,6 +41,18 @@ class RopeConfig:
         """Positions that the model knew before its context was extended."""
         return int(self.options.get("original_max_position_embeddings") or self.max_positions)
 
+    @property
+    def switches(self) -> bool:
+        """Whether all of a text is rotated by another table where it grows beyond the limit."""
+        return self.kind == "longrope"
+
+    @property
+    def limit(self) -> int | None:
+        """The longest text that has the frequencies of training; None where every text has them."""
+        if self.switches:
+            return self.trained_positions
+        return self.max_positions if self.kind == "dynamic" else None
+
 
 def inverse_frequencies(rope: RopeConfig, positions: int) -> tuple[torch.Tensor, float]:
     """Frequencies [R/2] in radians per position for a text of `positions`, and a factor on cosines and sines."""
@@ -50,6 +63,8 @@ def inverse_frequencies(rope: RopeConfig, positions: int) -> tuple[torch.Tensor,
         return _frequencies(rope.theta * float(rope.options["alpha"]) ** (size / (size - 2)), size), 1.0
     if rope.kind == "proportional":
         return _proportional(rope), 1.0
+    if rope.kind == "longrope":
+        return _longrope(rope, positions), _longrope_magnitude(rope)
     frequencies = _frequencies(rope.theta, rope.channels)
     if rope.kind == "linear":
         return frequencies / rope.options["factor"], 1.0
@@ -60,8 +75,8 @@ def inverse_frequencies(rope: RopeConfig, positions: int) -> tuple[torch.Tensor,
     return frequencies, 1.0
 
 
-def _frequencies(theta: float, head_size: int) -> torch.Tensor:
-    return torch.pow(theta, torch.arange(0, head_size, 2, dtype=torch.float32) / head_size).reciprocal()
+def _frequencies(theta: float, head_size: int, divisors: torch.Tensor | float = 1.0) -> torch.Tensor:
+    return (divisors * torch.pow(theta, torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)).reciprocal()
 
 
 def _proportional(rope: RopeConfig) -> torch.Tensor:
@@ -85,6 +100,20 @@ def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     turns = rope.trained_positions * frequencies / (2 * math.pi)  # within the trained context
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / factor
+
+
+def _longrope(rope: RopeConfig, positions: int) -> torch.Tensor:
+    """LongRoPE (Ding et al., 2024, arXiv 2402.13753): a divisor of each frequency, one set for each kind of text."""
+    kind = "long_factor" if positions > rope.trained_positions else "short_factor"
+    return _frequencies(rope.theta, rope.channels, torch.tensor(rope.options[kind], dtype=torch.float32))
+
+
+def _longrope_magnitude(rope: RopeConfig) -> float:
+    """The factor on cosines and sines, the same for short texts."""
+    given, factor = rope.options.get("attention_factor"), _yarn_factor(rope)
+    if given is not None:
+        return float(given)
+    return math.sqrt(1 + math.log(factor) / math.log(rope.trained_positions)) if factor > 1 else 1.0
 
 
 def _yarn(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
@@ -129,30 +158,40 @@ class RopeTables:
 
     def __init__(self, rope: RopeConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.rope, self.device, self.dtype = rope, device, dtype
-        self._cos, self._sin = self._compute(0, FIRST_ROWS, self.rope.max_positions)
+        self._usual = rope.limit or rope.max_positions  # the length of texts that have the frequencies of training
+        self._cos, self._sin = self._compute(0, FIRST_ROWS, self._usual)
+        self._long: tuple[torch.Tensor, torch.Tensor] | None = None  # of texts beyond the limit, where these are alike
 
     def reach(self, end: int) -> None:
         """Make room for positions below `end`."""
         if end > self._cos.shape[0]:
             rows = max(end, 2 * self._cos.shape[0])
-            self._cos, self._sin = self._compute(0, rows, self.rope.max_positions)
+            self._cos, self._sin = self._compute(0, rows, self._usual)
 
     @property
     def limit(self) -> int | None:
-        """The longest text that has the frequencies of training; None where every text has them."""
-        return self.rope.max_positions if self.rope.kind == "dynamic" else None
+        """See `RopeConfig`."""
+        return self.rope.limit
 
     def rows(self, start: int, end: int, prompt_length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [T, 1, D] of the positions of a pass in a text whose prompt has `prompt_length` tokens.
 
         Beyond its limit, dynamic scaling rotates a token as the text that ends with it, and a prompt as a whole has it.
         """
+        if self.stretches_at(end, prompt_length) and self.rope.switches:
+            return self._long_rows(start, end)
         if self.stretches_at(end, prompt_length):
             runs = spans(start, end, prompt_length, self.rope.max_positions)
             cos, sin = zip(*(self._compute(*run) for run in runs), strict=True)
             return torch.cat(cos), torch.cat(sin)
         self.reach(end)
         return self._cos[start:end], self._sin[start:end]
+
+    def _long_rows(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._long is None or len(self._long[0]) < end:
+            self._long = self._compute(0, end + FIRST_ROWS, self._usual + 1)
+        cos, sin = self._long
+        return cos[start:end], sin[start:end]
 
     def stretches_at(self, end: int, prompt_length: int = 0) -> bool:
         """Whether some of the frequencies before `end` are not those of training."""

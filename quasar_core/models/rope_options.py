@@ -1,6 +1,7 @@
 """Read the rotary embeddings that a config.json asks for, by the older names of its options and by the newer."""
 
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 from quasar_core.models.architectures import Architecture
@@ -12,12 +13,14 @@ ROPE_OPTIONS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 _NUMBER = float | None
 ROPE_TYPES: dict[str, Any] = {
     "rope_type": str | None,
     "type": str | None,
     "truncate": bool | None,
+    **dict.fromkeys(("short_factor", "long_factor"), list[float] | None),
     **dict.fromkeys(
         (
             "rope_theta",
@@ -75,20 +78,36 @@ def _why_not_one(row: Architecture, options: Mapping[str, Any], rope: Mapping[st
         return "it rotates whole heads, and config.json has a partial_rotary_factor"
     if not 0 < part <= 1:
         return f"its partial_rotary_factor is {part}"
-    if kind not in ROPE_KINDS:
+    if kind not in ROPE_KINDS or (kind == "longrope" and row.model_type != "phi3"):
         return f"it has no rope scaling of the type {kind}"
     needed = (*ROPE_OPTIONS.get(kind, ()), *(("llama_4_scaling_beta",) if row.grows_queries else ()))
     needed += ("original_max_position_embeddings",) if row.grows_queries else ()
+    rope = _with_trained_positions(rope, options)
     missing = [key for key in needed if rope.get(key) is None]
-    return f"its {kind} rope scaling has no {missing[0]}" if missing else None
+    if missing:
+        return f"its {kind} rope scaling has no {missing[0]}"
+    return _why_not_factors(options, rope, part) if kind == "longrope" else None
+
+
+def _why_not_factors(options: Mapping[str, Any], rope: Mapping[str, Any], part: float) -> str | None:
+    """Of longrope: one positive factor for each frequency."""
+    size = options.get("head_dim") or options["hidden_size"] // options["num_attention_heads"]
+    for key in ("short_factor", "long_factor"):
+        if len(rope[key]) != int(size * part) // 2 or not all(0 < factor < inf for factor in rope[key]):
+            return f"its {key} is not {int(size * part) // 2} positive numbers"
+    return None
+
+
+def _with_trained_positions(rope: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A scaling's options; the length of training may stand beside them."""
+    name = "original_max_position_embeddings"
+    return {**rope, **({name: options[name]} if name in options else {})}
 
 
 def _rope(
     row: Architecture, options: Mapping[str, Any], rope: Mapping[str, Any], theta: float | None, head_size: int
 ) -> RopeConfig:
-    rope = dict(rope)
-    if "original_max_position_embeddings" in options:
-        rope["original_max_position_embeddings"] = options["original_max_position_embeddings"]
+    rope = _with_trained_positions(rope, options)
     return RopeConfig(
         _kind(row, rope),
         float(rope.get("rope_theta") or theta or 10_000.0),

@@ -36,7 +36,8 @@ class Served:
         has_target, has_verifier = pair.target is not None, pair.verifier is not None
         runs = {"exact": has_target and has_verifier, "full": has_target, "quantized": has_verifier}
         self.modes: list[VerifyMode] = [mode for mode in VERIFY_MODES if runs.get(mode)]  # not gated
-        kinds = [kind for kind in DRAFT_KINDS if kind != "assistant" or pair.assistant is not None]
+        needed = {"assistant": pair.assistant, "mtp": pair.head}
+        kinds = [kind for kind in DRAFT_KINDS if needed.get(kind, kind) is not None]
         self.drafts = tuple(dict.fromkeys([*kinds, settings.defaults.draft]))
         self.most_prompt = min(settings.most_prompt or pair.max_context, pair.max_context - 1)
         self._tokenizer = copy.deepcopy(pair.tokenizer)

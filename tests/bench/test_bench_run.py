@@ -208,6 +208,8 @@ def test_arms_by_name() -> None:
         "recycle-chain": ("full", "recycle"),
         "assistant": ("full", "assistant"),
         "layer-skip": ("full", "layer-skip"),
+        "mtp": ("full", "mtp"),
+        "exact-mtp": ("exact", "mtp"),
         "quantized-ngram": ("quantized", "ngram"),
         "exact-ngram": ("exact", "ngram"),
         "quantized-only": ("quantized", "none"),

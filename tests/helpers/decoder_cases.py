@@ -74,7 +74,7 @@ MAMBA = {
 # Families whose logits are held to 1e-5 itself; others amplify what float32 rounds (norms of 1 + w, growing queries).
 STRICT = {"Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"}
 # And one whose norms of what states give amplify it most: transformers' own logits differ so, passed token by token.
-AMPLIFYING = {"Qwen3_5": 4.0}
+AMPLIFYING = {"Qwen3_5": 4.0, "Qwen3_5Moe": 4.0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama without groups": ("Llama", {"num_key_value_heads": 4}),
@@ -201,6 +201,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         },
     ),
+    "qwen3.5 moe": (
+        "Qwen3_5Moe",
+        {
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            **DELTA,
+            **EXPERTS,
+            "shared_expert_intermediate_size": 48,
+        },
+    ),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "conv", "full_attention", "conv"], "tie_word_embeddings": True}),
     "lfm2, biases, plain MLP": (
         "Lfm2",
@@ -259,17 +268,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dots 1": ("Dots1", {**SIGMOIDS, "norm_topk_prob": True, "n_group": 1, "topk_group": 1}),
 }
-CENTRED = ("Gemma2", "Gemma3", "Qwen3_5")  # whose norms are 1 + w
+CENTRED = ("Gemma2", "Gemma3", "Qwen3_5", "Qwen3_5Moe")  # whose norms are 1 + w
 # Classes whose names do not come of that of their model.
 CLASSES = {
     "Qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM"),
+    "Qwen3_5Moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM"),
     "Gemma4": ("Gemma4TextConfig", "Gemma4ForCausalLM"),
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
 }
 
 
-RECURRENT = {"Qwen3_5", "Lfm2", "GraniteMoeHybrid"}
-MIXTURES = {"Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "Glm4Moe", "Dots1"}
+RECURRENT = {"Qwen3_5", "Qwen3_5Moe", "Lfm2", "GraniteMoeHybrid"}
+MIXTURES = {"Qwen3_5Moe", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "Glm4Moe", "Dots1"}
 
 
 def recorded_cases(*without: str) -> list[str]:

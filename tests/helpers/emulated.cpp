@@ -20,6 +20,8 @@ struct Call {
     const float* growth;
     void* const* states;
     const StatePlace* recurrent;
+    const void* given;
+    void* rows;
     float* logits;
     int64_t* chosen;
     float* margins;
@@ -70,8 +72,8 @@ void run(const Call& call) {
     if (call.kind >= 3) return run_compressed(call);
     void* pass = quasar_pass_new(call.model);
     quasar_pass_run(pass, call.is_bfloat16, 0, call.model->layers, call.tokens, call.parents, call.count, call.position,
-                    call.cos, call.sin, call.growth, call.states, call.recurrent, call.capacity, call.logits, call.chosen,
-                    call.margins, call.wanted, call.likeliest, call.threads);
+                    call.cos, call.sin, call.growth, call.states, call.recurrent, call.capacity, call.given, call.rows,
+                    call.logits, call.chosen, call.margins, call.wanted, call.likeliest, call.threads);
     quasar_pass_delete(pass, call.is_bfloat16);
 }
 

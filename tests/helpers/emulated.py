@@ -24,7 +24,8 @@ from quasar_core.kernels.cpu.library import (
 
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int
 _POINTERS = ("model", "tokens", "parents", "cos", "sin", "growth", "states", "recurrent")
-_POINTERS += ("logits", "chosen", "margins", "likeliest", "rule", "strips", "bases", "first", "outliers")
+_POINTERS += ("given", "rows", "logits", "chosen", "margins", "likeliest", "rule")
+_POINTERS += ("strips", "bases", "first", "outliers")
 _NUMBERS = ("is_bfloat16", "count", "position", "capacity", "wanted", "inputs", "outputs", "groups", "group")
 _NUMBERS += ("bits", "threads")
 
@@ -142,7 +143,7 @@ class Emulated:
         """One pass, over all layers."""
         assert (begin, end) == (0, self._models[number - 1].layers)
         tokens, parents, count, position, cos, sin, growth, states, recurrent, capacity, *results = more
-        logits, chosen, margins, wanted, likeliest, threads = results
+        given, rows, logits, chosen, margins, wanted, likeliest, threads = results
         block, model = Block(), self._models[number - 1]
         layers, width = model.layer[: model.layers], 2 if is_bfloat16 else 4
         sizes = {layer.rope: layer.head_size for layer in layers}
@@ -163,12 +164,14 @@ class Emulated:
             "growth": block.place(growth, count * 4),
             "states": block.list_of([block.place(*one) for one in kept]),
             "recurrent": _place_states(block, recurrent, [_rule_of(layer) for layer in layers], count, width),
+            "given": block.place(given, count * model.hidden * width),
+            "rows": block.place(rows, count * model.hidden * width),
             "logits": block.place(logits, count * model.head.outputs * 4),
             "chosen": block.place(ctypes.addressof(chosen), count * 8),
             "margins": block.place(ctypes.addressof(margins), count * 4),
             "likeliest": block.place(ctypes.addressof(likeliest), max(count * wanted, 1) * 4),
         }
-        found = [*(address for address, _ in kept), logits, *map(ctypes.addressof, (chosen, margins, likeliest))]
+        found = [*(address for address, _ in kept), rows, logits, *map(ctypes.addressof, (chosen, margins, likeliest))]
         found += [getattr(place, name) for place in recurrent or () for name in WRITTEN]
         numbers = dict(zip(_NUMBERS[:5], (is_bfloat16, count, position, capacity, wanted), strict=True))
         self._run(block, PASS, at, {**numbers, "threads": threads}, found)
@@ -227,10 +230,12 @@ def _place_model(block: Block, model: Model, width: int) -> int:
         "norm": model.hidden * 4,
         "inputs_embedding": vocabulary * model.layers * own * width,
         "inputs_norm": own * 4,
+        "joint_embedding_norm": model.hidden * 4,
+        "joint_rows_norm": model.hidden * 4,
     }
     for name, size in parts.items():
         block.point(start + getattr(Model, name).offset, block.place(getattr(model, name), size))
-    for name in ("head", "inputs_projection"):
+    for name in ("head", "inputs_projection", "joint"):
         _place_products(block, start + getattr(Model, name).offset, getattr(model, name))
     block.point(
         start + Model.layer.offset,

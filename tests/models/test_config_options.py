@@ -116,6 +116,7 @@ SIGMOIDS = {"n_routed_experts": 4, "n_shared_experts": 1, **EXPERTS}
 SMALL: dict[str, dict[str, Any]] = {
     "GraniteMoeHybrid": {**MAMBA, "num_experts_per_tok": 1},
     "Qwen3_5": DELTA,
+    "Qwen3_5Moe": {**DELTA, "num_experts": 4, "shared_expert_intermediate_size": 48, **EXPERTS},
     "Lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "Mixtral": {"num_local_experts": 4},
     "GraniteMoe": {"num_local_experts": 4},

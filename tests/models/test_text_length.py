@@ -8,16 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.decoder_cases import CPU, FLOAT, save_model
+from helpers.decoder_cases import CPU, FLOAT, assert_close, fresh_logits, save_model
+from helpers.quantized_decoder import quantize_layers
 from helpers.tiny_models import DRAFTERS, RoundedCheckpoint, drafter_factory, make_pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PhimoeConfig, PhimoeForCausalLM
 
 from quasar_core.config import GenerationConfig
 from quasar_core.decode import engine
 from quasar_core.decode.generator import Generator
+from quasar_core.errors import QuasarError
 from quasar_core.models import lean_weights, loading
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.hf.causal_lm import TransformersLM, attach_verifier
 from quasar_core.models.rope import spans
+from quasar_core.models.two_tables import TwoTableCache
 
 LIMIT, LONGEST, COUNT, VOCABULARY = 24, 96, 14, 97
 SIZES: dict[str, Any] = {
@@ -154,27 +161,104 @@ def test_what_the_verifier_writes_does_not_depend_on_drafts(name: str) -> None:
         assert answer(Generator(pair, config, drafter_factory(kind, prompt + plain)), prompt) == plain
 
 
+PHI: dict[str, Any] = {
+    **MODELS["phi3"][2],
+    "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.5},
+    "partial_rotary_factor": 0.5,
+}
+OWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "dynamic": ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": LIMIT}),
+    "longrope": ("Phi3", PHI),
+}
+
+
 @pytest.mark.parametrize("chunk", [512, 7])
 @pytest.mark.parametrize("is_fast", [False, True])
-def test_our_own_decoder_equals_transformers_with_dynamic_scaling(
-    is_fast: bool, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", OWN)
+def test_our_own_decoder_equals_transformers(
+    kind: str, is_fast: bool, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(engine.PREFILL_CHUNK, "cpu", chunk)
-    model = save_model(tmp_path, "Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": LIMIT})
+    model = save_model(tmp_path, *OWN[kind])
     decoder = lean_weights.load_target(tmp_path, CPU, FLOAT)
     if is_fast:
         loading.attach(decoder)
     pair = make_pair(decoder, max_context=LONGEST)
     for length in PROMPTS:
+        if kind == "longrope" and "phi3" in FORGETS and length <= LIMIT < length + COUNT - 1:
+            continue
         ids = torch.tensor([text_of(length)])
         output = copy.deepcopy(model).generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=COUNT, eos_token_id=96
         )
         expected = output[0, length:].tolist()
-        for drafts, kind in enumerate(DRAFTERS, start=3):
+        for drafts, drafter in enumerate(DRAFTERS, start=3):
             config = GenerationConfig(COUNT, "full", num_draft_tokens=drafts)
-            make_draft = drafter_factory(kind, ids[0].tolist() + expected)
-            assert answer(Generator(pair, config, make_draft), ids[0].tolist()) == expected, (length, kind)
+            make_draft = drafter_factory(drafter, ids[0].tolist() + expected)
+            assert answer(Generator(pair, config, make_draft), ids[0].tolist()) == expected, (length, drafter)
+
+
+@pytest.fixture(scope="module")
+def phi(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, LeanDecoder, LeanDecoder]:
+    """A model whose rotations change at the limit: transformers', ours, and a verifier."""
+    folder = tmp_path_factory.mktemp("phi")
+    model = save_model(folder, *OWN["longrope"])
+    target = lean_weights.load_target(folder, CPU, FLOAT)
+    codes = quantize_layers(folder, folder / "codes", lambda name: 16 if name == "lm_head.weight" else 4)
+    return model, target, lean_weights.attach_verifier(target, codes, "reference")
+
+
+@settings(max_examples=10, deadline=None)
+@given(steps=st.lists(st.tuples(st.integers(1, 14), st.integers(0, 14)), min_size=1, max_size=6), prompt=st.booleans())
+def test_every_row_is_that_of_the_text_that_ends_with_it(
+    phi: tuple[Any, LeanDecoder, LeanDecoder], steps: list[tuple[int, int]], prompt: bool
+) -> None:
+    """On both sides of the limit, in passes that cross it, after going back across it; by whole texts."""
+    model, target, _ = phi
+    cache, text = target.new_cache(LONGEST), list[int]()
+    first = LIMIT + 1 if prompt else 1
+    cache.begin(first)
+    for number, (size, back) in enumerate([(first, 0), *steps]):
+        new = text_of(size, seed=number)
+        rows = target.forward(new, cache)
+        text += new
+        ends = range(len(text) - size + 1, len(text) + 1) if number else [len(text)]
+        assert_close(rows[-len(ends) :], torch.cat([fresh_logits(model, text[:end])[-1:] for end in ends]))
+        cache.rollback(max(len(text) - back, first))
+        del text[cache.length :]
+
+
+def test_texts_within_the_limit_have_one_cache_and_chains(phi: tuple[Any, LeanDecoder, LeanDecoder]) -> None:
+    _, target, _ = phi
+    assert isinstance(target.new_cache(LIMIT), DecoderCache)
+    cache = target.new_cache(LIMIT + 1)
+    assert isinstance(cache, TwoTableCache)
+    assert target.longest_tree == 0
+    assert target.why_chains == f"rotations change at {LIMIT} tokens, and a tree may stand on both sides"
+    with pytest.raises(QuasarError, match=f"The cache holds {LIMIT + 1} tokens, and {LIMIT + 2} are needed"):
+        target.forward(text_of(LIMIT + 2), cache)
+    with pytest.raises(ValueError, match="cannot move a cache of 0 positions to 1"):
+        cache.rollback(1)
+    config = GenerationConfig(5, "full", "layer-skip", num_draft_tokens=3)
+    with pytest.raises(QuasarError, match=f"this model's keys are computed anew at {LIMIT} tokens"):
+        Generator(make_pair(target), config)
+
+
+def test_exact_is_the_models_own_text_across_the_limit(phi: tuple[Any, LeanDecoder, LeanDecoder]) -> None:
+    _, target, verifier = phi
+    pair = make_pair(target, verifier, max_context=LONGEST)
+    first = text_of(LIMIT - 12)
+    plain = Generator(pair, GenerationConfig(COUNT, "full", "none"))
+    texts = [(first, answer(plain, first))]
+    second = [*first, *texts[0][1], *text_of(4, 2)]
+    texts += [(prompt, answer(plain, prompt)) for prompt in (second, second[: LIMIT - 5], second[: LIMIT + 3], first)]
+    for drafts, kind in enumerate(DRAFTERS, start=3):
+        for prompt, expected in texts:
+            config = GenerationConfig(COUNT, "exact", num_draft_tokens=drafts, window=6)
+            assert answer(Generator(pair, config, drafter_factory(kind, prompt + expected)), prompt) == expected
+    turns = Generator(pair, GenerationConfig(COUNT, "exact", num_draft_tokens=3, window=5))
+    for prompt, expected in texts:
+        assert answer(turns, prompt) == expected
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -26,6 +26,16 @@ struct Query {
     float largest = LEAST, total = 0;  // of the scores so far
 };
 
+// Of each token of a tree at `position`, from the first one to itself: where states lie. None without a tree.
+inline std::vector<std::vector<int>> trace_paths(const int* parents, int count, int position) {
+    std::vector<std::vector<int>> paths;
+    for (int t = 0; parents && t < count; ++t) {
+        paths.push_back(parents[t] < 0 ? std::vector<int>() : paths[parents[t]]);
+        paths.back().push_back(position + t);
+    }
+    return paths;
+}
+
 // The products of a query with sixteen keys; those from `left` on repeat the last.
 template <typename X>
 Floats scores_of(const X* q, const X* keys, int left, int size) {

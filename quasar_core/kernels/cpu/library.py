@@ -223,6 +223,8 @@ class Model(ctypes.Structure):
         ("inputs_projection", FusedWeight),
         ("inputs_norm", ctypes.c_void_p),
         ("inputs_scale", ctypes.c_float),
+        ("joint", FusedWeight),
+        *((name, ctypes.c_void_p) for name in ("joint_embedding_norm", "joint_rows_norm")),
         ("layer", ctypes.POINTER(Layer)),
     )
 
@@ -280,7 +282,7 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
                 *[number] * 2,
                 *[pointer] * 5,
                 number,
-                *[pointer] * 3,
+                *[pointer] * 5,
                 number,
                 pointer,
                 number,

@@ -41,6 +41,8 @@ struct Model {
     FusedWeight inputs_projection;   // hidden → layers · P
     const float* inputs_norm;        // [P]
     float inputs_scale;              // of that embedding
+    FusedWeight joint;               // 2·hidden → hidden, of a head that goes on from a model's rows, or without parts
+    const float *joint_embedding_norm, *joint_rows_norm;  // [hidden], of its two inputs
     const Layer* layer;
 };
 

@@ -24,22 +24,23 @@ public:
     // stands before it (−1 for the first): keys and values lie in the order of the tokens, and each sees its own
     // ancestors alone. Of each token's place in the text cos and sin [T, D], for each rotary embedding, and growth of
     // queries [T], or null. states: of each layer, keys then values, [2, heads, capacity, D]; recurrent: of each layer,
-    // where some have a state; logits [T, vocabulary], or null where nobody reads them; of each row the best token, its
-    // margin, and the `wanted` likeliest tokens [T, wanted].
+    // where some have a state; given [T, hidden]: what a joint reads; rows [T, hidden] behind the last norm and logits
+    // [T, vocabulary], or null; of each row the best token, its margin, and the `wanted` likeliest tokens [T, wanted].
     // It may run in parts, layers [begin, end) at a time, between which weights may come and go: the first embeds the
     // tokens, the last has the results, and each but the first goes on where the one before it ended.
     void run(int begin, int end, const int64_t* tokens, const int* parents, int count, int position,
              const float* const* cos, const float* const* sin, const float* growth, void* const* states,
-             const StatePlace* recurrent, int capacity, float* logits, int64_t* chosen, float* margins, int wanted,
-             int32_t* likeliest, int threads) {
+             const StatePlace* recurrent, int capacity, const void* given, void* rows, float* logits, int64_t* chosen,
+             float* margins, int wanted, int32_t* likeliest, int threads) {
         const bool is_last = end == int(layers.size());
         reserve(count, threads);
         if (is_last) seen.assign(size_t(threads) * count, Leaders(std::max(wanted, 2)));
-        trace_paths(parents, count, position);
+        paths = trace_paths(parents, count, position);
         const Place place{count, position, capacity, cos, sin, growth};
         const double start = now();
         in_parallel(threads, [&](const Team& team) {
             if (begin == 0) embed(tokens, count, team);
+            if (begin == 0 && m.joint.count) join(static_cast<const X*>(given), count, team);
             if (begin == 0 && m.inputs_size) make_inputs(tokens, count, team);
             Waiting waiting = begin == 0 ? Waiting() : left;
             for (int i = begin; i < end; ++i) {
@@ -63,7 +64,7 @@ public:
                 waiting.scalar = layer.scalar;
             }
             if (team.thread == 0) left = waiting;  // the same on every thread
-            if (is_last) make_logits(waiting, count, logits, team);
+            if (is_last) make_logits(waiting, count, static_cast<X*>(rows), logits, team);
         });
         for (int t = 0; is_last && t < count; ++t) {
             for (int thread = 1; thread < threads; ++thread) seen[t].merge(seen[size_t(thread) * count + t]);
@@ -114,21 +115,14 @@ private:
             make_room(layer.input_gate), make_room(layer.input_out);
             if (layer.experts) make_room(layer.experts->router), widest = std::max(widest, size_t(layer.experts->router.out));
         }
-        make_room(m.head), make_room(m.inputs_projection);
+        make_room(m.head), make_room(m.inputs_projection), make_room(m.joint);
+        widest = std::max(widest, size_t(m.joint.in));
         const size_t rows = count;
         grow(hidden, rows * m.hidden), grow(normed, rows * m.hidden), grow(delta, rows * m.hidden);
         grow(mixed, rows * widest), grow(queries, rows * heads), grow(attended, rows * heads);
         grow(rooms, threads * LANES * size), grow(own_inputs, rows * layers.size() * m.inputs_size);
         if (own.size() < size_t(threads)) own.resize(threads);
         for (auto& buffer : own) grow(buffer, 2 * LANES * size);
-    }
-
-    void trace_paths(const int* parents, int count, int position) {
-        paths.clear();
-        for (int t = 0; parents && t < count; ++t) {
-            paths.push_back(parents[t] < 0 ? std::vector<int>() : paths[parents[t]]);
-            paths.back().push_back(position + t);
-        }
     }
 
     void embed(const int64_t* tokens, int count, const Team& team) {
@@ -140,6 +134,21 @@ private:
                 store(hidden.data() + size_t(t) * m.hidden + i, load(row + i) * scale);
         }
         team.barrier();
+    }
+
+    // The residual stream of a head that goes on from another model's rows: of the embedding and of the row, both normed.
+    void join(const X* given, int count, const Team& team) {
+        const int size = m.hidden;
+        const Range share = team.share(count);
+        for (int t = share.begin; t < share.end; ++t) {
+            float* both = mixed.data() + size_t(t) * 2 * size;
+            normalise(hidden.data() + size_t(t) * size, m.joint_embedding_norm, size, m.eps, both);
+            for (int i = 0; i < size; i += LANES) store(both + size + i, load(given + size_t(t) * size + i));
+            normalise(both + size, m.joint_rows_norm, size, m.eps, both + size);
+            for (int i = 0; i < m.joint.count; ++i) inputs[i].take(m.joint.parts[i], t, both, 0, 2 * size);
+        }
+        team.barrier();
+        multiply_into(m.joint, hidden.data(), count, team);
     }
 
     // own_inputs [T, layers · P]: of the token's own embedding, and of a projection of the other, normed.
@@ -160,8 +169,10 @@ private:
         team.barrier();
     }
 
-    void make_logits(const Waiting& waiting, int count, float* logits, const Team& team) {
+    void make_logits(const Waiting& waiting, int count, X* rows, float* logits, const Team& team) {
         prepare_normed(m.head, waiting, m.norm, count, team);
+        const Range share = team.share(rows ? count * m.hidden / LANES : 0);
+        for (int i = share.begin * LANES; i < share.end * LANES; i += LANES) store(rows + i, load(normed.data() + i));
         multiply(m.head, count, team, [&](int t, int o, Lanes lanes, Floats value) {
             value = value * m.logits_scale;
             if (m.logits_cap) value = capped(value, m.logits_cap);
@@ -351,8 +362,7 @@ private:
     }
 
     float scale_of_queries(int size, const Place& place, int t) const {
-        const float scale = m.scores_scale ? m.scores_scale : 1 / std::sqrt(float(size));
-        return place.growth ? scale * place.growth[t] : scale;
+        return (m.scores_scale ? m.scores_scale : 1 / std::sqrt(float(size))) * (place.growth ? place.growth[t] : 1);
     }
 
     static void keep(const float* x, float factor, int size, X* to) {

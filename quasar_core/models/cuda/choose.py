@@ -16,6 +16,8 @@ from quasar_core.records import Progress, no_progress
 
 def why_not(decoder: LeanDecoder) -> str | None:
     """Why a decoder's passes cannot be recorded, or None where they can."""
+    if decoder.joint is not None:
+        return "a head that predicts further tokens has a joint, which is not recorded"
     if decoder.config.is_recurrent or decoder.config.gates_attention:
         return "states of recurrent layers and gates of attention are not recorded"
     if decoder.config.mixture is not None:

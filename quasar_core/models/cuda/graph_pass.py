@@ -36,6 +36,8 @@ SIZES = (1, 2, 4, 8, 16, 24, LONGEST_PASS)  # tokens of the recorded passes
 class CudaPass:
     """Implements `models.base.FastPass`. On other devices the same steps run unrecorded: so they are tested."""
 
+    gives_rows = False
+
     def __init__(
         self,
         decoder: LeanDecoder,

@@ -1,0 +1,30 @@
+"""Where a decoder has the weights of its blocks from: from memory, or fetched for every pass (`streaming.py`)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class LayerSource(Protocol):
+    """Where the weights of blocks come from."""
+
+    @property
+    def streamed(self) -> str | None:
+        """What is fetched for every pass, in words; None where all is in memory."""
+        ...
+
+    def stretches(self) -> Iterator[range]:
+        """All blocks of a pass in order, in stretches; while one is yielded its weights are in their places."""
+        ...
+
+
+@dataclass(frozen=True)
+class AllThere:
+    """All weights are in memory."""
+
+    count: int
+    streamed = None
+
+    def stretches(self) -> Iterator[range]:
+        """All blocks at once."""
+        yield range(self.count)
