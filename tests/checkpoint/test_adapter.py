@@ -136,7 +136,7 @@ def test_every_matrix_is_merged_into_a_multimodal_folders_text_part(tmp_path: Pa
 def test_a_towers_matrices_are_merged_too_and_one_weight_is_changed_once(tmp_path: Path) -> None:
     save_multimodal(tmp_path / "base", "ministral 3")
     before = load_file(tmp_path / "base" / "model.safetensors")
-    tower = next(key for key in before if key.startswith("model.vision_tower") and key.endswith("q_proj.weight"))
+    tower = next(key for key in before if key.startswith("vision_tower.") and key.endswith("q_proj.weight"))
     outputs, inputs = before[tower].shape
     write(tmp_path / "lora")
 
@@ -149,7 +149,7 @@ def test_a_towers_matrices_are_merged_too_and_one_weight_is_changed_once(tmp_pat
     assert [key for key in before if not torch.equal(before[key], after[key])] == [tower]
     twice = [of(f"{prefix}layers.0.mlp.up_proj", 64, 64) for prefix in ("model.language_model.", "model.")]
     save_file(twice[0] | twice[1], tmp_path / "lora" / "adapter_model.safetensors")
-    with pytest.raises(QuasarError, match=r"changes model\.language_model\.layers\.0\.mlp\.up_proj\.weight twice"):
+    with pytest.raises(QuasarError, match=r"changes language_model\.model\.layers\.0\.mlp\.up_proj\.weight twice"):
         merge_adapter(tmp_path / "base", tmp_path / "lora")
     save_file(of("model.visual.blocks.9.q_proj", 64, 64), tmp_path / "lora" / "adapter_model.safetensors")
     with pytest.raises(QuasarError, match=r"the model has no model\.visual\.blocks\.9\.q_proj"):
