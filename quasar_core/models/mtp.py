@@ -55,7 +55,11 @@ def find_head(config: DecoderConfig, files: TensorFiles) -> HeadNames | None:
             "mtp.embed_tokens.weight",
         ),
         HeadNames(
-            *(f"{behind}{name}" for name in ("eh_proj", "enorm", "hnorm", "shared_head.norm", "")),
+            f"{behind}eh_proj",
+            f"{behind}enorm",
+            f"{behind}hnorm",
+            f"{behind}shared_head.norm",
+            behind,
             shared=(f"{behind}embed_tokens.weight", f"{behind}shared_head.head.weight"),
         ),
     )

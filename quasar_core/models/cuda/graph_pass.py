@@ -220,7 +220,7 @@ POSITION = 500  # where passes are tried out
 
 def cache_at(decoder: LeanDecoder, length: int) -> DecoderCache:
     """A cache of zeros that stands there."""
-    cache = decoder.new_cache(SHORTEST_BUCKET)
+    cache: DecoderCache = decoder.new_cache(SHORTEST_BUCKET)
     for states in cache.layers:
         states.zero_()
     cache.advance(length)
