@@ -145,9 +145,12 @@ class FastPass(Protocol):
     longest: int
     longest_tree: int  # nodes of a tree that passes at once; 0 where none does
     gives_rows: bool  # whether it keeps what the head reads, where a cache wants it
+    longest_prompt: int  # tokens up to which it runs a prompt's pass too; 0 where it runs none
 
-    def run(self, tokens: Sequence[int], cache: Any, parents: Sequence[int] | None = None) -> torch.Tensor:
-        """One pass at position `cache.length`, which moves on by T → float32 logits [T, V].
+    def run(
+        self, tokens: Sequence[int], cache: Any, parents: Sequence[int] | None = None, last_only: bool = False
+    ) -> torch.Tensor:
+        """One pass at position `cache.length`, which moves on by T → float32 logits [T, V], [1, V] with `last_only`.
 
         With `parents` the tokens are a tree, see `CausalLM.longest_tree`.
         """

@@ -19,7 +19,6 @@ from quasar_core.models.decoder_layer import CompressedLinear, DecoderLayer, Den
 from quasar_core.records import Progress, no_progress
 
 SMALLEST = 64 << 20  # bytes of weights below which they may lie in the processor's caches
-FASTER_IN = "AVX-512 with VNNI and BF16"  # the form where it is measured to be faster (docs/results/)
 
 
 def compress(decoders: Sequence[LeanDecoder], wanted: bool | None, progress: Progress = no_progress) -> str | None:
@@ -68,7 +67,7 @@ def _why_not(decoders: Sequence[LeanDecoder]) -> str | None:
 
 def _is_faster(decoders: Sequence[LeanDecoder]) -> bool:
     size = sum(weight.nbytes for decoder in decoders for weight in _dense(decoder))
-    return size >= SMALLEST and FASTER_IN in cpp.library().quasar_form().decode()
+    return size >= SMALLEST and cpp.multiplies_bfloat16()  # where it is measured to be faster (docs/results/)
 
 
 def _dense(decoder: LeanDecoder) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quasar_core.kernels.cpu import library
+from quasar_core.kernels.cpu import forms, library
 from quasar_core.kernels.cpu import library as cpp
 from quasar_core.kernels.cpu.compressed import BITS, CompressedWeight
 from quasar_core.kernels.cpu.vnni import VnniWeight
@@ -41,6 +41,10 @@ ACTIVATIONS = ("silu", "gelu_tanh", "relu2", "xielu")  # in the order of `elemen
 SCORES = ("softmax", "chosen", "sigmoid")  # in the order of `experts.h`
 BITS_OF = {torch.bfloat16: 16, torch.float32: 32}
 KERNELS = frozenset({"vnni", "dense"})  # whose weights it reads as they prepared them
+# Tokens up to which a prompt's pass takes no longer here than in PyTorch's operations, where bfloat16 is multiplied in
+# pairs and PyTorch has no tiles (AMX) for it. It is one number whether weights are compressed or not, as no bit of a
+# text may depend on that. `tools/measure_prompts.py` measures both.
+SHORT_PROMPT = 33
 
 
 def why_not(decoder: LeanDecoder) -> str | None:
@@ -59,6 +63,12 @@ def why_not(decoder: LeanDecoder) -> str | None:
     if foreign:
         return f"it runs packed products on vnni or dense, and this verifier has some on {', '.join(sorted(foreign))}"
     return cpp.why_not_here()
+
+
+def longest_prompt(dtype: torch.dtype) -> int:
+    """Tokens up to which the pass of a prompt runs in C++; 0 where that is not known to be as fast."""
+    is_fast = cpp.multiplies_bfloat16() and "amx_bf16" not in forms.instructions()
+    return SHORT_PROMPT if is_fast and dtype == torch.bfloat16 else 0
 
 
 def remark() -> str:
@@ -147,15 +157,23 @@ class CpuPass:
         self._is_bfloat16 = int(decoder.dtype == torch.bfloat16)
         self._tables = [Tables(rope) for rope in decoder.ropes]
         self._rules = [layer.recurrence for layer in decoder.layers]
+        self.longest_prompt = longest_prompt(decoder.dtype)
         self._run, self._source = cpp.library().quasar_pass_run, decoder.source
         self._pass = cpp.library().quasar_pass_new(ctypes.byref(self._describe(decoder)))
         weakref.finalize(self, cpp.library().quasar_pass_delete, self._pass, self._is_bfloat16)
 
-    def run(self, tokens: Sequence[int], cache: DecoderCache, parents: Sequence[int] | None = None) -> torch.Tensor:
-        """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
-        logits = torch.empty(len(tokens), self.config.vocab_size)
+    def run(
+        self,
+        tokens: Sequence[int],
+        cache: DecoderCache,
+        parents: Sequence[int] | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """One pass at position `cache.length`, which moves on by T → float32 logits [T, V], [1, V] with `last_only`."""
+        shown = 1 if last_only and cache.rows is None else len(tokens)
+        logits = torch.empty(shown, self.config.vocab_size)
         self.choose(tokens, cache, logits=logits, parents=parents)
-        return logits
+        return logits[-1:] if last_only else logits
 
     def choose(
         self,
@@ -166,16 +184,18 @@ class CpuPass:
         logits: torch.Tensor | None = None,
         parents: Sequence[int] | None = None,
     ) -> Choices:
-        """The same pass → the choices of its rows; `logits` [T, V] are written where given.
+        """The same pass → the choices of its rows; `logits` are written where given, and if [R, V] of the last R rows; of all where the
+        cache keeps rows.
 
         With `parents` the tokens are a tree: each stands behind its parent, and sees its own ancestors alone.
         """
         count = len(tokens)
+        shown = count if logits is None else len(logits)
         check_likeliest(likeliest)
         if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
             raise IndexError(f"a token of {tokens} is not in a vocabulary of {self.config.vocab_size}")
-        chosen, margins = (ctypes.c_int64 * count)(), (ctypes.c_float * count)()
-        found = (ctypes.c_int32 * (count * likeliest))()
+        chosen, margins = (ctypes.c_int64 * shown)(), (ctypes.c_float * shown)()
+        found = (ctypes.c_int32 * (shown * likeliest))()
         depths = None if parents is None else depths_of(parents)
         end = cache.length + (count if depths is None else max(depths) + 1)
         addresses = [tables.rows(cache.length, end, cache.prompt_length, depths) for tables in self._tables]
@@ -186,6 +206,7 @@ class CpuPass:
             (ctypes.c_int64 * count)(*tokens),
             None if parents is None else (ctypes.c_int * count)(*parents),
             count,
+            shown,
             cache.length,
             cos,
             sin,

@@ -162,15 +162,18 @@ class LeanDecoder(CausalLM):
     def forward(self, tokens: Sequence[int], cache: AnyCache, last_only: bool = False) -> torch.Tensor:
         """One pass of T tokens → float32 logits [T, V] ([1, V] with `last_only`, as of a prompt).
 
-        The fast pass takes any number of tokens, in parts: what decoding writes depends on no limit of its own.
+        The fast pass takes any number of tokens, in parts: what decoding writes depends on no limit of its own. Of
+        prompts it takes those that are short.
         """
         cache.check_room(len(tokens))
         rows = [self._forward(run, one, last_only) for run, one in _runs(tokens, cache)]
         return rows[-1] if last_only or len(rows) == 1 else torch.cat(rows)
 
     def _forward(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool) -> torch.Tensor:
-        if self.fast is None or last_only:
+        if self.fast is None or (last_only and len(tokens) > self.fast.longest_prompt):
             return self._plain_pass(tokens, cache, last_only)
+        if last_only:
+            return self.fast.run(tokens, cache, last_only=True)
         parts = [self.fast.run(part, cache) for part in _parts(tokens, self.fast.longest)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -33,7 +33,7 @@ struct Call {
     const void* x;
     const void* codes;
     void* y;
-    int is_bfloat16, count, position, capacity, wanted, in, out, groups, group, bits, threads;
+    int is_bfloat16, count, shown, position, capacity, wanted, in, out, groups, group, bits, threads;
 };
 
 bool take(void* to, size_t size) {
@@ -71,9 +71,9 @@ void run(const Call& call) {
                                      call.bits, call.is_bfloat16, call.threads);
     if (call.kind >= 3) return run_compressed(call);
     void* pass = quasar_pass_new(call.model);
-    quasar_pass_run(pass, call.is_bfloat16, 0, call.model->layers, call.tokens, call.parents, call.count, call.position,
-                    call.cos, call.sin, call.growth, call.states, call.recurrent, call.capacity, call.given, call.rows,
-                    call.logits, call.chosen, call.margins, call.wanted, call.likeliest, call.threads);
+    quasar_pass_run(pass, call.is_bfloat16, 0, call.model->layers, call.tokens, call.parents, call.count, call.shown,
+                    call.position, call.cos, call.sin, call.growth, call.states, call.recurrent, call.capacity, call.given,
+                    call.rows, call.logits, call.chosen, call.margins, call.wanted, call.likeliest, call.threads);
     quasar_pass_delete(pass, call.is_bfloat16);
 }
 

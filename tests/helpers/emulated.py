@@ -26,7 +26,7 @@ POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int
 _POINTERS = ("model", "tokens", "parents", "cos", "sin", "growth", "states", "recurrent")
 _POINTERS += ("given", "rows", "logits", "chosen", "margins", "likeliest", "rule")
 _POINTERS += ("strips", "bases", "first", "outliers")
-_NUMBERS = ("is_bfloat16", "count", "position", "capacity", "wanted", "inputs", "outputs", "groups", "group")
+_NUMBERS = ("is_bfloat16", "count", "shown", "position", "capacity", "wanted", "inputs", "outputs", "groups", "group")
 _NUMBERS += ("bits", "threads")
 
 
@@ -142,7 +142,7 @@ class Emulated:
     def quasar_pass_run(self, number: int, is_bfloat16: int, begin: int, end: int, *more: Any) -> None:
         """One pass, over all layers."""
         assert (begin, end) == (0, self._models[number - 1].layers)
-        tokens, parents, count, position, cos, sin, growth, states, recurrent, capacity, *results = more
+        tokens, parents, count, shown, position, cos, sin, growth, states, recurrent, capacity, *results = more
         given, rows, logits, chosen, margins, wanted, likeliest, threads = results
         block, model = Block(), self._models[number - 1]
         layers, width = model.layer[: model.layers], 2 if is_bfloat16 else 4
@@ -166,14 +166,14 @@ class Emulated:
             "recurrent": _place_states(block, recurrent, [_rule_of(layer) for layer in layers], count, width),
             "given": block.place(given, count * model.hidden * width),
             "rows": block.place(rows, count * model.hidden * width),
-            "logits": block.place(logits, count * model.head.outputs * 4),
-            "chosen": block.place(ctypes.addressof(chosen), count * 8),
-            "margins": block.place(ctypes.addressof(margins), count * 4),
-            "likeliest": block.place(ctypes.addressof(likeliest), max(count * wanted, 1) * 4),
+            "logits": block.place(logits, shown * model.head.outputs * 4),
+            "chosen": block.place(ctypes.addressof(chosen), shown * 8),
+            "margins": block.place(ctypes.addressof(margins), shown * 4),
+            "likeliest": block.place(ctypes.addressof(likeliest), max(shown * wanted, 1) * 4),
         }
         found = [*(address for address, _ in kept), rows, logits, *map(ctypes.addressof, (chosen, margins, likeliest))]
         found += [getattr(place, name) for place in recurrent or () for name in WRITTEN]
-        numbers = dict(zip(_NUMBERS[:5], (is_bfloat16, count, position, capacity, wanted), strict=True))
+        numbers = dict(zip(_NUMBERS[:6], (is_bfloat16, count, shown, position, capacity, wanted), strict=True))
         self._run(block, PASS, at, {**numbers, "threads": threads}, found)
 
     def quasar_recur(self, rule: Any, is_bfloat16: int, count: int, place: Any, outputs: int, threads: int) -> None:

@@ -34,6 +34,11 @@ def test_logits_are_those_of_the_weights_as_they_were(tmp_path: Path, case: str)
     for passes in ([45], [20, 1, 4, 8, 12], [1] * 8 + [7, 9, 16, 5]):
         logits = in_passes(compressed, random_tokens(sum(passes)), passes)
         assert torch.equal(logits, in_passes(whole, random_tokens(sum(passes)), passes))
+    prompts = (
+        decoder.forward(random_tokens(), decoder.new_cache(64), last_only=True) for decoder in (whole, compressed)
+    )
+    assert torch.equal(*prompts)
+    assert whole.fast.longest_prompt == compressed.fast.longest_prompt  # type: ignore[union-attr]
 
 
 def test_what_a_verifier_shares_is_compressed_once(tmp_path: Path) -> None:
@@ -70,7 +75,7 @@ def test_other_weights_stay_and_it_is_said_where_it_was_asked(tmp_path: Path, wa
 
 
 def test_small_models_stay_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compressed_weights, "FASTER_IN", "")  # on every processor
+    monkeypatch.setattr(compressed_weights.cpp, "multiplies_bfloat16", lambda: True)  # on every processor
     assert compress([loaded(tmp_path, "llama")], wanted=None) is None
     monkeypatch.setattr(compressed_weights, "SMALLEST", 1)
     assert compress([loaded(tmp_path, "llama")], wanted=None)

@@ -29,7 +29,7 @@ from helpers.tiny_models import make_pair
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.generator import Generator
-from quasar_core.models import loading
+from quasar_core.models import cpu_pass, loading
 from quasar_core.models.base import NO_TOKEN, choose_best
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_layer import DenseLinear
@@ -243,10 +243,38 @@ def test_a_pass_of_any_length_runs_in_parts_of_the_same_bits(tmp_path: Path, cou
     assert cache.length == count
 
 
-def test_prompts_run_in_pytorchs_operations(tmp_path: Path) -> None:
+def test_long_prompts_run_in_pytorchs_operations(tmp_path: Path) -> None:
     decoder = fast(tiny_target(tmp_path, "llama"))
-    decoder.fast.run = None  # type: ignore[method-assign, assignment, union-attr]
+    decoder.fast.longest_prompt, decoder.fast.run = 9, None  # type: ignore[assignment, method-assign, union-attr]
     assert decoder.forward(random_tokens(10), decoder.new_cache(16), last_only=True).shape[0] == 1
+
+
+@each_form
+@pytest.mark.parametrize("case", ["qwen3", "gemma 3, two ropes", HYBRIDS[0]])
+def test_short_prompts_run_in_cpp_of_which_the_last_row_is_made(made: Made, case: str) -> None:
+    """The logits of the last token, its keys and values behind it, all as decoding has them, to the bit."""
+    decoder, tokens = fast(load_target(made(case), CPU, BF16)), random_tokens(20)
+    expected = in_passes(decoder, tokens, [1])
+    decoder._plain_pass = None  # type: ignore[method-assign, assignment]
+    decoder.fast.longest_prompt = 12  # type: ignore[union-attr]
+    for threads, sizes in ((1, (12, 8)), (3, (1, 7, 12))):
+        torch.set_num_threads(threads)
+        cache = decoder.new_cache(20)
+        for size in sizes:
+            last = decoder.forward(tokens[cache.length : cache.length + size], cache, last_only=True)
+            assert torch.equal(last, expected[cache.length - 1 : cache.length])
+
+
+@pytest.mark.parametrize(
+    ("pairs", "has", "dtype", "longest"),
+    [(True, "fma", BF16, 33), (True, "fma", FLOAT, 0), (True, "amx_bf16", BF16, 0), (False, "fma", BF16, 0)],
+)
+def test_prompts_are_short_where_bfloat16_is_multiplied_in_pairs_and_pytorch_has_no_tiles(
+    monkeypatch: pytest.MonkeyPatch, pairs: bool, has: str, dtype: torch.dtype, longest: int
+) -> None:
+    monkeypatch.setattr(cpu_pass.cpp, "multiplies_bfloat16", lambda: pairs)
+    monkeypatch.setattr(cpu_pass.forms, "instructions", lambda: frozenset({has}))
+    assert cpu_pass.longest_prompt(dtype) == longest
 
 
 TEXT_CASES = [

@@ -85,7 +85,7 @@ struct CompressedStrip {
                 const uint8_t* row = w + o * bytes;
                 words[o] = restore_words(row + i, row + codes, in_upper_half(i), exponents);
             }
-            for (; column < i + STEP; ++outliers.next, column = outliers.column())
+            for (; __builtin_expect(column < i + STEP, 0); ++outliers.next, column = outliers.column())
 #pragma GCC unroll 8
                 for (int o = 0; o < OUTS; ++o)
                     if (outliers.next->row == first + o) words[o] = with_word(words[o], column - i, outliers.next->bits);

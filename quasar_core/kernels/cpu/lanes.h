@@ -170,6 +170,17 @@ inline Floats sum_lanes(const Part* sums) {
     return Floats::each([&](int p) { return sum_each(sums + p * WIDTH); });
 }
 
+// Words with another in place `at`. In registers: were it put there in memory, tiles would keep more than that there.
+#ifndef QUASAR_AVX512
+inline Words with_word(Words words, int at, uint16_t bits) {
+    using Shorts = uint16_t __attribute__((vector_size(2 * WORDS)));
+    Shorts places;
+    for (int i = 0; i < WORDS; ++i) places[i] = uint16_t(i);
+    const Shorts there = (Shorts)(places == uint16_t(at));
+    return (Words)(((Shorts)words & ~there) | (there & bits));
+}
+#endif
+
 // Functions.
 
 #ifndef QUASAR_AVX512

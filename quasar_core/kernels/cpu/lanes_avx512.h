@@ -110,6 +110,9 @@ inline Words restore_words(const uint8_t* low, const uint8_t* codes, bool, Expon
     return _mm512_ternarylogic_epi32(signs, _mm512_set1_epi16(short(0x807f)), found, 0xea);  // a and b, or c
 }
 inline Words first_words(Words words) { return _mm512_maskz_mov_epi16(0xffff, words); }  // sixteen, then zeros
+inline Words with_word(Words words, int at, uint16_t bits) {
+    return _mm512_mask_set1_epi16(words, __mmask32(1u << at), short(bits));
+}
 
 // Holds a number in a register: compilers would load it from memory anew for each product.
 template <typename V>

@@ -249,6 +249,11 @@ def library() -> ctypes.CDLL:
     return _library_in(chosen())
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether products of bfloat16 are taken in pairs, in the form for which passes of several tokens are measured."""
+    return library().quasar_form() == b"AVX-512 with VNNI and BF16"
+
+
 def describe_form() -> str:
     """The instruction set for which the library was compiled, and why, such as "AVX2 with VNNI, as QUASAR_ISA asks"."""
     return f"{library().quasar_form().decode()}, {chosen().reason}"
@@ -279,7 +284,7 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
                 pointer,
                 *[number] * 3,
                 *[pointer] * 2,
-                *[number] * 2,
+                *[number] * 3,
                 *[pointer] * 5,
                 number,
                 *[pointer] * 5,

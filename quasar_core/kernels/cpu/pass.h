@@ -24,17 +24,18 @@ public:
     // stands before it (−1 for the first): keys and values lie in the order of the tokens, and each sees its own
     // ancestors alone. Of each token's place in the text cos and sin [T, D], for each rotary embedding, and growth of
     // queries [T], or null. states: of each layer, keys then values, [2, heads, capacity, D]; recurrent: of each layer,
-    // where some have a state; given [T, hidden]: what a joint reads; rows [T, hidden] behind the last norm and logits
-    // [T, vocabulary], or null; of each row the best token, its margin, and the `wanted` likeliest tokens [T, wanted].
+    // where some have a state; given [T, hidden]: what a joint reads; rows [T, hidden] behind the last norm, or null, where
+    // R is T. Of the last R tokens: logits [R, vocabulary], or null; the best token, its margin, and the `wanted` likeliest
+    // tokens [R, wanted].
     // It may run in parts, layers [begin, end) at a time, between which weights may come and go: the first embeds the
     // tokens, the last has the results, and each but the first goes on where the one before it ended.
-    void run(int begin, int end, const int64_t* tokens, const int* parents, int count, int position,
+    void run(int begin, int end, const int64_t* tokens, const int* parents, int count, int shown, int position,
              const float* const* cos, const float* const* sin, const float* growth, void* const* states,
              const StatePlace* recurrent, int capacity, const void* given, void* rows, float* logits, int64_t* chosen,
              float* margins, int wanted, int32_t* likeliest, int threads) {
         const bool is_last = end == int(layers.size());
         reserve(count, threads);
-        if (is_last) seen.assign(size_t(threads) * count, Leaders(std::max(wanted, 2)));
+        if (is_last) seen.assign(size_t(threads) * shown, Leaders(std::max(wanted, 2)));
         paths = trace_paths(parents, count, position);
         const Place place{count, position, capacity, cos, sin, growth};
         const double start = now();
@@ -64,10 +65,10 @@ public:
                 waiting.scalar = layer.scalar;
             }
             if (team.thread == 0) left = waiting;  // the same on every thread
-            if (is_last) make_logits(waiting, count, static_cast<X*>(rows), logits, team);
+            if (is_last) make_logits(waiting, count, shown, static_cast<X*>(rows), logits, team);
         });
-        for (int t = 0; is_last && t < count; ++t) {
-            for (int thread = 1; thread < threads; ++thread) seen[t].merge(seen[size_t(thread) * count + t]);
+        for (int t = 0; is_last && t < shown; ++t) {
+            for (int thread = 1; thread < threads; ++thread) seen[t].merge(seen[size_t(thread) * shown + t]);
             const Choice choice = seen[t].choose();
             chosen[t] = choice.token, margins[t] = choice.margin;
             seen[t].list(wanted, likeliest + size_t(t) * wanted);
@@ -169,15 +170,16 @@ private:
         team.barrier();
     }
 
-    void make_logits(const Waiting& waiting, int count, X* rows, float* logits, const Team& team) {
-        prepare_normed(m.head, waiting, m.norm, count, team);
+    // Of the last `shown` of `count` tokens.
+    void make_logits(const Waiting& waiting, int count, int shown, X* rows, float* logits, const Team& team) {
+        prepare_normed(m.head, waiting, m.norm, shown, team, count - shown);
         const Range share = team.share(rows ? count * m.hidden / LANES : 0);
         for (int i = share.begin * LANES; i < share.end * LANES; i += LANES) store(rows + i, load(normed.data() + i));
-        multiply(m.head, count, team, [&](int t, int o, Lanes lanes, Floats value) {
+        multiply(m.head, shown, team, [&](int t, int o, Lanes lanes, Floats value) {
             value = value * m.logits_scale;
             if (m.logits_cap) value = capped(value, m.logits_cap);
             if (logits) store(logits + size_t(t) * m.head.out + o, value, lanes);
-            seen[size_t(team.thread) * count + t].see(o, lanes, value);
+            seen[size_t(team.thread) * shown + t].see(o, lanes, value);
         });
     }
 
@@ -195,12 +197,12 @@ private:
         team.barrier();
     }
 
-    // Settles what waits, then makes the inputs of a product, normed where they are.
-    void prepare_normed(const FusedWeight& weight, const Waiting& waiting, const float* norm, int count,
-                        const Team& team) {
+    // Settles what waits, then makes the inputs of a product, normed where they are: of `count` tokens from `first` on.
+    void prepare_normed(const FusedWeight& weight, const Waiting& waiting, const float* norm, int count, const Team& team,
+                        int first = 0) {
         const Range rows = team.share(count);
         for (int t = rows.begin; t < rows.end; ++t) {
-            const size_t from = size_t(t) * m.hidden;
+            const size_t from = size_t(first + t) * m.hidden;
             float *row = normed.data() + from, *stream = hidden.data() + from;
             if (waiting.norm) {
                 normalise(delta.data() + from, waiting.norm, m.hidden, m.eps, row);

@@ -89,12 +89,13 @@ void quasar_pass_delete(void* pass, int is_bfloat16) {
 
 // Layers [begin, end) of a pass; see `Pass::run`.
 void quasar_pass_run(void* pass, int is_bfloat16, int begin, int end, const int64_t* tokens, const int* parents,
-                     int count, int position, const float* const* cos, const float* const* sin, const float* growth,
-                     void* const* states, const StatePlace* recurrent, int capacity, const void* given, void* rows,
-                     float* logits, int64_t* chosen, float* margins, int wanted, int32_t* likeliest, int threads) {
+                     int count, int shown, int position, const float* const* cos, const float* const* sin,
+                     const float* growth, void* const* states, const StatePlace* recurrent, int capacity, const void* given,
+                     void* rows, float* logits, int64_t* chosen, float* margins, int wanted, int32_t* likeliest,
+                     int threads) {
     auto run = [&](auto* of) {
-        of->run(begin, end, tokens, parents, count, position, cos, sin, growth, states, recurrent, capacity, given, rows,
-                logits, chosen, margins, wanted, likeliest, threads);
+        of->run(begin, end, tokens, parents, count, shown, position, cos, sin, growth, states, recurrent, capacity, given,
+                rows, logits, chosen, margins, wanted, likeliest, threads);
     };
     if (is_bfloat16) return run(static_cast<Pass<uint16_t>*>(pass));
     run(static_cast<Pass<float>*>(pass));

@@ -49,7 +49,7 @@ class CudaPass:
     ) -> None:
         self.decoder, self.steps = decoder, steps
         self.name = "CUDA graphs, fast" if fast else "CUDA graphs"  # remembered costs are of one or the other
-        self.longest = LONGEST_PASS
+        self.longest, self.longest_prompt = LONGEST_PASS, 0
         self.longest_tree = LONGEST_TREE if fast or _may_differ(decoder, steps) else 0
         self.note = ""  # how it was chosen
         self.joins_norms = joins_norms  # products apply the norms, in Triton's kernels
@@ -63,11 +63,18 @@ class CudaPass:
         self._sights = {(block.window, block.kv_heads) for block in decoder.config.blocks}
 
     @torch.inference_mode()
-    def run(self, tokens: Sequence[int], cache: DecoderCache, parents: Sequence[int] | None = None) -> torch.Tensor:
-        """One pass at position `cache.length`, which moves on by T → float32 logits [T, V]."""
+    def run(
+        self,
+        tokens: Sequence[int],
+        cache: DecoderCache,
+        parents: Sequence[int] | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """One pass at position `cache.length`, which moves on by T → float32 logits [T, V], [1, V] with `last_only`."""
         with on(self.decoder.device):
             self._pass(tokens, cache, likeliest=False, parents=parents)
-        return self._logits[: len(tokens)].to(torch.float32, copy=True)  # the next pass writes over these
+        first = len(tokens) - 1 if last_only else 0
+        return self._logits[first : len(tokens)].to(torch.float32, copy=True)  # the next pass writes over these
 
     @torch.inference_mode()
     def choose(
