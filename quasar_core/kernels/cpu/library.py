@@ -251,7 +251,8 @@ def library() -> ctypes.CDLL:
 
 def multiplies_bfloat16() -> bool:
     """Whether products of bfloat16 are taken in pairs, in the form for which passes of several tokens are measured."""
-    return library().quasar_form() == b"AVX-512 with VNNI and BF16"
+    form: bytes = library().quasar_form()
+    return form == b"AVX-512 with VNNI and BF16"
 
 
 def describe_form() -> str:
