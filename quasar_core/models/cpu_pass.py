@@ -184,10 +184,10 @@ class CpuPass:
         logits: torch.Tensor | None = None,
         parents: Sequence[int] | None = None,
     ) -> Choices:
-        """The same pass → the choices of its rows; `logits` are written where given, and if [R, V] of the last R rows; of all where the
-        cache keeps rows.
+        """The same pass → the choices of its rows; `logits` are written where given.
 
-        With `parents` the tokens are a tree: each stands behind its parent, and sees its own ancestors alone.
+        Where logits are [R, V] they, and the choices, are of the last R rows; of all where the cache keeps rows. With
+        `parents` the tokens are a tree: each stands behind its parent, and sees its own ancestors alone.
         """
         count = len(tokens)
         shown = count if logits is None else len(logits)

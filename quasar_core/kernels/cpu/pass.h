@@ -24,9 +24,8 @@ public:
     // stands before it (−1 for the first): keys and values lie in the order of the tokens, and each sees its own
     // ancestors alone. Of each token's place in the text cos and sin [T, D], for each rotary embedding, and growth of
     // queries [T], or null. states: of each layer, keys then values, [2, heads, capacity, D]; recurrent: of each layer,
-    // where some have a state; given [T, hidden]: what a joint reads; rows [T, hidden] behind the last norm, or null, where
-    // R is T. Of the last R tokens: logits [R, vocabulary], or null; the best token, its margin, and the `wanted` likeliest
-    // tokens [R, wanted].
+    // where some have a state; given [T, hidden]: what a joint reads; rows [T, hidden] behind the last norm, or null. Of
+    // R `shown` tokens, the last (all with rows): logits [R, vocabulary], or null; best, margin, `wanted` likeliest [R, wanted].
     // It may run in parts, layers [begin, end) at a time, between which weights may come and go: the first embeds the
     // tokens, the last has the results, and each but the first goes on where the one before it ended.
     void run(int begin, int end, const int64_t* tokens, const int* parents, int count, int shown, int position,
@@ -170,7 +169,6 @@ private:
         team.barrier();
     }
 
-    // Of the last `shown` of `count` tokens.
     void make_logits(const Waiting& waiting, int count, int shown, X* rows, float* logits, const Team& team) {
         prepare_normed(m.head, waiting, m.norm, shown, team, count - shown);
         const Range share = team.share(rows ? count * m.hidden / LANES : 0);
