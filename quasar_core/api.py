@@ -24,7 +24,7 @@ from quasar_core.checkpoint.checks import refuse_other_target
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.config import LoadOptions, QuantizeConfig
 from quasar_core.decode.answering import Answering
-from quasar_core.decode.costs import pair_costs
+from quasar_core.decode.cost_records import pair_costs
 from quasar_core.decode.draft_memory import forget_answers
 from quasar_core.decode.draft_texts import forget_texts, read_texts
 from quasar_core.decode.generator import Generator

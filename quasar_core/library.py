@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from quasar_core import api
+from quasar_core.choose_bits import Wanted, choose
 from quasar_core.config import GenerationConfig, QuantizeConfig, SamplingConfig
 from quasar_core.decode.generator import Generator, TextPieces
 from quasar_core.decode.text import encode_prompt
@@ -72,20 +73,31 @@ def quantize_model(
 ) -> QuantizeReport:
     """Write the verifier of `model` and make the pair current; `options` are those of `QuantizeConfig.of`.
 
-    A run that was interrupted goes on. Raises as `api.quantize` does.
+    With `bits="auto"` the verifier is made that decodes fastest on this device; a group size and a head's width that
+    are given stay. `tell` hears what was chosen, and what would help. A run that was interrupted goes on. Raises as
+    `api.quantize` does.
     """
-    return api.quantize(
-        model,
-        QuantizeConfig.of(**options),
-        output=None if output is None else Path(output),
-        force=force,
-        resume=resume,
-        device=device,
-        max_memory=max_memory,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-        tell=tell,
-    )
+    folder = None if output is None else Path(output)
+    run: dict[str, Any] = {"force": force, "max_memory": max_memory, "progress": progress, "tell": tell}
+    place: dict[str, Any] = {"output": folder, "device": device, "trust_remote_code": trust_remote_code}
+    if isinstance(options.get("bits"), str):
+        config = _chosen(model, options, place, {**run, "resume": resume})
+        resume = True  # of the verifier that was chosen nothing is made yet but its text
+    else:
+        config = QuantizeConfig.of(**options)
+    return api.quantize(model, config, resume=resume, **place, **run)
+
+
+def _chosen(model: str, options: Mapping[str, Any], place: Mapping[str, Any], run: Mapping[str, Any]) -> QuantizeConfig:
+    """The config of `bits="auto"`; UsageError for another text."""
+    others = dict(options)
+    if (bits := others.pop("bits")) != "auto":
+        raise UsageError(f"--bits must be auto or a number such as 4 or 4.25, not {bits!r}.")
+    groups, heads = (() if others.get(name) is None else (others[name],) for name in ("group_size", "lm_head_bits"))
+    config, choice = choose(Wanted(model, QuantizeConfig.of(**others), groups, heads, **place), **run)
+    for sentence in choice.sentences():
+        run["tell"](sentence)
+    return config
 
 
 def generation_config(pair: Pair, **options: Any) -> GenerationConfig:

@@ -138,3 +138,9 @@ def test_a_fraction_of_bits_is_widths_by_layer() -> None:
     config = library.QuantizeConfig.of(bits=4.25, samples=16)
     assert (config.bits, config.mean_bits, config.samples) == (4, 4.25, 16)
     assert library.QuantizeConfig.of(method="w8a8").bits == 8
+
+
+@pytest.mark.parametrize("bits", ["best", "4.5", ""])
+def test_bits_are_a_number_or_auto(bits: str) -> None:
+    with pytest.raises(quasar.UsageError, match="--bits must be auto or a number"):
+        quasar.quantize_model("demo", bits=bits)

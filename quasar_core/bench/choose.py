@@ -6,6 +6,7 @@ that decoding takes (`simulate.py`), with the drafts that decoding would have. S
 only if it would be the best were it to agree as often as the most faithful one.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
@@ -102,6 +103,15 @@ class Choice:
         """The quantization that was chosen."""
         return self.best.body.config(base, self.best.head)
 
+    def sentences(self) -> list[str]:
+        """What was chosen, why costs may be off, and what would help."""
+        best = self.best
+        chosen = (
+            f"Chosen of {len(self.rows)}: {best.describe()}, which agrees with {best.agreement:.3f} of the target's "
+            f"tokens and is expected to decode {best.rate:.1f} tokens/s."
+        )
+        return [chosen, *([f"Costs may be off: {self.trouble}."] if self.trouble else []), *advice(self)]
+
     @classmethod
     def parse(cls, content: Any) -> "Choice":
         """Read the JSON form; ValueError for anything else."""
@@ -152,23 +162,28 @@ def _change(rate: float, before: float) -> str:
 class Replayed:
     """Rows of the target's greedy text [n, T], with the drafts that decoding would have at each place."""
 
-    def __init__(self, rows: torch.Tensor, known: KnownSuccessors | None) -> None:
+    def __init__(
+        self, rows: torch.Tensor, known: KnownSuccessors | None, now: Callable[[], float] = time.perf_counter
+    ) -> None:
         first = min(GREEDY_FROM, rows.shape[1] - 1)
-        self.tokens = rows.shape[1] - first
+        self.tokens, self._first = rows.shape[1] - first, first
         sources = Sources(known=known)
+        start = now()
         self._drafted = [_drafts_along(row, first, sources) for row in rows.tolist()]
+        self._drafting_s = (now() - start) / (self.tokens * len(rows))  # of a step
 
     def rate(self, look: Look, costs: PairCosts) -> float:
-        """Tokens per second of `exact`, counting passes alone: drafting and choosing tokens are left out."""
+        """Tokens per second of `exact`, counting passes and drafting; choosing tokens is part of a pass."""
         traces = [
             Trace(
                 self.tokens,
                 verified={place: Verified(m, agrees) for place, (m, agrees) in enumerate(zip(*row, strict=True))},
                 drafted=dict(enumerate(drafted)),
+                prompt=self._first,
             )
             for *row, drafted in zip(look.margins, look.agreed, self._drafted, strict=True)
         ]
-        return replay(Recorded(traces, costs, drafting_s=0.0, other_s=0.0, cut=False), DECISIONS)
+        return replay(Recorded(traces, costs, drafting_s=self._drafting_s, other_s=0.0, cut=False), DECISIONS)
 
 
 def _drafts_along(row: Sequence[int], first: int, sources: Sources) -> list[Drafted]:
@@ -264,11 +279,11 @@ class Search:
 def between(low: PassCost, high: PassCost, share: float) -> PassCost:
     """A cost between two, at the sizes of the first."""
     seconds = [(1 - share) * taken + share * high(size) for size, taken in zip(low.sizes, low.seconds, strict=True)]
-    return PassCost(low.sizes, tuple(seconds))
+    return replace(low, seconds=tuple(seconds))
 
 
 def with_head(body: PassCost, other: PassCost, plain: PassCost) -> PassCost:
     """The cost of a body whose head is another, by what that head added to `plain`'s: `other`."""
     added = [other(size) - plain(size) for size in body.sizes]
     seconds = np.maximum(np.array(body.seconds) + added, 0.1 * np.array(body.seconds))
-    return PassCost(body.sizes, tuple(np.maximum.accumulate(seconds).tolist()))
+    return replace(body, seconds=tuple(np.maximum.accumulate(seconds).tolist()))

@@ -13,6 +13,7 @@ from quasar_core.bench.traces import Drafted, Recorded, Trace, Verified, record_
 from quasar_core.config import Auto
 from quasar_core.decode.agreement import AgreementCurve, Estimate, RunningAgreement
 from quasar_core.decode.check import Check, Checker
+from quasar_core.decode.costs import LiveCost, PairCosts
 from quasar_core.decode.window_values import MAX_WINDOW, prospect_of
 from quasar_core.draft.acceptance import Acceptance
 from quasar_core.draft.base import Draft
@@ -101,18 +102,22 @@ class _Replay:
         self.lost_drafts = [one for trace in recorded.traces for one in trace.lost_drafts] or self.drafted
         self.agreement = RunningAgreement(AgreementCurve(recorded.margins))
         self.by_target, self.by_verifier = Acceptance(), Acceptance()
-        self.checker = Checker(recorded.costs, self.agreement, [prospect_of((), (), recorded.costs, 0.0)])
+        self.costs = PairCosts(LiveCost(recorded.costs.verify), LiveCost(recorded.costs.confirm))
+        self.checker = Checker(self.costs, self.agreement, [prospect_of((), (), self.costs, 0.0)])
         self.tokens, self.seconds = 0, 0.0
 
     def answer(self, trace: Trace) -> None:
         """Decode the answer again."""
         place = 0
+        self._move_to(trace.prompt)
+        self.checker.begin()
         window: list[tuple[Estimate, bool]] = []
         while place < trace.tokens:
+            self._move_to(trace.prompt + place)
             alive = all(agrees for _, agrees in window)
             draft = self._draft(trace, place + len(window), alive)
             check = self._choose(draft, window)
-            ends = alive and place + len(window) >= trace.tokens
+            ends = alive and place + len(window) >= trace.tokens - 1  # the last token is the target's in any case
             if check.by_target or ends:
                 bare = ends or (self.policy.limit is not None and not self.policy.target_alone)
                 place += self._confirm(window, NOTHING if bare else draft.first(check.length), alive)
@@ -156,7 +161,7 @@ class _Replay:
         self.by_verifier.count(draft.pieces, min(accepted, draft.right))
         self.by_target.count(draft.pieces, draft.right)
         self.checker.verified(draft.passed + 1)
-        self._spend(self.recorded.costs.verify(draft.passed + 1))
+        self._spend(self.costs.verify(draft.passed + 1))
 
     def _confirm(self, window: list[tuple[Estimate, bool]], draft: Drafted, alive: bool) -> int:
         """A target pass over window and draft; the tokens that it commits."""
@@ -166,8 +171,15 @@ class _Replay:
         if alive:
             self.by_target.count(draft.pieces, draft.right)
         self.checker.confirmed(passed, committed, [estimate for estimate, _ in window], accepted)
-        self._spend(self.recorded.costs.confirm(passed))
+        self._spend(self.costs.confirm(passed))
         return committed
 
+    def _move_to(self, positions: int) -> None:
+        for cost in (self.costs.verify, self.costs.confirm):
+            assert isinstance(cost, LiveCost)
+            cost.move_to(positions)
+
     def _spend(self, seconds: float) -> None:
-        self.seconds += seconds + self.recorded.drafting_s + self.recorded.other_s
+        beside = self.recorded.drafting_s + self.recorded.other_s
+        self.checker.spent(beside)
+        self.seconds += seconds + beside

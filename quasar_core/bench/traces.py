@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quasar_core.bench.results import Results
-from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.decode.costs import CONTEXT, PairCosts, PassCost
 from quasar_core.decode.trees import SOURCE as BRANCH
 from quasar_core.draft.base import Draft, first_pieces
 from quasar_core.errors import UsageError
@@ -71,6 +72,7 @@ class Drafted:
 class Trace:
     """One answer behind its first token: its length, what is known of its places, and of what came to nothing.
 
+    `prompt` tokens stand before it.
     Behind a token that the verifier had wrong drafts are right as far as the verifier took them.
     """
 
@@ -80,11 +82,12 @@ class Trace:
     rests: dict[int, Drafted] = field(default_factory=dict)  # inside a draft that was right so far: what is left of it
     lost: list[Verified] = field(default_factory=list)
     lost_drafts: list[Drafted] = field(default_factory=list)
+    prompt: int = 0
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Traces, what passes took on average, and what each step took beside them, in seconds.
+    """Traces, what passes took on average, wherever they stood, and what each step took beside them, in seconds.
 
     `cut` says that drafts are as long as whoever recorded them let them be checked, else they are as they were offered.
     """
@@ -121,14 +124,14 @@ def record_of(results: Results, arm: str) -> Recorded:
             f"The results hold no margins of the arm {arm}: it has no confirms, or an older version ran it. Run the "
             "bench again."
         )
-    seconds, passes = _pass_seconds(results), sum(len(one.step_log) + len(one.confirm_log) for one in stats)
+    timed, passes = _timed_passes(results), sum(len(one.step_log) + len(one.confirm_log) for one in stats)
     within = sum(step.seconds + step.draft_s for one in stats for step in one.step_log)
     within += sum(confirm.seconds for one in stats for confirm in one.confirm_log)
     decode_s = sum(one.decode_s for one in stats)
     drafting = sum(step.draft_s for one in stats for step in one.step_log)
     return Recorded(
         traces=[trace_of(one) for one in stats],
-        costs=PairCosts(_cost(seconds["verify"]), _cost(seconds["confirm"])),
+        costs=PairCosts(cost_of(timed["verify"]), cost_of(timed["confirm"])),
         drafting_s=drafting / sum(len(one.step_log) for one in stats),
         other_s=max(decode_s - within, 0.0) / passes,
     )
@@ -136,7 +139,7 @@ def record_of(results: Results, arm: str) -> Recorded:
 
 def trace_of(stats: Stats) -> Trace:
     """What is known of each place of an answer."""
-    trace = Trace(stats.new_tokens - stats.prefill_tokens)
+    trace = Trace(stats.new_tokens - stats.prefill_tokens, prompt=stats.prompt_tokens)
     place, window = 0, list[tuple[int, Step]]()  # committed so far; verify passes since, with their places
     for confirm, step in _in_order(stats):
         if confirm:
@@ -198,20 +201,62 @@ def _settle(trace: Trace, place: int, accepted: int, window: Sequence[tuple[int,
             trace.drafted[start] = Drafted.of(step, min(step.accepted, end - start))
 
 
-def _pass_seconds(results: Results) -> dict[str, dict[int, list[float]]]:
-    """Seconds of all passes of a run, by model and tokens."""
-    seconds: dict[str, dict[int, list[float]]] = {"verify": defaultdict(list), "confirm": defaultdict(list)}
+@dataclass(frozen=True)
+class TimedPass:
+    """A pass over so many tokens, with so many positions before it."""
+
+    tokens: int
+    positions: int
+    seconds: float
+
+
+def _timed_passes(results: Results) -> dict[str, list[TimedPass]]:
+    """All passes of a run, by model."""
+    found: dict[str, list[TimedPass]] = {"verify": [], "confirm": []}
     for row in results.rows:
-        if row.stats and any(step.let_through for step in row.stats.step_log):
-            continue  # its confirms passed more than their windows
-        for step in row.stats.step_log if row.stats else []:
-            if step.seconds:
-                seconds["confirm" if step.by_target else "verify"][step.drafted + 1].append(step.seconds)
-        for confirm in row.stats.confirm_log if row.stats else []:
-            seconds["confirm"][confirm.window + 1 + confirm.drafted].append(confirm.seconds)
-    return seconds
+        if row.stats and not any(step.let_through for step in row.stats.step_log):  # else confirms passed more
+            for model, timed in _passes_of(row.stats):
+                if timed.seconds:
+                    found[model].append(timed)
+    return found
 
 
-def _cost(seconds: dict[int, list[float]]) -> PassCost:
-    sizes = sorted(seconds)
-    return PassCost(tuple(sizes), tuple(float(np.mean(seconds[size])) for size in sizes))
+def _passes_of(stats: Stats) -> Iterator[tuple[str, TimedPass]]:
+    """The passes of an answer as they came: whose, over how many tokens, and what stood before them."""
+    place, window = stats.prompt_tokens, 0
+    for confirm, step in _in_order(stats):
+        if confirm:
+            yield "confirm", TimedPass(confirm.window + 1 + confirm.drafted, place, confirm.seconds)
+            place, window = place + confirm.accepted + 1, 0
+        if step and step.by_target:
+            if confirm is None:
+                yield "confirm", TimedPass(step.drafted + 1, place, step.seconds)
+            survived = confirm is None or confirm.accepted == confirm.window
+            place += (step.accepted + (confirm is None)) * survived  # a confirm's bonus is the token behind the draft
+        elif step:
+            yield "verify", TimedPass(step.drafted + 1, place + window, step.seconds)
+            window += step.accepted + 1
+
+
+def cost_of(passes: Sequence[TimedPass]) -> PassCost:
+    """The mean seconds of each size, and what a position more adds: to a pass, and for each of its tokens.
+
+    Both are found by least squares, over the deviations from each size's means.
+    """
+    if not passes:
+        return PassCost((1,), (0.0,))
+    tokens = np.array([one.tokens for one in passes])
+    seen = np.maximum([one.positions - CONTEXT for one in passes], 0).astype(float)
+    sizes, index = np.unique(tokens, return_inverse=True)
+    counts = np.bincount(index)
+
+    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(np.bincount(index, weights=values) / counts)
+
+    seconds = np.array([one.seconds for one in passes])
+    apart = seen - mean(seen)[index]
+    (once, each), *_ = np.linalg.lstsq(np.stack([apart, apart * tokens], 1), seconds - mean(seconds)[index], rcond=None)
+    slopes = np.maximum(once + each * sizes, 0.0)
+    base = np.maximum(mean(seconds) - slopes * mean(seen), 0.1 * mean(seconds))
+    whole = tuple(map(int, sizes))
+    return PassCost(whole, tuple(base.tolist()), PassCost(whole, tuple(slopes.tolist())))

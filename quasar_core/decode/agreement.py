@@ -15,6 +15,8 @@ UNKNOWN = MarginTable([], [8], [8])  # of one that was never measured: nine of t
 # The shift of the log-odds begins with a standard deviation of a half: a text may well have 1.6 times the odds.
 PRIOR_INFORMATION = 4.0
 FADING = 0.998  # of what a token told, with each further one
+# How often margins occur: the table's weights count for so many tokens, and those that were seen fade as fast.
+PRIOR_SEEN, FADING_SEEN = 24.0, 0.99
 LEAST, MOST = 1e-4, 1 - 1e-6  # so that odds are finite
 
 
@@ -75,12 +77,14 @@ class RunningAgreement:
     curve was measured on corrects every margin alike, by few tokens.
 
     There is a shift for each kind of token: what drafter and verifier agree on is surer than its margin says, and what
-    the verifier says against a sure draft is less so.
+    the verifier says against a sure draft is less so. How often each margin occurs is learned of each kind too.
     """
 
     def __init__(self, curve: AgreementCurve, shift: float = 0.0) -> None:
         self.curve = curve
         self._shifts = {kind: _Shift(shift, shift) for kind in Kind}
+        known = PRIOR_SEEN * curve.weights
+        self._seen = {kind: known.copy() for kind in Kind}  # of each kind [bins]
         self._log_odds = np.log(_bounded(curve.values) / (1 - _bounded(curve.values)))
 
     def __call__(self, margin: float, kind: Kind = Kind.ANY) -> float:
@@ -92,6 +96,8 @@ class RunningAgreement:
         """Of the tokens that a verify pass adds: `accepted` drafted ones, and one instead of a refused or a missing."""
         last = Kind.INSTEAD if refused else Kind.FREE
         kinds = [Kind.DRAFTED if place < accepted else last for place in range(len(margins))]
+        for margin, kind in zip(margins, kinds, strict=True):
+            self._see(margin, kind)
         return [Estimate(kind, self(m, kind), self(m)) for m, kind in zip(margins, kinds, strict=True)]
 
     def shift(self, kind: Kind = Kind.ANY) -> float:
@@ -100,14 +106,14 @@ class RunningAgreement:
 
     @property
     def now(self) -> Agreements:
-        """The corrected agreement of each bin, as often as its margins occurred."""
-        return Agreements(self._corrected(Kind.ANY), self.curve.weights)
+        """The corrected agreement of each bin, as often as its margins occur."""
+        return Agreements(self._corrected(Kind.ANY), self._weights(Kind.ANY))
 
     @property
     def means(self) -> Means:
         """The corrected agreement over all margins, by what the drafter had to say."""
         free, drafted, instead = (
-            float(self._corrected(kind) @ self.curve.weights) for kind in (Kind.FREE, Kind.DRAFTED, Kind.INSTEAD)
+            float(self._corrected(kind) @ self._weights(kind)) for kind in (Kind.FREE, Kind.DRAFTED, Kind.INSTEAD)
         )
         return Means(free, drafted, instead)
 
@@ -116,6 +122,15 @@ class RunningAgreement:
         for place, estimate in enumerate(estimates[: accepted + 1]):
             self._shifts[estimate.kind].learn(estimate.p, place < accepted)
             self._shifts[Kind.ANY].learn(estimate.any, place < accepted)
+
+    def _see(self, margin: float, kind: Kind) -> None:
+        bin_of_margin = int(np.searchsorted(self.curve.edges, margin, side="right"))
+        for counts in (self._seen[kind], self._seen[Kind.ANY]):
+            counts *= FADING_SEEN
+            counts[bin_of_margin] += 1
+
+    def _weights(self, kind: Kind) -> NDArray[np.float64]:
+        return np.asarray(self._seen[kind] / max(float(self._seen[kind].sum()), 1e-9))
 
     def _corrected(self, kind: Kind) -> NDArray[np.float64]:
         return np.asarray(1 / (1 + np.exp(-(self._log_odds + self.shift(kind)))))

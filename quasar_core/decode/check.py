@@ -21,6 +21,7 @@ FADING = 0.94  # of former tokens and passes, in the rate of late, whenever it i
 USUAL = 8  # tokens of a confirm pass
 TRUSTED = 16.0  # tokens that the planned rate counts for beside them
 UNSEEN = 64  # target passes after which the verifier is tried again where it does not seem to pay; then twice as many
+STEPS = 16  # of which what they take beside their passes is learned
 RARELY = 8  # where it was not asked since, one draft in so many is weighed for it
 
 
@@ -134,6 +135,8 @@ class Checker:
             defaultdict[int, float](float),
         )  # passes of late, by their tokens
         self._passes = 0
+        self._besides: deque[float] = deque(maxlen=STEPS)
+        self._beside = 0.0  # seconds of a step that are no pass's: drafting, choosing tokens and what follows
         self._unseen, self._patience = (UNSEEN + 1, 2 * UNSEEN) if alone else (0, UNSEEN)
         self._means = agreement.means
         self.values = self._valued()
@@ -143,7 +146,9 @@ class Checker:
         """Tokens committed per second of passes, of late, by what is now known of costs."""
         verify = sum(count * self.costs.verify(tokens) for tokens, count in self._verified.items())
         confirm = sum(count * self.costs.confirm(tokens) for tokens, count in self._confirmed.items())
-        return (self._tokens + TRUSTED) / (verify + confirm + TRUSTED * self.costs.confirm(USUAL) / self._planned)
+        beside = self._beside * (sum(self._verified.values()) + sum(self._confirmed.values()))
+        planned = TRUSTED * self.costs.confirm(USUAL) / self._planned
+        return (self._tokens + TRUSTED) / (verify + confirm + beside + planned)
 
     @property
     def longest(self) -> int:
@@ -175,6 +180,14 @@ class Checker:
             return Check(False, len(by_verifier), check.worth)
         return check
 
+    def begin(self) -> None:
+        """Another text begins: behind its prompt passes may cost something else."""
+        self.values = self._valued()
+
+    def spent(self, seconds: float) -> None:
+        """A step took so long beside its passes: time that a step more costs, whoever checks."""
+        self._besides.append(seconds)
+
     def verified(self, passed: int) -> None:
         """The verifier passed so many tokens."""
         self._verified[passed] += 1
@@ -197,7 +210,8 @@ class Checker:
             self._fade()
 
     def _valued(self) -> WindowValues:
-        self._known = PairCosts(_Table(self.costs.verify), _Table(self.costs.confirm))
+        self._beside = sorted(self._besides)[len(self._besides) // 2] if self._besides else 0.0
+        self._known = PairCosts(_Table(self.costs.verify, self._beside), _Table(self.costs.confirm, self._beside))
         return window_values(self.agreement.now, _spread(self._prospects), self._known, self.rate)
 
     def _fade(self) -> None:
@@ -208,13 +222,13 @@ class Checker:
 
 
 class _Table:
-    """A cost that is looked up: a decision asks for many."""
+    """A cost with what a step takes beside its pass, looked up: a decision asks for many."""
 
-    def __init__(self, cost: Cost) -> None:
-        self._cost, self._seconds = cost, [cost(tokens) for tokens in range(1, TABLE)]
+    def __init__(self, cost: Cost, beside: float) -> None:
+        self._cost, self._beside, self._seconds = cost, beside, [cost(tokens) + beside for tokens in range(1, TABLE)]
 
     def __call__(self, tokens: int) -> float:
-        return self._seconds[tokens - 1] if tokens < TABLE else self._cost(tokens)
+        return self._seconds[tokens - 1] if tokens < TABLE else self._cost(tokens) + self._beside
 
 
 def _spread(prospects: Sequence[Prospect]) -> list[Prospect]:

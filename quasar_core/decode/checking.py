@@ -36,8 +36,10 @@ class Checking:
         """The longest draft that one of the models may want."""
         return max(self.verifier_length.limit, self.target_length.limit)
 
-    def choose(self, offered: Draft, window: int, survival: float) -> tuple[Check, Draft]:
-        """Who checks, and what part of the draft."""
+    def choose(self, offered: Draft, window: int, survival: float, left: int | None = None) -> tuple[Check, Draft]:
+        """Who checks, and what part of the draft; with one token `left` the target, which has to confirm it anyway."""
+        if left == 1 and not self._gate:
+            return Check(True, 0, 0.0), NO_DRAFT
         at_verifier = self.verifier_length.cut(offered) if self.verifier_length.limit > 0 else NO_DRAFT
         at_target = offered if self.target_length.limit > 0 else NO_DRAFT
         by_target = self.target_length.acceptance.of(at_target)

@@ -112,7 +112,7 @@ class Engine:
 
     def step(self) -> None:
         """Draft, let one of the models check the draft, and confirm when it is due."""
-        start = self._now()
+        start, passes_s = self._now(), self._log.seconds
         if self._checking:
             self._check_by_either(self._checking, start)
         else:
@@ -122,12 +122,16 @@ class Engine:
             if due or self._must_confirm():
                 self._confirm_timed()
         settle(self.cache, self.committed - 1)
-        self.stats.decode_s += self._now() - start
+        step_s = self._now() - start
+        self.stats.decode_s += step_s
+        if self._checking and self._learns_costs:
+            self._checking.checker.spent(step_s - (self._log.seconds - passes_s))
 
     def _check_by_either(self, checking: Checking, start: float) -> None:
         """Offer a draft to both models; the one that is worth more checks it."""
         offered = self._propose(checking.limit)
-        check, draft = checking.choose(offered, len(self.window), self._survival)
+        left = self.max_tokens - len(self.tokens)
+        check, draft = checking.choose(offered, len(self.window), self._survival, left)
         if check.by_target:
             self.stats.draft_s += self._now() - start
             self._confirm_timed(draft, self._now() - start)

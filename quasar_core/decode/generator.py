@@ -13,7 +13,8 @@ from quasar_core.decode.agreement import UNKNOWN, AgreementCurve, RunningAgreeme
 from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.check import Checker
 from quasar_core.decode.checking import Checking
-from quasar_core.decode.costs import Cost, Role
+from quasar_core.decode.cost_records import Role
+from quasar_core.decode.costs import Cost
 from quasar_core.decode.drafting import Drafting
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.gate import Gate
@@ -69,7 +70,7 @@ class Generator:
         self._draft_length = self._checking.verifier_length if self._checking else self._choose_draft_length()
         self._prefixes = prefixes or Prefixes(pair)
         self._branching = self._choose_branching(self._draft_length, self._costs.verifying)
-        self._sight = Sight(pair, config, self._note, now)
+        self._sight = Sight(pair, config, self._note)
         self._in_use: KVCache | None = None  # the cache of the answer that is being written
         role: Role = "target" if self._target_first else self._costs.verifying
         if not make_draft:
@@ -115,7 +116,9 @@ class Generator:
         start = self._now()
         self._in_use = None  # a larger cache may come in its place, and there is not room for both
         prefix, cached = self._prefixes.take(prompt_ids, max_tokens)
-        engine = self._make_engine(self._sight.pair_for(len(prompt_ids)), prefix, max_tokens, request, answering)
+        pair = self._sight.pair_for(len(prompt_ids))
+        self._costs.move_to(len(prompt_ids), pair)
+        engine = self._make_engine(pair, prefix, max_tokens, request, answering)
         text = TextStream(self.pair.tokenizer, request.stop or self.config.stop, answering.reading)
         _reset_peak_memory(self.pair.device)
         self._prefill(engine, prefix, prompt_ids, cached)
@@ -165,6 +168,7 @@ class Generator:
                     return read - prompt_length, "stop"
                 if read >= engine.max_tokens:
                     return read - prompt_length, "length"
+            self._costs.move_to(engine.seen, engine.pair)
             engine.step()
             engine.answering.waiting(engine.window)
 
@@ -206,6 +210,8 @@ class Generator:
         for length in (self._draft_length, checking.target_length if checking else None):
             if isinstance(length, AdaptiveLength):
                 length.begin()
+        if checking:
+            checking.checker.begin()
         sampling = replace(request.sampling or self.config.sampling, seed=request.seed)
         config = replace(self.config, sampling=sampling)
         return Engine(
@@ -265,7 +271,7 @@ class Generator:
         at_verifier = self._choose_draft_length()
         if isinstance(at_verifier, FixedLength):
             return Checking(checker, at_verifier, FixedLength(at_verifier.limit), gate=gate)
-        at_target = AdaptiveLength(self._costs.live["target"].known)
+        at_target = AdaptiveLength(self._costs.live["target"], timed=False)
         branching = self._choose_branching(at_target, "target", costs.confirm)
         return Checking(checker, at_verifier, at_target, branching, gate)
 

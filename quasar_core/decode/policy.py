@@ -85,11 +85,11 @@ class AdaptiveLength:
     A draft of k tokens of acceptances a_1 … a_k yields 1 + a_1 + a_1·a_2 + … tokens for cost(k + 1). Estimates err,
     so a budget bounds the time lost to rejected drafts and to drafting itself; drafting pauses while it is spent. With
     a LiveCost, which passes correct, some must be made without a draft, the first ones among them: they are the
-    measure of all others.
+    measure of all others; unless others than it cares for are (`timed`).
     """
 
-    def __init__(self, cost: Cost, acceptance: Acceptance | None = None) -> None:
-        self._is_timed = isinstance(cost, LiveCost)
+    def __init__(self, cost: Cost, acceptance: Acceptance | None = None, timed: bool = True) -> None:
+        self._is_timed = timed and isinstance(cost, LiveCost)
         self.cost = cost if isinstance(cost, LiveCost) else LiveCost(cost)
         self.acceptance = acceptance or Acceptance()
         self._budget = FIRST_BUDGET  # in passes of one token

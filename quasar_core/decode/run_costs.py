@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode.costs import KNOWN, LiveCost, PairCosts, Role, forget_cost, pair_costs, pass_sampler
+from quasar_core.decode.cost_records import Role, forget_cost, pair_costs, pass_sampler, positions_seen
+from quasar_core.decode.costs import KNOWN, LiveCost, PairCosts
 from quasar_core.models.pair import Pair
 from quasar_core.system import Load
 
@@ -49,6 +50,11 @@ class RunCosts:
                 self.live.setdefault("target", LiveCost(costs.confirm))
             self._corrected = PairCosts(verify, self.live.get("target", verify))
         return self._corrected
+
+    def move_to(self, positions: int, pair: Pair) -> None:
+        """The next pass of the pair stands behind so many positions; a model may see fewer."""
+        for role, live in self.live.items():
+            live.move_to(positions_seen(pair.target if role == "target" else pair.verifier, positions))
 
     def check_memory(self) -> bool:
         """Time a few passes of both models where their costs are remembered; whether that was done.

@@ -12,6 +12,7 @@ class StepLog:
 
     def __init__(self, stats: Stats, of_target: bool) -> None:
         self._stats, self._of_target = stats, of_target
+        self.seconds = 0.0  # of all passes
 
     def step(
         self,
@@ -24,6 +25,7 @@ class StepLog:
     ) -> None:
         """A pass that checked a draft; `by_target` in a mode in which the verifier may have done so."""
         shown = as_recorded(list(margins))
+        self.seconds += pass_s
         verifiers, targets = ([], shown) if by_target else (shown, [])
         by_target = by_target or self._of_target
         self._stats.step_log.append(
@@ -53,6 +55,7 @@ class StepLog:
             before, shown = len(self._stats.step_log), as_recorded(list(margins[:own]))
             confirm = Confirm(len(window), kept, len(draft.tokens), before, pass_s, shown, refused)
             self._stats.confirm_log.append(confirm)
+            self.seconds += pass_s
         if with_step:
             seconds, rest = 0.0 if window else pass_s, margins[own : len(window) + accepted + 1]
             self.step(draft, accepted, rest, drafting_s, seconds, by_target=True)

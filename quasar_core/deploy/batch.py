@@ -11,7 +11,8 @@ from quasar_core.config import Auto, GenerationConfig
 from quasar_core.decode.agreement import UNKNOWN, AgreementCurve, RunningAgreement
 from quasar_core.decode.check import Check, Checker
 from quasar_core.decode.checking import Checking
-from quasar_core.decode.costs import Cost, LiveCost, PairCosts, cost_record
+from quasar_core.decode.cost_records import cost_record, positions_seen
+from quasar_core.decode.costs import Cost, LiveCost, PairCosts, PlacedCost
 from quasar_core.decode.drafting import Drafting
 from quasar_core.decode.policy import AdaptiveLength, plan_exact
 from quasar_core.deploy.ahead import Ahead, FreeCaches
@@ -53,8 +54,13 @@ class ProposerSettings:
 class Shared:
     """What each of several texts has of a pass over all of them: a part of its seconds."""
 
-    cost: Cost
+    cost: PlacedCost
     texts: int
+
+    def at(self, positions: float) -> Cost:
+        """The same where each text has so many positions before it."""
+        here = self.cost.at(positions)
+        return lambda tokens: here(self.texts * tokens) / self.texts
 
     def __call__(self, tokens: int) -> float:
         """Seconds of a pass in which each text has `tokens` tokens, by the number of texts."""
@@ -96,9 +102,12 @@ class Decisions:
         self._target = replace(known, seconds=tuple(ratio * seconds for seconds in known.seconds))
         self._by_texts: dict[int, tuple[Checking, LiveCost]] = {}
 
-    def of(self, texts: int) -> Checking:
-        """Who checks the drafts of so many texts."""
-        return self._known(texts)[0]
+    def of(self, texts: int, positions: float) -> Checking:
+        """Who checks the drafts of so many texts; of one of so many tokens, which a pass sees before it."""
+        checking, target = self._known(texts)
+        self._verify.move_to(positions)
+        target.move_to(positions)
+        return checking
 
     def observe(self, texts: int, rows: int, seconds: float) -> None:
         """A pass of the target over so many texts, `rows` tokens together, took so long."""
@@ -119,7 +128,7 @@ class Decisions:
             assert self._window != "auto"
             checker.limit = self._window
         return Checking(
-            checker, AdaptiveLength(self._verify, self._acceptance), AdaptiveLength(target.known, Acceptance())
+            checker, AdaptiveLength(self._verify, self._acceptance), AdaptiveLength(target, Acceptance(), timed=False)
         )
 
 
@@ -167,7 +176,8 @@ class Batch:
         count = len(self._texts)
         room = self._pair.max_context - len(text.tokens) - 1
         with_copy = count <= self._settings.copy_texts
-        return text.propose(min(limit, room), self._decisions.of(count), with_copy) if room > 0 else []
+        seen = positions_seen(self._pair.verifier, len(text.tokens))
+        return text.propose(min(limit, room), self._decisions.of(count, seen), with_copy) if room > 0 else []
 
     def _take_over(self, before: dict[int, Ahead], active: dict[int, Tokens]) -> int:
         """Let each row go on with its text; rows without one begin one. Returns how many those are."""

@@ -105,7 +105,7 @@ def test_without_drafts_the_rate_is_that_of_the_best_decisions(agreement: float,
     dice, rows = random.Random(1), unlike_rows(6, 300)
     agreed = [[dice.random() < agreement for _ in range(300)] for _ in rows]
     costs = PairCosts(PassCost((1, 33), (1.0, 1.2)), PassCost((1, 33), (confirm_s, 1.3 * confirm_s)))
-    found = Replayed(rows, None).rate(Look([[1.0] * 300 for _ in rows], agreed), costs)
+    found = Replayed(rows, None, now=lambda: 0.0).rate(Look([[1.0] * 300 for _ in rows], agreed), costs)
     known = agreements_of(MarginTable([], [1800], [sum(map(sum, agreed))]))
     assert found == pytest.approx(best_values(known, [Prospect(0, 0, 1, 1)], costs).rate, rel=0.06)
 
@@ -115,6 +115,15 @@ def test_drafts_that_are_right_are_worth_more_than_rare_ones() -> None:
     cycle = torch.arange(GREEDY_FROM + 200).remainder(20).expand(2, -1)
     sure = Look([[1.0] * 200] * 2, [[True] * 200] * 2)
     assert Replayed(cycle, None).rate(sure, costs) > 2 * Replayed(unlike_rows(2, 200), None).rate(sure, costs)
+
+
+def test_drafting_takes_time_too() -> None:
+    """Reading the rows took 200 s, half a second a step: as much as a verify pass half as long again."""
+    costs = PairCosts(PassCost((1, 33), (1.0, 1.1)), PassCost((1, 33), (3.0, 3.3)))
+    rows, sure = unlike_rows(2, 200), Look([[1.0] * 200] * 2, [[True] * 200] * 2)
+    clock = iter([0.0, 200.0])
+    slow, free = Replayed(rows, None, now=lambda: next(clock)), Replayed(rows, None, now=lambda: 0.0)
+    assert 1.2 < free.rate(sure, costs) / slow.rate(sure, costs) < 1.6
 
 
 def test_a_short_text_is_replayed_too() -> None:

@@ -16,7 +16,8 @@ from quasar_core.bench.results import Results
 from quasar_core.bench.simulate import POLICIES, replay, simulate
 from quasar_core.bench.traces import Drafted, Verified, record_of, trace_of
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode.costs import CostRecord, PassCost
+from quasar_core.decode.cost_records import CostRecord
+from quasar_core.decode.costs import PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.errors import UsageError

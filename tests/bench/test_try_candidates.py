@@ -20,6 +20,7 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.choose_bits import Wanted, choose, find_candidates
 from quasar_core.decode.costs import CostRecord, PairCosts, PassCost
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.library import quantize_model
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.quantize import candidates, estimate
 from quasar_core.quantize.candidates import Look, PackedModel, Watcher, commit_candidates
@@ -164,6 +165,17 @@ def test_the_fastest_is_made_and_its_table_shown(
     again = capsys.readouterr()
     assert (again.out, again.err.count("\n")) == ("", 1)
     assert "exists; pass --force to replace it" in again.err
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_the_library_chooses_too(source: Path) -> None:
+    said: list[str] = []
+    options = {"group_size": 32, "lm_head_bits": 16, "samples": 6, "seq_len": 24, "device": "cpu"}
+    report = quantize_model(str(source), bits="auto", tell=said.append, **options)
+    chosen = next(sentence for sentence in said if sentence.startswith("Chosen of "))
+    assert f"{report.config['bits']} bits in groups of 32, head 16" in chosen
+    assert "tokens/s" in chosen
+    assert Path(report.checkpoint).is_dir()
 
 
 def test_an_output_that_exists_is_refused_before_anything_is_read(

@@ -17,8 +17,9 @@ from quasar_cli.main import run
 from quasar_core import store
 from quasar_core.bench.compare_verifiers import compare_verifiers
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.decode import costs as costs_module
-from quasar_core.decode.costs import PairCosts, PassCost, pair_costs
+from quasar_core.decode import cost_records
+from quasar_core.decode.cost_records import pair_costs
+from quasar_core.decode.costs import PairCosts, PassCost
 from quasar_core.decode.policy import predict_rates
 from quasar_core.errors import QuasarError
 from quasar_core.kernels import select, times
@@ -68,7 +69,7 @@ def measure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
         pair.target_fingerprint = VerifierCheckpoint(folder).target_fingerprint
         pair.verifier_fingerprint = store.fingerprint(folder)
         monkeypatch.setattr(
-            costs_module, "measure_pass", lambda pair, model: (TARGET if model is pair.target else VERIFIER, None)
+            cost_records, "measure_pass", lambda pair, model: (TARGET if model is pair.target else VERIFIER, None)
         )
         pair_costs(pair, with_verifier=True)
 

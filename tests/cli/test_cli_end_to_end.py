@@ -12,7 +12,7 @@ from helpers.tiny_model import save_tiny_model
 
 from quasar_cli.main import run
 from quasar_core import store
-from quasar_core.decode import costs
+from quasar_core.decode import cost_records
 from quasar_core.decode.costs import PassCost
 
 QUANTIZE = ["quantize", "--group-size", "32", "--samples", "4", "--seq-len", "32"]
@@ -140,7 +140,9 @@ def test_costs_are_remembered_until_doctor_measures_again(
 ) -> None:
     """The n-th measurement finds a pass to take n seconds, whatever it takes here."""
     counted = itertools.count(1)
-    monkeypatch.setattr(costs, "measure_pass", lambda pair, model: (PassCost((1, 33), (next(counted), 99.0)), None))
+    monkeypatch.setattr(
+        cost_records, "measure_pass", lambda pair, model: (PassCost((1, 33), (next(counted), 99.0)), None)
+    )
     assert run(["doctor", "--remeasure", "--json"]) == 0
     speed = json.loads(capsys.readouterr().out)["speed"]
     assert [verifier["name"] for verifier in speed["verifiers"]] == ["tiny-gptq-4bit-g32", "8 bits, not made yet"]

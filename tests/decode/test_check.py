@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny_models import TableModel, make_pair
 
+from quasar_core.config import GenerationConfig
 from quasar_core.decode.agreement import AgreementCurve, Estimate, RunningAgreement, agreements_of
 from quasar_core.decode.check import UNSEEN, Check, Checker, choose_check
 from quasar_core.decode.checking import Checking
+from quasar_core.decode.cost_records import CostRecord
 from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.decode.generator import Generator
 from quasar_core.decode.policy import FixedLength
 from quasar_core.decode.window_values import (
     LEVELS,
@@ -243,3 +247,14 @@ def test_the_targets_word_on_drafts_that_the_verifier_checked() -> None:
     expected.count(drafts[0].pieces, 2)
     expected.count(drafts[1].first(1).pieces, 1)
     assert [acceptance(source, 1) for source in "xyz"] == [expected(source, 1) for source in "xyz"]
+
+
+def test_the_last_token_is_the_targets_in_any_case() -> None:
+    """Four tokens behind the prompt's: three of a verifier that is always right, and the confirm's own."""
+    target = TableModel(8, 0)
+    pair = make_pair(target, target.disturbed(0.0))
+    for role, seconds in (("target", 9.0), ("verifier", 1.0)):
+        pair.measured[role] = CostRecord(PassCost((1,), (seconds,)), {"role": role}, 0.0)
+    stats = Generator(pair, GenerationConfig(5, "exact", draft="none")).generate([0, 1]).stats
+    assert (stats.steps, stats.confirms, stats.confirm_log[0].window) == (3, 1, 3)
+    assert stats.new_tokens == 5

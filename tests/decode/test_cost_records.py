@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from helpers.tiny_models import TableModel, make_pair
 
-from quasar_core.decode import costs
-from quasar_core.decode.costs import PassCost, cost_record, forget_cost, stored_costs
+from quasar_core.decode import cost_records
+from quasar_core.decode.cost_records import cost_record, forget_cost, stored_costs
+from quasar_core.decode.costs import PassCost
 from quasar_core.errors import QuasarError
 
 # By the number of the measurement.
@@ -25,7 +26,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         models.append(model)
         return PassCost((1, 33), (float(len(models)), 50.0)), TROUBLE.get(len(models))
 
-    monkeypatch.setattr(costs, "measure_pass", measure)
+    monkeypatch.setattr(cost_records, "measure_pass", measure)
     return models
 
 
@@ -69,8 +70,8 @@ def test_another_device_or_version_is_measured_anew(
     measured: list[Any], condition: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cost_record(stored_pair(), "target")
-    own = costs.measured_on
-    monkeypatch.setattr(costs, "measured_on", lambda *where: {**own(*where), condition: "another"})
+    own = cost_records.measured_on
+    monkeypatch.setattr(cost_records, "measured_on", lambda *where: {**own(*where), condition: "another"})
     assert not cost_record(stored_pair(), "target").remembered
 
 
@@ -121,9 +122,9 @@ def test_models_without_files_are_measured_in_each_run(measured: list[Any], tmp_
 def test_the_stored_costs_come_latest_first(measured: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     for age, name in ((90_000, "a"), (7_200, "b")):
-        monkeypatch.setattr(costs.time, "time", lambda age=age: now - age)
+        monkeypatch.setattr(cost_records.time, "time", lambda age=age: now - age)
         cost_record(stored_pair(target_fingerprint=name), "target")
-    monkeypatch.setattr(costs.time, "time", lambda: now)
+    monkeypatch.setattr(cost_records.time, "time", lambda: now)
     records = list(stored_costs())
     assert [record.conditions["target"] for record in records] == ["b", "a"]
     assert [record.when for record in records] == ["remembered from 2 hours ago", "remembered from 1 day ago"]

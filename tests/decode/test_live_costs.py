@@ -13,9 +13,10 @@ from helpers.bench_pair import TokenCache
 from helpers.tiny_models import TableModel, make_pair
 
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode import costs as costs_module
+from quasar_core.decode import cost_records
 from quasar_core.decode import generator as generator_module
-from quasar_core.decode.costs import FEW, KNOWN, OLD, CostRecord, LiveCost, PassCost
+from quasar_core.decode.cost_records import CostRecord
+from quasar_core.decode.costs import FEW, KNOWN, OLD, LiveCost, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.policy import AdaptiveLength
 from quasar_core.draft.base import Draft, Drafter
@@ -317,6 +318,6 @@ def test_the_budget_is_kept_over_answers() -> None:
 def test_measuring_on_a_busy_machine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quasar_core.timing.LoadMeter.read", lambda self: Load(0.9))
     model = TableModel(8, 0)
-    cost, trouble = costs_module.measure_pass(make_pair(model), model, seconds=0.01)
+    cost, trouble = cost_records.measure_pass(make_pair(model), model, seconds=0.01)
     assert cost(1) > 0
     assert trouble == "the machine was busy: other programs took 90 % of the cores"

@@ -8,9 +8,10 @@ import torch
 from helpers.tiny_models import TableModel, make_pair
 
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode import costs as costs_module
+from quasar_core.decode import cost_records
 from quasar_core.decode.agreement import AgreementCurve, agreements_of
-from quasar_core.decode.costs import SIZES, PairCosts, PassCost, cost_from_timings, measure_pass, pair_costs
+from quasar_core.decode.cost_records import SIZES, cost_from_timings, measure_pass, pair_costs
+from quasar_core.decode.costs import CONTEXT, PairCosts, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.policy import (
     MAX_DRAFT,
@@ -70,7 +71,7 @@ class TestCosts:
 
         def sampler(model: Any, cache: Any, size: int, now: Any) -> Any:
             def sample() -> float:
-                assert cache.length == min(costs_module.CONTEXT, pair.max_context // 2), "a pass was left behind"
+                assert cache.length == min(CONTEXT, pair.max_context // 2), "a pass was left behind"
                 timed.append(size)
                 elapsed[0] += seconds[size]
                 return seconds[size]
@@ -80,14 +81,14 @@ class TestCosts:
         model = TableModel(8, seed=0)
         pair = make_pair(model, **changes)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(costs_module, "pass_sampler", sampler)
+            patch.setattr(cost_records, "pass_sampler", sampler)
             return measure_pass(pair, model, seconds=limit, now=lambda: elapsed[0])[0], timed
 
     def test_a_pass_is_timed_by_the_clock_around_it_and_leaves_nothing_behind(self) -> None:
         readings = iter([3.0, 3.25])
         model = TableModel(8, seed=0)
         cache = model.new_cache(8)
-        assert costs_module.pass_sampler(model, cache, 4, now=lambda: next(readings))() == 0.25
+        assert cost_records.pass_sampler(model, cache, 4, now=lambda: next(readings))() == 0.25
         assert cache.length == 0
 
     def test_a_pass_is_timed_as_greedy_decoding_runs_it(self) -> None:
@@ -101,7 +102,7 @@ class TestCosts:
 
         model = ChoosingModel(8, seed=0)
         cache = model.new_cache(8)
-        assert costs_module.pass_sampler(model, cache, 4)() >= 0
+        assert cost_records.pass_sampler(model, cache, 4)() >= 0
         assert cache.length == 0
 
     @pytest.mark.parametrize(("interrupted", "rounds"), [(0.0, 3), (0.4, 12)])
@@ -117,7 +118,7 @@ class TestCosts:
 
             return sample
 
-        monkeypatch.setattr(costs_module, "pass_sampler", sampler)
+        monkeypatch.setattr(cost_records, "pass_sampler", sampler)
         model = TableModel(8, seed=0)
         cost, _ = measure_pass(make_pair(model), model)
         assert cost.seconds == pytest.approx([1 + size / 16 for size in cost.sizes], rel=0.02)
@@ -294,7 +295,7 @@ class TestGeneratorsChoice:
         """A verify costs a quarter of a confirm."""
         self.seconds = {"target": PassCost((1,), (4.0,)), "verifier": PassCost((1,), (1.0,))}
         monkeypatch.setattr(
-            costs_module,
+            cost_records,
             "measure_pass",
             lambda pair, model: (self.seconds["target" if model is pair.target else "verifier"], None),
         )

@@ -12,7 +12,8 @@ from helpers.tiny_models import CPU, TableModel, make_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quasar_core.decode.costs import CostRecord, PassCost
+from quasar_core.decode.cost_records import CostRecord
+from quasar_core.decode.costs import PassCost
 from quasar_core.deploy.batch import Batch, Decisions, ProposerSettings, Shared
 from quasar_core.errors import UsageError
 from quasar_core.models.base import CausalLM
@@ -203,12 +204,12 @@ def test_a_pass_over_several_texts_is_shared() -> None:
 
 def test_what_passes_cost_is_learned_by_the_number_of_texts() -> None:
     decisions = Decisions(pair_of(TARGET), "auto", RATIO)
-    assert decisions.of(3) is decisions.of(4)
-    assert decisions.of(4) is not decisions.of(5)
+    assert decisions.of(3, 0) is decisions.of(4)
+    assert decisions.of(4, 0) is not decisions.of(5)
     for _ in range(40):
         decisions.observe(4, 4, 80.0)
-    assert decisions.of(4).checker.costs.confirm(1) == pytest.approx(20.0)
-    assert decisions.of(1).checker.costs.confirm(1) == pytest.approx(RATIO * COST(1))
+    assert decisions.of(4, 0).checker.costs.confirm(1) == pytest.approx(20.0)
+    assert decisions.of(1, 0).checker.costs.confirm(1) == pytest.approx(RATIO * COST(1))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import sight
+from quasar_core.decode.cost_records import CostRecord
+from quasar_core.decode.costs import CONTEXT, PassCost
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.sight import SHORTEST, Sight, measured_slope, saved_share
+from quasar_core.decode.sight import SHORTEST, Sight, saved_share
 from quasar_core.errors import UsageError
 from quasar_core.models import loading
 from quasar_core.models.attention import make_mask, make_tree_mask
@@ -137,13 +139,14 @@ def test_confirmed_text_is_that_of_plain_decoding(
     assert any("writes another text" in note for note in pair.notes)
 
 
-def test_it_is_chosen_where_the_context_is_dear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_chosen_where_the_context_is_dear(tmp_path: Path) -> None:
     save_model(tmp_path, *CASES["qwen3"])
     target = load_target(tmp_path, CPU, torch.float32)
     pair, notes = make_pair(target, target), list[str]()
 
     def narrow(slope: float, prompt: int, **options: Any) -> bool:
-        monkeypatch.setattr(sight, "measured_slope", lambda *_: (1.0, slope))
+        cost = PassCost((1,), (1.0 + CONTEXT * slope,), PassCost((1,), (slope,)))
+        pair.measured["verifier"] = CostRecord(cost, {"role": "verifier"}, 0.0)
         config = GenerationConfig(9, **{"verify": "exact", **options})
         return Sight(pair, config, notes.append).pair_for(prompt) is not pair
 
@@ -158,14 +161,6 @@ def test_it_is_chosen_where_the_context_is_dear(tmp_path: Path, monkeypatch: pyt
     assert not narrow(dear, 2000, sampling=SamplingConfig(1.0))  # a seed fixes the text
     assert narrow(0.0, 5, verifier_attention="sinks+window")
     assert any("ms more for each 1000 positions" in note for note in notes)
-
-
-def test_the_slope_of_a_pass_is_measured(tmp_path: Path) -> None:
-    save_model(tmp_path, *CASES["qwen3"])
-    target = load_target(tmp_path, CPU, torch.float32)
-    ticks = iter(range(10**6))
-    base, slope = measured_slope(make_pair(target, max_context=512), target, lambda: float(next(ticks)))
-    assert (base, slope) == (1.0, 0.0)  # a clock that goes a second at each look
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
