@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from quasar_core.bench.results import Results
-from quasar_core.bench.traces import Drafted, Recorded, Trace, Verified, record_of
+from quasar_core.bench.traces import Drafted, Recorded, Trace, Verified, beside_passes, record_of
 from quasar_core.config import Auto
 from quasar_core.decode.agreement import AgreementCurve, Estimate, RunningAgreement
 from quasar_core.decode.check import Check, Checker
@@ -17,6 +17,7 @@ from quasar_core.decode.costs import LiveCost, PairCosts
 from quasar_core.decode.window_values import MAX_WINDOW, prospect_of
 from quasar_core.draft.acceptance import Acceptance
 from quasar_core.draft.base import Draft
+from quasar_core.records import Stats
 
 LONGEST = 64  # drafts are no longer than recorded
 NOTHING = Drafted((), 0)
@@ -40,7 +41,7 @@ POLICIES = (
     *(Policy(f"survival {threshold}", MAX_WINDOW, threshold) for threshold in (0.5, 0.8, 0.9)),
     *(Policy(f"drafts of {longest}", longest=longest) for longest in (2, 4, 8)),
     Policy("no drafts", longest=0),
-    Policy("target alone", target_alone=True, like="ngram"),
+    Policy("target alone", target_alone=True, like="full"),
     Policy("target alone, no drafts", longest=0, target_alone=True, like="vanilla"),
 )
 
@@ -63,9 +64,20 @@ def simulate(results: Results, arm: str = "exact", seed: int = 0) -> list[Predic
     """Replay an arm's answers under every policy. UsageError where the file does not hold what that needs."""
     recorded = record_of(results, arm)
     return [
-        Prediction(policy.name, replay(recorded, policy, seed), _measured(results, policy.like))
+        Prediction(
+            policy.name, replay(_beside(recorded, results, policy), policy, seed), _measured(results, policy.like)
+        )
         for policy in _policies(arm, results.run.config.window)
     ]
+
+
+def _beside(recorded: Recorded, results: Results, policy: Policy) -> Recorded:
+    """With what passes of the arm that decides as the policy does take beside them, where there is one."""
+    stats = _stats(results, policy.like)
+    if not stats:
+        return recorded
+    drafting_s, other_s = beside_passes(stats)
+    return replace(recorded, drafting_s=drafting_s, other_s=other_s)
 
 
 def _policies(arm: str, window: int | Auto) -> list[Policy]:
@@ -78,9 +90,13 @@ def _policies(arm: str, window: int | Auto) -> list[Policy]:
 
 
 def _measured(results: Results, arm: str | None) -> float | None:
-    stats = [row.stats for row in results.rows if row.arm == arm and row.stats]
+    stats = _stats(results, arm)
     seconds = sum(one.decode_s for one in stats)
     return sum(one.new_tokens - one.prefill_tokens for one in stats) / seconds if seconds else None
+
+
+def _stats(results: Results, arm: str | None) -> list[Stats]:
+    return [row.stats for row in results.rows if row.arm == arm and row.stats and row.stats.step_log]
 
 
 def replay(recorded: Recorded, policy: Policy, seed: int = 0) -> float:

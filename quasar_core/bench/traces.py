@@ -124,17 +124,22 @@ def record_of(results: Results, arm: str) -> Recorded:
             f"The results hold no margins of the arm {arm}: it has no confirms, or an older version ran it. Run the "
             "bench again."
         )
-    timed, passes = _timed_passes(results), sum(len(one.step_log) + len(one.confirm_log) for one in stats)
-    within = sum(step.seconds + step.draft_s for one in stats for step in one.step_log)
-    within += sum(confirm.seconds for one in stats for confirm in one.confirm_log)
-    decode_s = sum(one.decode_s for one in stats)
-    drafting = sum(step.draft_s for one in stats for step in one.step_log)
+    timed = _timed_passes(results)
+    drafting_s, other_s = beside_passes(stats)
     return Recorded(
         traces=[trace_of(one) for one in stats],
         costs=PairCosts(cost_of(timed["verify"]), cost_of(timed["confirm"])),
-        drafting_s=drafting / sum(len(one.step_log) for one in stats),
-        other_s=max(decode_s - within, 0.0) / passes,
+        drafting_s=drafting_s,
+        other_s=other_s,
     )
+
+
+def beside_passes(stats: Sequence[Stats]) -> tuple[float, float]:
+    """Seconds of drafting, and of all else that is no pass's, for each pass of some answers."""
+    passes = [timed for one in stats for _, timed in passes_of(one)]
+    drafting = sum(step.draft_s for one in stats for step in one.step_log)
+    other = sum(one.decode_s for one in stats) - drafting - sum(timed.seconds for timed in passes)
+    return drafting / len(passes), max(other, 0.0) / len(passes)
 
 
 def trace_of(stats: Stats) -> Trace:
@@ -215,13 +220,13 @@ def _timed_passes(results: Results) -> dict[str, list[TimedPass]]:
     found: dict[str, list[TimedPass]] = {"verify": [], "confirm": []}
     for row in results.rows:
         if row.stats and not any(step.let_through for step in row.stats.step_log):  # else confirms passed more
-            for model, timed in _passes_of(row.stats):
+            for model, timed in passes_of(row.stats):
                 if timed.seconds:
                     found[model].append(timed)
     return found
 
 
-def _passes_of(stats: Stats) -> Iterator[tuple[str, TimedPass]]:
+def passes_of(stats: Stats) -> Iterator[tuple[str, TimedPass]]:
     """The passes of an answer as they came: whose, over how many tokens, and what stood before them."""
     place, window = stats.prompt_tokens, 0
     for confirm, step in _in_order(stats):

@@ -1,6 +1,7 @@
 """Estimate P(agree), how often the target takes the verifier's choice, by its margin; corrected as it shows."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -85,20 +86,22 @@ class RunningAgreement:
         self._shifts = {kind: _Shift(shift, shift) for kind in Kind}
         known = PRIOR_SEEN * curve.weights
         self._seen = {kind: known.copy() for kind in Kind}  # of each kind [bins]
+        self._edges = curve.edges.tolist()
         self._log_odds = np.log(_bounded(curve.values) / (1 - _bounded(curve.values)))
 
     def __call__(self, margin: float, kind: Kind = Kind.ANY) -> float:
         """The corrected agreement of a token verified with this margin."""
-        bin_of_margin = int(np.searchsorted(self.curve.edges, margin, side="right"))
-        return _share(float(self._log_odds[bin_of_margin]) + self.shift(kind))
+        return self._of_bin(bisect_right(self._edges, margin), kind)
 
     def estimates(self, margins: Sequence[float], accepted: int, refused: bool) -> list[Estimate]:
         """Of the tokens that a verify pass adds: `accepted` drafted ones, and one instead of a refused or a missing."""
-        last = Kind.INSTEAD if refused else Kind.FREE
-        kinds = [Kind.DRAFTED if place < accepted else last for place in range(len(margins))]
-        for margin, kind in zip(margins, kinds, strict=True):
-            self._see(margin, kind)
-        return [Estimate(kind, self(m, kind), self(m)) for m, kind in zip(margins, kinds, strict=True)]
+        found = []
+        for place, margin in enumerate(margins):
+            kind = Kind.DRAFTED if place < accepted else Kind.INSTEAD if refused else Kind.FREE
+            bin_of_margin = bisect_right(self._edges, margin)
+            self._see(bin_of_margin, kind)
+            found.append(Estimate(kind, self._of_bin(bin_of_margin, kind), self._of_bin(bin_of_margin, Kind.ANY)))
+        return found
 
     def shift(self, kind: Kind = Kind.ANY) -> float:
         """What is added to log-odds."""
@@ -123,8 +126,10 @@ class RunningAgreement:
             self._shifts[estimate.kind].learn(estimate.p, place < accepted)
             self._shifts[Kind.ANY].learn(estimate.any, place < accepted)
 
-    def _see(self, margin: float, kind: Kind) -> None:
-        bin_of_margin = int(np.searchsorted(self.curve.edges, margin, side="right"))
+    def _of_bin(self, bin_of_margin: int, kind: Kind) -> float:
+        return _share(float(self._log_odds[bin_of_margin]) + self.shift(kind))
+
+    def _see(self, bin_of_margin: int, kind: Kind) -> None:
         for counts in (self._seen[kind], self._seen[Kind.ANY]):
             counts *= FADING_SEEN
             counts[bin_of_margin] += 1

@@ -133,23 +133,25 @@ class _Steps:
 
     def __init__(self, agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts, longest: int) -> None:
         survivals = np.exp(-SPACING * np.arange(LEVELS))
-        self.moves = _moves(agreements.chances.tobytes(), agreements.weights.tobytes())
         self.right = np.array([prospect.right for prospect in prospects])[:, None] * survivals
         gained = [_sum_of_powers(agreements.mean, prospect.new) for prospect in prospects]
         self.gained = np.array(gained)[:, None] * survivals
         self.verify = np.array([costs.verify(prospect.passed) for prospect in prospects])
-        lengths = [prospect.length for prospect in prospects]
-        self.confirm = [
-            np.array([costs.confirm(tokens + 1 + length) for length in lengths]) for tokens in range(longest + 1)
-        ]
-        self._new = [min(prospect.new, MOST_NEW - 1.0) for prospect in prospects]
+        lengths = np.array([prospect.length for prospect in prospects])
+        confirm = np.array([costs.confirm(tokens) for tokens in range(1, longest + 2 + int(lengths.max()))])
+        self.confirm = confirm[np.arange(longest + 1)[:, None] + lengths]  # [windows, prospects]
+        new = np.minimum([prospect.new for prospect in prospects], MOST_NEW - 1.0)
+        self._new, places = np.unique([new.astype(int), new.astype(int) + 1], return_inverse=True)
+        moves = _moves(agreements.chances.tobytes(), agreements.weights.tobytes())
+        self._moves = np.stack([moves[count] for count in self._new])  # [news, LEVELS, LEVELS]
+        self._shares = np.zeros((len(prospects), len(self._new)))  # between whole numbers of new tokens, linear
+        for whole, share in zip(places.reshape(2, -1), (1 - new % 1, new % 1), strict=True):
+            self._shares[np.arange(len(prospects)), whole] += share
 
     def later(self, tokens: int, table: _Array) -> _Array:
-        """E_p J(W + n, s·p^n) of each prospect; between whole numbers of new tokens, linear."""
-        reached = {}
-        for new in {whole for n in self._new for whole in (int(n), int(n) + 1)}:
-            reached[new] = self.moves[new] @ table[min(tokens + new, len(table) - 1)]
-        return np.array([(1 - n % 1) * reached[int(n)] + n % 1 * reached[int(n) + 1] for n in self._new])
+        """E_p J(W + n, s·p^n) of each prospect."""
+        rows = table[np.minimum(tokens + self._new, len(table) - 1)]
+        return np.asarray(self._shares @ (self._moves @ rows[:, :, None])[:, :, 0])
 
 
 @lru_cache(maxsize=4)

@@ -14,10 +14,20 @@ from helpers.tiny_models import TreeTable, make_pair
 from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.results import Results
 from quasar_core.bench.simulate import POLICIES, replay, simulate
-from quasar_core.bench.traces import Drafted, Verified, record_of, trace_of
+from quasar_core.bench.traces import (
+    Drafted,
+    Recorded,
+    TimedPass,
+    Trace,
+    Verified,
+    cost_of,
+    passes_of,
+    record_of,
+    trace_of,
+)
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode.cost_records import CostRecord
-from quasar_core.decode.costs import PassCost
+from quasar_core.decode.costs import CONTEXT, PairCosts, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.errors import UsageError
@@ -196,3 +206,58 @@ def test_files_without_margins_are_refused() -> None:
     passed = replace(first.stats, step_log=[replace(first.stats.step_log[0], let_through=1), *first.stats.step_log[1:]])
     with pytest.raises(UsageError, match="not all of it was confirmed"):
         simulate(Results(results.run, [replace(first, stats=passed), *results.rows[1:]]))
+
+
+@pytest.mark.parametrize(("once", "each"), [(0.0, 1e-3), (2e-3, 0.0), (5e-4, 1e-4), (0.0, 0.0)])
+def test_what_a_position_adds_is_found_in_the_passes(once: float, each: float) -> None:
+    """To a pass, as on a GPU, or to each of its tokens, as on a CPU; long passes stood behind longer texts."""
+    luck = random.Random(0)
+    passes = []
+    for _ in range(300):
+        tokens = luck.choice((1, 2, 5, 16))
+        seen = luck.randint(0, 100 * tokens)
+        seconds = 1.0 + tokens / 16 + (once + each * tokens) * max(seen - CONTEXT, 0)
+        passes.append(TimedPass(tokens, seen, seconds))
+    cost = cost_of(passes)
+    assert cost.sizes == (1, 2, 5, 16)
+    for one in passes:
+        assert cost.at(one.positions)(one.tokens) == pytest.approx(one.seconds)
+
+
+def test_where_passes_stood_by_hand() -> None:
+    """Behind 10 tokens: two verifies, a confirm of their three tokens that refuses the last, two drafts at the target.
+
+    The second of these passes behind a window of one.
+    """
+    piece = Piece("x", 1, 2)
+    steps = [
+        Step(2, 1, [piece], seconds=1.0),
+        Step(0, 0, seconds=2.0),
+        Step(2, 2, [piece], by_target=True, seconds=4.0),
+        Step(0, 0, seconds=5.0),
+        Step(2, 1, [piece], by_target=True),
+    ]
+    confirms = [Confirm(3, 2, step=2, seconds=3.0), Confirm(1, 1, 2, 4, seconds=6.0)]
+    stats = Stats(new_tokens=11, prefill_tokens=1, prompt_tokens=10, step_log=steps, confirm_log=confirms)
+    assert list(passes_of(stats)) == [
+        ("verify", TimedPass(3, 10, 1.0)),
+        ("verify", TimedPass(1, 12, 2.0)),
+        ("confirm", TimedPass(4, 10, 3.0)),
+        ("confirm", TimedPass(3, 13, 4.0)),
+        ("verify", TimedPass(1, 16, 5.0)),
+        ("confirm", TimedPass(4, 16, 6.0)),
+    ]
+
+
+def test_behind_a_long_prompt_the_target_is_predicted_to_decode_alone() -> None:
+    """There a verify takes 3.3 s and a target pass 6; behind a short one 0.3 and 3."""
+    row = PassCost((1, 33), (1e-3, 33e-3))
+    costs = PairCosts(PassCost((1, 33), (0.3, 1.9), row), PassCost((1, 33), (3.0, 4.6), row))
+    luck, faster = random.Random(0), {}
+    for prompt in (20, 3000):
+        verified = {place: Verified(1.0, luck.random() < 0.7) for place in range(400)}
+        traces = [Trace(400, verified, {place: Drafted((), 0) for place in range(400)}, prompt=prompt)]
+        rates = {p.name: replay(Recorded(traces, costs, 0.0, 0.0), p) for p in POLICIES}
+        faster[prompt] = rates["as it pays"] / rates["target alone"]
+    assert faster[20] > 1.5
+    assert 0.9 < faster[3000] < 1.1
