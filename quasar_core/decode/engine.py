@@ -124,7 +124,7 @@ class Engine:
         settle(self.cache, self.committed - 1)
         step_s = self._now() - start
         self.stats.decode_s += step_s
-        if self._checking and self._learns_costs:
+        if self._checking:
             self._checking.checker.spent(step_s - (self._log.seconds - passes_s))
 
     def _check_by_either(self, checking: Checking, start: float) -> None:

@@ -204,8 +204,8 @@ def test_a_pass_over_several_texts_is_shared() -> None:
 
 def test_what_passes_cost_is_learned_by_the_number_of_texts() -> None:
     decisions = Decisions(pair_of(TARGET), "auto", RATIO)
-    assert decisions.of(3, 0) is decisions.of(4)
-    assert decisions.of(4, 0) is not decisions.of(5)
+    assert decisions.of(3, 0) is decisions.of(4, 0)
+    assert decisions.of(4, 0) is not decisions.of(5, 0)
     for _ in range(40):
         decisions.observe(4, 4, 80.0)
     assert decisions.of(4, 0).checker.costs.confirm(1) == pytest.approx(20.0)
