@@ -21,6 +21,7 @@ FADING = 0.94  # of former tokens and passes, in the rate of late, whenever it i
 USUAL = 8  # tokens of a confirm pass
 TRUSTED = 16.0  # tokens that the planned rate counts for beside them
 UNSEEN = 64  # target passes after which the verifier is tried again where it does not seem to pay; then twice as many
+MOVED = 1.2  # times the cost of a pass, either way, from which on what was decided elsewhere tells nothing of the rate
 STEPS = 16  # of which what they take beside their passes is learned
 RARELY = 8  # where it was not asked since, one draft in so many is weighed for it
 
@@ -126,9 +127,6 @@ class Checker:
     ) -> None:
         self.costs, self.agreement = costs, agreement
         self._prospects = deque(usual, maxlen=LATELY)
-        self._planned = best_values(agreement.now, usual, costs).rate * costs.confirm(
-            USUAL
-        )  # tokens in such a pass's time
         self._tokens = 0.0
         self._verified, self._confirmed = (
             defaultdict[int, float](float),
@@ -139,6 +137,7 @@ class Checker:
         self._beside = 0.0  # seconds of a step that are no pass's: drafting, choosing tokens and what follows
         self._unseen, self._patience = (UNSEEN + 1, 2 * UNSEEN) if alone else (0, UNSEEN)
         self._means = agreement.means
+        self._plan(usual)
         self.values = self._valued()
 
     @property
@@ -181,7 +180,12 @@ class Checker:
         return check
 
     def begin(self) -> None:
-        """Another text begins: behind its prompt passes may cost something else."""
+        """Another text begins: where its passes cost something else, the rate is planned anew, not what it was."""
+        if not 1 / MOVED <= self.costs.confirm(USUAL) / self._usual <= MOVED:
+            self._tokens = 0.0
+            self._verified.clear()
+            self._confirmed.clear()
+            self._plan(_spread(self._prospects))
         self.values = self._valued()
 
     def spent(self, seconds: float) -> None:
@@ -208,6 +212,12 @@ class Checker:
         if self._passes % REPLANNED == 0:
             self.values = self._valued()
             self._fade()
+
+    def _plan(self, prospects: Sequence[Prospect]) -> None:
+        """Find the best rate here."""
+        self._usual = self.costs.confirm(USUAL)
+        tables = PairCosts(_Table(self.costs.verify, self._beside), _Table(self.costs.confirm, self._beside))
+        self._planned = best_values(self.agreement.now, prospects, tables).rate * self._usual  # tokens in its time
 
     def _valued(self) -> WindowValues:
         self._beside = sorted(self._besides)[len(self._besides) // 2] if self._besides else 0.0

@@ -47,7 +47,8 @@ def test_what_came_instead_of_a_draft_is_learned_apart() -> None:
     for _ in range(50):
         running.learn(running.estimates([1.0, 1.0], 1, True), 1)
     means = running.means
-    assert means.drafted > CURVE.values @ CURVE.weights > means.instead
+    assert means.drafted > CURVE(1.0) > means.instead
+    assert running.shift(Kind.DRAFTED) > 0 > running.shift(Kind.INSTEAD)
     assert running.shift(Kind.FREE) == 0
 
 
