@@ -224,6 +224,8 @@ def _remember_or_measure(pair: Pair, role: Role, remeasure: bool) -> CostRecord:
 
 def _whole(values: Mapping[str, Entry[PassCost]]) -> PassCost:
     cost, further = values[NAME].value, values[FURTHER].value
+    if further == cost:
+        return cost
     slopes = ((further(size) - seconds) / FURTHER_BY for size, seconds in zip(cost.sizes, cost.seconds, strict=True))
     return replace(cost, slope=PassCost(cost.sizes, tuple(slopes)))
 
