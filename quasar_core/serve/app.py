@@ -32,6 +32,7 @@ from quasar_core.serve.worker import Worker
 
 PAGE = Path(__file__).parent / "page"
 BODY_SECONDS = 30.0  # in which a body must arrive
+SHORT_BODY = 2**16  # bytes, which are read sooner than another thread begins
 DEEPEST = 64  # objects and lists within one another
 POSTED = frozenset({"/v1/chat/completions", "/v1/completions"})
 ALIVE = ": working\n\n"  # a comment, which clients skip
@@ -194,7 +195,7 @@ class Server:
         except asyncio.TimeoutError:
             raise ApiError(408, f"The body did not arrive within {BODY_SECONDS:g} seconds.") from None
         try:
-            body = await asyncio.to_thread(json.loads, raw)
+            body = json.loads(raw) if len(raw) <= SHORT_BODY else await asyncio.to_thread(json.loads, raw)
         except (ValueError, RecursionError):
             raise refused("The body is no JSON.") from None
         if not isinstance(body, dict):
