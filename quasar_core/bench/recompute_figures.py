@@ -46,7 +46,7 @@ def _speeds(kept: Rows, both: Sequence[tuple[Rows, Rows]]) -> Numbers:
         "decode_s": seconds(kept),
         "tokens_per_s": ratio(tokens(kept), seconds(kept)),
         "speedup_total": total_speedup(timed),
-        "speedup_mean": ratio(sum(a / b / (c / d) for a, b, c, d in timed), len(timed)),
+        "speedup_mean": mean_speedup(timed),
         "speedup_answers": total_speedup(answer_yields(both)) if timed else None,
     }
 
@@ -256,6 +256,11 @@ def total_speedup(timed: Yields) -> float | None:
         return None
     made, took, plain_made, plain_took = (math.fsum(one[i] for one in timed) for i in range(4))
     return made / took / (plain_made / plain_took)
+
+
+def mean_speedup(timed: Yields) -> float | None:
+    """The mean over questions of the ratio of tokens per second."""
+    return ratio(math.fsum(a / b / (c / d) for a, b, c, d in timed), len(timed))
 
 
 def tokens(rows: Rows) -> int:

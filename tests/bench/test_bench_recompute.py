@@ -104,6 +104,7 @@ def test_an_interval_that_another_resampling_does_not_give_is_named(
     monkeypatch.setattr(metrics, "estimate", lambda *asked: replace(estimate(*asked), interval=(0.1, 9.0)))
     _, wrong = differences(tmp_path / "r.json", results)
     assert any("speedup_total, interval, low: 0.1, but" in line for line in wrong)
+    assert any("speedup_mean, interval, high: 9.0, but" in line for line in wrong)
     assert any("speedup_answers, interval, high: 9.0, but" in line for line in wrong)
 
 

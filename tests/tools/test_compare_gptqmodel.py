@@ -5,13 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from quasar_core import api
 from quasar_core.config import QuantizeConfig
-from tools.compare_gptqmodel import main
+from tools.compare_gptqmodel import compare_blocks, main
 
 pytest_plugins = ["helpers.quantize_fixtures"]
+ROWS = ("samples", "held_out", "greedy")
 
 
 def test_a_run_goes_on_from_the_text_that_the_others_read_and_is_measured_as_it_measures_itself(
@@ -32,6 +34,21 @@ def test_a_run_goes_on_from_the_text_that_the_others_read_and_is_measured_as_it_
     packed = {n: t.numel() * t.element_size() for n, t in load_file(ours / "model.safetensors").items()}
     suffixes = ("qweight", "qzeros", "scales", "g_idx")
     assert measured["packed_bytes"] == sum(size for name, size in packed.items() if name.endswith(suffixes))
+
+
+def test_the_first_blocks_alone(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a block the model is itself; each quantized block costs fidelity, and bytes."""
+    generator = torch.Generator().manual_seed(0)
+    rows = {name: torch.randint(97, (4, 24 + 16 * (name == "greedy")), generator=generator) for name in ROWS}
+    save_file(rows, tmp_path / "text.safetensors")
+    (tmp_path / "groups.json").write_text('{"group_size": 32}')
+    monkeypatch.chdir(tmp_path)
+    none, one, two = (
+        next(iter(compare_blocks(str(source), tmp_path, (), blocks=count, samples=3, rows=2))) for count in (0, 1, 2)
+    )
+    assert (none.name, none.packed_bytes, none.fidelity.kl_mean) == ("quasar", 0, 0.0)
+    assert 0 < one.fidelity.kl_mean < two.fidelity.kl_mean
+    assert two.packed_bytes == 2 * one.packed_bytes > 0
 
 
 def test_the_table_begins_with_the_least_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
