@@ -65,6 +65,8 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if threads := sys.modules.get("quasar_core.kernels.threads"):  # where a test chose a number, the next has none
         for name in ("steering", "own", "set"):
             monkeypatch.setattr(threads._Choice, name, None)
+    if estimate := sys.modules.get("quasar_core.quantize.estimate"):  # of what a run takes: no test asks how long
+        monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="session")

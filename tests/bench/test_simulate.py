@@ -62,6 +62,18 @@ class TimedModel(TreeTable):
         return super().forward_tree(tokens, parents, cache)
 
 
+@cache
+def luck(seed: int) -> float:
+    """A number between 0 and 1 that is always the same; seeding takes its time."""
+    return random.Random(seed).random()
+
+
+@cache
+def quality(passage: int) -> float:
+    """How many of a copy's tokens are right; 0 where there is none."""
+    return random.Random(passage).choice((0.0, 0.5, 0.97))
+
+
 class Passages(Drafter):
     """Text comes in passages of 14 tokens: of one there is no copy, of another a bad one, of a third a good one."""
 
@@ -76,7 +88,7 @@ class Passages(Drafter):
 
     def propose(self, limit: int, after: Sequence[int] = ()) -> Draft:
         passage = self.position // 14
-        chance = random.Random(passage).choice((0.0, 0.5, 0.97))
+        chance = quality(passage)
         end = min(14 * (passage + 1), self.position + limit, len(self.text)) if chance else self.position
         copy = [self.copied(place, chance) for place in range(self.position, end)]
         return Draft.of(copy, "copy", 3 if chance > 0.5 else 1)
@@ -87,7 +99,7 @@ class Passages(Drafter):
         return [[0, (self.text[place] + place % 3) % VOCABULARY] for place in places] if self.forks else []
 
     def copied(self, place: int, chance: float) -> int:
-        right = random.Random(-place).random() < chance
+        right = luck(-place) < chance
         return self.text[place] if right else (self.text[place] + 1) % VOCABULARY
 
 

@@ -145,7 +145,8 @@ def test_keys_that_are_missing_from_the_config(kind: str, made: Path, tmp_path: 
     """Each in turn: the same logits, or one sentence."""
     content = json.loads((made / kind / "config.json").read_text())
     expected, folder, refused = logits(made, made / kind), copy(made, kind, tmp_path / "keys"), set()
-    for key in content:
+    told = {*NEEDED, *SIZES.split(), "architectures"}  # of which formats may tell what is missing; else it is the same
+    for key in content if kind == KINDS[0] else content.keys() & told:
         (folder / "config.json").write_text(json.dumps({name: content[name] for name in content if name != key}))
         found: list[torch.Tensor] = []
         if refusal(lambda found=found: found.extend(logits(made, folder))) is None:

@@ -17,6 +17,7 @@ from quasar_cli import main
 from quasar_core import api
 from quasar_core.config import GenerationConfig, QuantizeConfig, SamplingConfig
 
+pytest_plugins = ["helpers.quantize_fixtures"]
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^(<!-- run -->\n)?```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -55,6 +56,7 @@ def test_every_command_exists(line: str) -> None:
     command.make_context(" ".join(arguments), list(rest))
 
 
+@pytest.mark.usefixtures("small_texts")
 @pytest.mark.skipif(not MODEL.exists(), reason="the demo model is not in this checkout")
 def test_the_commands_marked_to_run_and_the_python_blocks_succeed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -42,9 +42,10 @@ DEMO = Path(quasar_core.demo.__file__).parent / "model"
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_full_equals_transformers(architecture: str, drafter: str) -> None:
+    """Drafts of every length from 1 to 8: the even ones or the odd ones, in turn."""
     pair, expected = make_pair(random_model(architecture)), greedy_reference(architecture, COUNT)
     make_draft = drafter_factory(drafter, PROMPT + expected)
-    for drafts in range(1, 9):
+    for drafts in range(1 + (ARCHITECTURES.index(architecture) + DRAFTERS.index(drafter)) % 2, 9, 2):
         result = generate(pair, "full", drafts, make_draft=make_draft)
         assert result.token_ids == expected, drafts
         assert result.stats.new_tokens == 1 + result.stats.steps + result.stats.accepted
@@ -62,10 +63,10 @@ def test_drafts_are_accepted_when_right_and_refused_when_wrong() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_exact_equals_transformers(architecture: str) -> None:
-    """Every window from 1 to 12; draft lengths from 1 to 8, drafters and verifiers take turns."""
+    """Every second window from 1 to 12; draft lengths from 1 to 8, drafters and verifiers take turns."""
     pairs = [make_pair(random_model(architecture), verifier_of(architecture, kind)) for kind in ("4", "random")]
     expected = greedy_reference(architecture, 16)
-    for window in range(1, 13):
+    for window in range(1 + ARCHITECTURES.index(architecture) % 2, 13, 2):
         drafts, kind = 1 + (3 * window) % 8, DRAFTERS[window % 3]
         make_draft = drafter_factory(kind, PROMPT + expected)
         result = generate(pairs[window // 3 % 2], "exact", drafts, window, 16, make_draft)

@@ -78,8 +78,9 @@ def test_every_processor_equals_transformers(name: str, eos: list[int] | None) -
         pytest.skip("transformers asks for an end of text")
     expected = theirs(options, prompt, eos)
     pair = make_pair(random_model("llama"), quantized_copy("llama"), eos_ids=frozenset(eos or []), processors=options)
+    turn = list(CASES).index(name) + bool(eos)  # of the drafters: which one drafts for `full`
     for drafts, kind in enumerate(DRAFTERS, start=3):
-        for verify in ("full", "exact"):
+        for verify in ("full", "exact") if kind == DRAFTERS[turn % len(DRAFTERS)] else ("exact",):
             assert ours(pair, prompt, drafts, kind, expected, verify=verify) == expected, (kind, verify)
 
 

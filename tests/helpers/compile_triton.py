@@ -1,6 +1,7 @@
 """A program: compiles the launches of every Triton kernel for a GPU that is not here, and prints one JSON line of each.
 
-`compile_triton.py CAPABILITY [all]`: of the launches that may begin early, all or the first of each kernel.
+`compile_triton.py CAPABILITY [all]`: all kinds of codes, and launches that may begin early and that wait; else 4 and 8
+bits, and the former where the GPU has them.
 The interpreter accepts what the compiler refuses, so kernels that only run interpreted prove nothing about a GPU.
 """
 
@@ -40,16 +41,11 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_KB = {80: 164, 89: 100, 90: 228, 120: 100}  # of a multiprocessor
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 CPU = torch.device("cpu")
-overlapped: set[str] = set()  # kernels that were compiled so that they may begin early
 
 
 def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
     """In place of a launch: types as Triton would find them, with aligned pointers and sizes."""
     options = {key: named.pop(key) for key in OPTIONS if key in named}
-    if options.get("launch_pdl"):
-        if self.__name__ in overlapped and not EVERY:
-            return
-        overlapped.add(self.__name__)
     values = {**dict(zip(self.arg_names, args, strict=False)), **named}
     signature, constants, aligned = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(self.arg_names, self.params, strict=True)):
@@ -106,7 +102,8 @@ def main() -> None:
     blocks._stages = lambda *given: blocks.stages_for(SHARED_KB[CAPABILITY] * 1024, given[0])
     from quasar_core.kernels.triton.language import overlapping
 
-    for wanted in (False, True) if CAPABILITY >= 90 else (False,):
+    both = (False, True) if CAPABILITY >= 90 else (False,)
+    for wanted in both if EVERY else both[-1:]:
         with overlapping(wanted):
             launch_all()
 
@@ -125,13 +122,14 @@ def launch_all() -> None:
     )
 
     x, out, steps = zeros(4, 4096), zeros(4, 256), zeros(4, dtype=torch.float32)
-    for bits, symmetric in ((4, True), (4, False), (8, False), (2, True)):
+    for bits, symmetric in ((4, True), (4, False), (8, False), (2, True)) if EVERY else ((4, True), (8, False)):
         weight = prepare_packed(random_codes(bits, 4096, 256, 128, symmetric), CPU)
         packed.multiply_packed(x, weight, out, residual=out)
         if EVERY or (bits, symmetric) == (4, True):
             packed.multiply_packed(zeros(16, 4096), weight, zeros(16, 256))
-        unpack.dequantize_packed(weight, torch.bfloat16)
-        packed.multiply_packed(x.half(), weight, out.half(), bias=out[0].half())
+        if EVERY or bits == 4:
+            unpack.dequantize_packed(weight, torch.bfloat16)
+            packed.multiply_packed(x.half(), weight, out.half(), bias=out[0].half())
     products.multiply_dense(x, zeros(256, 4096), out, bias=out[0])
     products.multiply_dense(zeros(40, 4096), zeros(256, 4096), zeros(40, 256))
     pairs = zeros(16, dtype=torch.int32)

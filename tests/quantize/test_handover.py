@@ -1,5 +1,6 @@
 """Finished work is never lost: killed, or refused by the file system, at each step from a whole folder to a pair."""
 
+import itertools
 import json
 import os
 import shutil
@@ -107,24 +108,28 @@ def test_a_home_that_cannot_be_written_costs_nothing(source: Path, monkeypatch: 
     assert [pair.verifier for pair in list_pairs()] == [str(output)]
 
 
-@pytest.mark.parametrize("step", ["in place", "commits cleared", "replaced one removed", "recorded"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), QuasarError("broken.")])
-def test_every_failure_after_it_exists_says_where_it_is(
-    source: Path, monkeypatch: pytest.MonkeyPatch, step: str, error: BaseException
-) -> None:
-    """From a whole working folder: the stages before are not run again."""
+def test_every_failure_after_it_exists_says_where_it_is(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a whole working folder, each time as it was: the stages before are not run again."""
+    output, home = source.parent / "tiny-gptq-4bit-g32", source.parent / "home"
+    partial, whole = output.with_name(f"{output.name}.partial"), source.parent / "whole"
     with monkeypatch.context() as patch:
         die_at(patch, "described", KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             quantize(source)
+    shutil.copytree(partial, whole)
     forbid_work(monkeypatch)
-    with monkeypatch.context() as patch:
-        die_at(patch, step, error)
-        kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else QuasarError
-        with pytest.raises(kind, match=r"The verifier is finished in .*tiny-gptq-4bit-g32; the same command records"):
-            quantize(source)
-    quantize(source)
-    assert current_pair() is not None
+    errors = (KeyboardInterrupt(), OSError(28, "No space left on device"), QuasarError("broken."))
+    for step, error in itertools.product(("in place", "commits cleared", "replaced one removed", "recorded"), errors):
+        for place in (output, partial, home):
+            shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(whole, partial)
+        with monkeypatch.context() as patch:
+            die_at(patch, step, error)
+            kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else QuasarError
+            with pytest.raises(kind, match=r"is finished in .*tiny-gptq-4bit-g32; the same command records"):
+                quantize(source)
+        quantize(source)
+        assert current_pair() is not None, (step, error)
 
 
 def test_a_finished_verifier_that_no_pair_names_is_recorded_and_one_that_a_pair_names_is_refused(

@@ -14,7 +14,7 @@ from quasar_core.quantize.solve.gptq import SolverConfig, solve_group
 from quasar_core.quantize.solve.hessian import error_correlation
 
 # Inputs, and outputs of the layers that share them.
-SMALL = [(3072, (64,)), (1024, (1024, 64)), (1536, (512,))]
+SMALL = [(1536, (64,)), (1024, (1024, 64)), (1536, (512,))]
 LARGE = [(4096, (64,)), (1024, (8192, 8192))]
 
 
