@@ -77,10 +77,7 @@ def generate(
     if system is not None and not chat:
         raise UsageError("--system is part of the chat template; leave --raw out, or put the text into the prompt.")
     trace_file = _trace_file(trace)
-    if trace == "-" and as_json:
-        raise UsageError("--trace draws in the terminal: with --json, name a file for it.")
-    if show_unconfirmed and not (console.has_colours() and stream and not as_json and trace != "-"):
-        raise UsageError("--show-unconfirmed draws in a terminal: not with --json, --no-stream, --trace or a pipe.")
+    _refuse_what_cannot_be_drawn(trace == "-", show_unconfirmed, stream, as_json)
     pair = load_pair(models, config)
 
     from quasar_core import api
@@ -91,10 +88,7 @@ def generate(
     coloured = trace == "-" and not as_json
     streamed = stream and not as_json and not coloured
     if show_unconfirmed:
-        from quasar_cli.render.unconfirmed import Unconfirmed
-
-        shown = Unconfirmed(console.stream_text, lambda tokens: str(pair.tokenizer.decode(list(tokens))))
-        result = generator.generate(prompt_ids, shown.add, answering=api.Answering(waiting=shown.show))
+        result = _generate_dimmed(generator, prompt_ids)
     else:
         result = generator.generate(prompt_ids, console.stream_text if streamed else None)
     if trace_file is not None:
@@ -109,6 +103,24 @@ def generate(
         show_notes(pair)
     if stats:
         show_stats(pair, config, result)
+
+
+def _refuse_what_cannot_be_drawn(coloured: bool, dimmed: bool, stream: bool, as_json: bool) -> None:
+    """UsageError for a trace or unconfirmed text that no terminal would show."""
+    if coloured and as_json:
+        raise UsageError("--trace draws in the terminal: with --json, name a file for it.")
+    if dimmed and not (console.has_colours() and stream and not as_json and not coloured):
+        raise UsageError("--show-unconfirmed draws in a terminal: not with --json, --no-stream, --trace or a pipe.")
+
+
+def _generate_dimmed(generator: "Generator", prompt_ids: list[int]) -> "GenerationResult":
+    """Generate, and show what waits for a confirm, dimmed."""
+    from quasar_cli.render.unconfirmed import Unconfirmed
+    from quasar_core import api
+
+    tokenizer = generator.pair.tokenizer
+    shown = Unconfirmed(console.stream_text, lambda tokens: str(tokenizer.decode(list(tokens))))
+    return generator.generate(prompt_ids, shown.add, answering=api.Answering(waiting=shown.show))
 
 
 def _read_prediction(path: Path) -> str:

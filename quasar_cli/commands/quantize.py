@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from glob import escape
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from quasar_cli.options import Adapter, Device, Folder, Json, Threads, TrustRemo
 from quasar_core.config import BITS, QUICK, SAMPLES, Backend, Method, QuantizeConfig, Rounding
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.store import check_can_push
+
+if TYPE_CHECKING:
+    from quasar_core.records import QuantizeReport
 
 _CALIBRATION = "Calibration"
 EXAMPLES = examples(
@@ -216,44 +219,70 @@ def quantize(
         model = with_adapter(model, adapter) or model
     if push_to_hub is not None:
         check_can_push(push_to_hub)
-    from quasar_core import api
-
-    if sentence := api.spare_gpus(device):
-        console.note_plain(sentence)
+    asked = Asked(model, config, output, device, _bytes_of(max_memory), trust_remote_code)
+    _say_of_spare_gpus(device)
     if successors:
-        _add_successors(model, config, output, device, trust_remote_code, as_json)
+        _add_successors(asked, as_json)
         return
-    asked = (options.group_size, options.lm_head_bits)
-    chooser = (
-        Chooser.of(model, config, *asked, output, device, trust_remote_code, as_json) if options.automatic else None
-    )
+    chooser = _chooser(asked, options, as_json) if options.automatic else None
     if dry_run:
-        _show_plan(model, config, output, device, max_memory, trust_remote_code, as_json, chooser)
+        _show_plan(asked, chooser, as_json)
         return
-
     if chooser:
         with _saying_how_to_go_on(resume):
-            config = chooser.choose(force, resume, _bytes_of(max_memory))
+            asked = replace(asked, config=chooser.choose(force, resume, asked.max_memory))
         resume = True  # of the verifier that was chosen nothing is made yet but its text
-    with _saying_how_to_go_on(resume), console.progress_bar() as progress:
-        report = api.quantize(
-            model,
-            config,
-            output=output,
-            force=force,
-            resume=resume,
-            device=device,
-            max_memory=_bytes_of(max_memory),
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-            tell=console.note_plain,
-        )
+    report = _make(asked, force, resume)
     _say_what_was_kept(Path(report.checkpoint))
     pushed = {} if push_to_hub is None else {"url": _push(Path(report.checkpoint), push_to_hub, private)}
     if as_json:
         console.print_json({**asdict(report), **(chooser.chosen if chooser else {}), **pushed})
-        return
+    else:
+        _show_report(report, verbose)
 
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be quantized, how, where to and on what."""
+
+    model: str
+    config: QuantizeConfig
+    output: Path | None
+    device: str
+    max_memory: int | None  # bytes
+    trust_remote_code: bool
+
+    def named(self) -> dict[str, Any]:
+        """What the functions of `api` take by name, beside the model and the config."""
+        names = ("output", "device", "trust_remote_code")
+        return {name: getattr(self, name) for name in names} | {"tell": console.note_plain}
+
+
+def _chooser(asked: Asked, options: QuantizeOptions, as_json: bool) -> Chooser:
+    """`--bits auto`: groups and head that were asked for stay."""
+    fixed = (options.group_size, options.lm_head_bits)
+    place = (asked.output, asked.device, asked.trust_remote_code)
+    return Chooser.of(asked.model, asked.config, *fixed, *place, as_json)
+
+
+def _make(asked: Asked, force: bool, resume: bool) -> "QuantizeReport":
+    """Write the verifier, with a bar."""
+    from quasar_core import api
+
+    with _saying_how_to_go_on(resume), console.progress_bar() as progress:
+        return api.quantize(
+            asked.model,
+            asked.config,
+            force=force,
+            resume=resume,
+            max_memory=asked.max_memory,
+            progress=progress,
+            **asked.named(),
+        )
+
+
+def _show_report(report: "QuantizeReport", verbose: bool) -> None:
+    """The tables, and what comes next."""
     from quasar_cli.render.quantize import report_tables
 
     console.show(*report_tables(report, verbose))
@@ -262,26 +291,24 @@ def quantize(
     console.note_plain("Next: quasar generate 'Why is the sky blue?'")
 
 
-def _add_successors(
-    model: str, config: QuantizeConfig, output: Path | None, device: str, trust_remote_code: bool, as_json: bool
-) -> None:
+def _add_successors(asked: Asked, as_json: bool) -> None:
     """`--successors`: the file's place, and its size."""
     from quasar_core import api
 
     with console.progress_bar() as progress:
-        file = api.add_successors(
-            model,
-            config,
-            output=output,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-            tell=console.note_plain,
-        )
+        file = api.add_successors(asked.model, asked.config, progress=progress, **asked.named())
     if as_json:
         console.print_json({"successors": str(file), "bytes": file.stat().st_size})
     else:
         console.note_plain(f"{file} holds what drafts begin with ({file.stat().st_size:,} bytes).")
+
+
+def _say_of_spare_gpus(device: str) -> None:
+    """On stderr, where there are several."""
+    from quasar_core import api
+
+    if sentence := api.spare_gpus(device):
+        console.note_plain(sentence)
 
 
 def _say_how_it_computed() -> None:
@@ -319,38 +346,21 @@ def _bytes_of(max_memory: str | None) -> int | None:
     return None if max_memory is None else api.parse_bytes("--max-memory", max_memory)
 
 
-def _show_plan(
-    model: str,
-    config: QuantizeConfig,
-    output: Path | None,
-    device: str,
-    max_memory: str | None,
-    trust_remote_code: bool,
-    as_json: bool,
-    chooser: Chooser | None,
-) -> None:
+def _show_plan(asked: Asked, chooser: Chooser | None, as_json: bool) -> None:
     """`--dry-run`: the plan, and a refusal after it where it cannot be carried out."""
     if chooser:
-        chooser.show_candidates(_bytes_of(max_memory))
+        chooser.show_candidates(asked.max_memory)
         return
     from quasar_core import api
 
-    plan = api.estimate(
-        model,
-        config,
-        output=output,
-        device=device,
-        max_memory=_bytes_of(max_memory),
-        trust_remote_code=trust_remote_code,
-        tell=console.note_plain,
-    )
+    plan = api.estimate(asked.model, asked.config, max_memory=asked.max_memory, **asked.named())
     if as_json:
         console.print_json(plan.to_dict())
     else:
         from quasar_cli.render.quantize import plan_table
 
         console.show(plan_table(plan))
-    api.refuse_what_cannot_fit(plan, output)
+    api.refuse_what_cannot_fit(plan, asked.output)
 
 
 def _push(folder: Path, repository: str, private: bool) -> str:
