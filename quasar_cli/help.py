@@ -1,11 +1,13 @@
 """Help pages: plain text that is whole at any width, options under the headings of their panels, examples last."""
 
 import re
+import shutil
 import textwrap
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+WIDEST, NARROWEST = 80, 32  # columns of a page
 _HEADINGS = {"argument": "Arguments", "option": "Options"}
 
 
@@ -36,7 +38,16 @@ def _is_file_name(word: str) -> bool:
     return re.fullmatch(r"[^\s-]\S*\.[A-Za-z][A-Za-z0-9]{0,4}|\.[A-Za-z]{1,5}", word) is not None
 
 
-class Command(TyperCommand):
+class _Page:
+    """A help page as wide as the terminal, also where that is narrower than click makes its own."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the page."""
+        formatter.width = max(min(shutil.get_terminal_size().columns, WIDEST) - 2, NARROWEST)
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+
+
+class Command(_Page, TyperCommand):
     """A command whose options stand in groups."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -48,7 +59,7 @@ class Command(TyperCommand):
         _write_parameters(self, ctx, formatter)
 
 
-class Group(TyperGroup):
+class Group(_Page, TyperGroup):
     """A command with commands of its own."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -20,6 +20,7 @@ from quasar_core.bench.try_candidates import (
 )
 from quasar_core.config import LoadOptions, QuantizeConfig
 from quasar_core.errors import UsageError
+from quasar_core.files import exists
 from quasar_core.kernels.times import measured_on
 from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.pair import load_tokenizer
@@ -30,7 +31,7 @@ from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.plan import Plan, refuse_what_cannot_fit
 from quasar_core.quantize.run import calibrate, check_request
 from quasar_core.records import Progress, Tell, no_progress, tell_nobody
-from quasar_core.store import resolve_model
+from quasar_core.store import default_output, resolve_model
 from quasar_core.store.folders import refuse_existing, refuse_foreign_work, remove_work
 from quasar_core.store.measured import Measured, measured_file
 from quasar_core.system import package_version
@@ -131,8 +132,21 @@ def choose(
         refuse_existing(_job_of(wanted, known.value).output, force)
         tell("This was chosen by an earlier run; --no-resume chooses anew.")
         _clear(found.job)
+    elif wanted.output is None and not force:
+        _refuse_existing_candidates(wanted, found)
     choice = known.value if known else _choose(wanted, found, resume, max_memory, progress)
     return choice.config(wanted.config), choice
+
+
+def _refuse_existing_candidates(wanted: Wanted, found: Candidates) -> None:
+    """Where a choice goes depends on it: UsageError where a place that may be chosen is taken."""
+    source, head = resolve_model(wanted.model), found.heads[0]  # which no name tells
+    for body in (*found.uniform, *found.mixed):
+        if exists(output := default_output(source, body.config(wanted.config, head))):
+            raise UsageError(
+                f"{output} exists, and {body.describe()} may be chosen: name another place with --output, or pass "
+                "--force to replace it then."
+            )
 
 
 def _choose(wanted: Wanted, found: Candidates, resume: bool, max_memory: int | None, progress: Progress) -> Choice:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -232,12 +233,28 @@ def write_text(path: Path, text: str, alone: bool = False) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
+def require_place(path: Path, name: str) -> None:
+    """Refuse, before any work, a file for which there is no folder, or none that can be written in; none is made.
+
+    UsageError that asks for another `name`.
+    """
+    folder = path.parent
+    if not is_folder(folder):
+        raise UsageError(f"There is no folder {_shown(folder)}: make it, or name another {name}.")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written in ({reason(error)}): name another {name}.") from error
+
+
 def refuse_foreign(path: Path, flag: str, kind: str, is_ours: Callable[[Path], bool]) -> None:
     """Refuse, before any work, an output that exists and that quasar did not write; `kind` is what it writes there.
 
-    UsageError that names the flag; `is_ours` looks into a file, and may raise OSError, ValueError or QuasarError for
-    one of others.
+    So it does one that has no place (`require_place`). UsageError that names the flag; `is_ours` looks into a file, and
+    may raise OSError, ValueError or QuasarError for one of others.
     """
+    require_place(path, flag)
     if not os.path.lexists(path):
         return
     try:

@@ -16,7 +16,7 @@ from quasar_cli.option_groups import DecodeOptions, ModelOptions, takes_groups
 from quasar_cli.options import Json, MaxNewTokens, ShowStats, Stream, System, Think, Verbose
 from quasar_core.config import GenerationConfig
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.files import exists, write_json
+from quasar_core.files import absolute, exists, require_place, write_json
 
 if TYPE_CHECKING:
     from quasar_core.api import Generator, Pair
@@ -63,7 +63,8 @@ def chat(
 ) -> None:
     """Chat with a pair, in turns; /help lists the commands.
 
-    The cache is kept between turns, so a turn costs its own tokens only.
+    The cache is kept between turns, so a turn costs its own tokens only. Messages may come from a pipe: what is refused
+    is told, the others are answered, and the exit code is not 0.
     """
     config = decoding.config()
     pair = load_pair(models, config)
@@ -80,6 +81,8 @@ def chat(
         conversation.take(message)
     if as_json:
         console.print_json({"turns": answers.turns})
+    if conversation.refused and not sys.stdin.isatty():  # nobody was there to try again
+        raise typer.Exit(conversation.refused)
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Conversation:
         present: Callable[["GenerationResult"], None],
     ) -> None:
         self._generator, self._think, self._stream, self._present = generator, think, stream, present
+        self.refused = 0  # the exit code of what was refused first, where anything was
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: console.note_plain(HELP),
             "/more": lambda _: self.go_on(),
@@ -146,8 +150,9 @@ class Conversation:
                 raise UsageError(f"There is no command {word.split()[0]}: /help lists them, /{word} sends it as text.")
             else:
                 self.answer(text.removeprefix("/"))
-        except (UsageError, QuasarError) as error:
+        except QuasarError as error:
             console.print_error(str(error))
+            self.refused = self.refused or (2 if isinstance(error, UsageError) else 1)
 
     def reset(self) -> None:
         """Start anew: only the system message stays."""
@@ -165,14 +170,15 @@ class Conversation:
         console.note_plain("(the system message is set, and the conversation starts anew)")
 
     def save(self, name: str) -> None:
-        """Write the messages into a JSON file, which must not exist."""
+        """Write the messages into a JSON file, which must not exist, in a folder that does."""
         if not name:
             raise UsageError("/save needs a file: /save FILE.")
-        path = Path(name).expanduser()
+        path = absolute(Path(name))
         if exists(path):
-            raise UsageError(f"{path} exists already: name another file.")
+            raise UsageError(f"{name} exists already: name another file.")
+        require_place(path / "in it" if name.endswith("/") else path, "file")
         write_json(path, {"model": self._generator.pair.target_name, "messages": self.messages})
-        console.note_plain(f"(saved in {path})")
+        console.note_plain(f"(saved in {name})")
 
     def show_stats(self) -> None:
         """Print what the last answer gained."""

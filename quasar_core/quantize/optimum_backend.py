@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.foreign_bars import hidden_bars
 from quasar_core.quantize.blocks.activations import BATCH_TOKENS
 from quasar_core.quantize.blocks.streaming import find_blocks
 from quasar_core.quantize.job import QuantizedBlock
@@ -44,9 +45,10 @@ def quantize_with_optimum(
     """
     check_optimum(config)
     # The codes are read off the rounded weights: bfloat16 has too few digits to tell 8-bit ones apart.
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
+    with hidden_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
     prefix, blocks = find_blocks(model)
     watch_blocks(blocks, progress)
     with quiet_packages():
@@ -86,15 +88,13 @@ def quiet_packages() -> Iterator[None]:
     """Keep the packages' banners off stdout, which is for results, and their bars and logs off the screen."""
     # With a single worker its thread pool raises.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, (os.cpu_count() or 1) // 2)))
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), hidden_bars():
         module: Any = _import("optimum.gptq.quantizer")
-        bar, level = module.tqdm, module.logger.level
-        module.tqdm = functools.partial(bar, disable=True)
+        level = module.logger.level
         module.logger.setLevel(logging.WARNING)
         try:
             yield
         finally:
-            module.tqdm = bar
             module.logger.setLevel(level)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.files import is_file, is_folder, opened, read_json_if_there, write_json
+from quasar_core.foreign_bars import hidden_bars
 from quasar_core.store.folders import home
 
 NOTE = "gguf.json"  # in the unpacked folder: where its weights are from
@@ -68,18 +69,11 @@ def _unpack(path: Path, folder: Path) -> None:
     usual = max(matrices, key=lambda kind: matrices[kind])
     dtype = _DTYPES.get(usual, "bfloat16")
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     place: Any = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, "local_files_only": True}
-    bar_was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would run beside our own
-    try:
-        with foreign_errors(f"{path} could not be unpacked"):
-            AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
-            AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, **_in_full()).save_pretrained(folder)
-    finally:
-        if bar_was_shown:
-            logging.enable_progress_bar()
+    with hidden_bars(), foreign_errors(f"{path} could not be unpacked"):
+        AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(**place, dtype=dtype, **_in_full()).save_pretrained(folder)
     quantized = sorted(set(types) - _FLOATS)
     content = {"file": path.name, "types": sorted(set(types)), "dtype": dtype, "quantized": quantized}
     write_json(folder / NOTE, content)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import is_file
+from quasar_core.foreign_bars import hidden_bars
 from quasar_core.store.folders import CARD, is_verifier, own_files
 
 _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
@@ -83,27 +84,22 @@ def push_folder(folder: Path, repository: str, private: bool = False) -> str:
     folder that quasar did not write; QuasarError where the hub or the connection refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if not is_verifier(folder):
         raise UsageError(f"{folder} was not written by quasar (it has no {CARD} of its own), so it is not pushed.")
     check_can_push(repository)
-    bars_were_shown = not are_progress_bars_disabled()
-    disable_progress_bars()  # they would run beside our own
     try:
-        api = HfApi(library_name="quasar-cli")
-        created = api.create_repo(repository, private=private or None, exist_ok=True)
-        api.upload_folder(
-            repo_id=created.repo_id,
-            folder_path=folder,
-            commit_message=f"Upload {folder.name}",
-            allow_patterns=own_files(folder),
-        )
+        with hidden_bars():
+            api = HfApi(library_name="quasar-cli")
+            created = api.create_repo(repository, private=private or None, exist_ok=True)
+            api.upload_folder(
+                repo_id=created.repo_id,
+                folder_path=folder,
+                commit_message=f"Upload {folder.name}",
+                allow_patterns=own_files(folder),
+            )
     except Exception as error:  # as above
         raise QuasarError(push_failure(repository, error)) from error
-    finally:
-        if bars_were_shown:
-            enable_progress_bars()
     return str(created)
 
 

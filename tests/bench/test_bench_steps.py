@@ -245,10 +245,15 @@ def test_markdown_has_a_row_for_each_length() -> None:
     ]
 
 
-def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").write_text("")
-    assert ask("--output", str(tmp_path / "file" / "steps.json")) == 1
-    assert "cannot be written" in capsys.readouterr().err
+def test_a_file_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("quasar_core.bench.steps.write_json", refuse)
+    assert ask("--output", str(tmp_path / "steps.json")) == 1
+    assert "steps.json could not be written: No space left on device." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -320,14 +320,14 @@ BENCH = [
 def test_bench_prints_tables_and_writes_results(
     counting_pair: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert run([*BENCH, "-v", "--output", "new/r.json"]) == 0
+    assert run([*BENCH, "-v", "--output", "r.json"]) == 0
     shown = capsys.readouterr()
     for arm in ("vanilla", "ngram", "quantized", "exact"):
         assert arm in shown.out
-    assert "The result file is new/r.json." in shown.err
+    assert "The result file is r.json." in shown.err
     assert "2/2" in shown.out
     assert counting_pair["verify"] == "exact"
-    results = read_results(tmp_path / "new" / "r.json")
+    results = read_results(tmp_path / "r.json")
     assert {row.arm for row in results.rows} == {"vanilla", "ngram", "quantized", "exact"}
 
 

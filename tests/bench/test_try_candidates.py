@@ -30,6 +30,7 @@ from quasar_core.quantize.measure_fidelity import measure
 from quasar_core.quantize.run import calibrate
 from quasar_core.quantize.solve.gptq import SolverConfig, solve
 from quasar_core.quantize.text_plan import Free, plan_text
+from quasar_core.store import default_output, resolve_model
 
 pytest_plugins = ["helpers.quantize_fixtures"]
 PASSES = {"4 bits": 2.0, "8 bits": 3.0, "5 bits": 2.2, "6 bits": 2.4}
@@ -185,6 +186,26 @@ def test_an_output_that_exists_is_refused_before_anything_is_read(
     monkeypatch.setattr("quasar_core.choose_bits.find_candidates", lambda _: pytest.fail("read"))
     assert run_command(["quantize", str(source), "--bits", "auto", "--output", str(tmp_path / "made")]) == 2
     assert "exists; pass --force" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_places_that_may_be_chosen_are_refused_before_anything_is_tried(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = wanted(source, heads=(16,))
+    found = find_candidates(asked)
+    for body in (found.uniform[-1], found.mixed[0]):
+        taken = default_output(resolve_model(str(source)), body.config(CONFIG, 16))
+        taken.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr("quasar_core.choose_bits._choose", lambda *_: pytest.fail("something was tried"))
+            with pytest.raises(UsageError, match=rf"{taken.name} exists, and {body.describe()} may be chosen: name"):
+                choose(asked)
+        taken.rmdir()
+    taken.mkdir()
+    monkeypatch.setattr("quasar_core.choose_bits._choose", lambda *_: pytest.skip("as it is to be"))
+    with pytest.raises(pytest.skip.Exception):
+        choose(asked, force=True)
 
 
 def test_an_interrupted_choice_goes_on_with_its_text(

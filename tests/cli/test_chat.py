@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.stand_ins import STATS, StandInGenerator, type_lines
 
 from quasar_cli import messages
 from quasar_cli.main import run
+from quasar_core.errors import QuasarError, UsageError
 from quasar_core.records import GenerationResult
 
 pytest_plugins = ["helpers.cli_fixtures"]
@@ -79,10 +81,51 @@ def test_an_unknown_command_is_explained_and_not_sent(
     asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     type_lines(monkeypatch, "/etc/hosts is what?\n")
-    assert run(["chat"]) == 0
+    assert run(["chat"]) == 2
     assert asked == []
     sentence = "Error: There is no command /etc/hosts: /help lists them, //etc/hosts sends it as text.\n"
     assert capsys.readouterr().err.endswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("options", "failure", "code"),
+    [([], UsageError("It is too long."), 2), (["--json"], QuasarError("It failed."), 1), ([], None, 0)],
+    ids=str,
+)
+def test_a_piped_chat_answers_on_and_its_exit_code_tells_what_was_refused(
+    options: list[str],
+    failure: QuasarError | None,
+    code: int,
+    asked: list[list[dict[str, str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    answer = StandInGenerator.generate
+
+    def generate(self: StandInGenerator, *given: Any) -> GenerationResult:
+        if failure is not None and len(asked) == 2:
+            raise failure
+        return answer(self, *given)
+
+    monkeypatch.setattr(StandInGenerator, "generate", generate)
+    type_lines(monkeypatch, "one\ntwo\nthree\n")
+    assert run(["chat", *options]) == code
+    shown = capsys.readouterr()
+    assert len(asked) == 3
+    assert ("Error: " in shown.err) == (failure is not None)
+    if options:
+        assert len(json.loads(shown.out)["turns"]) == 2
+
+
+def test_in_a_terminal_a_refusal_is_no_failure(
+    asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_lines(monkeypatch, "/nonsense\none\n")
+    lines = messages._next_message
+    monkeypatch.setattr("quasar_cli.commands.chat.read_messages", lambda _: iter(lines, None))
+    monkeypatch.setattr("quasar_cli.commands.chat.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    assert run(["chat"]) == 0
+    assert last_texts(asked) == ["one"]
 
 
 def test_system_starts_anew(
@@ -101,8 +144,8 @@ def test_save_writes_the_messages_and_replaces_nothing(
     asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("kept.json").write_text("mine")
-    type_lines(monkeypatch, "one\n/save\n/save kept.json\n/save a.json\n/save missing/\n")
-    assert run(["chat"]) == 0
+    type_lines(monkeypatch, "one\n/save\n/save kept.json\n/save a.json\n/save missing/\n/save missing/a.json\n")
+    assert run(["chat"]) == 2
     saved = json.loads(Path("a.json").read_text())
     answer = {"role": "assistant", "content": "[bold]Hé 1"}
     assert saved == {"model": "demo", "messages": [{"role": "user", "content": "one"}, answer]}
@@ -110,6 +153,8 @@ def test_save_writes_the_messages_and_replaces_nothing(
     said = capsys.readouterr().err
     assert "Error: /save needs a file: /save FILE.\n" in said
     assert "Error: kept.json exists already: name another file.\n" in said
+    assert said.count(f"Error: There is no folder {Path('missing').resolve()}: make it, or name another file.\n") == 2
+    assert not Path("missing").exists()
 
 
 def test_ctrl_c_at_the_prompt_drops_the_line_and_does_not_end_the_chat(
@@ -133,7 +178,7 @@ def test_stats_are_those_of_the_last_answer(
     asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     type_lines(monkeypatch, "/stats\none\n/stats\n")
-    assert run(["chat"]) == 0
+    assert run(["chat"]) == 2
     said = capsys.readouterr().err
     assert said.index("There is no answer yet.") < said.index("12.0 tokens/s")
 
@@ -144,7 +189,7 @@ def test_a_cut_answer_says_so_and_goes_on(
     Echo.asked = []
     monkeypatch.setattr("quasar_core.api.Generator", Echo)
     type_lines(monkeypatch, "/more\none\n/more\n/more\ntwo\n")
-    assert run(["chat"]) == 0
+    assert run(["chat"]) == 2
     said = capsys.readouterr().err
     assert "There is no answer that was cut." in said
     assert said.count("(cut after 3 tokens; /more goes on, -n sets the length)") == 4

@@ -1,6 +1,7 @@
 """`quasar serve` as it is typed: what is refused before anything is loaded, and a server that starts and ends."""
 
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -73,7 +74,14 @@ def test_what_is_wrong_with_the_port_or_texts_is_found_before_loading(
 
 
 @pytest.mark.usefixtures("compiled_at_home")
-def test_a_server_starts_answers_and_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "codes"),
+    [(signal.SIGTERM, (-signal.SIGTERM,)), pytest.param(signal.SIGINT, (130,), marks=pytest.mark.slow)],
+    ids=["SIGTERM", "Ctrl-C"],
+)
+def test_a_server_starts_answers_and_ends_an_answer_with_a_sentence(
+    number: int, codes: tuple[int, ...], tmp_path: Path
+) -> None:
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("starlette")
     (tmp_path / "key.txt").write_text("a-key-of-some-length\n")
@@ -88,5 +96,12 @@ def test_a_server_starts_answers_and_ends(tmp_path: Path) -> None:
         headers = {"authorization": "Bearer a-key-of-some-length"}
         reply = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
         assert reply.json()["usage"]["completion_tokens"] <= 3
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) in (0, 130, -signal.SIGINT)
+        body = {**body, "max_tokens": 200, "stream": True, "n": 16, "temperature": 1}
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            process.send_signal(number)
+            told = [line for line in lines if line]
+        assert json.loads(told[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert process.wait(60) in codes
+        assert process.stderr.read() == ""

@@ -155,11 +155,12 @@ def test_tokenizer_and_template_are_the_files(tmp_path: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 2
 
 
-def test_generate_takes_a_file(tmp_path: Path) -> None:
+def test_generate_takes_a_file_and_shows_no_bar_but_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "tiny.gguf", "Q8_0")
     command = ["generate", "--model", str(tmp_path / "tiny.gguf"), "--prompt", "!!!", "--verify", "full"]
     run = CliRunner().invoke(app, [*command, "--max-new-tokens", "4", "--raw", "--json"])
     assert run.exit_code == 0, run.output
+    assert "it/s" not in run.stderr + capsys.readouterr().err
 
 
 def test_files_that_are_no_models_are_one_sentence(tmp_path: Path) -> None:

@@ -315,6 +315,44 @@ def test_a_bench_refuses_before_it_loads_anything(
     assert (tmp_path / "mine.json").read_text() == '{"a": 1}'
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["bench", "--dataset", "demo", "--output"],
+        ["bench", "steps", "--shape", "qwen3-0.6b", "--output"],
+        ["bench", "steps", "--shape", "qwen3-0.6b", "--plot"],
+        ["bench", "plot", "results.json", "--output"],
+        ["bench", "report", "results.json", "--output"],
+        ["inspect", "--plot"],
+        ["generate", "x", "--trace"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_without_a_place_is_refused_before_any_work_and_no_folder_is_made(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("load", "random_candidates", "inspect"):
+        monkeypatch.setattr(f"quasar_core.api.{name}", lambda *_, **__: pytest.fail("work was begun"))
+    write_results(make_results(), tmp_path / "results.json")
+    before, suffix = contents(tmp_path), {"plot": "png", "report": "html"}.get(command[1], "json")
+    suffix = "png" if command[-1] == "--plot" else suffix
+    assert run([*command, f"missing/out.{suffix}"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"Error: There is no folder missing: make it, or name another {command[-1]}." in said
+    assert run([*command, f"results.json/out.{suffix}"]) == 2
+    assert "There is no folder results.json: make it" in " ".join(capsys.readouterr().err.split())
+
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    assert run([*command, f"out.{suffix}"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f". cannot be written in (Read-only file system): name another {command[-1]}." in said
+    assert contents(tmp_path) == before
+
+
 def test_a_bench_replaces_its_own_results(tmp_path: Path) -> None:
     pair, output = make_pair(CountingModel()), tmp_path / "results.json"
     first = run_bench(pair, [DATASET], config(), output)

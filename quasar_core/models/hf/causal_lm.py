@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
 
 from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
 from quasar_core.errors import QuasarError, foreign_errors
+from quasar_core.foreign_bars import hidden_bars
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.base import CausalLM
@@ -131,22 +131,16 @@ def load_target(
         )
     if not (trust_remote_code and "auto_map" in read_config(folder)):
         _check_sizes(folder, dtype)
-    bar_was_shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would run beside our own
-    try:
-        with foreign_errors(f"The model in {folder} could not be loaded"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                local_files_only=True,
-                output_loading_info=True,
-                **_text_part_alone(folder),
-            )
-    finally:
-        if bar_was_shown:
-            logging.enable_progress_bar()
+    with hidden_bars(), foreign_errors(f"The model in {folder} could not be loaded"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            **_text_part_alone(folder),
+        )
     model, found = loaded
     if found["missing_keys"]:  # transformers would go on with random values
         raise QuasarError(f"{folder} holds no tensor {min(found['missing_keys'])}.")

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quasar_core.checkpoint.reader import TensorFiles
-from quasar_core.errors import QuasarError, foreign_errors
+from quasar_core.errors import QuasarError
+from quasar_core.models.hf.config_errors import config_errors
 from quasar_core.models.hf.experts import separate_experts
 from quasar_core.models.hf.stored_names import StoredNames
 from quasar_core.store.model_config import read_config
@@ -45,7 +46,8 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> Pretrain
     is_pangu = _PANGU in (content.get("architectures") or ())
     if not is_pangu:
         _refuse_unknown(folder, content, trust_remote_code)
-    with foreign_errors(f"The config in {folder} is not one that transformers understands"):
+    failed = f"The config in {folder} is not one that transformers understands"
+    with config_errors(failed, folder / "config.json", content):
         if is_pangu:
             config: PretrainedConfig = _pangu_as_llama(content)
         else:
@@ -115,7 +117,8 @@ def build_empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
     QuasarError where its buffers, which are computed from the config, are too large to be meant.
     """
-    with foreign_errors("transformers builds no causal language model from the config"), torch.device("meta"):
+    failed, path = "transformers builds no causal language model from the config", Path(config.name_or_path)
+    with config_errors(failed, path / "config.json", config.to_dict()), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, buffer in model.named_buffers():
         if buffer.nbytes > LARGEST_BUFFER:
