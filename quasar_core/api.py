@@ -21,7 +21,8 @@ from quasar_core.bench.steps import (
 from quasar_core.checkpoint.adapter import merge_adapter as merged_folder
 from quasar_core.checkpoint.checks import check_digest as digest_found
 from quasar_core.checkpoint.checks import refuse_other_target
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import LoadOptions, QuantizeConfig
 from quasar_core.decode.answering import Answering
 from quasar_core.decode.cost_records import pair_costs

@@ -31,8 +31,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from quasar_core import api
+from quasar_core.checkpoint.formats import PACKED_SUFFIXES
 from quasar_core.checkpoint.gptq_format import QuantizedWeight
-from quasar_core.checkpoint.reader import PACKED_SUFFIXES, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import QUICK, QuantizeConfig
 from quasar_core.files import read_json, write_json
 from quasar_core.load_pair import dtype_of_source

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from quasar_core.checkpoint.compressed_tensors import FLOAT8, Float8Weight, PackedWeight
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, count_groups, trivial_groups
-from quasar_core.checkpoint.reader import CPU, TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import CPU, VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import UsageError
 from quasar_core.models.decoder import LeanDecoder

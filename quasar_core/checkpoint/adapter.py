@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from quasar_core.checkpoint.reader import TensorFiles, open_tensors, read_tensor
+from quasar_core.checkpoint.tensor_files import TensorFiles, open_tensors, read_tensor
 from quasar_core.errors import QuasarError
 from quasar_core.files import is_file, is_folder, read_json
 from quasar_core.records import Progress, no_progress

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from quasar_core.checkpoint.headers import StoredLayer, stored_layers
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.fingerprint import fingerprint

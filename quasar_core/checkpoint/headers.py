@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from quasar_core.checkpoint.reader import QuantizationFormat, VerifierCheckpoint
+from quasar_core.checkpoint.formats import QuantizationFormat
+from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.store.model_config import read_text_headers
 from quasar_core.store.safetensors_header import TensorEntry
 

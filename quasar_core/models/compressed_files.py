@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.errors import QuasarError
 from quasar_core.files import is_file

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from quasar_core.checkpoint.headers import StoredLayer
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures import BlockNorms
 from quasar_core.models.compressed_files import CompressedCopy

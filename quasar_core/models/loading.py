@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.library import SOURCE, carried_library, why_not_here
 from quasar_core.kernels.linear import PackedLinear

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.models.compressed_weights import compress, saved_bytes
 from quasar_core.models.decoder import LeanDecoder

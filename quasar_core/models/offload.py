@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import LoadOptions
 from quasar_core.errors import UsageError
 from quasar_core.kernels.cpu.compressed import BITS

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from quasar_core.checkpoint import float8_blocks
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.compressed import CompressedWeight
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages

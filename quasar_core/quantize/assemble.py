@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 
 from quasar_core.checkpoint import compressed_tensors
+from quasar_core.checkpoint.card import CARD_VERSION
 from quasar_core.checkpoint.checks import KEY as DIGESTS
 from quasar_core.checkpoint.checks import file_digest
 from quasar_core.checkpoint.loaders import dynamic_rules
-from quasar_core.checkpoint.reader import CARD_VERSION, TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
 from quasar_core.config import BITS, QuantizeConfig
 from quasar_core.files import write_json, write_whole

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, reason
 from quasar_core.models.hf.skeleton import Weights, emptied

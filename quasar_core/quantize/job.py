@@ -19,7 +19,7 @@ import torch
 
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, PackedWeight, stored_tensors
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, unpack_weight
-from quasar_core.checkpoint.reader import open_tensors, read_tensor
+from quasar_core.checkpoint.tensor_files import open_tensors, read_tensor
 from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError

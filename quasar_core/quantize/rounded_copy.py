@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
 from quasar_core.config import GROUP_CHOICES
 from quasar_core.files import write_json

@@ -9,7 +9,8 @@ import torch
 from helpers.packed_weights import make_weight
 from safetensors.torch import load_file, save_file
 
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files, save_tensors
 from quasar_core.errors import QuasarError
 from quasar_core.files import read_json

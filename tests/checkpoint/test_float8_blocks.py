@@ -10,7 +10,7 @@ from helpers.float8_models import BLOCK, to_blocks
 from helpers.multimodal_models import add_tensors, save_multimodal
 
 from quasar_core.checkpoint.float8_blocks import dequantize
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.models.loading import load_models
 

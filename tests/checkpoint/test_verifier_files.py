@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, quantization_section, stored_tensors
+from quasar_core.checkpoint.formats import QuantizationFormat
 from quasar_core.checkpoint.gptq_format import pack_columns, unpack_weight
-from quasar_core.checkpoint.reader import QuantizationFormat, TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter
 from quasar_core.errors import QuasarError
 from quasar_core.models import lean_weights

@@ -22,7 +22,8 @@ from interop.interop_cases import (
 
 from quasar_cli import main
 from quasar_core.checkpoint.headers import stored_layers
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import QuantizeConfig
 from quasar_core.models.describe import describe
 from quasar_core.models.pair import load_tokenizer

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from quasar_cli.main import run
 from quasar_core import api
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, reason

@@ -15,7 +15,7 @@ from helpers.quantized_decoder import mixed_bits, quantize_layers
 from helpers.tiny_models import make_pair
 from safetensors.torch import save_file
 
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import engine
 from quasar_core.decode.generator import Generator

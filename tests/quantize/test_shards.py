@@ -11,7 +11,7 @@ from helpers.quantize_cases import CONFIG, quantize, save_model, tensors_of
 from safetensors.torch import load_file, save_file
 
 from quasar_core.checkpoint import writer
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, save_tensors
 from quasar_core.errors import QuasarError
 from quasar_core.files import read_json

@@ -10,7 +10,7 @@ from helpers.decoder_cases import CPU, FLOAT, random_prompts, save_model
 from helpers.near_ties import clear_prompt
 from transformers import AutoModelForCausalLM
 
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import UsageError
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import load_target

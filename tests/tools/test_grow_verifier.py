@@ -8,7 +8,8 @@ from helpers.decoder_cases import CPU, FLOAT, random_tokens, save_model
 from helpers.quantized_decoder import quantize_layers
 
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import write_json
 from quasar_core.models.lean_weights import attach_verifier, load_target

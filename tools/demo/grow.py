@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import quasar_core.demo
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import write_json, write_text

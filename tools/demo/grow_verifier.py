@@ -16,9 +16,11 @@ from pathlib import Path
 
 import torch
 
+from quasar_core.checkpoint.card import CARD_VERSION
 from quasar_core.checkpoint.checks import KEY as DIGESTS
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
-from quasar_core.checkpoint.reader import CARD_VERSION, TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import exists, write_json

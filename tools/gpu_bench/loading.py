@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.models.upload import Upload
 from tools.gpu_bench.models import Bench
 from tools.gpu_bench.passes import synchronize

@@ -10,7 +10,8 @@ import torch
 from quasar_core.checkpoint.compressed_tensors import FLOAT8, Float8Weight, PackedWeight
 from quasar_core.checkpoint.compressed_tensors import LARGEST as LARGEST_FLOAT
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.kernels.triton.adapters import why_not_triton
 from quasar_core.models import loading
 from quasar_core.models.cuda.choose import choose_steps

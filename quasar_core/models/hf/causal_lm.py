@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.foreign_bars import hidden_bars
 from quasar_core.kernels.linear import PackedLinear

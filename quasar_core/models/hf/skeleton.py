@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from quasar_core.checkpoint.reader import TensorFiles
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.models.hf.config_errors import config_errors
 from quasar_core.models.hf.experts import separate_experts

@@ -12,7 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat
-from quasar_core.checkpoint.reader import PACKED_SUFFIXES
+from quasar_core.checkpoint.formats import PACKED_SUFFIXES
 from quasar_core.errors import QuasarError
 from quasar_core.models.hf.experts import module_name
 

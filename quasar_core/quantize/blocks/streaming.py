@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from quasar_core.checkpoint.gptq_format import why_not_packable
-from quasar_core.checkpoint.reader import TensorFiles, VerifierCheckpoint
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.hf.causal_lm import load_target
