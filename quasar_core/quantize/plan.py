@@ -323,5 +323,5 @@ def parse_bytes(flag: str, text: str) -> int:
     except (ValueError, OverflowError):
         value = 0
     if value <= 0:
-        raise UsageError(f"{flag} must be a size such as 8GB or 500MB, not {text}.")
+        raise UsageError(f"{flag} must be a size such as 8GB or 500MB, not {text or 'empty'}.")
     return value
