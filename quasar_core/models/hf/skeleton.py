@@ -117,7 +117,7 @@ def build_empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
     QuasarError where its buffers, which are computed from the config, are too large to be meant.
     """
-    failed, path = "transformers builds no causal language model from the config", Path(config.name_or_path)
+    failed, path = "transformers builds no causal language model from the config", Path(config.name_or_path or "")
     with config_errors(failed, path / "config.json", config.to_dict()), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, buffer in model.named_buffers():
