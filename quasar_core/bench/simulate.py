@@ -133,7 +133,8 @@ class _Replay:
             alive = all(agrees for _, agrees in window)
             draft = self._draft(trace, place + len(window), alive)
             check = self._choose(draft, window)
-            ends = alive and place + len(window) >= trace.tokens - 1  # the last token is the target's in any case
+            last = self.policy.limit is None  # then one token that is left is the target's in any case
+            ends = alive and place + len(window) >= trace.tokens - last
             if check.by_target or ends:
                 bare = ends or (self.policy.limit is not None and not self.policy.target_alone)
                 place += self._confirm(window, NOTHING if bare else draft.first(check.length), alive)

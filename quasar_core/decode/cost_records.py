@@ -61,16 +61,16 @@ def measure_pass(
 
 def measure_slope(
     pair: Pair, model: CausalLM, seconds: float, now: Callable[[], float] = time.perf_counter
-) -> tuple[PassCost, str | None]:
+) -> tuple[PassCost | None, str | None]:
     """What each position that a pass sees adds to it, and why not to keep that.
 
-    It is nothing where that cannot be measured without a pass over as many tokens (models through transformers), and
+    It is None where that cannot be measured without a pass over as many tokens (models through transformers), and
     where a pass takes long whatever it sees (streamed weights); passes of a run correct that. Where the time is up with
     the first size, it is taken to grow with the tokens.
     """
     far = _far(pair, model)
     if not isinstance(model, LeanDecoder) or far <= 2 * CONTEXT:
-        return PassCost((1,), (0.0,)), None
+        return None, None
     cache = model.new_cache(far + max(FAR_SIZES))
     for states in cache.layers:
         states.zero_()  # what is read takes as long whatever it is, but for numbers that are none

@@ -109,13 +109,14 @@ class TestMeasuring:
     def test_where_the_time_is_up_it_grows_with_the_tokens(self, target: Any, timed: list[tuple[int, int]]) -> None:
         slope, _ = measure_slope(make_pair(target, max_context=8192), target, seconds=-1.0)
         assert {size for size, _ in timed} == {FAR_SIZES[0]}
+        assert slope
         assert [slope(size) for size in (1, 8, 33)] == pytest.approx([1e-3, 8e-3, 33e-3])
 
     def test_a_short_context_and_other_models_have_none(self, target: Any, timed: list[tuple[int, int]]) -> None:
         table = TableModel(8, 0)
         for model, context in ((target, 128), (table, 8192)):
             slope, _ = measure_slope(make_pair(model, max_context=context), model, seconds=1.0)
-            assert (slope(1), slope(33)) == (0.0, 0.0)
+            assert slope is None
         assert not timed
 
     def test_caches_of_large_models_are_timed_behind_fewer_positions(

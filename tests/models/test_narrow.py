@@ -158,7 +158,7 @@ def test_it_is_chosen_where_the_context_is_dear(tmp_path: Path) -> None:
     assert not narrow(1.0, SHORTEST - 1)
     assert not narrow(dear, 2000, verifier_attention="full")
     assert not narrow(dear, 2000, verify="quantized")
-    assert not narrow(dear, 2000, sampling=SamplingConfig(1.0))  # a seed fixes the text
+    assert narrow(dear, 2000, sampling=SamplingConfig(1.0))
     assert narrow(0.0, 5, verifier_attention="sinks+window")
     assert any("ms more for each 1000 positions" in note for note in notes)
 
