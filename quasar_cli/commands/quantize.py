@@ -261,8 +261,7 @@ class Asked:
 def _chooser(asked: Asked, options: QuantizeOptions, as_json: bool) -> Chooser:
     """`--bits auto`: groups and head that were asked for stay."""
     fixed = (options.group_size, options.lm_head_bits)
-    place = (asked.output, asked.device, asked.trust_remote_code)
-    return Chooser.of(asked.model, asked.config, *fixed, *place, as_json)
+    return Chooser.of(asked.model, asked.config, *fixed, asked.output, asked.device, asked.trust_remote_code, as_json)
 
 
 def _make(asked: Asked, force: bool, resume: bool) -> "QuantizeReport":
