@@ -123,6 +123,7 @@ def test_runs_without_a_common_arm_are_refused() -> None:
 @pytest.mark.parametrize(("name", "begin"), [("f.png", b"\x89PNG"), ("f.SVG", b"<?xml")])
 def test_a_figure_by_its_suffix(tmp_path: Path, name: str, begin: bytes) -> None:
     pytest.importorskip("matplotlib")
+    (tmp_path / "figures").mkdir()
     plot(make_results(), tmp_path / "figures" / name)
     assert (tmp_path / "figures" / name).read_bytes().startswith(begin)
 
