@@ -1,7 +1,6 @@
 """`quasar quantize --bits auto`: the candidates, the table that was chosen from, and what would help."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quasar_cli import console
@@ -18,24 +17,6 @@ class Chooser:
     wanted: "Wanted"
     as_json: bool
     chosen: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        model: str,
-        config: QuantizeConfig,
-        group_size: int | None,
-        head: int | None,
-        output: Path | None,
-        device: str,
-        trust_remote_code: bool,
-        as_json: bool,
-    ) -> "Chooser":
-        """Groups and head that were asked for stay; UsageError for options that do not go with it."""
-        from quasar_core.choose_bits import Wanted
-
-        groups, heads = (() if value is None else (value,) for value in (group_size, head))
-        return cls(Wanted(model, config, groups, heads, output, device, trust_remote_code), as_json)
 
     def show_candidates(self, max_memory: int | None) -> None:
         """`--dry-run`: what would be tried, and what that and making the largest would take; then what cannot fit."""

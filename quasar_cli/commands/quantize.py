@@ -259,9 +259,12 @@ class Asked:
 
 
 def _chooser(asked: Asked, options: QuantizeOptions, as_json: bool) -> Chooser:
-    """`--bits auto`: groups and head that were asked for stay."""
-    fixed = (options.group_size, options.lm_head_bits)
-    return Chooser.of(asked.model, asked.config, *fixed, asked.output, asked.device, asked.trust_remote_code, as_json)
+    """`--bits auto`: groups and head that were asked for stay; UsageError for options that do not go with it."""
+    from quasar_core.choose_bits import Wanted
+
+    groups, heads = (() if value is None else (value,) for value in (options.group_size, options.lm_head_bits))
+    place = asked.output, asked.device, asked.trust_remote_code
+    return Chooser(Wanted(asked.model, asked.config, groups, heads, *place), as_json)
 
 
 def _make(asked: Asked, force: bool, resume: bool) -> "QuantizeReport":
