@@ -1,7 +1,6 @@
 """Estimate P(agree), how often the target takes the verifier's choice, by its margin; corrected as it shows."""
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -16,8 +15,6 @@ UNKNOWN = MarginTable([], [8], [8])  # of one that was never measured: nine of t
 # The shift of the log-odds begins with a standard deviation of a half: a text may well have 1.6 times the odds.
 PRIOR_INFORMATION = 4.0
 FADING = 0.998  # of what a token told, with each further one
-# How often margins occur: the table's weights count for so many tokens, and those that were seen fade as fast.
-PRIOR_SEEN, FADING_SEEN = 24.0, 0.99
 LEAST, MOST = 1e-4, 1 - 1e-6  # so that odds are finite
 
 
@@ -78,30 +75,24 @@ class RunningAgreement:
     curve was measured on corrects every margin alike, by few tokens.
 
     There is a shift for each kind of token: what drafter and verifier agree on is surer than its margin says, and what
-    the verifier says against a sure draft is less so. How often each margin occurs is learned of each kind too.
+    the verifier says against a sure draft is less so.
     """
 
     def __init__(self, curve: AgreementCurve, shift: float = 0.0) -> None:
         self.curve = curve
         self._shifts = {kind: _Shift(shift, shift) for kind in Kind}
-        known = PRIOR_SEEN * curve.weights
-        self._seen = {kind: known.copy() for kind in Kind}  # of each kind [bins]
-        self._edges = curve.edges.tolist()
         self._log_odds = np.log(_bounded(curve.values) / (1 - _bounded(curve.values)))
 
     def __call__(self, margin: float, kind: Kind = Kind.ANY) -> float:
         """The corrected agreement of a token verified with this margin."""
-        return self._of_bin(bisect_right(self._edges, margin), kind)
+        bin_of_margin = int(np.searchsorted(self.curve.edges, margin, side="right"))
+        return _share(float(self._log_odds[bin_of_margin]) + self.shift(kind))
 
     def estimates(self, margins: Sequence[float], accepted: int, refused: bool) -> list[Estimate]:
         """Of the tokens that a verify pass adds: `accepted` drafted ones, and one instead of a refused or a missing."""
-        found = []
-        for place, margin in enumerate(margins):
-            kind = Kind.DRAFTED if place < accepted else Kind.INSTEAD if refused else Kind.FREE
-            bin_of_margin = bisect_right(self._edges, margin)
-            self._see(bin_of_margin, kind)
-            found.append(Estimate(kind, self._of_bin(bin_of_margin, kind), self._of_bin(bin_of_margin, Kind.ANY)))
-        return found
+        last = Kind.INSTEAD if refused else Kind.FREE
+        kinds = [Kind.DRAFTED if place < accepted else last for place in range(len(margins))]
+        return [Estimate(kind, self(m, kind), self(m)) for m, kind in zip(margins, kinds, strict=True)]
 
     def shift(self, kind: Kind = Kind.ANY) -> float:
         """What is added to log-odds."""
@@ -109,14 +100,14 @@ class RunningAgreement:
 
     @property
     def now(self) -> Agreements:
-        """The corrected agreement of each bin, as often as its margins occur."""
-        return Agreements(self._corrected(Kind.ANY), self._weights(Kind.ANY))
+        """The corrected agreement of each bin, as often as its margins occurred."""
+        return Agreements(self._corrected(Kind.ANY), self.curve.weights)
 
     @property
     def means(self) -> Means:
         """The corrected agreement over all margins, by what the drafter had to say."""
         free, drafted, instead = (
-            float(self._corrected(kind) @ self._weights(kind)) for kind in (Kind.FREE, Kind.DRAFTED, Kind.INSTEAD)
+            float(self._corrected(kind) @ self.curve.weights) for kind in (Kind.FREE, Kind.DRAFTED, Kind.INSTEAD)
         )
         return Means(free, drafted, instead)
 
@@ -125,17 +116,6 @@ class RunningAgreement:
         for place, estimate in enumerate(estimates[: accepted + 1]):
             self._shifts[estimate.kind].learn(estimate.p, place < accepted)
             self._shifts[Kind.ANY].learn(estimate.any, place < accepted)
-
-    def _of_bin(self, bin_of_margin: int, kind: Kind) -> float:
-        return _share(float(self._log_odds[bin_of_margin]) + self.shift(kind))
-
-    def _see(self, bin_of_margin: int, kind: Kind) -> None:
-        for counts in (self._seen[kind], self._seen[Kind.ANY]):
-            counts *= FADING_SEEN
-            counts[bin_of_margin] += 1
-
-    def _weights(self, kind: Kind) -> NDArray[np.float64]:
-        return np.asarray(self._seen[kind] / max(float(self._seen[kind].sum()), 1e-9))
 
     def _corrected(self, kind: Kind) -> NDArray[np.float64]:
         return np.asarray(1 / (1 + np.exp(-(self._log_odds + self.shift(kind)))))

@@ -110,7 +110,9 @@ class LiveCost:
         return corrected if tokens <= 1 or self.seen(1) < KNOWN else max(corrected, self(1))
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """A pass of `tokens` tokens took so long."""
+        """A pass of `tokens` tokens took so long; a clock that did not move tells nothing."""
+        if seconds <= 0:
+            return
         self.passes += 1
         self._recent[_size_class(tokens)].append((self.passes, seconds / self._known(tokens)))
         self._corrections.clear()

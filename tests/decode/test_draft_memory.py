@@ -67,6 +67,6 @@ def test_models_forget_removes_it(capsys: pytest.CaptureFixture[str]) -> None:
     answer(draft_memory=True)
     assert memory_file(spaced_words(6)).exists()
     assert run(["models", "forget"]) == 0
-    assert "files of kept answers, 1; of texts for drafts, 0." in capsys.readouterr().err
+    assert "files of kept answers, 1; of texts for drafts, 0; models in 12 bits, 0." in capsys.readouterr().err
     assert not memory_file(spaced_words(6)).exists()
     assert run(["models", "forget"]) == 0
