@@ -30,7 +30,7 @@ def prompt_sampler(decoder: LeanDecoder, size: int, way: str) -> Sampler:
 
     def work() -> None:
         fast.longest_prompt = size if way == CPP else 0
-        decoder.forward(tokens, cache, last_only=True)
+        decoder.pass_prompt(tokens, cache, size)
         cache.rollback(0)
 
     return timed(work)

@@ -162,18 +162,15 @@ class LeanDecoder(CausalLM):
     def forward(self, tokens: Sequence[int], cache: AnyCache, last_only: bool = False) -> torch.Tensor:
         """One pass of T tokens → float32 logits [T, V] ([1, V] with `last_only`, as of a prompt).
 
-        The fast pass takes any number of tokens, in parts: what decoding writes depends on no limit of its own. Of
-        prompts it takes those that are short.
+        The fast pass takes any number of tokens, in parts: what decoding writes depends on no limit of its own.
         """
         cache.check_room(len(tokens))
         rows = [self._forward(run, one, last_only) for run, one in _runs(tokens, cache)]
         return rows[-1] if last_only or len(rows) == 1 else torch.cat(rows)
 
     def _forward(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool) -> torch.Tensor:
-        if self.fast is None or (last_only and len(tokens) > self.fast.longest_prompt):
+        if self.fast is None or last_only:
             return self._plain_pass(tokens, cache, last_only)
-        if last_only:
-            return self.fast.run(tokens, cache, last_only=True)
         parts = [self.fast.run(part, cache) for part in _parts(tokens, self.fast.longest)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -191,11 +188,24 @@ class LeanDecoder(CausalLM):
     def pass_prompt(
         self, tokens: Sequence[int], cache: AnyCache, chunk: int, before_pass: Callable[[], None] = go_on
     ) -> torch.Tensor:
-        """See `models/base.py`. Where weights are fetched for every pass, they are for all chunks at once."""
-        if self.streamed is None or isinstance(cache, TwoTableCache):
+        """See `models/base.py`. A prompt that is short is one fast pass; a longer one has none, whatever its end.
+
+        Where weights are fetched for every pass, they are for all chunks at once.
+        """
+        if isinstance(cache, TwoTableCache):
+            return super().pass_prompt(tokens, cache, chunk, before_pass)
+        if self.fast is not None and len(tokens) <= self.fast.longest_prompt:
+            before_pass()
+            return self._short_prompt(self.fast, tokens, cache)
+        if self.streamed is None:
             return super().pass_prompt(tokens, cache, chunk, before_pass)
         cache.check_room(len(tokens))
         return self._sweep(list(_parts(tokens, chunk)), cache, before_pass)
+
+    @steered
+    def _short_prompt(self, fast: FastPass, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
+        cache.check_room(len(tokens))
+        return fast.run(tokens, cache, last_only=True)
 
     def plain_logits(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
         """One pass in PyTorch's operations, whatever fast pass there is → float32 logits [T, V]."""

@@ -54,7 +54,7 @@ def test_every_arm_answers_every_turn(tmp_path: Path) -> None:
 
 
 def test_the_result_file_says_everything_again(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "results.json"
+    path = tmp_path / "results.json"
     results = run_bench(make_pair(CountingModel(6)), [DATASET], config(repeats=2), path)
     assert read_results(path) == results
     assert not list(path.parent.glob("*.partial.jsonl"))

@@ -273,7 +273,7 @@ def test_a_turn_that_does_not_fit_leaves_the_chat_going(
 
     monkeypatch.setattr("quasar_core.api.Generator", Full)
     type_lines(monkeypatch, "abcdefg\nab\n")
-    assert run(["chat"]) == 0
+    assert run(["chat"]) == 2  # one of the piped messages was refused
     shown = capsys.readouterr()
     assert shown.out == "[bold]Hé 2\n"
     assert "Error: The prompt has too many tokens. /reset starts a new conversation.\n" in shown.err
