@@ -12,6 +12,7 @@ from quasar_core.decode.answering import Answering
 from quasar_core.decode.processors import Processors
 from quasar_core.decode.sampling import Noise, keep_likely
 from quasar_core.errors import QuasarError
+from quasar_core.kernels.threads import one_thread
 from quasar_core.models.base import CausalLM, Choices, KVCache, best_tokens, bring_over, depths_of, likeliest_tokens
 from quasar_core.models.pair import Pair
 
@@ -94,7 +95,8 @@ class Passes:
         This is where the host waits for the device, once in a pass.
         """
         if self._noise is not None:
-            kept = keep_likely(logits, self._sampling)
+            with one_thread():  # small work, and threads that it woke would keep cores from the next pass's
+                kept = keep_likely(logits, self._sampling)
             logits = self._noise.add(kept, positions, self._sampling.temperature)
         return bring_over(*best_tokens(logits), likeliest)
 

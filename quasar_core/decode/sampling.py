@@ -14,6 +14,7 @@ import torch
 
 from quasar_core.config import SamplingConfig
 
+SORTED = 1024  # tokens that mostly hold a nucleus
 MOST_KEPT = 64  # positions whose noise is kept: a window's, and a draft's behind it
 _WORD = 2**64
 
@@ -38,7 +39,11 @@ class Noise:
         """Logits [T, V] + temperature · noise, whose best is a draw from softmax(logits ÷ temperature)."""
         noisy = torch.empty_like(logits)
         for row, position in enumerate(positions):
-            torch.add(logits[row], self.at(position), alpha=temperature, out=noisy[row])
+            noise = self.at(position)
+            if logits.device.type == "cpu":  # NumPy wakes no threads of PyTorch's, for which the C++ pass would wait
+                np.add(logits[row].numpy(), temperature * noise.numpy(), out=noisy[row].numpy())
+            else:
+                torch.add(logits[row], noise, alpha=temperature, out=noisy[row])
         return noisy
 
 
@@ -73,10 +78,18 @@ def _scaled(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
 
 
 def _beyond_nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Where tokens lie beyond the smallest set of best ones whose probability reaches top_p; the best never does."""
-    ordered, order = scaled.sort(dim=-1, descending=True)
-    before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-    return torch.zeros_like(scaled, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    """Where tokens lie beyond the smallest set of best ones whose probability reaches top_p; the best never does.
+
+    On a CPU few are sorted where few are enough.
+    """
+    total, few = scaled.logsumexp(dim=-1, keepdim=True), SORTED if scaled.device.type == "cpu" else scaled.shape[-1]
+    for count in (min(few, scaled.shape[-1]), scaled.shape[-1]):
+        ordered, order = scaled.topk(count, dim=-1)
+        shares = (ordered - total).exp()
+        before = shares.cumsum(dim=-1) - shares
+        if count == scaled.shape[-1] or bool((before[:, -1] >= top_p).all()):
+            break
+    return torch.ones_like(scaled, dtype=torch.bool).scatter(-1, order, before >= top_p)
 
 
 def accept_matching(choices: Sequence[int], offered: Sequence[int]) -> tuple[int, int]:

@@ -196,16 +196,17 @@ class LeanDecoder(CausalLM):
             return super().pass_prompt(tokens, cache, chunk, before_pass)
         if self.fast is not None and len(tokens) <= self.fast.longest_prompt:
             before_pass()
-            return self._short_prompt(self.fast, tokens, cache)
+            return self._short_prompt(tokens, cache)
         if self.streamed is None:
             return super().pass_prompt(tokens, cache, chunk, before_pass)
         cache.check_room(len(tokens))
         return self._sweep(list(_parts(tokens, chunk)), cache, before_pass)
 
     @steered
-    def _short_prompt(self, fast: FastPass, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
+    def _short_prompt(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
+        assert self.fast is not None
         cache.check_room(len(tokens))
-        return fast.run(tokens, cache, last_only=True)
+        return self.fast.run(tokens, cache, last_only=True)
 
     def plain_logits(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
         """One pass in PyTorch's operations, whatever fast pass there is → float32 logits [T, V]."""

@@ -29,6 +29,7 @@ from helpers.tiny_models import make_pair
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.generator import Generator
+from quasar_core.kernels.threads import use_threads
 from quasar_core.models import cpu_pass, loading
 from quasar_core.models.base import NO_TOKEN, choose_best
 from quasar_core.models.decoder import LeanDecoder
@@ -263,6 +264,25 @@ def test_short_prompts_run_in_cpp_of_which_the_last_row_is_made(made: Made, case
         for size in sizes:
             last = decoder.pass_prompt(tokens[cache.length : cache.length + size], cache, 5)
             assert torch.equal(last, expected[cache.length - 1 : cache.length])
+
+
+def test_passes_of_every_kind_run_where_threads_are_steered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short and long prompts, rows, trees, choices: each the same as with a fixed number."""
+    decoder = fast(tiny_target(tmp_path, "qwen3", BF16))
+    decoder.fast.longest_prompt = 6  # type: ignore[union-attr]
+
+    def all_kinds() -> list[torch.Tensor]:
+        cache = decoder.new_cache(40)
+        found = [decoder.pass_prompt(random_tokens(count), cache, 8) for count in (5, 10)]
+        found += [decoder.forward(random_tokens(3), cache), decoder.forward_tree([1, 2, 3], [-1, 0, 0], cache)]
+        chosen = decoder.choose([5, 6], cache), decoder.choose_tree([7, 8], [-1, 0], cache)
+        return [*found, *(torch.tensor([*some.tokens, *some.margins]) for some in chosen)]
+
+    expected = all_kinds()
+    torch.set_num_threads(2)
+    monkeypatch.setattr("quasar_core.kernels.threads._without_efficient_cores", lambda count: count)
+    use_threads("auto")
+    assert all(torch.equal(*both) for both in zip(all_kinds(), expected, strict=True))
 
 
 @pytest.mark.parametrize(
