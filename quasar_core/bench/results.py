@@ -8,7 +8,7 @@ conversation, which is a list of rows, so a line that was cut off takes its whol
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +243,14 @@ def refuse_foreign_results(path: Path) -> None:
 
 
 def is_result_file(path: Path) -> bool:
-    """Whether a file tells of a run, as result files and the first line of their logs do."""
+    """Whether a file tells of a run, as result files and the first line of their logs do, of earlier versions too."""
     text = read_text(path)
     try:
         content = parse_json(text)
     except ValueError:
         content = parse_json(text.partition("\n")[0])
-    return isinstance(content, dict) and Run.__dataclass_fields__.keys() <= content.keys()
+    always = {one.name for one in fields(Run) if one.default is MISSING and one.default_factory is MISSING}
+    return isinstance(content, dict) and always <= content.keys()
 
 
 def read_results(path: Path) -> Results:

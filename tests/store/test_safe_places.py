@@ -300,6 +300,18 @@ def test_a_bench_replaces_no_file_of_others(tmp_path: Path, name: str, content: 
     assert contents(tmp_path) == {name: content.encode()}
 
 
+def test_a_bench_replaces_a_result_file_of_an_earlier_version(tmp_path: Path) -> None:
+    """Such a file lacks what was added to a run since."""
+    path = tmp_path / "results.json"
+    write_results(make_results(), path)
+    content = json.loads(path.read_text())
+    added = {"passes", "bandwidth", "peers", "energy"}
+    assert added <= content.keys()
+    path.write_text(json.dumps({name: value for name, value in content.items() if name not in added}))
+    run_bench(make_pair(CountingModel()), [DATASET], config(), path, resume=False)
+    assert added <= json.loads(path.read_text()).keys()
+
+
 def test_a_bench_refuses_before_it_loads_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
