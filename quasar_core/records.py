@@ -38,8 +38,8 @@ class Step:
 
     The verifier's, or with `by_target` the target's: always in `full`, and in `exact` where a draft went to the target
     at once. `margins` are the verifier's, of the tokens that the step added, or in `full` the target's; those of the
-    target in `exact` are `target_margins`. `seconds` are the pass's, in greedy `exact`, and 0 where a confirm with the
-    same pass has them.
+    target in `exact` are `target_margins`. `seconds` are the pass's, and 0 where a confirm with the same pass has
+    them.
     """
 
     drafted: int

@@ -19,7 +19,7 @@ class Claim:
     temperature: float
     speedup: Estimate
     datasets: tuple[str, ...]
-    identical: int | None
+    identical: int
     compared: int
 
     @property
@@ -45,8 +45,6 @@ class Claim:
         """What is to be said of the text."""
         if ARMS[self.arm].verify == "quantized":
             return ", and its text is the low-bit copy's"
-        if self.identical is None:
-            return ", and its text is drawn by numbers of its own"
         count = self.compared
         if self.identical == count:
             return f", and its text is the same, token for token, in all {count} answers"
@@ -66,18 +64,17 @@ def _claim(results: Results, temperature: float) -> Claim | None:
 
 
 def claim_of(results: Results, arm: str, temperature: float) -> Claim | None:
-    """One arm beside vanilla, all datasets together; None where no question was answered by both."""
+    """One arm of ours beside vanilla, all datasets together; None where no question was answered by both."""
     speedup = speedup_over_all(results, arm, temperature)
     if speedup is None:
         return None
     metrics = [one for one in measure(results) if (one.arm, one.temperature) == (arm, temperature)]
-    identical = [metric.identical for metric in metrics if metric.identical is not None]
     return Claim(
         arm,
         temperature,
         speedup,
         tuple(metric.dataset for metric in metrics),
-        sum(identical) if len(identical) == len(metrics) else None,
+        sum(metric.identical or 0 for metric in metrics),
         sum(count_compared(results, metric.dataset, temperature, arm) for metric in metrics),
     )
 

@@ -113,8 +113,8 @@ def _far(pair: Pair, model: CausalLM) -> int:
     if not isinstance(model, LeanDecoder) or model.streamed or model.config.is_recurrent:
         return 0
     one: int = sum(states.numel() * states.element_size() for states in model.new_cache(1).layers)
-    limit = model.switches_at if isinstance(model, LeanDecoder) else None  # within one table of rotations
-    return min(FAR, (limit or pair.max_context) - max(FAR_SIZES), FAR_BYTES // max(one, 1))
+    limit = model.switches_at or pair.max_context  # within one table of rotations
+    return min(FAR, limit - max(FAR_SIZES), FAR_BYTES // max(one, 1))
 
 
 def _time_passes(

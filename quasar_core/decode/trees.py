@@ -155,12 +155,11 @@ class Branching:
         """The pass went along `path`; its branches are counted."""
         self._chances.learn(tree, path)
 
-    def learn(self, tree: Tree, path: Sequence[int], drafting_s: float = 0.0, pass_s: float | None = None) -> None:
+    def learn(self, tree: Tree, path: Sequence[int], drafting_s: float, pass_s: float) -> None:
         """The pass went along `path`; its branches and its draft are both counted, and what it cost."""
         self.count(tree, path)
         on_draft = sum(node <= len(tree.draft.tokens) for node in path)
-        seconds = drafting_s if pass_s is not None else 0.0
-        self._length.learn(tree.draft, on_draft, seconds, pass_s, len(tree.branches), len(path) - on_draft)
+        self._length.learn(tree.draft, on_draft, drafting_s, pass_s, len(tree.branches), len(path) - on_draft)
 
 
 @dataclass(frozen=True)

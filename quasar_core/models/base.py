@@ -100,9 +100,9 @@ class CausalLM(Protocol):
 
         What `before_pass` raises ends it; the cache then holds whole chunks.
         """
-        for begin in range(0, len(tokens), chunk):
+        for part in in_rows(tokens, chunk):
             before_pass()
-            logits = self.forward(tokens[begin : begin + chunk], cache, last_only=True)
+            logits = self.forward(part, cache, last_only=True)
         return logits
 
     def choose(self, tokens: Sequence[int], cache: Any, likeliest: int = 0) -> Choices:
@@ -181,9 +181,9 @@ def depths_of(parents: Sequence[int]) -> list[int]:
     return depths
 
 
-def in_rows(tokens: list[int], width: int) -> list[list[int]]:
-    """Tokens in rows of so many; none for a width of 0."""
-    return [tokens[begin : begin + width] for begin in range(0, len(tokens), width or 1)]
+def in_rows(tokens: Sequence[int], width: int) -> list[list[int]]:
+    """Tokens in rows of so many, the last of what is left; empty ones for a width of 0."""
+    return [list(tokens[begin : begin + width]) for begin in range(0, len(tokens), width or 1)]
 
 
 def best_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ tokens of a pass, L positions that it sees, H key-value heads, G query heads per
 vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,7 +18,7 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.activations import activated, apply
 from quasar_core.models.attention import AttentionMask, attend, make_mask, make_tree_mask
-from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, go_on, join_choices
+from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, go_on, in_rows, join_choices
 from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.decoder_layer import DecoderLayer, FusedLinear, Joint, LayerInputs, Linear
@@ -27,11 +27,9 @@ from quasar_core.models.hidden_rows import HiddenRows, LastRow
 from quasar_core.models.layer_source import AllThere, LayerSource
 from quasar_core.models.recurrence_states import LayerStates
 from quasar_core.models.rope import RopeTables, query_growth
-from quasar_core.models.two_tables import TwoTableCache
+from quasar_core.models.two_tables import AnyCache, TwoTableCache, runs_of
 
 LONGEST_TREE = 32  # nodes, in PyTorch's operations
-
-AnyCache = DecoderCache | TwoTableCache
 
 
 @dataclass(frozen=True)
@@ -165,25 +163,25 @@ class LeanDecoder(CausalLM):
         The fast pass takes any number of tokens, in parts: what decoding writes depends on no limit of its own.
         """
         cache.check_room(len(tokens))
-        rows = [self._forward(run, one, last_only) for run, one in _runs(tokens, cache)]
+        rows = [self._forward(run, one, last_only) for run, one in runs_of(tokens, cache)]
         return rows[-1] if last_only or len(rows) == 1 else torch.cat(rows)
 
     def _forward(self, tokens: Sequence[int], cache: DecoderCache, last_only: bool) -> torch.Tensor:
         if self.fast is None or last_only:
             return self._plain_pass(tokens, cache, last_only)
-        parts = [self.fast.run(part, cache) for part in _parts(tokens, self.fast.longest)]
+        parts = [self.fast.run(part, cache) for part in in_rows(tokens, self.fast.longest)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @steered
     def choose(self, tokens: Sequence[int], cache: AnyCache, likeliest: int = 0) -> Choices:
         """One pass → the best token of each row, its margin, and so many `likeliest` tokens."""
         cache.check_room(len(tokens))
-        return join_choices([self._choose(run, one, likeliest) for run, one in _runs(tokens, cache)])
+        return join_choices([self._choose(run, one, likeliest) for run, one in runs_of(tokens, cache)])
 
     def _choose(self, tokens: Sequence[int], cache: DecoderCache, likeliest: int) -> Choices:
         if self.fast is None:
             return choose_best(self._plain_pass(tokens, cache, last_only=False), likeliest)
-        return join_choices([self.fast.choose(part, cache, likeliest) for part in _parts(tokens, self.fast.longest)])
+        return join_choices([self.fast.choose(part, cache, likeliest) for part in in_rows(tokens, self.fast.longest)])
 
     def pass_prompt(
         self, tokens: Sequence[int], cache: AnyCache, chunk: int, before_pass: Callable[[], None] = go_on
@@ -200,7 +198,7 @@ class LeanDecoder(CausalLM):
         if self.streamed is None:
             return super().pass_prompt(tokens, cache, chunk, before_pass)
         cache.check_room(len(tokens))
-        return self._sweep(list(_parts(tokens, chunk)), cache, before_pass)
+        return self._sweep(in_rows(tokens, chunk), cache, before_pass)
 
     @steered
     def _short_prompt(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
@@ -398,13 +396,3 @@ class LeanDecoder(CausalLM):
         if config.logits_scale != 1:
             x = x * config.logits_scale
         return x if config.logits_cap is None else torch.tanh(x / config.logits_cap) * config.logits_cap
-
-
-def _runs(tokens: Sequence[int], cache: AnyCache) -> Iterable[tuple[Sequence[int], DecoderCache]]:
-    """The tokens of a pass in runs that are rotated alike, each with the cache that it is passed over."""
-    return cache.runs(tokens) if isinstance(cache, TwoTableCache) else [(tokens, cache)]
-
-
-def _parts(tokens: Sequence[int], longest: int) -> Iterator[Sequence[int]]:
-    """The tokens in order, at most `longest` at a time."""
-    return (tokens[begin : begin + longest] for begin in range(0, len(tokens), longest))

@@ -31,6 +31,7 @@ from quasar_core.decode.costs import CONTEXT, PairCosts, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.errors import UsageError
+from quasar_core.quantize.fidelity import margin_table
 from quasar_core.records import Confirm, FidelityReport, MarginTable, Piece, Stats, Step
 
 VOCABULARY, TOKENS, ANSWERS = 40, 300, 6
@@ -103,13 +104,20 @@ class Passages(Drafter):
         return self.text[place] if right else (self.text[place] + 1) % VOCABULARY
 
 
+def measured_margins(target: TimedModel, verifier: TimedModel) -> MarginTable:
+    """As quantizing measures them: the replay goes by the run's own, and decoding is to know as much."""
+    rows, others = (model.table.reshape(-1, VOCABULARY) for model in (target, verifier))
+    best = others.topk(2).values
+    return margin_table(best[:, 0] - best[:, 1], rows.argmax(-1) == others.argmax(-1))
+
+
 @cache
 def benched(window: Any = "auto", trees: bool = False, sampling: SamplingConfig | None = None) -> Results:
     """Arms exact, ngram and vanilla on a clock on which nothing but passes takes time."""
     clock = Clock()
     target, verifier = TimedModel(clock, CONFIRM), TimedModel(clock, VERIFY)
     verifier.table = target.disturbed(0.25).table
-    report = FidelityReport("t", 100, 0.9, 0.9, 0.9, 0.1, 0.2, 5.0, 5.1, MarginTable([0.3], [100, 900], [60, 880]))
+    report = FidelityReport("t", 100, 0.9, 0.9, 0.9, 0.1, 0.2, 5.0, 5.1, measured_margins(target, verifier))
     pair = make_pair(target, verifier, max_context=2048, fidelity=report)
     for role, cost in (("target", CONFIRM), ("verifier", VERIFY)):
         pair.measured[role] = CostRecord(cost, {"role": role}, 0.0)
@@ -139,13 +147,13 @@ def test_sampled_answers_are_replayed_too() -> None:
     assert predictions[0].ratio == pytest.approx(1.0, abs=0.12)
 
 
-@pytest.mark.parametrize(("window", "bound"), [("auto", 0.08), (4, 0.02)])
-def test_the_recorded_policy_is_predicted(window: Any, bound: float) -> None:
-    """Of the decisions' own the replay is 3 to 8 % too fast here, by how it draws what was not recorded: `lost`."""
-    runs = [simulate(benched(window), seed=seed) for seed in range(3)]
-    ratios = [run[0].ratio for run in runs if run[0].ratio is not None]
-    assert sum(ratios) / len(runs) == pytest.approx(1.0, abs=bound)
-    predictions = runs[0]
+@pytest.mark.parametrize("window", ["auto", 4])
+def test_the_recorded_policy_is_predicted_within_five_percent(window: Any) -> None:
+    """On average over what the replay draws at random; one seed alone may come out right by luck."""
+    predictions = simulate(benched(window))
+    own = next(policy for policy in POLICIES if policy.name == predictions[0].policy)
+    speeds = [replay(record_of(benched(window), "exact"), own, seed) for seed in range(5)]
+    assert sum(speeds) / len(speeds) == pytest.approx(predictions[0].measured, rel=0.05)
     named = {one.policy: one for one in predictions}
     assert named["target alone, no drafts"].ratio == pytest.approx(1.0, abs=0.05)
     assert len(named) == len(POLICIES)

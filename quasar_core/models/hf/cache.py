@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from quasar_core.errors import QuasarError
 from quasar_core.models.hf.skeleton import read_model_config
 from quasar_core.models.rope import PromptLength
+from quasar_core.models.two_tables import TwoBuffers
 
 # Layers whose cache is keys and values by position, or nothing.
 _BY_POSITION = {"full_attention", "sliding_attention", "chunked_attention", "dummy", "moe", "mlp"}
@@ -104,46 +105,18 @@ class PreallocatedCache(PromptLength, Cache):
             raise QuasarError(f"The cache holds {self.capacity} tokens, and {self.length + count} are needed.")
 
 
-class TwoTableCache:
+class TwoTableCache(TwoBuffers[PreallocatedCache]):
     """For a model that computes all keys anew where a text grows beyond a limit: the short texts' keys, and the long.
 
-    Implements `models.base.KVCache`. Each buffer may lag behind the text; `in_use` is brought up to it before a pass.
+    The buffer in use is brought up to the text before a pass.
     """
 
     def __init__(self, num_layers: int, capacity: int, limit: int) -> None:
-        self.limit, self.prompt_length = limit, 0
-        self.tokens: list[int] = []
+        short, long = (PreallocatedCache(num_layers, room) for room in (min(capacity, limit), capacity))
+        super().__init__(short, long, limit)
         self.writer: Any = None  # the model that brings a buffer up to the text
-        self._short = PreallocatedCache(num_layers, min(capacity, limit))
-        self._long = PreallocatedCache(num_layers, capacity)
 
-    @property
-    def length(self) -> int:
-        """Positions written."""
-        return len(self.tokens)
-
-    @property
-    def capacity(self) -> int:
-        """Positions there is room for."""
-        return self._long.capacity
-
-    def begin(self, prompt_length: int) -> int:
-        """See `TextCache`: a position depends on the tokens before it and the buffer only, so all of them stay."""
-        self.prompt_length = prompt_length
-        return self.length
-
-    def rollback(self, length: int) -> None:
-        """Move the length back; a length ahead of what is written is a defect of the caller."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot move a cache of {self.length} positions to {length}")
-        self.tokens = self.tokens[:length]
-        for buffer in (self._short, self._long):
-            buffer.rollback(min(length, buffer.length))
-
-    def make_room(self, count: int) -> None:
-        """Refuse a pass that would not fit."""
-        if self.length + count > self.capacity:
-            raise QuasarError(f"The cache holds {self.capacity} tokens, and {self.length + count} are needed.")
+    make_room = TwoBuffers.check_room
 
     def buffer_for(self, text_length: int) -> PreallocatedCache:
         """The keys of texts of that length."""

@@ -21,12 +21,12 @@ from quasar_core.models.hf.experts import separate_experts
 from quasar_core.models.hf.rope import TextRope
 from quasar_core.models.hf.skeleton import Weights, build_empty, build_skeleton, clone_structure, read_model_config
 from quasar_core.models.hf.stored_names import StoredNames
+from quasar_core.models.two_tables import PIECE
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.model_config import read_config
 from quasar_core.store.text_part import has_text_part, key_mapping
 
 AnyCache = PreallocatedCache | TwoTableCache | RecurrentCache
-PIECE = 512  # tokens of a pass that writes keys again
 
 
 class TransformersLM(CausalLM):
