@@ -85,7 +85,7 @@ class AdaptiveLength:
     A draft of k tokens of acceptances a_1 … a_k yields 1 + a_1 + a_1·a_2 + … tokens for cost(k + 1). Estimates err,
     so a budget bounds the time lost to rejected drafts and to drafting itself; drafting pauses while it is spent. With
     a LiveCost, which passes correct, some must be made without a draft, the first ones among them: they are the
-    measure of all others; unless others than it cares for are (`timed`).
+    measure of all others. With `timed` False somebody else sees to that.
     """
 
     def __init__(self, cost: Cost, acceptance: Acceptance | None = None, timed: bool = True) -> None:
