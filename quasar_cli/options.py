@@ -289,7 +289,9 @@ Processors = Annotated[
         rich_help_panel=_SAMPLING,
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Fixes every random choice.", rich_help_panel=_SAMPLING)]
+Seed = Annotated[
+    int, typer.Option("--seed", help="Fixes every random choice; within 62 bits.", rich_help_panel=_SAMPLING)
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option("--stop", help="Text that ends the answer; may be given again."),

@@ -1,15 +1,20 @@
-"""Do work beside the program, one piece after another, in a thread that never keeps the program from ending.
+"""Do work beside the program, one piece after another, in a thread that does not keep the program from ending.
 
 Threads of Python's own pools are waited for when a program ends: Ctrl-C while a slow disk is read would take as long as
-the reads that were asked for.
+the reads that were asked for. A thread that Python ends in the middle of PyTorch's C++, on the other hand, ends the
+program with an abort. So what has not begun is left out, and what has begun is waited for, but not for long: what takes
+longer waits for the disk, where a thread may be ended.
 """
 
+import atexit
 import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
+
+PATIENCE = 1.0  # seconds that a program which ends waits for work that has begun
 
 _Work = tuple[Future[None], Callable[..., None], tuple[Any, ...]]
 
@@ -19,8 +24,11 @@ class Background:
 
     def __init__(self, name: str) -> None:
         self._waiting: SimpleQueue[_Work | None] = SimpleQueue()
-        threading.Thread(target=_do_in_turn, args=(self._waiting,), name=name, daemon=True).start()
-        weakref.finalize(self, self._waiting.put, None)
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=_do_in_turn, args=(self._waiting, self._ending), name=name, daemon=True)
+        self._thread.start()
+        weakref.finalize(self, self._waiting.put, None).atexit = False
+        _RUNNING.add(self)
 
     def submit(self, work: Callable[..., None], *given: Any) -> Future[None]:
         """Have something done behind all that was asked for before; what it raises is the future's."""
@@ -28,9 +36,24 @@ class Background:
         self._waiting.put((done, work, given))
         return done
 
+    def end(self, patience: float) -> None:
+        """Begin nothing more, and wait so many seconds for what has begun."""
+        self._ending.set()
+        self._waiting.put(None)
+        self._thread.join(patience)
 
-def _do_in_turn(waiting: "SimpleQueue[_Work | None]") -> None:
-    while (one := waiting.get()) is not None:
+
+_RUNNING: weakref.WeakSet[Background] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    for background in list(_RUNNING):
+        background.end(PATIENCE)
+
+
+def _do_in_turn(waiting: "SimpleQueue[_Work | None]", ending: threading.Event) -> None:
+    while (one := waiting.get()) is not None and not ending.is_set():
         done, work, given = one
         try:
             done.set_result(work(*given))

@@ -19,6 +19,22 @@ begun.wait()
 raise SystemExit(7)
 """
 
+IN_PYTORCH = """
+import threading
+import torch
+from quasar_core.models.background import Background
+begun, place, other = threading.Event(), torch.zeros(1 << 16), torch.ones(1 << 16)
+def work():
+    for _ in range(300):
+        place.copy_(other)
+        begun.set()
+background = Background("in PyTorch")
+for _ in range(1000):
+    background.submit(work)
+begun.wait()
+raise SystemExit(7)
+"""
+
 
 def test_work_is_done_in_turn_and_failures_are_told() -> None:
     background, done = Background("x"), list[int]()
@@ -45,3 +61,9 @@ def test_the_thread_ends_with_its_object() -> None:
 
 def test_a_program_ends_although_work_does_not() -> None:
     assert subprocess.run([sys.executable, "-c", BLOCKED], timeout=60, check=False).returncode == 7
+
+
+def test_a_program_ends_with_work_of_pytorchs_under_way() -> None:
+    """Python would end the thread in the middle of C++, and with it the program by an abort."""
+    for _ in range(3):
+        assert subprocess.run([sys.executable, "-c", IN_PYTORCH], timeout=60, check=False).returncode == 7
