@@ -72,7 +72,7 @@ def replay(
         tree = branching.grow(last, draft, drafter, reach, NODES) if branching and reach else Tree(last, draft)
         path = follow_text(tree, answer[done:])
         if branching:
-            branching.learn(tree, path)
+            branching.learn(tree, path, 0.0, cost(len(tree.tokens)))
         else:
             length.learn(draft, len(path))
         new = answer[done : done + len(path) + 1]
