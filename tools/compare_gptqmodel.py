@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def compare_blocks(
     torch.compiler.set_stance("force_eager")
     os.chdir(folder)  # where it writes its logs
     last = target.model.config.get_text_config().num_hidden_layers
-    others = {f"-:.*layers\\.{index}\\..*": {} for index in range(blocks, last)}
+    others: dict[str, dict[str, int]] = {f"-:.*layers\\.{index}\\..*": {} for index in range(blocks, last)}
     for setting in settings:
         options, out = {**their_settings()[setting], "dynamic": others}, Path(f"blocks-{setting}")
         quantize_by_gptqmodel(str(source), texts.samples, out, options, group_size, batch_size=1)
@@ -216,8 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.step == "text":
-        rows = {"fidelity_rows": QUICK["fidelity_rows"]} if options.quick else {}
-        config = QuantizeConfig(samples=options.samples, seq_len=options.seq_len, **rows)
+        config = QuantizeConfig(samples=options.samples, seq_len=options.seq_len)
+        if options.quick:
+            config = replace(config, fidelity_rows=QUICK["fidelity_rows"])
         write_text(options.model, options.verifier, options.folder, config)
     elif options.step == "theirs":
         run_theirs(options.model, options.folder, options.setting, getattr(torch, options.dtype))

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from quasar_core import api
-from quasar_core.config import GenerationConfig
+from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.window_values import LONGER_WINDOWS
 from quasar_core.files import write_json
 from quasar_core.kernels.cpu.library import why_not_here
@@ -47,7 +47,7 @@ PROMPTS = (
     "Explain why the sky is blue.",
     "List five facts about steam engines.",
 )
-ARMS = {"plain": ("full", "none"), "exact": ("exact", "auto")}
+ARMS: dict[str, tuple[VerifyMode, str]] = {"plain": ("full", "none"), "exact": ("exact", "auto")}
 TESTED_BYTES = 1 << 30  # of the file that the disk's bandwidth is measured by
 WITHOUT = ", no limit"
 

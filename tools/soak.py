@@ -52,7 +52,7 @@ class Soak:
     left: int
     process: int
     seed: int
-    done: Counter = field(default_factory=Counter)
+    done: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     memory: list[tuple[int, float]] = field(default_factory=list)  # requests, and MB that the server holds
     lock: threading.Lock = field(default_factory=threading.Lock)

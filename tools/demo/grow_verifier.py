@@ -18,6 +18,7 @@ import torch
 
 from quasar_core.checkpoint.card import CARD_VERSION
 from quasar_core.checkpoint.checks import KEY as DIGESTS
+from quasar_core.checkpoint.compressed_tensors import PackedWeight
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
@@ -84,8 +85,13 @@ def _in_stream(growth: Growth, size: int) -> torch.Tensor:
     return _at(size, torch.arange(filled), torch.arange(filled) % growth.small.hidden_size)
 
 
-def grown_layer(weight: QuantizedWeight, places: Places) -> QuantizedWeight:
-    """The codes at their places, and zeros elsewhere; QuasarError where a group would need two scales."""
+def grown_layer(weight: PackedWeight, places: Places) -> QuantizedWeight:
+    """The codes at their places, and zeros elsewhere.
+
+    QuasarError where a group would need two scales, or where weights are floats.
+    """
+    if not isinstance(weight, QuantizedWeight):
+        raise QuasarError("the verifier's weights are 8-bit floats: make it in GPTQ's format.")
     count = len(places.inputs)
     size = count if weight.group_size == -1 else weight.group_size
     outputs, groups = places.outputs.clamp(min=0), _groups(weight, places.inputs, size)

@@ -271,7 +271,9 @@ def held_out_bits(model: PreTrainedModel, tokens: np.ndarray, context: int) -> f
     return bits
 
 
-def write_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, report: dict) -> None:
+def write_model(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path, report: dict[str, Any]
+) -> None:
     """The demo model's folder, with its card."""
     files = {"training.json": json.dumps(report, indent=2) + "\n", "README.md": model_card(report)}
     save_model(model, tokenizer, output, files)
@@ -297,7 +299,7 @@ def refuse_output(output: Path) -> None:
     refuse_foreign_work(partial_folder(output))
 
 
-def model_card(report: dict) -> str:
+def model_card(report: dict[str, Any]) -> str:
     """The card: what the model is, what it read, and how well it predicts text that it did not read."""
     return f"""---
 license: apache-2.0

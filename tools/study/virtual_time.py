@@ -202,6 +202,10 @@ class VirtualModel(CausalLM):
             logits[0, token] = float(KEPT - place)
         return logits
 
+    def forward(self, tokens: Sequence[int], cache: Any, last_only: bool = False) -> torch.Tensor:
+        """Logits of whole rows are not kept: greedy decoding asks for choices alone."""
+        raise NotImplementedError("virtual time decodes greedily")
+
     def choose(self, tokens: Sequence[int], cache: Any, likeliest: int = 0) -> Choices:
         """A pass over a chain."""
         return self._pass(tokens, None, cache, likeliest)
@@ -236,7 +240,7 @@ def virtual_pair(pair: Pair, memo: Memo, costs: dict[Role, PassCost], clock: Clo
     real = Real(pair)
     target, verifier = (VirtualModel(role, real, memo, costs[role], clock) for role in costs)
     known = {role: replace(cost, slope=None) if flat else cost for role, cost in costs.items()}
-    measured = {role: CostRecord(cost, {"role": role}, time.time()) for role, cost in known.items()}
+    measured: dict[str, Any] = {role: CostRecord(cost, {"role": role}, time.time()) for role, cost in known.items()}
     return replace(pair, target=target, verifier=verifier, measured=measured, notes=[])
 
 
@@ -324,10 +328,9 @@ def main() -> None:
     arguments = parser.parse_args()
     pair = api.load_pair(arguments.model, arguments.verifier)
     row = arguments.position / 1e6
-    costs: dict[Role, PassCost] = {
-        role: replace(parse_costs(text), slope=PassCost((1, 33), (row, 33 * row)))
-        for role, text in (("target", arguments.target_costs), ("verifier", arguments.verifier_costs))
-    }
+    given: dict[Role, str] = {"target": arguments.target_costs, "verifier": arguments.verifier_costs}
+    slope = PassCost((1, 33), (row, 33 * row))
+    costs = {role: replace(parse_costs(text), slope=slope) for role, text in given.items()}
     memo, clock = Memo.read(arguments.memo), Clock()
     virtual = virtual_pair(pair, memo, costs, clock, arguments.flat)
     everything = read_questions(arguments.questions)
