@@ -162,7 +162,7 @@ def _codes(quantization: dict[str, Any]) -> str:
     if quantization.get("quant_method") == "compressed-tensors":
         return f"compressed-tensors, {quantization.get('format')}"
     group = quantization.get("group_size", -1)
-    symmetry = "symmetric" if quantization.get("sym", True) else "asymmetric"
+    symmetry = "symmetric" if quantization.get("sym", not quantization.get("zero_point")) else "asymmetric"
     groups = "one group per output" if group == -1 else f"groups of {group}"
     others = f", other widths by {len(rules)} rules" if (rules := quantization.get("dynamic")) else ""
     return f"{quantization.get('quant_method', 'gptq')}, {quantization['bits']} bits, {groups}, {symmetry}{others}"

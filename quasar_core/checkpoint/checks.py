@@ -7,7 +7,8 @@ confirms every token; it would be slow there, and wrong in the mode in which the
 """
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ _CHUNK = 2**22  # bytes
 SAMPLE = 4096  # values of a tensor that are compared
 # Values are stored in 16 bits of either kind; codes of 2 bits still lie so near to what they stand for.
 ROUNDING, LEAST_COSINE = 2.0**-6, 0.7
+LARGEST_FACTOR, SHARE_SCALED = 1.5, 0.1  # by which the weights of a value may seem larger, and how many may be
+VALUES, FIRST_NORM = ".self_attn.v_proj", "input_layernorm.weight"
 
 
 def check_digest(checkpoint: VerifierCheckpoint, progress: Progress = no_progress) -> str:
@@ -108,6 +111,10 @@ def _refuse_shapes(layers: list[StoredLayer], target: Path, folder: Path) -> Non
 def _refuse_plain(checkpoint: VerifierCheckpoint, own: TensorFiles) -> None:
     """Tensors that were not quantized are the target's, but for norms that took up a smoothing."""
     for name in checkpoint.plain_names:
+        if name.endswith(".act.scales"):
+            raise QuasarError(
+                f"{checkpoint.folder} has {name}, factors behind an activation, which are not computed here."
+            )
         if name not in own or (checkpoint.own_norms and "norm" in name):
             continue
         stored, expected = checkpoint.tensors.load(name), own.load(name)
@@ -118,18 +125,46 @@ def _refuse_plain(checkpoint: VerifierCheckpoint, own: TensorFiles) -> None:
 
 
 def _refuse_codes(checkpoint: VerifierCheckpoint, layers: list[StoredLayer], own: TensorFiles) -> None:
-    """Codes stand for the target's weights; smoothed ones do not."""
-    if checkpoint.own_norms:
-        return
-    for layer in {layers[0], layers[-1]}:
-        expected = own.load(_weight_name(layer.name, own)).float()
-        codes = checkpoint.layer(layer.name).dequantize(torch.float32)
-        cosine = float(torch.nn.functional.cosine_similarity(codes.flatten(), expected.flatten(), dim=0))
+    """Codes stand for the target's weights; of smoothed ones, those of values, with what the norm before took up."""
+    looked_at = [layer.name for layer in layers if layer.name.endswith(VALUES) or not checkpoint.own_norms]
+    for name in dict.fromkeys((*looked_at[:1], *looked_at[-1:])):
+        expected = own.load(_weight_name(name, own)).float()
+        codes = checkpoint.layer(name).dequantize(torch.float32)
+        readings = [(_cosine(read, expected), read) for read in _readings(codes, name, checkpoint, own)]
+        cosine, codes = max(readings, key=itemgetter(0))
         if not cosine >= LEAST_COSINE:
             raise QuasarError(
-                f"{checkpoint.folder} was not made from {own.folder}: the codes of {layer.name} do not stand for the "
+                f"{checkpoint.folder} was not made from {own.folder}: the codes of {name} do not stand for the "
                 f"weights there (cosine {cosine:.2f})."
             )
+        if checkpoint.own_norms and _share_scaled(codes, expected) > SHARE_SCALED:
+            raise QuasarError(
+                f"{checkpoint.folder} cannot verify for {own.folder}: the outputs of {name} are scaled, and both "
+                "models share a cache of them. Take a checkpoint that leaves values as they are."
+            )
+
+
+def _readings(
+    codes: torch.Tensor, layer: str, checkpoint: VerifierCheckpoint, own: TensorFiles
+) -> Iterator[torch.Tensor]:
+    """A layer's weight [out, in] with the factors that the norm before it took up; a norm may be stored less 1."""
+    norm = f"{layer.removesuffix(VALUES)}.{FIRST_NORM}"
+    if not checkpoint.own_norms or norm not in checkpoint.tensors or norm not in own:
+        yield codes
+        return
+    smoothed, plain = checkpoint.tensors.load(norm).float(), own.load(norm).float()
+    for less in (0.0, 1.0):
+        yield codes * torch.nan_to_num((smoothed + less) / (plain + less), posinf=0.0, neginf=0.0)
+
+
+def _cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0))
+
+
+def _share_scaled(codes: torch.Tensor, expected: torch.Tensor) -> float:
+    """How many outputs have weights larger or smaller than the target's, by more than rounding makes them."""
+    sizes = (codes * expected).sum(1) / expected.square().sum(1).clamp(min=1e-30)
+    return float(((sizes > LARGEST_FACTOR) | (sizes < 1 / LARGEST_FACTOR)).float().mean())
 
 
 def _weight_name(layer: str, names: Container[str] | TensorFiles) -> str:

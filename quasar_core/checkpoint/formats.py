@@ -1,4 +1,4 @@
-"""How a checkpoint's codes are stored, by its `quantization_config`: GPTQ's format, or compressed-tensors."""
+"""How a checkpoint's codes are stored, by its `quantization_config`: GPTQ's format, AWQ's, or compressed-tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from quasar_core.checkpoint.awq_format import METHOD as AWQ
+from quasar_core.checkpoint.awq_format import AwqFormat
 from quasar_core.checkpoint.compressed_tensors import METHOD as COMPRESSED_TENSORS
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat
 from quasar_core.checkpoint.gptq_format import (
@@ -84,6 +86,9 @@ class QuantizationFormat:
         return f"version {2 - offset}, {why}"
 
 
+StoredFormat = QuantizationFormat | AwqFormat | CompressedTensorsFormat
+
+
 def named_version(folder: Path, section: Mapping[str, Any]) -> str:
     """The layout's name as writers have it: `checkpoint_format` (AutoGPTQ), `format` (GPTQModel), `packing_format`
     (AutoRound), or AutoGPTQ's older flag; `gptq`, which is version 1, where none is given.
@@ -98,7 +103,7 @@ def named_version(folder: Path, section: Mapping[str, Any]) -> str:
     return given[0] if given else "gptq"
 
 
-def parse_format(folder: Path, config: dict[str, Any]) -> QuantizationFormat | CompressedTensorsFormat:
+def parse_format(folder: Path, config: dict[str, Any]) -> StoredFormat:
     """The format by config.json's `quantization_config`, or by quantize_config.json beside it."""
     section = config.get("quantization_config")
     if section is None and is_file(folder / "quantize_config.json"):
@@ -110,9 +115,11 @@ def parse_format(folder: Path, config: dict[str, Any]) -> QuantizationFormat | C
     method = section.get("quant_method") or "gptq"
     if method == COMPRESSED_TENSORS:
         return CompressedTensorsFormat.parse(folder, section)
+    if method == AWQ:
+        return AwqFormat.parse(folder, section)
     if method not in GPTQ_METHODS:
         raise QuasarError(
             f"{folder} is quantized by {method}, which this version does not read; "
-            f"it reads gptq and {COMPRESSED_TENSORS}."
+            f"it reads gptq, {AWQ} and {COMPRESSED_TENSORS}."
         )
     return QuantizationFormat.parse(folder, section)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from quasar_core.checkpoint.formats import QuantizationFormat
+from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.store.model_config import read_text_headers
 from quasar_core.store.safetensors_header import TensorEntry
@@ -44,7 +44,7 @@ def stored_layers(checkpoint: VerifierCheckpoint) -> list[StoredLayer]:
 def _stored(entries: Mapping[str, TensorEntry], name: str, checkpoint: VerifierCheckpoint) -> StoredLayer:
     form = checkpoint.format
     parts = {s: entries[f"{name}.{s}"] for s in form.suffixes if f"{name}.{s}" in entries}
-    if isinstance(form, QuantizationFormat):
+    if not isinstance(form, CompressedTensorsFormat):
         form.check_parts(name, {s: (entry.shape, _DTYPES.get(entry.dtype, entry.dtype)) for s, entry in parts.items()})
     shapes = {s: entry.shape for s, entry in parts.items()}
     layout = form.layout(name, shapes)

@@ -63,8 +63,8 @@ class VerifierCheckpoint:
 
     @property
     def own_norms(self) -> bool:
-        """Whether norms may differ from the target's: smoothing puts its factors into them."""
-        return isinstance(self.format, CompressedTensorsFormat)
+        """Whether norms may differ from the target's: SmoothQuant and AWQ put their factors into them."""
+        return not isinstance(self.format, QuantizationFormat)
 
     @property
     def fidelity(self) -> FidelityReport | None:
@@ -77,8 +77,8 @@ class VerifierCheckpoint:
         return self._card.target.fingerprint if self._card.target else None
 
     def layer(self, name: str, device: torch.device = CPU) -> PackedWeight:
-        """One layer's weight, unpacked and checked; GPTQ's codes on the device, since billions take a GPU no time."""
-        place = device if isinstance(self.format, QuantizationFormat) else CPU
+        """One layer's weight, unpacked and checked; integer codes on the device, since billions take a GPU no time."""
+        place = CPU if isinstance(self.format, CompressedTensorsFormat) else device
         parts = {s: f"{name}.{s}" for s in self.format.suffixes if f"{name}.{s}" in self.tensors}
         weight = self.format.unpack(name, {s: self.tensors.load(full).to(place) for s, full in parts.items()})
         self.tensors.let_go(parts.values())

@@ -60,8 +60,8 @@ def test_the_section_may_lie_in_a_file_of_its_own(tmp_path: Path) -> None:
     ("section", "sentence"),
     [
         (
-            {"quant_method": "awq"},
-            "is quantized by awq, which this version does not read; it reads gptq and compressed-tensors",
+            {"quant_method": "hqq"},
+            "is quantized by hqq, which this version does not read; it reads gptq, awq and compressed-tensors",
         ),
         ({"bits": 5}, "has 5-bit codes, which this version does not read"),
         ({"bits": None}, "has None-bit codes"),

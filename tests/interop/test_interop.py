@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.awq_checkpoints import write_awq
 from interop.interop_cases import (
     ARCHITECTURES,
     DEMO,
@@ -157,6 +158,16 @@ def test_their_checkpoint_is_a_verifier_here(
     assert exact["token_ids"] == json.loads(capsys.readouterr().out)["token_ids"]
     assert main.run([*command, "--verifier", str(tmp_path / "theirs"), "--verify", "quantized"]) == 0
     assert json.loads(capsys.readouterr().out)["stats"]["steps"] > 0
+
+
+def test_an_awq_checkpoint_gives_the_same_logits_there(tmp_path: Path) -> None:
+    """Of the helper that the tests of AWQ's format go by: GPTQModel makes such checkpoints on GPUs alone."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    source = save_model(tmp_path / "tiny", "qwen3", dtype=torch.float16)
+    write_awq(source, tmp_path / "awq")
+    theirs = GPTQModel.load(str(tmp_path / "awq"), backend=BACKEND.TORCH_AWQ, device="cpu", dtype=torch.float16).model
+    assert_same_logits(logits_of(theirs), our_logits(tmp_path / "awq", torch.float16), torch.float16)
 
 
 @needs_demo

@@ -132,7 +132,7 @@ def _another_model_and_no_card(place: Path) -> None:
 
 def _unreadable_format(place: Path) -> None:
     config = json.loads((place / "gptq" / "config.json").read_text())
-    config["quantization_config"]["quant_method"] = "awq"
+    config["quantization_config"]["quant_method"] = "bitsandbytes"
     (place / "gptq" / "config.json").write_text(json.dumps(config))
 
 
@@ -154,7 +154,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "depth": (_a_shallower_target, r"that model has no layer model.layers.1\."),
     "fingerprint": (_another_model, "was not made from .*: their fingerprints differ"),
     "weights": (_another_model_and_no_card, "was not made from .*, which was not quantized, differ"),
-    "format": (_unreadable_format, "is quantized by awq, which this version does not read"),
+    "format": (_unreadable_format, "is quantized by bitsandbytes, which this version does not read"),
     "none": (_no_quantization, "is not a quantized checkpoint"),
     "target": (_a_quantized_target, "is quantized itself; name the model that"),
 }
