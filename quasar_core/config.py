@@ -244,7 +244,7 @@ class QuantizeConfig:
     target_agreement: float | None = None  # widths by layer, in the fewest bytes that reach it
     widths: tuple[int, ...] = BITS  # that layers may have, where each has its own
     fidelity_rows: int = 32  # of held-out and of greedy text each
-    rounding: Rounding = "gptq"  # of W8A8 and fp8: solved as GPTQ's, or every weight to the nearest
+    rounding: Rounding = "gptq"  # codes solved by GPTQ, or every weight to the nearest
 
     def __post_init__(self) -> None:
         _require(self.bits in BITS, f"--bits must be one of {_listed(BITS)}, not {self.bits}.")
@@ -254,7 +254,9 @@ class QuantizeConfig:
         )
         _require(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, not {self.method}.")
         _require(self.rounding in ("gptq", "nearest"), f"--rounding must be gptq or nearest, not {self.rounding}.")
-        _require(self.rounding == "gptq" or self.method != "gptq", "--rounding nearest goes with --method w8a8 or fp8.")
+        if self.reads_no_text:
+            _require(not self.mixed, "--rounding nearest reads no text, and widths by layer are chosen by it.")
+            _require(self.backend == "native", "--rounding nearest goes with --backend native.")
         if self.method != "gptq":
             self._require_eight_bits()
         _require(
@@ -336,6 +338,16 @@ class QuantizeConfig:
                 self.method == "gptq" and self.backend == "native",
                 f"{flag} goes with --method gptq and --backend native.",
             )
+
+    @property
+    def reads_no_text(self) -> bool:
+        """Whether codes follow from the weights alone."""
+        return self.method == "gptq" and self.rounding == "nearest"
+
+    @property
+    def texts(self) -> int:
+        """Calibration texts that are read."""
+        return 0 if self.reads_no_text else self.samples
 
     @property
     def groups_of(self) -> int:

@@ -47,8 +47,7 @@ Target fingerprint `{card["target"]["fingerprint"][:16]}`.
 
     {quantize_command(report)}
 
-Calibrated on `{calibration["name"]}` ({calibration["tokens"]:,} tokens, seed {calibration["seed"]},
-sha256 `{calibration["sha256"][:16]}`).
+{describe_text(calibration)}
 
 | fidelity to the target, on text that the calibration did not see | |
 |---|---|
@@ -61,6 +60,16 @@ sha256 `{calibration["sha256"][:16]}`).
 {kernel_row(fidelity)}| bits per weight of the packed layers | {report.bits_per_weight:.3f} |
 | bytes of weights, before and after | {report.bytes_before:,} → {report.bytes_after:,} |
 """
+
+
+def describe_text(calibration: dict[str, Any]) -> str:
+    """What the codes were fitted on."""
+    if not calibration["tokens"]:
+        return "No text was read for the codes: every weight was rounded to the nearest."
+    return (
+        f"Calibrated on `{calibration['name']}` ({calibration['tokens']:,} tokens, seed {calibration['seed']},\n"
+        f"sha256 `{calibration['sha256'][:16]}`)."
+    )
 
 
 def kernel_row(fidelity: FidelityReport) -> str:
@@ -88,7 +97,8 @@ def describe_codes(config: dict[str, Any], smoothed: bool) -> str:
         few, many = min(config.get("widths", BITS)), max(config.get("widths", BITS))
         bits = f"from {few} to {many} bits by layer" if few < many else f"{few} bits"
         codes = f"{bits}, {group} or smaller ones"
-    return f"GPTQ, {codes}, {symmetry}, in the AutoGPTQ format (version 1)"
+    method = "rounded to nearest" if config.get("rounding") == "nearest" else "GPTQ"
+    return f"{method}, {codes}, {symmetry}, in the AutoGPTQ format (version 1)"
 
 
 def width(config: dict[str, Any]) -> str:
@@ -102,7 +112,7 @@ def quantize_command(report: QuantizeReport) -> str:
     """The command that makes this checkpoint again."""
     config = report.config
     gptq = config["method"] == "gptq"
-    solved = gptq or config.get("rounding") == "gptq"
+    solved = config.get("rounding", "gptq") == "gptq"
     options = [_width_option(config), f"--group-size {config['group_size']}"] if gptq else []
     options += _widths_option(config)
     options += [] if gptq else [f"--method {config['method']}"]

@@ -84,9 +84,9 @@ def load_calibration(
         kept=kept,
     )
     if given is None:
-        rows = config.samples + held_out_rows(config)
+        rows = config.texts + held_out_rows(config)
         ids = write_self_text(writer, tokenizer, rows, length, config.seed, progress=progress, kept=kept)
-        given = ids[: config.samples], ids[config.samples :]
+        given = ids[: config.texts], ids[config.texts :]
     samples, held_out = given
     return Calibration(calibration_name(config.calibration), samples, held_out, greedy, config.seed)
 
@@ -104,7 +104,7 @@ def _cut_samples(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut windows of `length` tokens from the joined documents, drawn without overlap: samples, held-out rows."""
     tokens: list[int] = []
-    wanted = (config.samples + held_out_rows(config)) * length
+    wanted = (config.texts + held_out_rows(config)) * length
     for document in documents:
         tokens += encode(document, tokenizer)
         if len(tokens) > 8 * wanted:
@@ -117,7 +117,7 @@ def _cut_samples(
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed))
     held_out = min(held_out_rows(config), max(1, len(rows) // 5))
-    return rows[order[held_out:][: config.samples]], rows[order[:held_out]]
+    return rows[order[held_out:][: config.texts]], rows[order[:held_out]]
 
 
 def cut_rows(tokens: Sequence[int], opening: Sequence[int], length: int) -> torch.Tensor:

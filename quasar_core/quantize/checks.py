@@ -83,9 +83,10 @@ def check_calibration_file(config: QuantizeConfig) -> None:
         next(read_documents(config.calibration), None)
 
 
-def check_calibration(calibration: Calibration, vocabulary: int) -> None:
+def check_calibration(calibration: Calibration, vocabulary: int, reads_text: bool = True) -> None:
     """QuasarError for a text without rows, and for tokens that the model does not have."""
-    for rows in (calibration.samples, calibration.held_out, calibration.greedy):
+    texts = [calibration.samples] if reads_text else []
+    for rows in (*texts, calibration.held_out, calibration.greedy):
         if not rows.numel():
             raise QuasarError(f"The calibration text {calibration.name} has no tokens.")
         highest = int(rows.max())

@@ -96,7 +96,7 @@ def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
     """Count the work on a model that writes its text `rows` rows at a time; widths by layer are not counted."""
     length, blocks = config.calibration_length, {_block(name) for name in shape.layers if name != HEAD}
     calibration, held_out, greedy = (
-        config.samples * length,
+        config.texts * length,
         held_out_rows(config) * length,
         held_out_rows(config) * GREEDY_LENGTH,
     )
@@ -106,14 +106,14 @@ def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
     writes_all = config.calibration == "self"
     written = greedy + (calibration + held_out if writes_all else 0)
     turns = -(-held_out_rows(config) // rows) * GREEDY_LENGTH
-    turns += -(-(config.samples + held_out_rows(config)) // rows) * length if writes_all else 0
+    turns += -(-(config.texts + held_out_rows(config)) // rows) * length if writes_all else 0
     compared, counted = held_out + greedy, _counted(shape, calibration)
     logits = DRAW_COST * written + COMPARE_COST * compared + SUCCESSOR_COST * counted
     return Work(
         passes=BESIDE_PRODUCTS * 2 * (calibration + compared) * (token + attention) + (2 * compared + counted) * head,
         steps=BESIDE_PRODUCTS * written * (token + head + ATTENTION_COST * attention / 2),
         sums=sum(_sums(shape, name, calibration) for name in shape.layers),
-        matrices=sum(_matrices(shape, name) for name in shape.layers),
+        matrices=sum(_matrices(shape, name, config.reads_no_text) for name in shape.layers),
         logits=logits * shape.vocabulary,
         launches=turns * LAUNCHES * len(blocks),
     )
@@ -133,9 +133,11 @@ def _sums(shape: Shape, name: str, tokens: int) -> float:
     return tokens * _share(shape, name) * (columns**2 / 2 + errors)
 
 
-def _matrices(shape: Shape, name: str) -> float:
-    """Count factor and solver of one layer; where the input is shared, the solver alone."""
+def _matrices(shape: Shape, name: str, searches_alone: bool) -> float:
+    """Count factor and solver of one layer; where the input is shared, the solver alone; or the search of scales."""
     out, columns = shape.layers[name]
+    if searches_alone:
+        return SEARCH_OPERATIONS * columns * out
     factor = 0 if name.rpartition(".")[2] in SHARED else columns**3 / 3
     return factor + SOLVER_PRODUCTS * columns**2 * out + SEARCH_OPERATIONS * columns * out
 
@@ -161,7 +163,7 @@ def measure_rates(
     """Measure what products of the model's largest layer reach at the work's rows, softmaxes, and a small operation."""
     size = max((size for name, size in shape.layers.items() if name != HEAD), key=lambda size: size[0] * size[1])
     most = batch_tokens(shape.hidden, device.type != "cpu")
-    batch = min(most, config.samples * config.calibration_length)
+    batch = min(most, max(1, config.texts) * config.calibration_length)
     small, logits = torch.ones(8, 8, device=device), torch.randn(SOFTMAX_ROWS, shape.vocabulary, device=device)
     passes = _rate(batch, size, device, dtype, shape.weights, now)
     steps = _rate(rows, size, device, text_dtype or dtype, shape.weights, now)
@@ -227,7 +229,7 @@ LEAST_SHARE = 0.02  # of a stage, from which on it tells how long the rest of it
 def stage_seconds(shape: Shape, config: QuantizeConfig, rows: int) -> dict[str, float]:
     """Estimate the seconds of each stage, by the first words of its name."""
     work = count_work(shape, config, rows)
-    calibration = config.samples * config.calibration_length
+    calibration = config.texts * config.calibration_length
     rest = held_out_rows(config) * (config.calibration_length + GREEDY_LENGTH)
     passes = work.passes / NOMINAL.passes
     compared = COMPARE_COST * rest * shape.vocabulary / NOMINAL.logits

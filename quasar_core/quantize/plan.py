@@ -182,7 +182,7 @@ def activation_bytes(shape: Shape, config: QuantizeConfig, on_device: bool = Fal
     kept: dict[str, int] = {}
     for (block, _), (out, columns) in ({} if on_device else last_layers(shape)).items():
         kept[block] = kept.get(block, 0) + max(out, columns) + out
-    tokens = config.samples * config.calibration_length
+    tokens = config.texts * config.calibration_length
     return tokens * shape.element * (2 * shape.hidden + max(kept.values(), default=0))
 
 
@@ -198,9 +198,7 @@ def last_layers(shape: Shape) -> dict[tuple[str, str], tuple[int, int]]:
 
 def text_bytes(config: QuantizeConfig) -> int:
     """The calibration's token ids, 64 bits each, as they are committed."""
-    tokens = (config.samples + held_out_rows(config)) * config.calibration_length + held_out_rows(
-        config
-    ) * GREEDY_LENGTH
+    tokens = (config.texts + held_out_rows(config)) * config.calibration_length + held_out_rows(config) * GREEDY_LENGTH
     return 8 * tokens
 
 
@@ -224,7 +222,7 @@ def _longest_text(config: QuantizeConfig) -> tuple[int, int]:
     """Tokens of a row, and rows."""
     if config.calibration != "self":
         return GREEDY_LENGTH, held_out_rows(config)
-    return config.calibration_length, config.samples + held_out_rows(config)
+    return config.calibration_length, config.texts + held_out_rows(config)
 
 
 def rows_bytes(shape: Shape, config: QuantizeConfig, text: TextPlan) -> int:
@@ -283,7 +281,7 @@ def solver_bytes(shape: Shape, on_device: bool) -> int:
 def batch_bytes(shape: Shape, config: QuantizeConfig, on_device: bool) -> int:
     """What a batch of tokens takes inside a block."""
     most = max(batch_tokens(shape.hidden, on_device), config.calibration_length)
-    tokens = min(most, config.samples * config.calibration_length)
+    tokens = min(most, config.texts * config.calibration_length)
     widest = max((out + columns for name, (out, columns) in shape.layers.items() if name != HEAD), default=0)
     return 4 * BATCH_COPIES * tokens * widest
 

@@ -6,17 +6,15 @@ write, and that serves to quantize the model well (`text_plan.py`).
 
 from pathlib import Path
 
-import torch
-
-from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
 from quasar_core.config import GROUP_CHOICES
 from quasar_core.files import write_json
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.linear import block_products, mixture_products
+from quasar_core.quantize.blocks.rounding import rounded
 from quasar_core.quantize.group_size import largest_dividing
-from quasar_core.quantize.solve.grid import fit_grid, round_to_nearest
+from quasar_core.quantize.solve.gptq import SolverConfig
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.model_config import read_config
 
@@ -37,7 +35,7 @@ def write_rounded(model: Path, folder: Path, bits: int = BITS, progress: Progres
         if layer not in layers:
             writer.add(name, weight)
             continue
-        for part, tensor in rounded(weight.float(), bits, group).pack().items():
+        for part, tensor in rounded(weight.float(), SolverConfig(bits, group)).pack().items():
             writer.add(f"{layer}.{part}", tensor)
     writer.close()
     copy_kept_files(model, folder)
@@ -62,12 +60,3 @@ def rounded_bytes(config: DecoderConfig, weights: int, bits: int, element: int) 
     """Bytes of a copy in memory: codes, a scale and a zero for each group, all else in numbers of so many bytes."""
     coded = sum(out * columns for out, columns in layers_of_blocks(config).values())
     return (coded * bits + coded // PACKED * (16 + bits)) // 8 + (weights - coded) * element
-
-
-def rounded(weight: torch.Tensor, bits: int, group: int) -> QuantizedWeight:
-    """The codes of a weight [out, in], the best of many scales for each group of inputs."""
-    grid = fit_grid(weight, bits, group, sym=True)
-    groups = trivial_groups(weight.shape[1], group)
-    codes = round_to_nearest(weight, grid, groups.long())
-    codes, scales, zeros = (part.t().contiguous() for part in (codes.to(torch.uint8), grid.scales.half(), grid.zeros))
-    return QuantizedWeight(bits, group, codes, scales, zeros.int(), groups)

@@ -22,6 +22,7 @@ from quasar_core.quantize.assemble import assemble, describe, make_report
 from quasar_core.quantize.blocks.activations import Activations, capture_first_inputs
 from quasar_core.quantize.blocks.eight_bit import eight_bit_method, kernel_of_method
 from quasar_core.quantize.blocks.layerwise import leave_block, quantize_blocks, quantize_head
+from quasar_core.quantize.blocks.rounding import round_blocks, round_head
 from quasar_core.quantize.blocks.streaming import StreamedModel, open_verifier, quantized_layers
 from quasar_core.quantize.calibration import Calibration, calibration_name, load_calibration
 from quasar_core.quantize.checks import (
@@ -158,7 +159,7 @@ def calibrate(
     writer = open_writer(job.source, target, text, progress, job.rounded)
     calibration = load_calibration(writer, tokenizer, job.config, limit, progress, job.written_text)
     del writer
-    check_calibration(calibration, target.vocab_size)
+    check_calibration(calibration, target.vocab_size, not job.config.reads_no_text)
     save_tensors(
         job.calibration,
         {"samples": calibration.samples, "held_out": calibration.held_out, "greedy": calibration.greedy},
@@ -189,6 +190,11 @@ def quantize_layers(
         for index, block in enumerate(blocks):
             write_commit(block_file(job.commits, index), block, target.stored)
         return None
+    if job.config.reads_no_text:
+        round_blocks(target, LayerPlan.of(job.config), job.commits, progress)
+        if job.config.lm_head_bits < 16:
+            round_head(target, LayerPlan.of(job.config), job.commits)
+        return None
     plan = choose_plan(job, target, calibration, spill, progress)
     activations = quantize_with(plan, job, target, calibration, spill, job.commits, progress)
     if plan.quantizes_head:
@@ -201,9 +207,9 @@ def count_on(
 ) -> KnownSuccessors | None:
     """Count successors on the outputs of the last block, the target's own where there are some.
 
-    Without outputs the target reads the samples. None where the vocabulary is too large for the file.
+    Without outputs the target reads the samples. None without samples, and of a vocabulary too large for the file.
     """
-    if not can_be_counted(target.vocab_size):
+    if not can_be_counted(target.vocab_size) or not len(samples):
         return None
     samples = samples[: rows_to_count(samples)]
     if activations is None:

@@ -3,6 +3,7 @@
 Letters: N texts of L tokens, K likeliest tokens of a row.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,8 @@ def add_successors(
         raise QuasarError(f"A vocabulary of {target.vocab_size:,} tokens is too large for a file of successors.")
     limit = position_limit(target.skeleton.config.get_text_config()) or UNLIMITED
     writer = open_writer(job.source, target, plan_text(job.source, target, Free(free_memory(), free_on(target.device))))
-    samples = load_calibration(writer, tokenizer, job.config, limit, progress).samples
+    config = replace(job.config, rounding="gptq")  # which reads text
+    samples = load_calibration(writer, tokenizer, config, limit, progress).samples
     del writer
     samples = samples[: rows_to_count(samples)]
     read = read_rows(target, [samples], "reading the text", progress)

@@ -175,13 +175,11 @@ def test_the_papers_own_rounding_is_one_option_away(method: Any, tmp_path: Path)
     assert means[0] < means[1]
 
 
-def test_rounding_is_an_option_of_eight_bits_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UsageError, match="--rounding nearest goes with --method w8a8 or fp8"):
-        QuantizeConfig(rounding="nearest")
+def test_roundings_that_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="--rounding must be gptq or nearest, not down"):
         QuantizeConfig(**{**W8A8, "rounding": "down"})
-    assert run(["quantize", "demo", "--rounding", "nearest"]) == 2
-    assert "--rounding nearest goes with --method w8a8 or fp8" in capsys.readouterr().err
+    assert run(["quantize", "demo", "--rounding", "nearest", "--mixed"]) == 2
+    assert "--rounding nearest reads no text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number_format", NUMBERS, ids=["integers", "floats"])
