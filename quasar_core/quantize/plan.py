@@ -127,7 +127,7 @@ def make_plan(
         disk=text_bytes(config) + max(written_bytes(shape, config, text) + copy_on_disk(text), quantized),
         text=text,
         text_rows=rows_written(shape, config, text),
-        writes_calibration=config.calibration == "self",
+        writes_calibration=config.calibration == "self" and not config.reads_no_text,
         whole_because=shape.whole_because,
         free_device=free_device,
     )
