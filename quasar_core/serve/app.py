@@ -17,6 +17,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from quasar_core.errors import UsageError
+from quasar_core.files import require_characters
 from quasar_core.models.pair import Pair
 from quasar_core.serve.asks import content_text
 from quasar_core.serve.chat import read_chat, read_messages, stream_chat, whole_chat
@@ -67,7 +69,7 @@ class Server:
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-        handlers: dict[Any, Any] = {ApiError: self._refuse, HTTPException: _http_reply}
+        handlers: dict[Any, Any] = {ApiError: self._refuse, HTTPException: _http_reply, Exception: _defect_reply}
         return Starlette(
             routes=routes,
             middleware=[Middleware(Guard, self.settings), *([cors] if self.settings.origins else [])],
@@ -194,15 +196,7 @@ class Server:
             raise refused("The client went away before the body had arrived.") from None
         except asyncio.TimeoutError:
             raise ApiError(408, f"The body did not arrive within {BODY_SECONDS:g} seconds.") from None
-        try:
-            body = json.loads(raw) if len(raw) <= SHORT_BODY else await asyncio.to_thread(json.loads, raw)
-        except (ValueError, RecursionError):
-            raise refused("The body is no JSON.") from None
-        if not isinstance(body, dict):
-            raise refused("The body must be an object.")
-        if _depth(body) > DEEPEST:
-            raise refused(f"The body is nested deeper than {DEEPEST}.")
-        return body
+        return _parse(raw) if len(raw) <= SHORT_BODY else await asyncio.to_thread(_parse, raw)
 
 
 class Guard:
@@ -251,6 +245,25 @@ async def _receive(request: Request, most: int) -> bytes:
             raise ApiError(413, f"The body is larger than {most} bytes.")
         parts.append(part)
     return b"".join(parts)
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    """The object that a body is, all of its texts Unicode: half of a character would fail in whatever takes it."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise refused("The body is no JSON.") from None
+    if not isinstance(body, dict):
+        raise refused("The body must be an object.")
+    if _depth(body) > DEEPEST:
+        raise refused(f"The body is nested deeper than {DEEPEST}.")
+    for name, value in body.items():
+        shown = ascii(name)[1:-1]
+        try:
+            require_characters(json.dumps({name: value}, ensure_ascii=False), shown)
+        except UsageError as error:
+            raise refused(str(error), shown) from error
+    return body
 
 
 def _depth(value: Any) -> int:
@@ -307,6 +320,11 @@ def _error_reply(_: Any, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
     return JSONResponse(error.body(), error.status, headers)
+
+
+def _defect_reply(_: Request, error: Exception) -> Response:
+    """Tell of a defect in the shape that clients read; the server logs where it happened."""
+    return _error_reply(_, ApiError(500, f"Internal error: {type(error).__name__}."))
 
 
 def _http_reply(_: Request, error: Exception) -> Response:

@@ -9,16 +9,15 @@ from quasar_core.config import VERIFY_MODES, DraftKind, Request, SamplingConfig,
 from quasar_core.decode.answering import TokenRule
 from quasar_core.decode.rules import Bias, NoEnd, WrittenPenalty
 from quasar_core.decode.text import Reading
-from quasar_core.errors import QuasarError
-from quasar_core.files import require_characters
 from quasar_core.serve.ends import read_ends, read_reading
-from quasar_core.serve.errors import ApiError, refused
+from quasar_core.serve.errors import refused
 from quasar_core.serve.fields import Fields
 from quasar_core.serve.served import Served
 
 MOST_STOPS, MOST_STOP = 16, 200  # stop texts, and characters of one
 MOST_TOP = 20  # tokens beside each, with their log-probabilities
 MOST_SEED = 2**62 - 1
+MOST_DIGITS = 18  # of a number that names a token
 
 Rules = Callable[[], list[TokenRule]]
 
@@ -156,7 +155,6 @@ def _stop(fields: Fields) -> tuple[str, ...]:
     for text in texts:
         if not isinstance(text, str) or not 0 < len(text) <= MOST_STOP:
             raise refused(f"stop must hold texts of 1 to {MOST_STOP} characters.", "stop")
-        _require_characters(text, "stop")
     return tuple(texts)
 
 
@@ -177,7 +175,7 @@ def _biases(fields: Fields, served: Served) -> dict[int, float]:
     values = Fields(given, "logit_bias")
     vocabulary = served.pair.primary.vocab_size
     for name in given:
-        if not name.isdecimal() or int(name) >= vocabulary:
+        if not name.isdecimal() or len(name) > MOST_DIGITS or int(name) >= vocabulary:
             raise refused(f"logit_bias must name tokens by their numbers, from 0 to {vocabulary - 1}.", "logit_bias")
     return {int(name): values.number(name, -100, 100, 0.0) for name in given}
 
@@ -199,7 +197,6 @@ def _prediction(fields: Fields, served: Served, draft: DraftKind) -> str:
 def content_text(content: Any, field: str) -> str:
     """The text of a content: a text, or parts of which each is a text."""
     if isinstance(content, str):
-        _require_characters(content, field)
         return content
     if not isinstance(content, list):
         raise refused(f"{field}: content must be a text or a list of parts.", field)
@@ -211,13 +208,5 @@ def content_text(content: Any, field: str) -> str:
         text = part.get("text")
         if not isinstance(text, str):
             raise refused(f"{field}: a part's text must be a text.", field)
-        _require_characters(text, field)
         texts.append(text)
     return "".join(texts)
-
-
-def _require_characters(text: str, field: str) -> None:
-    try:
-        require_characters(text, field)
-    except QuasarError as error:
-        raise ApiError(400, str(error), field) from error

@@ -90,7 +90,7 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     role = fields.take("role")
     if not isinstance(role, str) or role not in ROLES:
         raise refused(f"{where}: role must be one of {', '.join(ROLES)}.", "messages")
-    calls = fields.take("tool_calls", [])
+    calls = _calls(fields.take("tool_calls", []), where)
     content = fields.take("content", "" if calls else None)
     if content is None:
         raise refused(f"{where} has no content.", "messages")
@@ -108,7 +108,13 @@ def _message(value: Any, where: str) -> dict[str, Any]:
         fields.end()
     except ApiError as error:
         raise refused(f"{where}: {error.message}", "messages", error.code) from error
-    return {**message, "tool_calls": [_call(call, where) for call in calls]} if calls else message
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _calls(value: Any, where: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list):
+        raise refused(f"{where}: tool_calls must be a list.", "messages")
+    return [_call(call, where) for call in value]
 
 
 def _call(value: Any, where: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Read the fields of a request one by one; what is left over is refused by name."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -66,8 +65,8 @@ class Fields:
     def number(self, name: str, least: float, most: float, default: float) -> float:
         """A number."""
         value = self._left.pop(name, default)
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not fits or not least <= value <= most:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        if not fits or not least <= value <= most:  # NaN is within no bounds
             raise refused(f"{self._within}{name} must be a number from {least:g} to {most:g}.", self._within + name)
         return float(value)
 

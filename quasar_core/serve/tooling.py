@@ -66,7 +66,8 @@ def read_tooling(fields: Fields, served: Served) -> Tooling:
         return Tooling(tools, form, strict=any(tool["function"].get("strict") for tool in tools))
     if choice == "required":
         return Tooling(tools, form, tuple(tools))
-    name = (choice.get("function") or {}).get("name") if isinstance(choice, dict) else None
+    called = choice.get("function") if isinstance(choice, dict) else None
+    name = called.get("name") if isinstance(called, dict) else None
     forced = tuple(tool for tool in tools if tool["function"]["name"] == name)
     if not forced:
         raise refused("tool_choice must be none, auto, required, or one of the tools.", "tool_choice")

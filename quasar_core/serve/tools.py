@@ -209,8 +209,9 @@ def _parameters_call(inner: str, tools: Tools) -> ToolCall | None:
 def _types(name: str, tools: Tools) -> dict[str, Any]:
     for tool in tools:
         if tool["function"]["name"] == name:
-            properties = tool["function"].get("parameters", {}).get("properties", {})
-            return {key: value.get("type") for key, value in properties.items() if isinstance(value, dict)}
+            properties = tool["function"].get("parameters", {}).get("properties")
+            listed = properties.items() if isinstance(properties, dict) else ()
+            return {key: value.get("type") for key, value in listed if isinstance(value, dict)}
     return {}
 
 

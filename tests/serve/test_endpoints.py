@@ -19,6 +19,7 @@ from helpers.tiny_models import make_pair
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 KEY = "a-key-of-some-length"
 GATED = plain(FIXED)
+CALLABLE = {"type": "function", "function": {"name": "f"}}
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +79,18 @@ def wait_for(holds: Callable[[], bool]) -> None:
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"role": "king", "content": "a"}]}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "assistant", "tool_calls": 5}, *LINES]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": "a", "mood": "good"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+        ({"model": "\ud800"}, "model"),
+        ({"\ud800": 1}, "\\ud800"),
+        ({"guided_regex": "\ud800"}, "guided_regex"),
+        ({"guided_choice": ["\ud800"]}, "guided_choice"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"logit_bias": {"3": 10**400}}, "logit_bias.3"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"tools": [CALLABLE], "tool_choice": {"function": "f"}}, "tools"),
         ({"messages": [{"role": "user", "content": "word " * 4000}]}, "messages"),
         ({"messages": [*LINES, {"role": "assistant", "content": "I"}]}, "messages"),
     ],
@@ -96,6 +106,17 @@ def test_what_cannot_be_served_is_refused_by_name(http: Any, change: dict[str, A
     assert error["param"] == (named or "temperature")
     assert error["type"] == "invalid_request_error"
     assert error["message"]
+
+
+def test_a_defect_is_told_in_the_shape_that_clients_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr("quasar_core.serve.app.read_chat", fail)
+    with serving(demo_pair()) as running, client(running) as http:
+        reply = http.post(CHAT, json={"messages": LINES})
+    assert reply.status_code == 500
+    assert reply.json()["error"]["message"] == "Internal error: ZeroDivisionError."
 
 
 def test_labels_and_fields_that_ask_for_nothing_are_taken(http: Any) -> None:
