@@ -76,6 +76,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character gets a ? for it
             stream.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text are refused where the text is used
+        sys.stdin.reconfigure(errors="surrogateescape")
     # What it warns of is answered here in a sentence, or does not concern who types a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

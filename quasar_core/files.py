@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from quasar_core.errors import QuasarError, UsageError, foreign_errors, reason
 
 MAX_JSON_BYTES = 1 << 28
+BYTE_ORDER_MARK = "\ufeff"  # which some editors write before a text, and which is none of it
 MAX_TEXT_BYTES = 1 << 32
 MAX_DEPTH = 100  # of lists and objects within one another
 _KINDS = (
@@ -105,11 +106,11 @@ def opened(path: Path, limit: int = MAX_TEXT_BYTES, kind: type[QuasarError] = Qu
 
 
 def read_text(path: Path, limit: int = MAX_TEXT_BYTES, kind: type[QuasarError] = QuasarError) -> str:
-    """The text of a UTF-8 file, its line ends as \\n."""
+    """The text of a UTF-8 file, its line ends as \\n, and without a byte order mark."""
     with opened(path, limit, kind) as file:
         content = file.read()
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise kind(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -167,10 +168,17 @@ def _is_deeper(content: Any, limit: int) -> bool:
 
 
 def require_characters(text: str, what: str, kind: type[QuasarError] = UsageError) -> str:
-    """The text; an error for half of a surrogate pair in it, which is no character: no tokenizer takes it."""
-    half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
-    if half is not None:
-        raise kind(f"{what} is not Unicode text: it holds {ascii(half)[1:-1]}, half of a character.")
+    """The text; an error for what in it is no character, and what no tokenizer takes.
+
+    That is half of a surrogate pair, as in JSON, or the stand-in for a byte of a name or a pipe that is not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ord(text[error.start])
+        stands_in = 0xDC80 <= half <= 0xDCFF
+        held = f"the byte \\x{half - 0xDC00:x}" if stands_in else f"\\u{half:x}, half of a character"
+        raise kind(f"{what} is not {'UTF-8' if stands_in else 'Unicode'} text: it holds {held}.") from None
     return text
 
 

@@ -1,10 +1,8 @@
 """Find the files of a target and its verifier, check that they belong together, and load them over one cache."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -180,10 +178,10 @@ def _verifier_beside(source: ModelSource, verifier: str | None) -> Path | None:
 
 
 def known_verifier(source: ModelSource) -> Path | None:
-    """The verifier last recorded for the target, else the one where `quantize` puts it by default."""
-    recorded: Sequence[Any] = [pair for pair in list_pairs() if pair.target == source.name]
+    """The current pair's verifier if it is the target's, else the one last recorded for it, else the usual place's."""
+    recorded = [pair for pair in (current_pair(), *reversed(list_pairs())) if pair and pair.target == source.name]
     usual = [default_output(source, QuantizeConfig(group_size=size)) for size in GROUP_CHOICES]
-    places = [*(Path(pair.verifier) for pair in reversed(recorded)), *usual]
+    places = [*(Path(pair.verifier) for pair in recorded), *usual]
     return next((place for place in places if is_folder(place)), None)
 
 

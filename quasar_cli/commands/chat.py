@@ -16,7 +16,7 @@ from quasar_cli.option_groups import DecodeOptions, ModelOptions, takes_groups
 from quasar_cli.options import Json, MaxNewTokens, ShowStats, Stream, System, Think, Verbose
 from quasar_core.config import GenerationConfig
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.files import absolute, exists, require_place, write_json
+from quasar_core.files import absolute, exists, read_json, require_place, write_json
 
 if TYPE_CHECKING:
     from quasar_core.api import Generator, Pair
@@ -30,6 +30,7 @@ EXAMPLES = examples(
 HELP = r"""/more         go on with an answer that was cut
 /system TEXT  set the system message, and start anew
 /save FILE    write the conversation into a JSON file
+/load FILE    go on with a conversation that was saved
 /stats        tell what the last answer gained
 /reset        forget the conversation
 /help         print this
@@ -127,6 +128,7 @@ class Conversation:
         self.refused = 0  # the exit code of what was refused first, where anything was
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: console.note_plain(HELP),
+            "/load": self.load,
             "/more": lambda _: self.go_on(),
             "/reset": lambda _: self.reset(),
             "/save": self.save,
@@ -180,6 +182,19 @@ class Conversation:
         write_json(path, {"model": self._generator.pair.target_name, "messages": self.messages})
         console.note_plain(f"(saved in {name})")
 
+    def load(self, name: str) -> None:
+        """Go on with the messages of a file that `save` wrote."""
+        if not name:
+            raise UsageError("/load needs a file: /load FILE.")
+        messages = read_json(absolute(Path(name)), UsageError).get("messages")
+        if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+            raise UsageError(f"{name} holds no conversation: /save writes one.")
+        begins = bool(messages) and messages[0]["role"] == "system"
+        self._begin(messages[0]["content"] if begins else None)
+        self.messages = messages
+        self._generator.reset()
+        console.note_plain(f"({len(messages) - begins} messages of {name})")
+
     def show_stats(self) -> None:
         """Print what the last answer gained."""
         if self._last is None:
@@ -224,3 +239,9 @@ class Conversation:
         pieces.append(text)
         if self._stream:
             console.stream_text(text)
+
+
+def _is_message(value: Any) -> bool:
+    """Whether it has a role and a text, and nothing else."""
+    is_pair = isinstance(value, dict) and value.keys() == {"role", "content"}
+    return is_pair and value["role"] in ("system", "user", "assistant") and isinstance(value["content"], str)

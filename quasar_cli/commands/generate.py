@@ -17,7 +17,7 @@ from quasar_cli.option_groups import DecodeOptions, ModelOptions, takes_groups
 from quasar_cli.options import Json, ShowStats, Stream, System, Think, Trace, Verbose, use_threads
 from quasar_core.config import GenerationConfig
 from quasar_core.errors import UsageError, reason
-from quasar_core.files import read_text, require_characters
+from quasar_core.files import BYTE_ORDER_MARK, read_text, require_characters
 
 if TYPE_CHECKING:
     from quasar_core import trace as api_trace
@@ -178,7 +178,7 @@ def read_prompt(argument: str | None, prompt: str | None, prompt_file: Path | No
 def _read_stdin() -> str:
     if sys.stdin.isatty():
         raise UsageError("Give a prompt: quasar generate 'PROMPT', --prompt-file FILE, or through a pipe.")
-    return sys.stdin.read().removesuffix("\n")
+    return sys.stdin.read().removeprefix(BYTE_ORDER_MARK).removesuffix("\n")
 
 
 def _is_piped() -> bool:
@@ -196,7 +196,7 @@ def _is_own_pipe(path: Path) -> bool:
 
 def _read_pipe(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8").removeprefix(BYTE_ORDER_MARK)
     except (OSError, ValueError) as error:
         raise UsageError(f"--prompt-file {path} cannot be read: {reason(error)}.") from error
 

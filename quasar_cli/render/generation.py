@@ -15,14 +15,15 @@ def stats_table(result: GenerationResult, config: GenerationConfig) -> Table:
         ("new tokens", f"{stats.new_tokens} ({ended})"),
         ("speed", as_ratio(stats.tokens_per_s, 1, " tokens/s")),
         ("prompt", _prompt(stats)),
-        ("acceptance length", f"{as_ratio(stats.acceptance_length)} ({stats.steps} steps)"),
+        ("acceptance length", f"{as_ratio(stats.acceptance_length)} ({_count(stats.steps, 'step')})"),
     ]
     if config.draft != "none":
         accepted = f"{stats.accepted} of {stats.drafted} draft tokens"
         facts.append(("acceptance rate", f"{as_ratio(stats.acceptance_rate)} ({accepted})"))
         facts += [(f"  {source}", _use(use)) for source, use in stats.drafters.items()]
     if stats.confirms:
-        confirmed = f"{stats.confirm_accepted} of {stats.confirm_window} tokens kept in {stats.confirms} confirms"
+        confirmed = f"{stats.confirm_accepted} of {stats.confirm_window} tokens kept"
+        confirmed += f" in {_count(stats.confirms, 'confirm')}"
         facts.append(("confirm rate", f"{as_ratio(stats.confirm_rate)} ({confirmed})"))
     facts.append(("seconds", _seconds(stats)))
     if stats.peak_memory_bytes:
@@ -55,8 +56,11 @@ def _prompt(stats: Stats) -> str:
 
 def _use(use: DrafterUse) -> str:
     """What one drafter did."""
-    steps = "1 step" if use.steps == 1 else f"{use.steps} steps"
-    return f"{use.accepted} of {use.drafted} draft tokens in {steps}"
+    return f"{use.accepted} of {use.drafted} draft tokens in {_count(use.steps, 'step')}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _seconds(stats: Stats) -> str:

@@ -319,10 +319,15 @@ def test_numbers_that_cannot_be(arguments: list[str], capsys: pytest.CaptureFixt
 # Texts
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("a\ud800b", r"\ud800, half of a character"), ("a\udcffb", r"not UTF-8 text: it holds the byte \xff")],
+)
 @pytest.mark.parametrize("option", ["--prompt", "--system", "--stop"])
-def test_half_a_character(option: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sentence = refused(capsys, *GENERATE, *([] if option == "--prompt" else ["--draft", "none"]), option, "a\udcffb")
-    assert "half of a character" in sentence
+def test_what_is_no_character(
+    option: str, text: str, told: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in refused(capsys, *GENERATE, *([] if option == "--prompt" else ["--draft", "none"]), option, text)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`quasar chat`: commands, messages of several lines, answers that are cut, and a real terminal."""
 
+import io
 import json
 import os
 import pty
@@ -21,6 +22,7 @@ from helpers.stand_ins import STATS, StandInGenerator, type_lines
 from quasar_cli import messages
 from quasar_cli.main import run
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.files import require_characters
 from quasar_core.records import GenerationResult
 
 pytest_plugins = ["helpers.cli_fixtures"]
@@ -49,6 +51,22 @@ def asked(stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> li
 
     monkeypatch.setattr("quasar_core.api.encode_prompt", encode)
     return seen
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(
+    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def encode(tokenizer: object, messages: list[dict[str, str]], *, think: bool | None = None) -> list[int]:
+        require_characters(messages[-1]["content"], "The prompt")
+        return [1]
+
+    monkeypatch.setattr("quasar_core.api.encode_prompt", encode)
+    piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait\nnext\n"), "utf-8")
+    monkeypatch.setattr("sys.stdin", piped)
+    assert run(["chat"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == "Error: The prompt is not UTF-8 text: it holds the byte \\xe9."
+    assert shown.out.count("[bold]") == 1
 
 
 def last_texts(asked: list[list[dict[str, str]]]) -> list[str]:
@@ -155,6 +173,34 @@ def test_save_writes_the_messages_and_replaces_nothing(
     assert "Error: kept.json exists already: name another file.\n" in said
     assert said.count(f"Error: There is no folder {Path('missing').resolve()}: make it, or name another file.\n") == 2
     assert not Path("missing").exists()
+
+
+def test_load_goes_on_with_what_save_wrote(
+    asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_lines(monkeypatch, "/system Be brief.\none\n/save a.json\n/reset\ntwo\n/load a.json\nthree\n/reset\nfour\n")
+    assert run(["chat"]) == 0
+    system, one = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}
+    answer = {"role": "assistant", "content": "[bold]Hé 2"}
+    assert asked[2] == [system, one, answer, {"role": "user", "content": "three"}]
+    assert asked[3] == [system, {"role": "user", "content": "four"}]  # of the file, not of the options
+    assert "(2 messages of a.json)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "{", "[]", "{}", '{"messages": 3}', '{"messages": [3]}', '{"messages": [{"role": "user"}]}',
+     '{"messages": [{"role": "king", "content": "a"}]}', '{"messages": [{"role": "user", "content": 3}]}'],
+)  # fmt: skip
+def test_what_is_no_conversation_is_not_loaded(
+    content: str | None, asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        Path("a.json").write_text(content)
+    type_lines(monkeypatch, "one\n/load a.json\n/load\ntwo\n")
+    assert run(["chat"]) == 2
+    assert last_texts(asked) == ["one", "two"]
+    assert asked[1][0]["content"] == "one"  # the conversation stays
 
 
 def test_ctrl_c_at_the_prompt_drops_the_line_and_does_not_end_the_chat(

@@ -1,5 +1,6 @@
 """`quasar generate` and `quasar chat`, with a stand-in for the models: what is asked of them, what is printed where."""
 
+import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -148,6 +149,24 @@ def test_the_prompt_comes_from_stdin_or_a_file(
     type_lines(monkeypatch, "12345")
     (tmp_path / "prompt.txt").write_text("1234567")
     assert run(["generate", "--prompt", "-", "--raw"]) == 0
+    assert run(["generate", "--prompt-file", "prompt.txt", "--raw"]) == 0
+    assert capsys.readouterr().out == "[bold]Hé 5\n[bold]Hé 7\n"
+
+
+def test_a_pipe_that_holds_no_text_is_refused(
+    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait"), "utf-8"))
+    assert run(["generate"]) == 2
+    assert capsys.readouterr().err == "Error: The prompt is not UTF-8 text: it holds the byte \\xe9.\n"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(
+    stand_in_pair: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_lines(monkeypatch, "\ufeff12345")
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbf1234567\r\n")
+    assert run(["generate", "--raw"]) == 0
     assert run(["generate", "--prompt-file", "prompt.txt", "--raw"]) == 0
     assert capsys.readouterr().out == "[bold]Hé 5\n[bold]Hé 7\n"
 

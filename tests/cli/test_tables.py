@@ -195,6 +195,14 @@ def drawn(tables: list[RenderableType], width: int) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_one_step_and_one_confirm_are_told_in_the_singular() -> None:
+    stats = replace(STATS, step_log=STATS.step_log[:1])
+    assert (stats.steps, stats.confirms) == (1, 1)
+    lines = drawn([generation.stats_table(replace(ANSWER, stats=stats), GenerationConfig())], 80)
+    assert "(1 step)" in lines
+    assert "in 1 confirm)" in lines
+
+
 @pytest.mark.parametrize("width", [80, 60])
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_fits_and_cuts_no_word(name: str, width: int) -> None:

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from quasar_core import store
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.load_pair import known_verifier
 from quasar_core.store import PairRecord
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "rope_theta": 10000.0}
@@ -226,6 +227,15 @@ def test_equal_folder_names_get_a_number_and_use_switches(tmp_path: Path) -> Non
     assert store.current_pair() == second
     store.use_pair(first.name)
     assert store.current_pair() == first
+
+
+def test_a_model_goes_with_the_current_pair_where_that_is_its_own(tmp_path: Path) -> None:
+    first = store.record_pair("demo", _verifier(tmp_path, "a"))
+    second = store.record_pair("demo", _verifier(tmp_path, "b"))
+    store.use_pair(first.name)
+    assert known_verifier(store.resolve_model("demo")) == Path(first.verifier)
+    store.record_pair("org/name", _verifier(tmp_path, "c"))
+    assert known_verifier(store.resolve_model("demo")) == Path(second.verifier)
 
 
 def test_removing_a_pair_with_and_without_its_files(tmp_path: Path) -> None:
