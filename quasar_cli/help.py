@@ -8,6 +8,8 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 WIDEST, NARROWEST = 80, 32  # columns of a page
+# What stands for a value, by the type that typer names in angle brackets; an argument's own name says it.
+_VALUES = {"str": "TEXT", "list[str]": "TEXT", "int": "N", "float": "NUMBER", "path": "FILE"}
 _HEADINGS = {"argument": "Arguments", "option": "Options"}
 
 
@@ -80,10 +82,18 @@ def _write_parameters(command: Any, ctx: Any, formatter: Any) -> None:
     for parameter in command.get_params(ctx):
         record = parameter.get_help_record(ctx)
         if record is not None:
-            heading = getattr(parameter, "rich_help_panel", None) or _HEADINGS[parameter.param_type_name]
-            sections.setdefault(heading, []).append(record)
+            kind = parameter.param_type_name
+            heading = getattr(parameter, "rich_help_panel", None) or _HEADINGS[kind]
+            sections.setdefault(heading, []).append((_without_types(record[0], kind), record[1]))
     for heading in sorted(sections, key=lambda heading: heading in _HEADINGS.values(), reverse=True):
         _write_section(formatter, heading, sections[heading])
+
+
+def _without_types(name: str, kind: str) -> str:
+    """A parameter's name and its value in words of the field, not in types of Python."""
+    if kind == "argument":
+        return re.sub(r" <[^>]*>$", "", name)
+    return re.sub(r"<([^>|]*)>", lambda found: _VALUES.get(found[1], found[0]), name)
 
 
 def _write_section(formatter: Any, heading: str, rows: list[tuple[str, str]]) -> None:

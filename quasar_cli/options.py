@@ -77,7 +77,7 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="A folder, hub id, bare name or demo; default: the current pair.",
+        help="A folder, hub id, bare name, demo, or a pair's name; default: the current pair.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -22,8 +22,16 @@ from quasar_core.models.mtp import head_bytes, head_of
 from quasar_core.models.offload import OffloadPlan, plan_offload
 from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
 from quasar_core.records import Progress, no_progress
-from quasar_core.store import ModelSource, current_pair, default_output, fingerprint, list_pairs, resolve_model
-from quasar_core.store.folders import read_card
+from quasar_core.store import (
+    ModelSource,
+    current_pair,
+    default_output,
+    fingerprint,
+    list_pairs,
+    pair_named,
+    resolve_model,
+)
+from quasar_core.store.folders import is_verifier, read_card
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import weight_files
 
@@ -146,26 +154,39 @@ def _check_room(
 
 def find_pair_files(options: LoadOptions) -> tuple[ModelSource, VerifierCheckpoint | None]:
     """The target's folder and its verifier's checkpoint, checked to belong together."""
-    model, verifier = options.model, options.verifier
-    if model is None:
-        current = current_pair()
-        if current is None:
-            raise UsageError("No pair is current: make one with `quasar quantize MODEL`, or name one with --model.")
-        model, verifier = current.target, verifier or current.verifier
+    model, verifier = asked_pair(options.model, options.verifier)
     source = resolve_model(model)
     if options.verify == "full":
         return source, None
     refuse_drafts(source.label, source.folder, options.trust_remote_code)
     folder = absolute(Path(verifier)) if verifier else known_verifier(source)
     if folder is None:
-        raise UsageError(
-            f"{source.label} has no verifier yet: make one with `quasar quantize {model}`, or pass --verify full."
-        )
+        raise _no_verifier(source, model)
     checkpoint = VerifierCheckpoint(folder)
     made_from = checkpoint.target_fingerprint
     if made_from is not None and made_from != fingerprint(source.folder):
         raise QuasarError(f"The verifier {folder} was not made from {source.label}: their fingerprints differ.")
     return source, checkpoint
+
+
+def asked_pair(model: str | None, verifier: str | None) -> tuple[str, str | None]:
+    """Names of a model and its verifier: of the current pair, or of the recorded one that `model` names."""
+    pair = current_pair() if model is None else pair_named(model)
+    if pair is not None:
+        return pair.target, verifier or pair.verifier
+    if model is None:
+        raise UsageError("No pair is current: make one with `quasar quantize MODEL`, or name one with --model.")
+    return model, verifier
+
+
+def _no_verifier(source: ModelSource, model: str) -> UsageError:
+    if is_verifier(source.folder):
+        return UsageError(
+            f"{source.label} is a verifier, not a model: give it with --verifier, and its model with --model."
+        )
+    return UsageError(
+        f"{source.label} has no verifier yet: make one with `quasar quantize {model}`, or pass --verify full."
+    )
 
 
 def _verifier_beside(source: ModelSource, verifier: str | None) -> Path | None:

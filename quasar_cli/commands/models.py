@@ -25,7 +25,9 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A pair's name, as `qu
 
 def announce(model: str | None) -> None:
     """Say on stderr which hub model a bare name stands for."""
-    if model is not None and (full := store.full_name(model)) != model and "/" not in model:
+    if model is None or store.pair_named(model) is not None:
+        return
+    if (full := store.full_name(model)) != model and "/" not in model:
         console.note_plain(f"{model} is {full}.")
 
 

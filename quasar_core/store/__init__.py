@@ -8,7 +8,16 @@ from quasar_core.store.folders import home
 from quasar_core.store.hub import check_can_push, push_folder
 from quasar_core.store.model_config import read_text_headers
 from quasar_core.store.names import ModelSource, default_output, full_name, resolve_model
-from quasar_core.store.pairs import PairRecord, current_pair, find_pair, list_pairs, record_pair, remove_pair, use_pair
+from quasar_core.store.pairs import (
+    PairRecord,
+    current_pair,
+    find_pair,
+    list_pairs,
+    pair_named,
+    record_pair,
+    remove_pair,
+    use_pair,
+)
 from quasar_core.store.safetensors_header import TensorEntry
 
 __all__ = [
@@ -23,6 +32,7 @@ __all__ = [
     "full_name",
     "home",
     "list_pairs",
+    "pair_named",
     "push_folder",
     "read_text_headers",
     "record_pair",

@@ -46,6 +46,11 @@ def current_pair() -> PairRecord | None:
     return next((pair for pair in pairs if pair.name == current), None)
 
 
+def pair_named(name: str) -> PairRecord | None:
+    """The recorded pair of that name; None where there is none."""
+    return next((pair for pair in list_pairs() if pair.name == name), None)
+
+
 def find_pair(name: str) -> PairRecord:
     """The recorded pair of that name; UsageError that lists the known ones."""
     return _find(list_pairs(), name)

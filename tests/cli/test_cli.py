@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -95,6 +96,13 @@ def test_help_has_an_example_and_is_whole_at_60_and_40_columns(
         return set(shown.split())
 
     assert words("60") == words("80") == words("40")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "serve", "deploy", "bench report"])
+def test_help_names_no_types_of_python(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*command.split(), "-h"]) == 0
+    named = re.findall(r"<[^>]*>", capsys.readouterr().out)
+    assert all("|" in choices for choices in named), named
 
 
 def test_choices_are_shown_as_choices(capsys: pytest.CaptureFixture[str]) -> None:

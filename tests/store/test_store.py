@@ -11,9 +11,9 @@ from helpers.verifier_cards import write_card
 from safetensors.numpy import save_file
 
 from quasar_core import store
-from quasar_core.config import QuantizeConfig
+from quasar_core.config import LoadOptions, QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.load_pair import known_verifier
+from quasar_core.load_pair import asked_pair, find_pair_files, known_verifier
 from quasar_core.store import PairRecord
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "rope_theta": 10000.0}
@@ -236,6 +236,24 @@ def test_a_model_goes_with_the_current_pair_where_that_is_its_own(tmp_path: Path
     assert known_verifier(store.resolve_model("demo")) == Path(first.verifier)
     store.record_pair("org/name", _verifier(tmp_path, "c"))
     assert known_verifier(store.resolve_model("demo")) == Path(second.verifier)
+
+
+def test_a_pairs_name_stands_for_its_model_and_verifier(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No pair is current"):
+        asked_pair(None, None)
+    first = store.record_pair("demo", _verifier(tmp_path, "a"), "small")
+    second = store.record_pair("org/name", _verifier(tmp_path, "b"))
+    assert asked_pair("small", None) == ("demo", first.verifier)
+    assert asked_pair("small", "another") == ("demo", "another")
+    assert asked_pair("large", None) == ("large", None)
+    assert asked_pair(None, None) == ("org/name", second.verifier)
+
+
+def test_a_verifier_that_is_given_as_the_model_is_named_so(tmp_path: Path) -> None:
+    folder = _save(tmp_path / "low")
+    write_card(folder)
+    with pytest.raises(UsageError, match="low is a verifier, not a model: give it with --verifier"):
+        find_pair_files(LoadOptions(model=str(folder)))
 
 
 def test_removing_a_pair_with_and_without_its_files(tmp_path: Path) -> None:
