@@ -11,7 +11,7 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import GROUP_CHOICES, LoadOptions, QuantizeConfig
 from quasar_core.decode.processors import read_processors
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.files import absolute, is_folder
+from quasar_core.files import absolute, exists, is_folder
 from quasar_core.kernels.threads import most_threads
 from quasar_core.models.assistant import load_assistant
 from quasar_core.models.device import choose_device, choose_dtype
@@ -24,6 +24,7 @@ from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
 from quasar_core.records import Progress, no_progress
 from quasar_core.store import (
     ModelSource,
+    PairRecord,
     current_pair,
     default_output,
     fingerprint,
@@ -173,10 +174,20 @@ def asked_pair(model: str | None, verifier: str | None) -> tuple[str, str | None
     """Names of a model and its verifier: of the current pair, or of the recorded one that `model` names."""
     pair = current_pair() if model is None else pair_named(model)
     if pair is not None:
+        _require_target(pair)
         return pair.target, verifier or pair.verifier
     if model is None:
         raise UsageError("No pair is current: make one with `quasar quantize MODEL`, or name one with --model.")
     return model, verifier
+
+
+def _require_target(pair: PairRecord) -> None:
+    """UsageError where a pair's model is a folder or file that was moved."""
+    if Path(pair.target).is_absolute() and not exists(Path(pair.target)):
+        raise UsageError(
+            f"The model of the pair {pair.name} is not at {pair.target} any more: "
+            f"`quasar models add {pair.verifier} --target MODEL` takes it from where it is."
+        )
 
 
 def _no_verifier(source: ModelSource, model: str) -> UsageError:
@@ -192,18 +203,25 @@ def _no_verifier(source: ModelSource, model: str) -> UsageError:
 def _verifier_beside(source: ModelSource, verifier: str | None) -> Path | None:
     """The folder of the target's verifier, where `full` does without it; None where there is none of this target."""
     folder = absolute(Path(verifier)) if verifier else known_verifier(source)
-    card = read_card(folder) if folder else None
-    made_from = (card or {}).get("target")
-    same = isinstance(made_from, dict) and made_from.get("fingerprint") == fingerprint(source.folder)
-    return folder if same else None
+    return folder if folder is not None and _made_from(source, folder) else None
 
 
 def known_verifier(source: ModelSource) -> Path | None:
-    """The current pair's verifier if it is the target's, else the one last recorded for it, else the usual place's."""
-    recorded = [pair for pair in (current_pair(), *reversed(list_pairs())) if pair and pair.target == source.name]
+    """The current pair's verifier if it is the target's, else the one last recorded for it, else the usual place's.
+
+    Else, for a model that was moved, one that was recorded for it elsewhere.
+    """
+    recorded = [pair for pair in (current_pair(), *reversed(list_pairs())) if pair]
     usual = [default_output(source, QuantizeConfig(group_size=size)) for size in GROUP_CHOICES]
-    places = [*(Path(pair.verifier) for pair in recorded), *usual]
-    return next((place for place in places if is_folder(place)), None)
+    places = [*(Path(pair.verifier) for pair in recorded if pair.target == source.name), *usual]
+    found = next((place for place in places if is_folder(place)), None)
+    return found or next((place for pair in recorded if _made_from(source, place := Path(pair.verifier))), None)
+
+
+def _made_from(source: ModelSource, folder: Path) -> bool:
+    """Whether a verifier's card says that it was made from this model."""
+    made_from = (read_card(folder) or {}).get("target")
+    return isinstance(made_from, dict) and made_from.get("fingerprint") == fingerprint(source.folder)
 
 
 def dtype_of_source(folder: Path, requested: str, device: torch.device) -> tuple[torch.dtype, str]:

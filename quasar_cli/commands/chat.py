@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quasar_cli import console
-from quasar_cli.commands.generate import as_document, load_pair, make_generator, show_notes, show_stats
+from quasar_cli.commands.generate import as_document, load_pair, make_generator, say_of_memory, show_notes, show_stats
 from quasar_cli.help import examples
 from quasar_cli.messages import read_messages
 from quasar_cli.option_groups import DecodeOptions, ModelOptions, takes_groups
@@ -80,6 +80,7 @@ def chat(
         if message in ("/exit", "/quit"):
             break
         conversation.take(message)
+    say_of_memory(pair)
     if as_json:
         console.print_json({"turns": answers.turns})
     if conversation.refused and not sys.stdin.isatty():  # nobody was there to try again

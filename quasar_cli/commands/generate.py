@@ -91,16 +91,18 @@ def generate(
         result = _generate_dimmed(generator, prompt_ids)
     else:
         result = generator.generate(prompt_ids, console.stream_text if streamed else None)
-    if trace_file is not None:
-        api.write_trace(api.trace_of(pair, config, result, asked), trace_file)
     if coloured:
         show_trace(api.trace_of(pair, config, result, asked))
     elif as_json:
         console.print_json(as_document(pair, config, result))
     else:
         console.stream_text("\n" if streamed else result.text + "\n")
+    if trace_file is not None:  # behind the answer, which is not lost where the file cannot be written
+        api.write_trace(api.trace_of(pair, config, result, asked), trace_file)
     if verbose:
         show_notes(pair)
+    else:
+        say_of_memory(pair)
     if stats:
         show_stats(pair, config, result)
 
@@ -248,7 +250,12 @@ def say_of_loading(pair: "Pair", models: ModelOptions) -> None:
     _say(pair.notes, "offload:")
 
 
-def _say(notes: Sequence[str], kind: str) -> None:
+def say_of_memory(pair: "Pair") -> None:
+    """Print on stderr why answers of --draft-memory were not read or not kept, where that is so."""
+    _say(pair.notes, ("draft memory: not kept", "draft memory: begun anew"))
+
+
+def _say(notes: Sequence[str], kind: str | tuple[str, ...]) -> None:
     for note in notes:
         if note.startswith(kind):
             console.note_plain(note)

@@ -13,7 +13,7 @@ from helpers.stand_ins import StandInGenerator, type_lines
 
 from quasar_cli.main import run
 from quasar_core.config import GenerationConfig
-from quasar_core.errors import UsageError
+from quasar_core.errors import QuasarError, UsageError
 from quasar_core.records import GenerationResult
 
 pytest_plugins = ["helpers.cli_fixtures"]
@@ -159,6 +159,32 @@ def test_a_pipe_that_holds_no_text_is_refused(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait"), "utf-8"))
     assert run(["generate"]) == 2
     assert capsys.readouterr().err == "Error: The prompt is not UTF-8 text: it holds the byte \\xe9.\n"
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["generate", "x", "-v"], ["chat"]], ids=" ".join)
+def test_answers_that_are_not_kept_are_told(
+    command: list[str],
+    stand_in_pair: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = "draft memory: not kept: the disk is full"
+    stand_in_pair.notes.append(told)
+    type_lines(monkeypatch, "x\n")
+    assert run(command) == 0
+    assert capsys.readouterr().err.count(told) == 1
+
+
+def test_an_answer_is_whole_where_its_trace_cannot_be_written(
+    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise QuasarError("t.json cannot be written: No space left on device.")
+
+    monkeypatch.setattr("quasar_core.api.trace_of", lambda *_: None)
+    monkeypatch.setattr("quasar_core.api.write_trace", fail)
+    assert run(["generate", "123", "--raw", "--trace", "t.json"]) == 1
+    assert capsys.readouterr().out == "[bold]Hé 3\n"
 
 
 def test_a_byte_order_mark_is_no_part_of_a_prompt(

@@ -249,6 +249,20 @@ def test_a_pairs_name_stands_for_its_model_and_verifier(tmp_path: Path) -> None:
     assert asked_pair(None, None) == ("org/name", second.verifier)
 
 
+def test_a_model_that_was_moved_finds_its_verifier_and_its_pair_says_so(tmp_path: Path) -> None:
+    before, verifier = _save(tmp_path / "before"), tmp_path / "elsewhere"
+    verifier.mkdir()
+    write_card(verifier, store.fingerprint(before))
+    record = store.record_pair(str(before), verifier)
+    other = _save(tmp_path / "other", weights={name: rows + 1 for name, rows in _weights().items()})
+    now = before.rename(tmp_path / "now")
+    assert known_verifier(store.resolve_model(str(now))) == verifier
+    assert known_verifier(store.resolve_model(str(other))) is None
+    for named in (None, record.name):
+        with pytest.raises(UsageError, match=r"elsewhere is not at .*before any more: `quasar models add"):
+            asked_pair(named, None)
+
+
 def test_a_verifier_that_is_given_as_the_model_is_named_so(tmp_path: Path) -> None:
     folder = _save(tmp_path / "low")
     write_card(folder)
