@@ -264,7 +264,7 @@ def test_a_model_that_was_moved_finds_its_verifier_and_its_pair_says_so(tmp_path
 
 
 def test_a_verifier_that_is_given_as_the_model_is_named_so(tmp_path: Path) -> None:
-    folder = _save(tmp_path / "low")
+    folder = _save(tmp_path / "low", {**CONFIG, "num_attention_heads": 2})
     write_card(folder)
     with pytest.raises(UsageError, match="low is a verifier, not a model: give it with --verifier"):
         find_pair_files(LoadOptions(model=str(folder)))
