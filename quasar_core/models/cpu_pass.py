@@ -19,7 +19,7 @@ from quasar_core.kernels.cpu.compressed import BITS, CompressedWeight
 from quasar_core.kernels.cpu.vnni import VnniWeight
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import compiled_rule
-from quasar_core.models.architectures import HeadNorms
+from quasar_core.models.architectures.row import HeadNorms
 from quasar_core.models.base import Choices, check_likeliest, depths_of, in_rows
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
