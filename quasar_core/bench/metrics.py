@@ -188,7 +188,7 @@ def _beside_vanilla(arm: str, temperature: float, answers: _Answers, vanilla: _A
     }
 
 
-def _reading(arm: str, total: Stats, run: Run) -> dict[str, float | None]:
+def _reading(arm: str, total: Stats, run: Run) -> dict[str, Any]:
     """The bytes of weights that were read, by tokens, and their least time by the time that decoding took."""
     read, yielded = bytes_read(arm, total, run.passes), _yielded(total)
     return {
