@@ -1,7 +1,8 @@
 """Find the files of a target and its verifier, check that they belong together, and load them over one cache."""
 
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from quasar_core.kernels.threads import most_threads
 from quasar_core.models.assistant import load_assistant
 from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.hf.skeleton import UNLIMITED, context_limit
-from quasar_core.models.loading import load_models, recurrent_layers_in, refuse_drafts
+from quasar_core.models.loading import LoadedModels, load_models, recurrent_layers_in, refuse_drafts
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.mtp import head_bytes, head_of
 from quasar_core.models.offload import OffloadPlan, plan_offload
@@ -47,22 +48,16 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
     source, checkpoint = find_pair_files(options)
     if options.draft != "none":
         refuse_drafts(source.label, source.folder, options.trust_remote_code)
-    place = choose_device(options.device)
-    precision, why_precision = dtype_of_source(source.folder, options.dtype, place)
-    context = min(context_limit(source.folder, options.trust_remote_code), options.max_context or sys.maxsize)
+    numbers = _choose_numbers(source.folder, options)
     digest = [f"digest: {_found(checkpoint, progress)}"] if options.check_digest else []
-    rounds_head = options.max_memory is None  # what was allowed is planned without it
-    counted = rounds_head and options.kernel == "auto"
-    beside = head_bytes(source.folder, precision) if options.draft == "mtp" else 0
-    room = _check_room(source.folder, checkpoint, place, precision, options.use_target, context, counted, beside)
-    plan = plan_offload(source.folder, checkpoint, place, precision, context, options, progress, beside)
+    room, plan = _plan_memory(source.folder, checkpoint, numbers, options, progress)
     models = load_models(
         source.folder,
         checkpoint,
-        place,
-        precision,
+        numbers.device,
+        numbers.dtype,
         offload=plan,
-        rounds_head=rounds_head,
+        rounds_head=options.max_memory is None,  # what was allowed is planned without it
         compress=_compresses(options, plan),
         kernel=options.kernel,
         use_target=options.use_target,
@@ -70,17 +65,67 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         trust_remote_code=options.trust_remote_code,
         progress=progress,
     )
+    pair = _make_pair(source, checkpoint, models, numbers, options)
+    pair = replace(pair, notes=[*numbers.notes, *digest, *room, *models.notes])
+    if options.draft == "mtp":
+        head_of(pair)
+    return _with_assistant(pair, options, progress) if options.assistant else pair
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """The device that computes, the dtype of its passes, and the longest text; a note for each."""
+
+    device: torch.device
+    dtype: torch.dtype
+    context: int
+    notes: Sequence[str]
+
+
+def _choose_numbers(folder: Path, options: LoadOptions) -> _Numbers:
+    """What is asked, else what suits the device and the model's folder."""
+    device = choose_device(options.device)
+    dtype, reason = dtype_of_source(folder, options.dtype, device)
+    context = min(context_limit(folder, options.trust_remote_code), options.max_context or sys.maxsize)
+    notes = [f"dtype: {str(dtype).removeprefix('torch.')}, {reason}", f"device: {_describe_device(device)}"]
+    unlimited = ["context: no limit, as config.json names none"] if context == UNLIMITED else []
+    return _Numbers(device, dtype, context, notes + unlimited)
+
+
+def _plan_memory(
+    folder: Path,
+    checkpoint: VerifierCheckpoint | None,
+    numbers: _Numbers,
+    options: LoadOptions,
+    progress: Progress,
+) -> tuple[list[str], OffloadPlan | None]:
+    """A note of what the pair takes of a GPU's memory, and what is streamed where memory is bounded."""
+    place = numbers.device, numbers.dtype
+    beside = head_bytes(folder, numbers.dtype) if options.draft == "mtp" else 0
+    rounds_head = options.max_memory is None and options.kernel == "auto"
+    room = _check_room(folder, checkpoint, *place, options.use_target, numbers.context, rounds_head, beside)
+    return room, plan_offload(folder, checkpoint, *place, numbers.context, options, progress, beside)
+
+
+def _make_pair(
+    source: ModelSource,
+    checkpoint: VerifierCheckpoint | None,
+    models: LoadedModels,
+    numbers: _Numbers,
+    options: LoadOptions,
+) -> Pair:
+    """The models, and what the folders of both say of them."""
     tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
-    pair = Pair(
+    return Pair(
         tokenizer=tokenizer,
         target=models.target,
         verifier=models.verifier,
         target_name=source.label,
         verifier_name=checkpoint.folder.name if checkpoint else None,
-        max_context=context,
+        max_context=numbers.context,
         eos_ids=end_of_text_ids(source.folder, tokenizer),
-        device=place,
-        dtype=precision,
+        device=numbers.device,
+        dtype=numbers.dtype,
         fidelity=checkpoint.fidelity if checkpoint else None,
         target_folder=source.folder,
         target_fingerprint=fingerprint(source.folder),
@@ -88,18 +133,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         successors_folder=checkpoint.folder if checkpoint else _verifier_beside(source, options.verifier),
         processors=read_processors(source.folder),
         rolls_back=recurrent_layers_in(source.folder, options.trust_remote_code) is None,
-        notes=[
-            f"dtype: {str(precision).removeprefix('torch.')}, {why_precision}",
-            f"device: {_describe_device(place)}",
-            *digest,
-            *room,
-            *(["context: no limit, as config.json names none"] if context == UNLIMITED else []),
-            *models.notes,
-        ],
     )
-    if options.draft == "mtp":
-        head_of(pair)
-    return _with_assistant(pair, options, progress) if options.assistant else pair
 
 
 def _compresses(options: LoadOptions, plan: OffloadPlan | None = None) -> bool | None:

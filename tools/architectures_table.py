@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from quasar_core.models.architectures import ARCHITECTURES, BEFORE, BEHIND, Architecture, Switch
+from quasar_core.models.architectures import ARCHITECTURES
+from quasar_core.models.architectures.row import BEFORE, BEHIND, Architecture, Switch
 from quasar_core.models.mixture import Mixture
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"

@@ -8,6 +8,7 @@ is left out of its other numbers. docs/measuring.md defines every figure.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -125,7 +126,7 @@ def _measure_group(
     arms = [arm for arm in run.config.arms if any(row.arm == arm for row in rows)]
     answers = {arm: _by_question([row for row in rows if row.arm == arm]) for arm in arms}
     place = dataset, temperature, category
-    return [_measure_arm(*place, arm, answers[arm], answers.get(BASELINE), run) for arm in arms]
+    return [_measure_arm(*place, arm, answers[arm], answers.get(BASELINE, {}), run) for arm in arms]
 
 
 def _measure_arm(
@@ -134,7 +135,7 @@ def _measure_arm(
     category: str | None,
     arm: str,
     answers: _Answers,
-    vanilla: _Answers | None,
+    vanilla: _Answers,
     run: Run,
 ) -> ArmMetrics:
     whole = [answer for answer in answers.values() if answer.stats is not None]
@@ -142,9 +143,6 @@ def _measure_arm(
     rows = [row for answer in whole for row in answer.rows]
     total = pool(pooled)
     lengths = [length for stats in pooled if (length := stats.acceptance_length) is not None]
-    speedup_mean, speedup_total, speedup_answers = _speedups(answers, vanilla or {})
-    read = bytes_read(arm, total, run.passes)
-    compared = vanilla if temperature == 0 or not ARMS[arm].is_peer else None  # others draw by numbers of their own
     return ArmMetrics(
         dataset=dataset,
         temperature=temperature,
@@ -152,33 +150,63 @@ def _measure_arm(
         arm=arm,
         questions=len(answers),
         failed=len(answers) - len(whole),
-        new_tokens=total.new_tokens,
-        steps=total.steps,
-        prefill_s=total.prefill_s,
-        decode_s=total.decode_s,
-        tokens_per_s=total.tokens_per_s,
-        acceptance_length=total.acceptance_length,
         acceptance_length_mean=fmean(lengths) if lengths else None,
-        acceptance_length_vllm=total.acceptance_length_vllm,
-        acceptance_rate=total.acceptance_rate,
-        confirm_rate=total.confirm_rate,
-        speedup_mean=speedup_mean,
-        speedup_total=speedup_total,
-        speedup_answers=speedup_answers,
-        identical=_count_identical(answers, compared) if compared else None,
-        ttft_s=spread([row.stats.ttft_s for row in rows if row.stats and row.stats.ttft_s]),
-        token_s=spread([1 / speed for row in rows if row.stats and (speed := row.stats.tokens_per_s)]),
+        **{name: getattr(total, name) for name in _POOLED},
+        **_beside_vanilla(arm, temperature, answers, vanilla),
+        **_reading(arm, total, run),
         shares=shares(total),
-        bytes_per_token=read / _yielded(total) if read and _yielded(total) else None,
-        floor_share=read / run.bandwidth / total.decode_s if read and run.bandwidth and total.decode_s else None,
-        peak_memory_bytes=total.peak_memory_bytes,
-        joules_per_token=joules_per_token(rows),
-        agreement=_agreement(answers, compared) if compared else None,
-        correct=sum(row.correct is True for row in rows),
-        scored=sum(row.correct is not None for row in rows),
+        **_over_answers(rows),
         speculation=speculation([row.stats for row in rows if row.stats], ARMS[arm].draft),
-        drafters=total.drafters,
     )
+
+
+_POOLED = (
+    "new_tokens",
+    "steps",
+    "prefill_s",
+    "decode_s",
+    "tokens_per_s",
+    "acceptance_length",
+    "acceptance_length_vllm",
+    "acceptance_rate",
+    "confirm_rate",
+    "peak_memory_bytes",
+    "drafters",
+)  # the figures that pooled counts have by the same names
+
+
+def _beside_vanilla(arm: str, temperature: float, answers: _Answers, vanilla: _Answers) -> dict[str, Any]:
+    """Speedups, and how much of the text is vanilla's."""
+    mean, total, whole = _speedups(answers, vanilla)
+    compared = vanilla if temperature == 0 or not ARMS[arm].is_peer else {}  # others draw by numbers of their own
+    return {
+        "speedup_mean": mean,
+        "speedup_total": total,
+        "speedup_answers": whole,
+        "identical": _count_identical(answers, compared) if compared else None,
+        "agreement": _agreement(answers, compared) if compared else None,
+    }
+
+
+def _reading(arm: str, total: Stats, run: Run) -> dict[str, Any]:
+    """The bytes of weights that were read, by tokens, and their least time by the time that decoding took."""
+    read, yielded = bytes_read(arm, total, run.passes), _yielded(total)
+    return {
+        "bytes_per_token": read / yielded if read and yielded else None,
+        "floor_share": read / run.bandwidth / total.decode_s if read and run.bandwidth and total.decode_s else None,
+    }
+
+
+def _over_answers(rows: Sequence[Row]) -> dict[str, Any]:
+    """What is found answer by answer: times, energy, and which are right."""
+    stats = [row.stats for row in rows if row.stats]
+    return {
+        "ttft_s": spread([one.ttft_s for one in stats if one.ttft_s]),
+        "token_s": spread([1 / speed for one in stats if (speed := one.tokens_per_s)]),
+        "joules_per_token": joules_per_token(rows),
+        "correct": sum(row.correct is True for row in rows),
+        "scored": sum(row.correct is not None for row in rows),
+    }
 
 
 def spread(values: Sequence[float]) -> Spread | None:

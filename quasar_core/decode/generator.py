@@ -31,9 +31,9 @@ from quasar_core.decode.policy import (
 from quasar_core.decode.prefixes import Prefix, Prefixes
 from quasar_core.decode.processors import Processors, describe_processors
 from quasar_core.decode.run_costs import RunCosts
-from quasar_core.decode.sight import Sight
 from quasar_core.decode.text import TextStream
 from quasar_core.decode.trees import Branching
+from quasar_core.decode.verifier_attention import VerifierAttention
 from quasar_core.decode.window_values import longest_window
 from quasar_core.draft.base import Drafter
 from quasar_core.errors import QuasarError, UsageError
@@ -70,7 +70,7 @@ class Generator:
         self._draft_length = self._checking.verifier_length if self._checking else self._choose_draft_length()
         self._prefixes = prefixes or Prefixes(pair)
         self._branching = self._choose_branching(self._draft_length, self._costs.verifying)
-        self._sight = Sight(pair, config, self._note)
+        self._attention = VerifierAttention(pair, config, self._note)
         self._in_use: KVCache | None = None  # the cache of the answer that is being written
         role: Role = "target" if self._target_first else self._costs.verifying
         if not make_draft:
@@ -116,7 +116,7 @@ class Generator:
         start = self._now()
         self._in_use = None  # a larger cache may come in its place, and there is not room for both
         prefix, cached = self._prefixes.take(prompt_ids, max_tokens)
-        pair = self._sight.pair_for(len(prompt_ids))
+        pair = self._attention.pair_for(len(prompt_ids))
         self._costs.move_to(len(prompt_ids), pair)
         engine = self._make_engine(pair, prefix, max_tokens, request, answering)
         text = TextStream(self.pair.tokenizer, request.stop or self.config.stop, answering.reading)

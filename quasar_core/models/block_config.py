@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quasar_core.models.architectures import Architecture
+from quasar_core.models.architectures.row import Architecture
 from quasar_core.models.mixture import sparse_blocks
 from quasar_core.models.recurrence_config import RecurrenceConfig, read_recurrence, why_not_recurrence
 from quasar_core.models.rope_options import LAYER_TYPES

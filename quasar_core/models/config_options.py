@@ -1,6 +1,6 @@
 """The options of a config.json: which must be there, which have no effect on a pass, and of which types the others are.
 
-The architectures' own options stand in their rows of the table (`architectures.py`).
+The architectures' own options stand in their rows of the table (`architectures/`).
 """
 
 from collections.abc import Mapping

@@ -8,7 +8,7 @@ plain decoding writes, in bfloat16 too. Letters: T tokens of a pass, D head size
 
 import ctypes
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from quasar_core.kernels.cpu.compressed import BITS, CompressedWeight
 from quasar_core.kernels.cpu.vnni import VnniWeight
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import compiled_rule
-from quasar_core.models.architectures import HeadNorms
+from quasar_core.models.architectures.row import HeadNorms
 from quasar_core.models.base import Choices, check_likeliest, depths_of, in_rows
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
@@ -115,6 +115,10 @@ class Tables:
         return cos.float().contiguous(), sin.float().contiguous()
 
 
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 class RecurrentPass:
     """The states of recurrent layers in one pass: those in front of it, and memory for what it leaves of them."""
 
@@ -191,15 +195,11 @@ class CpuPass:
         """
         count = len(tokens)
         shown = count if logits is None else len(logits)
-        check_likeliest(likeliest)
-        if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
-            raise IndexError(f"a token of {tokens} is not in a vocabulary of {self.config.vocab_size}")
+        self._check(tokens, likeliest)
         chosen, margins = (ctypes.c_int64 * shown)(), (ctypes.c_float * shown)()
         found = (ctypes.c_int32 * (shown * likeliest))()
         depths = None if parents is None else depths_of(parents)
         end = cache.length + (count if depths is None else max(depths) + 1)
-        addresses = [tables.rows(cache.length, end, cache.prompt_length, depths) for tables in self._tables]
-        cos, sin = ((ctypes.c_void_p * len(addresses))(*some) for some in zip(*addresses, strict=True))
         growth = self._growth(cache.length, end, depths)
         recurrent = RecurrentPass(self._rules, cache, count) if self.config.is_recurrent else None
         given = (
@@ -208,15 +208,14 @@ class CpuPass:
             count,
             shown,
             cache.length,
-            cos,
-            sin,
-            None if growth is None else growth.data_ptr(),
+            *self._rotations(cache, end, depths),
+            _address(growth),
             cache.addresses,
             None if recurrent is None else recurrent.places,
             cache.capacity,
-            None if cache.given is None else cache.given[cache.length].data_ptr(),
-            None if cache.rows is None else cache.rows.place(cache.length, count).data_ptr(),
-            None if logits is None else logits.data_ptr(),
+            _address(None if cache.given is None else cache.given[cache.length]),
+            _address(None if cache.rows is None else cache.rows.place(cache.length, count)),
+            _address(logits),
             chosen,
             margins,
             likeliest,
@@ -231,6 +230,17 @@ class CpuPass:
             cache.rows.mark(cache.length, count)
         cache.advance(count)
         return Choices(chosen[:], margins[:], likeliest=in_rows(found[:], likeliest))
+
+    def _check(self, tokens: Sequence[int], likeliest: int) -> None:
+        """IndexError for tokens that the embedding has not: the C++ would read beyond it."""
+        check_likeliest(likeliest)
+        if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
+            raise IndexError(f"a token of {tokens} is not in a vocabulary of {self.config.vocab_size}")
+
+    def _rotations(self, cache: DecoderCache, end: int, depths: Sequence[int] | None) -> Iterator[Any]:
+        """The places of the pass's cosines, one for each rotary embedding, and those of its sines."""
+        places = [tables.rows(cache.length, end, cache.prompt_length, depths) for tables in self._tables]
+        return ((ctypes.c_void_p * len(places))(*some) for some in zip(*places, strict=True))
 
     def _growth(self, start: int, end: int, depths: Sequence[int] | None) -> torch.Tensor | None:
         """By what the queries of a pass grow [T], where they do."""

@@ -63,7 +63,7 @@ class LeanDecoder(CausalLM):
         self.keeps_rows = False  # whether its caches keep the rows that the head reads
         self.fast: FastPass | None = None  # runs the passes of decoding, where there is one
         self.source: LayerSource = AllThere(len(self.layers))
-        self._sights = {
+        self._mask_kinds = {
             (block.window, block.sinks, block.kv_heads) for block in config.blocks if block.recurrence is None
         }
         rounded = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
@@ -311,7 +311,7 @@ class LeanDecoder(CausalLM):
             positions = start + depths.to(device)
             growth = query_growth(positions, *self.config.query_growth)[:, None, None].to(dtype)
         masks = dict[tuple[int | None, int, int], AttentionMask]()
-        for window, sinks, heads in self._sights:
+        for window, sinks, heads in self._mask_kinds:
             group = self.config.num_heads // heads
             masks[window, sinks, heads] = (
                 make_mask(start, count, window, group, device, dtype, sinks)

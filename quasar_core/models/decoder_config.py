@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from quasar_core.errors import QuasarError
-from quasar_core.models.architectures import (
+from quasar_core.models.architectures import ARCHITECTURES
+from quasar_core.models.architectures.row import (
     ACTIVATIONS,
-    ARCHITECTURES,
     Architecture,
     BlockNorms,
     HeadNorms,

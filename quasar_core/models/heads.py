@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import rms_norm
 
-from quasar_core.models.architectures import HeadNorms
+from quasar_core.models.architectures.row import HeadNorms
 from quasar_core.models.rope import RopeConfig, swapped
 
 Tables = tuple[torch.Tensor, torch.Tensor]  # cosines and sines

@@ -17,7 +17,7 @@ from quasar_core.checkpoint.headers import StoredLayer
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
-from quasar_core.models.architectures import BlockNorms
+from quasar_core.models.architectures.row import BlockNorms
 from quasar_core.models.compressed_files import CompressedCopy
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_config import DecoderConfig, why_not_lean

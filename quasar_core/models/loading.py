@@ -109,10 +109,7 @@ def load_models(
     library: Any = causal_lm if obstacle else lean_weights
     notes = [f"decoder: transformers, as {obstacle}" if obstacle else "decoder: our own"]
     if device.type == "cpu":
-        stage = "loading kernels" if carried_library(SOURCE) else "compiling kernels"
-        progress(stage, 0, 1)
-        why_not_here()  # compiles them where they are not there yet
-        progress(stage, 1, 1)
+        _compile(progress)
     target = verifier = None
     if use_target:
         if obstacle:
@@ -130,20 +127,28 @@ def load_models(
         else:
             verifier = library.attach_verifier(target, checkpoint, kernel, progress)
         if isinstance(verifier, LeanDecoder) and kernel == "auto" and rounds_head and offload is None:
-            note = round_head(verifier, progress)
-            notes += [note] if note else []
+            notes += _unless_empty(round_head(verifier, progress))
         progress("reading the verifier", 1, 1)
-        zeros = checkpoint.describe_zeros()
-        notes += [f"zeros: {zeros}"] if zeros else []
-        notes += describe_kernels_in_use(verifier.packed_layers)
+        notes += describe_verifier(checkpoint, verifier)
     lean = [model for model in (target, verifier) if isinstance(model, LeanDecoder)]
-    note = compress_weights(lean, compress, progress)
-    notes += [note] if note else []
+    notes += _unless_empty(compress_weights(lean, compress, progress))
     notes += describe_passes({"target": target, "verifier": verifier}, progress, fast)
     if offload:
         tidy_up(folder, checkpoint)
         notes += describe_stream(target, offload, progress)
     return LoadedModels(target, verifier, notes)
+
+
+def _compile(progress: Progress) -> None:
+    """Compile the C++ of passes and products where it is not there yet."""
+    stage = "loading kernels" if carried_library(SOURCE) else "compiling kernels"
+    progress(stage, 0, 1)
+    why_not_here()
+    progress(stage, 1, 1)
+
+
+def _unless_empty(note: str | None) -> list[str]:
+    return [note] if note else []
 
 
 def tidy_up(folder: Path, checkpoint: VerifierCheckpoint | None) -> None:
@@ -186,6 +191,12 @@ def describe_passes(
     if len(set(notes.values())) == 1:
         return list(notes.values())[:1]
     return [f"{note} ({name})" for name, note in notes.items()]
+
+
+def describe_verifier(checkpoint: VerifierCheckpoint, verifier: Any) -> list[str]:
+    """Notes of how the checkpoint's zeros are read, and of the kernels that multiply its weights."""
+    zeros = checkpoint.describe_zeros()
+    return [*_unless_empty(zeros and f"zeros: {zeros}"), *describe_kernels_in_use(verifier.packed_layers)]
 
 
 def describe_kernels_in_use(layers: Iterable[PackedLinear]) -> list[str]:

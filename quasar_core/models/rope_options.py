@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any
 
-from quasar_core.models.architectures import Architecture
+from quasar_core.models.architectures.row import Architecture
 from quasar_core.models.rope import ROPE_KINDS, RopeConfig
 
 LAYER_TYPES = ("full_attention", "sliding_attention")

@@ -41,38 +41,30 @@ def _qwen3(layers: int, hidden: int, intermediate: int, heads: int, tied: bool) 
     )
 
 
+def _llama3(layers: int, hidden: int, inner: int, heads: int) -> dict[str, Any]:
+    return _config(
+        "LlamaForCausalLM",
+        layers,
+        hidden,
+        inner,
+        heads,
+        128_256,
+        model_type="llama",
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+        tie_word_embeddings=False,
+    )
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-32b": _qwen3(64, 5120, 25_600, 64, tied=False),
     "qwen3-8b": _qwen3(36, 4096, 12_288, 32, tied=False),
     "qwen3-4b": _qwen3(36, 2560, 9728, 32, tied=True),
     "qwen3-1.7b": _qwen3(28, 2048, 6144, 16, tied=True),
     "qwen3-0.6b": _qwen3(28, 1024, 3072, 16, tied=True),
-    "llama3-8b": _config(
-        "LlamaForCausalLM",
-        32,
-        4096,
-        14_336,
-        32,
-        128_256,
-        model_type="llama",
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-        tie_word_embeddings=False,
-    ),
-    "llama3-70b": _config(
-        "LlamaForCausalLM",
-        80,
-        8192,
-        28_672,
-        64,
-        128_256,
-        model_type="llama",
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-        tie_word_embeddings=False,
-    ),
+    "llama3-8b": _llama3(32, 4096, 14_336, 32),
+    "llama3-70b": _llama3(80, 8192, 28_672, 64),
     "openpangu-7b": _config(
         "PanguEmbeddedForCausalLM",
         34,

@@ -121,7 +121,7 @@ def measure_widths(
             inputs = collect_inputs(block, stage, layers, activations)
             for names in stage.groups:
                 hessian = hessian_of(f"{prefix}.{index}.{names[0]}", layers[names[0]], inputs.pop(names[0]))
-                solver = GroupSolver.of({name: layers[name] for name in names}, hessian, default)
+                solver = WidthSolver.of({name: layers[name] for name in names}, hessian, default)
                 changed = solver.put_into(block)
                 cost = _divergence(model, target, _finish(activations, [changed, *after]))
                 found.append(LayerGroup(tuple(f"{prefix}.{index}.{name}" for name in names), solver.choices(cost)))
@@ -131,7 +131,7 @@ def measure_widths(
 
 
 @dataclass(frozen=True)
-class GroupSolver:
+class WidthSolver:
     """Layers of one Hessian, by their names in the block, and the widths [W] that they may have."""
 
     layers: Mapping[str, torch.nn.Linear]
@@ -140,7 +140,7 @@ class GroupSolver:
     widths: Sequence[SolverConfig]
 
     @classmethod
-    def of(cls, layers: Mapping[str, torch.nn.Linear], hessian: torch.Tensor, default: SolverConfig) -> "GroupSolver":
+    def of(cls, layers: Mapping[str, torch.nn.Linear], hessian: torch.Tensor, default: SolverConfig) -> "WidthSolver":
         """With the one factor that all widths share."""
         order = column_order(hessian, default.act_order)
         factor = inverse_factor(hessian, order, default.damp, next(iter(layers)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from quasar_core.errors import QuasarError
-from quasar_core.files import read_json_if_there, write_json
+from quasar_core.files import locked, read_json_if_there, write_json
 from quasar_core.store.folders import home
 from quasar_core.typed import build
 
@@ -72,32 +72,43 @@ class Measured(Generic[Value]):
     def keep(self, values: Mapping[str, Value]) -> None:
         """Add values to those that are known, and to those that other processes have kept meanwhile."""
         now = time.time()
-        self._entries.update({name: Entry(value, now) for name, value in values.items()})
-        self._entries = self._merged()
-        self._write()
+        new = {name: Entry(value, now) for name, value in values.items()}
+        self._change(lambda entries: {**entries, **new})
 
     def drop(self, name: str) -> None:
         """Forget a value, so that it is measured again."""
-        self._entries = self._merged()
-        if self._entries.pop(name, None):
-            self._write()
+        if name in self._merged():
+            self._change(lambda entries: {other: entry for other, entry in entries.items() if other != name})
+
+    def _change(self, change: Callable[[dict[str, Entry[Value]]], dict[str, Entry[Value]]]) -> None:
+        """Change what is known, here and in the file; no other process changes that meanwhile."""
+        try:
+            with locked(self.path):
+                self._entries = change(self._merged())
+                self._write()
+        except (OSError, QuasarError) as error:
+            self._entries = change(self._entries)
+            self.trouble = f"not kept: {error}".rstrip(".")
 
     def _merged(self) -> dict[str, Entry[Value]]:
+        """What is known here and in the file; of two values of one name the later."""
         try:
             others = _read(self.path, self._parse)[1]
         except QuasarError:  # `trouble` says so already, or it was damaged since: nothing of it can be kept
-            others = {}
-        return {**others, **self._entries}
+            return self._entries
+        later = {name: entry for name, entry in others.items() if not self._knows_later(name, entry)}
+        return {**self._entries, **later}
+
+    def _knows_later(self, name: str, entry: Entry[Value]) -> bool:
+        own = self._entries.get(name)
+        return own is not None and own.measured_at > entry.measured_at
 
     def _write(self) -> None:
         kept = {
             name: {"value": self._form(entry.value), "measured_at": entry.measured_at}
             for name, entry in self._entries.items()
         }
-        try:
-            write_json(self.path, {"conditions": self.conditions, "values": kept})
-        except QuasarError as error:
-            self.trouble = f"not kept: {error}".rstrip(".")
+        write_json(self.path, {"conditions": self.conditions, "values": kept})
 
 
 def measured_file(kind: str, conditions: Mapping[str, str]) -> Path:

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,28 @@ def test_exact_is_full_and_both_say_what_they_counted(place: Path, capsys: pytes
     assert (full["verified_by"], exact["verified_by"]) == ("target", "verifier")
     assert exact["stats"]["confirms"] > 0
     assert exact["stats"]["new_tokens"] == len(exact["token_ids"])
+
+
+@pytest.mark.slow
+def test_two_processes_that_begin_in_a_fresh_home_write_the_text_of_plain_decoding(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both compile, both measure what passes cost, and both keep it."""
+    asked = ["--prompt", "abcabcabc", "--raw", "-n", "24", "--model", "tiny", "--verifier", "tiny-gptq-4bit-g32"]
+    assert run(["generate", *asked, "--draft", "none", "--verify", "full", "--no-stats"]) == 0
+    plain = capsys.readouterr().out
+    environment = {**os.environ, "QUASAR_HOME": str(tmp_path / "fresh")}
+    command = [sys.executable, "-m", "quasar_cli.main", "generate", *asked]
+    runs = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    shown = [process.communicate() for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], shown
+    assert [out for out, _ in shown] == [plain, plain]
+    assert not any("Traceback" in err or "damaged" in err for _, err in shown), shown
+    left = [path.name for path in (tmp_path / "fresh").rglob("*") if path.name.endswith((".tmp", ".building"))]
+    assert not left
 
 
 def test_streamed_weights_write_the_same_and_that_is_said_before(

@@ -1,15 +1,26 @@
-"""Record pairs from many processes at once: `python tests/helpers/record_many.py FOLDER COUNT`; in QUASAR_HOME."""
+"""Write from many processes at once: `python tests/helpers/record_many.py pairs|times COUNT`; in QUASAR_HOME."""
 
 import os
 import sys
 from pathlib import Path
 
 from quasar_core import store
+from quasar_core.store.measured import Measured, measured_file
+
+
+def record_pair(number: int) -> None:
+    """Record a pair of a number."""
+    store.record_pair("demo", Path(f"verifier-{number}"))
+
+
+def keep_time(number: int) -> None:
+    """Keep a measured value of a number."""
+    Measured(measured_file("times", {}), {}, float).keep({str(number): 1.0 + number})
 
 
 def main() -> None:
     """Fork them all, let them start together, and end with the number of those that failed."""
-    folder, count = Path(sys.argv[1]), int(sys.argv[2])
+    write, count = {"pairs": record_pair, "times": keep_time}[sys.argv[1]], int(sys.argv[2])
     waiting, start = os.pipe()
     children = []
     for number in range(count):
@@ -19,7 +30,7 @@ def main() -> None:
             os.read(waiting, 1)  # until the parent closes its end
             code = 1
             try:
-                store.record_pair("demo", folder / f"verifier-{number}")
+                write(number)
                 code = 0
             finally:
                 os._exit(code)

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode import sight
+from quasar_core.decode import verifier_attention
 from quasar_core.decode.cost_records import CostRecord
 from quasar_core.decode.costs import CONTEXT, PassCost
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.sight import SHORTEST, Sight, saved_share
+from quasar_core.decode.verifier_attention import SHORTEST, VerifierAttention, saved_share
 from quasar_core.errors import UsageError
 from quasar_core.models import loading
 from quasar_core.models.attention import make_mask, make_tree_mask
@@ -126,7 +126,9 @@ def test_confirmed_text_is_that_of_plain_decoding(
     for number in range(6):
         text = random_tokens(dice.randint(4, 60))
         plain = Generator(pair, GenerationConfig(40, "full", "none")).generate(text).token_ids
-        monkeypatch.setattr(sight, "narrowed", partial(narrowed, sinks=dice.randint(0, 4), seen=dice.randint(1, 24)))
+        monkeypatch.setattr(
+            verifier_attention, "narrowed", partial(narrowed, sinks=dice.randint(0, 4), seen=dice.randint(1, 24))
+        )
         window = dice.choice(["auto", 3, 9])
         config = GenerationConfig(40, "exact", window=window, verifier_attention="sinks+window")  # type: ignore[arg-type]
         assert Generator(pair, config).generate(text).token_ids == plain, number
@@ -148,7 +150,7 @@ def test_it_is_chosen_where_the_context_is_dear(tmp_path: Path) -> None:
         cost = PassCost((1,), (1.0 + CONTEXT * slope,), PassCost((1,), (slope,)))
         pair.measured["verifier"] = CostRecord(cost, {"role": "verifier"}, 0.0)
         config = GenerationConfig(9, **{"verify": "exact", **options})
-        return Sight(pair, config, notes.append).pair_for(prompt) is not pair
+        return VerifierAttention(pair, config, notes.append).pair_for(prompt) is not pair
 
     dear = 2e-3  # two passes for 1000 positions
     assert saved_share(1.0, dear, 2516) == pytest.approx(4 / (1 + 5.032))

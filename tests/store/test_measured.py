@@ -1,6 +1,9 @@
 """The store of measured values: whole or not at all, by conditions, damaged counts as absent and is said."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,23 @@ def test_what_another_process_kept_meanwhile_stays() -> None:
         "a": 1.0,
         "b": 2.0,
     }
+
+
+def test_what_many_processes_keep_at_once_is_all_kept(tmp_path: Path) -> None:
+    root, count = Path(__file__).parents[2], 12
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(root / "tests/helpers/record_many.py"), "times", str(count)]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    ((_, entries),) = stored("times", positive)
+    assert {name: entry.value for name, entry in entries.items()} == {str(i): 1.0 + i for i in range(count)}
+
+
+def test_of_two_values_of_one_name_the_later_stays() -> None:
+    opened().keep({"a": 1.0})
+    mine = opened()
+    opened().keep({"a": 2.0})
+    mine.keep({"b": 3.0})
+    assert [opened().get(name).value for name in "ab"] == [2.0, 3.0]  # type: ignore[union-attr]
 
 
 def test_a_value_can_be_forgotten_and_a_whole_kind() -> None:
@@ -95,10 +115,10 @@ def test_nothing_is_left_of_a_write_that_failed(folder: Path, monkeypatch: pytes
     opened().keep({"a": 1.0})
 
     def form(value: float) -> Any:
-        raise OSError("the disk is gone")
+        raise RuntimeError("the form is gone")
 
     before = {path: path.read_bytes() for path in folder.iterdir()}
     broken = Measured(measured_file("times", HERE), HERE, positive, form)
-    with pytest.raises(OSError, match="gone"):
+    with pytest.raises(RuntimeError, match="gone"):
         broken.keep({"a": 2.0})
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

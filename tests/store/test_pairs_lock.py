@@ -19,8 +19,8 @@ RECORDINGS = int(os.environ.get("QUASAR_RECORDINGS", "24"))
 def test_parallel_recordings_are_all_kept(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    command = [sys.executable, str(root / "tests/helpers/record_many.py"), str(tmp_path), str(RECORDINGS)]
-    subprocess.run(command, env=environment, check=True)
+    command = [sys.executable, str(root / "tests/helpers/record_many.py"), "pairs", str(RECORDINGS)]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
     names = {pair.name for pair in store.list_pairs()}
     assert names == {f"verifier-{number}" for number in range(RECORDINGS)}
     current = store.current_pair()

@@ -1,5 +1,6 @@
 """The chapters of a run: claim, tables, charts, conditions; each chapter is a key, a title and HTML."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from html import escape
 
@@ -86,32 +87,37 @@ def run_chapters(results: Results) -> list[Chapter]:
 def _table(metrics: Sequence[ArmMetrics]) -> Chapter:
     several = len({(metric.dataset, metric.temperature) for metric in metrics}) > 1
     heads = ["arm", "speedup", "95 % interval", "same text", "with prompt", "tokens/s", "acceptance length", "right"]
-    rows = [
-        [
-            *([label(metric, metrics)] if several else []),
-            metric.arm,
-            speedup_cell(metric),
-            interval(metric.speedup_total) if metric.arm != BASELINE else MISSING,
-            MISSING if metric.identical is None else f"{metric.identical}/{metric.questions}",
-            cell(metric, metric.speedup_answers),
-            number(metric.tokens_per_s, 1),
-            number(metric.acceptance_length),
-            f"{metric.correct}/{metric.scored}" if metric.scored else MISSING,
-            str(metric.failed),
-        ]
-        for metric in metrics
+    rows = [[*([label(metric, metrics)] if several else []), *_arm_cells(metric)] for metric in metrics]
+    caption = "Arms on each dataset" if several else f"Arms on {metrics[0].dataset}" if metrics else "Arms"
+    columns = [*(["dataset"] if several else []), *heads, "failed"]
+    shown = table(caption, columns, [*rows, *_mean_rows(metrics)], 1 + several)
+    arms = list(dict.fromkeys(metric.arm for metric in metrics))
+    return "table", "What is faster than what", shown + tag("p", _legend(arms), class_="soft") + arms_list(arms)
+
+
+def _arm_cells(metric: ArmMetrics) -> list[str]:
+    return [
+        metric.arm,
+        speedup_cell(metric),
+        interval(metric.speedup_total) if metric.arm != BASELINE else MISSING,
+        MISSING if metric.identical is None else f"{metric.identical}/{metric.questions}",
+        cell(metric, metric.speedup_answers),
+        number(metric.tokens_per_s, 1),
+        number(metric.acceptance_length),
+        f"{metric.correct}/{metric.scored}" if metric.scored else MISSING,
+        str(metric.failed),
     ]
-    means = [
+
+
+def _mean_rows(metrics: Sequence[ArmMetrics]) -> list[list[str]]:
+    """A row of each arm's means at temperatures that several datasets were asked at."""
+    places = Counter(temperature for _, temperature in {(metric.dataset, metric.temperature) for metric in metrics})
+    return [
         ["mean of datasets", mean.arm, number(mean.speedup, 2, "×"), *[MISSING] * 4, number(mean.acceptance_length)]
         + [MISSING] * 2
         for mean in mean_over_datasets(metrics)
-        if len({metric.dataset for metric in metrics if metric.temperature == mean.temperature}) > 1
+        if places[mean.temperature] > 1
     ]
-    caption = "Arms on each dataset" if several else f"Arms on {metrics[0].dataset}" if metrics else "Arms"
-    columns = [*(["dataset"] if several else []), *heads, "failed"]
-    shown = table(caption, columns, [*rows, *means], 1 + several)
-    arms = list(dict.fromkeys(metric.arm for metric in metrics))
-    return "table", "What is faster than what", shown + tag("p", _legend(arms), class_="soft") + arms_list(arms)
 
 
 def _legend(arms: Sequence[str]) -> str:
@@ -130,16 +136,7 @@ def _legend(arms: Sequence[str]) -> str:
 
 
 def _speedups(metrics: Sequence[ArmMetrics]) -> Chapter | None:
-    arms = list(dict.fromkeys(metric.arm for metric in metrics))
-    figures = []
-    for place in dict.fromkeys((metric.dataset, metric.temperature) for metric in metrics):
-        rows = [one for one in metrics if (one.dataset, one.temperature) == place and one.speedup_total]
-        if not rows:
-            continue
-        name = label(rows[0], metrics)
-        points = [_range(metric, arms.index(metric.arm)) for metric in rows if metric.arm != BASELINE]
-        if points:
-            figures.append(_figure(name, ranges(f"Speedups on {name}", points)))
+    figures = _speedup_figures([one for one in metrics if one.speedup_total and one.arm != BASELINE], metrics)
     if not figures:
         return None
     said = tag(
@@ -163,6 +160,18 @@ def _speedups(metrics: Sequence[ArmMetrics]) -> Chapter | None:
         2,
     )
     return "speedups", "How sure that is", said + tag("div", "".join(figures), class_="charts") + behind(rows_table)
+
+
+def _speedup_figures(shown: Sequence[ArmMetrics], metrics: Sequence[ArmMetrics]) -> list[str]:
+    """A figure of each dataset and temperature at which speedups are shown; arms keep their colours."""
+    arms = list(dict.fromkeys(metric.arm for metric in metrics))
+    figures = []
+    for place in dict.fromkeys((one.dataset, one.temperature) for one in shown):
+        here = [one for one in shown if (one.dataset, one.temperature) == place]
+        name = label(here[0], metrics)
+        points = [_range(one, arms.index(one.arm)) for one in here]
+        figures.append(_figure(name, ranges(f"Speedups on {name}", points)))
+    return figures
 
 
 def _range(metric: ArmMetrics, series: int) -> Range:

@@ -13,7 +13,7 @@ import torch
 from quasar_core.kernels.cpu import library as cpp
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 
-STRIP = 16  # outputs whose exponents are told from one base
+STRIP = 16  # outputs whose exponents count from one base
 BITS = 12
 _CODES = 32  # weights whose codes lie in sixteen bytes
 _OUTLIER = 8  # bytes of an outlier, with its place

@@ -2,7 +2,7 @@
 
 The error is measured against the same layer of the full-precision model, and the residual stream that its output is
 added to: in a block that adds the outputs of attention and of the MLP to its input (all of
-`models/architectures.py` do), the stream in front of a layer is known, and with it the error that earlier layers have
+`models/architectures` do), the stream in front of a layer is known, and with it the error that earlier layers have
 left there. The order of layers, and the modules that end in a linear layer, are read off a run of the block on one row,
 not off a table of architectures.
 """

@@ -19,7 +19,7 @@ LEAST_SAVED = 0.5
 Note = Callable[[str], None]
 
 
-class Sight:
+class VerifierAttention:
     """The pair that answers a prompt: its verifier sees everything, or less where that is asked for or pays."""
 
     def __init__(self, pair: Pair, config: GenerationConfig, note: Note) -> None:

@@ -1,0 +1,148 @@
+"""A row of the table of architectures: where one departs from Llama's skeleton, and what several rows share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from quasar_core.models.mixture import Mixture
+
+Switch = bool | str  # or the option of config.json that says so
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2", "xielu": "xielu"}
+
+
+@dataclass(frozen=True)
+class BlockNorms:
+    """Names of a block's norms in the files: before and behind attention, before and behind the MLP; "" is none."""
+
+    before_attention: str = "input_layernorm"
+    behind_attention: str = ""
+    before_mlp: str = "post_attention_layernorm"
+    behind_mlp: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that a block has."""
+        every = (self.before_attention, self.behind_attention, self.before_mlp, self.behind_mlp)
+        return tuple(name for name in every if name)
+
+
+BEFORE = BlockNorms()
+BEHIND = BlockNorms("", "post_attention_layernorm", "", "post_feedforward_layernorm")
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """RMS norms of queries and keys: of each head, or of all heads as one row; before the rotation, or after it."""
+
+    names: tuple[str, str] = ("q_norm", "k_norm")
+    whole_rows: bool = False
+    after_rotation: bool = False
+    option: str = ""  # that says whether there are any; "" is yes
+    of_values: bool = False  # each value's too, without a weight
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which layers slide.
+
+    `kind`: none; all; those of `layer_types`, or from `max_window_layers` on, where `use_sliding_window` is on
+    ("listed"); those of `layer_types`, or all but one layer in every `period` ("typed").
+    """
+
+    kind: Literal["none", "all", "listed", "typed"] = "none"
+    period: int = 0  # of the layers that see everything; 0: there are none
+    first: int = -1  # of them; −1 is the period's last
+    option: str = ""  # that gives another period
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Names in the files of a block's parts, and of the norm before the head."""
+
+    attention: str = "self_attn"
+    out: str = "o_proj"
+    mlp: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    gate_up: str = "gate_up_proj"  # where they are stored as one
+    last_norm: str = "norm"
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """Layers with a state in place of attention: those that `layer_types` lists so, or the option that says which.
+
+    Without either, all but one in every `period`, or all; `interval` names an option with another period, `attends`
+    one that lists the layers of attention.
+    """
+
+    kind: Literal["delta", "mamba", "conv"]
+    module: str  # in the files
+    types: tuple[str, ...] = ("linear_attention",)
+    period: int = 0
+    interval: str = ""
+    attends: str = ""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Options of config.json with constant factors, by what they multiply; "" is none."""
+
+    embedding: str = ""  # or "√hidden"
+    residual: str = ""
+    scores: str = ""  # in place of 1 ÷ √D
+    scores_are_plain: bool = False  # neither divided nor multiplied
+    scores_root: str = ""  # the number whose inverse root stands in place of 1 ÷ √D
+    logits_divisor: str = ""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A row of the table. `defaults` are the options that hold where config.json does not name them."""
+
+    model_type: str  # by which transformers chooses the class
+    models: str  # that have this architecture, for people
+    qkv_bias: Switch = False
+    out_bias: Switch = False
+    mlp_bias: Switch = False
+    norms: BlockNorms = BEFORE
+    centred_norms: bool = False  # what is stored is the norm's weight less 1
+    head_norms: HeadNorms | None = None
+    windows: Windows = Windows()
+    # Layers: all; by `no_rope_layers`; sliding where any are; all or none by `position_embedding_type`.
+    rotates: Literal["all", "marked", "sliding", "named"] = "all"
+    ropes_by_type: bool = False  # full and sliding layers rotate by different frequencies
+    rotates_part: bool = False  # of a head: `partial_rotary_factor`
+    interleaved: bool = False  # channels 2i and 2i + 1 rotate together, not i and i + D/2
+    grows_queries: bool = False  # by `llama_4_scaling_beta`, with the position
+    gated: bool = True  # the MLP
+    activation_option: str = "hidden_act"
+    fused: frozenset[str] = frozenset()  # "qkv", "gate_up": stored as one layer
+    scales: Scales = Scales()
+    scores_cap: str = ""  # the option with the soft cap of attention's scores
+    logits_cap: str = ""
+    gates_attention: bool = False  # each head's mix, by a gate that is stored behind its queries
+    recurrent: Recurrent | None = None
+    names: LayerNames = LayerNames()
+    inner_option: str = "intermediate_size"
+    eps_option: str = "rms_norm_eps"
+    aliases: Mapping[str, str] = field(default_factory=dict)  # other names of options, which count before
+    mixture: Mixture | None = None  # of experts, in the place of the MLPs of some blocks
+    further_blocks: str = ""  # the option with the number of stored blocks behind the last one, which do not run
+    blocks_differ: bool = False  # as Gemma 4's do: in head size, heads, MLP, in whose keys and values they read
+    only: Mapping[str, Any] = field(default_factory=dict)  # options of which the decoder has but one value
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+ALL_BIASES: dict[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias", "mlp_bias": "mlp_bias"}
+ATTENTION_BIASES: dict[str, Any] = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
+GRANITE_SCALES = Scales(
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", logits_divisor="logits_scaling"
+)
+GRANITE_DEFAULTS: dict[str, Any] = {
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
