@@ -18,7 +18,8 @@ def main() -> int:
     for one in predictions:
         if one.ratio is not None:
             print(
-                f"{one.policy}: predicted {one.predicted:.1f}, measured {one.measured:.1f} tokens/s ({one.ratio:.3f})"
+                f"{one.policy}: predicted {one.predicted:.1f} ± {one.spread:.1f}, measured {one.measured:.1f} tokens/s "
+                f"({one.ratio:.3f})"
             )
     recorded = predictions[0].ratio
     return int(recorded is None or abs(recorded - 1) > MOST)

@@ -15,7 +15,7 @@ from quasar_core.bench.document import as_record
 from quasar_core.bench.estimates import Estimate
 from quasar_core.bench.metrics import ArmMetrics, Shares, Spread, mean_over_datasets, measure
 from quasar_core.bench.results import Results
-from quasar_core.bench.simulate import Prediction
+from quasar_core.bench.simulate import REPLAYS, Prediction
 from quasar_core.bench.speculation import Share
 
 DATASETS_PER_TABLE = 5  # what fits into 100 columns
@@ -245,11 +245,18 @@ def comparison_grids(comparison: Comparison, name: str = "") -> list[Grid]:
 
 def simulation_grid(predictions: Sequence[Prediction]) -> Grid:
     """The speed of each policy by the replay, and as it was measured where an arm decided so."""
-    columns = [Column("policy", number=False), Column("predicted"), Column("measured"), Column("ratio")]
+    columns = [Column("policy", number=False), *map(Column, ("predicted", "±", "measured", "ratio"))]
     rows = [
-        [one.policy, as_ratio(one.predicted, 1), as_ratio(one.measured, 1), as_ratio(one.ratio)] for one in predictions
+        [
+            one.policy,
+            as_ratio(one.predicted, 1),
+            as_ratio(one.spread, 1),
+            as_ratio(one.measured, 1),
+            as_ratio(one.ratio),
+        ]
+        for one in predictions
     ]
-    return Grid("exact under other policies: tokens per second", columns, rows)
+    return Grid(f"exact under other policies: tokens per second, mean and spread of {REPLAYS} replays", columns, rows)
 
 
 def as_csv(results: Results) -> str:

@@ -105,10 +105,14 @@ def compare_all(runs: Sequence[Results]) -> list[Comparison]:
 
 
 def _check_questions(before: Results, after: Results) -> None:
-    if before.run.datasets != after.run.datasets:
+    if _digests(before) != _digests(after):
         raise UsageError(
             f"The two result files are not about the same questions: {_describe(before)} and {_describe(after)}."
         )
+
+
+def _digests(results: Results) -> dict[str, str]:
+    return {name: content["sha256"] for name, content in results.run.datasets.items()}
 
 
 def _describe(results: Results) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,12 @@ SPEC_BENCH_PARTS = {
 
 @dataclass(frozen=True)
 class HubFile:
-    """One file of a dataset repository; `category` stands in where its rows name none.
-
-    `revision` is the commit that is read, where its full hash is known.
-    """
+    """One file of a dataset repository, at one commit of it; `category` stands in where its rows name none."""
 
     repository: str
     path: str
     category: str
-    revision: str | None = None
+    revision: str
 
 
 _MT_BENCH = HubFile(
@@ -57,18 +54,23 @@ _SPEED_BENCH = HubFile(
     "speed_bench",
     "487aa718444e816458d1a0a52bfce7a454285cf4",
 )
-_SPECULATORS = "RedHatAI/speculator_benchmarks"
+
+
+def _speculators(file: str, category: str) -> HubFile:
+    revision = "2ae86affa2cb97a972b7fc681dd51c04fbff083e"
+    return HubFile("RedHatAI/speculator_benchmarks", f"{file}.jsonl", category, revision)
+
+
 _SPEC_BENCH_FILES = tuple(
-    HubFile(_SPECULATORS, f"{category}.jsonl", category)
-    for category in ("translation", "summarization", "qa", "math_reasoning", "rag")
+    _speculators(category, category) for category in ("translation", "summarization", "qa", "math_reasoning", "rag")
 )
 
 HUB_DATASETS: dict[str, tuple[HubFile, ...]] = {
     "mt-bench": (_MT_BENCH,),
-    "gsm8k": (HubFile(_SPECULATORS, "math_reasoning.jsonl", "math_reasoning"),),
-    "humaneval": (HubFile(_SPECULATORS, "HumanEval.jsonl", "coding"),),
+    "gsm8k": (_speculators("math_reasoning", "math_reasoning"),),
+    "humaneval": (_speculators("HumanEval", "coding"),),
     "alpaca": (_ALPACA,),
-    "cnn-dm": (HubFile(_SPECULATORS, "summarization.jsonl", "summarization"),),
+    "cnn-dm": (_speculators("summarization", "summarization"),),
     "spec-bench": (_MT_BENCH, *_SPEC_BENCH_FILES),
     "speed-bench": (_SPEED_BENCH,),
 }
@@ -100,8 +102,9 @@ def _fetch(file: HubFile) -> Path:
 def _fastchat_rows(file: HubFile, path: Path) -> Iterator[dict[str, Any]]:
     try:
         for row in _json_rows(path):
-            judged = {name: row[name] for name in ("reference", "answer", *_PROGRAM) if isinstance(row.get(name), str)}
-            yield {**judged, "category": row.get("category") or file.category, "turns": _turns(row)}
+            answers = {name: row[name] for name in ("reference", "answer") if isinstance(row.get(name), str | list)}
+            program = {name: row[name] for name in _PROGRAM if isinstance(row.get(name), str)}
+            yield {**answers, **program, "category": row.get("category") or file.category, "turns": _turns(row)}
     except (ValueError, KeyError, TypeError) as error:
         raise QuasarError(f"{file.path} of the hub dataset {file.repository} is not as expected: {error}.") from error
 
@@ -158,10 +161,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Questions under a name."""
+    """Questions under a name; `source` says where they were read, those of the hub with their commit."""
 
     name: str
     questions: tuple[Question, ...]
+    source: str = ""
 
     @property
     def sha256(self) -> str:
@@ -175,7 +179,7 @@ class Dataset:
         total = len(self.questions)
         if count is None or count >= total:
             return self
-        return Dataset(self.name, tuple(self.questions[i * total // count] for i in range(count)))
+        return replace(self, questions=tuple(self.questions[i * total // count] for i in range(count)))
 
 
 def load_datasets(names: str, limit: int | None = None) -> list[Dataset]:
@@ -196,16 +200,22 @@ def load_dataset(name: str) -> Dataset:
     """One dataset, whole, by name or path."""
     key = name.replace("_", "-")
     if key == "demo":
-        return Dataset("demo", read_questions(DEMO_FILE))
+        return Dataset("demo", read_questions(DEMO_FILE), "the package")
     if is_file(Path(name)):
-        return Dataset(Path(name).stem, read_questions(Path(name)))
+        return Dataset(Path(name).stem, read_questions(Path(name)), f"the file {Path(name).name}")
     folder = _data_folder()
     if folder is not None and (found := _from_folder(folder, key)):
-        return Dataset(key, found)
+        return Dataset(key, found, f"the folder of {DATA_VARIABLE}")
     if key not in HUB_DATASETS:
         raise UsageError(f"--dataset must be {', '.join(DATASET_NAMES)} or the path of a JSONL file, not {name}.")
-    rows = download(key)
-    return Dataset(key, _cut(key, [_question(row, f"{key} on the hub, question {row['question_id']}") for row in rows]))
+    questions = [_question(row, f"{key} on the hub, question {row['question_id']}") for row in download(key)]
+    return Dataset(key, _cut(key, questions), hub_source(key))
+
+
+def hub_source(key: str) -> str:
+    """The repositories of a dataset on the hub, each with the commit that is read."""
+    places = dict.fromkeys(f"{file.repository}@{file.revision}" for file in HUB_DATASETS[key])
+    return f"the hub, {' and '.join(places)}"
 
 
 def _data_folder() -> Path | None:

@@ -93,7 +93,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """What ran and where. `datasets` gives the number and the digest of the questions asked, by dataset.
+    """What ran and where. `datasets` gives the number, the digest and the source of the questions asked, by dataset.
 
     `passes` are known of models of our own decoder, by role; `bandwidth` is what the machine reads, in bytes a second.
     `peers` says of each arm that is another program what ran, with its version and options. `energy` says what the
@@ -158,6 +158,7 @@ class _Asked:
 
     questions: int
     sha256: str
+    source: str = ""
 
 
 def temperatures(run: Run) -> str:

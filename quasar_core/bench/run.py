@@ -227,7 +227,7 @@ def describe_run(pair: Pair, datasets: Sequence[Dataset], config: BenchConfig, a
         device=device_name(pair.device),
         dtype=str(pair.dtype).removeprefix("torch."),
         datasets={
-            dataset.name: {"questions": len(dataset.questions), "sha256": dataset.sha256} for dataset in datasets
+            one.name: {"questions": len(one.questions), "sha256": one.sha256, "source": one.source} for one in datasets
         },
         versions=package_versions(),
         notes=list(pair.notes),

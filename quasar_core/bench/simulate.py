@@ -1,12 +1,13 @@
 """Replay recorded answers under other decisions: windows, draft lengths, who checks; the speed that each would have.
 
 Where a replay comes to a place of which nothing was recorded, as behind a token that the verifier had wrong, it takes
-what was recorded at another place, drawn at random.
+what was recorded at another place, drawn at random. So a policy is replayed several times, each with draws of its own.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean, pstdev
 
 from quasar_core.bench.results import Results
 from quasar_core.bench.traces import Drafted, Recorded, Trace, Verified, beside_passes, record_of
@@ -20,6 +21,7 @@ from quasar_core.draft.base import Draft
 from quasar_core.records import Stats
 
 LONGEST = 64  # drafts are no longer than recorded
+REPLAYS = 5  # of each policy
 NOTHING = Drafted((), 0)
 
 
@@ -48,11 +50,15 @@ POLICIES = (
 
 @dataclass(frozen=True)
 class Prediction:
-    """Tokens per second that a policy would reach, and what was measured where an arm decided so."""
+    """Tokens per second that a policy would reach, and what was measured where an arm decided so.
+
+    `predicted` is the mean of the replays, `spread` their standard deviation: what the draws leave open.
+    """
 
     policy: str
     predicted: float
     measured: float | None
+    spread: float = 0.0
 
     @property
     def ratio(self) -> float | None:
@@ -60,15 +66,18 @@ class Prediction:
         return self.predicted / self.measured if self.measured else None
 
 
-def simulate(results: Results, arm: str = "exact", seed: int = 0) -> list[Prediction]:
+def simulate(results: Results, arm: str = "exact", replays: int = REPLAYS) -> list[Prediction]:
     """Replay an arm's answers under every policy. UsageError where the file does not hold what that needs."""
     recorded = record_of(results, arm)
     return [
-        Prediction(
-            policy.name, replay(_beside(recorded, results, policy), policy, seed), _measured(results, policy.like)
-        )
+        _predict(_beside(recorded, results, policy), policy, replays, _measured(results, policy.like))
         for policy in _policies(arm, results.run.config.window)
     ]
+
+
+def _predict(recorded: Recorded, policy: Policy, replays: int, measured: float | None) -> Prediction:
+    speeds = [replay(recorded, policy, seed) for seed in range(replays)]
+    return Prediction(policy.name, fmean(speeds), measured, pstdev(speeds))
 
 
 def _beside(recorded: Recorded, results: Results, policy: Policy) -> Recorded:

@@ -96,6 +96,12 @@ def test_a_file_of_version_1_is_read_and_compared() -> None:
     assert run(["bench", "report", "old.json", "-o", "old.html"]) == 0
 
 
+def test_the_same_questions_are_compared_wherever_they_were_read() -> None:
+    other = results()
+    datasets = {name: {**facts, "source": "the hub, a/b@C"} for name, facts in other.run.datasets.items()}
+    assert compare(results(), Results(replace(other.run, datasets=datasets), other.rows)).changes
+
+
 def test_the_arms_own_text_has_no_part_in_a_comparison_of_others() -> None:
     other = results()
     rows = [replace(row, arm="exact") if row.arm == "ngram" else row for row in other.rows]

@@ -1,11 +1,14 @@
 """How far a run is to be trusted: identical arms, energy, and runs of several temperatures."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-from helpers.bench_pair import CountingModel, make_pair
+import torch
+from helpers.bench_pair import CountingModel, TokenCache, make_pair
 from helpers.bench_records import make_row, make_run, make_stats
 
 from quasar_cli.render.bench import Shown, main_grids
@@ -15,6 +18,7 @@ from quasar_core.bench.conditions import conditions
 from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.energy import EnergyMeter
 from quasar_core.bench.metrics import bytes_read, joules_per_token, measure, shares, spread
+from quasar_core.bench.recompute import differences
 from quasar_core.bench.results import Passes, Results
 from quasar_core.bench.run import run_bench, schedule
 from quasar_core.records import Confirm, Stats, Step
@@ -189,6 +193,34 @@ def test_where_nothing_tells_there_are_no_joules(tmp_path: Path) -> None:
     meter = EnergyMeter(powercap=tmp_path)
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("?")
     assert meter.read() is None
+
+
+class Counted(CountingModel):
+    """Every pass takes two joules of the counter in a folder."""
+
+    def __init__(self, powercap: Path) -> None:
+        super().__init__()
+        self.powercap, self.joules = powercap, 0.0
+
+    def forward(self, tokens: Sequence[int], cache: TokenCache, last_only: bool = False) -> torch.Tensor:
+        self.joules += 2
+        rapl(self.powercap, "intel-rapl:0", self.joules)
+        return super().forward(tokens, cache, last_only)
+
+
+def test_a_run_counts_the_joules_of_each_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain answer takes a pass for each token, the prompt's for the first."""
+    powercap = tmp_path / "powercap"
+    rapl(powercap, "intel-rapl:0", 0.0)
+    monkeypatch.setattr("quasar_core.bench.run.EnergyMeter", partial(EnergyMeter, powercap=powercap))
+    asked = Dataset("d", (Question(1, "c", ("w3 w4",)), Question(2, "c", ("w5",))))
+    run = BenchConfig(("vanilla",), max_new_tokens=6)
+    results = run_bench(make_pair(target=Counted(powercap)), [asked], run, tmp_path / "r.json")
+    assert [row.joules for row in results.rows] == [pytest.approx(12.0)] * 2
+    (metric,) = measure(results)
+    assert metric.joules_per_token == pytest.approx(2.0)
+    assert results.run.energy == conditions(results).energy == "1 processor package by RAPL"
+    assert differences(tmp_path / "r.json", results)[1] == []
 
 
 def test_joules_a_token() -> None:

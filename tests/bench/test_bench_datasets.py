@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from quasar_core.bench.datasets import DATASET_NAMES, HUB_DATASETS, MT_BENCH_CATEGORIES, load_dataset, load_datasets
+from quasar_core.bench.run import is_correct
 from quasar_core.errors import QuasarError, UsageError
 
 
@@ -197,14 +198,52 @@ def test_hub_rows_become_questions(hub: list[tuple[str, str, str]]) -> None:
         "spec-bench": 6,
         "speed-bench": 90,
     }
-    assert all(found is None or re.fullmatch("[0-9a-f]{40}", found) for found in revisions.values())
-    assert revisions["nvidia/SPEED-Bench"] is not None
+    assert all(re.fullmatch("[0-9a-f]{40}", found or "") for found in revisions.values())
     assert datasets["mt-bench"][0].turns == ("first", "second")
     assert datasets["mt-bench"][0].category in MT_BENCH_CATEGORIES
     assert datasets["humaneval"][3].turns == ("def f3():",)
     assert datasets["alpaca"][79].turns == ("do 79",)
     assert [question.question_id for question in datasets["spec-bench"]] == list(range(6))
     assert {kind for _, _, kind in hub} == {"dataset"}
+
+
+def test_where_questions_were_read_is_told_with_the_commit(
+    hub: list[tuple[str, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [re.sub("@[0-9a-f]{40}", "@C", dataset.source) for dataset in load_datasets("spec-bench,speed-bench", 1)]
+    assert places == [
+        "the hub, HuggingFaceH4/mt_bench_prompts@C and RedHatAI/speculator_benchmarks@C",
+        "the hub, nvidia/SPEED-Bench@C",
+    ]
+    assert load_dataset("demo").source == "the package"
+    assert load_dataset(str(write_questions(tmp_path / "mine.jsonl", ask(1)))).source == "the file mine.jsonl"
+    write_questions(tmp_path / "alpaca" / "question.jsonl", ask(1))
+    monkeypatch.setenv("QUASAR_DATA", str(tmp_path))
+    assert load_dataset("alpaca").source == "the folder of QUASAR_DATA"
+
+
+def test_an_answer_to_the_hubs_gsm8k_is_scored(hub: list[tuple[str, str, str]]) -> None:
+    (question,) = load_dataset("gsm8k").questions
+    assert [is_correct(question, 0, text, run_code=False) for text in ("It is 2.", "It is 3.")] == [True, False]
+
+
+def test_a_program_for_the_hubs_humaneval_is_scored_where_that_is_asked_for(
+    hub: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row in HumanEval's own form."""
+    row = {
+        "task_id": "HumanEval/0",
+        "prompt": 'from math import floor\n\n\ndef lower(x: float) -> int:\n    """ The whole part of x. """\n',
+        "entry_point": "lower",
+        "canonical_solution": "    return floor(x)\n",
+        "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(2.5) == 2\n",
+    }
+    monkeypatch.setitem(HUB_ROWS, "HumanEval.jsonl", [row])
+    (question,) = load_dataset("humaneval").questions
+    assert (question.turns, question.category) == ((row["prompt"],), "coding")
+    answers = (row["canonical_solution"], "    return x\n")
+    assert [is_correct(question, 0, text, run_code=True) for text in answers] == [True, False]
+    assert is_correct(question, 0, answers[0], run_code=False) is None
 
 
 def test_a_hub_that_does_not_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

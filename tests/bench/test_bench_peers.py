@@ -293,13 +293,53 @@ def test_llama_cpps_answer_by_hand() -> None:
 
 
 def test_llama_cpp_is_asked_for_the_same_tokens_and_the_same_draw() -> None:
-    asked = llama_cpp.request_of(Ask([1, 2], 30, 0.5, 9), True, make_counting_pair())
+    asked = llama_cpp.request_of(Ask([1, 2], 30, 0.5, 9), make_counting_pair())
     assert (asked["prompt"], asked["n_predict"], asked["temperature"], asked["seed"]) == ([1, 2], 30, 0.5, 9)
     assert asked["samplers"] == ["temperature"]
-    assert asked["ignore_eos"] is True
+    assert "ignore_eos" not in asked
     command = llama_cpp.server_command("s", Path("m.gguf"), "80", 100_000, 2)
     assert command[:3] == ["s", "--model", "m.gguf"]
     assert command[command.index("--ctx-size") + 1] == "8192"
+
+
+def test_llama_cpp_goes_on_behind_an_end_that_is_none_for_the_others() -> None:
+    told = llama_cpp.told_by({"tokens": [4, 9], "timings": {"prompt_ms": 0, "predicted_ms": 0}})
+    ask, stopped = Ask([1], 5, 1.0, 7), {"stop_type": "eos"}
+    rest = llama_cpp.rest_of(ask, told, stopped, {2})
+    assert rest == Ask([1, 4, 9], 3, 1.0, 9)
+    assert llama_cpp.rest_of(ask, told, stopped, {9}) is None  # the others end there too
+    assert llama_cpp.rest_of(ask, told, {"stop_type": "limit"}, {2}) is None
+    assert llama_cpp.rest_of(Ask([1], 2, 1.0, 7), told, stopped, {2}) is None
+    assert llama_cpp.rest_of(ask, Told([], 0.0, 0.0, 0), stopped, {2}) is None
+
+
+def test_an_answer_of_several_replies_by_hand() -> None:
+    parts = [Told([4, 9], 1.0, 0.25, 1, peak_memory_bytes=5), Told([6, 7, 8], 0.5, 0.125, 0, 1, 3, 2, 9)]
+    # The second reply's prompt pass gave 6: it is one of the passes, and its time is that of decoding.
+    assert llama_cpp.joined(parts) == Told([4, 9, 6, 7, 8], 1.0, 0.875, 2, 1, 3, 2, 9)
+    assert llama_cpp.joined(parts[:1]) == parts[0]
+
+
+def test_the_server_is_asked_until_the_answer_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = {"prompt_ms": 1000, "predicted_ms": 500}
+    replies = iter(
+        [
+            {"tokens": [4, 9], "stop_type": "eos", "timings": timings},
+            {"tokens": [6, 2], "stop_type": "eos", "timings": timings},
+        ]
+    )
+    asked: list[list[int]] = []
+
+    def post(path: str, content: dict[str, Any]) -> dict[str, Any]:
+        asked.append(content["prompt"])
+        return next(replies)
+
+    server = object.__new__(llama_cpp.LlamaServer)
+    server.pair, server.eos_ids = make_counting_pair(), frozenset([2])
+    monkeypatch.setattr(server, "_post", post)
+    monkeypatch.setattr(server, "_memory", lambda: 0)
+    told = server.ask(Ask([1], 9, 0.0, 0))
+    assert (asked, told.token_ids, told.prefill_s, told.decode_s) == ([[1], [1, 4, 9]], [4, 9, 6, 2], 1.0, 2.0)
 
 
 def test_vllms_ways_of_drafting() -> None:

@@ -184,6 +184,13 @@ def test_a_fresh_reader_finds_the_text_the_prompt_and_what_each_arm_is() -> None
     assert "plain decoding" in html.partition("<h3>The arms</h3>")[2]
 
 
+def test_where_the_questions_were_read_stands_in_the_conditions() -> None:
+    facts = {"questions": 9, "sha256": "0" * 64}
+    for more, said in (({}, ""), ({"source": "the hub, a/b@C"}, ", read from the hub, a/b@C")):
+        run = make_run(datasets={"d": {**facts, **more}})
+        assert f"d: 9, digest {'0' * 12}{said}<" in page(Sources(replace(steady(9, 2.0), run=run), []))
+
+
 @pytest.mark.parametrize("name", ARM_NAMES)
 def test_every_arm_is_described_in_words_of_its_own(name: str) -> None:
     said = {other: describe_arm(other) for other in ARM_NAMES}

@@ -24,6 +24,7 @@ DATASET = Dataset(
         Question(2, "two", ("w7 w8", "w5 w6")),
         Question("third", "one", ("w9",)),
     ),
+    "nowhere",
 )
 
 
@@ -62,7 +63,7 @@ def test_the_result_file_says_everything_again(tmp_path: Path) -> None:
     assert content["format_version"] == 2
     assert content["config"]["arms"] == list(ALL)
     assert {"python", "torch", "transformers", "quasar-cli"} <= set(content["versions"])
-    assert content["datasets"] == {"d": {"questions": 3, "sha256": DATASET.sha256}}
+    assert content["datasets"] == {"d": {"questions": 3, "sha256": DATASET.sha256, "source": "nowhere"}}
     step = content["rows"][1]["stats"]["step_log"][0]
     names = {"drafted", "accepted", "pieces", "by_target", "margins", "draft_s", "seconds", "target_margins"}
     names |= {"let_through"}

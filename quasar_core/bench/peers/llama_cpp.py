@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Container, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import distribution
@@ -107,7 +108,6 @@ class LlamaServer(Peer):
 
     def __init__(self, name: str, pair: Pair, ignore_eos: bool, options: PeerOptions, threads: int) -> None:
         super().__init__(name, pair, ignore_eos)
-        self.ignore_eos = ignore_eos
         program, model = server_program(options), model_file(options, pair)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -140,9 +140,14 @@ class LlamaServer(Peer):
                 time.sleep(0.1)
 
     def ask(self, ask: Ask) -> Told:
-        """One answer; PeerFailure where the server refuses or has ended."""
-        reply = self._post("/completion", request_of(ask, self.ignore_eos, self.pair))
-        return told_by(reply, self._memory())
+        """One answer, of as many replies as it takes; PeerFailure where the server refuses or has ended."""
+        parts: list[Told] = []
+        wanted: Ask | None = ask
+        while wanted is not None:
+            reply = self._post("/completion", request_of(wanted, self.pair))
+            parts.append(told_by(reply, self._memory()))
+            wanted = rest_of(wanted, parts[-1], reply, self.eos_ids)
+        return joined(parts)
 
     def close(self) -> None:
         """End the server."""
@@ -190,18 +195,47 @@ def server_command(program: str, model: Path, port: str, context: int, threads: 
     return [program, *(word for pair in options.items() for word in pair)]
 
 
-def request_of(ask: Ask, ignore_eos: bool, pair: Pair) -> dict[str, Any]:
-    """What /completion is asked: the same tokens, and a draw from all of the distribution."""
+def request_of(ask: Ask, pair: Pair) -> dict[str, Any]:
+    """What /completion is asked: the same tokens, and a draw from all of the distribution.
+
+    Its `ignore_eos` stays off: it makes ends of text impossible, where ours writes them and goes on.
+    """
     return {
         "prompt": ask.prompt_ids,
         "n_predict": min(ask.max_new_tokens, pair.max_context - len(ask.prompt_ids)),
         "temperature": ask.temperature,
         "seed": ask.seed,
         "samplers": ["temperature"],
-        "ignore_eos": ignore_eos,
         "return_tokens": True,
         "cache_prompt": True,
     }
+
+
+def rest_of(ask: Ask, told: Told, reply: dict[str, Any], eos_ids: Container[int]) -> Ask | None:
+    """What is left to ask where the server stopped at a token that ends no text for the other arms; else None.
+
+    It takes every token whose text looks like an end for one, such as `<|endoftext|>` of a model that ends its turns
+    by `<|im_end|>`.
+    """
+    left = ask.max_new_tokens - len(told.token_ids)
+    if reply.get("stop_type") != "eos" or left < 1 or not told.token_ids or told.token_ids[-1] in eos_ids:
+        return None
+    return Ask([*ask.prompt_ids, *told.token_ids], left, ask.temperature, ask.seed + len(told.token_ids))
+
+
+def joined(parts: Sequence[Told]) -> Told:
+    """One answer of several replies: the prompt passes of the later ones are decoding, and each gave a token."""
+    first, *later = parts
+    drafted = [part.drafted for part in parts if part.drafted is not None]
+    return Told(
+        token_ids=[token for part in parts for token in part.token_ids],
+        prefill_s=first.prefill_s,
+        decode_s=first.decode_s + sum(part.prefill_s + part.decode_s for part in later),
+        passes=sum(part.passes for part in parts) + len(later),
+        drafted=sum(drafted) if drafted else None,
+        accepted=sum(part.accepted or 0 for part in parts) if drafted else None,
+        peak_memory_bytes=max(part.peak_memory_bytes for part in parts),
+    )
 
 
 def told_by(reply: dict[str, Any], memory: int = 0) -> Told:

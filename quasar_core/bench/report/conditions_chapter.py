@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 from quasar_core.bench.arms import ARMS, TWIN
 from quasar_core.bench.conditions import conditions
@@ -16,7 +17,7 @@ def conditions_chapter(results: Results) -> tuple[str, str, str]:
     run, found, config = results.run, conditions(results), results.run.config
     often = "once" if config.repeats == 1 else f"{config.repeats} times"
     settings = f"{temperatures(run)}, at most {config.max_new_tokens} tokens, each question {often}, seed {config.seed}"
-    asked = (f"{name}: {one['questions']}, digest {one['sha256'][:12]}" for name, one in run.datasets.items())
+    asked = (_questions(name, facts) for name, facts in run.datasets.items())
     said = [
         ("Model", run.model),
         ("Verifier", run.verifier or "none"),
@@ -90,6 +91,11 @@ _CHECKED = {
     "gated": "the low-bit copy checks them, the full-precision model what the copy is not sure of: nearly its own text",
     "exact": "the low-bit copy checks them, the full-precision model confirms, or checks some itself: its own text",
 }
+
+
+def _questions(name: str, facts: dict[str, Any]) -> str:
+    read = f", read from {facts['source']}" if facts.get("source") else ""
+    return f"{name}: {facts['questions']}, digest {facts['sha256'][:12]}{read}"
 
 
 def _load(results: Results) -> str:
