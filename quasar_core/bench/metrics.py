@@ -330,13 +330,16 @@ def _speedups(answers: _Answers, vanilla: _Answers) -> tuple[Estimate | None, Es
     return estimate(mean_of_ratios, *decoding), estimate(ratio_of_totals, *decoding), estimate(ratio_of_totals, *whole)
 
 
-def speedup_over_all(results: Results, arm: str, temperature: float, whole: bool = False) -> Estimate | None:
-    """An arm's speedup over the questions of all datasets together; None where no question was answered by both."""
+def speedup_over_all(
+    results: Results, arm: str, temperature: float, whole: bool = False, base: str = BASELINE
+) -> Estimate | None:
+    """An arm's speedup over the questions of all datasets together; None where no question was answered by both.
+
+    It is that over plain decoding, or over another arm.
+    """
     datasets = dict.fromkeys(row.dataset for row in results.rows if row.temperature == temperature)
     pairs = [
-        paired_yields(
-            answers_of(results, name, temperature, arm), answers_of(results, name, temperature, BASELINE), whole
-        )
+        paired_yields(answers_of(results, name, temperature, arm), answers_of(results, name, temperature, base), whole)
         for name in datasets
     ]
     timed = [np.concatenate([pair[side] for pair in pairs]) for side in (0, 1)] if pairs else []

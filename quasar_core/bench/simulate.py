@@ -21,7 +21,7 @@ from quasar_core.draft.base import Draft
 from quasar_core.records import Stats
 
 LONGEST = 64  # drafts are no longer than recorded
-REPLAYS = 5  # of each policy
+REPLAYS = 3  # of each policy
 NOTHING = Drafted((), 0)
 
 

@@ -85,6 +85,19 @@ def test_the_seed_decides_sampled_text(pair: Pair) -> None:
     assert first == again != peer.generate(random_tokens(8), request=Request(20, seed=4)).token_ids
 
 
+def test_draws_are_from_all_of_the_distribution_whatever_the_models_files_say(pair: Pair, tmp_path: Path) -> None:
+    drawn = []
+    for narrow in (
+        {},
+        {"do_sample": True, "top_k": 1, "top_p": 0.1, "min_p": 0.99, "typical_p": 0.1, "epsilon_cutoff": 0.5},
+    ):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"pad_token_id": 0, **narrow}))
+        peer = InThisProcess("transformers", pair, config("transformers"))
+        peer.temperature = 1.0
+        drawn.append(peer.generate(random_tokens(8), request=Request(20, 3)).token_ids)
+    assert drawn[0] == drawn[1]
+
+
 def test_the_end_of_text_ends_an_answer(pair: Pair, prompt: list[int]) -> None:
     plain = GenerationConfig(40, "full", "none")
     token = Generator(pair, plain).generate(prompt).token_ids[5]
@@ -161,6 +174,12 @@ def test_what_a_peer_prints_disturbs_nothing(tmp_path: Path) -> None:
         ("import os; print('segment', file=sys.stderr); sys.stderr.flush(); os._exit(3)", "pass", "has ended: segment"),
         ("pass", "raise RuntimeError('out of memory')", "RuntimeError: out of memory"),
         ("pass", "import os; os._exit(1)", "it has ended: it printed nothing"),
+        (
+            "for line in ('0.01 I begins', '0.02 E bad magic', '0.03 E no model', '0.04 I ends'): print(line)\n"
+            "    import os; sys.stdout.flush(); os._exit(1)",
+            "pass",
+            "has ended: bad magic; no model$",
+        ),
     ],
 )
 def test_why_a_peer_fails(tmp_path: Path, begin: str, answer: str, reason: str) -> None:
@@ -340,6 +359,19 @@ def test_the_server_is_asked_until_the_answer_ends(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(server, "_memory", lambda: 0)
     told = server.ask(Ask([1], 9, 0.0, 0))
     assert (asked, told.token_ids, told.prefill_s, told.decode_s) == ([[1], [1, 4, 9]], [4, 9, 6, 2], 1.0, 2.0)
+
+
+def test_a_file_of_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = object.__new__(llama_cpp.LlamaServer)
+    server.pair = make_counting_pair()
+    monkeypatch.setattr(llama_cpp, "SENTENCE", "w3 w5")
+    for content in (" w3 w5", "a b"):
+        monkeypatch.setattr(server, "_post", lambda path, asked, read=content: {"content": read})
+        if content == "a b":
+            with pytest.raises(PeerFailure, match=r"m\.gguf has another vocabulary than counting"):
+                server._check_vocabulary(Path("m.gguf"))
+        else:
+            server._check_vocabulary(Path("m.gguf"))
 
 
 def test_vllms_ways_of_drafting() -> None:

@@ -184,6 +184,31 @@ def test_a_fresh_reader_finds_the_text_the_prompt_and_what_each_arm_is() -> None
     assert "plain decoding" in html.partition("<h3>The arms</h3>")[2]
 
 
+def test_the_claims_arm_is_set_beside_the_others() -> None:
+    """exact is as fast as ngram but for noise, and four times as fast as llama.cpp."""
+    found = steady(9, 2.0)
+    rows = list(found.rows)
+    for number in range(9):
+        uneven = 2.0 * (1.02 if number % 2 else 0.995)
+        rows.append(make_row("exact", number, [1, 2, 3, 4, 5], make_stats(5, 4.0 / uneven, [Step(3, 2), Step(2, 0)])))
+        rows.append(make_row("llama.cpp", number, [1, 2, 3, 4, 5], make_stats(5, 4.0 / uneven * 4, [Step(0, 0)] * 4)))
+    arms = ("vanilla", "ngram", "exact", "llama.cpp")
+    html = page(Sources(Results(make_run(config=BenchConfig(arms)), rows), []))
+    (said,) = re.findall(r"<p>(Beside the other arms .*?)</p>", html)
+    assert re.fullmatch(
+        r"Beside the other arms exact is 1\.01 times as fast as ngram \(1\.00 to 1\.01: this run does not tell them "
+        r"apart\), 4\.00 times as fast as llama\.cpp \(4\.00 to 4\.00\)\.",
+        said,
+    )
+
+
+def test_a_pass_below_its_floor_is_explained(results: Results) -> None:
+    """One token of the verifier takes 0.5 ms; by the bandwidth its 400 bytes take 0.32 ms, by a lower one 0.64 ms."""
+    slower = replace(results, run=replace(results.run, bandwidth=0.625e6))
+    assert "less than its floor" not in page(Sources(results, []))
+    assert "less than its floor" in page(Sources(slower, []))
+
+
 def test_where_the_questions_were_read_stands_in_the_conditions() -> None:
     facts = {"questions": 9, "sha256": "0" * 64}
     for more, said in (({}, ""), ({"source": "the hub, a/b@C"}, ", read from the hub, a/b@C")):

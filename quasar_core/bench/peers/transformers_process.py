@@ -13,6 +13,8 @@ from quasar_core.decode.processors import OPTIONS
 from quasar_core.models.hf.causal_lm import load_target
 
 PROMPT_LOOKUP_TOKENS = 10  # as transformers' documentation advises
+# What a model's files say of sampling is left out, as in our own arms. (None would stand for what they say.)
+_OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
 class TransformersPeer:
@@ -73,7 +75,7 @@ class TransformersPeer:
             "eos_token_id": self.settings["eos_ids"] or [never],
         }
         if ask.temperature > 0:
-            options |= {"temperature": ask.temperature, "top_k": 0, "top_p": 1.0}
+            options |= {"temperature": ask.temperature, **_OFF}
         if self.settings["draft"] == "ngram":
             options["prompt_lookup_num_tokens"] = PROMPT_LOOKUP_TOKENS
         if self.assistant is not None:

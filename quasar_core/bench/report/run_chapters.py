@@ -28,10 +28,12 @@ def heading(results: Results) -> tuple[str, str]:
     where = f"{run.model}{verifier}, {run.dtype} on {run.device}, {temperatures(run)}"
     more = "".join(
         tag("p", escape(f"What {one.arm} is: {describe_arm(one.arm)}. {_with_prompt(results, one)}"))
+        + tag("p", escape(_beside_others(results, one)))
         for one in found[:1]
     )
     more += "".join(
         tag("p", escape(f"At temperature {one.temperature:g}: {one.sentence} {_with_prompt(results, one)}"))
+        + tag("p", escape(_beside_others(results, one)))
         for one in found[1:]
     )
     warning = "".join(tag("p", escape(text), class_="warning") for text in _doubts(results))
@@ -50,6 +52,20 @@ def _with_prompt(results: Results, claim: Claim) -> str:
         f"Its speed is that of decoding; with the time of the prompt it is {found.value:.2f} times as fast "
         f"({low:.2f} to {high:.2f})."
     )
+
+
+def _beside_others(results: Results, claim: Claim) -> str:
+    """Set the claim's arm beside each other one, question by question; what is too uncertain is left out."""
+    said = []
+    for arm in results.run.config.arms:
+        other = arm not in (BASELINE, TWIN, claim.arm)
+        found = speedup_over_all(results, claim.arm, claim.temperature, base=arm) if other else None
+        if found is None or found.interval is None or not found.has_enough or found.is_uncertain:
+            continue
+        low, high = found.interval
+        doubt = ": this run does not tell them apart" if found.spans_one else ""
+        said.append(f"{found.value:.2f} times as fast as {arm} ({low:.2f} to {high:.2f}{doubt})")
+    return f"Beside the other arms {claim.arm} is {', '.join(said)}." if said else ""
 
 
 def _doubts(results: Results) -> list[str]:
@@ -125,10 +141,10 @@ def _legend(arms: Sequence[str]) -> str:
     said = (
         "Speedup: tokens per second of decoding, in total, by those of plain decoding (vanilla); with prompt: the same "
         "of whole answers, with the time that the prompt took. Same text: questions whose every token equals "
-        "vanilla’s. Acceptance length: tokens a verify pass; plain decoding is 1.00. Right: answers that the "
-        "dataset’s own number, or test, says are right, of those that can be told. A ? marks a speedup in doubt: its "
-        f"interval holds 1, or fewer than {FEWEST} questions were asked. “wide”: the interval is wider than "
-        f"±{100 * WIDEST:.0f}\u00a0%."
+        "vanilla’s. Acceptance length: new tokens ÷ steps, each of which drafts and checks; plain decoding is 1.00. "
+        "Right: answers that the dataset’s own number, or test, says are right, of those that can be told. A ? marks "
+        f"a speedup in doubt: its interval holds 1, or fewer than {FEWEST} questions were asked. “wide”: the interval "
+        f"is wider than ±{100 * WIDEST:.0f}\u00a0%."
     )
     if any(ARMS[arm].is_peer for arm in arms):
         said += " Other programs add up in another order, so where two tokens lie a rounding apart they may part."
@@ -240,6 +256,11 @@ def _passes(results: Results) -> Chapter | None:
         f"A pass reads the weights once, whatever its tokens. {' '.join(map(_several_tokens, found))} So it pays to "
         "verify several at once. Dashed: the floor, the bytes of the weights ÷ what the machine reads in a second."
     )
+    if any(one.floor and min(ms for _, ms in one.points) < one.floor for one in found):
+        said += (
+            " Where a pass takes less than its floor, the machine read faster when the pass was timed, which is done "
+            "once and remembered, than at the beginning of this run; or the weights lay in the processor’s cache."
+        )
     figure = _figure("Pass cost", curves("Milliseconds of a pass by its tokens, and the floor", found))
     counts = table("Passes", ["model", "tokens", "ms", "floor, ms", "of the floor"], rows)
     content = tag("p", said, class_="soft") + tag("ul", key, class_="key") + tag("div", figure, class_="charts")
