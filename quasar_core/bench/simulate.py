@@ -70,12 +70,13 @@ def simulate(results: Results, arm: str = "exact", replays: int = REPLAYS) -> li
     """Replay an arm's answers under every policy. UsageError where the file does not hold what that needs."""
     recorded = record_of(results, arm)
     return [
-        _predict(_beside(recorded, results, policy), policy, replays, _measured(results, policy.like))
+        predict(_beside(recorded, results, policy), policy, replays, _measured(results, policy.like))
         for policy in _policies(arm, results.run.config.window)
     ]
 
 
-def _predict(recorded: Recorded, policy: Policy, replays: int, measured: float | None) -> Prediction:
+def predict(recorded: Recorded, policy: Policy, replays: int, measured: float | None) -> Prediction:
+    """Replay a policy with draws of its own each time: the mean of the speeds, and their spread."""
     speeds = [replay(recorded, policy, seed) for seed in range(replays)]
     return Prediction(policy.name, fmean(speeds), measured, pstdev(speeds))
 

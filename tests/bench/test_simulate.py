@@ -14,7 +14,7 @@ from helpers.tiny_models import TreeTable, make_pair
 
 from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.results import Results
-from quasar_core.bench.simulate import POLICIES, Policy, replay, simulate
+from quasar_core.bench.simulate import POLICIES, Policy, predict, replay, simulate
 from quasar_core.bench.traces import (
     Drafted,
     Recorded,
@@ -143,15 +143,14 @@ def benched(window: Any = "auto", trees: bool = False, sampling: SamplingConfig 
 
 
 def test_replays_are_averaged_and_their_spread_is_told() -> None:
-    recorded = benched(4)
-    predictions = simulate(recorded, replays=3)
-    speeds = [replay(record_of(recorded, "exact"), Policy("window 4", 4), seed) for seed in range(3)]
-    own, alone = predictions[0], predictions[-1]
-    assert (own.policy, alone.policy) == ("window 4", "target alone, no drafts")
+    recorded, window, alone = record_of(benched(4), "exact"), Policy("window 4", 4), POLICIES[-1]
+    own, plain = predict(recorded, window, 2, 50.0), predict(recorded, alone, 2, None)
+    speeds = [replay(recorded, window, seed) for seed in range(2)]
     assert own.predicted == pytest.approx(statistics.fmean(speeds))
-    assert own.spread == pytest.approx(statistics.pstdev(speeds))
+    assert own.spread == pytest.approx(abs(speeds[0] - speeds[1]) / 2)
+    assert own.ratio == own.predicted / 50.0
     assert own.spread > 0
-    assert alone.spread == 0  # it comes to no place of which nothing was recorded
+    assert plain.spread == 0  # the target alone comes to no place of which nothing was recorded
 
 
 def test_sampled_answers_are_replayed_too() -> None:
