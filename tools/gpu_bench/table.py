@@ -13,6 +13,7 @@ def summary(parts: Mapping[str, Sequence[Row]]) -> str:
             *failures(parts),
             *facts(parts.get("facts", ())),
             *passes(parts.get("headline", ()), "headline"),
+            *arms(parts.get("headline", ()), "headline, end to end"),
             *passes(parts.get("passes", ())),
             *products(parts.get("products", ())),
             *arms(parts.get("end to end", ())),
@@ -80,9 +81,9 @@ def products(rows: Sequence[Row]) -> Iterator[str]:
             yield f"  {name}: {times} ({row['floor_us']:.1f})"
 
 
-def arms(rows: Sequence[Row]) -> Iterator[str]:
+def arms(rows: Sequence[Row], name: str = "end to end") -> Iterator[str]:
     """Tokens per second and where the time went."""
-    yield "\nend to end"
+    yield f"\n{name}"
     for row in rows:
         if "arm" in row and row["tokens_per_s"]:
             shares = ", ".join(f"{name} {100 * row[f'share_{name}']:.0f} %" for name in ("draft", "verify", "confirm"))
