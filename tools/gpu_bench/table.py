@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tools.gpu_bench.report import NO_TIME
+
 Row = Mapping[str, Any]
 
 
@@ -29,7 +31,8 @@ def failures(parts: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     """Errors and wrong results, and how many were right."""
     right = sum(row.get("ok") is True for rows in parts.values() for row in rows)
     wrong = [(part, row) for part, rows in parts.items() for row in rows if "error" in row or row.get("ok") is False]
-    yield f"\nchecks: {right} right, {len(wrong)} wrong or failed"
+    late = sum(row.get("skipped") == NO_TIME for rows in parts.values() for row in rows)
+    yield f"\nchecks: {right} right, {len(wrong)} wrong or failed" + (f"; {late} left out: {NO_TIME}" if late else "")
     for part, row in wrong:
         yield f"  {part}: {str(dict(row))[:300]}"
 
