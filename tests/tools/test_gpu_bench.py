@@ -256,6 +256,7 @@ def test_what_was_compiled_is_carried_to_the_next_call(tmp_path: Path) -> None:
 
 def test_parts_that_are_asked_for_have_all_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left = dict[str, float]()
+    monkeypatch.setattr(supervise, "read_bandwidth", lambda device: 1e9)
     for name in ("facts", "smoke"):
         module, ends = (supervise.facts_of, "run") if name == "facts" else (supervise.headline, "run_smoke")
         monkeypatch.setattr(module, ends, lambda bench, name=name: left.update({name: bench.report.left()}))
