@@ -154,6 +154,9 @@ class Generator:
         """Step until something ends the answer, yielding text; the number of its tokens, and what ended it."""
         read = prompt_length
         while True:
+            self._costs.move_to(engine.seen, engine.pair)
+            if read > prompt_length:  # nothing comes before the first text
+                engine.begin()
             while read < engine.committed:
                 token = engine.tokens[read]
                 read += 1
@@ -168,7 +171,6 @@ class Generator:
                     return read - prompt_length, "stop"
                 if read >= engine.max_tokens:
                     return read - prompt_length, "length"
-            self._costs.move_to(engine.seen, engine.pair)
             engine.step()
             engine.answering.waiting(engine.window)
 
