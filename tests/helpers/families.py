@@ -32,7 +32,7 @@ LINEAR = {f"linear_{name}_head_dim": 16 for name in ("key", "value")} | {
 }
 
 
-CONFIGS = {"Qwen3_5": "Qwen3_5Text"}  # where a config is not named as its model
+CONFIGS = {"Qwen3_5": "Qwen3_5Text", "Qwen3_5Moe": "Qwen3_5MoeText"}  # where a config is not named as its model
 
 
 def make(name: str, **options: Any) -> Any:
@@ -74,6 +74,17 @@ QUANTIZED: dict[str, Callable[[], Any]] = {
     ),
     "qwen3.5": lambda: make(
         "Qwen3_5", **SIZES, **LINEAR, head_dim=32, layer_types=["linear_attention", "full_attention"]
+    ),
+    "qwen3.5 moe": lambda: make(
+        "Qwen3_5Moe",
+        **SIZES,
+        **LINEAR,
+        head_dim=32,
+        layer_types=["linear_attention", "full_attention"],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=48,
     ),
     "granite 4": lambda: make(
         "GraniteMoeHybrid",

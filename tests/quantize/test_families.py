@@ -63,6 +63,20 @@ def test_how_fast_states_fade_keeps_the_targets_precision_and_loaders_are_told(t
     assert Config.of(section).width("model.layers.0.linear_attn.in_proj_qkv") == Config.of(section).usual
 
 
+def test_the_gate_of_a_shared_expert_keeps_the_targets_precision_and_loaders_are_told(tmp_path: Path) -> None:
+    """It has one row, and codes come in eights."""
+    save_family(tmp_path / "m", QUANTIZED["qwen3.5 moe"])
+    checkpoint = Path(api.quantize(str(tmp_path / "m"), CONFIG, device="cpu").checkpoint)
+    stored = load_file(checkpoint / "model.safetensors")
+    own = load_file(tmp_path / "m" / "model.safetensors")
+    gate, shared = "model.layers.0.mlp.shared_expert_gate", "model.layers.0.mlp.shared_expert.up_proj"
+    assert torch.equal(stored[f"{gate}.weight"], own[f"{gate}.weight"])
+    assert f"{shared}.qweight" in stored
+    section = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    assert Config.of(section).width(gate) is None
+    assert Config.of(section).width(shared) == Config.of(section).usual
+
+
 def llama(**options: Any) -> Any:
     return make("Llama", **{**SIZES, **options})
 
