@@ -187,7 +187,7 @@ class _Replay:
         window += zip(estimates, [token.agrees for token in tokens], strict=True)
         self.by_verifier.count(draft.pieces, min(accepted, draft.right))
         self.by_target.count(draft.pieces, draft.right)
-        self.checker.verified(draft.passed + 1)
+        self.checker.verified()
         self._spend(self.costs.verify(draft.passed + 1))
 
     def _confirm(self, window: list[tuple[Estimate, bool]], draft: Drafted, alive: bool) -> int:
@@ -197,7 +197,7 @@ class _Replay:
         passed = len(window) + 1 + draft.passed
         if alive:
             self.by_target.count(draft.pieces, draft.right)
-        self.checker.confirmed(passed, committed, [estimate for estimate, _ in window], accepted)
+        self.checker.confirmed([estimate for estimate, _ in window], accepted)
         self._spend(self.costs.confirm(passed))
         return committed
 

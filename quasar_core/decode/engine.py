@@ -137,7 +137,7 @@ class Engine:
             self._confirm_timed(draft, self._now() - start)
             return
         self._verify_timed(draft, start)
-        checking.verified(self.stats.step_log[-1].drafted + 1)
+        checking.verified()
         self._let_through(checking)
         if self._must_confirm() or (len(self._passed) >= MOST_UNSEEN and not self._ends):
             self._confirm_timed()
@@ -268,7 +268,7 @@ class Engine:
         whole = behind if kept == len(window) else Tree(behind.last, NO_DRAFT)
         self._learn_from_confirm(len(tree.tokens), whole, accepted, drafting_s, pass_s)
         if self._checking:
-            self._checking.confirmed(len(tree.tokens), self.committed - before, self._estimates, kept)
+            self._checking.confirmed(self._estimates, kept)
         self._survival, self._estimates, self._passed, self._drafts = 1.0, [], [], []
 
     def _learn_from_confirm(

@@ -232,7 +232,7 @@ class TestWhatStepsTakeBesideTheirPasses:
         checker = Checker(self.COSTS, RunningAgreement(curve), [prospect_of((), (), self.COSTS, 0.0)])
         for _ in range(REPLANNED):
             checker.spent(seconds)
-            checker.confirmed(1, 1, [], 0)
+            checker.confirmed([], 0)
         checker.begin()
         return checker
 
