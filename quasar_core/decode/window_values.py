@@ -122,7 +122,8 @@ def _values_at(rate: float, steps: "_Steps") -> WindowValues:
 def best_values(agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts) -> WindowValues:
     """J at the best rate, its `rate`. Where the target had better decode alone, that is the target's."""
     low, high = 0.0, (1 + max(max(p.right, p.new) for p in prospects)) / min(costs.verify(1), costs.confirm(1))
-    steps, values = _Steps(agreements, prospects, costs), None
+    steps = _Steps(agreements, prospects, costs)
+    values = None
     for _ in range(SEARCHES):
         values = _values_at((low + high) / 2, steps)
         low, high = (values.rate, high) if values(0, 1.0) > 0 else (low, values.rate)
