@@ -9,23 +9,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quasar_core import api
-from quasar_core.bench.choose import Body, Choice
+from quasar_core.bench.choose import UNIFORM_BITS, Body, Choice
+from quasar_core.bench.streamed_target import StreamedTarget
 from quasar_core.bench.try_candidates import (
     LOOK_ROWS,
     CandidateCosts,
     Choosing,
+    codes_size,
     mixed_bodies,
     possible_heads,
     uniform_bodies,
 )
-from quasar_core.config import LoadOptions, QuantizeConfig
+from quasar_core.config import LoadOptions, Offload, QuantizeConfig
 from quasar_core.errors import UsageError
 from quasar_core.files import exists
 from quasar_core.kernels.times import measured_on
+from quasar_core.load_pair import dtype_of_source
+from quasar_core.models.hf.skeleton import context_limit
 from quasar_core.models.lean_weights import why_folder_not_lean
+from quasar_core.models.offload import can_stream
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.quantize.blocks.streaming import StreamedModel, quantized_layers
-from quasar_core.quantize.estimate import plan_here, with_seconds
+from quasar_core.quantize.estimate import plan_here, stored_element, with_seconds
 from quasar_core.quantize.job import Job, working_folder
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.plan import Plan, refuse_what_cannot_fit
@@ -50,8 +55,12 @@ class Wanted:
     output: Path | None = None
     device: str = "auto"
     trust_remote_code: bool = False
+    offload: Offload = "auto"  # as decoding will have it, and within so many bytes of memory; None: what is free
+    decode_memory: int | None = None
 
     def __post_init__(self) -> None:
+        if self.decode_memory is not None and self.offload == "none":
+            raise UsageError("--decode-memory says what stays in memory; leave --offload none out.")
         if self.config.method != "gptq" or self.config.backend != "native" or self.config.mixed:
             raise UsageError(
                 "--bits auto chooses among GPTQ's widths by our own solver: leave --method, --backend, --mixed and "
@@ -68,6 +77,7 @@ class Candidates:
     heads: list[int]
     job: Job
     target: StreamedModel
+    streaming: StreamedTarget | None = None  # where blocks of the target are streamed beside some of them
 
     def describe(self) -> list[str]:
         """Each body's codes in words; each is tried with every head."""
@@ -80,10 +90,18 @@ class Candidates:
             "run": self.job.digest(),
             "candidates": "; ".join(self.describe()),
             "heads": ", ".join(map(str, self.heads)),
+            **self._memory(),
             "quasar": package_version("quasar-cli"),
             **measured_on(self.target.device, self.target.dtype),
         }
         return Measured(measured_file(KIND, conditions), conditions, Choice.parse, Choice.to_dict)
+
+    def _memory(self) -> dict[str, str]:
+        """What streaming depends on: memory that happens to be free does not make another choice."""
+        if self.streaming is None:
+            return {}
+        moved = "all blocks" if self.streaming.moves_all else "what does not fit"
+        return {"streamed": moved, "memory": str(self.streaming.allowed or "what is free")}
 
 
 def find_candidates(wanted: Wanted) -> Candidates:
@@ -100,7 +118,44 @@ def find_candidates(wanted: Wanted) -> Candidates:
     for bits in wanted.heads:
         quantized_layers(target.skeleton, LayerPlan.of(replace(job.config, lm_head_bits=bits)))
     working = replace(job, output=job.output.with_name(f"{job.output.name}-choosing"))
-    return Candidates(uniform, mixed_bodies(target, uniform, job.config), heads, working, target)
+    mixed = mixed_bodies(target, uniform, job.config)
+    return _that_fit(Candidates(uniform, mixed, heads, working, target), find_streaming(wanted, job, target))
+
+
+def find_streaming(wanted: Wanted, job: Job, target: StreamedModel) -> StreamedTarget | None:
+    """The target as decoding will stream it; None where it is not to. UsageError where it cannot, and was to."""
+    folder, moves_all = job.source, wanted.offload == "target"
+    flag = None if wanted.decode_memory is None else "--decode-memory"
+    if wanted.offload == "none" or not can_stream(folder, target.device, moves_all, flag):
+        return None
+    dtype, _ = dtype_of_source(folder, "auto", target.device)
+    context = context_limit(folder, wanted.trust_remote_code)
+    return StreamedTarget.of(folder, dtype, context, moves_all, wanted.decode_memory)
+
+
+def _that_fit(found: Candidates, streaming: StreamedTarget | None) -> Candidates:
+    """Candidates beside which a target fits that is streamed as far as it must; all of them where none has to.
+
+    UsageError where none does.
+    """
+    if streaming is None:
+        return found
+
+    def share(body: Body) -> float | None:
+        config = body.config(found.job.config, found.heads[0])
+        return streaming.share(codes_size(found.target, config, stored_element(found.job.source)))
+
+    shares = {body: share(body) for body in (*found.uniform, *found.mixed)}
+    if not any(shares.values()) and None not in shares.values():
+        return found
+    uniform, mixed = ([body for body in some if shares[body] is not None] for some in (found.uniform, found.mixed))
+    if not uniform:
+        raise UsageError(
+            f"--decode-memory {streaming.allowed} holds no verifier of {found.job.target_name} beside what its passes "
+            "need, even with all blocks of the target streamed."
+        )
+    ends = {body.bits for body in uniform} == set(UNIFORM_BITS)  # what widths by layer cost lies between theirs
+    return replace(found, uniform=uniform, mixed=mixed if ends else [], streaming=streaming)
 
 
 def plan_choice(wanted: Wanted, max_memory: int | None = None) -> tuple[Candidates, Plan]:
@@ -155,9 +210,15 @@ def _choose(wanted: Wanted, found: Candidates, resume: bool, max_memory: int | N
     refuse_what_cannot_fit(plan, job.output)
     tokenizer = load_tokenizer(job.source, wanted.trust_remote_code)
     check_request(job, target, tokenizer)
-    options = LoadOptions(wanted.model, verify="full", device=wanted.device, trust_remote_code=wanted.trust_remote_code)
+    options = LoadOptions(
+        wanted.model,
+        verify="full",
+        device=wanted.device,
+        trust_remote_code=wanted.trust_remote_code,
+        offload="target" if found.streaming else wanted.offload,
+    )
     with working_folder(job, resume):
-        costs = CandidateCosts(api.load(options, progress), job.config, progress)
+        costs = CandidateCosts(api.load(options, progress), job.config, progress, found.streaming)
         calibration = calibrate(job, target, tokenizer, plan.text, progress)
         choosing = Choosing(job, target, calibration, costs, found.heads, progress)
         choice = choosing.choose(found.uniform, found.mixed)

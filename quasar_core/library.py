@@ -7,7 +7,7 @@ from typing import Any
 
 from quasar_core import api
 from quasar_core.choose_bits import Wanted, choose
-from quasar_core.config import GenerationConfig, QuantizeConfig, SamplingConfig
+from quasar_core.config import GenerationConfig, Offload, QuantizeConfig, SamplingConfig
 from quasar_core.decode.generator import Generator, TextPieces
 from quasar_core.decode.text import encode_prompt
 from quasar_core.errors import UsageError
@@ -67,6 +67,8 @@ def quantize_model(
     device: str = "auto",
     max_memory: int | None = None,
     trust_remote_code: bool = False,
+    offload: Offload = "auto",
+    decode_memory: int | None = None,
     progress: Progress = no_progress,
     tell: Tell = tell_nobody,
     **options: Any,
@@ -74,15 +76,18 @@ def quantize_model(
     """Write the verifier of `model` and make the pair current; `options` are those of `QuantizeConfig.of`.
 
     With `bits="auto"` the verifier is made that decodes fastest on this device; a group size and a head's width that
-    are given stay. `tell` hears what was chosen, and what would help. A run that was interrupted goes on. Raises as
-    `api.quantize` does.
+    are given stay; `offload` and `decode_memory`, in bytes, say how decoding will stream the target. `tell` hears what
+    was chosen, and what would help. A run that was interrupted goes on. Raises as `api.quantize` does.
     """
     folder = None if output is None else Path(output)
     run: dict[str, Any] = {"force": force, "max_memory": max_memory, "progress": progress, "tell": tell}
     place: dict[str, Any] = {"output": folder, "device": device, "trust_remote_code": trust_remote_code}
     if isinstance(options.get("bits"), str):
-        config = _chosen(model, options, place, {**run, "resume": resume})
+        streaming = {"offload": offload, "decode_memory": decode_memory}
+        config = _chosen(model, options, {**place, **streaming}, {**run, "resume": resume})
         resume = True  # of the verifier that was chosen nothing is made yet but its text
+    elif offload != "auto" or decode_memory is not None:
+        raise UsageError('offload and decode_memory go with bits="auto", which chooses for them.')
     else:
         config = QuantizeConfig.of(**options)
     return api.quantize(model, config, resume=resume, **place, **run)

@@ -21,6 +21,7 @@ TOKENS = 1
 LATENCY_S = 0.9e-6  # of a read under load, from memory
 LAUNCH_S = 1.3e-6  # in a graph (Hazy Research, 2025, on an H100)
 SMALL_S = 2.0e-6  # a kernel of a few microseconds that reads next to nothing
+JOINED_READS = 3  # one after the other, of attention that rotates and merges: heads, a counter, shares
 MOST_PROGRAMS = 4  # of a multiprocessor, by their registers
 READ = 0.93  # of the bandwidth on paper, by a kernel that does nothing but read
 
@@ -108,10 +109,11 @@ def page(config: DecoderConfig, shape: str) -> Iterator[str]:
     yield f"|{'---|' * (2 * len(kinds) + 2)}"
     yield from (row(config, gpu) for gpu in GPUS)
     yield ""
-    yield "With `--fast`, where norms join the products around them: two launches a layer less, heads of 8 bits."
+    yield "With `--fast`, heads of 8 bits: seven launches a layer where norms join the products around them, five where"
+    yield "attention rotates and merges too, whose last program then reads its shares when the others are done."
     yield ""
-    yield "| GPU | 16 bits: predicted | 4 bits: predicted | verify ÷ confirm |"
-    yield "|---|---|---|---|"
+    yield "| GPU | 16 bits: of seven | of five | 4 bits: of seven | of five | verify ÷ confirm, of five |"
+    yield "|---|---|---|---|---|---|"
     yield from (joined_row(config, gpu) for gpu in GPUS)
 
 
@@ -126,10 +128,12 @@ def row(config: DecoderConfig, gpu: Gpu) -> str:
 
 
 def joined_row(config: DecoderConfig, gpu: Gpu) -> str:
-    """One GPU's with norms that have no launches, in ms."""
+    """One GPU's with norms that have no launches, then with rotation and merge that have none either, in ms."""
     kinds = ((DENSE, DENSE), (CODES[gpu.capability], EIGHT[gpu.capability]))
-    confirm, verify = (1000 * predicted(config, gpu, *kind, norms=0) for kind in kinds)
-    return f"| {gpu.name} | {confirm:.2f} | {verify:.2f} | {verify / confirm:.2f} |"
+    times = [[1000 * predicted(config, gpu, *kind, launches=count) for count in (7, 5)] for kind in kinds]
+    (_, confirm), (_, verify) = times
+    cells = " | ".join(f"{time:.2f}" for pair in times for time in pair)
+    return f"| {gpu.name} | {cells} | {verify / confirm:.2f} |"
 
 
 def weights_of(config: DecoderConfig) -> list[int]:
@@ -155,15 +159,19 @@ def floor(config: DecoderConfig, gpu: Gpu, body: Compiled, head: Compiled) -> fl
     return size / (gpu.gb_per_s * 1e9)
 
 
-def predicted(config: DecoderConfig, gpu: Gpu, body: Compiled, head: Compiled, norms: int = 2) -> float:
-    """Seconds of all launches: four products a layer, the norms, rotation, attention and its merge."""
-    gates = 0 if body is DENSE or not norms else 1  # in 16 bits, and where norms join products, it ends its product
-    small = 3 + norms + gates
-    launches = config.num_layers * (4 + small) + 8
+def predicted(config: DecoderConfig, gpu: Gpu, body: Compiled, head: Compiled, launches: int = 9) -> float:
+    """Seconds of all launches: nine a layer are four products, two norms, rotation, attention and its merge.
+
+    Of seven the norms join products; of five rotation and merge join attention.
+    """
+    gates = 0 if body is DENSE or launches < 9 else 1  # in 16 bits, and where norms join products, it ends its product
+    small = launches - 4 + gates
+    waits = config.num_layers * JOINED_READS * LATENCY_S if launches == 5 else 0.0
+    all_launches = config.num_layers * (4 + small) + 8
     products = sum(body.seconds(weights, gpu) for weights in weights_of(config))
     attention = states_bytes(config) / (READ * gpu.gb_per_s * 1e9)
-    rest = config.num_layers * small * SMALL_S + attention
-    return products + head.seconds(head_weights(config), gpu) + rest + launches * LAUNCH_S
+    rest = config.num_layers * small * SMALL_S + attention + waits
+    return products + head.seconds(head_weights(config), gpu) + rest + all_launches * LAUNCH_S
 
 
 if __name__ == "__main__":

@@ -4,10 +4,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quasar_cli import console
-from quasar_core.config import QuantizeConfig
+from quasar_core.config import Offload, QuantizeConfig
+from quasar_core.errors import UsageError
 
 if TYPE_CHECKING:
     from quasar_core.choose_bits import Wanted
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How decoding will stream the target: see `LoadOptions`."""
+
+    offload: Offload = "auto"
+    memory: int | None = None  # bytes
+
+    def refuse(self) -> None:
+        """UsageError where anything was asked for."""
+        if self != Streaming():
+            raise UsageError("--offload and --decode-memory go with --bits auto, which chooses for them.")
 
 
 @dataclass
@@ -32,6 +46,8 @@ class Chooser:
             from quasar_cli.render.quantize import plan_table
 
             console.show(candidates_table(found.describe(), found.heads), plan_table(plan))
+            if found.streaming:
+                console.note_plain(found.streaming.describe())
         api.refuse_what_cannot_fit(plan, self.wanted.output)
 
     def choose(self, force: bool, resume: bool, max_memory: int | None) -> QuantizeConfig:

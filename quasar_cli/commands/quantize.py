@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quasar_cli import console
-from quasar_cli.commands.choose_bits import Chooser
+from quasar_cli.commands.choose_bits import Chooser, Streaming
 from quasar_cli.commands.models import announce, push_verifier
 from quasar_cli.help import examples
 from quasar_cli.option_groups import takes_groups, with_adapter
-from quasar_cli.options import Adapter, Device, Folder, Json, Threads, TrustRemoteCode, Verbose, use_threads
-from quasar_core.config import BITS, QUICK, SAMPLES, Backend, Method, QuantizeConfig, Rounding
+from quasar_cli.options import Adapter, Device, Folder, Json, Threads, TrustRemoteCode, Verbose, parse_size, use_threads
+from quasar_core.config import BITS, QUICK, SAMPLES, Backend, Method, Offload, QuantizeConfig, Rounding
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.store import check_can_push
 
@@ -197,6 +197,18 @@ def quantize(
             help="Hidden states beyond this, such as 8GB, go to a file; default: half of the free memory.",
         ),
     ] = None,
+    offload: Annotated[
+        Offload,
+        typer.Option("--offload", help="With --bits auto: as decoding will have it; see `quasar generate --help`."),
+    ] = "auto",
+    decode_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--decode-memory",
+            metavar="SIZE",
+            help="With --bits auto: the --max-memory that decoding will have, such as 6GB; default: what is free.",
+        ),
+    ] = None,
     successors: Annotated[
         bool,
         typer.Option(
@@ -212,6 +224,9 @@ def quantize(
 ) -> None:
     """Quantize a model once: the verifier checkpoint is written beside it, and the pair becomes the current one."""
     config = options.config()
+    streaming = Streaming(offload, parse_size("--decode-memory", decode_memory))
+    if not options.automatic:
+        streaming.refuse()
     if successors and dry_run:
         raise UsageError("--successors has no plan to show: leave --dry-run out.")
     use_threads(threads)
@@ -220,12 +235,12 @@ def quantize(
         model = with_adapter(model, adapter) or model
     if push_to_hub is not None:
         check_can_push(push_to_hub)
-    asked = Asked(model, config, output, device, _bytes_of(max_memory), trust_remote_code)
+    asked = Asked(model, config, output, device, parse_size("--max-memory", max_memory), trust_remote_code)
     _say_of_spare_gpus(device)
     if successors:
         _add_successors(asked, as_json)
         return
-    chooser = _chooser(asked, options, as_json) if options.automatic else None
+    chooser = _chooser(asked, options, streaming, as_json) if options.automatic else None
     if dry_run:
         _show_plan(asked, chooser, as_json)
         return
@@ -259,13 +274,14 @@ class Asked:
         return {name: getattr(self, name) for name in names} | {"tell": console.note_plain}
 
 
-def _chooser(asked: Asked, options: QuantizeOptions, as_json: bool) -> Chooser:
+def _chooser(asked: Asked, options: QuantizeOptions, streaming: Streaming, as_json: bool) -> Chooser:
     """`--bits auto`: groups and head that were asked for stay; UsageError for options that do not go with it."""
     from quasar_core.choose_bits import Wanted
 
     groups, heads = (() if value is None else (value,) for value in (options.group_size, options.lm_head_bits))
     place = asked.output, asked.device, asked.trust_remote_code
-    return Chooser(Wanted(asked.model, asked.config, groups, heads, *place), as_json)
+    wanted = Wanted(asked.model, asked.config, groups, heads, *place, streaming.offload, streaming.memory)
+    return Chooser(wanted, as_json)
 
 
 def _make(asked: Asked, force: bool, resume: bool) -> "QuantizeReport":
@@ -341,12 +357,6 @@ def _say_what_was_kept(output: Path) -> None:
 
     for place in sorted(output.parent.glob(f"{escape(api.replaced_folder(output).name)}*")):
         console.note_plain(f"{place} holds what quasar did not write in the folder that was replaced.")
-
-
-def _bytes_of(max_memory: str | None) -> int | None:
-    from quasar_core import api
-
-    return None if max_memory is None else api.parse_bytes("--max-memory", max_memory)
 
 
 def _show_plan(asked: Asked, chooser: Chooser | None, as_json: bool) -> None:

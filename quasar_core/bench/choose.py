@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from quasar_core.bench.simulate import Policy, replay
+from quasar_core.bench.streamed_target import Confirm
 from quasar_core.bench.traces import Drafted, Recorded, Trace, Verified
 from quasar_core.config import BITS, GenerationConfig, QuantizeConfig
 from quasar_core.decode.costs import PairCosts, PassCost
@@ -60,6 +61,8 @@ class Row:
     """A candidate: bytes of its checkpoint, milliseconds of its pass of one token, tokens per second of `exact`.
 
     Without `agreement` it was not solved, and `rate` is what it would reach if it agreed as the most faithful one does.
+    A rate of 0 says that memory does not hold it. Beside it the target's pass of one token takes `confirm_ms` and reads
+    `moved` bytes from the disk.
     """
 
     bits: float
@@ -69,6 +72,8 @@ class Row:
     verify_ms: float
     agreement: float | None
     rate: float
+    confirm_ms: float = 0.0
+    moved: int = 0
 
     @property
     def body(self) -> Body:
@@ -82,7 +87,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Choice:
-    """The table that a verifier was chosen from, the best first, and what the target alone does.
+    """The table that a verifier was chosen from, the best first, and what the target's passes take beside that.
 
     `ceiling` is the rate of one as cheap as the best that always agrees. `tokens` of held-out text were looked at.
     `trouble` says why costs may be another program's doing.
@@ -102,6 +107,11 @@ class Choice:
     def config(self, base: QuantizeConfig) -> QuantizeConfig:
         """The quantization that was chosen."""
         return self.best.body.config(base, self.best.head)
+
+    @property
+    def streams(self) -> bool:
+        """Whether blocks of the target are read from the disk beside a verifier."""
+        return any(row.moved for row in self.rows)
 
     def sentences(self) -> list[str]:
         """What was chosen, why costs may be off, and what would help."""
@@ -206,6 +216,7 @@ def _drafts_along(row: Sequence[int], first: int, sources: Sources) -> list[Draf
 
 
 Costs = Callable[[Body, int], PassCost]  # of a verify pass, by body and bits of the head
+Confirms = Callable[[Body, int], Confirm | None]  # of the target beside a verifier; None where it does not fit
 Try = Callable[[Sequence[Body]], Mapping[tuple[Body, int], Look]]  # solve bodies; a look at each with each head
 Rate = Callable[[Look, PairCosts], float]
 Size = Callable[[Body, int], int]  # bytes of a checkpoint
@@ -221,12 +232,12 @@ class Search:
         self,
         heads: Sequence[int],
         costs: Costs,
-        confirm: PassCost,
+        confirms: Confirms,
         try_bodies: Try,
         rate: Rate,
         size: Callable[[Body, int], int],
     ) -> None:
-        self.heads, self._costs, self._confirm = heads, costs, confirm
+        self.heads, self._costs, self._confirms = heads, costs, confirms
         self._try, self._rate, self._size = try_bodies, rate, size
         self.looks: dict[tuple[Body, int], Look] = {}
         self.rows: dict[tuple[Body, int], Row] = {}
@@ -261,8 +272,10 @@ class Search:
 
     def _note(self, body: Body, head: int, look: Look, agreement: float | None) -> Row:
         cost = self._costs(body, head)
-        rate = self._rate(look, PairCosts(cost, self._confirm))
-        row = Row(body.bits, body.group_size, head, self._size(body, head), 1000 * cost(1), agreement, rate)
+        confirm = self._confirms(body, head)
+        rate = self._rate(look, PairCosts(cost, confirm.cost)) if confirm else 0.0
+        beside = (1000 * confirm.cost(1), confirm.moved) if confirm else (0.0, 0)
+        row = Row(body.bits, body.group_size, head, self._size(body, head), 1000 * cost(1), agreement, rate, *beside)
         self.rows[body, head] = row
         return row
 
@@ -271,9 +284,10 @@ class Search:
         others = sorted((row for row in self.rows.values() if row != best), key=lambda row: -row.rate)
         look = self.looks[best.body, best.head]
         always = Look(look.margins, [[True] * len(row) for row in look.agreed])
-        ceiling = self._rate(always, PairCosts(self._costs(best.body, best.head), self._confirm))
-        tokens = sum(map(len, look.margins))
-        return Choice([best, *others], 1000 * self._confirm(1), ceiling, tokens)
+        confirm = self._confirms(best.body, best.head)
+        costs = self._costs(best.body, best.head)
+        ceiling = self._rate(always, PairCosts(costs, confirm.cost)) if confirm else 0.0
+        return Choice([best, *others], best.confirm_ms, ceiling, sum(map(len, look.margins)))
 
 
 def between(low: PassCost, high: PassCost, share: float) -> PassCost:

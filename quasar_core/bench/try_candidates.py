@@ -17,6 +17,7 @@ from quasar_core.bench.choose import (
     between,
     with_head,
 )
+from quasar_core.bench.streamed_target import Confirm, StreamedPasses, StreamedTarget, measure_streamed
 from quasar_core.bench.synthetic_models import RandomCheckpoint
 from quasar_core.checkpoint.compressed_tensors import PackedWeight
 from quasar_core.checkpoint.gptq_format import why_not_packable
@@ -73,22 +74,46 @@ def possible_heads(target: StreamedModel) -> list[int]:
     return [16, *(bits for bits, fit in fits.items() if fit)]
 
 
+def codes_size(target: StreamedModel, config: QuantizeConfig, stored: int) -> int:
+    """Bytes of a verifier's packed layers, by the plan's formula."""
+    shape = shape_of(target.skeleton, config, stored)
+    return make_plan(shape, config).checkpoint - shape.stored * shape.other_weights
+
+
 class CandidateCosts:
     """What passes of verifiers of a loaded target cost, by random codes of their layouts; remembered on the disk."""
 
-    def __init__(self, pair: Pair, config: QuantizeConfig, progress: Progress = no_progress) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        config: QuantizeConfig,
+        progress: Progress = no_progress,
+        streaming: StreamedTarget | None = None,
+    ) -> None:
         if not isinstance(pair.target, LeanDecoder):
             raise UsageError(f"--bits auto times our own decoder, and {pair.target_name} does not run on it.")
         self._pair, self._target, self._config, self._progress = pair, pair.target, config, progress
+        self._streaming = streaming if pair.target.streamed else None
+        self._passes: StreamedPasses | None = None
+        self._confirm: Confirm | None = None
         self._known: dict[tuple[Body, int], PassCost] = {}
         self.widths: dict[Body, Mapping[str, tuple[int, int]]] = {}  # of mixed bodies, by the layers' stored names
         self._troubles: list[str] = []
 
-    def confirm(self) -> PassCost:
-        """Seconds of the target's passes."""
-        record = cost_record(self._pair, "target")
-        self._doubt(record.trouble)
-        return record.cost
+    def confirm(self, codes: int) -> Confirm | None:
+        """The target's passes beside a verifier of so many bytes; None where memory does not hold both."""
+        if self._streaming is None:
+            if not self._confirm:
+                record = cost_record(self._pair, "target")
+                self._doubt(record.trouble)
+                self._confirm = Confirm(record.cost)
+            return self._confirm
+        if self._passes is None:
+            self._progress("measuring streamed passes", 0, 1)
+            self._passes = measure_streamed(self._pair)
+            self._progress("measuring streamed passes", 1, 1)
+        share = self._streaming.share(codes)
+        return None if share is None else self._passes.confirm(share)
 
     def of(self, body: Body, head: int) -> PassCost:
         """Seconds of a verifier's passes, measured once for a body and a head."""
@@ -103,7 +128,8 @@ class CandidateCosts:
         verifier = attach_verifier(
             self._target, RandomCheckpoint(self._target.config, codes, self._target.dtype, widths=widths)
         )
-        round_head(verifier)  # as loading does
+        if self._streaming is None:
+            round_head(verifier)  # as loading does
         describe_passes({"verifier": verifier})
         name = f"random codes: {body.describe()}, head {head}{_digest(widths)}"
         pair = replace(self._pair, verifier=verifier, verifier_fingerprint=name, measured={})
@@ -149,7 +175,7 @@ class Choosing:
     def choose(self, uniform: Sequence[Body], mixed: Sequence[Body]) -> Choice:
         """The table of what was tried and of what was not worth trying."""
         self._uniform = uniform
-        search = Search(self.heads, self._cost, self.costs.confirm(), self._try, self._rate, self._size)
+        search = Search(self.heads, self._cost, self._confirm, self._try, self._rate, self._size)
         choice = search.run(uniform, mixed)
         return replace(choice, trouble=self.costs.trouble)
 
@@ -169,6 +195,9 @@ class Choosing:
         else:
             own = self.costs.of(body, usual)
         return own if head == usual else with_head(own, self.costs.of(first, head), self.costs.of(first, usual))
+
+    def _confirm(self, body: Body, head: int) -> Confirm | None:
+        return self.costs.confirm(codes_size(self.target, body.config(self.job.config, head), self._stored))
 
     def _size(self, body: Body, head: int) -> int:
         """Bytes of the checkpoint, by the plan's formula."""

@@ -17,6 +17,7 @@ from quasar_core.decode.agreement import Estimate
 from quasar_core.decode.answering import Answering
 from quasar_core.decode.checking import Checking
 from quasar_core.decode.passes import Passes, verifying_model
+from quasar_core.decode.plan import Plan
 from quasar_core.decode.policy import DraftLength, WindowPolicy
 from quasar_core.decode.sampling import accept_matching
 from quasar_core.decode.step_log import StepLog
@@ -74,6 +75,8 @@ class Engine:
         self._log = StepLog(self.stats, self.verifying is pair.target)
         self.tokens: list[int] = []
         self.committed = 0
+        self._plan: Plan | None = None  # of a step that has begun
+        self._earlier_s = 0.0  # that the step took before it was asked for
         self._survival = 1.0  # P(the target agrees with the whole window)
         self._passed: list[Estimate] = []  # of tokens that were let through since, which the target has not passed
         self._estimates: list[Estimate] = []  # and with each of its tokens, where it is asked of either model
@@ -110,33 +113,58 @@ class Engine:
         self.stats.prefill_tokens = 1
         self.stats.prefill_s = self._now() - start
 
+    def begin(self) -> None:
+        """Let the next step's first pass begin where a device runs it: what is done until `step` costs no time then.
+
+        Only what is committed must be looked at between the two.
+        """
+        if self._plan is None and not self._ends and self._passes.start_early:
+            start = self._now()
+            self._plan = plan = self._make_plan()
+            self._earlier_s = self._now() - start
+            if plan.by_target:
+                self.cache.rollback(self.seen - 1)
+            model = self.pair.primary if plan.by_target else self.verifying
+            parents = plan.tree.parents if plan.tree.branches else None
+            self._passes.start(model, plan.tree.tokens, parents)
+
     def step(self) -> None:
         """Draft, let one of the models check the draft, and confirm when it is due."""
         start, passes_s = self._now(), self._log.seconds
+        plan, self._plan = self._plan or self._make_plan(), None
+        self.stats.draft_s += plan.seconds
         if self._checking:
-            self._check_by_either(self._checking, start)
+            self._check_by_either(self._checking, plan)
         else:
-            draft = self._draft()
-            self._verify_timed(draft, start)
+            self._verify_timed(plan)
             due = self.confirms and self.window_policy.is_due(len(self.window), self._survival)
             if due or self._must_confirm():
                 self._confirm_timed()
         settle(self.cache, self.committed - 1)
-        step_s = self._now() - start
+        step_s, self._earlier_s = self._now() - start + self._earlier_s, 0.0
         self.stats.decode_s += step_s
         if self._checking:
             self._checking.checker.spent(step_s - (self._log.seconds - passes_s))
 
-    def _check_by_either(self, checking: Checking, start: float) -> None:
-        """Offer a draft to both models; the one that is worth more checks it."""
-        offered = self._propose(checking.limit)
-        left = self.max_tokens - len(self.tokens)
+    def _make_plan(self) -> Plan:
+        """Draft, and decide who checks the draft."""
+        self.answering.before_pass()
+        start, checking = self._now(), self._checking
+        if checking is None:
+            draft, seconds = self._draft(), self._now() - start
+            return Plan(draft, False, self._grow(draft), seconds)
+        offered, left = self._propose(checking.limit), self.max_tokens - len(self.tokens)
         check, draft = checking.choose(offered, len(self.window), self._survival, left)
-        if check.by_target:
-            self.stats.draft_s += self._now() - start
-            self._confirm_timed(draft, self._now() - start)
+        seconds = self._now() - start
+        tree = self._grow_behind(draft) if check.by_target else self._grow(draft)
+        return Plan(draft, check.by_target, tree, seconds)
+
+    def _check_by_either(self, checking: Checking, plan: Plan) -> None:
+        """The model that is worth more checks the draft; the target may then have to confirm."""
+        if plan.by_target:
+            self._confirm_timed(plan)
             return
-        self._verify_timed(draft, start)
+        self._verify_timed(plan)
         checking.verified()
         self._let_through(checking)
         if self._must_confirm() or (len(self._passed) >= MOST_UNSEEN and not self._ends):
@@ -152,16 +180,20 @@ class Engine:
             self.committed += count
             self._survival = prod(estimate.p for estimate in self._estimates)
 
-    def _verify_timed(self, draft: Draft, start: float) -> None:
-        drafted = self._now()
-        self._verify(draft, drafted - start)
-        self.stats.draft_s += drafted - start
-        self.stats.verify_s += self._now() - drafted
+    def _verify_timed(self, plan: Plan) -> None:
+        start, earlier = self._now(), self._earlier_s
+        self._verify(plan)
+        self.stats.verify_s += self._now() - start + self._earlier_s - earlier
 
-    def _confirm_timed(self, draft: Draft = NO_DRAFT, drafting_s: float = 0.0) -> None:
-        start = self._now()
-        self._confirm(draft, drafting_s)
-        self.stats.confirm_s += self._now() - start
+    def _confirm_timed(self, plan: Plan | None = None) -> None:
+        start, earlier = self._now(), self._earlier_s
+        self._confirm(plan)
+        self.stats.confirm_s += self._now() - start + self._earlier_s - earlier
+
+    def _pass_s(self, start: float) -> float:
+        """Seconds of a pass that was asked for at `start`, and may have begun earlier."""
+        self._earlier_s += self._passes.earlier_s
+        return self._now() - start + self._passes.earlier_s
 
     def _draft(self) -> Draft:
         return self.draft_length.cut(self._propose(self.draft_length.limit))
@@ -172,20 +204,18 @@ class Engine:
         draft = self.drafter.propose(limit) if limit > 0 else NO_DRAFT
         return draft.first(self.answering.allowed(self.tokens, draft.tokens))
 
-    def _verify(self, draft: Draft, drafting_s: float) -> None:
+    def _verify(self, plan: Plan) -> None:
         """One pass over the last token and the draft; accepted tokens and the bonus join the text."""
-        self.answering.before_pass()
-        tree = self._grow(draft)
-        if tree.branches:
-            self._verify_tree(tree, drafting_s)
+        if plan.tree.branches:
+            self._verify_tree(plan.tree, plan.seconds)
         else:
-            self._verify_chain(draft, drafting_s)
+            self._verify_chain(plan.draft, plan.seconds)
 
     def _verify_chain(self, draft: Draft, drafting_s: float) -> None:
         start = self._now()
         tokens = [self.tokens[-1], *draft.tokens]
         choices = self._passes.verify(self.tokens, draft.tokens)
-        pass_s = self._now() - start
+        pass_s = self._pass_s(start)
         self._show(tokens, choices.likeliest, len(self.tokens) - 1)
         accepted, bonus = _accept(choices, draft.tokens)
         new = self._cut_at_eos([*draft.tokens[:accepted], bonus])
@@ -214,7 +244,7 @@ class Engine:
         assert self._branching is not None
         before, start = self.cache.length, self._now()
         choices = self._passes.verify_tree(self.tokens, tree.tokens, tree.parents)
-        pass_s = self._now() - start
+        pass_s = self._pass_s(start)
         self._show_tree(tree, choices.likeliest, len(self.tokens) - 1)
         path = tree.follow(choices.tokens)
         cast(TreeCache, self.cache).keep(before, [0, *path])
@@ -239,19 +269,21 @@ class Engine:
         """Whether the text ends here, if the target agrees."""
         return self.confirms and self._ends and bool(self.window)
 
-    def _confirm(self, draft: Draft = NO_DRAFT, drafting_s: float = 0.0) -> None:
+    def _confirm(self, plan: Plan | None = None) -> None:
         """One target pass over what was let through, the window, and a draft behind it.
 
         What it accepts of the window is committed with its bonus token, the rest taken back. What was let through
         stays, with keys and values that are the target's now.
         """
-        self.answering.before_pass()
+        if plan is None:
+            self.answering.before_pass()
+            plan = Plan(NO_DRAFT, True, self._grow_behind(NO_DRAFT), 0.0)
         window, unseen, start = self.window, len(self._passed), self._now()
-        tree = self._grow_behind(draft)
+        tree, drafting_s = plan.tree, plan.seconds
         self.cache.rollback(self.seen - 1)
-        path, bonus, margins = self._accept_tree(tree) if tree.branches else self._accept_window(draft.tokens)
+        path, bonus, margins = self._accept_tree(tree) if tree.branches else self._accept_window(plan.draft.tokens)
         path, margins = path[unseen:], margins[unseen:]
-        pass_s = self._now() - start
+        pass_s = self._pass_s(start)
         kept, before = min(len(path), len(window)), self.committed
         self.drafter.forget(len(window) - kept)
         self.tokens = self.tokens[: self.committed + kept]

@@ -31,10 +31,10 @@ from quasar_core.decode.policy import (
 from quasar_core.decode.prefixes import Prefix, Prefixes
 from quasar_core.decode.processors import Processors, describe_processors
 from quasar_core.decode.run_costs import RunCosts
+from quasar_core.decode.streamed_prospect import describe_expected, describe_more_bits
 from quasar_core.decode.text import TextStream
 from quasar_core.decode.trees import Branching
 from quasar_core.decode.verifier_attention import VerifierAttention
-from quasar_core.decode.window_values import longest_window
 from quasar_core.draft.base import Drafter
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.base import KVCache
@@ -154,6 +154,9 @@ class Generator:
         """Step until something ends the answer, yielding text; the number of its tokens, and what ended it."""
         read = prompt_length
         while True:
+            self._costs.move_to(engine.seen, engine.pair)
+            if read > prompt_length:  # nothing comes before the first text
+                engine.begin()
             while read < engine.committed:
                 token = engine.tokens[read]
                 read += 1
@@ -168,7 +171,6 @@ class Generator:
                     return read - prompt_length, "stop"
                 if read >= engine.max_tokens:
                     return read - prompt_length, "length"
-            self._costs.move_to(engine.seen, engine.pair)
             engine.step()
             engine.answering.waiting(engine.window)
 
@@ -264,7 +266,7 @@ class Generator:
         if plan.target_alone and self._costs.check_memory():
             plan = plan_exact(costs, agreement.now, self._acceptance)
         self._target_first = plan.target_alone
-        self._note_expected(plan.rate)
+        self._note_expected(plan.rate, agreement)
         checker = Checker(costs, agreement, [plan.usual], plan.target_alone)
         self._note(_who_checks(self.config.verify, plan.target_alone, checker.longest))
         gate = self._choose_gate(agreement)
@@ -286,15 +288,15 @@ class Generator:
         self._note(f"gated: tokens that go through without a confirm: {known}")
         return gate
 
-    def _note_expected(self, rate: float) -> None:
-        """Where the target's weights are streamed, what that means for whoever waits."""
+    def _note_expected(self, rate: float, agreement: RunningAgreement) -> None:
+        """Where the target's weights are streamed: what may be expected, and what more bits would give."""
         assert self.pair.target is not None
         if self.pair.target.streamed:
             costs = self._costs.corrected()
-            self._note(
-                f"offload: a confirm takes {costs.confirm(1):.2g} s and a verify {costs.verify(1):.2g} s, so about "
-                f"{rate:.2g} tokens a second are expected, in windows of up to {longest_window(costs)} tokens"
-            )
+            self._note(describe_expected(costs, rate, agreement.now.mean, self.pair.fidelity is not None))
+            advice = describe_more_bits(self.pair, costs, agreement, rate, self._acceptance)
+            if advice:
+                self._note(advice)
 
     def _known_agreement(self) -> RunningAgreement:
         """As it was measured; without that, a guess, which decoding corrects."""

@@ -3,7 +3,9 @@
 Letters: T rows of a pass, V vocabulary.
 """
 
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,8 +15,31 @@ from quasar_core.decode.processors import Processors
 from quasar_core.decode.sampling import Noise, keep_likely
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.threads import one_thread
-from quasar_core.models.base import CausalLM, Choices, KVCache, best_tokens, bring_over, depths_of, likeliest_tokens
+from quasar_core.models.base import (
+    BeginningPass,
+    Begun,
+    CausalLM,
+    Choices,
+    KVCache,
+    best_tokens,
+    bring_over,
+    depths_of,
+    likeliest_tokens,
+)
+from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.pair import Pair
+
+
+@dataclass
+class Ahead:
+    """A pass that a device runs, and what it is a pass of."""
+
+    model: CausalLM
+    tokens: list[int]
+    parents: Sequence[int] | None
+    begun: Begun
+    host_s: float  # that the host took to begin it
 
 
 class Passes:
@@ -42,6 +67,8 @@ class Passes:
             self._noise = Noise(config.sampling.seed, pair.primary.vocab_size, pair.primary.device)
         self.changes = bool(self._processors or answering.rules)  # whether rules change logits by the text before them
         self._reads_logits = self._noise is not None or self.changes or answering.scores is not None
+        self._ahead: Ahead | None = None
+        self.earlier_s = 0.0  # of the last pass, before it was asked for: the host's share of it, or the device's
         self._logits: torch.Tensor | None = None  # of the last pass, as the model gave them, where they are scored
 
     def begin(self, prompt: Sequence[int], max_tokens: int, eos_ids: frozenset[int]) -> None:
@@ -52,6 +79,18 @@ class Passes:
         """The target's passes over a prompt beyond its `cached` tokens, `chunk` at a time → the token behind it."""
         logits = self._target.pass_prompt(prompt[cached:], self._cache, chunk, self._answering.before_pass)
         return self._choose(logits, prompt, [])
+
+    @property
+    def start_early(self) -> bool:
+        """Whether a device may run a pass while the host goes on, and nothing of the logits is needed on the host."""
+        return not self._reads_logits and device_pass(self._verifying, self._cache) is not None
+
+    def start(self, model: CausalLM, tokens: Sequence[int], parents: Sequence[int] | None = None) -> None:
+        """Let a pass over tokens, or a tree, begin where a device runs it; what asks for the same pass next gets it."""
+        start = time.perf_counter()
+        begun = begin_pass(model, tokens, self._cache, self._wants_best, parents)
+        host_s = time.perf_counter() - start
+        self._ahead = None if begun is None else Ahead(model, list(tokens), parents, begun, host_s)
 
     def verify(self, text: Sequence[int], draft: Sequence[int]) -> Choices:
         """One pass of the verifying model over the text's last token and a draft."""
@@ -72,16 +111,28 @@ class Passes:
     def _pass(self, model: CausalLM, text: Sequence[int], offered: Sequence[int]) -> Choices:
         tokens = [text[-1], *offered]
         if not self._reads_logits:
-            return model.choose(tokens, self._cache, self._wants_best)
+            return self._fetch(model, tokens, None) or model.choose(tokens, self._cache, self._wants_best)
         return self._choose(model.forward(tokens, self._cache), text, offered)
 
     def _pass_tree(
         self, model: CausalLM, text: Sequence[int], tokens: Sequence[int], parents: Sequence[int]
     ) -> Choices:
         if not self._reads_logits:
-            return model.choose_tree(tokens, parents, self._cache, self._wants_best)
+            begun = self._fetch(model, tokens, parents)
+            return begun or model.choose_tree(tokens, parents, self._cache, self._wants_best)
         logits = model.forward_tree(tokens, parents, self._cache)
         return self._best(logits, [len(text) + depth for depth in depths_of(parents)], self._likeliest(logits))
+
+    def _fetch(self, model: CausalLM, tokens: Sequence[int], parents: Sequence[int] | None) -> Choices | None:
+        """The choices of the pass that began ahead; None where none did, or another one."""
+        ahead, self._ahead, self.earlier_s = self._ahead, None, 0.0
+        if ahead is None or (ahead.model, ahead.tokens, ahead.parents) != (model, list(tokens), parents):
+            return None
+        start = time.perf_counter()
+        choices = ahead.begun.fetch()
+        waited = time.perf_counter() - start
+        self.earlier_s = max(ahead.host_s, ahead.begun.seconds - waited)
+        return choices
 
     def _choose(self, logits: torch.Tensor, text: Sequence[int], offered: Sequence[int]) -> Choices:
         """The token of each row of logits [T, V], the first of which stands behind the text."""
@@ -113,6 +164,22 @@ class Passes:
         """Logits [T, V] after the model's processors and the answer's own rules."""
         self._logits = logits if self._answering.scores is not None else None
         return self._answering.apply(self._processors(logits, prefix, continuation), prefix, continuation)
+
+
+def device_pass(model: CausalLM, cache: KVCache) -> BeginningPass | None:
+    """What runs a model's passes on a device while the host goes on; None elsewhere."""
+    fast = model.fast if isinstance(model, LeanDecoder) and isinstance(cache, DecoderCache) else None
+    return fast if isinstance(fast, BeginningPass) else None
+
+
+def begin_pass(
+    model: CausalLM, tokens: Sequence[int], cache: KVCache, likeliest: int, parents: Sequence[int] | None
+) -> Begun | None:
+    """Begin a pass there; None, and nothing has happened, where it does not run whole."""
+    fast = device_pass(model, cache)
+    if fast is None or len(tokens) > (fast.longest if parents is None else fast.longest_tree):
+        return None
+    return fast.begin(tokens, cache, likeliest, parents=parents)
 
 
 def verifying_model(pair: Pair, mode: VerifyMode) -> CausalLM:

@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -136,6 +136,33 @@ class CausalLM(Protocol):
     def choose_tree(self, tokens: Sequence[int], parents: Sequence[int], cache: Any, likeliest: int = 0) -> Choices:
         """The same pass → what `choose` gives."""
         return choose_best(self.forward_tree(tokens, parents, cache), likeliest)
+
+
+class Begun(Protocol):
+    """A pass that a device runs. It may be left alone: then nothing of it stays."""
+
+    @property
+    def seconds(self) -> float:
+        """That the device took, once it is fetched; 0 where nobody measured."""
+        ...
+
+    def fetch(self) -> Choices:
+        """Wait for it, and move its cache on."""
+        ...
+
+
+@runtime_checkable
+class BeginningPass(Protocol):
+    """A `FastPass` that a device runs while the host goes on."""
+
+    longest: int
+    longest_tree: int
+
+    def begin(
+        self, tokens: Sequence[int], cache: Any, likeliest: int = 0, *, parents: Sequence[int] | None = None
+    ) -> Begun:
+        """Begin the pass of `choose`, of at most `longest` tokens; the cache moves on when it is fetched."""
+        ...
 
 
 class FastPass(Protocol):

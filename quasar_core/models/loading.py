@@ -163,6 +163,7 @@ def describe_stream(target: CausalLM | None, plan: OffloadPlan, progress: Progre
     """A note of what is streamed, and how fast: the first blocks are read."""
     assert isinstance(target, LeanDecoder)
     assert isinstance(target.source, LayerStream)
+    target.source.spare = plan.spare
     progress("reading the first streamed blocks", 0, 1)
     target.source.start()
     progress("reading the first streamed blocks", 1, 1)

@@ -28,6 +28,7 @@ from quasar_core.store.model_config import read_text_config
 from quasar_core.system import free_memory, own_memory
 
 PLANNED_CONTEXT = 4096  # tokens that a cache is planned for where --max-context does not say
+LEAST_CONTEXT = 16  # tokens; a text that is shorter is none
 RESERVE_SHARE, LEAST_RESERVE = 0.05, 64 << 20  # of what there is: for what loading and passes hold for a moment
 
 
@@ -48,7 +49,8 @@ class Budget:
 class OffloadPlan:
     """The products that are streamed, by their block; how many blocks there are; bytes that the pair then holds.
 
-    Where there is a copy in 12 bits: it, and the products that stay and come from it.
+    Where there is a copy in 12 bits: it, and the products that stay and come from it. `spare` bytes of memory are left,
+    as far as that is known. A cache of `tokens` is counted, and the longest one fits with every block streamed.
     """
 
     streamed: Products
@@ -56,21 +58,33 @@ class OffloadPlan:
     held: int
     copy: CompressedCopy | None = None
     kept: Products = field(default_factory=dict)
+    spare: int = 0
+    tokens: int = 0
+    longest: int | None = None
 
     def describe(self, source: LayerStream) -> str:
         """What stays, what moves, and how long that takes at the speed that reading has shown."""
         form = f", in {BITS} bits" if self.copy else ""
+        cache = f" and a cache of {self.tokens:,} tokens" if self.tokens else ""
+        held = f"stay in memory{form}, with all else{cache} {_gigabytes(self.held)} GB"
         if not source.pass_bytes:
-            return (
-                f"offload: all of the target's {self.count} blocks stay in memory{form}, with all else "
-                f"{_gigabytes(self.held)} GB"
-            )
+            return f"offload: all of the target's {self.count} blocks {held}"
         seconds = source.pass_bytes / source.bandwidth if source.bandwidth else 0.0
         return (
-            f"offload: {self.count - len(self.streamed)} of the target's {self.count} blocks stay in memory{form}, "
-            f"with all else {_gigabytes(self.held)} GB; {len(self.streamed)} are read whenever it passes, "
-            f"{_gigabytes(source.pass_bytes)} GB in {seconds:.2g} s at {_gigabytes(source.bandwidth)} GB a second"
+            f"offload: {self.count - len(self.streamed)} of the target's {self.count} blocks {held}; "
+            f"{len(self.streamed)} are read whenever it passes, {_gigabytes(source.pass_bytes)} GB in {seconds:.2g} s "
+            f"at {_gigabytes(source.bandwidth)} GB a second{self._describe_longest()}"
         )
+
+    def within(self, context: int) -> "OffloadPlan":
+        """The same for texts of at most so many tokens; where memory holds them it bounds no text."""
+        return replace(self, longest=None) if self.longest is not None and self.longest >= context else self
+
+    def _describe_longest(self) -> str:
+        """How long a text may be, where memory bounds it."""
+        if self.longest is None:
+            return ""
+        return f"; memory holds texts of up to {max(self.longest, self.tokens):,} tokens (--max-context)"
 
 
 @dataclass(frozen=True)
@@ -114,11 +128,7 @@ def plan_offload(
     """
     if options.offload == "none" or not options.use_target:
         return None
-    obstacle = why_folder_not_lean(folder) or (None if device.type == "cpu" else f"the device is {device}")
-    if obstacle:
-        flag = "--offload target" if options.offload == "target" else "--max-memory"
-        if options.offload == "target" or options.max_memory is not None:
-            raise UsageError(f"{flag} streams blocks of our own decoder on the CPU: {obstacle}.")
+    if not can_stream(folder, device, options.offload == "target", "--max-memory" if options.max_memory else None):
         return None
     need = pair_need(folder, checkpoint, dtype)
     assert need is not None
@@ -126,15 +136,39 @@ def plan_offload(
     movable = Movable(*movable_products(folder, checkpoint), dtype)
     tokens = min(context, options.max_context or PLANNED_CONTEXT)
     budget = budget_here(options.max_memory)
-
-    def planned(movable: Movable) -> OffloadPlan | None:
-        fits = plan_to_fit(movable, need, tokens, budget) if budget else None
-        return plan_all(movable, need, tokens) if options.offload == "target" else fits
-
-    if planned(movable) is None:
+    plan = plan_within(movable, need, tokens, budget, options.offload == "target")
+    if plan is None:
         return None
     copy = choose_copy(folder, dtype, options.compress, progress)
-    return planned(movable.compressed(copy)) if copy else planned(movable)
+    if copy:
+        plan = plan_within(movable.compressed(copy), need, tokens, budget, options.offload == "target")
+    return plan and plan.within(context)
+
+
+def can_stream(folder: Path, device: torch.device, moves_all: bool, memory_flag: str | None) -> bool:
+    """Whether blocks can be streamed; UsageError where they cannot, and it was asked for, by all or by a size."""
+    obstacle = why_folder_not_lean(folder) or (None if device.type == "cpu" else f"the device is {device}")
+    flag = "--offload target" if moves_all else memory_flag
+    if obstacle and flag:
+        raise UsageError(f"{flag} streams blocks of our own decoder on the CPU: {obstacle}.")
+    return obstacle is None
+
+
+def plan_within(
+    movable: Movable, need: MemoryNeed, tokens: int, budget: Budget | None, moves_all: bool
+) -> OffloadPlan | None:
+    """What is streamed with a cache of so many tokens; None where all stays. Raises as `plan_to_fit` does."""
+    fits = plan_to_fit(movable, need, tokens, budget) if budget else None
+    plan = plan_all(movable, need, tokens) if moves_all else fits
+    if plan is None or budget is None:
+        return plan and replace(plan, tokens=tokens)
+    spare = max(budget.room - plan.held, 0)
+    return replace(plan, spare=spare, tokens=tokens, longest=longest_context(movable, need, budget))
+
+
+def longest_context(movable: Movable, need: MemoryNeed, budget: Budget) -> int:
+    """Tokens of the longest cache that fits, with every block streamed; 0 where none does."""
+    return max(budget.room - plan_all(movable, need, 0).held, 0) // max(need.per_token, 1)
 
 
 def choose_copy(folder: Path, dtype: torch.dtype, wanted: bool | None, progress: Progress) -> CompressedCopy | None:
@@ -186,9 +220,11 @@ def plan_to_fit(movable: Movable, need: MemoryNeed, tokens: int, budget: Budget)
     plan = movable.plan(fewest_to_move(movable.sizes, whole - budget.room), whole)
     if budget.asked and plan.held > budget.room:
         least = plan.held + own_memory() + budget.size - budget.room
+        longest = longest_context(movable, need, budget)
+        shorter = f"--max-context {longest} would fit, and" if longest >= LEAST_CONTEXT else "no text would fit;"
         raise UsageError(
             f"--max-memory must be at least {_gigabytes(least)} GB with a context of {tokens} tokens, even with the "
-            "target's blocks streamed: a smaller --max-context, or --verify quantized --no-target, takes less."
+            f"target's blocks streamed: {shorter} --verify quantized --no-target takes less."
         )
     return plan
 

@@ -49,6 +49,8 @@ class LayerStream:
     weights: Mapping[int, Sequence[StoredWeight]]
     bytes_read: int = 0
     seconds_reading: float = 0.0
+    seconds_waiting: float = 0.0  # of passes, for blocks that were not there yet
+    spare: int = 0  # bytes of memory that are left beside all that is held
     _buffers: list[_Buffer] = field(default_factory=lambda: [_Buffer() for _ in range(BUFFERS)])
 
     def __post_init__(self) -> None:
@@ -67,6 +69,12 @@ class LayerStream:
         if len(self._blocks) <= BUFFERS:
             return 0
         return sum(weight.entry.size for weights in self.weights.values() for weight in weights)
+
+    @property
+    def staying_bytes(self) -> int:
+        """Bytes of the blocks that stay in memory, taken to be as large as those that are streamed."""
+        streamed = len(self._blocks)
+        return self.pass_bytes * (self.count - streamed) // streamed if streamed else 0
 
     @property
     def bandwidth(self) -> float:
@@ -100,8 +108,10 @@ class LayerStream:
         if failed or buffer.block != self._blocks[number]:  # a pass was ended in its middle, or reading failed
             self._fetch(number)
         assert buffer.reading is not None
+        start = time.perf_counter()
         try:
             buffer.reading.result()
+            self.seconds_waiting += time.perf_counter() - start
         except QuasarError:
             buffer.block = None
             raise

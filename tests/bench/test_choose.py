@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.bench.choose import Body, Choice, Replayed, Row, Search, advice, between, with_head
+from quasar_core.bench.streamed_target import Confirm
 from quasar_core.config import QuantizeConfig
 from quasar_core.decode.agreement import agreements_of
 from quasar_core.decode.costs import PairCosts, PassCost
@@ -43,12 +44,15 @@ class Bench:
     def cost(self, body: Body, head: int) -> PassCost:
         return PassCost((1,), (self.seconds[body] * (1.0 if head == 16 else self.head),))
 
+    def confirm(self, body: Body, head: int) -> Confirm | None:
+        return Confirm(CONFIRM)
+
     def attempt(self, bodies: Sequence[Body]) -> dict[tuple[Body, int], Look]:
         self.tried.append(list(bodies))
         return {(body, head): look(self.agreements[body]) for body in bodies for head in (16, 8)}
 
     def search(self) -> Choice:
-        search = Search([16, 8], self.cost, CONFIRM, self.attempt, expected, lambda body, head: 1000)
+        search = Search([16, 8], self.cost, self.confirm, self.attempt, expected, lambda body, head: 1000)
         return search.run(UNIFORM, MIXED)
 
 
@@ -82,6 +86,26 @@ def test_what_cannot_win_is_not_solved_and_one_try_serves_all_that_can() -> None
     unsolved = {row.body for row in choice.rows if row.agreement is None}
     assert unsolved == {Body(8, 128), Body(8, 64), *MIXED}
     assert choice.ceiling == pytest.approx(1 / 3.6)
+
+
+def test_what_memory_does_not_hold_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 bits would be the best by far; beside them a confirm is as dear as its bytes, and with a second head none."""
+    bodies = [Body(4, 128), Body(8, 128)]
+    bench = Bench(dict.fromkeys(bodies, 1.0), {bodies[0]: 0.9, bodies[1]: 1.0})
+
+    def confirm(body: Body, head: int) -> Confirm | None:
+        moved = int(1e9 * body.bits)
+        return None if (body.bits, head) == (8, 8) else Confirm(PassCost((1,), (moved / 1e9,)), moved)
+
+    monkeypatch.setattr(bench, "confirm", confirm)
+    search = Search([16, 8], bench.cost, bench.confirm, bench.attempt, expected, lambda body, head: 1000)
+    choice = search.run(bodies, [])
+    rows = {(row.bits, row.head): row for row in choice.rows}
+    assert (rows[8, 8].rate, rows[8, 8].moved) == (0.0, 0)
+    assert (choice.best.bits, choice.best.head) == (8, 16)
+    assert (choice.best.confirm_ms, choice.best.moved, choice.confirm_ms) == (8000.0, 8_000_000_000, 8000.0)
+    assert choice.streams
+    assert Choice.parse(choice.to_dict()) == choice
 
 
 def test_a_head_adds_what_it_adds_beside_another_body() -> None:

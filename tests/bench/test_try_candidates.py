@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.quantize_cases import CONFIG
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from quasar_cli import console
 from quasar_cli.main import run as run_command
+from quasar_cli.render import as_bytes
 from quasar_cli.render.choice import choice_table
 from quasar_core import api
 from quasar_core.bench import try_candidates
@@ -22,6 +24,8 @@ from quasar_core.decode.cost_records import CostRecord
 from quasar_core.decode.costs import PairCosts, PassCost
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.library import quantize_model
+from quasar_core.models import offload
+from quasar_core.models.offload import plan_all
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.quantize import candidates, estimate
 from quasar_core.quantize.candidates import Look, PackedModel, Watcher, commit_candidates
@@ -248,3 +252,59 @@ def test_an_interrupted_choice_goes_on_with_its_text(
     assert len(by_hand) == measured  # kept: nothing was measured again
     assert choose(asked, resume=False)[1].rows
     assert len(by_hand) > measured
+
+
+@pytest.fixture
+def four_blocks(source: Path) -> Path:
+    """The model with as many blocks as a stream needs: two buffers hold fewer."""
+    config = Qwen3Config.from_pretrained(source)
+    config.num_hidden_layers, config.layer_types = 4, ["full_attention"] * 4
+    torch.manual_seed(1)
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
+    return source
+
+
+@pytest.mark.usefixtures("by_hand")
+def test_a_choice_for_a_streamed_target_reckons_with_what_a_confirm_reads(
+    four_blocks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = wanted(four_blocks, groups=(32,), heads=(16,), offload="target")
+    monkeypatch.setattr(try_candidates, "MEAN_BITS", ())
+    confirms: list[float] = []
+
+    def rate(replayed: Replayed, look: Look, costs: PairCosts) -> float:
+        confirms.append(costs.confirm(1))
+        return look.agreement / costs.verify(1)
+
+    monkeypatch.setattr(Replayed, "rate", rate)
+    _, choice = choose(asked)
+    assert choice.streams
+    assert len({row.moved for row in choice.rows}) == 1  # all blocks, beside any verifier
+    assert all(row.confirm_ms == pytest.approx(1000 * confirms[0]) for row in choice.rows)
+    console.show(choice_table(choice))
+    assert as_bytes(choice.best.moved) in capsys.readouterr().out
+    assert find_candidates(asked).kept.path != find_candidates(replace(asked, offload="auto")).kept.path
+
+
+def test_what_does_not_fit_is_left_out(four_blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside 4 bits the target fits with all blocks streamed, beside 8 bits it does not; then beside none."""
+    monkeypatch.setattr(offload, "own_memory", lambda: 0)
+    monkeypatch.setattr(offload, "free_memory", lambda: 10**12)
+    asked = wanted(four_blocks, groups=(32,), heads=(16,))
+    assert find_candidates(asked).streaming is None  # what is free holds all
+    target = find_candidates(replace(asked, offload="target")).streaming
+    assert target is not None
+    small, large = (codes_size(asked, bits) for bits in (4, 8))
+    held = plan_all(target.movable, replace(target.need, verifier=(small + large) // 2), target.tokens).held
+    found = find_candidates(replace(asked, decode_memory=held + offload.LEAST_RESERVE))
+    assert (found.uniform, found.mixed) == ([Body(4, 32)], [])
+    assert found.streaming is not None
+    with pytest.raises(
+        UsageError, match=r"^--decode-memory 70000000 holds no verifier of .* beside what its passes need"
+    ):
+        find_candidates(replace(asked, decode_memory=70_000_000))
+
+
+def codes_size(asked: Wanted, bits: int) -> int:
+    found = find_candidates(asked)
+    return try_candidates.codes_size(found.target, replace(found.job.config, bits=bits, group_size=32), 2)

@@ -38,7 +38,7 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_KB = {80: 164, 89: 100, 90: 228, 120: 100}  # of a multiprocessor
+SHARED_KB = {80: 164, 86: 100, 89: 100, 90: 228, 120: 100}  # of a multiprocessor
 OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 CPU = torch.device("cpu")
 
@@ -65,6 +65,9 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **nam
     compiled = kernel.asm
     found = {"kernel": self.__name__, "wgmma": "warp_group_dot" in compiled["ttgir"]}
     found |= {"overlaps": bool(options.get("launch_pdl")), "waits": compiled["ptx"].count("griddepcontrol.wait")}
+    if self.__name__ == "_attend_kernel":
+        found |= {name.lower(): values[name] for name in ("TURNS", "MERGED", "ROWS")}
+        found |= machine_code(compiled["cubin"])
     if self.__name__ == "_packed_kernel":
         found |= {name.lower(): values[name] for name in ("BITS", "STORED", "HAS_ZEROS", "IS_WIDE", "SLOTS", "NORMS")}
         found |= machine_code(compiled["cubin"])
@@ -117,6 +120,8 @@ def launch_all() -> None:
         packed,
         probe,
         products,
+        rotation,
+        shares,
         stream,
         unpack,
     )
@@ -150,13 +155,20 @@ def launch_all() -> None:
     elementwise.silu_multiply(x, zeros(4, 2048))
     states, queries, position = zeros(8, 1024, 128), zeros(4, 32, 128), zeros(1, dtype=torch.int64)
     tables = zeros(1024, 128), zeros(1024, 128)
-    elementwise.rotate_and_store(zeros(4, 48 * 128), zeros(40, 128), *tables, position, states, states, queries, 1e-6)
-    workspace = attention.attention_workspace(CPU, 4, 32, 128, 1024)
+    turn = rotation.Rotation(zeros(40, 128), *tables, 1e-6)
+    rotation.rotate_and_store(zeros(4, 48 * 128), turn, position, states, states, queries)
+    workspace = shares.attention_workspace(CPU, 4, 32, 128, 1024)
     attention.attend(queries, states, states, position, 512, workspace, x, 1024)
     tokens = zeros(4, dtype=torch.int64)
-    qkv, norms = zeros(4, 48 * 128), zeros(40, 128)
-    elementwise.rotate_and_store(qkv, norms, *tables, position, states, states, queries, 1e-6, depths=tokens)
+    qkv = zeros(4, 48 * 128)
+    rotation.rotate_and_store(qkv, turn, position, states, states, queries, depths=tokens)
     attention.attend(queries, states, states, position, 512, workspace, x, 1024, tree=(tokens, tokens))
+    for tree in (None, (tokens, tokens)) if EVERY else (None,):
+        where = position, 512, workspace, x, 1024
+        attention.attend(qkv, states, states, *where, tree=tree, rotation=turn, merges=True)
+    if EVERY:
+        attention.attend(queries, states, states, *where, merges=True)
+        attention.attend(qkv, states, states, *where, rotation=turn)
     choices.argmax_and_margin(zeros(4, 151936), tokens, steps, steps)
     choices.likeliest_tokens(zeros(4, 151936), zeros(4, 8, dtype=torch.int32))
     choices.accept_greedy(tokens, tokens, tokens[:1], tokens[:1])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+TARGETS = (80, 86, 89, 90, 120)
 PROGRAMS = 4  # of the packed kernel that share a multiprocessor; zeros beside scales may cost one
 
 
@@ -25,7 +26,8 @@ def why_not_compiled() -> str | None:
 
 @pytest.mark.skipif(why_not_compiled() is not None, reason=str(why_not_compiled()))
 @pytest.mark.parametrize(
-    ("target", "launches"), [(90, "some"), *(pytest.param(t, "all", marks=pytest.mark.slow) for t in (80, 89, 90, 120))]
+    ("target", "launches"),
+    [(90, "some"), *(pytest.param(t, "all", marks=pytest.mark.slow) for t in (80, 86, 89, 90, 120))],
 )
 def test_kernels_compile(tmp_path: Path, target: int, launches: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
@@ -42,6 +44,10 @@ def test_kernels_compile(tmp_path: Path, target: int, launches: str) -> None:
         assert launch["wgmma"], "the product is not on Hopper's tensor cores"
     for launch in (launch for launches in found.values() for launch in launches):
         assert launch["waits"] == launch["overlaps"], "a launch that may begin early waits, once"
+    kinds = {(launch["turns"], launch["merged"] > 0) for launch in found["_attend_kernel"]}
+    assert kinds >= {(False, False), (True, True)}
+    for launch in found["_attend_kernel"]:
+        assert launch["spilled"] == 0, "attention keeps its sums in registers, whatever it takes in"
     for launch in found["_packed_kernel"]:
         assert not launch["wgmma"], "rows of eight are Ampere's instruction on every GPU"
         # Of 2 bits and more than eight rows, a program on sm_120 that may begin early keeps two numbers in memory.

@@ -19,7 +19,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.triton import adapters as triton_kernel
-from quasar_core.kernels.triton import attention, blocks, weights
+from quasar_core.kernels.triton import attention, blocks, shares, weights
 from quasar_core.kernels.triton import tune as tune_module
 from quasar_core.kernels.triton.adapters import TritonKernel
 from quasar_core.kernels.triton.blocks import Blocks, dense_blocks, gated_blocks, packed_blocks
@@ -32,7 +32,7 @@ from tools.gpu_bench.checks import correctness_cases
 
 CPU = torch.device("cpu")
 # Codes beside bfloat16 in one shape and in `slow`: the interpreter takes both types as float32.
-SLOW = re.compile(r"packed .* group (?!128).* bfloat16")
+SLOW = re.compile(r"(packed .* group (?!128)|joined attention).* bfloat16")
 CASES = [
     pytest.param(case, id=case[0], marks=[pytest.mark.slow] if SLOW.fullmatch(case[0]) else [])
     for case in correctness_cases(CPU, small=True)
@@ -118,6 +118,14 @@ def test_the_fastest_shape_is_kept_and_used(shapes_file: Path) -> None:
     assert tune([weight], torch.float16, timer=lambda launch: next(times)) == wanted
     assert packed_blocks(weight, CPU) == wanted
     assert [path.name for path in shapes_file.parent.iterdir()] == [shapes_file.name]
+
+
+def test_shapes_of_other_sources_are_not_used(shapes_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that was changed is tuned anew."""
+    tune_missing(two_shapes()[:1], torch.float16, lambda launch: 1.0)
+    monkeypatch.setattr(blocks, "sources_hash", lambda: "another")
+    blocks._kept.cache_clear()
+    assert " 1 tuned in" in tune_missing(two_shapes()[:1], torch.float16, lambda launch: 1.0)
 
 
 def two_shapes() -> list[Any]:
@@ -356,7 +364,7 @@ def test_attention_does_not_depend_on_which_program_takes_what(
     found = []
     for count, bound in ((1, 384), (3, 384), (3, 2000), (100, 2000)):
         monkeypatch.setattr(attention, "multiprocessors", lambda device, count=count: count)
-        workspace = attention.attention_workspace(CPU, 3, 4, 32, bound).fill_(torch.nan)
+        workspace = shares.attention_workspace(CPU, 3, 4, 32, bound).fill_(torch.nan)
         found.append(torch.full((3, 128), torch.nan, dtype=torch.float16))
         attention.attend(queries, keys, values, position, window, workspace, found[-1], bound)
     assert all(torch.equal(found[0], other) for other in found[1:])

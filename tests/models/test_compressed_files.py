@@ -1,6 +1,9 @@
 """Blocks in 12 bits on the disk: the same bits in every pass, fewer bytes, written once and whole, made anew if old."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +118,45 @@ def test_it_is_written_once_and_goes_on_where_it_was_interrupted(model: Path, mo
     assert written[3:] == ["block-00002.safetensors", "block-00003.safetensors"]
     assert make_copy(model) == find_copy(model)
     assert len(written) == 5
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from quasar_core.models.compressed_files import make_copy
+written, fsync = [], os.fsync
+
+def kill_in_the_third(file):
+    if os.fstat(file).st_size and len(written) == 4:  # of each block its content and its folder
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(file)
+    fsync(file)
+
+os.fsync = kill_in_the_third
+make_copy(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is killed there as elsewhere")
+@pytest.mark.usefixtures("compiled_at_home")
+def test_a_kill_leaves_whole_blocks_and_the_next_run_goes_on_with_them(model: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, str(model)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    names = sorted(file.name for file in place_of(model).iterdir())
+    assert [name for name in names if name.startswith("block-")] == [
+        "block-00000.safetensors",
+        "block-00001.safetensors",
+    ]
+    assert len(names) == 3  # and what was being written
+    assert find_copy(model) is None
+    kept = {name: (place_of(model) / name).stat().st_ino for name in names if name.startswith("block-")}
+    make_copy(model)
+    assert {name: (place_of(model) / name).stat().st_ino for name in kept} == kept
+    found = {file.name: file.read_bytes() for file in place_of(model).iterdir()}
+    assert sorted(found) == [f"block-{block:05d}.safetensors" for block in range(4)]
+    forget_copies()
+    make_copy(model)
+    assert {file.name: file.read_bytes() for file in place_of(model).iterdir()} == found
 
 
 def spoil(file: Path, kind: str) -> None:

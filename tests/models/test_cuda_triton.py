@@ -217,7 +217,60 @@ def test_norms_join_where_that_is_faster(
     monkeypatch.setattr(choosing, "time_passes", fail)
     kept, note = choosing.with_joined_norms(apart)
     assert kept is apart
-    assert note == "norms have launches of their own: without, it failed here (PassManager::run failed)"
+    failed = "it failed here (PassManager::run failed)"
+    assert note == f"norms have launches of their own: joined to their products, {failed}"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "joined"),
+    [
+        ([[2.0, 1.0], [1.0, 0.5], [0.5, 0.7]], (True, 4)),
+        ([[2.0, 1.0], [1.0, 1.5], [1.0, 1.5]], (True, 0)),
+        ([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]], (False, 0)),
+    ],
+)
+def test_attention_takes_launches_in_where_that_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: list[list[float]], joined: tuple[bool, int]
+) -> None:
+    steps, times = triton_steps(), iter(seconds)
+    save_model(tmp_path, "Llama", PLAIN)
+    apart = CudaPass(load_target(tmp_path, CPU, torch.bfloat16), steps, fast=True, joins_norms=True)
+    monkeypatch.setattr(choosing, "try_out", lambda fast: None)
+    monkeypatch.setattr(choosing, "time_passes", lambda passes, cache: next(times))
+    found, note = choosing.with_joined_attention(apart)
+    own: Any = found.steps
+    assert (own.joined.turns, own.joined.merges) == joined
+    assert found.joins_norms
+    assert (found is apart) == (not joined[0])
+    names = ("merges in a launch of its own", "merges up to 4 tokens", "merges up to 16 tokens")
+    parts = note.split("; ")
+    for part, name, (before, after) in zip(parts, names, seconds, strict=True):
+        taken = "attention rotates" if after < before else "not taken: attention that rotates"
+        assert part.startswith(f"{taken} and {name}: {1e6 * after:.0f} µs for passes of 1 and 8")
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "count"),
+    [
+        ("norms of heads, three queries a key", 1, 9),
+        *(pytest.param(name, 2, 21, marks=pytest.mark.slow) for name in ("gemma 4", "norms of rows", "window")),
+    ],
+)
+def test_attention_that_rotates_and_merges_leaves_the_same_logits(
+    tmp_path: Path, name: str, layers: int, count: int
+) -> None:
+    """To the last bit, in passes of one launch of attention and of two; queries alone, and norms by PyTorch."""
+    steps = triton_steps()
+    from quasar_core.models.cuda.triton_steps import Joined, TritonSteps
+
+    kind, options = CASES[name]
+    save_model(tmp_path, kind, {"num_hidden_layers": layers, **options, **FEW})
+    decoder = load_target(tmp_path, CPU, torch.float16)
+    tokens, logits = random_tokens(count), list[torch.Tensor]()
+    for own in (steps, TritonSteps(joined=Joined(turns=True, merges=4))):
+        decoder.fast, cache = CudaPass(decoder, own), decoder.new_cache(40)
+        logits.append(torch.cat([decoder.forward(part, cache) for part in (tokens[:3], tokens[3:4], tokens[4:])]))
+    assert torch.equal(*logits)
 
 
 def test_gates_that_do_not_fill_blocks_stay_apart(tmp_path: Path) -> None:
@@ -302,6 +355,7 @@ def test_tuning_comes_before_the_pass_and_is_told(tmp_path: Path, monkeypatch: p
     note = choosing.choose(decoder)[1]
     assert "of Triton's kernels; 4 tuned in 1.0 s; a token's logits do not depend on the tokens beside it" in note
     assert events == ["tune", "pass"]
+    monkeypatch.setattr(choosing, "with_joined_attention", lambda apart: (apart, "attention"))
     note = choosing.choose(decoder, fast=True)[1]
     assert "of Triton's kernels; 4 tuned in 1.0 s; norms have launches of their own: rows" in note
 

@@ -25,6 +25,7 @@ from quasar_core.models.offload import (
     movable_products,
     plan_all,
     plan_to_fit,
+    plan_within,
     saved_bytes,
 )
 
@@ -74,6 +75,33 @@ def test_too_little_memory_is_refused_where_it_was_asked_for(tmp_path: Path) -> 
     estimated = plan(tmp_path, 1000, asked=False)
     assert estimated is not None
     assert len(estimated.streamed) == 4
+
+
+def test_how_long_a_text_fits_is_told(tmp_path: Path) -> None:
+    """With a room for 100 tokens beside all streamed blocks; what is told fits, and a token more does not."""
+    save_model(tmp_path, *CASES["llama"])
+    need = pair_need(tmp_path, None, BF16)
+    assert need is not None
+    movable = Movable(*movable_products(tmp_path, None), BF16)
+    budget = Budget(plan_all(movable, need, 100).held + LEAST_RESERVE, asked=True)
+    found = plan_within(movable, need, 60, budget, moves_all=False)
+    assert found is not None
+    assert (found.tokens, found.longest, len(found.streamed)) == (60, 100, 4)
+    assert found.spare == 40 * need.per_token
+    assert plan_within(movable, need, 100, budget, moves_all=False) is not None
+    with pytest.raises(
+        UsageError, match=r"with a context of 101 tokens, .* streamed: --max-context 100 would fit, and"
+    ):
+        plan_within(movable, need, 101, budget, moves_all=False)
+    with pytest.raises(UsageError, match=r"streamed: no text would fit; --verify quantized --no-target takes less\.$"):
+        plan_within(movable, need, 101, Budget(LEAST_RESERVE, asked=True), moves_all=False)
+    target = load_models(tmp_path, None, CPU, BF16, offload=found).target
+    assert target is not None
+    said = found.describe(target.source)
+    assert "with all else and a cache of 60 tokens" in said
+    assert said.endswith("; memory holds texts of up to 100 tokens (--max-context)")
+    assert found.within(101) == found
+    assert "memory holds" not in found.within(100).describe(target.source)
 
 
 def test_a_budget_counts_what_the_process_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,12 +58,9 @@ def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "fp8",
     )
     assert list(dict.fromkeys(row["model"] for row in passes)) == list(models)
-    assert [row["arm"] for row in document["parts"]["end to end"] if "arm" in row] == [
-        "vanilla",
-        "ngram",
-        "quantized",
-        "exact",
-    ]
+    for part in ("headline", "end to end"):
+        found = [row["arm"] for row in document["parts"][part] if "arm" in row]
+        assert found == ["vanilla", "ngram", "quantized", "exact"]
     table = summary(report.parts)
     for expected in (
         "0 wrong or failed",
@@ -216,6 +213,7 @@ def test_every_rung_of_the_ladder_is_walked_and_the_headline_comes(tmp_path: Pat
     assert found["finished"]
     timed = [(row["model"], row["tokens"]) for row in rows if "ratio" in row]
     assert timed == [(model, count) for model in ("target", "4-bit") for count in (1, 4)]
+    assert [row["arm"] for row in rows if "arm" in row] == ["vanilla", "ngram", "quantized", "exact"]
     assert "headline: ms (× floor) by tokens" in summary(found["parts"])
     assert "bandwidth, read" in summary(found["parts"])
 
@@ -231,7 +229,7 @@ def test_processes_go_down_the_ladder_until_the_part_has_ended(tmp_path: Path, m
         "found['ended'] += [sys.argv[1]] * (sys.argv[1] != 'headline' or len(off) == 2);"
         "path.write_text(json.dumps(found)); os._exit(1)"
     )
-    monkeypatch.setattr(supervise, "command", lambda part, rung, elapsed: [sys.executable, "-c", program, part])
+    monkeypatch.setattr(supervise, "command", lambda part, *given: [sys.executable, "-c", program, part])
     for name in ("OVERLAP", "TUNE", "TRITON"):
         monkeypatch.delenv(f"QUASAR_{name}", raising=False)
     environment = {**os.environ, "OUT": str(tmp_path)}
@@ -254,6 +252,19 @@ def test_what_was_compiled_is_carried_to_the_next_call(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "next" / "KEY").iterdir()) == ["kernel.cubin", "kernel.json"]
     compiled.unpack(None, tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_parts_that_are_asked_for_have_all_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = dict[str, float]()
+    monkeypatch.setattr(supervise, "read_bandwidth", lambda device: 1e9)
+    for name in ("facts", "smoke"):
+        module, ends = (supervise.facts_of, "run") if name == "facts" else (supervise.headline, "run_smoke")
+        monkeypatch.setattr(module, ends, lambda bench, name=name: left.update({name: bench.report.left()}))
+    supervise.run(PLAN, tmp_path, 1e6, ("facts", "smoke"))
+    assert left["smoke"] == pytest.approx(1e6, rel=1e-3)
+    assert left["facts"] == pytest.approx(1e6 * 0.06 / 0.14, rel=1e-3)
+    supervise.run(PLAN, tmp_path, 1e6, ("smoke",), last="headline")
+    assert left["smoke"] == pytest.approx(1e6 * 0.14 / 0.36, rel=1e-3)
 
 
 def test_a_part_whose_time_is_up_is_skipped(tmp_path: Path) -> None:

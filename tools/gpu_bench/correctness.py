@@ -32,6 +32,7 @@ PART = "correctness"
 # Our 16-bit logits may be this much farther from those in float32 than transformers' 16-bit logits are.
 MORE_ROUNDING = 1.5
 KERNEL_SHARE = 0.6  # of the part's time
+COMPILE_SHARE = 0.5  # of the kernels' time
 SPREAD = 5
 OVERLAPPED = "qwen3"  # the tiny model whose passes are run with launches that overlap, too
 SIZES = {
@@ -82,9 +83,12 @@ def check_kernels(plan: Plan, report: Report) -> None:
         report.add(PART, what="kernels", skipped=obstacle)
         return
     from tools.gpu_bench.checks import correctness_cases
+    from tools.gpu_bench.compile_ahead import compile_ahead
 
     cases = most_telling_first(list(correctness_cases(plan.device, small=False)))
     least = (1 - KERNEL_SHARE) * report.left()
+    walked, failed = compile_ahead(cases, plan.device, COMPILE_SHARE * (report.left() - least))
+    report.add(PART, what="kernels compiled side by side", cases=walked, of=len(cases), failed=failed)
     for number, (name, measure) in enumerate(cases):
         if report.left() < least:
             report.add(PART, what=f"kernels from case {number} of {len(cases)} on", skipped="their time was up")

@@ -30,23 +30,23 @@ REPEATS = 2  # the first one records graphs in passing; the last one counts
 
 def run(bench: Bench, target: LeanDecoder, verifier: LeanDecoder) -> None:
     """Measure agreement, then bench the arms, interleaved."""
-    bench.report.attempt(PART, "all", lambda: run_arms(bench, target, verifier))
+    bench.report.attempt(PART, "all", lambda: run_arms(bench, target, verifier, PART, bench.plan.questions))
 
 
-def run_arms(bench: Bench, target: LeanDecoder, verifier: LeanDecoder) -> None:
-    """A row of fidelity, one for each arm, and what differs from plain decoding."""
+def run_arms(bench: Bench, target: LeanDecoder, verifier: LeanDecoder, part: str, questions: int) -> None:
+    """A row of fidelity, one for each arm, and what differs from plain decoding, of so many questions."""
     plan = bench.plan
-    datasets = load_datasets("demo", plan.questions)
+    datasets = load_datasets("demo", questions)
     pair = demo_pair(plan, target, verifier)
-    pair.fidelity = agreement(bench, pair, datasets[0])
-    config = BenchConfig(ARMS, max_new_tokens=plan.new_tokens, limit=plan.questions, repeats=REPEATS, ignore_eos=True)
+    pair.fidelity = agreement(bench, pair, datasets[0], part)
+    config = BenchConfig(ARMS, max_new_tokens=plan.new_tokens, limit=questions, repeats=REPEATS, ignore_eos=True)
     with tempfile.TemporaryDirectory() as folder:
         results = run_bench(pair, datasets, config, Path(folder) / "rows.json", progress=bench.report.progress)
     for arm in ARMS:
-        add_arm(bench, arm, results)
+        add_arm(bench, arm, results, part)
     defects = sum(not divergence.near_tie for divergence in results.divergences)
     bench.report.add(
-        PART,
+        part,
         what="divergences from plain decoding",
         count=len(results.divergences),
         not_near_ties=defects,
@@ -56,7 +56,7 @@ def run_arms(bench: Bench, target: LeanDecoder, verifier: LeanDecoder) -> None:
     )
 
 
-def agreement(bench: Bench, pair: Pair, dataset: Dataset) -> FidelityReport:
+def agreement(bench: Bench, pair: Pair, dataset: Dataset, part: str) -> FidelityReport:
     """How faithful the verifier is on the target's own greedy text, after the dataset's questions."""
     prompts = [encode_prompt(pair.tokenizer, question.turns[0]) for question in dataset.questions]
     config = GenerationConfig(bench.plan.new_tokens, verify="full", draft="none", ignore_eos=True)
@@ -67,17 +67,17 @@ def agreement(bench: Bench, pair: Pair, dataset: Dataset) -> FidelityReport:
     target, verifier = pair.primary, pair.verifier or pair.primary
     cache = pair.new_cache(length)
     found = measure_fidelity(target, verifier, cache, rows, rows, length // 2, "own greedy text")
-    bench.report.add(PART, what="verifier", agreement=found.agreement, kl_mean=found.kl_mean, positions=rows.numel())
+    bench.report.add(part, what="verifier", agreement=found.agreement, kl_mean=found.kl_mean, positions=rows.numel())
     return found
 
 
-def add_arm(bench: Bench, arm: str, results: Results) -> None:
+def add_arm(bench: Bench, arm: str, results: Results, part: str) -> None:
     """Tokens per second over all answers, the ratio to plain decoding, and where the time went."""
     of_arm, plain = total_of(arm, results, REPEATS - 1), total_of(ARMS[0], results, REPEATS - 1)
     rate, plain_rate = of_arm.tokens_per_s, plain.tokens_per_s
     seconds = max(of_arm.decode_s, 1e-9)
     bench.report.add(
-        PART,
+        part,
         arm=arm,
         tokens_per_s=rate,
         tokens_per_s_of_the_first_repeat=total_of(arm, results, 0).tokens_per_s,

@@ -6,10 +6,12 @@ from quasar_core.kernels.triton.adapters import why_not_triton
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
 from tools.gpu_bench.correctness import check_kernel
+from tools.gpu_bench.end_to_end import run_arms
 from tools.gpu_bench.models import Bench, grown_target, rounded_verifier
 from tools.gpu_bench.passes import ROOM, time_length
 
 PART, SMOKE = "headline", "smoke"
+QUESTIONS = 2  # whose answers are written end to end
 # Cases at the sizes of the 8B shape, one for each kernel that its passes launch.
 SMOKE_CASES = (
     "packed 4 bits symmetric 6144×4096 group 128 bfloat16",
@@ -26,6 +28,8 @@ SMOKE_CASES = (
     "rotate and store 8+2·2 heads of 128 norms rotation bfloat16",
     "attend 1 tokens, 32/8 heads of 128 at 511 bfloat16",
     "attend 8 tokens, 32/8 heads of 128 at 8000 bfloat16",
+    "joined attention 1 tokens, 32/8 heads of 128 at 511, norms first bfloat16",
+    "joined attention 8 tokens, 32/8 heads of 128 at 8000, norms first bfloat16",
     "argmax and margin, random, bfloat16",
     "accept greedy",
 )
@@ -40,14 +44,17 @@ def run_smoke(bench: Bench) -> None:
         report.add(SMOKE, what="kernels", skipped=obstacle)
         return
     from tools.gpu_bench.checks import correctness_cases
+    from tools.gpu_bench.compile_ahead import compile_ahead
 
     cases = dict(correctness_cases(plan.device, small=False))
+    walked, failed = compile_ahead([(name, cases[name]) for name in SMOKE_CASES], plan.device, report.left() / 2)
+    report.add(SMOKE, what="kernels compiled side by side", cases=walked, failed=failed)
     for name in SMOKE_CASES:
         report.attempt(SMOKE, name, partial(check_kernel, name, cases[name], report, SMOKE))
 
 
 def run(bench: Bench) -> None:
-    """Passes of the target and of its 4-bit copy at the shorter context, each length in an attempt of its own.
+    """Passes of the target and of its 4-bit copy at the shorter context, each length in an attempt of its own; texts.
 
     The models are made by every process anew: another one that goes on has to have them too.
     """
@@ -57,7 +64,10 @@ def run(bench: Bench) -> None:
     cache = target.new_cache(min(bench.plan.contexts) + ROOM)
     time_passes(bench, "target", target, cache)
     report.say("making the 4-bit copy")
-    time_passes(bench, "4-bit", rounded_verifier(target, "4-bit", report.progress), cache)
+    verifier = rounded_verifier(target, "4-bit", report.progress)
+    time_passes(bench, "4-bit", verifier, cache)
+    few = min(QUESTIONS, bench.plan.questions)
+    report.attempt(PART, "end to end", partial(run_arms, bench, target, verifier, PART, few))
 
 
 def time_passes(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache) -> None:

@@ -24,6 +24,7 @@ Attempt = list[str]  # a part, and what of it
 FILE = "gpu-bench.json"
 LADDERED = ("headline", "end to end")  # parts whose failures are tried again with less
 QUIET_S = float(os.environ.get("QUASAR_BENCH_QUIET_S", "60"))  # seconds without a line
+NO_TIME = "no time was left"
 LONGEST_ERROR = 2000  # characters of a row
 
 
@@ -117,7 +118,7 @@ class Report:
         if key in self._done:
             return
         if self.left() <= 0:
-            self.add(part, what=what, skipped="no time was left")
+            self.add(part, what=what, skipped=NO_TIME)
             return
         self._begun.append(key)
         self.write()

@@ -34,7 +34,7 @@ from tools.gpu_bench.table import summary
 BUDGET_S = 480.0
 GRACE_S = 60.0  # beyond the end of all, after which a process is killed
 MOST_PROCESSES = 24
-# The share of the whole time by which each part must be over.
+# The share of the whole time by which each part must be over; where some are asked for, all of it is theirs.
 SHARES = {
     "facts": 0.06,
     "smoke": 0.14,
@@ -84,8 +84,12 @@ def run(
     elapsed: float = 0.0,
     rung: int | None = None,
     fault: Fault | None = None,
+    last: str | None = None,
 ) -> Report:
-    """Some parts, in order, in this process; one that a supervisor started is on a `rung` of the ladder."""
+    """Some parts, in order, in this process; one that a supervisor started is on a `rung` of the ladder.
+
+    `last` is the last one of all that were asked for, here or in other processes.
+    """
     facts = {"device": device_name(plan.device), "dtype": str(plan.dtype), "dry": plan.dry}
     is_child = rung is not None
     earlier = read_report(folder) if is_child else None
@@ -106,8 +110,9 @@ def run(
         "loading": lambda: loading.run(bench),
         "reference": lambda: reference.run(bench),
     }
+    whole = SHARES[last] if last else last_share(only)
     for name in only:
-        report.begin(SHARES[name])
+        report.begin(SHARES[name] / whole)
         report.say(f"part: {name}, {report.left():.0f} s left for it, {describe(report.rung)}")
 
         def measure(name: str = name) -> None:
@@ -121,6 +126,11 @@ def run(
     return report
 
 
+def last_share(parts: Sequence[str]) -> float:
+    """By which the last of some parts is over."""
+    return max(SHARES[part] for part in parts)
+
+
 def main() -> None:
     """Run, print the table, exit with 1 where anything failed."""
     options = parse()
@@ -131,7 +141,7 @@ def main() -> None:
     plan = Plan.dry_run() if options.dry_run else Plan.full(torch.device("cuda", 0))
     if options.rung is not None:
         fault = Fault.parse(options.fault) if options.fault else None
-        run(plan, folder, options.budget_s, options.parts, options.elapsed_s, options.rung, fault)
+        run(plan, folder, options.budget_s, options.parts, options.elapsed_s, options.rung, fault, options.last)
         return
     (folder / FILE).unlink(missing_ok=True)
     # What was measured before belongs to another run; what was compiled does not.
@@ -157,17 +167,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--fault", help="of a dry run, such as crash:headline:2 (crash, hang or compile; part; rungs)")
     parser.add_argument("--elapsed-s", type=float, default=0.0, help=argparse.SUPPRESS)
     parser.add_argument("--rung", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--last", choices=SHARES, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def supervise(folder: Path, budget: float, environment: dict[str, str], parts: Sequence[str] = tuple(SHARES)) -> None:
     """A process for each part, and another one rung down where one ends before its part has, until the time is up."""
     start, rung, waiting = time.perf_counter(), 0, list(parts)
+    last = max(parts, key=SHARES.__getitem__)
     for _ in range(MOST_PROCESSES):
         left = budget - (time.perf_counter() - start)
         if not waiting or left <= 0:
             break
-        line, own = command(waiting[0], rung, budget - left), {**environment, **variables(rung)}
+        line, own = command(waiting[0], rung, budget - left, last), {**environment, **variables(rung)}
         ended = _run_process(line, own, left + GRACE_S)
         found = read_report(folder)
         if found is None:  # it never came as far as its first part
@@ -190,9 +202,9 @@ def _run_process(line: list[str], environment: dict[str, str], seconds: float) -
         return "killed, as the time was up"
 
 
-def command(part: str, rung: int, elapsed: float) -> list[str]:
+def command(part: str, rung: int, elapsed: float, last: str) -> list[str]:
     """This module and its own options for one part, run by the same Python."""
-    own = ["--parts", part, "--rung", str(rung), "--elapsed-s", f"{elapsed:.1f}"]
+    own = ["--parts", part, "--rung", str(rung), "--elapsed-s", f"{elapsed:.1f}", "--last", last]
     return [sys.executable, "-m", "tools.gpu_bench.supervise", *sys.argv[1:], *own]  # of an option given twice the last
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tools.gpu_bench.report import NO_TIME
+
 Row = Mapping[str, Any]
 
 
@@ -13,6 +15,7 @@ def summary(parts: Mapping[str, Sequence[Row]]) -> str:
             *failures(parts),
             *facts(parts.get("facts", ())),
             *passes(parts.get("headline", ()), "headline"),
+            *arms(parts.get("headline", ()), "headline, end to end"),
             *passes(parts.get("passes", ())),
             *products(parts.get("products", ())),
             *arms(parts.get("end to end", ())),
@@ -28,7 +31,8 @@ def failures(parts: Mapping[str, Sequence[Row]]) -> Iterator[str]:
     """Errors and wrong results, and how many were right."""
     right = sum(row.get("ok") is True for rows in parts.values() for row in rows)
     wrong = [(part, row) for part, rows in parts.items() for row in rows if "error" in row or row.get("ok") is False]
-    yield f"\nchecks: {right} right, {len(wrong)} wrong or failed"
+    late = sum(row.get("skipped") == NO_TIME for rows in parts.values() for row in rows)
+    yield f"\nchecks: {right} right, {len(wrong)} wrong or failed" + (f"; {late} left out: {NO_TIME}" if late else "")
     for part, row in wrong:
         yield f"  {part}: {str(dict(row))[:300]}"
 
@@ -80,9 +84,9 @@ def products(rows: Sequence[Row]) -> Iterator[str]:
             yield f"  {name}: {times} ({row['floor_us']:.1f})"
 
 
-def arms(rows: Sequence[Row]) -> Iterator[str]:
+def arms(rows: Sequence[Row], name: str = "end to end") -> Iterator[str]:
     """Tokens per second and where the time went."""
-    yield "\nend to end"
+    yield f"\n{name}"
     for row in rows:
         if "arm" in row and row["tokens_per_s"]:
             shares = ", ".join(f"{name} {100 * row[f'share_{name}']:.0f} %" for name in ("draft", "verify", "confirm"))

@@ -17,20 +17,22 @@ Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-
     `quantize_rows(x [T, in], codes [T, in], steps [T])`: x ≈ codes · steps; codes int8 or float8_e4m3fn, steps float32.
     `multiply_w8a8(codes, steps, weight [out, in], scales [out], out, bias=None, residual=None)`: rows and weights of
     one 8-bit dtype, scales float32.
-`norms`
+`elementwise`
     `rms_norm_residual(hidden [T, in], delta [T, in] or None, weight [in], eps, out [T, in], steps=None)`: hidden +=
     delta in place; out = norm(hidden) · weight, with `steps` [T] rounded to 8 bits as by `quantize_rows`.
-`activation`
     `silu_multiply(gate_up [T, 2·I], out [T, I])`: silu(gate) · up. `silu_multiply_rounded(gate_up, codes, steps)`: that
     rounded to 8 bits.
-`rope`
-    `rotate_and_store(qkv [T, (H·G + 2·H)·D], head_norms [H·G + H, D] or None, cos, sin [positions, D] or None,
-    position [1], keys, values [H, capacity, D], queries [T, H·G, D], eps, depths=None)`: queries and keys normed and
-    rotated, keys and values written at position + t; the nodes of a tree are rotated by position + depth.
+`rotation`
+    `rotate_and_store(qkv [T, (H·G + 2·H)·D], rotation, position [1], keys, values [H, capacity, D],
+    queries [T, H·G, D], depths=None)`: queries and keys normed and rotated as a `Rotation` says, keys and values
+    written at position + t; the nodes of a tree are rotated by position + depth.
 `attention`
     `attend(queries [T, H·G, D], keys, values [H, capacity, D], position [1], window or None, workspace,
-    out [T, H·G·D], max_length, tree=None)`: causal; token t sees position + t + 1 positions, a node of a tree its own
-    ancestors alone. The workspace is `attention_workspace(device, tokens, heads, head_size, max_length)`.
+    out [T, H·G·D], max_length, tree=None, rotation=None, merges=False)`: causal; token t sees position + t + 1
+    positions, a node of a tree its own ancestors alone. With a `rotation` it does what `rotate_and_store` does first,
+    and with `merges` it is one launch.
+`shares`
+    How positions are split among programs; `attention_workspace(device, tokens, heads, head_size, max_length)`.
 `choices`
     `argmax_and_margin(logits [T, V], tokens [T] int64, best [T] float32, second [T] float32)`: the first greatest logit
     of a row (−1 where it is not a finite number), and the next. `likeliest_tokens(logits [T, V], likeliest [T, K]
@@ -38,15 +40,11 @@ Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-
     accepted [1])`, all int64: how many of the `drafted` tokens behind the pass's first one the choices confirm.
 `weights`
     `prepare_packed(weight: QuantizedWeight, device) -> TritonWeight`: codes in the kernel's order.
-`overlap`
+`language`
     `overlapping(wanted)`: a context whose launches may begin before the one before them has ended; results are equal.
 `tune`
     `tune(weights, dtype) -> Blocks`: the best block shapes for weights of one shape, kept for this device.
     `tune_missing(weights, dtype) -> str`: those of every shape that is not kept yet, in a few seconds; what was done.
-`interpret`
-    `interpret_on_cpu()`: from then on kernels run on CPU tensors, through Triton's interpreter: slow, for tests.
-`checks`
-    `correctness_cases(device, small)`: yields (name, callable → (error, tolerance)) for every kernel against float64.
 
 Importing this package imports no Triton; the modules of the kernels do.
 """

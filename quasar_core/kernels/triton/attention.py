@@ -6,7 +6,9 @@ the tokens of the pass are rows of one product, so keys and values are read once
 from the device, and with it which program takes which shares, so that one launch serves every length of a cache. A
 token's result is the same to the last bit whatever tokens are passed with it: shares begin and end at positions that
 never move, sums over them are taken in order, and every product has the same tile. What a token does not see adds
-zeros. Letters: as in the package.
+zeros. Two launches less are possible: the program that has a share may norm and rotate its queries itself, and write
+the new keys and values that lie in it before it reads them; and the last program of a head may merge its shares, where
+these are few. Letters: as in the package.
 """
 
 import math
@@ -16,46 +18,16 @@ import triton
 import triton.language as tl
 
 from quasar_core.kernels.triton.blocks import multiprocessors
-from quasar_core.kernels.triton.language import matrix_product, overlap, wait
+from quasar_core.kernels.triton.language import matrix_product, overlap, scratch, wait
+from quasar_core.kernels.triton.rotation import Rotation, turned
+from quasar_core.kernels.triton.shares import begin_of, count_shares, merge, seen_by, share_of
 
 _BLOCK = 64  # positions of a step
 _ROWS = 64  # of a tile at least: with fewer, a Hopper GPU would multiply in other units, whose last bits may differ
-_MERGED = 16  # shares that are added at once
+_MERGED = 16  # shares that are read at once
+_LINES = 4  # of queries that a program of attention merges at once
 _PROGRAMS = 2  # of a multiprocessor: so many fit
-
-
-@triton.jit
-def share_of(position):
-    """The number of the share that holds a position: short shares where texts are, long ones behind that.
-
-    So a short text keeps many programs busy, and a long one does not make more parts than are merged in passing.
-    """
-    share = min(position, 1024) // 64
-    share += min(max(position - 1024, 0), 3072) // 128
-    share += min(max(position - 4096, 0), 12288) // 512
-    share += min(max(position - 16384, 0), 49152) // 1024
-    return share + max(position - 65536, 0) // 4096
-
-
-@triton.jit
-def begin_of(share):
-    """The first position of a share."""
-    begin = min(share, 16) * 64
-    begin += min(max(share - 16, 0), 24) * 128
-    begin += min(max(share - 40, 0), 24) * 512
-    begin += min(max(share - 64, 0), 48) * 1024
-    return begin + max(share - 112, 0) * 4096
-
-
-def count_shares(length: int) -> int:
-    """Shares that so many positions lie in, one at least."""
-    return int(share_of.fn(length - 1)) + 1
-
-
-def attention_workspace(device: torch.device, tokens: int, heads: int, head_size: int, max_length: int) -> torch.Tensor:
-    """Float32 scratch of `attend` for passes of up to `tokens` tokens over so many positions."""
-    size = count_shares(max_length) * tokens * heads * (head_size + 2)
-    return torch.empty(size, dtype=torch.float32, device=device)
+LONGEST_WRITE = tl.constexpr(16)  # tokens whose keys and values one launch writes
 
 
 def attend(
@@ -70,6 +42,8 @@ def attend(
     scale: float | None = None,
     cap: float | None = None,
     tree: tuple[torch.Tensor, torch.Tensor] | None = None,
+    rotation: Rotation | None = None,
+    merges: bool = False,
 ) -> None:
     """queries [T, H·G, D] over keys and values [H, capacity, D] → out [T, H·G·D].
 
@@ -77,15 +51,21 @@ def attend(
     `window` of them where there is a window. `max_length` bounds position + T, as the cache's capacity does.
     Scores are multiplied by `scale`, 1 ÷ √D by default, and then held below a soft `cap`, where there is one. Nodes of
     a `tree`, given by depths and families int64 [T] (bit i: sees node i), stand at position + depth.
+
+    With a `rotation`, queries are the product qkv [T, (H·G + 2·H)·D] of at most 16 tokens: its queries and keys are
+    normed and rotated, its keys and values written, as by `rotate_and_store`; or they are [T, H·G·D], and nothing is
+    written. With `merges` the last program of a head adds its shares, and there is one launch.
     """
-    count, heads, size = queries.shape
-    kv_heads, capacity, _ = keys.shape
+    (kv_heads, capacity, size), (count, width) = keys.shape, out.shape
+    group, heads = width // size // kv_heads, width // size
     shares = count_shares(min(max_length, capacity))
-    group, padded = heads // kv_heads, triton.next_power_of_2(size)
+    padded = triton.next_power_of_2(size)
     rows = max(_ROWS, triton.next_power_of_2(count * group))
     depths, families = tree or (position, position)
     programs = max(_PROGRAMS * multiprocessors(queries.device) // kv_heads, 1)
     stats = workspace[shares * count * heads * size :]
+    stride = queries.numel() // count
+    turn = rotation or Rotation(None, None, None, 0.0)
     _attend_kernel[(kv_heads, min(shares, programs))](
         queries,
         keys,
@@ -93,13 +73,18 @@ def attend(
         position,
         depths,
         families,
+        *turn.tensors,
         workspace,
         stats,
+        scratch(queries.device).counters if merges else None,
+        out,
+        stride,
         capacity,
         window or 0,
         count,
         (scale or 1 / math.sqrt(size)) * (1 if cap else math.log2(math.e)),
         cap or 0.0,
+        turn.eps,
         GROUP=group,
         KV_HEADS=kv_heads,
         SIZE=size,
@@ -108,10 +93,17 @@ def attend(
         BLOCK=_BLOCK,
         CAPPED=cap is not None,
         IS_TREE=tree is not None,
+        TURNS=rotation is not None,
+        WRITES=rotation is not None and stride > width,
+        MERGED=_MERGED if merges else 0,
+        LINES=_LINES,
+        **turn.constants(size),
         num_warps=4 if rows * padded <= 64 * 128 else 8,  # more sums than four warps have registers for
         num_stages=3 if rows * padded <= 64 * 128 else 2,
         **overlap(),
     )
+    if merges:
+        return
     _merge_kernel[(count * heads,)](
         workspace,
         stats,
@@ -136,13 +128,20 @@ def _attend_kernel(
     position_ptr,
     depths_ptr,
     families_ptr,
+    norms_ptr,
+    cos_ptr,
+    sin_ptr,
     mixed_ptr,
     stats_ptr,
+    counters_ptr,
+    out_ptr,
+    stride,
     capacity,
     window,
     count,
     scale,
     cap,
+    eps,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -151,23 +150,46 @@ def _attend_kernel(
     BLOCK: tl.constexpr,
     CAPPED: tl.constexpr,
     IS_TREE: tl.constexpr,
+    TURNS: tl.constexpr,
+    WRITES: tl.constexpr,
+    MERGED: tl.constexpr,
+    LINES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    NORMS_LAST: tl.constexpr,
+    ROTATES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     wait(OVERLAPS)
     head = tl.program_id(0)
     position = tl.load(position_ptr).to(tl.int32)
-    least, most = _seen(position, count, window)
+    least, most = seen_by(position, count, window)
     row = tl.arange(0, ROWS)
     d = tl.arange(0, PADDED)
     token, member = row // GROUP, row % GROUP
     line = token * (KV_HEADS * GROUP) + head * GROUP + member  # of queries and of the workspace
     inside = (token < count)[:, None] & (d < SIZE)[None, :]
-    queries = tl.load(queries_ptr + line[:, None] * SIZE + d[None, :], mask=inside, other=0.0)
+    source = queries_ptr + token * stride + (head * GROUP + member) * SIZE
+    if TURNS:
+        turn = position + _steps_behind(token, count, depths_ptr, IS_TREE)
+        queries = turned(
+            source, head * GROUP + member, turn, inside, norms_ptr, cos_ptr, sin_ptr, eps, queries_ptr.dtype.element_ty,
+            SIZE, PADDED, CHANNELS, INTERLEAVED, HAS_NORMS, NORMS_LAST, ROTATES,
+        )  # fmt: skip
+    else:
+        queries = tl.load(source[:, None] + d[None, :], mask=inside, other=0.0)
     keys = keys_ptr + head.to(tl.int64) * capacity * SIZE
     values = values_ptr + head.to(tl.int64) * capacity * SIZE
     for index in range(share_of(least) + tl.program_id(1), share_of(most - 1) + 1, tl.num_programs(1)):
         first = tl.maximum(begin_of(index), least // BLOCK * BLOCK)
         end = tl.minimum(begin_of(index + 1), most)
+        if WRITES:
+            _write_new(
+                first, end, head, position, count, queries_ptr, stride, keys, values, depths_ptr, norms_ptr, cos_ptr,
+                sin_ptr, eps, GROUP * KV_HEADS, KV_HEADS, SIZE, PADDED, IS_TREE, CHANNELS, INTERLEAVED, HAS_NORMS,
+                NORMS_LAST, ROTATES,
+            )  # fmt: skip
         top = tl.full((ROWS,), float("-inf"), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, PADDED), tl.float32)
@@ -197,6 +219,101 @@ def _attend_kernel(
         tl.store(mixed_ptr + part[:, None] * SIZE + d[None, :], acc, mask=inside)
         tl.store(stats_ptr + 2 * part, top, mask=token < count)
         tl.store(stats_ptr + 2 * part + 1, total, mask=token < count)
+    if MERGED:
+        _merge_at_last(
+            head, position, count, window, mixed_ptr, stats_ptr, counters_ptr, out_ptr, GROUP, KV_HEADS, SIZE, PADDED,
+            MERGED, LINES,
+        )  # fmt: skip
+
+
+@triton.jit
+def _merge_at_last(
+    head,
+    position,
+    count,
+    window,
+    mixed_ptr,
+    stats_ptr,
+    counters_ptr,
+    out_ptr,
+    GROUP: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    MERGED: tl.constexpr,
+    LINES: tl.constexpr,
+):
+    """The last program to arrive at a head merges its shares, in order, whoever it is; the counter is zero again."""
+    tl.debug_barrier()  # all threads have stored before one of them says so
+    arrived = tl.atomic_add(counters_ptr + head, 1, sem="acq_rel")
+    if arrived == tl.num_programs(1) - 1:
+        least, most = seen_by(position, count, window)
+        first, last = share_of(least), share_of(most - 1) + 1
+        for begin in range(0, count * GROUP, LINES):
+            row = begin + tl.arange(0, LINES)
+            line = row // GROUP * (KV_HEADS * GROUP) + head * GROUP + row % GROUP
+            known = row < count * GROUP
+            merge(
+                line, known, first, last, mixed_ptr, stats_ptr, out_ptr, count, KV_HEADS * GROUP, SIZE, PADDED, MERGED
+            )
+        tl.store(counters_ptr + head, 0)
+
+
+@triton.jit
+def _steps_behind(token, count, depths_ptr, IS_TREE: tl.constexpr):
+    """How far behind the pass's position tokens stand: their number, or of a tree's nodes their depth."""
+    if IS_TREE:
+        token = tl.load(depths_ptr + token, mask=token < count, other=0).to(tl.int32)
+    return token
+
+
+@triton.jit
+def _write_new(
+    first,
+    end,
+    head,
+    position,
+    count,
+    qkv_ptr,
+    stride,
+    keys,
+    values,
+    depths_ptr,
+    norms_ptr,
+    cos_ptr,
+    sin_ptr,
+    eps,
+    QUERY_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    IS_TREE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+    NORMS_LAST: tl.constexpr,
+    ROTATES: tl.constexpr,
+):
+    """Write those of the pass's keys and values whose places are from `first` up to `end`; then all threads see them.
+
+    Another program has the other places, and reads nothing of these.
+    """
+    if end > position:
+        token, d = tl.arange(0, LONGEST_WRITE), tl.arange(0, PADDED)
+        place = position + token
+        known = ((token < count) & (place >= first) & (place < end))[:, None] & (d < SIZE)[None, :]
+        source = qkv_ptr + token * stride + (QUERY_HEADS + head) * SIZE
+        norm = token * 0 + QUERY_HEADS + head
+        turn = position + _steps_behind(token, count, depths_ptr, IS_TREE)
+        key = turned(
+            source, norm, turn, known, norms_ptr, cos_ptr, sin_ptr, eps, keys.dtype.element_ty,
+            SIZE, PADDED, CHANNELS, INTERLEAVED, HAS_NORMS, NORMS_LAST, ROTATES,
+        )  # fmt: skip
+        kept = place[:, None] * SIZE + d[None, :]
+        tl.store(keys + kept, key, mask=known)
+        value = tl.load(source[:, None] + KV_HEADS * SIZE + d[None, :], mask=known, other=0.0)
+        tl.store(values + kept, value, mask=known)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -211,12 +328,6 @@ def _hidden_in_tree(seen, token, position, count, window, depths_ptr, families_p
     own = position + tl.load(depths_ptr + token, mask=token < count, other=0).to(tl.int32)
     hidden = (node >= 0)[None, :] & ((member == 0) | (node >= count)[None, :])
     return hidden | ((window > 0) & (place[None, :] <= own[:, None] - window))
-
-
-@triton.jit
-def _seen(position, count, window):
-    """From which position, and up to which, the tokens of a pass see anything."""
-    return tl.where(window > 0, tl.maximum(position - window + 1, 0), 0), position + count
 
 
 @triton.jit(do_not_specialize=["count"])  # one kernel for every T
@@ -234,26 +345,7 @@ def _merge_kernel(
     OVERLAPS: tl.constexpr,
 ):
     wait(OVERLAPS)
-    line = tl.program_id(0)
-    first, end = _seen(tl.load(position_ptr).to(tl.int32), count, window)
-    first, end = share_of(first), share_of(end - 1) + 1
-    start = first // MERGED * MERGED  # so that the shares that are added at once are always the same ones
-    index = tl.arange(0, MERGED)
-    highest = tl.full((MERGED,), float("-inf"), tl.float32)
-    for begin in range(start, end, MERGED):
-        written = (begin + index >= first) & (begin + index < end)
-        part = (begin + index) * count * heads + line
-        highest = tl.maximum(highest, tl.load(stats_ptr + 2 * part, mask=written, other=float("-inf")))
-    top = tl.max(highest, axis=0)
-    d = tl.arange(0, PADDED)
-    mixed, total = tl.zeros((PADDED,), tl.float32), tl.zeros((MERGED,), tl.float32)
-    for begin in range(start, end, MERGED):
-        written = (begin + index >= first) & (begin + index < end)
-        part = (begin + index) * count * heads + line
-        weight = tl.exp2(tl.load(stats_ptr + 2 * part, mask=written, other=float("-inf")) - top)
-        total += weight * tl.load(stats_ptr + 2 * part + 1, mask=written, other=0.0)
-        inside = written[:, None] & (d < SIZE)[None, :]
-        share = tl.load(mixed_ptr + part[:, None] * SIZE + d[None, :], mask=inside, other=0.0)
-        mixed += tl.sum(share * weight[:, None], axis=0)
-    result = mixed / tl.sum(total, axis=0)
-    tl.store(out_ptr + line * SIZE + d, result.to(out_ptr.dtype.element_ty), mask=d < SIZE)
+    line = tl.program_id(0) + tl.zeros((1,), tl.int32)
+    first, end = seen_by(tl.load(position_ptr).to(tl.int32), count, window)
+    first, last = share_of(first), share_of(end - 1) + 1
+    merge(line, line >= 0, first, last, mixed_ptr, stats_ptr, out_ptr, count, heads, SIZE, PADDED, MERGED)

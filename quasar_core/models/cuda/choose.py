@@ -66,13 +66,15 @@ def _pass_in_triton(decoder: LeanDecoder, steps: Steps, progress: Progress, fast
     progress("compiling kernels", 1, 1)
     if not fast:
         return found, [*notes, "a token's logits do not depend on the tokens beside it"]
-    progress("trying fewer launches", 0, 1)
+    progress("trying fewer launches", 0, 2)
     found, about_norms = with_joined_norms(found)
-    progress("trying fewer launches", 1, 1)
+    progress("trying fewer launches", 1, 2)
+    found, about_attention = with_joined_attention(found)
+    progress("trying fewer launches", 2, 2)
     progress("trying launches that overlap", 0, 1)
     found, about_overlap = with_overlap(found)
     progress("trying launches that overlap", 1, 1)
-    return found, [*notes, about_norms, about_overlap]
+    return found, [*notes, about_norms, about_attention, about_overlap]
 
 
 def with_joined_norms(apart: CudaPass) -> tuple[CudaPass, str]:
@@ -82,18 +84,42 @@ def with_joined_norms(apart: CudaPass) -> tuple[CudaPass, str]:
     obstacle = why_not_joined(apart.decoder)
     if obstacle:
         return apart, f"norms have launches of their own: {obstacle}"
+    joined = CudaPass(apart.decoder, apart.steps, fast=True, joins_norms=True)
+    found, told = faster_of(apart, joined)
+    if found is joined:
+        return joined, f"norms join their products: {told}"
+    return apart, f"norms have launches of their own: joined to their products, {told}"
+
+
+MERGES = (0, 4, 16)  # tokens of the passes up to which attention may merge: its last program has the more to do
+
+
+def with_joined_attention(apart: CudaPass) -> tuple[CudaPass, str]:
+    """The pass whose attention rotates, and may merge, by itself where that is faster, else the one given."""
+    from quasar_core.models.cuda.triton_steps import Joined, TritonSteps
+
+    best, notes = apart, list[str]()
+    for most in MERGES:
+        steps = TritonSteps(joined=Joined(turns=True, merges=most))
+        joined = CudaPass(apart.decoder, steps, fast=True, joins_norms=apart.joins_norms)
+        best, told = faster_of(best, joined)
+        merges = f"merges up to {most} tokens" if most else "merges in a launch of its own"
+        taken = "attention rotates" if best is joined else "not taken: attention that rotates"
+        notes.append(f"{taken} and {merges}: {told}")
+    return best, "; ".join(notes)
+
+
+def faster_of(apart: CudaPass, other: CudaPass) -> tuple[CudaPass, str]:
+    """The faster of two passes of a decoder, the first where the other fails; the other's figures, or its error."""
     try:
-        joined = CudaPass(apart.decoder, apart.steps, fast=True, joins_norms=True)
-        try_out(joined)
-        seconds = time_passes([apart, joined], cache_at(apart.decoder, POSITION))
+        try_out(other)
+        seconds = time_passes([apart, other], cache_at(apart.decoder, POSITION))
     except Exception as error:  # of a compiler, a kernel, the driver: it is told
         raise_if_lost(error)
-        return apart, f"norms have launches of their own: without, it failed here ({first_line(error)})"
+        return apart, f"it failed here ({first_line(error)})"
     counts = " and ".join(map(str, COUNTS))
     figures = f"{1e6 * seconds[1]:.0f} µs for passes of {counts}, {1e6 * seconds[0]:.0f} without"
-    if seconds[1] < seconds[0]:
-        return joined, f"norms join their products: {figures}"
-    return apart, f"norms have launches of their own: joined to their products, {figures}"
+    return (other if seconds[1] < seconds[0] else apart), figures
 
 
 def choose_steps(device: torch.device, dtype: torch.dtype) -> tuple[Steps, str]:

@@ -1,4 +1,4 @@
-"""Run the short passes of a decoder on CUDA: ten launches per layer, recorded when first needed, then replayed.
+"""Run the short passes of a decoder on CUDA: nine launches a layer, or five, recorded when first needed, then replayed.
 
 The position and the tokens lie on the device, so a graph serves every position; it is recorded for a cache, a number
 of tokens and, in PyTorch's operations, the bucket of lengths that bounds attention. Numbers and buckets are few, as
@@ -14,13 +14,13 @@ tried on the decoder itself (`overlap.py`). Letters: T tokens of a pass, V vocab
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 
 from quasar_core.kernels.gpu import on
 from quasar_core.models.base import Choices
-from quasar_core.models.cuda.graphs import LONGEST_TREE, Launcher, PinnedBuffers, TreeInputs, launcher
+from quasar_core.models.cuda.graphs import LONGEST_TREE, Launcher, PinnedBuffers, Timing, TreeInputs, launcher
 from quasar_core.models.cuda.products import DenseChoices
 from quasar_core.models.cuda.torch_steps import SHORTEST_BUCKET, Activation, Rows, Steps
 from quasar_core.models.decoder import LeanDecoder
@@ -59,6 +59,7 @@ class CudaPass:
         self._buffers = PinnedBuffers(self.longest, device)
         self._logits = torch.empty(self.longest, decoder.vocab_size, dtype=decoder.dtype, device=device)
         self._tables: dict[int, PositionTables] = {}  # by capacity of the cache
+        self._begun: ref[BegunPass] | None = None
         self._cleared: WeakSet[DecoderCache] = WeakSet()
         self._sights = {(block.window, block.kv_heads) for block in decoder.config.blocks}
 
@@ -73,6 +74,7 @@ class CudaPass:
         """One pass at position `cache.length`, which moves on by T → float32 logits [T, V], [1, V] with `last_only`."""
         with on(self.decoder.device):
             self._pass(tokens, cache, likeliest=False, parents=parents)
+        cache.advance(len(tokens))
         first = len(tokens) - 1 if last_only else 0
         return self._logits[first : len(tokens)].to(torch.float32, copy=True)  # the next pass writes over these
 
@@ -81,11 +83,27 @@ class CudaPass:
         self, tokens: Sequence[int], cache: DecoderCache, likeliest: int = 0, *, parents: Sequence[int] | None = None
     ) -> Choices:
         """One pass at position `cache.length`, which moves on by T, and the choices that the device made."""
+        return self.begin(tokens, cache, likeliest, parents=parents).fetch()
+
+    @torch.inference_mode()
+    def begin(
+        self, tokens: Sequence[int], cache: DecoderCache, likeliest: int = 0, *, parents: Sequence[int] | None = None
+    ) -> "BegunPass":
+        """See `models/base.py`."""
         with on(self.decoder.device):
+            cache.check_room(len(tokens))
+            timing = Timing(self.decoder.device)
             self._pass(tokens, cache, likeliest > 0, parents)
-            return self._buffers.fetch(len(tokens), likeliest, is_tree=parents is not None)
+            begun = BegunPass(self._buffers, timing, cache, len(tokens), likeliest, parents is not None)
+            timing.end()
+        self._begun = ref(begun)
+        return begun
 
     def _pass(self, tokens: Sequence[int], cache: DecoderCache, likeliest: bool, parents: Sequence[int] | None) -> None:
+        """Launch it. What an earlier pass left is brought over first, if somebody may still want it."""
+        earlier = None if self._begun is None else self._begun()
+        if earlier is not None:
+            earlier.bring_over()
         count = len(tokens)
         size = pass_size(count, cache.capacity - cache.length)
         self._clear(cache)
@@ -98,7 +116,6 @@ class CudaPass:
                 self.dense.choose(size)
             kind = size, bound, likeliest, is_tree
             self._launches.run(cache, kind, lambda: self._launch(size, cache, bound, tables, likeliest, is_tree))
-        cache.advance(count)
 
     def _clear(self, cache: DecoderCache) -> None:
         """Once for a cache: what lies behind its length may be anything, and a mask does not hide what is no number."""
@@ -128,10 +145,12 @@ class CudaPass:
             """Write a block's keys and values to the cache, then mix the values."""
             layer, states = decoder.layers[index], cache.layers[index]
             rope = None if layer.shape.rope is None else tables.rotations[layer.shape.rope]
-            queries = steps.rotate_and_store(qkv, decoder.turn(layer), rope, position, states, tree)
-            mask = masks[layer.shape.window, layer.shape.kv_heads]
-            queries = tables.grown(queries, position, tree)
-            return steps.attend(queries, states, mask, config.scores_scale, config.scores_cap)
+            turn, mask = decoder.turn(layer), masks[layer.shape.window, layer.shape.kv_heads]
+            scores = config.scores_scale, config.scores_cap
+            if tables.growth is None:
+                return steps.turn_and_attend(qkv, turn, rope, position, states, mask, *scores, tree)
+            queries = tables.grown(steps.rotate_and_store(qkv, turn, rope, position, states, tree), position, tree)
+            return steps.attend(queries, states, mask, *scores)
 
         logits.copy_(decoder.logits(self._run_blocks(tokens, attention)))
         output = self._buffers.output.first(count)
@@ -183,6 +202,34 @@ class CudaPass:
         return delta if config.residual_scale == 1 else delta * config.residual_scale
 
 
+class BegunPass:
+    """Implements `models.base.Begun`."""
+
+    def __init__(
+        self, buffers: PinnedBuffers, timing: Timing, cache: DecoderCache, count: int, likeliest: int, is_tree: bool
+    ) -> None:
+        self._buffers, self._timing, self._cache = buffers, timing, cache
+        self._count, self._likeliest, self._is_tree = count, likeliest, is_tree
+        self._choices: Choices | None = None
+
+    @property
+    def seconds(self) -> float:
+        """See `Begun`."""
+        return self._timing.seconds
+
+    def fetch(self) -> Choices:
+        """See `Begun`."""
+        self._cache.advance(self._count)
+        return self.bring_over()
+
+    def bring_over(self) -> Choices:
+        """Wait for it, and keep its choices: the next pass writes over what they lie in."""
+        if self._choices is None:
+            with on(self._buffers.position.device):
+                self._choices = self._buffers.fetch(self._count, self._likeliest, self._is_tree)
+        return self._choices
+
+
 @dataclass(frozen=True)
 class PositionTables:
     """What a pass reads by its positions: cosines and sines [positions, D] of each rotation, and queries' growth."""
@@ -202,8 +249,7 @@ class PositionTables:
 
     def grown(self, queries: torch.Tensor, position: torch.Tensor, tree: TreeInputs | None = None) -> torch.Tensor:
         """Queries [T, H·G, D] at `position` [1], a tensor on the device, as they grow with it."""
-        if self.growth is None:
-            return queries
+        assert self.growth is not None
         places = position + (torch.arange(len(queries), device=queries.device) if tree is None else tree.depths)
         return queries * self.growth.index_select(0, places)[:, None, None]
 

@@ -115,6 +115,25 @@ class PinnedBuffers:
         return Choices(words[:count].tolist(), margins, accepted, rows.tolist() if likeliest else [])
 
 
+class Timing:
+    """How long the device takes from here to `end`; measured on CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        if self._events:
+            self._events[0].record()
+
+    def end(self) -> None:
+        """Behind the last launch."""
+        if self._events:
+            self._events[1].record()
+
+    @property
+    def seconds(self) -> float:
+        """Once the device is done; 0 where nothing is measured."""
+        return self._events[0].elapsed_time(self._events[1]) / 1000 if self._events else 0.0
+
+
 Launch = Callable[[], Any]  # reads and writes tensors that outlive it; waits for nothing
 
 

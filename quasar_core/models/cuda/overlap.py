@@ -28,7 +28,8 @@ def with_overlap(apart: CudaPass) -> tuple[CudaPass, str]:
     obstacle = why_not_overlapping(apart.decoder.device)
     if obstacle:
         return apart, f"launches do not overlap: {obstacle}"
-    return choose_overlap(apart, TritonSteps(overlaps=True))
+    assert isinstance(apart.steps, TritonSteps)
+    return choose_overlap(apart, TritonSteps(overlaps=True, joined=apart.steps.joined))
 
 
 def choose_overlap(apart: CudaPass, overlapping: Steps) -> tuple[CudaPass, str]:

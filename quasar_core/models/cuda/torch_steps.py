@@ -79,6 +79,21 @@ class Steps(Protocol):
         """
         ...
 
+    def turn_and_attend(
+        self,
+        qkv: torch.Tensor,
+        turn: Turn,
+        tables: Tables | None,
+        position: torch.Tensor,
+        states: torch.Tensor,
+        mask: Any,
+        scale: float | None = None,
+        cap: float | None = None,
+        tree: TreeInputs | None = None,
+    ) -> torch.Tensor:
+        """`rotate_and_store`, then `attend` → [T, H·G·D]."""
+        ...
+
     def make_mask(
         self,
         position: torch.Tensor,
@@ -186,6 +201,21 @@ class TorchSteps:
         written = torch.stack((rotated[:, -kv_heads:], turn.values(heads[:, -kv_heads:])))  # [2, T, H, D]
         states.index_copy_(2, places, written.transpose(1, 2))
         return rotated[:, :-kv_heads]
+
+    def turn_and_attend(
+        self,
+        qkv: torch.Tensor,
+        turn: Turn,
+        tables: Tables | None,
+        position: torch.Tensor,
+        states: torch.Tensor,
+        mask: Any,
+        scale: float | None = None,
+        cap: float | None = None,
+        tree: TreeInputs | None = None,
+    ) -> torch.Tensor:
+        """See `Steps`."""
+        return self.attend(self.rotate_and_store(qkv, turn, tables, position, states, tree), states, mask, scale, cap)
 
     def make_mask(
         self,

@@ -1,4 +1,4 @@
-"""The steps of a short pass as Triton's kernels: one launch each, and two for attention.
+"""The steps of a short pass as Triton's kernels: one launch each, and two for attention, or where it is joined one.
 
 Letters: T tokens of a pass, H key-value heads, G query heads per key-value head, D head size.
 """
@@ -14,18 +14,19 @@ from torch.nn.functional import linear
 
 from quasar_core.kernels.base import RoundedRows
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.kernels.triton.attention import attend, attention_workspace
+from quasar_core.kernels.triton.attention import attend
 from quasar_core.kernels.triton.blocks import why_not_gated
 from quasar_core.kernels.triton.choices import accept_greedy, argmax_and_margin, likeliest_tokens
 from quasar_core.kernels.triton.elementwise import (
     rms_norm_residual,
-    rotate_and_store,
     silu_multiply,
     silu_multiply_rounded,
 )
 from quasar_core.kernels.triton.language import overlapping
 from quasar_core.kernels.triton.packed import LONGEST, multiply_packed
 from quasar_core.kernels.triton.products import LONGEST_DENSE, multiply_dense
+from quasar_core.kernels.triton.rotation import Rotation, rotate_and_store
+from quasar_core.kernels.triton.shares import attention_workspace
 from quasar_core.kernels.triton.weights import TritonWeight
 from quasar_core.models.activations import activated
 from quasar_core.models.cuda.graphs import GreedyOutput, TreeInputs
@@ -46,13 +47,24 @@ class TritonSight:
     tree: TreeInputs | None
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Which launches attention takes in: the rotation, and the merge of passes of up to so many tokens."""
+
+    turns: bool = False
+    merges: int = 0
+
+
+APART = Joined()
+
+
 class TritonSteps:
     """Implements `pass_steps.Steps` in 16 bits; a launch may begin before the one before it has ended."""
 
     name = "Triton"
 
-    def __init__(self, overlaps: bool = False) -> None:
-        self.overlaps = overlaps
+    def __init__(self, overlaps: bool = False, joined: Joined = APART) -> None:
+        self.overlaps, self.joined = overlaps, joined
 
     def launching(self) -> AbstractContextManager[None]:
         """See `kernels/triton/language.py`."""
@@ -90,33 +102,32 @@ class TritonSteps:
     ) -> torch.Tensor:
         """One launch, however many tokens; norms of whole rows are PyTorch's."""
         keys, values = states.unbind()
-        size = keys.shape[-1]
         if turn.shares:  # queries alone: nothing is kept
             keys = keys[:0]
-        elif turn.norms is not None and turn.norms.of_values:
-            heads = qkv.view(qkv.shape[0], -1, size)
-            qkv = torch.cat((heads[:, : -len(keys)], turn.values(heads[:, -len(keys) :])), 1).flatten(1)
-        if turn.of_rows:
-            heads = qkv.view(qkv.shape[0], -1, size)
-            qkv = torch.cat((turn.normed(heads[:, : -len(keys)]), heads[:, -len(keys) :]), 1).flatten(1)
-        queries = qkv.new_empty(qkv.shape[0], turn.queries, size)
-        cos, sin = tables or (None, None)
-        rotate_and_store(
-            qkv,
-            None if turn.of_rows else turn.weight,
-            cos,
-            sin,
-            position,
-            keys,
-            values,
-            queries,
-            turn.eps,
-            channels=turn.rope.channels if turn.rope else size,
-            interleaved=turn.rope is not None and turn.rope.interleaved,
-            norms_last=turn.norms_last,
-            depths=None if tree is None else tree.depths,
-        )
+        qkv = _normed_in_torch(qkv, turn, len(keys), states.shape[-1])
+        queries = qkv.new_empty(qkv.shape[0], turn.queries, states.shape[-1])
+        depths = None if tree is None else tree.depths
+        rotate_and_store(qkv, _rotation(turn, tables), position, keys, values, queries, depths)
         return queries
+
+    def turn_and_attend(
+        self,
+        qkv: torch.Tensor,
+        turn: Turn,
+        tables: Tables | None,
+        position: torch.Tensor,
+        states: torch.Tensor,
+        mask: Any,
+        scale: float | None = None,
+        cap: float | None = None,
+        tree: TreeInputs | None = None,
+    ) -> torch.Tensor:
+        """One launch for every sixteen tokens, or two or three: see `Joined`."""
+        if not self.joined.turns:
+            queries = self.rotate_and_store(qkv, turn, tables, position, states, tree)
+            return self.attend(queries, states, mask, scale, cap)
+        qkv = _normed_in_torch(qkv, turn, 0 if turn.shares else states.shape[1], states.shape[-1])
+        return self._attend(qkv, states, mask, scale, cap, turn.queries, _rotation(turn, tables))
 
     def make_mask(
         self,
@@ -139,14 +150,38 @@ class TritonSteps:
         scale: float | None = None,
         cap: float | None = None,
     ) -> torch.Tensor:
-        """Two launches for every sixteen tokens."""
-        count, heads, size = queries.shape
-        keys, values = states.unbind()
+        """Two launches for every sixteen tokens, or one."""
+        return self._attend(queries, states, mask, scale, cap, queries.shape[1], None)
+
+    def _attend(
+        self,
+        queries: torch.Tensor,
+        states: torch.Tensor,
+        mask: Any,
+        scale: float | None,
+        cap: float | None,
+        heads: int,
+        rotation: Rotation | None,
+    ) -> torch.Tensor:
+        count, (keys, values), size = len(queries), states.unbind(), states.shape[-1]
         out = queries.new_empty(count, heads * size)
+        tree = None if mask.tree is None else (mask.tree.depths, mask.tree.families)
         for position, rows, part in zip(mask.positions, queries.split(WIDEST), out.split(WIDEST), strict=True):
-            workspace = attention_workspace(queries.device, rows.shape[0], heads, size, mask.length)
-            tree = None if mask.tree is None else (mask.tree.depths, mask.tree.families)
-            attend(rows, keys, values, position, mask.window, workspace, part, mask.length, scale, cap, tree)
+            attend(
+                rows,
+                keys,
+                values,
+                position,
+                mask.window,
+                attention_workspace(queries.device, len(rows), heads, size, mask.length),
+                part,
+                mask.length,
+                scale,
+                cap,
+                tree,
+                rotation,
+                merges=count <= self.joined.merges,
+            )
         return out
 
     def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None, activation: Activation = SILU) -> Rows:
@@ -184,6 +219,25 @@ class TritonSteps:
     def find_likeliest(self, logits: torch.Tensor, likeliest: torch.Tensor) -> None:
         """Two launches."""
         likeliest_tokens(logits, likeliest)
+
+
+def _normed_in_torch(qkv: torch.Tensor, turn: Turn, kv_heads: int, size: int) -> torch.Tensor:
+    """qkv [T, (H·G + 2·H)·D], or queries alone, behind the norms that no kernel has: of values, and of whole rows."""
+    heads = qkv.view(qkv.shape[0], -1, size)
+    if kv_heads and turn.norms is not None and turn.norms.of_values:
+        heads = torch.cat((heads[:, :-kv_heads], turn.values(heads[:, -kv_heads:])), 1)
+    if turn.of_rows:
+        turned = heads.shape[1] - kv_heads
+        heads = torch.cat((turn.normed(heads[:, :turned]), heads[:, turned:]), 1)
+    return heads.flatten(1)
+
+
+def _rotation(turn: Turn, tables: Tables | None) -> Rotation:
+    """What a kernel does to queries and keys."""
+    cos, sin = tables or (None, None)
+    channels, interleaved = (turn.rope.channels, turn.rope.interleaved) if turn.rope else (0, False)
+    norms = None if turn.of_rows else turn.weight
+    return Rotation(norms, cos, sin, turn.eps, channels, interleaved, turn.norms_last)
 
 
 def _empty_rows(count: int, size: int, number: torch.dtype, device: torch.device) -> RoundedRows:

@@ -1,0 +1,16 @@
+"""What a step of decoding does first, decided before its pass begins."""
+
+from dataclasses import dataclass
+
+from quasar_core.decode.trees import Tree
+from quasar_core.draft.base import Draft
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A draft, which of the models checks it, the tokens of that pass; and how long drafting took."""
+
+    draft: Draft
+    by_target: bool
+    tree: Tree
+    seconds: float
