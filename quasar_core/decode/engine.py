@@ -22,7 +22,7 @@ from quasar_core.decode.policy import DraftLength, WindowPolicy
 from quasar_core.decode.sampling import accept_matching
 from quasar_core.decode.step_log import StepLog
 from quasar_core.decode.trees import WINDOW, Branching, Tree
-from quasar_core.draft.base import NO_DRAFT, Draft, Drafter
+from quasar_core.draft.base import NO_DRAFT, Draft, Drafter, pieces_behind
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import NO_TOKEN, NOT_NUMBERS, Choices, KVCache, TreeCache
 from quasar_core.models.memory import PROMPT_CHUNK
@@ -157,14 +157,20 @@ class Engine:
         check, draft = checking.choose(offered, len(self.window), self._survival, left)
         seconds = self._now() - start
         tree = self._grow_behind(draft) if check.by_target else self._grow(draft)
-        return Plan(draft, check.by_target, tree, seconds)
+        waiting = len(self.tokens) - self.seen if check.by_target else 0
+        left_out = pieces_behind(offered.pieces, len(tree.draft.tokens) - waiting)
+        return Plan(draft, check.by_target, tree, seconds, left_out)
 
     def _check_by_either(self, checking: Checking, plan: Plan) -> None:
         """The model that is worth more checks the draft; the target may then have to confirm."""
         if plan.by_target:
+            logged = len(self.stats.step_log)
             self._confirm_timed(plan)
+            if len(self.stats.step_log) > logged:
+                self._log.left_out(plan.left_out)
             return
         self._verify_timed(plan)
+        self._log.left_out(plan.left_out)
         checking.verified()
         self._let_through(checking)
         if self._must_confirm() or (len(self._passed) >= MOST_UNSEEN and not self._ends):
