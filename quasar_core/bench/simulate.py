@@ -17,7 +17,6 @@ from quasar_core.decode.check import Check, Checker
 from quasar_core.decode.costs import LiveCost, PairCosts
 from quasar_core.decode.window_values import MAX_WINDOW, prospect_of
 from quasar_core.draft.acceptance import Acceptance
-from quasar_core.draft.base import Draft
 from quasar_core.records import Stats
 
 LONGEST = 64  # drafts are no longer than recorded

@@ -73,9 +73,9 @@ class Drafted:
         """
         if length <= self.length or not self.left_out:
             return self.first(length)
-        goes_on = self.right == self.length and behind and behind.pieces
-        goes_on = goes_on and behind.pieces[0].source == self.left_out[0].source
-        right = self.right + (1 + behind.right if goes_on and behind else 0)
+        right = self.right
+        if right == self.length and behind and behind.pieces[:1] and behind.pieces[0].source == self.left_out[0].source:
+            right += 1 + behind.right
         return Drafted(self.offered.first(length).pieces, min(right, length))
 
     @classmethod
@@ -103,7 +103,6 @@ class Trace:
     lost: list[Verified] = field(default_factory=list)
     lost_drafts: list[Drafted] = field(default_factory=list)
     prompt: int = 0
-
 
     def nearest_draft(self, place: int, like: Piece | None = None) -> Drafted | None:
         """The draft that was recorded nearest to a place, as what is copied comes in runs; None where none was.
