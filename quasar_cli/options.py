@@ -192,7 +192,8 @@ Verify = Annotated[
     typer.Option(
         "--verify",
         help="Who decides each token; in exact the verifier proposes and the target confirms: nothing is lost. In "
-        "gated tokens that the verifier is sure of are not confirmed.",
+        "gated tokens that the verifier is sure of are not confirmed; at a --fidelity above 0.95 that saves hardly "
+        "any time.",
         rich_help_panel=_DECODING,
     ),
 ]

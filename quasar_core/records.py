@@ -51,6 +51,7 @@ class Step:
     seconds: float = 0.0
     target_margins: list[float] = field(default_factory=list)
     let_through: int = 0  # in `gated`: tokens at the window's beginning that were committed behind this step
+    left_out: list[Piece] = field(default_factory=list)  # in `exact`: what the draft had behind what was checked
 
 
 @dataclass(frozen=True)

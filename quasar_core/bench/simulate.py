@@ -17,7 +17,6 @@ from quasar_core.decode.check import Check, Checker
 from quasar_core.decode.costs import LiveCost, PairCosts
 from quasar_core.decode.window_values import MAX_WINDOW, prospect_of
 from quasar_core.draft.acceptance import Acceptance
-from quasar_core.draft.base import Draft
 from quasar_core.records import Stats
 
 LONGEST = 64  # drafts are no longer than recorded
@@ -141,22 +140,31 @@ class _Replay:
         while place < trace.tokens:
             self._move_to(trace.prompt + place)
             alive = all(agrees for _, agrees in window)
-            draft = self._draft(trace, place + len(window), alive)
+            start = place + len(window)
+            draft = self._draft(trace, start, alive)
             check = self._choose(draft, window)
             last = self.policy.limit is None  # then one token that is left is the target's in any case
-            ends = alive and place + len(window) >= trace.tokens - last
+            ends = alive and start >= trace.tokens - last
             if check.by_target or ends:
                 bare = ends or (self.policy.limit is not None and not self.policy.target_alone)
-                place += self._confirm(window, NOTHING if bare else draft.first(check.length), alive)
+                place += self._confirm(window, NOTHING if bare else self._checked(trace, start, draft, check), alive)
                 window = []
             else:
-                self._verify(trace, place, window, draft.first(check.length))
+                self._verify(trace, place, window, self._checked(trace, start, draft, check))
         self.tokens += trace.tokens
 
     def _draft(self, trace: Trace, place: int, alive: bool) -> Drafted:
-        known = trace.drafted.get(place) or trace.rests.get(place) or self.luck.choice(self.drafted)
+        known = trace.drafted.get(place) or trace.rests.get(place) or trace.nearest_draft(place) or NOTHING
         draft = known if alive else self.luck.choice(self.lost_drafts)
         return draft.first(self.policy.longest) if self.policy.longest else NOTHING
+
+    def _checked(self, trace: Trace, place: int, draft: Drafted, check: Check) -> Drafted:
+        """What is checked of a draft at a place; of one that was not checked there the nearest tells what was right."""
+        if draft.length or not draft.left_out:
+            return draft.checked(check.length, trace.drafted.get(place + draft.length + 1))
+        nearest = trace.nearest_draft(place, draft.left_out[0])
+        pieces = draft.offered.first(check.length).pieces
+        return Drafted(pieces, min(nearest.right, check.length) if nearest else 0)
 
     def _choose(self, draft: Drafted, window: Sequence[tuple[Estimate, bool]]) -> Check:
         survival = 1.0
@@ -167,7 +175,7 @@ class _Replay:
         if self.policy.limit is not None:
             due = len(window) >= self.policy.limit or survival < self.policy.threshold
             return Check(due, 0 if due else draft.length, 0.0)
-        offered = Draft((0,) * draft.length, draft.pieces)
+        offered = draft.offered
         return self.checker.choose(
             len(window), survival, self.by_target.of(offered), self.by_verifier.of(offered), whole=self.recorded.cut
         )
@@ -187,7 +195,7 @@ class _Replay:
         window += zip(estimates, [token.agrees for token in tokens], strict=True)
         self.by_verifier.count(draft.pieces, min(accepted, draft.right))
         self.by_target.count(draft.pieces, draft.right)
-        self.checker.verified(draft.passed + 1)
+        self.checker.verified()
         self._spend(self.costs.verify(draft.passed + 1))
 
     def _confirm(self, window: list[tuple[Estimate, bool]], draft: Drafted, alive: bool) -> int:
@@ -197,7 +205,7 @@ class _Replay:
         passed = len(window) + 1 + draft.passed
         if alive:
             self.by_target.count(draft.pieces, draft.right)
-        self.checker.confirmed(passed, committed, [estimate for estimate, _ in window], accepted)
+        self.checker.confirmed([estimate for estimate, _ in window], accepted)
         self._spend(self.costs.confirm(passed))
         return committed
 

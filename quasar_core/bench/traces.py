@@ -6,7 +6,7 @@ margin of the verifier's token there and whether the target took it, and how muc
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from quasar_core.bench.results import Results
 from quasar_core.decode.costs import CONTEXT, PairCosts, PassCost
 from quasar_core.decode.trees import SOURCE as BRANCH
-from quasar_core.draft.base import Draft, first_pieces
+from quasar_core.draft.base import Draft, first_pieces, pieces_behind
 from quasar_core.errors import UsageError
 from quasar_core.records import Confirm, MarginTable, Piece, Stats, Step
 
@@ -34,12 +34,14 @@ class Drafted:
     """A draft at a place: its pieces, how many of its tokens were right, and the branches beside it.
 
     `gained` is 1 where a branch was right behind them: it stood in the place of a token of the draft, or behind all.
+    `left_out` is what the draft had behind these tokens, which was not checked.
     """
 
     pieces: tuple[Piece, ...]
     right: int
     branches: int = 0
     gained: int = 0
+    left_out: tuple[Piece, ...] = ()
 
     @property
     def length(self) -> int:
@@ -58,6 +60,24 @@ class Drafted:
         pieces = Draft((0,) * self.length, self.pieces).first(length).pieces
         return Drafted(pieces, min(self.right, length))
 
+    @property
+    def offered(self) -> Draft:
+        """All that there was of it."""
+        pieces = (*self.pieces, *self.left_out)
+        return Draft((0,) * sum(piece.length for piece in pieces), pieces)
+
+    def checked(self, length: int, behind: "Drafted | None") -> "Drafted":
+        """So many tokens of all that was offered; `behind` is the draft of the place behind the pass that checked it.
+
+        Where the draft was right and that one goes on from the same source, it is as right as that.
+        """
+        if length <= self.length or not self.left_out:
+            return self.first(length)
+        right = self.right
+        if right == self.length and behind and behind.pieces[:1] and behind.pieces[0].source == self.left_out[0].source:
+            right += 1 + behind.right
+        return Drafted(self.offered.first(length).pieces, min(right, length))
+
     @classmethod
     def of(cls, step: Step, right: int) -> "Drafted":
         """What a step recorded, of which so many tokens were right: its path came first, branches among it."""
@@ -65,7 +85,7 @@ class Drafted:
         gained = sum(piece.length for piece in path if piece.source == BRANCH)
         chain = tuple(piece for piece in step.pieces if piece.source != BRANCH)
         branches = sum(piece.length for piece in step.pieces if piece.source == BRANCH)
-        return cls(chain, right - gained, branches, gained)
+        return cls(chain, right - gained, branches, gained, tuple(step.left_out))
 
 
 @dataclass
@@ -83,6 +103,17 @@ class Trace:
     lost: list[Verified] = field(default_factory=list)
     lost_drafts: list[Drafted] = field(default_factory=list)
     prompt: int = 0
+
+    def nearest_draft(self, place: int, like: Piece | None = None) -> Drafted | None:
+        """The draft that was recorded nearest to a place, as what is copied comes in runs; None where none was.
+
+        With a piece, of its source and sureness, and one that was checked.
+        """
+        known = self.drafted
+        if like:
+            kind = like.source, like.sureness
+            known = {at: one for at, one in known.items() if [(p.source, p.sureness) for p in one.pieces[:1]] == [kind]}
+        return known[min(known, key=lambda at: abs(at - place))] if known else None
 
 
 @dataclass(frozen=True)
@@ -131,6 +162,7 @@ def record_of(results: Results, arm: str) -> Recorded:
         costs=PairCosts(cost_of(timed["verify"]), cost_of(timed["confirm"])),
         drafting_s=drafting_s,
         other_s=other_s,
+        cut=not any(step.left_out for one in stats for step in one.step_log),
     )
 
 
@@ -155,24 +187,16 @@ def trace_of(stats: Stats) -> Trace:
             start = place - 1 if confirm else place  # a confirm's bonus is the token behind the draft
             if survived:
                 trace.drafted[start] = Drafted.of(step, step.accepted)
+            else:
+                trace.lost_drafts.append(Drafted.of(step, 0))
             place = start + step.accepted + 1 if survived else place
         elif step:
             window.append((place + sum(len(earlier.margins) for _, earlier in window), step))
     for start, draft in trace.drafted.items():
         for done in range(1, draft.right + 1):
-            trace.rests[start + done] = Drafted(_behind(draft.pieces, done), draft.right - done)
+            rest = Drafted(pieces_behind(draft.pieces, done), draft.right - done, left_out=draft.left_out)
+            trace.rests[start + done] = rest
     return trace
-
-
-def _behind(pieces: Sequence[Piece], count: int) -> tuple[Piece, ...]:
-    """The pieces of all but the first `count` tokens."""
-    left = []
-    for piece in pieces:
-        taken = min(piece.length, count)
-        count -= taken
-        if piece.length > taken:
-            left.append(replace(piece, length=piece.length - taken))
-    return tuple(left)
 
 
 def _in_order(stats: Stats) -> Iterator[tuple[Confirm | None, Step | None]]:

@@ -40,6 +40,10 @@ class Kind(Enum):
     ANY = 3
 
 
+# What is added to log-odds before anything was learned: verifier and drafter seldom err alike.
+FIRST_SHIFTS = {Kind.FREE: 0.0, Kind.DRAFTED: 0.7, Kind.INSTEAD: 0.0, Kind.ANY: 0.0}
+
+
 @dataclass(frozen=True)
 class Estimate:
     """P(agree) of one token, of its kind and of any."""
@@ -80,7 +84,7 @@ class RunningAgreement:
 
     def __init__(self, curve: AgreementCurve, shift: float = 0.0) -> None:
         self.curve = curve
-        self._shifts = {kind: _Shift(shift, shift) for kind in Kind}
+        self._shifts = {kind: _Shift(shift + first, shift + first) for kind, first in FIRST_SHIFTS.items()}
         self._log_odds = np.log(_bounded(curve.values) / (1 - _bounded(curve.values)))
 
     def __call__(self, margin: float, kind: Kind = Kind.ANY) -> float:

@@ -1,27 +1,24 @@
 """Decide at each step of `exact` which of the two models checks the draft: the verifier, or the target at once."""
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quasar_core.decode.agreement import Estimate, RunningAgreement
 from quasar_core.decode.costs import TABLE, Cost, PairCosts
+from quasar_core.decode.draft_values import worths_at_target
 from quasar_core.decode.window_values import (
     Means,
     Prospect,
     WindowValues,
     best_values,
+    better_values,
     prospect_of,
-    window_values,
 )
 
 REPLANNED = 12  # target passes
 LATELY, KINDS = 64, 12  # drafts that tell what may turn up, and how many stand for them
-FADING = 0.94  # of former tokens and passes, in the rate of late, whenever it is replanned
-USUAL = 8  # tokens of a confirm pass
-TRUSTED = 16.0  # tokens that the planned rate counts for beside them
 UNSEEN = 64  # target passes after which the verifier is tried again where it does not seem to pay; then twice as many
-MOVED = 1.2  # times the cost of a pass, either way, from which on what was decided elsewhere tells nothing of the rate
 STEPS = 16  # of which what they take beside their passes is learned
 RARELY = 8  # where it was not asked since, one draft in so many is weighed for it
 
@@ -53,30 +50,18 @@ def choose_check(
     What the window itself is expected to yield is had either way, and left out. In one pass,
 
     - the target confirms the window and checks j tokens behind it, of which s·(a_1 + a_1·a_2 + … + a_1⋯a_j) and a
-      bonus are expected:  1 + s·Σ_i a_1⋯a_i − rate·confirm(W + 1 + j);
+      bonus are expected, and what is left of the draft is there for later passes (`draft_values.py`);
     - the verifier checks j tokens, accepts r of them with P(r) = b_1⋯b_r·(1 − b_{r+1}), and the window goes on with
       n = r + 1 more:  −rate·verify(1 + j) + Σ_r P(r)·[s·(p_1 + p_1·p_2 + … + p_1⋯p_n) + J(W + n, s·p_1⋯p_n)],
       where p_i is the `agreement` of such a token and J is what a window is worth (`window_values.py`).
 
     With `whole`, a draft is checked in full or, where the target only confirms, not at all.
     """
-    target = _best(_worths_at_target(window, survival, by_target, costs.confirm, values.rate), whole)
+    target = _best(worths_at_target(window, survival, by_target, costs.confirm, values.rate), whole)
     if window >= values.longest:
         return Check(True, target[0], target[1])
     verifier = _best_at_verifier(window, survival, by_verifier, agreement, costs.verify, values, whole)
     return Check(True, *target) if target[1] >= verifier[1] else Check(False, *verifier)
-
-
-def _worths_at_target(
-    window: int, survival: float, chances: Sequence[float], confirm: Cost, rate: float
-) -> list[float]:
-    """What a target pass is worth, by the number of draft tokens behind the window."""
-    tokens, worths = 1.0, [1.0 - rate * confirm(window + 1)]
-    for length, chance in enumerate(chances, start=1):
-        survival *= chance
-        tokens += survival
-        worths.append(tokens - rate * confirm(window + 1 + length))
-    return worths
 
 
 def _best_at_verifier(
@@ -116,10 +101,10 @@ def _best(worths: Sequence[float], whole: bool) -> tuple[int, float]:
 class Checker:
     """Follows what passes cost, what drafts turn up, how often the models agree; decides who checks the next draft.
 
-    `rate` is the rate of late, in tokens committed per second of what passes are known to cost: no clock enters but
-    by the costs. It begins at the best that the `usual` drafts allow. Whether the verifier is of use is decided while
-    decoding: where it is not, weighing it is all that is lost, and that is done rarely. `alone` says that it seems to
-    be of none before anything was decoded.
+    Time is worth the best rate that these allow: then a fresh window is worth nothing, whoever checked last, and
+    neither model is favoured by drafts that turn out otherwise than expected. No clock enters but by the costs.
+    Whether the verifier is of use is decided while decoding: where it is not, weighing it is all that is lost, and
+    that is done rarely. `alone` says that it seems to be of none before anything was decoded.
     """
 
     def __init__(
@@ -127,27 +112,17 @@ class Checker:
     ) -> None:
         self.costs, self.agreement = costs, agreement
         self._prospects = deque(usual, maxlen=LATELY)
-        self._tokens = 0.0
-        self._verified, self._confirmed = (
-            defaultdict[int, float](float),
-            defaultdict[int, float](float),
-        )  # passes of late, by their tokens
         self._passes = 0
         self._besides: deque[float] = deque(maxlen=STEPS)
-        self._beside = 0.0  # seconds of a step that are no pass's: drafting, choosing tokens and what follows
         self._unseen, self._patience = (UNSEEN + 1, 2 * UNSEEN) if alone else (0, UNSEEN)
         self._means = agreement.means
-        self._plan(usual)
-        self.values = self._valued()
+        self._known = self._costs_of_steps()
+        self.values = best_values(agreement.now, usual, self._known)
 
     @property
     def rate(self) -> float:
-        """Tokens committed per second of passes, of late, by what is now known of costs."""
-        verify = sum(count * self.costs.verify(tokens) for tokens, count in self._verified.items())
-        confirm = sum(count * self.costs.confirm(tokens) for tokens, count in self._confirmed.items())
-        beside = self._beside * (sum(self._verified.values()) + sum(self._confirmed.values()))
-        planned = TRUSTED * self.costs.confirm(USUAL) / self._planned
-        return (self._tokens + TRUSTED) / (verify + confirm + beside + planned)
+        """Tokens per second that are expected at best."""
+        return self.values.rate
 
     @property
     def longest(self) -> int:
@@ -168,7 +143,7 @@ class Checker:
         """As `choose_check`; where the verifier was not seen for long, it checks a step that has no window."""
         if not window and UNSEEN < self._unseen < self._patience and self._unseen % RARELY:
             return Check(
-                True, *_best(_worths_at_target(0, 1.0, by_target, self._known.confirm, self.values.rate), whole)
+                True, *_best(worths_at_target(0, 1.0, by_target, self._known.confirm, self.values.rate), whole)
             )
         self._prospects.append(prospect_of(by_target, by_verifier, self._known, self.values.rate, whole))
         check = choose_check(
@@ -180,55 +155,34 @@ class Checker:
         return check
 
     def begin(self) -> None:
-        """Another text begins: where its passes cost something else, the rate is planned anew, not what it was."""
-        if not 1 / MOVED <= self.costs.confirm(USUAL) / self._usual <= MOVED:
-            self._tokens = 0.0
-            self._verified.clear()
-            self._confirmed.clear()
-            self._plan(_spread(self._prospects))
-        self.values = self._valued()
+        """Another text begins, where passes may cost something else."""
+        self._replan()
 
     def spent(self, seconds: float) -> None:
         """A step took so long beside its passes: time that a step more costs, whoever checks."""
         self._besides.append(seconds)
 
-    def verified(self, passed: int) -> None:
-        """The verifier passed so many tokens."""
-        self._verified[passed] += 1
+    def verified(self) -> None:
+        """The verifier made a pass."""
         self._unseen = 0
 
-    def let_through(self, tokens: int) -> None:
-        """So many tokens of the window were committed without a confirm."""
-        self._tokens += tokens
-
-    def confirmed(self, passed: int, committed: int, estimates: Sequence[Estimate], accepted: int) -> None:
-        """The target passed so many tokens and committed so many; of the window's, of these estimates, `accepted`."""
+    def confirmed(self, estimates: Sequence[Estimate], accepted: int) -> None:
+        """The target made a pass; of the window's tokens, of these estimates, it took `accepted`."""
         self.agreement.learn(estimates, accepted)
         self._means = self.agreement.means
-        self._tokens += committed
-        self._confirmed[passed] += 1
         self._unseen += 1
         self._passes += 1
         if self._passes % REPLANNED == 0:
-            self.values = self._valued()
-            self._fade()
+            self._replan()
 
-    def _plan(self, prospects: Sequence[Prospect]) -> None:
-        """Find the best rate here."""
-        self._usual = self.costs.confirm(USUAL)
-        tables = PairCosts(_Table(self.costs.verify, self._beside), _Table(self.costs.confirm, self._beside))
-        self._planned = best_values(self.agreement.now, prospects, tables).rate * self._usual  # tokens in its time
+    def _replan(self) -> None:
+        self._known = self._costs_of_steps()
+        self.values = better_values(self.agreement.now, _spread(self._prospects), self._known, self.rate)
 
-    def _valued(self) -> WindowValues:
-        self._beside = sorted(self._besides)[len(self._besides) // 2] if self._besides else 0.0
-        self._known = PairCosts(_Table(self.costs.verify, self._beside), _Table(self.costs.confirm, self._beside))
-        return window_values(self.agreement.now, _spread(self._prospects), self._known, self.rate)
-
-    def _fade(self) -> None:
-        self._tokens *= FADING
-        for passes in (self._verified, self._confirmed):
-            for tokens in passes:
-                passes[tokens] *= FADING
+    def _costs_of_steps(self) -> PairCosts:
+        """Those of passes, and of what a step takes beside them: drafting, choosing tokens and what follows."""
+        beside = sorted(self._besides)[len(self._besides) // 2] if self._besides else 0.0
+        return PairCosts(_Table(self.costs.verify, beside), _Table(self.costs.confirm, beside))
 
 
 class _Table:

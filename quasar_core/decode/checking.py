@@ -47,24 +47,22 @@ class Checking:
         check = self.checker.choose(window, survival, by_target, by_verifier, self._whole)
         return check, (at_target if check.by_target else at_verifier).first(check.length)
 
-    def verified(self, passed: int) -> None:
-        """The verifier passed so many tokens."""
-        self.checker.verified(passed)
+    def verified(self) -> None:
+        """The verifier made a pass."""
+        self.checker.verified()
 
     def let_through(self, estimates: Sequence[Estimate]) -> int:
         """How many of the window's first tokens, of these estimates, are committed without a confirm."""
-        count = self._gate.sure(estimates) if self._gate else 0
-        self.checker.let_through(count)
-        return count
+        return self._gate.sure(estimates) if self._gate else 0
 
     def learn_passed(self, estimates: Sequence[Estimate], agreed: Sequence[bool]) -> None:
         """What the target would have said of tokens that were let through."""
         for estimate, own in zip(estimates, agreed, strict=True):
             self.agreement.learn([estimate], int(own))
 
-    def confirmed(self, passed: int, committed: int, estimates: Sequence[Estimate], accepted: int) -> None:
-        """The target passed and committed so many tokens; of the window's, of these estimates, `accepted`."""
-        self.checker.confirmed(passed, committed, estimates, accepted)
+    def confirmed(self, estimates: Sequence[Estimate], accepted: int) -> None:
+        """The target made a pass; of the window's tokens, of these estimates, it took `accepted`."""
+        self.checker.confirmed(estimates, accepted)
         if self._gate:
             self._gate.learn()
 

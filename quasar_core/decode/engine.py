@@ -22,7 +22,7 @@ from quasar_core.decode.policy import DraftLength, WindowPolicy
 from quasar_core.decode.sampling import accept_matching
 from quasar_core.decode.step_log import StepLog
 from quasar_core.decode.trees import WINDOW, Branching, Tree
-from quasar_core.draft.base import NO_DRAFT, Draft, Drafter
+from quasar_core.draft.base import NO_DRAFT, Draft, Drafter, pieces_behind
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import NO_TOKEN, NOT_NUMBERS, Choices, KVCache, TreeCache
 from quasar_core.models.memory import PROMPT_CHUNK
@@ -157,15 +157,21 @@ class Engine:
         check, draft = checking.choose(offered, len(self.window), self._survival, left)
         seconds = self._now() - start
         tree = self._grow_behind(draft) if check.by_target else self._grow(draft)
-        return Plan(draft, check.by_target, tree, seconds)
+        waiting = len(self.tokens) - self.seen if check.by_target else 0
+        left_out = pieces_behind(offered.pieces, len(tree.draft.tokens) - waiting)
+        return Plan(draft, check.by_target, tree, seconds, left_out)
 
     def _check_by_either(self, checking: Checking, plan: Plan) -> None:
         """The model that is worth more checks the draft; the target may then have to confirm."""
         if plan.by_target:
+            logged = len(self.stats.step_log)
             self._confirm_timed(plan)
+            if len(self.stats.step_log) > logged:
+                self._log.left_out(plan.left_out)
             return
         self._verify_timed(plan)
-        checking.verified(self.stats.step_log[-1].drafted + 1)
+        self._log.left_out(plan.left_out)
+        checking.verified()
         self._let_through(checking)
         if self._must_confirm() or (len(self._passed) >= MOST_UNSEEN and not self._ends):
             self._confirm_timed()
@@ -300,7 +306,7 @@ class Engine:
         whole = behind if kept == len(window) else Tree(behind.last, NO_DRAFT)
         self._learn_from_confirm(len(tree.tokens), whole, accepted, drafting_s, pass_s)
         if self._checking:
-            self._checking.confirmed(len(tree.tokens), self.committed - before, self._estimates, kept)
+            self._checking.confirmed(self._estimates, kept)
         self._survival, self._estimates, self._passed, self._drafts = 1.0, [], [], []
 
     def _learn_from_confirm(

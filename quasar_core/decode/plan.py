@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 from quasar_core.decode.trees import Tree
 from quasar_core.draft.base import Draft
+from quasar_core.records import Piece
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A draft, which of the models checks it, the tokens of that pass; and how long drafting took."""
+    """A draft, which of the models checks it, the tokens of that pass; how long drafting took, what it offered more."""
 
     draft: Draft
     by_target: bool
     tree: Tree
     seconds: float
+    left_out: tuple[Piece, ...] = ()

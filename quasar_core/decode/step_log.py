@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from quasar_core.draft.base import Draft
-from quasar_core.records import Confirm, Stats, Step, as_recorded
+from quasar_core.records import Confirm, Piece, Stats, Step, as_recorded
 
 
 class StepLog:
@@ -36,6 +36,11 @@ class StepLog:
         """So many tokens at the window's beginning were committed behind the last step."""
         log = self._stats.step_log
         log[-1] = replace(log[-1], let_through=count)
+
+    def left_out(self, pieces: Sequence[Piece]) -> None:
+        """The last step's draft went on so."""
+        log = self._stats.step_log
+        log[-1] = replace(log[-1], left_out=list(pieces))
 
     def confirm(
         self,

@@ -15,11 +15,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
+from operator import mul
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quasar_core.decode.costs import Cost, PairCosts
+from quasar_core.decode.draft_values import worths_at_target
 
 MAX_WINDOW = 32
 # Where a confirm costs so many verifies, as it does where the target's weights are streamed, windows may be longer: the
@@ -29,6 +32,8 @@ SPACING = 0.08  # of log survivals
 LEVELS = 64  # of survival, from 1 to 1 in 150
 MOST_NEW = 17  # tokens that a verify pass adds to a window
 SEARCHES = 20  # halvings of the interval of rates
+NEWTON_STEPS, NUDGE = 6, 1.02  # at most, towards the best rate, and the multiple of it by which the fall of J is found
+NEARLY = 0.05  # tokens that a fresh window may be worth at what counts as the best rate: a hundredth of a confirm's
 
 _Array = NDArray[np.float64]
 
@@ -98,8 +103,11 @@ class WindowValues:
 
 def window_values(agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts, rate: float) -> WindowValues:
     """J for drafts that turn up equally often. The longest window the target must confirm."""
-    longest = longest_window(costs)
-    steps = _Steps(agreements, prospects, costs, longest)
+    return _values_at(rate, _Steps(agreements, prospects, costs))
+
+
+def _values_at(rate: float, steps: "_Steps") -> WindowValues:
+    longest = steps.longest
     table = np.empty((longest + 1, LEVELS))
     for tokens in range(longest, -1, -1):
         at_target = 1 + steps.right - rate * steps.confirm[tokens][:, None]
@@ -114,11 +122,29 @@ def window_values(agreements: Agreements, prospects: Sequence[Prospect], costs: 
 def best_values(agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts) -> WindowValues:
     """J at the best rate, its `rate`. Where the target had better decode alone, that is the target's."""
     low, high = 0.0, (1 + max(max(p.right, p.new) for p in prospects)) / min(costs.verify(1), costs.confirm(1))
+    steps = _Steps(agreements, prospects, costs)
     values = None
     for _ in range(SEARCHES):
-        values = window_values(agreements, prospects, costs, (low + high) / 2)
+        values = _values_at((low + high) / 2, steps)
         low, high = (values.rate, high) if values(0, 1.0) > 0 else (low, values.rate)
     assert values is not None
+    return values
+
+
+def better_values(agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts, rate: float) -> WindowValues:
+    """J at about the best rate, from one that was the best before: by steps of Newton's, none where it still holds.
+
+    J(0, 1) falls with the rate, by the seconds that pass until the next confirm.
+    """
+    steps = _Steps(agreements, prospects, costs)
+    values = _values_at(rate, steps)
+    for _ in range(NEWTON_STEPS):
+        missed = values(0, 1.0)
+        if abs(missed) <= NEARLY:
+            break
+        fall = missed - _values_at(NUDGE * rate, steps)(0, 1.0)
+        rate = max(rate + missed * (NUDGE - 1) * rate / fall, rate / 2)
+        values = _values_at(rate, steps)
     return values
 
 
@@ -131,7 +157,8 @@ def longest_window(costs: PairCosts) -> int:
 class _Steps:
     """What every rate has in common: arrays [prospects, LEVELS], and seconds [prospects]."""
 
-    def __init__(self, agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts, longest: int) -> None:
+    def __init__(self, agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts) -> None:
+        longest = self.longest = longest_window(costs)
         survivals = np.exp(-SPACING * np.arange(LEVELS))
         self.right = np.array([prospect.right for prospect in prospects])[:, None] * survivals
         gained = [_sum_of_powers(agreements.mean, prospect.new) for prospect in prospects]
@@ -179,7 +206,9 @@ def prospect_of(
     by_target: Sequence[float], by_verifier: Sequence[float], costs: PairCosts, rate: float, whole: bool = False
 ) -> Prospect:
     """A draft of these chances, cut to where a token more is worth less than its time; with `whole`, not at all."""
-    right, length = _cut(by_target, costs.confirm, rate, whole)
+    worths = worths_at_target(0, 1.0, by_target, costs.confirm, rate)
+    length = len(by_target) if whole else max(range(len(worths)), key=worths.__getitem__)
+    right = sum(accumulate(by_target[:length], mul))
     accepted, checked = _cut(by_verifier, costs.verify, rate, whole)
     return Prospect(right, length, 1 + accepted, 1 + checked)
 

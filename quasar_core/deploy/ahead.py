@@ -51,7 +51,7 @@ class Proposal:
         tried = self.draft.first(known - window) if right >= window else NO_DRAFT
         self.checking.learn_drafts(self.drafts, text)
         self.checking.target_length.learn(tried, right - kept)
-        self.checking.confirmed(1 + len(offered), len(new), self.estimates[:known], kept)
+        self.checking.confirmed(self.estimates[:known], kept)
         return kept
 
 
@@ -197,6 +197,6 @@ class Ahead:
         proposal.window += new
         length = proposal.checking.verifier_length
         length.learn(draft, accepted, drafted - start, pass_s if is_whole else None)
-        proposal.checking.verified(len(draft.tokens) + 1)
+        proposal.checking.verified()
         self._drafter.observe(new)
         return not self._ends.intersection(new)

@@ -60,6 +60,16 @@ def first_pieces(pieces: Sequence[Piece], count: int) -> tuple[Piece, ...]:
     return tuple(kept)
 
 
+def pieces_behind(pieces: Sequence[Piece], count: int) -> tuple[Piece, ...]:
+    """The pieces of all but the first `count` tokens."""
+    left = []
+    for piece in pieces:
+        if piece.length > count:
+            left.append(Piece(piece.source, piece.sureness, piece.length - max(count, 0)))
+        count -= piece.length
+    return tuple(left)
+
+
 class Drafter(Protocol):
     """Follows the text, token by token, and proposes what comes next. A class that inherits from it has the defaults.
 

@@ -66,7 +66,7 @@ def test_the_result_file_says_everything_again(tmp_path: Path) -> None:
     assert content["datasets"] == {"d": {"questions": 3, "sha256": DATASET.sha256, "source": "nowhere"}}
     step = content["rows"][1]["stats"]["step_log"][0]
     names = {"drafted", "accepted", "pieces", "by_target", "margins", "draft_s", "seconds", "target_margins"}
-    names |= {"let_through"}
+    names |= {"let_through", "left_out"}
     assert set(step) == names
 
 

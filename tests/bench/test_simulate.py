@@ -71,16 +71,16 @@ def luck(seed: int) -> float:
 
 
 @cache
-def quality(passage: int) -> float:
+def quality(passage: int, seed: int) -> float:
     """How many of a copy's tokens are right; 0 where there is none."""
-    return random.Random(passage).choice((0.0, 0.5, 0.97))
+    return random.Random(passage + 1000 * seed).choice((0.0, 0.5, 0.97))
 
 
 class Passages(Drafter):
     """Text comes in passages of 14 tokens: of one there is no copy, of another a bad one, of a third a good one."""
 
-    def __init__(self, text: Sequence[int], forks: bool = False) -> None:
-        self.text, self.position, self.forks = text, 0, forks
+    def __init__(self, text: Sequence[int], forks: bool = False, seed: int = 0) -> None:
+        self.text, self.position, self.forks, self.seed = text, 0, forks, seed
 
     def observe(self, tokens: Sequence[int]) -> None:
         self.position += len(tokens)
@@ -90,7 +90,7 @@ class Passages(Drafter):
 
     def propose(self, limit: int, after: Sequence[int] = ()) -> Draft:
         passage = self.position // 14
-        chance = quality(passage)
+        chance = quality(passage, self.seed)
         end = min(14 * (passage + 1), self.position + limit, len(self.text)) if chance else self.position
         copy = [self.copied(place, chance) for place in range(self.position, end)]
         return Draft.of(copy, "copy", 3 if chance > 0.5 else 1)
@@ -101,7 +101,7 @@ class Passages(Drafter):
         return [[0, (self.text[place] + place % 3) % VOCABULARY] for place in places] if self.forks else []
 
     def copied(self, place: int, chance: float) -> int:
-        right = luck(-place) < chance
+        right = luck(-place - 77_777 * self.seed) < chance
         return self.text[place] if right else (self.text[place] + 1) % VOCABULARY
 
 
@@ -113,7 +113,9 @@ def measured_margins(target: TimedModel, verifier: TimedModel) -> MarginTable:
 
 
 @cache
-def benched(window: Any = "auto", trees: bool = False, sampling: SamplingConfig | None = None) -> Results:
+def benched(
+    window: Any = "auto", trees: bool = False, sampling: SamplingConfig | None = None, seed: int = 0
+) -> Results:
     """Arms exact, ngram and vanilla on a clock on which nothing but passes takes time."""
     clock = Clock()
     target, verifier = TimedModel(clock, CONFIRM), TimedModel(clock, VERIFY)
@@ -132,7 +134,7 @@ def benched(window: Any = "auto", trees: bool = False, sampling: SamplingConfig 
         ("vanilla", PLAIN),
     ):
         known: list[int] = []
-        generator = Generator(pair, replace(config, **drawn), partial(Passages, known, trees), now=clock)
+        generator = Generator(pair, replace(config, **drawn), partial(Passages, known, trees, seed), now=clock)
         for number, text in enumerate(texts):
             known[:] = text
             generator.reset()
@@ -161,23 +163,29 @@ def test_sampled_answers_are_replayed_too() -> None:
 
 @pytest.mark.parametrize("window", ["auto", 4])
 def test_the_recorded_policy_is_predicted_within_five_percent(window: Any) -> None:
-    """On average over what the replay draws at random; one seed alone may come out right by luck."""
-    predictions = simulate(benched(window), replays=1)
-    own = next(policy for policy in POLICIES if policy.name == predictions[0].policy)
-    speeds = [replay(record_of(benched(window), "exact"), own, seed) for seed in range(5)]
-    assert sum(speeds) / len(speeds) == pytest.approx(predictions[0].measured, rel=0.05)
-    named = {one.policy: one for one in predictions}
-    assert named["target alone, no drafts"].ratio == pytest.approx(1.0, abs=0.05)
-    assert len(named) == len(POLICIES)
+    """On average over texts, and over what the replay draws at random: one of either may come out right by luck."""
+    ratios = []
+    for seed in range(3 if window == "auto" else 1):
+        predictions = {one.policy: one for one in simulate(benched(window, seed=seed), replays=2)}
+        own = next(one for one in predictions.values() if one.measured)
+        assert own.ratio == pytest.approx(1.0, abs=0.1)
+        ratios.append(own.ratio)
+        assert predictions["target alone, no drafts"].ratio == pytest.approx(1.0, abs=0.05)
+        assert len(predictions) == len(POLICIES)
+    assert statistics.fmean(ratios) == pytest.approx(1.0, abs=0.05)
 
 
 def test_trees_are_predicted_within_five_percent() -> None:
-    results = benched(trees=True)
-    pieces = [piece for row in results.rows for step in row.stats.step_log for piece in step.pieces]  # type: ignore[union-attr]
-    assert sum(piece.source == "branch" for piece in pieces) > 100
-    named = {one.policy: one for one in simulate(results, replays=1)}
-    assert named["as it pays"].ratio == pytest.approx(1.0, abs=0.05)
-    assert named["target alone, no drafts"].ratio == pytest.approx(1.0, abs=0.05)
+    """On average over texts."""
+    ratios = []
+    for seed in range(3):
+        results = benched(trees=True, seed=seed)
+        pieces = [piece for row in results.rows for step in row.stats.step_log for piece in step.pieces]  # type: ignore[union-attr]
+        assert sum(piece.source == "branch" for piece in pieces) > 100
+        named = {one.policy: one for one in simulate(results, replays=1)}
+        ratios.append(named["as it pays"].ratio)
+        assert named["target alone, no drafts"].ratio == pytest.approx(1.0, abs=0.05)
+    assert statistics.fmean(ratios) == pytest.approx(1.0, abs=0.05)
 
 
 def test_a_tree_by_hand() -> None:

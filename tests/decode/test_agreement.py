@@ -1,10 +1,11 @@
 """P(agree | margin): the curve, and its correction by what the target makes of the tokens."""
 
+import math
 import random
 
 import pytest
 
-from quasar_core.decode.agreement import AgreementCurve, Kind, RunningAgreement, shift_to
+from quasar_core.decode.agreement import FIRST_SHIFTS, AgreementCurve, Kind, RunningAgreement, shift_to
 from quasar_core.records import MarginTable
 
 CURVE = AgreementCurve(MarginTable([0.5, 2.0], [500, 1500, 8000], [300, 1350, 7980]))
@@ -32,7 +33,15 @@ def test_one_refusal_by_hand() -> None:
     p = running(0.1)
     running.learn(running.estimates([0.1, 9.0], 0, False), 0)
     assert running.shift() == running.shift(Kind.FREE) == pytest.approx(-p / (4 + p * (1 - p)))
-    assert running.shift(Kind.DRAFTED) == running.shift(Kind.INSTEAD) == 0
+    assert running.shift(Kind.INSTEAD) == 0
+    assert running.shift(Kind.DRAFTED) == FIRST_SHIFTS[Kind.DRAFTED]
+
+
+def test_what_was_drafted_too_is_surer_from_the_start() -> None:
+    """Else no draft goes to the verifier, and that they agree is never learned."""
+    running = RunningAgreement(CURVE)
+    drafted, free = (running(1.0, kind) for kind in (Kind.DRAFTED, Kind.FREE))
+    assert drafted / (1 - drafted) == pytest.approx(free / (1 - free) * math.exp(FIRST_SHIFTS[Kind.DRAFTED]))
 
 
 def test_behind_a_refused_token_nothing_is_learned() -> None:
