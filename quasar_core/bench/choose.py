@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from quasar_core.bench.simulate import Policy, replay
-from quasar_core.bench.streamed_target import Confirm
+from quasar_core.bench.streamed_target import ConfirmCost
 from quasar_core.bench.traces import Drafted, Recorded, Trace, Verified
 from quasar_core.config import BITS, GenerationConfig, QuantizeConfig
 from quasar_core.decode.costs import PairCosts, PassCost
@@ -216,7 +216,7 @@ def _drafts_along(row: Sequence[int], first: int, sources: Sources) -> list[Draf
 
 
 Costs = Callable[[Body, int], PassCost]  # of a verify pass, by body and bits of the head
-Confirms = Callable[[Body, int], Confirm | None]  # of the target beside a verifier; None where it does not fit
+Confirms = Callable[[Body, int], ConfirmCost | None]  # of the target beside a verifier; None where it does not fit
 Try = Callable[[Sequence[Body]], Mapping[tuple[Body, int], Look]]  # solve bodies; a look at each with each head
 Rate = Callable[[Look, PairCosts], float]
 Size = Callable[[Body, int], int]  # bytes of a checkpoint

@@ -1,7 +1,8 @@
 """Replay recorded answers under other decisions: windows, draft lengths, who checks; the speed that each would have.
 
-Where a replay comes to a place of which nothing was recorded, as behind a token that the verifier had wrong, it takes
-what was recorded at another place, drawn at random. So a policy is replayed several times, each with draws of its own.
+Where a replay comes to a place of which nothing was recorded, it takes the nearest draft, and what the verifier said at
+another place, drawn at random, as behind a token that it had wrong. So a policy is replayed several times, each with
+draws of its own.
 """
 
 import random

@@ -37,7 +37,7 @@ from quasar_core.store.model_config import read_text_config
 
 
 @dataclass(frozen=True)
-class Confirm:
+class ConfirmCost:
     """A target's pass beside a verifier: its cost, and the bytes that it reads from the disk."""
 
     cost: PassCost
@@ -52,11 +52,11 @@ class StreamedPasses:
     pass_bytes: int
     bandwidth: float
 
-    def confirm(self, share: float) -> Confirm:
+    def confirm(self, share: float) -> ConfirmCost:
         """A pass of which this share of the blocks is read; computing and reading go on at the same time."""
         moved = int(share * self.pass_bytes)
         seconds = np.maximum(self.computing.seconds, moved / self.bandwidth)
-        return Confirm(PassCost(self.computing.sizes, tuple(seconds.tolist())), moved)
+        return ConfirmCost(PassCost(self.computing.sizes, tuple(seconds.tolist())), moved)
 
 
 @dataclass(frozen=True)

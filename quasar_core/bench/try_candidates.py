@@ -17,7 +17,7 @@ from quasar_core.bench.choose import (
     between,
     with_head,
 )
-from quasar_core.bench.streamed_target import Confirm, StreamedPasses, StreamedTarget, measure_streamed
+from quasar_core.bench.streamed_target import ConfirmCost, StreamedPasses, StreamedTarget, measure_streamed
 from quasar_core.bench.synthetic_models import RandomCheckpoint
 from quasar_core.checkpoint.compressed_tensors import PackedWeight
 from quasar_core.checkpoint.gptq_format import why_not_packable
@@ -95,18 +95,18 @@ class CandidateCosts:
         self._pair, self._target, self._config, self._progress = pair, pair.target, config, progress
         self._streaming = streaming if pair.target.streamed else None
         self._passes: StreamedPasses | None = None
-        self._confirm: Confirm | None = None
+        self._confirm: ConfirmCost | None = None
         self._known: dict[tuple[Body, int], PassCost] = {}
         self.widths: dict[Body, Mapping[str, tuple[int, int]]] = {}  # of mixed bodies, by the layers' stored names
         self._troubles: list[str] = []
 
-    def confirm(self, codes: int) -> Confirm | None:
+    def confirm(self, codes: int) -> ConfirmCost | None:
         """The target's passes beside a verifier of so many bytes; None where memory does not hold both."""
         if self._streaming is None:
             if not self._confirm:
                 record = cost_record(self._pair, "target")
                 self._doubt(record.trouble)
-                self._confirm = Confirm(record.cost)
+                self._confirm = ConfirmCost(record.cost)
             return self._confirm
         if self._passes is None:
             self._progress("measuring streamed passes", 0, 1)
@@ -196,7 +196,7 @@ class Choosing:
             own = self.costs.of(body, usual)
         return own if head == usual else with_head(own, self.costs.of(first, head), self.costs.of(first, usual))
 
-    def _confirm(self, body: Body, head: int) -> Confirm | None:
+    def _confirm(self, body: Body, head: int) -> ConfirmCost | None:
         return self.costs.confirm(codes_size(self.target, body.config(self.job.config, head), self._stored))
 
     def _size(self, body: Body, head: int) -> int:

@@ -34,9 +34,7 @@ MOST_UNSEEN = 32  # tokens that are let through between two confirms
 # Tokens of a prompt's pass: enough to be bound by arithmetic, few enough that their activations are small.
 PREFILL_CHUNK = {"cpu": 512, "cuda": PROMPT_CHUNK}
 
-
-# Told the tokens and seconds of a confirm pass.
-Observe = Callable[[int, float], None]
+Observe = Callable[[int, float], None]  # told the tokens and seconds of a confirm pass
 
 
 class Engine:
@@ -133,6 +131,7 @@ class Engine:
         start, passes_s = self._now(), self._log.seconds
         plan, self._plan = self._plan or self._make_plan(), None
         self.stats.draft_s += plan.seconds
+        self._log.left_out = plan.left_out
         if self._checking:
             self._check_by_either(self._checking, plan)
         else:
@@ -164,13 +163,9 @@ class Engine:
     def _check_by_either(self, checking: Checking, plan: Plan) -> None:
         """The model that is worth more checks the draft; the target may then have to confirm."""
         if plan.by_target:
-            logged = len(self.stats.step_log)
             self._confirm_timed(plan)
-            if len(self.stats.step_log) > logged:
-                self._log.left_out(plan.left_out)
             return
         self._verify_timed(plan)
-        self._log.left_out(plan.left_out)
         checking.verified()
         self._let_through(checking)
         if self._must_confirm() or (len(self._passed) >= MOST_UNSEEN and not self._ends):

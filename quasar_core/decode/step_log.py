@@ -13,6 +13,7 @@ class StepLog:
     def __init__(self, stats: Stats, of_target: bool) -> None:
         self._stats, self._of_target = stats, of_target
         self.seconds = 0.0  # of all passes
+        self.left_out: Sequence[Piece] = ()  # what the next step's draft has behind what is checked
 
     def step(
         self,
@@ -28,19 +29,26 @@ class StepLog:
         self.seconds += pass_s
         verifiers, targets = ([], shown) if by_target else (shown, [])
         by_target = by_target or self._of_target
+        checked, left_out = list(draft.pieces), list(self.left_out)
+        self.left_out = ()
         self._stats.step_log.append(
-            Step(len(draft.tokens), accepted, list(draft.pieces), by_target, verifiers, drafting_s, pass_s, targets)
+            Step(
+                len(draft.tokens),
+                accepted,
+                checked,
+                by_target,
+                verifiers,
+                drafting_s,
+                pass_s,
+                targets,
+                left_out=left_out,
+            )
         )
 
     def let_through(self, count: int) -> None:
         """So many tokens at the window's beginning were committed behind the last step."""
         log = self._stats.step_log
         log[-1] = replace(log[-1], let_through=count)
-
-    def left_out(self, pieces: Sequence[Piece]) -> None:
-        """The last step's draft went on so."""
-        log = self._stats.step_log
-        log[-1] = replace(log[-1], left_out=list(pieces))
 
     def confirm(
         self,

@@ -58,7 +58,7 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Prospect:
+class WiderVerifier:
     """What a verifier of so many bits would give: the chance that the target agrees, bytes more, tokens a second."""
 
     bits: int
@@ -95,7 +95,7 @@ def describe_more_bits(
         return None
     room = Room(source.spare, source.staying_bytes, source.bandwidth)
     outlook = Outlook(Codes.of(verifier), pair.fidelity, room, costs, agreement, acceptance)
-    best = max(outlook.prospects(), key=lambda one: one.rate, default=None)
+    best = max(outlook.wider(), key=lambda one: one.rate, default=None)
     return best.describe() if best and best.rate >= WORTH * rate else None
 
 
@@ -119,19 +119,19 @@ class Outlook:
     agreement: RunningAgreement
     acceptance: float  # of drafts
 
-    def prospects(self) -> list[Prospect]:
+    def wider(self) -> list[WiderVerifier]:
         """Of each wider verifier for which there is memory."""
         wider = [bits for bits in WIDER if self.codes.layers and bits > self.codes.bits]
         return [self._of(bits) for bits in wider if self._moved(bits) <= self.room.staying]
 
-    def _of(self, bits: int) -> Prospect:
+    def _of(self, bits: int) -> WiderVerifier:
         left = errors_left(self.fidelity, bits - self.codes.bits)
         curve, growth = self.agreement.curve, self.codes.growth(bits)
         mean = 1 - left * (1 - self.agreement.now.mean)
         surer = RunningAgreement(curve, shift_to(curve, mean)).now
         moved = self._moved(bits)
         costs = changed(self.costs, 1 + growth / self.codes.size, moved / self.room.bandwidth if moved else 0.0)
-        return Prospect(bits, surer.mean, growth, plan_exact(costs, surer, self.acceptance).rate)
+        return WiderVerifier(bits, surer.mean, growth, plan_exact(costs, surer, self.acceptance).rate)
 
     def _moved(self, bits: int) -> int:
         """Bytes of blocks that stay now, and would be streamed."""

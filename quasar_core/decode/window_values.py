@@ -101,12 +101,8 @@ class WindowValues:
         return (1 - share) * row[low] + share * row[low + 1]
 
 
-def window_values(agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts, rate: float) -> WindowValues:
-    """J for drafts that turn up equally often. The longest window the target must confirm."""
-    return _values_at(rate, _Steps(agreements, prospects, costs))
-
-
 def _values_at(rate: float, steps: "_Steps") -> WindowValues:
+    """J for drafts that turn up equally often. The longest window the target must confirm."""
     longest = steps.longest
     table = np.empty((longest + 1, LEVELS))
     for tokens in range(longest, -1, -1):

@@ -281,7 +281,8 @@ def solver_bytes(shape: Shape, on_device: bool) -> int:
 def batch_bytes(shape: Shape, config: QuantizeConfig, on_device: bool) -> int:
     """What a batch of tokens takes inside a block."""
     most = max(batch_tokens(shape.hidden, on_device), config.calibration_length)
-    tokens = min(most, config.texts * config.calibration_length)
+    rows = config.texts or held_out_rows(config)  # the fidelity is read in any case
+    tokens = min(most, rows * config.calibration_length)
     widest = max((out + columns for name, (out, columns) in shape.layers.items() if name != HEAD), default=0)
     return 4 * BATCH_COPIES * tokens * widest
 

@@ -322,9 +322,9 @@ def _error_reply(_: Any, error: Exception) -> Response:
     return JSONResponse(error.body(), error.status, headers)
 
 
-def _defect_reply(_: Request, error: Exception) -> Response:
+def _defect_reply(request: Request, error: Exception) -> Response:
     """Tell of a defect in the shape that clients read; the server logs where it happened."""
-    return _error_reply(_, ApiError(500, f"Internal error: {type(error).__name__}."))
+    return _error_reply(request, ApiError(500, f"Internal error: {type(error).__name__}."))
 
 
 def _http_reply(_: Request, error: Exception) -> Response:

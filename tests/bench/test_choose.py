@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.bench.choose import Body, Choice, Replayed, Row, Search, advice, between, with_head
-from quasar_core.bench.streamed_target import Confirm
+from quasar_core.bench.streamed_target import ConfirmCost
 from quasar_core.config import QuantizeConfig
 from quasar_core.decode.agreement import agreements_of
 from quasar_core.decode.costs import PairCosts, PassCost
@@ -44,8 +44,8 @@ class Bench:
     def cost(self, body: Body, head: int) -> PassCost:
         return PassCost((1,), (self.seconds[body] * (1.0 if head == 16 else self.head),))
 
-    def confirm(self, body: Body, head: int) -> Confirm | None:
-        return Confirm(CONFIRM)
+    def confirm(self, body: Body, head: int) -> ConfirmCost | None:
+        return ConfirmCost(CONFIRM)
 
     def attempt(self, bodies: Sequence[Body]) -> dict[tuple[Body, int], Look]:
         self.tried.append(list(bodies))
@@ -93,9 +93,9 @@ def test_what_memory_does_not_hold_is_not_chosen(monkeypatch: pytest.MonkeyPatch
     bodies = [Body(4, 128), Body(8, 128)]
     bench = Bench(dict.fromkeys(bodies, 1.0), {bodies[0]: 0.9, bodies[1]: 1.0})
 
-    def confirm(body: Body, head: int) -> Confirm | None:
+    def confirm(body: Body, head: int) -> ConfirmCost | None:
         moved = int(1e9 * body.bits)
-        return None if (body.bits, head) == (8, 8) else Confirm(PassCost((1,), (moved / 1e9,)), moved)
+        return None if (body.bits, head) == (8, 8) else ConfirmCost(PassCost((1,), (moved / 1e9,)), moved)
 
     monkeypatch.setattr(bench, "confirm", confirm)
     search = Search([16, 8], bench.cost, bench.confirm, bench.attempt, expected, lambda body, head: 1000)

@@ -10,7 +10,7 @@ from helpers.quantized_decoder import quantize_layers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quasar_core.bench.streamed_target import Confirm, StreamedPasses, StreamedTarget, measure_streamed
+from quasar_core.bench.streamed_target import ConfirmCost, StreamedPasses, StreamedTarget, measure_streamed
 from quasar_core.config import LoadOptions
 from quasar_core.decode.costs import PassCost
 from quasar_core.models import offload
@@ -82,4 +82,4 @@ def test_streamed_passes_are_timed(tmp_path: Path) -> None:
     assert all(0 < seconds <= 1 for seconds in found.computing.seconds)
     assert found.pass_bytes == target.source.pass_bytes > 0
     assert found.bandwidth > 0
-    assert isinstance(found.confirm(0.5), Confirm)
+    assert isinstance(found.confirm(0.5), ConfirmCost)

@@ -63,22 +63,22 @@ def test_what_a_verifier_reads() -> None:
 
 def test_more_bits_are_weighed_where_memory_holds_them() -> None:
     room = Room(spare=10**9, staying=0, bandwidth=1e9)
-    six, eight = outlook(room).prospects()
+    six, eight = outlook(room).wider()
     assert (six.bits, eight.bits, six.growth, eight.growth) == (6, 8, 250, 500)
     assert AGREEMENT.now.mean < six.agreement < eight.agreement
     assert 1 - eight.agreement == pytest.approx((1 - AGREEMENT.now.mean) / 16, rel=1e-3)
     none = Room(spare=300, staying=100, bandwidth=1e9)
-    assert [one.bits for one in outlook(none).prospects()] == [6]
-    assert outlook(room, replace(CODES, layers=[(1000, 8.0)])).prospects() == []
-    assert outlook(room, replace(CODES, layers=[])).prospects() == []
+    assert [one.bits for one in outlook(none).wider()] == [6]
+    assert outlook(room, replace(CODES, layers=[(1000, 8.0)])).wider() == []
+    assert outlook(room, replace(CODES, layers=[])).wider() == []
 
 
 def test_what_no_longer_stays_is_read_at_each_confirm() -> None:
     """500 bytes more, of which 200 are spare: 300 of 10,000 a second."""
     free, full = Room(10**9, 300, 10000.0), Room(200, 300, 10000.0)
     dearer = replace(COSTS, confirm=PassCost((1, 257), (0.43, 0.93)))
-    assert outlook(full).prospects()[1].rate == pytest.approx(outlook(free, costs=dearer).prospects()[1].rate)
-    assert outlook(full).prospects()[1].rate < outlook(free).prospects()[1].rate
+    assert outlook(full).wider()[1].rate == pytest.approx(outlook(free, costs=dearer).wider()[1].rate)
+    assert outlook(full).wider()[1].rate < outlook(free).wider()[1].rate
 
 
 def test_costs_of_a_wider_verifier() -> None:
@@ -91,7 +91,7 @@ def test_sentences() -> None:
     assert "a confirm takes 0.4 s and a verify 0.05 s, so about 7.5 tokens a second are expected" in said
     assert "0.956 of the verifier's tokens, as it did when the verifier was made" in said
     assert describe_expected(COSTS, 7.5, 0.9, measured=False).endswith("which was not measured")
-    six, eight = outlook(Room(10**9, 0, 1e9)).prospects()
+    six, eight = outlook(Room(10**9, 0, 1e9)).wider()
     assert "quasar quantize MODEL --bits 8` makes it" in eight.describe()
     assert "quasar quantize MODEL --bits 6 --mixed` makes it" in six.describe()
 

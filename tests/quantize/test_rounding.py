@@ -15,7 +15,7 @@ from quasar_core.quantize import calibration, job
 from quasar_core.quantize.blocks import rounding
 from quasar_core.quantize.blocks.rounding import rounded
 from quasar_core.quantize.estimate import count_work
-from quasar_core.quantize.plan import Shape, activation_bytes
+from quasar_core.quantize.plan import Shape, activation_bytes, batch_bytes
 from quasar_core.quantize.solve.gptq import SolverConfig
 
 NEAREST = QuantizeConfig(group_size=32, samples=6, seq_len=24, rounding="nearest", lm_head_bits=8)
@@ -109,6 +109,7 @@ def test_a_plan_counts_no_text() -> None:
     assert little.matrices < much.matrices
     assert little.passes < much.passes
     assert activation_bytes(shape, NEAREST) == 0 < activation_bytes(shape, CONFIG)
+    assert batch_bytes(shape, NEAREST, on_device=False) > 0  # of the text that fidelity is measured by
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ class Steps(Protocol):
         tree: TreeInputs | None = None,
     ) -> torch.Tensor:
         """`rotate_and_store`, then `attend` → [T, H·G·D]."""
-        ...
+        return self.attend(self.rotate_and_store(qkv, turn, tables, position, states, tree), states, mask, scale, cap)
 
     def make_mask(
         self,
@@ -154,7 +154,7 @@ def length_bucket(length: int, capacity: int) -> int:
     return min(bucket, capacity)
 
 
-class TorchSteps:
+class TorchSteps(Steps):
     """PyTorch's operations. Attention reads all of `length`, masked beyond the position."""
 
     name = "PyTorch's operations"
@@ -201,21 +201,6 @@ class TorchSteps:
         written = torch.stack((rotated[:, -kv_heads:], turn.values(heads[:, -kv_heads:])))  # [2, T, H, D]
         states.index_copy_(2, places, written.transpose(1, 2))
         return rotated[:, :-kv_heads]
-
-    def turn_and_attend(
-        self,
-        qkv: torch.Tensor,
-        turn: Turn,
-        tables: Tables | None,
-        position: torch.Tensor,
-        states: torch.Tensor,
-        mask: Any,
-        scale: float | None = None,
-        cap: float | None = None,
-        tree: TreeInputs | None = None,
-    ) -> torch.Tensor:
-        """See `Steps`."""
-        return self.attend(self.rotate_and_store(qkv, turn, tables, position, states, tree), states, mask, scale, cap)
 
     def make_mask(
         self,
