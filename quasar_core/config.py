@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from math import inf
 from typing import Any, Literal
 
 from quasar_core.errors import UsageError
@@ -11,6 +10,8 @@ from quasar_core.files import require_characters
 VerifyMode = Literal["full", "quantized", "exact", "gated"]
 VERIFY_MODES: tuple[VerifyMode, ...] = ("full", "quantized", "exact", "gated")
 LEAST_FIDELITY = 0.5
+MOST_TEMPERATURE = 100.0  # beyond it every token is as likely as any
+PENALTIES = (0.01, 100.0)  # beyond them logits overflow
 DraftKind = str  # one of DRAFT_KINDS, or a name under which another package registers a drafter
 DRAFT_KINDS: tuple[DraftKind, ...] = (
     "auto",
@@ -69,12 +70,18 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(0 <= self.temperature < inf, f"--temperature must be a number from 0 on, not {self.temperature}.")
+        _require(
+            0 <= self.temperature <= MOST_TEMPERATURE,
+            f"--temperature must be from 0 to {MOST_TEMPERATURE:g}, not {self.temperature}.",
+        )
         _require(self.top_k >= 0, f"--top-k must not be negative, not {self.top_k}.")
-        _require(0 < self.top_p <= 1, f"--top-p must be above 0 and at most 1, not {self.top_p}.")
-        _require(0 <= self.min_p < 1, f"--min-p must be at least 0 and below 1, not {self.min_p}.")
-        penalty = self.repetition_penalty
-        _require(penalty is None or 0 < penalty < inf, f"--repetition-penalty must be above 0, not {penalty}.")
+        _require(0 <= self.top_p <= 1, f"--top-p must be from 0 to 1, not {self.top_p}.")
+        _require(0 <= self.min_p <= 1, f"--min-p must be from 0 to 1, not {self.min_p}.")
+        penalty, (least, most) = self.repetition_penalty, PENALTIES
+        _require(
+            penalty is None or least <= penalty <= most,
+            f"--repetition-penalty must be from {least:g} to {most:g}, not {penalty}.",
+        )
         _check_seed(self.seed)
 
     @property

@@ -110,7 +110,7 @@ def test_what_cannot_be_is_refused_by_the_call() -> None:
     pair = tiny_pair()
     with pytest.raises(TypeError, match=r"no option tokens; there are .*max_new_tokens.*temperature"):
         quasar.stream(pair, PROMPT, tokens=3)
-    with pytest.raises(quasar.UsageError, match="--temperature must be a number from 0 on"):
+    with pytest.raises(quasar.UsageError, match="--temperature must be from 0 to 100"):
         quasar.stream(pair, PROMPT, temperature=-1)
     with pytest.raises(quasar.UsageError, match="The prompt is empty"):
         quasar.stream(pair, "")

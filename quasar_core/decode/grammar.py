@@ -18,6 +18,9 @@ from quasar_core.models.pair import Pair
 # JSON as Python's json.dumps writes it: white space of any length would let a small model write nothing else.
 STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
+# What one grammar may take, in llguidance's units. Of its own limits these two let a hostile regular expression hold
+# the engine for seconds, and hundreds of megabytes. A mask takes a tenth of a second at most, and states 100 MB.
+INITIAL_FUEL, MOST_STATES = 200_000, 50_000
 
 
 class Grammars:
@@ -28,6 +31,7 @@ class Grammars:
         import llguidance.hf
 
         self._library = llguidance
+        self._limits = llguidance.LLParserLimits(initial_lexer_fuel=INITIAL_FUEL, max_lexer_states=MOST_STATES)
         self.vocabulary, self.eos_ids = pair.primary.vocab_size, pair.eos_ids
         tokenizer: Any = pair.tokenizer
         self._texts: dict[tuple[str, ...], list[bytes]] = {}
@@ -43,10 +47,7 @@ class Grammars:
             grammar = self._library.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=STYLE)
         except ValueError as error:
             raise UsageError(f"the JSON schema cannot be served: {reason(error)}") from error
-        checked = self._checked(grammar, "the JSON schema")
-        if not self._begins(checked):
-            raise UsageError("the JSON schema cannot be served: nothing fits it")
-        return checked
+        return self._checked(grammar, "the JSON schema", may_be_empty=False)
 
     def of_regex(self, expression: str) -> str:
         """The grammar of a text that a regular expression, in Rust's syntax, fits as a whole."""
@@ -60,21 +61,24 @@ class Grammars:
         """The grammar of a text in llguidance's form of Lark."""
         return self._checked(self._library.LLMatcher.grammar_from_lark(text), "the grammar")
 
-    def _checked(self, grammar: str, named: str) -> str:
-        failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(grammar, self._tokenizer)
+    def _checked(self, grammar: str, named: str, may_be_empty: bool = True) -> str:
+        """The grammar, if a first token can be found by it within its limits; UsageError, in one sentence, where not."""
+        failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(
+            grammar, self._tokenizer, limits=self._limits
+        )
         if failed:
             raise UsageError(f"{named} cannot be served: {reason(ValueError(messages[0]))}")
-        return grammar
-
-    def _begins(self, grammar: str) -> bool:
-        """Whether any token may come first, that of the end aside: no JSON is empty."""
         first = self.rule(grammar, 0).mask()
-        first[list(self.eos_ids)] = False
-        return bool(first.any())
+        if not may_be_empty:
+            first[list(self.eos_ids)] = False
+        if not first.any():
+            raise UsageError(f"{named} cannot be served: nothing fits it")
+        return grammar
 
     def rule(self, grammar: str, begin: int, behind: int | None = None) -> "GrammarRule":
         """The rule of one answer whose first token stands at `begin`; with `behind`, from the token after that one."""
-        return GrammarRule(self._library.LLMatcher(self._tokenizer, grammar, log_level=0), self, begin, behind)
+        matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        return GrammarRule(matcher, self, begin, behind)
 
     def tokens_of(self, text: bytes) -> tuple[int, ...]:
         """Tokens of a text, marks of the vocabulary's own among them."""
@@ -93,6 +97,10 @@ class Grammars:
                 hidden = added.special and added.content not in shown
                 texts[number] = b"" if hidden else added.content.encode("utf-8")
         return texts
+
+
+# How llguidance begins to say that a token does not fit, and that no token does.
+_FORBIDDEN, _DEAD_END = "Parser Error: token", "NoExtension"
 
 
 class GrammarRule:
@@ -165,11 +173,22 @@ class GrammarRule:
         if answer[common:]:
             self._matcher.consume_tokens(answer[common:])
         self._read = list(answer)
-        if self._matcher.is_error():
-            raise QuasarError(f"The grammar could not be followed: {reason(ValueError(self._matcher.get_error()))}.")
+        self._require_sound()
+
+    def _require_sound(self) -> None:
+        """UsageError where the grammar leads nowhere or takes too much, QuasarError where it was followed wrongly."""
+        if not self._matcher.is_error():
+            return
+        why = reason(ValueError(self._matcher.get_error().partition("<state>")[0]))
+        if why.startswith(_FORBIDDEN):
+            raise QuasarError(f"The grammar could not be followed: {why}.")
+        trouble = f"it is too complex ({why}); bounds of repetition within one another are the usual cause"
+        trouble = "nothing fits it" if why.startswith(_DEAD_END) else trouble
+        raise UsageError(f"The shape of the answer cannot be served: {trouble}.")
 
     def mask(self) -> torch.Tensor:
         """Whether each token may come next [V]."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._require_sound()
         bits = np.unpackbits(packed, bitorder="little")[: self.vocabulary].astype(bool)
         return torch.from_numpy(np.pad(bits, (0, self.vocabulary - len(bits))))

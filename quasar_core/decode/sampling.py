@@ -89,7 +89,7 @@ def _beyond_nucleus(scaled: torch.Tensor, top_p: float) -> torch.Tensor:
         before = shares.cumsum(dim=-1) - shares
         if count == scaled.shape[-1] or bool((before[:, -1] >= top_p).all()):
             break
-    return torch.ones_like(scaled, dtype=torch.bool).scatter(-1, order, before >= top_p)
+    return torch.ones_like(scaled, dtype=torch.bool).scatter(-1, order, (before >= top_p) & (before > 0))
 
 
 def accept_matching(choices: Sequence[int], offered: Sequence[int]) -> tuple[int, int]:

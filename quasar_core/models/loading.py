@@ -14,7 +14,7 @@ import torch
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
-from quasar_core.kernels.cpu.library import SOURCE, carried_library, why_not_here
+from quasar_core.kernels.cpu.library import SOURCE, needs_compiling, why_not_here, why_switched_off
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.malloc import return_freed_memory
 from quasar_core.models import cpu_pass, lean_weights
@@ -109,7 +109,7 @@ def load_models(
     library: Any = causal_lm if obstacle else lean_weights
     notes = [f"decoder: transformers, as {obstacle}" if obstacle else "decoder: our own"]
     if device.type == "cpu":
-        _compile(progress)
+        _load_kernels(progress)
     target = verifier = None
     if use_target:
         if obstacle:
@@ -139,9 +139,11 @@ def load_models(
     return LoadedModels(target, verifier, notes)
 
 
-def _compile(progress: Progress) -> None:
-    """Compile the C++ of passes and products where it is not there yet."""
-    stage = "loading kernels" if carried_library(SOURCE) else "compiling kernels"
+def _load_kernels(progress: Progress) -> None:
+    """Load the C++ of passes and products, compiled first where it is not there yet."""
+    if why_switched_off():
+        return
+    stage = "compiling kernels" if needs_compiling(SOURCE) else "loading kernels"
     progress(stage, 0, 1)
     why_not_here()
     progress(stage, 1, 1)

@@ -5,7 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quasar_core.config import VERIFY_MODES, DraftKind, Request, SamplingConfig, VerifyMode
+from quasar_core.config import (
+    MOST_TEMPERATURE,
+    PENALTIES,
+    VERIFY_MODES,
+    DraftKind,
+    Request,
+    SamplingConfig,
+    VerifyMode,
+)
 from quasar_core.decode.answering import TokenRule
 from quasar_core.decode.rules import Bias, NoEnd, WrittenPenalty
 from quasar_core.decode.text import Reading
@@ -121,7 +129,7 @@ def _stream_options(fields: Fields, stream: bool) -> bool:
 def _sampling(fields: Fields, served: Served) -> tuple[SamplingConfig, tuple[float, float]]:
     """How tokens are drawn, and the presence and frequency penalties."""
     usual = served.settings.defaults.sampling
-    temperature = fields.number("temperature", 0, 100, usual.temperature)
+    temperature = fields.number("temperature", 0, MOST_TEMPERATURE, usual.temperature)
     seed = fields.whole("seed", -MOST_SEED, MOST_SEED)
     top_k = fields.take("top_k", usual.top_k)
     penalty = fields.take("repetition_penalty", usual.repetition_penalty)
@@ -129,9 +137,9 @@ def _sampling(fields: Fields, served: Served) -> tuple[SamplingConfig, tuple[flo
     config = SamplingConfig(
         temperature=temperature,
         top_k=number.whole("top_k", 0) or 0,
-        top_p=max(fields.number("top_p", 0, 1, usual.top_p), 1e-9),
-        min_p=min(fields.number("min_p", 0, 1, usual.min_p), 1 - 1e-9),
-        repetition_penalty=None if penalty is None else number.number("repetition_penalty", 0.01, 100, 1.0),
+        top_p=fields.number("top_p", 0, 1, usual.top_p),
+        min_p=fields.number("min_p", 0, 1, usual.min_p),
+        repetition_penalty=None if penalty is None else number.number("repetition_penalty", *PENALTIES, 1.0),
         seed=secrets.randbits(48) if seed is None else seed,
     )
     presence = fields.number("presence_penalty", -2, 2, 0.0)

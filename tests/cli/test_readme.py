@@ -68,7 +68,7 @@ def test_the_commands_marked_to_run_and_the_python_blocks_succeed(
         _run_blocks(page)
     printed = capsys.readouterr().out
     assert "count_lines" in printed
-    assert "--temperature must be a number from 0 on" in printed
+    assert "--temperature must be from 0 to 100" in printed
     assert "\nTrue\n" in printed, "the first turn of a conversation is the answer to its message alone"
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("llguidance")
 from helpers.serving import demo_pair
 
 from quasar_core.decode.grammar import GrammarRule, Grammars
-from quasar_core.errors import UsageError
+from quasar_core.errors import QuasarError, UsageError
 
 SCHEMA: Any = {
     "type": "object",
@@ -101,6 +101,35 @@ def test_a_schema_that_nothing_fits_is_refused(grammars: Grammars) -> None:
     with pytest.raises(UsageError, match="nothing fits it"):
         grammars.of_schema({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"})
     assert grammars.of_schema({})
+
+
+def test_what_is_too_complex_to_follow_is_refused_in_a_sentence(grammars: Grammars) -> None:
+    followed, answer = grammars.rule(grammars.of_regex("(a{1000}){1000}"), 0), list[int]()
+    with pytest.raises(UsageError, match="too complex") as refused:
+        for _ in range(50):
+            followed.follow(answer)
+            answer.append(int(followed.mask().nonzero()[-1]))
+    assert "\n" not in str(refused.value)
+    assert "<state>" not in str(refused.value)
+
+
+def test_a_regular_expression_that_nothing_fits_is_refused(grammars: Grammars) -> None:
+    with pytest.raises(UsageError, match="nothing fits it|cannot be served"):
+        grammars.of_regex(r"[^\s\S]a")
+
+
+def test_more_than_a_grammar_may_take_is_refused_at_once(grammars: Grammars) -> None:
+    with pytest.raises(UsageError, match="regular expression cannot be served"):
+        grammars.of_regex("|".join(f"w{number}q" for number in range(60_000)))
+    assert grammars.of_regex("|".join(f"w{number}q" for number in range(1_000)))
+
+
+def test_a_token_that_does_not_fit_is_no_fault_of_the_request(grammars: Grammars) -> None:
+    followed = grammars.rule(grammars.of_regex("[0-9]+"), 0)
+    wrong = int((~followed.mask()).nonzero()[0])
+    with pytest.raises(QuasarError, match="could not be followed") as failed:
+        followed.follow([wrong])
+    assert not isinstance(failed.value, UsageError)
 
 
 @pytest.mark.parametrize(("drafts", "window"), [*product((1, 4, 8), (1, 3, 9))])

@@ -1,6 +1,7 @@
 """From logits to a draw: what may be drawn is what transformers' own warpers leave, noise is fixed and fair."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,15 @@ def on_an_edge(config: SamplingConfig) -> torch.Tensor:
     nucleus = (sums - (1 - config.top_p)).abs().amin(dim=-1) < 1e-6
     share = (plain / plain.amax(dim=-1, keepdim=True) - config.min_p).abs().amin(dim=-1) < 1e-6
     return (nucleus & (config.top_p < 1)) | (share & (config.min_p > 0))
+
+
+@pytest.mark.parametrize("ends", [{"top_p": 0.0}, {"min_p": 1.0}, {"top_p": 0.0, "min_p": 1.0, "top_k": 5}], ids=str)
+def test_at_its_end_a_bound_leaves_the_best_alone_as_in_transformers(ends: dict[str, Any]) -> None:
+    config = SamplingConfig(temperature=1.5, **ends)
+    kept = distribution(LOGITS, config) > 0
+    assert torch.equal(kept, transformers_distribution(LOGITS, config) > 0)
+    assert torch.equal(kept.int().argmax(dim=-1), LOGITS.argmax(dim=-1))
+    assert (kept.sum(dim=-1) == 1).all()
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])

@@ -15,6 +15,7 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.cpu import build, library, private_files
 from quasar_core.kernels.cpu import library as compiling
 from quasar_core.kernels.cpu.forms import chosen
+from quasar_core.models import loading
 from quasar_core.quantize.solve import cpp
 
 NO_COMPILER = compiling.find_compiler() is None
@@ -55,6 +56,33 @@ def test_a_library_lies_in_folders_of_the_user_alone_with_its_digest(source: Pat
     assert sorted(path.name for path in library.parent.iterdir()) == ["seven.so", "seven.so.sha256"]
     assert compiling.load_library(source, SEVEN).seven() == 7
     assert compiling.remark(source) == ", compiled here"
+
+
+@compiled
+def test_whether_a_library_would_be_compiled_is_known_before(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compiling.needs_compiling(source)
+    library = compiling.shared_library(source)
+    assert compiling.remark(source) == ", compiled here"  # to ask left nothing that looked like damage
+    assert not compiling.needs_compiling(source)
+    cut(library)
+    assert compiling.needs_compiling(source)
+    monkeypatch.setenv(compiling.SWITCH, "0")
+    assert not compiling.needs_compiling(source)
+
+
+@pytest.mark.parametrize(
+    ("needed", "switch", "said"),
+    [(True, "1", ["compiling kernels"]), (False, "1", ["loading kernels"]), (False, "0", [])],
+)
+def test_compiling_is_said_only_where_something_is_compiled(
+    needed: bool, switch: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(compiling.SWITCH, switch)
+    monkeypatch.setattr(loading, "needs_compiling", lambda source: needed)
+    monkeypatch.setattr(loading, "why_not_here", lambda: None)
+    stages: list[str] = []
+    loading._load_kernels(lambda stage, done, total: stages.append(stage))
+    assert list(dict.fromkeys(stages)) == said
 
 
 @compiled

@@ -119,6 +119,25 @@ def test_a_defect_is_told_in_the_shape_that_clients_read(monkeypatch: pytest.Mon
     assert reply.json()["error"]["message"] == "Internal error: ZeroDivisionError."
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_hostile_regular_expression_is_refused_and_disturbs_nobody(http: Any, stream: bool) -> None:
+    expression, body = "(a{1000}){1000}", {"messages": LINES, "max_tokens": 64, "stream": stream}
+    reply = http.post(CHAT, json={**body, "guided_regex": expression})
+    text = reply.text if not stream else reply.text.rstrip().rpartition("data: ")[2]
+    error = json.loads(text)["error"]
+    assert reply.status_code == (200 if stream else 400)  # a stream has begun by then
+    assert error["type"] == "invalid_request_error"
+    assert "too complex" in error["message"]
+    assert http.post(CHAT, json={"messages": LINES, "max_tokens": 2}).status_code == 200
+
+
+@pytest.mark.parametrize("change", [{"min_p": 1}, {"top_p": 0}, {"min_p": 1, "top_p": 0, "top_k": -1}], ids=str)
+def test_the_ends_of_bounds_are_taken_as_the_library_takes_them(http: Any, change: dict[str, Any]) -> None:
+    greedy, at_its_end = ({"messages": LINES, "max_tokens": 8, "temperature": t, **change} for t in (0, 1.5))
+    texts = [http.post(CHAT, json=body).json()["choices"][0]["message"]["content"] for body in (greedy, at_its_end)]
+    assert texts[0] == texts[1]
+
+
 def test_labels_and_fields_that_ask_for_nothing_are_taken(http: Any) -> None:
     idle = {"user": "u", "metadata": {"a": "b"}, "store": False, "suffix": None, "best_of": 1, "tool_choice": "none"}
     assert http.post(CHAT, json={"messages": LINES, "max_tokens": 2, "model": "default", **idle}).status_code == 200

@@ -64,7 +64,7 @@ def shared_library(source: Path) -> Path:
     if compiler is None:
         raise QuasarError("no C++ compiler was found (g++, or one that CXX names), and the package carries no library")
     form = chosen()
-    library = home() / "kernels" / _key(source, compiler, form) / f"{source.stem}{build.suffix()}"
+    library = _place(source, compiler, form)
     kernels = library.parent.parent
     try:
         private_files.make_private(kernels)
@@ -82,6 +82,15 @@ def shared_library(source: Path) -> Path:
     return library
 
 
+def needs_compiling(source: Path) -> bool:
+    """Whether loading a source's library compiles it: none is carried, and none that was compiled before is whole."""
+    compiler = find_compiler()
+    if compiler is None or why_switched_off() or carried_library(source):
+        return False
+    library = _place(source, compiler, chosen())
+    return not library.is_file() or private_files.damage(library) is not None
+
+
 def remark(source: Path) -> str:
     """What is to be said of a library beside that it runs: where it comes from, and why it was compiled anew."""
     if carried_library(source):
@@ -95,6 +104,11 @@ def why_switched_off() -> str | None:
     if value not in ("0", "1"):
         raise UsageError(f"{SWITCH} must be 0 or 1, not {value}.")
     return f"{SWITCH}=0 switches it off" if value == "0" else None
+
+
+def _place(source: Path, compiler: str, form: Chosen) -> Path:
+    """Where a source's library lies, once a compiler has built it for an instruction set."""
+    return home() / "kernels" / _key(source, compiler, form) / f"{source.stem}{build.suffix()}"
 
 
 def _key(source: Path, compiler: str, form: Chosen) -> str:
