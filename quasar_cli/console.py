@@ -20,6 +20,7 @@ from quasar_core.records import Progress
 # In a file or a pipe nothing is to be folded for want of columns.
 _WIDTH_WITHOUT_TERMINAL = 200
 _UNWRITABLE = "The output cannot be written"
+INTERRUPTED = 130  # the exit code after Ctrl-C
 
 
 def _console(stderr: bool) -> Console:

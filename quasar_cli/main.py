@@ -11,12 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from quasar_cli.commands import bench, chat, deploy, doctor, generate, inspect, models, quantize, serve
-from quasar_cli.console import print_error, print_traceback
+from quasar_cli.console import INTERRUPTED, print_error, print_traceback
 from quasar_cli.help import Command, Group, examples
 from quasar_cli.options import Reporting
 from quasar_core.errors import QuasarError, UsageError
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="quasar",

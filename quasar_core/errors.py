@@ -20,6 +20,10 @@ class UsageError(QuasarError):
     """The command line or the input cannot be right; the message names the option (exit code 2)."""
 
 
+class ContextFull(UsageError):
+    """A prompt leaves no room in the context."""
+
+
 @contextmanager
 def foreign_errors(failed: str, kind: type[QuasarError] = QuasarError) -> Iterator[None]:
     """Raise `kind` for whatever another library raises within: `failed`, such as "X could not be loaded", and why.

@@ -101,7 +101,7 @@ class QuasarLM(TemplateLM):  # type: ignore[misc]  # its types are not known whe
         """
         room = self.pair.max_context - len(continuation) + 1
         if room < 1:
-            raise UsageError(f"A continuation has {len(continuation)} tokens: the model's context holds fewer.")
+            raise UsageError(f"A continuation has {len(continuation)} tokens: {self.pair.context_words} holds fewer.")
         kept = list(context)[-room:]
         cache = self.pair.new_cache(len(kept) + len(continuation))
         begin_text(cache, len(kept), 0)

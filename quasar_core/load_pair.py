@@ -79,6 +79,7 @@ class _Numbers:
     device: torch.device
     dtype: torch.dtype
     context: int
+    context_is_asked: bool
     notes: Sequence[str]
 
 
@@ -86,10 +87,11 @@ def _choose_numbers(folder: Path, options: LoadOptions) -> _Numbers:
     """What is asked, else what suits the device and the model's folder."""
     device = choose_device(options.device)
     dtype, reason = dtype_of_source(folder, options.dtype, device)
-    context = min(context_limit(folder, options.trust_remote_code), options.max_context or sys.maxsize)
+    own = context_limit(folder, options.trust_remote_code)
+    context = min(own, options.max_context or sys.maxsize)
     notes = [f"dtype: {str(dtype).removeprefix('torch.')}, {reason}", f"device: {_describe_device(device)}"]
     unlimited = ["context: no limit, as config.json names none"] if context == UNLIMITED else []
-    return _Numbers(device, dtype, context, notes + unlimited)
+    return _Numbers(device, dtype, context, context < own, notes + unlimited)
 
 
 def _plan_memory(
@@ -133,6 +135,7 @@ def _make_pair(
         successors_folder=checkpoint.folder if checkpoint else _verifier_beside(source, options.verifier),
         processors=read_processors(source.folder),
         rolls_back=recurrent_layers_in(source.folder, options.trust_remote_code) is None,
+        context_is_asked=numbers.context_is_asked,
     )
 
 

@@ -15,7 +15,7 @@ from quasar_cli.messages import read_messages
 from quasar_cli.option_groups import DecodeOptions, ModelOptions, takes_groups
 from quasar_cli.options import Json, MaxNewTokens, ShowStats, Stream, System, Think, Verbose
 from quasar_core.config import GenerationConfig
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import ContextFull, QuasarError, UsageError
 from quasar_core.files import absolute, exists, read_json, require_place, write_json
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ EXAMPLES = examples(
     "quasar chat --model Qwen3-0.6B --stats",
 )
 HELP = r"""/more         go on with an answer that was cut
+/drop N       forget the N oldest turns, or the oldest: makes room where the context is full
 /system TEXT  set the system message, and start anew
 /save FILE    write the conversation into a JSON file
 /load FILE    go on with a conversation that was saved
@@ -71,20 +72,28 @@ def chat(
     pair = load_pair(models, config)
     answers = Answers(pair, config, stream, stats, verbose, as_json)
     generator = make_generator(pair, config)
-    conversation = Conversation(generator, system, think, stream and not as_json, answers.show)
+    conversation = Conversation(generator, system, think, answers)
     if verbose:
         show_notes(pair)
     if sys.stdin.isatty():
         console.note_plain("/help lists the commands, /exit or Ctrl-D ends.")
-    for message in read_messages(history):
-        if message in ("/exit", "/quit"):
-            break
-        conversation.take(message)
+    code = _converse(conversation, history)
     say_of_memory(pair)
     if as_json:
         console.print_json({"turns": answers.turns})
-    if conversation.refused and not sys.stdin.isatty():  # nobody was there to try again
-        raise typer.Exit(conversation.refused)
+    raise typer.Exit(code)
+
+
+def _converse(conversation: "Conversation", history: bool) -> int:
+    """Take messages until they end → the exit code."""
+    try:
+        for message in read_messages(history):
+            if message in ("/exit", "/quit"):
+                break
+            conversation.take(message)
+    except KeyboardInterrupt:
+        return console.INTERRUPTED
+    return 0 if sys.stdin.isatty() else conversation.refused  # in a terminal somebody could try again
 
 
 @dataclass(frozen=True)
@@ -99,13 +108,27 @@ class Answers:
     as_json: bool
     turns: list[dict[str, Any]] = field(default_factory=list)
 
-    def show(self, result: "GenerationResult") -> None:
-        """End the answer's line, and say what is to be said of it."""
+    def hear(self, text: str) -> None:
+        """Show a piece of an answer as it comes, where that is wanted."""
+        if self.stream and not self.as_json:
+            console.stream_text(text)
+
+    def show_stopped(self, text: str) -> None:
+        """End the line of an answer that was stopped; what was written of it stays."""
+        if not self.as_json:
+            console.stream_text("\n" if self.stream else text + "\n")
+        console.note_plain("(stopped)")
+
+    def show(self, result: "GenerationResult", has_older: bool) -> None:
+        """End the answer's line, and say what is to be said of it; `has_older`: whether other turns precede it."""
         self.turns.append(as_document(self.pair, self.config, result))
         if not self.as_json:
             console.stream_text("\n" if self.stream else result.text + "\n")
         if result.finish_reason == "length":
-            console.note_plain(f"(cut after {len(result.token_ids)} tokens; /more goes on, -n sets the length)")
+            advice = "/more goes on, -n sets the length"
+            if len(result.token_ids) < self.config.max_new_tokens:
+                advice = f"the context is full; {_make_room(has_older)}{', then /more goes on' * has_older}"
+            console.note_plain(f"(cut after {len(result.token_ids)} tokens; {advice})")
         if self.stats:
             show_stats(self.pair, self.config, result)
         if self.verbose:
@@ -115,19 +138,19 @@ class Answers:
 
 
 class Conversation:
-    """The messages so far, and the generator whose cache holds them; each answer is handed to `present`."""
+    """The messages so far, and the generator whose cache holds them; `answers` shows each answer."""
 
     def __init__(
         self,
         generator: "Generator",
         system: str | None,
         think: bool | None,
-        stream: bool,
-        present: Callable[["GenerationResult"], None],
+        answers: Answers,
     ) -> None:
-        self._generator, self._think, self._stream, self._present = generator, think, stream, present
+        self._generator, self._think, self._answers = generator, think, answers
         self.refused = 0  # the exit code of what was refused first, where anything was
         self._commands: dict[str, Callable[[str], None]] = {
+            "/drop": self.drop,
             "/help": lambda _: console.note_plain(HELP),
             "/load": self.load,
             "/more": lambda _: self.go_on(),
@@ -142,6 +165,7 @@ class Conversation:
         self._opening = [{"role": "system", "content": system}] if system is not None else []
         self.messages = list(self._opening)
         self._last: GenerationResult | None = None
+        self._written: list[int] = []  # tokens of the last answer
 
     def take(self, text: str) -> None:
         """Carry out a command, or answer a message; what is refused is one sentence, and the chat goes on."""
@@ -162,6 +186,20 @@ class Conversation:
         self.messages, self._last = list(self._opening), None
         self._generator.reset()
         console.note_plain("(the conversation is forgotten)")
+
+    def drop(self, count: str) -> None:
+        """Forget the oldest turns, so that what follows has room; the system message stays."""
+        if not (count or "1").isdecimal() or int(count or 1) < 1:
+            raise UsageError(f"/drop takes a number of turns, such as /drop 2, not {count}.")
+        turns = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
+        dropped = int(count or 1)
+        if dropped > len(turns):
+            raise UsageError(f"There are {len(turns)} turns to forget." if turns else "There is no turn to forget.")
+        if dropped == len(turns):
+            self.reset()
+            return
+        self.messages = [*self._opening, *self.messages[turns[dropped] :]]
+        console.note_plain(f"(forgotten: {dropped} of {len(turns)} turns)")
 
     def set_system(self, text: str) -> None:
         """Start anew with another system message; without a text, print the present one."""
@@ -208,38 +246,51 @@ class Conversation:
 
         A stopped answer stays in the conversation as far as it came; a message without an answer does not.
         """
-        from quasar_core import api
-
-        asked = [*self.messages, {"role": "user", "content": message}]
-        prompt_ids = api.encode_prompt(self._generator.pair.tokenizer, asked, think=self._think)
-        self._generate(prompt_ids, asked, "")
+        self._generate([*self.messages, {"role": "user", "content": message}], [], "")
 
     def go_on(self) -> None:
         """Generate the rest of an answer that was cut."""
         if self._last is None or self._last.finish_reason != "length":
             raise UsageError("There is no answer that was cut.")
-        prompt_ids = [*self._last.prompt_token_ids, *self._last.token_ids]
-        self._generate(prompt_ids, self.messages[:-1], self.messages[-1]["content"])
+        self._generate(self.messages[:-1], self._written, self.messages[-1]["content"])
 
-    def _generate(self, prompt_ids: list[int], asked: list[dict[str, str]], before: str) -> None:
-        pieces: list[str] = [before]
+    def _generate(self, asked: list[dict[str, str]], written: list[int], before: str) -> None:
+        """Answer messages, behind what is written of the answer already: its tokens, and their text."""
+        from quasar_core import api
+
+        prompt_ids = [*api.encode_prompt(self._generator.pair.tokenizer, asked, think=self._think), *written]
+        pieces: list[str] = []
+
+        def hear(text: str) -> None:
+            pieces.append(text)
+            self._answers.hear(text)
+
         try:
-            self._last = self._generator.generate(prompt_ids, lambda text: self._hear(text, pieces))
-        except UsageError as error:
-            raise UsageError(f"{error} /reset starts a new conversation.") from error
+            result = self._generator.generate(prompt_ids, hear)
+        except ContextFull as error:
+            raise UsageError(f"{error} In this chat {_make_room(_has_older_turns(asked))}.") from error
         except KeyboardInterrupt:
             # A pass may have been cut in the middle, so what the cache holds is not known.
             self._generator.reset()
-            console.note_plain("\n(stopped)")
-            self.messages, self._last = [*asked, {"role": "assistant", "content": "".join(pieces)}], None
+            text = "".join(pieces)
+            self.messages, self._last = [*asked, {"role": "assistant", "content": before + text}], None
+            self._answers.show_stopped(text)
+            if not sys.stdin.isatty():  # nobody is there to go on
+                raise
             return
-        self.messages = [*asked, {"role": "assistant", "content": before + self._last.text}]
-        self._present(self._last)
+        self._last, self._written = result, [*written, *result.token_ids]
+        self.messages = [*asked, {"role": "assistant", "content": before + result.text}]
+        self._answers.show(result, _has_older_turns(asked))
 
-    def _hear(self, text: str, pieces: list[str]) -> None:
-        pieces.append(text)
-        if self._stream:
-            console.stream_text(text)
+
+def _has_older_turns(asked: list[dict[str, str]]) -> bool:
+    """Whether turns precede the one that is asked for."""
+    return sum(message["role"] == "user" for message in asked) > 1
+
+
+def _make_room(has_older: bool) -> str:
+    """What makes room in a full context."""
+    return "/drop forgets the oldest turn, /reset all of them" if has_older else "/reset starts anew"
 
 
 def _is_message(value: Any) -> bool:

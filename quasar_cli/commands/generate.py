@@ -3,7 +3,7 @@
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,10 +87,7 @@ def generate(
     generator = make_generator(pair, config)
     coloured = trace == "-" and not as_json
     streamed = stream and not as_json and not coloured
-    if show_unconfirmed:
-        result = _generate_dimmed(generator, prompt_ids)
-    else:
-        result = generator.generate(prompt_ids, console.stream_text if streamed else None)
+    result = _generate(generator, prompt_ids, streamed, show_unconfirmed, as_json)
     if coloured:
         show_trace(api.trace_of(pair, config, result, asked))
     elif as_json:
@@ -115,14 +112,36 @@ def _refuse_what_cannot_be_drawn(coloured: bool, dimmed: bool, stream: bool, as_
         raise UsageError("--show-unconfirmed draws in a terminal: not with --json, --no-stream, --trace or a pipe.")
 
 
-def _generate_dimmed(generator: "Generator", prompt_ids: list[int]) -> "GenerationResult":
-    """Generate, and show what waits for a confirm, dimmed."""
-    from quasar_cli.render.unconfirmed import Unconfirmed
-    from quasar_core import api
+def _generate(
+    generator: "Generator", prompt_ids: list[int], streamed: bool, dimmed: bool, as_json: bool
+) -> "GenerationResult":
+    """Generate, and show the text as it comes where it is `streamed`, with `dimmed` what waits for a confirm too.
 
-    tokenizer = generator.pair.tokenizer
-    shown = Unconfirmed(console.stream_text, lambda tokens: str(tokenizer.decode(list(tokens))))
-    return generator.generate(prompt_ids, shown.add, answering=api.Answering(waiting=shown.show))
+    Ctrl-C ends the command; what was written by then stays, or is printed, unless it was to be one JSON document.
+    """
+    written: list[str] = []
+    show: Callable[[str], None] = console.stream_text if streamed else lambda text: None
+    answering: dict[str, Any] = {}
+    if dimmed:
+        from quasar_cli.render.unconfirmed import Unconfirmed
+        from quasar_core import api
+
+        tokenizer = generator.pair.tokenizer
+        shown = Unconfirmed(console.stream_text, lambda tokens: str(tokenizer.decode(list(tokens))))
+        show, answering = shown.add, {"answering": api.Answering(waiting=shown.show)}
+
+    def hear(text: str) -> None:
+        written.append(text)
+        show(text)
+
+    try:
+        return generator.generate(prompt_ids, hear, **answering)
+    except KeyboardInterrupt:
+        show("")  # clears what was dimmed
+        if written and not as_json:
+            console.stream_text("\n" if streamed else "".join(written) + "\n")
+        console.note_plain("(stopped)")
+        raise typer.Exit(console.INTERRUPTED) from None
 
 
 def _read_prediction(path: Path) -> str:

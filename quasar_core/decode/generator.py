@@ -36,7 +36,7 @@ from quasar_core.decode.text import TextStream
 from quasar_core.decode.trees import Branching
 from quasar_core.decode.verifier_attention import VerifierAttention
 from quasar_core.draft.base import Drafter
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import ContextFull, QuasarError, UsageError
 from quasar_core.models.base import KVCache
 from quasar_core.models.pair import Pair
 from quasar_core.records import FinishReason, GenerationResult, Progress, no_progress
@@ -189,7 +189,7 @@ class Generator:
         self._check_ids(prompt_ids)
         limit = self.pair.max_context
         if len(prompt_ids) >= limit:
-            raise UsageError(f"The prompt has {len(prompt_ids)} tokens, and the model's context holds {limit}.")
+            raise ContextFull(f"The prompt has {len(prompt_ids)} tokens, and {self.pair.context_words} holds {limit}.")
         return min(len(prompt_ids) + request.max_new_tokens, limit)
 
     def _check_ids(self, prompt_ids: Sequence[int]) -> None:

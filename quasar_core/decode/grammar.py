@@ -62,7 +62,7 @@ class Grammars:
         return self._checked(self._library.LLMatcher.grammar_from_lark(text), "the grammar")
 
     def _checked(self, grammar: str, named: str, may_be_empty: bool = True) -> str:
-        """The grammar, if a first token can be found by it within its limits; UsageError, in one sentence, where not."""
+        """The grammar, if it yields a first token within its limits; UsageError, in one sentence, where not."""
         failed, messages = self._library.LLMatcher.validate_grammar_with_warnings(
             grammar, self._tokenizer, limits=self._limits
         )

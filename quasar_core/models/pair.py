@@ -45,6 +45,12 @@ class Pair:
     assistant_context: int | None = None  # tokens that it can follow
     head: Any = None  # the checkpoint's own, which predicts a further token, once a drafter has asked for it
     rolls_back: bool = True  # whether its cache can; else it generates plainly
+    context_is_asked: bool = False  # whether --max-context made `max_context` less than the model's own
+
+    @property
+    def context_words(self) -> str:
+        """What holds at most `max_context` tokens, for a sentence that says so."""
+        return "the context that --max-context allows" if self.context_is_asked else "the model's context"
 
     @property
     def primary(self) -> CausalLM:

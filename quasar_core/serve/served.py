@@ -111,7 +111,8 @@ class Served:
         if not ids:
             raise refused("The prompt is empty.", field)
         if len(ids) > self.most_prompt:
-            sentence = f"The prompt has {len(ids)} tokens, and at most {self.most_prompt} are served."
+            bound = "--max-prompt" if self.most_prompt < self.pair.max_context - 1 else self.pair.context_words
+            sentence = f"The prompt has {len(ids)} tokens, and at most {self.most_prompt} are served ({bound})."
             raise refused(sentence, field, "context_length_exceeded")
         rows = self.pair.primary.vocab_size
         if not 0 <= min(ids) <= max(ids) < rows:

@@ -17,17 +17,21 @@ _WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
 _UNWANTED = ["*/*", "consolidated*", "LICENSE*", "USE_POLICY*", "README*"]
 
 
-def download_model(hub_id: str) -> Path:
+def download_model(hub_id: str, typed: str | None = None) -> Path:
     """The folder of hub model `hub_id` in the hub client's cache, downloaded if need be.
 
-    Without a connection, a model that was downloaded before is found in the cache. QuasarError otherwise.
+    Without a connection, a model that was downloaded before is found in the cache. QuasarError otherwise; where no such
+    model is found, it says too that no folder has the name that was typed, which may have meant one.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:  # what the client raises differs between its versions and shares no base class
-        raise QuasarError(hub_failure(hub_id, error)) from error
+        unknown = (errors.RepositoryNotFoundError, errors.LocalEntryNotFoundError, errors.HFValidationError)
+        is_known = isinstance(error, errors.GatedRepoError) or not isinstance(error, (*unknown, ConnectionError))
+        no_folder = "" if is_known else f"There is no folder {typed or hub_id} here. "
+        raise QuasarError(f"{no_folder}{hub_failure(hub_id, error)}") from error
     if not is_file(folder / "config.json"):
         raise QuasarError(f"{hub_id} on the hub holds no model: it has no config.json.")
     if not any(folder.glob("*.safetensors")):

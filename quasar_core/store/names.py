@@ -68,7 +68,7 @@ def resolve_model(name: str) -> ModelSource:
         return ModelSource(full, check_model_folder(unpacked(Path(full))), "folder")
     if Path(full).is_absolute():
         return ModelSource(full, check_model_folder(Path(full)), "folder")
-    return ModelSource(full, download_model(full), "hub")
+    return ModelSource(full, download_model(full, name), "hub")
 
 
 def full_name(name: str) -> str:

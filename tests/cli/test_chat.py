@@ -21,9 +21,9 @@ from helpers.stand_ins import STATS, StandInGenerator, type_lines
 
 from quasar_cli import messages
 from quasar_cli.main import run
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import ContextFull, QuasarError, UsageError
 from quasar_core.files import require_characters
-from quasar_core.records import GenerationResult
+from quasar_core.records import FinishReason, GenerationResult
 
 pytest_plugins = ["helpers.cli_fixtures"]
 pytestmark = pytest.mark.usefixtures("own_home")
@@ -235,12 +235,65 @@ def test_a_cut_answer_says_so_and_goes_on(
     Echo.asked = []
     monkeypatch.setattr("quasar_core.api.Generator", Echo)
     type_lines(monkeypatch, "/more\none\n/more\n/more\ntwo\n")
-    assert run(["chat"]) == 2
+    assert run(["chat", "-n", "3"]) == 2
     said = capsys.readouterr().err
     assert "There is no answer that was cut." in said
     assert said.count("(cut after 3 tokens; /more goes on, -n sets the length)") == 4
     assert Echo.asked[:3] == [[1], [1, 7, 8, 9], [1, 7, 8, 9, 7, 8, 9]]
-    assert asked[1][1] == {"role": "assistant", "content": "partpartpart"}
+    assert asked[3][1] == {"role": "assistant", "content": "partpartpart"}
+
+
+class Full(StandInGenerator):
+    """Holds prompts of three messages at most, and is full behind an answer to so many."""
+
+    def generate(self, prompt_ids: Sequence[int], on_text: Callable[[str], None]) -> GenerationResult:
+        if len(prompt_ids) > 3:
+            raise ContextFull("The prompt has too many tokens.")
+        ended: FinishReason = "length" if len(prompt_ids) == 3 else "eos"
+        return GenerationResult(list(prompt_ids), [7], "text", ended, replace(STATS))
+
+
+@pytest.mark.parametrize("opening", [[], ["--system", "Be brief."]], ids=str)
+def test_a_full_context_is_made_room_in_by_dropping_the_oldest_turns(
+    opening: list[str],
+    asked: list[list[dict[str, str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("quasar_core.api.Generator", Full)
+    typed = "/drop\none\ntwo\nthree\n/drop\nthree\n/drop x\n/drop 0\n/drop 9\n/drop 2\n/drop\n"
+    type_lines(monkeypatch, typed if not opening else "one\ntwo\n/drop\ntwo\n")
+    assert run(["chat", *opening]) == 2
+    said = capsys.readouterr().err
+    refused = "Error: The prompt has too many tokens. In this chat /drop forgets the oldest turn, /reset all of them.\n"
+    assert said.count(refused) == 1
+    if opening:  # it is no turn, and stays; behind the only turn nothing older is left
+        assert asked[-1] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "two"}]
+        return
+    assert "(cut after 1 tokens; the context is full; /drop forgets the oldest turn, /reset all of them, then" in said
+    assert said.count("(forgotten: 1 of 2 turns)") == 1
+    assert [message["content"] for message in asked[3]] == ["two", "text", "three"]
+    assert said.count("There is no turn to forget.") == 2
+    assert "/drop takes a number of turns, such as /drop 2, not x." in said
+    assert "There are 2 turns to forget." in said
+    assert said.count("(the conversation is forgotten)") == 1
+
+
+def test_a_message_that_is_too_long_by_itself_is_no_matter_of_older_turns(
+    asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Small(StandInGenerator):
+        def generate(self, prompt_ids: Sequence[int], on_text: Callable[[str], None]) -> GenerationResult:
+            if len(asked) == 1:
+                raise ContextFull("The prompt has too many tokens.")
+            return super().generate(prompt_ids, on_text)
+
+    monkeypatch.setattr("quasar_core.api.Generator", Small)
+    type_lines(monkeypatch, "one\ntwo\n")
+    assert run(["chat"]) == 2  # one of the piped messages was refused
+    shown = capsys.readouterr()
+    assert "Error: The prompt has too many tokens. In this chat /reset starts anew.\n" in shown.err
+    assert shown.out == "[bold]Hé 1\n"
 
 
 # In a terminal

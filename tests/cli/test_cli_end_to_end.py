@@ -216,6 +216,16 @@ def _sentence(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str
         (["generate", "--prompt", "x", "--verifier", "nowhere"], 1, "nowhere does not exist"),
         (["generate", "--prompt", "x", "--verifier", "other"], 1, "is not a quantized checkpoint"),
         (["generate", "--prompt", "x" * 200, "--raw"], 2, "has 200 tokens, and the model's context holds 128."),
+        (
+            ["generate", "--prompt", "x" * 200, "--raw", "--max-context", "64"],
+            2,
+            "has 200 tokens, and the context that --max-context allows holds 64.",
+        ),
+        (
+            ["generate", "--prompt", "x" * 200, "--raw", "--max-context", "4096"],
+            2,
+            "has 200 tokens, and the model's context holds 128.",
+        ),
         (["generate", "--prompt", "x", "--no-target"], 2, "--no-target goes with --verify quantized"),
         (["generate", "--prompt", "x", "--kernel", "magic"], 2, "--kernel must be one of auto,"),
         (["generate", "--prompt", "x", "--device", "abacus"], 2, "--device"),

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +12,7 @@ from helpers.stand_ins import StandInGenerator, type_lines
 
 from quasar_cli.main import run
 from quasar_core.config import GenerationConfig
-from quasar_core.errors import QuasarError, UsageError
-from quasar_core.records import GenerationResult
+from quasar_core.errors import QuasarError
 
 pytest_plugins = ["helpers.cli_fixtures"]
 pytestmark = pytest.mark.usefixtures("own_home")
@@ -285,43 +283,6 @@ def test_chat_json_lists_the_turns(
     assert run(["chat", "--json"]) == 0
     turns = json.loads(capsys.readouterr().out)["turns"]
     assert [turn["text"] for turn in turns] == ["[bold]Hé 3", "[bold]Hé 15"]
-
-
-def test_ctrl_c_stops_the_answer_only(
-    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Interrupted(StandInGenerator):
-        def generate(self, prompt_ids: Sequence[int], on_text: Callable[[str], None]) -> GenerationResult:
-            if len(prompt_ids) == 3:
-                on_text("half")
-                raise KeyboardInterrupt
-            return super().generate(prompt_ids, on_text)
-
-    monkeypatch.setattr("quasar_core.api.Generator", Interrupted)
-    resets = StandInGenerator.resets
-    type_lines(monkeypatch, "abc\nde\n")
-    assert run(["chat"]) == 0
-    shown = capsys.readouterr()
-    assert shown.out == "half[bold]Hé 9\n"  # 3 + the half answer's 4 + 2
-    assert "(stopped)" in shown.err
-    assert StandInGenerator.resets == resets + 1
-
-
-def test_a_turn_that_does_not_fit_leaves_the_chat_going(
-    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Full(StandInGenerator):
-        def generate(self, prompt_ids: Sequence[int], on_text: Callable[[str], None]) -> GenerationResult:
-            if len(prompt_ids) > 5:
-                raise UsageError("The prompt has too many tokens.")
-            return super().generate(prompt_ids, on_text)
-
-    monkeypatch.setattr("quasar_core.api.Generator", Full)
-    type_lines(monkeypatch, "abcdefg\nab\n")
-    assert run(["chat"]) == 2  # one of the piped messages was refused
-    shown = capsys.readouterr()
-    assert shown.out == "[bold]Hé 2\n"
-    assert "Error: The prompt has too many tokens. /reset starts a new conversation.\n" in shown.err
 
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["--no-stream"], ["--trace"]])

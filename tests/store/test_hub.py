@@ -82,9 +82,13 @@ def test_a_bare_name_finds_its_organisation(hub: HubServer) -> None:
             "test-org/pickled on the hub has no safetensors weights; pickled weights are never loaded.",
         ),
         ("test-org/bare", "test-org/bare on the hub holds no model: it has no config.json."),
-        ("test-org/missing", "The hub has no test-org/missing, or it is private"),
+        (
+            "test-org/missing",
+            "There is no folder test-org/missing here. The hub has no test-org/missing, or it is private",
+        ),
+        ("Qwen-missing", "There is no folder Qwen-missing here. The hub has no Qwen/Qwen-missing, or it is private"),
         ("test-org/gated", "test-org/gated is gated on the hub: accept its terms there"),
-        ("test-org/a..b", "test-org/a..b is not a hub id."),
+        ("test-org/a..b", "There is no folder test-org/a..b here. test-org/a..b is not a hub id."),
     ],
 )
 def test_what_the_hub_cannot_give_is_one_sentence(hub: HubServer, name: str, words: str) -> None:
@@ -97,7 +101,9 @@ def test_what_the_hub_cannot_give_is_one_sentence(hub: HubServer, name: str, wor
 def test_no_connection_is_one_sentence(hub: HubServer) -> None:
     hub.stop()
     with pytest.raises(
-        QuasarError, match=r"^test-org/tiny is not .* the hub cannot be reached: check the connection\.$"
+        QuasarError,
+        match=r"^There is no folder test-org/tiny here\. test-org/tiny is not .* the hub cannot be reached: check the "
+        r"connection\.$",
     ):
         resolve_model("test-org/tiny")
 

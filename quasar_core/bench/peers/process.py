@@ -55,7 +55,9 @@ class Peer:
         """One answer; the text comes whole at the end."""
         request = request or Request(256, 0)
         if len(prompt_ids) >= self.pair.max_context:
-            raise PeerFailure(f"the prompt has {len(prompt_ids)} tokens, and the context {self.pair.max_context}")
+            raise PeerFailure(
+                f"the prompt has {len(prompt_ids)} tokens, and {self.pair.context_words} holds {self.pair.max_context}"
+            )
         told = self.ask(Ask(list(prompt_ids), request.max_new_tokens, self.temperature, request.seed))
         text = str(self.pair.tokenizer.decode(told.token_ids, skip_special_tokens=True))
         if on_text:

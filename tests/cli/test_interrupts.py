@@ -1,0 +1,122 @@
+"""Ctrl-C in an answer: what was written stays, and a command ends, or a chat goes back to its prompt."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+import pytest
+from helpers.stand_ins import StandInGenerator, type_lines
+
+from quasar_cli import messages
+from quasar_cli.main import run
+from quasar_core.records import GenerationResult
+
+pytest_plugins = ["helpers.cli_fixtures"]
+pytestmark = pytest.mark.usefixtures("own_home")
+
+
+class Interrupted(StandInGenerator):
+    """Is interrupted in its answers to prompts of three tokens."""
+
+    def generate(self, prompt_ids: Sequence[int], on_text: Callable[[str], None]) -> GenerationResult:
+        if len(prompt_ids) == 3:
+            on_text("ha")
+            on_text("lf")
+            raise KeyboardInterrupt
+        return super().generate(prompt_ids, on_text)
+
+
+@pytest.fixture
+def interrupted(stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quasar_core.api.Generator", Interrupted)
+
+
+@pytest.mark.parametrize(
+    ("options", "out"),
+    [([], "half\n"), (["--no-stream"], "half\n"), (["--trace"], "half\n"), (["--json"], "")],
+    ids=str,
+)
+@pytest.mark.usefixtures("interrupted")
+def test_generate_keeps_what_was_written_and_ends(
+    options: list[str], out: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "--raw", "--prompt", "abc", *options]) == 130
+    shown = capsys.readouterr()
+    assert shown.out == out
+    assert shown.err.endswith("(stopped)\n")
+
+
+@pytest.mark.parametrize("options", [[], ["--no-stream"]], ids=str)
+@pytest.mark.usefixtures("interrupted")
+def test_a_chat_goes_back_to_its_prompt(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resets = StandInGenerator.resets
+    type_lines(monkeypatch, "abc\nde\n")
+    lines = messages._next_message
+    monkeypatch.setattr("quasar_cli.commands.chat.read_messages", lambda _: iter(lines, None))
+    monkeypatch.setattr("quasar_cli.commands.chat.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    assert run(["chat", *options]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "half\n[bold]Hé 9\n"  # 3 + the half answer's 4 + 2
+    assert "(stopped)" in shown.err
+    assert StandInGenerator.resets == resets + 1
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=str)
+@pytest.mark.usefixtures("interrupted")
+def test_a_chat_whose_messages_come_from_a_pipe_ends(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    type_lines(monkeypatch, "one\ntwo\nthree\n")
+    monkeypatch.setattr("quasar_core.api.encode_prompt", lambda tokenizer, asked, think=None: [1] * len(asked))
+    assert run(["chat", *options]) == 130
+    shown = capsys.readouterr()
+    assert ('"turns"' in shown.out) == bool(options)
+    assert shown.out.count("Hé") == 1  # the first answer; the second was stopped, and no third was begun
+    assert "(stopped)" in shown.err
+
+
+PROGRAM = """
+import signal, sys
+from types import ModuleType, SimpleNamespace
+from helpers.stand_ins import StandInGenerator
+from quasar_cli.main import run
+
+class Endless(StandInGenerator):
+    def generate(self, prompt_ids, on_text):
+        on_text("half")
+        while True:
+            signal.pause()
+
+api = sys.modules["quasar_core.api"] = ModuleType("quasar_core.api")  # in the place of what imports PyTorch
+api.use_threads = lambda number, steer=True: None
+api.load = lambda options, progress: SimpleNamespace(target_name="demo", verifier_name=None, notes=[], tokenizer=None)
+api.encode_prompt = lambda tokenizer, messages, raw=False, think=None: [1]
+api.Generator = Endless
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["chat"]], ids=str)
+def test_a_process_that_is_interrupted_shows_no_traceback(command: list[str]) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(b"Hello\nHello\n")
+        process.stdin.close()
+        assert process.stdout.read(4) == b"half"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == b"\n"
+        assert process.stderr.read().endswith(b"(stopped)\n")
+        assert process.wait(60) == 130
