@@ -97,13 +97,17 @@ def _announcing(base: Any, announce: Callable[[], None], end: Callable[[], None]
 
 
 def listen(settings: Settings) -> socket.socket:
-    """The socket of a server, which answers nothing yet; UsageError where the address is taken or not to be had."""
+    """The socket of a server, whose clients wait until it answers; UsageError where the address is not to be had.
+
+    It listens at once: two that are bound alone may share an address, and the later one would find out after loading.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # By the protocol's name asyncio knows that small writes are not to wait for one another (TCP_NODELAY).
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((settings.host, settings.port))
+        listening.listen()
     except OSError as error:
         listening.close()
         raise UsageError(f"{settings.host}:{settings.port} cannot be listened on: {reason(error)}.") from error

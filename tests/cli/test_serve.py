@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from quasar_cli.main import run
+from quasar_core.errors import UsageError
+from quasar_core.serve.run import listen
+from quasar_core.serve.settings import Settings
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -71,6 +74,13 @@ def test_what_is_wrong_with_the_port_or_texts_is_found_before_loading(
         taken.listen()
         port = [] if len(arguments) > 1 else [str(taken.getsockname()[1])]
         assert said in refused(capsys, "--model", "demo", *arguments, *port)
+
+
+def test_a_port_is_taken_while_a_pair_is_loaded() -> None:
+    pytest.importorskip("uvicorn")
+    with listen(Settings(port=0)) as loading:
+        with pytest.raises(UsageError, match="cannot be listened on: Address already in use"):
+            listen(Settings(port=loading.getsockname()[1]))
 
 
 @pytest.mark.usefixtures("compiled_at_home")

@@ -104,17 +104,21 @@ def test_a_schema_that_nothing_fits_is_refused(grammars: Grammars) -> None:
 
 
 def test_what_is_too_complex_to_follow_is_refused_in_a_sentence(grammars: Grammars) -> None:
-    followed, answer = grammars.rule(grammars.of_regex("(a{1000}){1000}"), 0), list[int]()
-    with pytest.raises(UsageError, match="too complex") as refused:
+    followed = grammars.rule(grammars.of_regex("(a{1000}){1000}"), 0)
+
+    def write(answer: list[int]) -> None:
         for _ in range(50):
             followed.follow(answer)
             answer.append(int(followed.mask().nonzero()[-1]))
+
+    with pytest.raises(UsageError, match="too complex") as refused:
+        write([])
     assert "\n" not in str(refused.value)
     assert "<state>" not in str(refused.value)
 
 
 def test_a_regular_expression_that_nothing_fits_is_refused(grammars: Grammars) -> None:
-    with pytest.raises(UsageError, match="nothing fits it|cannot be served"):
+    with pytest.raises(UsageError, match="cannot be served"):
         grammars.of_regex(r"[^\s\S]a")
 
 

@@ -84,7 +84,7 @@ def test_a_bare_name_finds_its_organisation(hub: HubServer) -> None:
         ("test-org/bare", "test-org/bare on the hub holds no model: it has no config.json."),
         (
             "test-org/missing",
-            "There is no folder test-org/missing here. The hub has no test-org/missing, or it is private",
+            "There is no folder test-org/missing here. The hub has no test-org/missing, or it is",
         ),
         ("Qwen-missing", "There is no folder Qwen-missing here. The hub has no Qwen/Qwen-missing, or it is private"),
         ("test-org/gated", "test-org/gated is gated on the hub: accept its terms there"),
