@@ -263,10 +263,10 @@ def refuse_idle_assistant(assistant: str | None, config: GenerationConfig) -> No
 
 
 def say_of_loading(pair: "Pair", models: ModelOptions) -> None:
-    """Print on stderr what --check-digest found, since it was asked for, and what is streamed, which takes long."""
+    """Print on stderr what --check-digest found, since it was asked for, and what makes it slow: no C++, streaming."""
     if models.check_digest:
         _say(pair.notes, "digest:")
-    _say(pair.notes, "offload:")
+    _say(pair.notes, ("kernels:", "offload:"))
 
 
 def say_of_memory(pair: "Pair") -> None:

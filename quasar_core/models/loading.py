@@ -109,7 +109,7 @@ def load_models(
     library: Any = causal_lm if obstacle else lean_weights
     notes = [f"decoder: transformers, as {obstacle}" if obstacle else "decoder: our own"]
     if device.type == "cpu":
-        _load_kernels(progress)
+        notes += _unless_empty(_load_kernels(progress))
     target = verifier = None
     if use_target:
         if obstacle:
@@ -139,14 +139,15 @@ def load_models(
     return LoadedModels(target, verifier, notes)
 
 
-def _load_kernels(progress: Progress) -> None:
-    """Load the C++ of passes and products, compiled first where it is not there yet."""
+def _load_kernels(progress: Progress) -> str | None:
+    """Load the C++ of passes and products, compiled first where it is not there yet; a note where it cannot be had."""
     if why_switched_off():
-        return
+        return None
     stage = "compiling kernels" if needs_compiling(SOURCE) else "loading kernels"
     progress(stage, 0, 1)
-    why_not_here()
+    why = why_not_here()
     progress(stage, 1, 1)
+    return f"kernels: PyTorch's operations, several times slower than C++: {why}" if why else None
 
 
 def _unless_empty(note: str | None) -> list[str]:

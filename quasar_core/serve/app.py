@@ -327,6 +327,11 @@ def _defect_reply(request: Request, error: Exception) -> Response:
     return _error_reply(request, ApiError(500, f"Internal error: {type(error).__name__}."))
 
 
-def _http_reply(_: Request, error: Exception) -> Response:
+def _http_reply(request: Request, error: Exception) -> Response:
+    """Tell what is not served, and where it is, as clients are often given an address without its /v1."""
     assert isinstance(error, HTTPException)
-    return JSONResponse(ApiError(error.status_code, f"{error.detail}.").body(), error.status_code, error.headers)
+    path = request.url.path
+    sentence = f"{request.method} {path[:200]} is not served here."
+    if f"/v1{path}" in (*POSTED, "/v1/models"):
+        sentence += " The base URL of a client ends in /v1."
+    return JSONResponse(ApiError(error.status_code, sentence).body(), error.status_code, error.headers)

@@ -1,4 +1,7 @@
-"""Ctrl-C in an answer: what was written stays, and a command ends, or a chat goes back to its prompt."""
+"""Ctrl-C in an answer: what was written stays, and a command ends, or a chat goes back to its prompt.
+
+And other ends of a command's output: a pipe that nobody reads any more, a terminal that can do little.
+"""
 
 import os
 import signal
@@ -92,19 +95,26 @@ class Endless(StandInGenerator):
         while True:
             signal.pause()
 
+class Long(StandInGenerator):
+    def generate(self, prompt_ids, on_text):
+        for _ in range(100_000):
+            on_text("a line\\n")
+
+
 api = sys.modules["quasar_core.api"] = ModuleType("quasar_core.api")  # in the place of what imports PyTorch
 api.use_threads = lambda number, steer=True: None
-api.load = lambda options, progress: SimpleNamespace(target_name="demo", verifier_name=None, notes=[], tokenizer=None)
+pair = SimpleNamespace(target_name="demo", verifier_name=None, notes=[], tokenizer=None, fidelity=None)
+api.load = lambda options, progress: pair
 api.encode_prompt = lambda tokenizer, messages, raw=False, think=None: [1]
-api.Generator = Endless
-sys.exit(run(sys.argv[1:]))
+api.Generator = {"endless": Endless, "long": Long, "short": StandInGenerator}[sys.argv[1]]
+sys.exit(run(sys.argv[2:]))
 """
 
 
 @pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["chat"]], ids=str)
 def test_a_process_that_is_interrupted_shows_no_traceback(command: list[str]) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *command],
+        [sys.executable, "-c", PROGRAM, "endless", *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -120,3 +130,24 @@ def test_a_process_that_is_interrupted_shows_no_traceback(command: list[str]) ->
         assert process.stdout.read() == b"\n"
         assert process.stderr.read().endswith(b"(stopped)\n")
         assert process.wait(60) == 130
+
+
+def test_a_pipe_that_nobody_reads_any_more_ends_the_command_in_silence() -> None:
+    command = [sys.executable, "-c", PROGRAM, "long", "generate", "--prompt", "x"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "a line\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 1
+
+
+def test_a_terminal_that_can_do_little_gets_plain_text() -> None:
+    poor = {"TERM": "dumb", "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "40"}
+    command = [sys.executable, "-c", PROGRAM, "short", "generate", "--prompt", "x"]
+    ended = subprocess.run(command, capture_output=True, env={**os.environ, **poor}, check=False)
+    assert ended.returncode == 0
+    assert ended.stdout == b"[bold]H? 1\n"
+    assert b"acceptance length" in ended.stderr
+    assert b"\x1b" not in ended.stderr

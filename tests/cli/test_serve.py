@@ -78,9 +78,11 @@ def test_what_is_wrong_with_the_port_or_texts_is_found_before_loading(
 
 def test_a_port_is_taken_while_a_pair_is_loaded() -> None:
     pytest.importorskip("uvicorn")
-    with listen(Settings(port=0)) as loading:
-        with pytest.raises(UsageError, match="cannot be listened on: Address already in use"):
-            listen(Settings(port=loading.getsockname()[1]))
+    with (
+        listen(Settings(port=0)) as loading,
+        pytest.raises(UsageError, match="cannot be listened on: Address already in use"),
+    ):
+        listen(Settings(port=loading.getsockname()[1]))
 
 
 @pytest.mark.usefixtures("compiled_at_home")

@@ -17,6 +17,8 @@ from quasar_core.kernels.cpu import library as compiling
 from quasar_core.kernels.cpu.forms import chosen
 from quasar_core.models import loading
 from quasar_core.quantize.solve import cpp
+from quasar_core.records import no_progress
+from quasar_core.store.folders import home
 
 NO_COMPILER = compiling.find_compiler() is None
 compiled = pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler was found")
@@ -68,6 +70,22 @@ def test_whether_a_library_would_be_compiled_is_known_before(source: Path, monke
     assert compiling.needs_compiling(source)
     monkeypatch.setenv(compiling.SWITCH, "0")
     assert not compiling.needs_compiling(source)
+
+
+@compiled
+def test_nothing_is_compiled_where_it_cannot_be_kept(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: not home().is_relative_to(place))
+    assert not compiling.needs_compiling(source)
+
+
+def test_where_there_is_no_cpp_that_is_said_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(compiling.SWITCH, raising=False)
+    monkeypatch.setattr(loading, "needs_compiling", lambda source: False)
+    monkeypatch.setattr(loading, "why_not_here", lambda: "its library could not be written")
+    said = loading._load_kernels(no_progress)
+    assert said == "kernels: PyTorch's operations, several times slower than C++: its library could not be written"
+    monkeypatch.setattr(loading, "why_not_here", lambda: None)
+    assert loading._load_kernels(no_progress) is None
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,11 @@ def test_curl_reads_the_exact_lines_of_a_stream(http: Any) -> None:
 def test_paths_and_methods_that_are_not_served(http: Any) -> None:
     assert http.post("/v1/embeddings", json={}).status_code == 404
     assert http.get(CHAT).status_code == 405
+    for method, path in (("POST", CHAT), ("POST", TEXT), ("GET", "/v1/models")):
+        without = http.request(method, path.removeprefix("/v1"), json={})
+        assert without.status_code in (404, 405)
+        named = f"{method} {path.removeprefix('/v1')} is not served here."
+        assert without.json()["error"]["message"] == f"{named} The base URL of a client ends in /v1."
     assert "assistant" not in http.get("/v1/models").json()["data"][0]["drafts"]
 
 

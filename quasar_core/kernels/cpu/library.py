@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import QuasarError, UsageError, reason
 from quasar_core.kernels.cpu import build, private_files
 from quasar_core.kernels.cpu.build import find_compiler
 from quasar_core.kernels.cpu.forms import Chosen, chosen
@@ -78,17 +78,19 @@ def shared_library(source: Path) -> Path:
                 _rebuilt[source] = wrong
             _compile(compiler, source, library, form)
     except OSError as error:
-        raise QuasarError(f"its library could not be written to {library.parent}: {error}") from error
+        raise QuasarError(f"its library could not be written to {library.parent}: {reason(error)}") from error
     return library
 
 
 def needs_compiling(source: Path) -> bool:
-    """Whether loading a source's library compiles it: none is carried, and none that was compiled before is whole."""
+    """Whether loading a source's library compiles it: none is carried or whole, and it can be built and kept."""
     compiler = find_compiler()
     if compiler is None or why_switched_off() or carried_library(source):
         return False
     library = _place(source, compiler, chosen())
-    return not library.is_file() or private_files.damage(library) is not None
+    if library.is_file():
+        return private_files.damage(library) is not None
+    return os.access(next(folder for folder in library.parents if folder.exists()), os.W_OK)
 
 
 def remark(source: Path) -> str:
