@@ -103,7 +103,9 @@ def _show(found: Any) -> None:
 def _run(found: Any) -> int:
     from quasar_core.deploy.installed import require_installed
     from quasar_core.deploy.supervise import Supervisor
+    from quasar_core.ports import require_free
 
     require_installed(found.wish.engine, found.wish.python)
+    require_free(found.wish.host, found.wish.port)  # else another server's answers would pass for the engine's
     url = f"http://{found.wish.host}:{found.wish.port}"
     return Supervisor(found.command, url, console.note_plain).run()

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from quasar_core.errors import QuasarError, UsageError, reason
+from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.memory import token_bytes
 from quasar_core.models.pair import Pair
+from quasar_core.ports import listen_at
 from quasar_core.serve.settings import Settings
 from quasar_core.store.model_config import read_text_config
 from quasar_core.system import free_memory
@@ -97,21 +98,8 @@ def _announcing(base: Any, announce: Callable[[], None], end: Callable[[], None]
 
 
 def listen(settings: Settings) -> socket.socket:
-    """The socket of a server, whose clients wait until it answers; UsageError where the address is not to be had.
-
-    It listens at once: two that are bound alone may share an address, and the later one would find out after loading.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # By the protocol's name asyncio knows that small writes are not to wait for one another (TCP_NODELAY).
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((settings.host, settings.port))
-        listening.listen()
-    except OSError as error:
-        listening.close()
-        raise UsageError(f"{settings.host}:{settings.port} cannot be listened on: {reason(error)}.") from error
-    return listening
+    """The socket of a server, whose clients wait until it answers; UsageError where the address is not to be had."""
+    return listen_at(settings.host, settings.port)
 
 
 def prefix_positions(settings: Settings, pair: Pair) -> Settings:

@@ -7,12 +7,16 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from quasar_cli.commands import deploy
 from quasar_core.deploy import supervise
 from quasar_core.deploy.supervise import Supervisor
-from quasar_core.deploy.wish import Command
+from quasar_core.deploy.wish import Command, Wish
+from quasar_core.errors import UsageError
+from quasar_core.ports import listen_at
 
 # Counts its starts in a file; says that it answers by the port that it is given; ends as told.
 ENGINE = """
@@ -88,6 +92,17 @@ def test_it_ends_when_it_is_asked_to(tmp_path: Path, port: int) -> None:
     assert "Serving at" in said[0]
     assert running._process is not None
     assert running._process.poll() is not None
+
+
+def test_a_port_that_another_server_has_is_told_before_the_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quasar_core.deploy.installed.require_installed", lambda engine, python: None)
+    monkeypatch.setattr(Supervisor, "run", lambda self: pytest.fail("it was started"))
+    with listen_at("127.0.0.1", 0) as other:
+        wish = Wish(port=other.getsockname()[1])
+        with pytest.raises(UsageError, match="cannot be listened on: Address already in use"):
+            deploy._run(SimpleNamespace(wish=wish, command=Command(("false",))))
+    monkeypatch.setattr(Supervisor, "run", lambda self: 0)
+    assert deploy._run(SimpleNamespace(wish=wish, command=Command(("false",)))) == 0
 
 
 def test_json_of_the_command_is_unharmed() -> None:
