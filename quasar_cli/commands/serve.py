@@ -98,6 +98,8 @@ def serve(
     if verbose:
         show_notes(pair)
     server = RunningServer(pair, prefix_positions(settings, pair), lambda url: announce(url, open_page), listening)
+    with console.progress_bar() as progress:
+        server.server.worker.prepare(progress)
     server.run()
 
 

@@ -10,13 +10,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
-from quasar_core.config import SamplingConfig
+from quasar_core.config import DraftKind, SamplingConfig, VerifyMode
 from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.prefixes import Prefixes
 from quasar_core.decode.scores import Scores, score_text
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.records import GenerationResult
+from quasar_core.records import GenerationResult, Progress, no_progress
 from quasar_core.serve.asks import Ask
 from quasar_core.serve.errors import ApiError
 from quasar_core.serve.job import Begun, Finished, Job, Written
@@ -38,6 +38,11 @@ class Worker:
         self._ended = False
         self._generators: dict[tuple[str, str, bool], Generator] = {}
         metrics.waiting.set_function(self._queue.qsize)
+
+    def prepare(self, progress: Progress = no_progress) -> None:
+        """Settle what answers of the default mode need, so that the first request does not wait for it."""
+        defaults = self.served.settings.defaults
+        self._generator(defaults.verify, defaults.draft, defaults.sampling.greedy, progress)
 
     def start(self) -> None:
         """Begin to answer."""
@@ -108,7 +113,9 @@ class Worker:
             return
         scores = None if ask.top is None else Scores(ask.top)
         answering = Answering(ask.rules(), job.before_pass, scores, ask.reading, ends=ask.ends)
-        result = self._write(job, number, self._generator(ask), ask, answering)
+        greedy = ask.request.sampling is None or ask.request.sampling.greedy
+        generator = self._generator(ask.verify, ask.draft, greedy)
+        result = self._write(job, number, generator, ask, answering)
         self.metrics.take(result.stats)
 
     def _write(self, job: Job, number: int, generator: Generator, ask: Ask, answering: Answering) -> GenerationResult:
@@ -132,16 +139,15 @@ class Worker:
                 made = GrowingOrigins(answering.stats, ask.verify == "exact")
             job.emit(number, Written(text, tokens, found, _maker(made, sent) if made else None))
 
-    def _generator(self, ask: Ask) -> Generator:
+    def _generator(
+        self, verify: VerifyMode, draft: DraftKind, greedy: bool, progress: Progress = no_progress
+    ) -> Generator:
         """What is settled once for a mode: the costs of passes, the window, how long to draft."""
-        greedy = ask.request.sampling is None or ask.request.sampling.greedy
-        key = (ask.verify, ask.draft, greedy)
+        key = (verify, draft, greedy)
         if key not in self._generators:
             sampling = SamplingConfig(0.0 if greedy else 1.0)
-            config = replace(
-                self.served.settings.defaults, verify=ask.verify, draft=ask.draft, sampling=sampling, stop=()
-            )
-            self._generators[key] = Generator(self.served.pair, config, prefixes=self._prefixes)
+            config = replace(self.served.settings.defaults, verify=verify, draft=draft, sampling=sampling, stop=())
+            self._generators[key] = Generator(self.served.pair, config, prefixes=self._prefixes, progress=progress)
         return self._generators[key]
 
 

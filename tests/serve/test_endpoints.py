@@ -223,6 +223,13 @@ def test_metrics_count_what_was_done() -> None:
         assert float(values["quasar_queue_length"]) == 0
 
 
+def test_what_the_default_mode_needs_is_settled_before_anybody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(demo_pair()) as running, client(running) as http:
+        running.server.worker.prepare()
+        monkeypatch.setattr("quasar_core.serve.worker.Generator", lambda *given, **options: pytest.fail("settled late"))
+        assert http.post(CHAT, json={"messages": LINES, "max_tokens": 2}).status_code == 200
+
+
 def gated(**options: Any) -> tuple[GatedModel, Any]:
     """A server whose passes wait for permits."""
     model = GatedModel()
