@@ -3,7 +3,7 @@
 `tests/machines.py` varies it: OMP_NUM_THREADS is the number of threads, QUASAR_TEST_DENORMALS=flush flushes denormals,
 QUASAR_TEST_LACKS names what this processor is taken not to have, QUASAR_TEST_COMPILED the folder in which the C++ of
 several runs is compiled. QUASAR_TEST_EMULATED is a command that runs the C++ of passes and products for another
-processor (`tests/neon.py`).
+processor (`tests/neon.py`). With QUASAR_TEST_COMPILES=1 C++ that cannot be compiled fails its tests (`sanitized.py`).
 """
 
 import os
@@ -184,7 +184,8 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _lacki
 def _skip_without(module: ModuleType, what: str) -> None:
     """Load a module's library, compiled where it was not asked for yet."""
     if reason := module.why_not_here():
-        pytest.skip(f"{what}: {reason}")
+        give_up = pytest.fail if os.environ.get("QUASAR_TEST_COMPILES") == "1" else pytest.skip
+        give_up(f"{what}: {reason}")
 
 
 @pytest.fixture(scope="module", params=["C++", "PyTorch"])
