@@ -3,7 +3,7 @@
 `tests/machines.py` varies it: OMP_NUM_THREADS is the number of threads, QUASAR_TEST_DENORMALS=flush flushes denormals,
 QUASAR_TEST_LACKS names what this processor is taken not to have, QUASAR_TEST_COMPILED the folder in which the C++ of
 several runs is compiled. QUASAR_TEST_EMULATED is a command that runs the C++ of passes and products for another
-processor (`tests/neon.py`).
+processor (`tests/neon.py`). With QUASAR_TEST_COMPILES=1 C++ that cannot be compiled fails its tests (`sanitized.py`).
 """
 
 import os
@@ -170,8 +170,10 @@ def cpp_solver(_lacking: None) -> None:
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _lacking: None) -> str:
     """Each instruction set in turn for the C++ of passes and products; those that do not run here are skipped."""
     from quasar_core.kernels.cpu import library
-    from quasar_core.kernels.cpu.forms import VARIABLE, find_form, why_not
+    from quasar_core.kernels.cpu.forms import VARIABLE, find_form, usable, why_not
 
+    if "QUASAR_TEST_EMULATED" in os.environ and request.param != usable()[0].name:
+        pytest.skip("another processor's C++ stands for every form, and runs as the best one's")
     if request.param != os.environ.get(VARIABLE, request.param):
         pytest.skip(f"this machine is one of {os.environ[VARIABLE]}")
     if obstacle := why_not(find_form(request.param)):
@@ -184,7 +186,8 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _lacki
 def _skip_without(module: ModuleType, what: str) -> None:
     """Load a module's library, compiled where it was not asked for yet."""
     if reason := module.why_not_here():
-        pytest.skip(f"{what}: {reason}")
+        give_up = pytest.fail if os.environ.get("QUASAR_TEST_COMPILES") == "1" else pytest.skip
+        give_up(f"{what}: {reason}")
 
 
 @pytest.fixture(scope="module", params=["C++", "PyTorch"])

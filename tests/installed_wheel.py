@@ -47,9 +47,14 @@ def install(wheel: Path, folder: Path) -> Path:
     script = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = Path(subprocess.check_output([python, "-I", "-c", script], text=True).strip())
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, env=apart())  # pip installs nothing that a checkout's metadata says is there
     (own / "others.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     return folder / "bin"
+
+
+def apart() -> dict[str, str]:
+    """This environment without a checkout among Python's paths, and without a compiler of its own."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXX")}
 
 
 def hiding() -> str:
@@ -76,8 +81,8 @@ class Place:
 
     def run(self, *command: str, isa: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
         """A command, with a home of its own."""
-        env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXX")}
-        env |= {"QUASAR_HOME": str(self.folder / "home"), "PATH": f"{self.programs}{os.pathsep}{env['PATH']}"}
+        paths = f"{self.programs}{os.pathsep}{os.environ['PATH']}"
+        env = {**apart(), "QUASAR_HOME": str(self.folder / "home"), "PATH": paths}
         whole = [*NAMESPACE, "sh", "-c", self.script, "sh", *command]
         env |= {"QUASAR_ISA": isa} if isa else {}
         done = subprocess.run(whole, cwd=self.folder, env=env, capture_output=True, text=True)

@@ -20,9 +20,10 @@ PROCESSORS = {
     "dot products": "armv8.2-a+dotprod",
     "Armv8.0": "armv8-a",
 }
-COMPRESSED = ("tests/kernels/test_compressed.py", "tests/models/test_compressed_weights.py")
-TESTS = ("tests/kernels/test_vnni.py", "tests/models/test_cpu_pass.py", *COMPRESSED)
-ELSEWHERE = ("avx2", "neon", "portable", "compiler", "build", "load", "home", "compiled")  # of this processor alone
+KERNELS = ("vnni", "compressed")
+MODELS = ("cpu_pass", "compressed_weights", "recurrent", "trees", "mtp", "mixtures")
+TESTS = (*(f"tests/kernels/test_{name}.py" for name in KERNELS), *(f"tests/models/test_{name}.py" for name in MODELS))
+ELSEWHERE = ("no_compiler", "a_build", "does_not_load", "a_home", "compiled_once", "triton")  # of this processor alone
 LEFT_OUT = " and ".join(f"not {name}" for name in ELSEWHERE)
 SHORT = f"{LEFT_OUT} and not exact_text and not transformers"  # of the processors after the first
 OPTIONS = ("-std=c++17", "-O2", "-ffp-contract=off", "-pthread", "-static", "-DQUASAR_NEON")
@@ -55,7 +56,6 @@ def main() -> int:
                 "pytest",
                 "-p",
                 "no:cacheprovider",
-                "-q",
                 *chosen,
                 *(sys.argv[1:] or TESTS),
             ]

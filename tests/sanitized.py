@@ -3,25 +3,26 @@
     python tests/sanitized.py [PYTEST ARGUMENTS]
 
 The sanitizers' runtimes are loaded before Python's own libraries. First two planted errors must be found: a check that
-finds nothing proves nothing. Needs g++ and its libasan and libubsan.
+finds nothing proves nothing. Passes and products run in every instruction set of this processor, test by test; the
+quantizer's loops in the best, then in each other one. Needs g++ and its libasan and libubsan.
 """
 
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MODELS = ("test_cpu_pass.py", "test_compressed_weights.py", "test_trees.py", "test_recurrent.py")
-CPP = (
-    "kernels/test_vnni.py",
-    "kernels/test_compressed.py",
-    *(f"models/{name}" for name in MODELS),
-    "quantize/test_cpu_solver.py",
-)
-TESTS = tuple(f"tests/{name}" for name in CPP)
-FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+sys.path.insert(0, str(ROOT))
+
+from quasar_core.kernels.cpu import forms  # noqa: E402
+
+FOLDERS = ("kernels", "models", "quantize")
+PASSES, SOLVER = ('"cpp_pass"', '"form"', "load_library("), ('"cpp_solver"',)  # what tests name that run the C++
+BUILDING = ("test_forms.py", "test_compiled_files.py")  # of how it is built and kept, by a compiler of their own
+FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 BEYOND = "int planted(int i) { int* volatile four = new int[4](); int read = four[i]; delete[] four; return read; }"
 SHIFT = "int planted(int i) { return 1 << (i * 10); }"
 PLANTED = {BEYOND: "AddressSanitizer", SHIFT: "runtime error: shift exponent 40"}
@@ -42,6 +43,7 @@ def environment(folder: Path) -> dict[str, str]:
         "CXX": str(compiler),
         "QUASAR_HOME": str(folder / "home"),
         "QUASAR_CPU_PASS": "1",
+        "QUASAR_TEST_COMPILES": "1",  # what is skipped shows nothing
         "PYTHONPATH": str(ROOT),
         "LD_PRELOAD": " ".join(runtime(name) for name in ("libasan.so", "libubsan.so")),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own, at its end
@@ -70,15 +72,29 @@ def check_that_errors_are_found(folder: Path, env: dict[str, str]) -> None:
             sys.exit(f"A planted error was not found ({report}):\n{done.stdout}{done.stderr}")
 
 
+def naming(words: Sequence[str]) -> list[str]:
+    """The files of tests in which one of these words stands."""
+    files = [path for folder in FOLDERS for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))]
+    found = [path for path in files if any(word in path.read_text(encoding="utf-8") for word in words)]
+    return [str(path.relative_to(ROOT)) for path in found if path.name not in BUILDING]
+
+
 def main() -> None:
-    """Exit with pytest's code."""
+    """Exit with 1 where a test failed in any instruction set."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         env = environment(folder)
         check_that_errors_are_found(folder, env)
         print("Both planted errors were found; now the tests.", flush=True)
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *(sys.argv[1:] or TESTS)]
-        sys.exit(subprocess.run(command, env=env, cwd=ROOT).returncode)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs"]
+        if sys.argv[1:]:
+            sys.exit(subprocess.run([*command, *sys.argv[1:]], env=env, cwd=ROOT).returncode)
+        failed = subprocess.run([*command, *naming(PASSES + SOLVER)], env=env, cwd=ROOT).returncode
+        for form in forms.usable()[1:]:
+            print(f"The quantizer's loops for {form.title}:", flush=True)
+            there = {**env, forms.VARIABLE: form.name}
+            failed |= subprocess.run([*command, *naming(SOLVER)], env=there, cwd=ROOT).returncode
+        sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What `make test-machines` runs: names that stand for files, and machines that are told apart."""
+"""What `make test-machines` and `make sanitize` run: names that stand for files, and machines that are told apart."""
 
 import machines
 import pytest
+import sanitized
 
 FILES = {path.stem.removeprefix("test_") for path in machines.TESTS.rglob("test_*.py")}
 
@@ -21,3 +22,10 @@ def test_what_a_machine_can_change_runs_and_what_it_cannot_does_not() -> None:
 def test_no_machine_stands_twice() -> None:
     given = [(tuple(sorted(machine.variables.items())), machine.under) for machine in machines.MACHINES]
     assert len(set(given)) == len(given)
+
+
+def test_all_that_runs_the_cpp_is_sanitized() -> None:
+    passes, loops = ({*sanitized.naming(words)} for words in (sanitized.PASSES, sanitized.SOLVER))
+    assert passes >= {f"tests/models/test_{name}.py" for name in ("cpu_pass", "mixtures", "mtp", "recurrent", "trees")}
+    assert loops == {"tests/quantize/test_cpu_solver.py", "tests/quantize/test_products.py"}
+    assert all((machines.TESTS / "kernels" / name).exists() for name in sanitized.BUILDING)

@@ -17,7 +17,7 @@ CARRIED = HERE / "built"  # where a wheel's libraries lie; a checkout has none
 PASS, SOLVER = "quasar", "solver"  # the sources, without .cpp
 # Products and sums are fused where the code says so, and nowhere else: then all instruction sets know what is rounded.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-pthread", "-shared")
-PATIENCE = 120  # seconds
+PATIENCE = 600  # seconds, of a compiler that takes some ten of a core: others may need the cores too
 
 
 def find_compiler() -> str | None:
