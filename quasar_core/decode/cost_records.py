@@ -254,11 +254,13 @@ def _conditions(pair: Pair, role: Role) -> dict[str, str]:
     model = _model(pair, role)
     kernels = sorted({layer.choice.kernel.name for layer in getattr(model, "packed_layers", ())})
     fast = getattr(model, "fast", None)
+    known = getattr(model, "head_tokens", None)
     return {
         **(_fingerprints(pair, role) or {}),
         "role": role,
         "products": ", ".join(kernels) or "torch linear",
         "head": str(getattr(getattr(model, "head", None), "bits", "whole")),
+        **({} if known is None else {"head of": f"{len(known)} tokens"}),
         "passes": f"{type(model).__name__}, {fast.name}" if fast else type(model).__name__,
         "quasar": package_version("quasar-cli"),
         **({"streamed": model.streamed} if model.streamed else {}),

@@ -16,15 +16,14 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.agreement import Estimate
 from quasar_core.decode.answering import Answering
 from quasar_core.decode.checking import Checking
-from quasar_core.decode.passes import Passes, verifying_model
+from quasar_core.decode.passes import Passes, accept, verifying_model
 from quasar_core.decode.plan import Plan
 from quasar_core.decode.policy import DraftLength, WindowPolicy
-from quasar_core.decode.sampling import accept_matching
 from quasar_core.decode.step_log import StepLog
 from quasar_core.decode.trees import WINDOW, Branching, Tree
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter, pieces_behind
 from quasar_core.errors import QuasarError
-from quasar_core.models.base import NO_TOKEN, NOT_NUMBERS, Choices, KVCache, TreeCache
+from quasar_core.models.base import NO_TOKEN, NOT_NUMBERS, CausalLM, Choices, KVCache, TreeCache
 from quasar_core.models.memory import PROMPT_CHUNK
 from quasar_core.models.pair import Pair
 from quasar_core.models.rollback import settle
@@ -110,6 +109,11 @@ class Engine:
         settle(self.cache, self.committed - 1)
         self.stats.prefill_tokens = 1
         self.stats.prefill_s = self._now() - start
+
+    def verify_by(self, model: CausalLM) -> None:
+        """Let another model over the same cache verify from here on."""
+        self.verifying = model
+        self._passes.verify_by(model)
 
     def begin(self) -> None:
         """Let the next step's first pass begin where a device runs it: what is done until `step` costs no time then.
@@ -218,7 +222,7 @@ class Engine:
         choices = self._passes.verify(self.tokens, draft.tokens)
         pass_s = self._pass_s(start)
         self._show(tokens, choices.likeliest, len(self.tokens) - 1)
-        accepted, bonus = _accept(choices, draft.tokens)
+        accepted, bonus = accept(choices, draft.tokens)
         new = self._cut_at_eos([*draft.tokens[:accepted], bonus])
         accepted = min(accepted, len(new))
         margins = choices.margins[: len(new)]
@@ -360,7 +364,7 @@ class Engine:
         offered = tokens[1:]
         choices = self._passes.confirm(prefix, offered)
         self._show(tokens, choices.likeliest, len(prefix) - 1)
-        accepted, bonus = _accept(self._hold(choices), offered)
+        accepted, bonus = accept(self._hold(choices), offered)
         return list(range(1, accepted + 1)), bonus, choices.margins
 
     def _show(self, tokens: Sequence[int], likeliest: list[list[int]], start: int) -> None:
@@ -390,10 +394,3 @@ class Engine:
         self.tokens += new
         self.drafter.observe(new)
         self.cache.rollback(len(self.tokens) - 1)
-
-
-def _accept(choices: Choices, offered: Sequence[int]) -> tuple[int, int]:
-    """How many offered tokens the choices confirm, and the token after them; the device may have counted."""
-    if choices.accepted is None:
-        return accept_matching(choices.tokens, offered)
-    return choices.accepted, choices.tokens[choices.accepted]

@@ -35,6 +35,7 @@ from quasar_core.decode.streamed_prospect import describe_expected, describe_mor
 from quasar_core.decode.text import TextStream
 from quasar_core.decode.trees import Branching
 from quasar_core.decode.verifier_attention import VerifierAttention
+from quasar_core.decode.verifier_vocabulary import VerifierVocabulary
 from quasar_core.draft.base import Drafter
 from quasar_core.errors import ContextFull, QuasarError, UsageError
 from quasar_core.models.base import KVCache
@@ -63,14 +64,15 @@ class Generator:
         self._drafting = Drafting(pair, config, progress)
         self._make_draft = make_draft
         self._now = now
-        self._costs = RunCosts(pair, config, self._note, now)
+        self._vocabulary = VerifierVocabulary(pair, config, self._note)
+        self._costs = RunCosts(self._vocabulary.usual, config, self._note, now)
         self._target_first = False  # whether the verifier of `exact` seems of no use before anything is decoded
         self._window = WindowPolicy(DEFAULT_WINDOW if config.window == "auto" else config.window)
         self._checking = self._choose_checking()
         self._draft_length = self._checking.verifier_length if self._checking else self._choose_draft_length()
         self._prefixes = prefixes or Prefixes(pair)
         self._branching = self._choose_branching(self._draft_length, self._costs.verifying)
-        self._attention = VerifierAttention(pair, config, self._note)
+        self._attention = VerifierAttention(self._vocabulary.usual, config, self._note)
         self._in_use: KVCache | None = None  # the cache of the answer that is being written
         role: Role = "target" if self._target_first else self._costs.verifying
         if not make_draft:
@@ -116,7 +118,7 @@ class Generator:
         start = self._now()
         self._in_use = None  # a larger cache may come in its place, and there is not room for both
         prefix, cached = self._prefixes.take(prompt_ids, max_tokens)
-        pair = self._attention.pair_for(len(prompt_ids))
+        pair = self._vocabulary.pair_for(self._attention.pair_for(len(prompt_ids)), prompt_ids, answering)
         self._costs.move_to(len(prompt_ids), pair)
         engine = self._make_engine(pair, prefix, max_tokens, request, answering)
         text = TextStream(self.pair.tokenizer, request.stop or self.config.stop, answering.reading)
@@ -161,6 +163,8 @@ class Generator:
                 token = engine.tokens[read]
                 read += 1
                 engine.answering.tokens.append(token)
+                if whole := self._vocabulary.enough(token):
+                    engine.verify_by(whole)
                 if token in engine.eos_ids:
                     if engine.answering.reading.keeps_stop and (piece := text.add(token)):
                         yield piece

@@ -12,7 +12,7 @@ import torch
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.answering import Answering
 from quasar_core.decode.processors import Processors
-from quasar_core.decode.sampling import Noise, keep_likely
+from quasar_core.decode.sampling import Noise, accept_matching, keep_likely
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.threads import one_thread
 from quasar_core.models.base import (
@@ -91,6 +91,10 @@ class Passes:
         begun = begin_pass(model, tokens, self._cache, self._wants_best, parents)
         host_s = time.perf_counter() - start
         self._ahead = None if begun is None else Ahead(model, list(tokens), parents, begun, host_s)
+
+    def verify_by(self, model: CausalLM) -> None:
+        """Let another model over the same cache be the verifying one; a pass that began ahead counts no more."""
+        self._verifying, self._ahead = model, None
 
     def verify(self, text: Sequence[int], draft: Sequence[int]) -> Choices:
         """One pass of the verifying model over the text's last token and a draft."""
@@ -189,3 +193,10 @@ def verifying_model(pair: Pair, mode: VerifyMode) -> CausalLM:
     if pair.verifier is None:
         raise QuasarError(f"--verify {mode} needs a verifier; make one with `quasar quantize`.")
     return pair.verifier
+
+
+def accept(choices: Choices, offered: Sequence[int]) -> tuple[int, int]:
+    """How many offered tokens the choices confirm, and the token after them; the device may have counted."""
+    if choices.accepted is None:
+        return accept_matching(choices.tokens, offered)
+    return choices.accepted, choices.tokens[choices.accepted]

@@ -33,6 +33,7 @@ from quasar_core.models.decoder_layer import (
     Linear,
 )
 from quasar_core.models.experts import Experts
+from quasar_core.models.known_tokens import no_logits
 from quasar_core.models.recurrence import Recurrence
 from quasar_core.models.recurrence_states import Inputs, LayerStates, State
 from quasar_core.models.rope import RopeTables, query_growth
@@ -159,6 +160,7 @@ class CpuPass:
         self._compressed: list[CompressedWeight] = []  # likewise
         self._mixtures: list[cpp.Experts] = []
         self._is_bfloat16 = int(decoder.dtype == torch.bfloat16)
+        self._knows_some = decoder.head_tokens is not None
         self._tables = [Tables(rope) for rope in decoder.ropes]
         self._rules = [layer.recurrence for layer in decoder.layers]
         self.longest_prompt = longest_prompt(decoder.dtype)
@@ -175,7 +177,8 @@ class CpuPass:
     ) -> torch.Tensor:
         """One pass at position `cache.length`, which moves on by T → float32 logits [T, V], [1, V] with `last_only`."""
         shown = 1 if last_only and cache.rows is None else len(tokens)
-        logits = torch.empty(shown, self.config.vocab_size)
+        vocabulary = self.config.vocab_size
+        logits = no_logits(shown, vocabulary) if self._knows_some else torch.empty(shown, vocabulary)
         self.choose(tokens, cache, logits=logits, parents=parents)
         return logits[-1:] if last_only else logits
 
@@ -280,6 +283,8 @@ class CpuPass:
             embedding=self._address(decoder.embedding),
             norm=self._floats(decoder.norm),
             head=self._fused(decoder.head),
+            head_tokens=None if decoder.head_tokens is None else self._address(decoder.head_tokens),
+            vocabulary=config.vocab_size,
             norms_values=norms.of_values,
             **self._inputs(decoder.inputs),
             **self._joint(decoder.joint),

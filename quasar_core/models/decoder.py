@@ -24,6 +24,7 @@ from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.decoder_layer import DecoderLayer, FusedLinear, Joint, LayerInputs, Linear
 from quasar_core.models.heads import Turn, normed
 from quasar_core.models.hidden_rows import HiddenRows, LastRow
+from quasar_core.models.known_tokens import spread
 from quasar_core.models.layer_source import AllThere, LayerSource
 from quasar_core.models.recurrence_states import LayerStates
 from quasar_core.models.rope import RopeTables, query_growth
@@ -60,6 +61,7 @@ class LeanDecoder(CausalLM):
         self.config, self.embedding, self.layers = config, embedding, tuple(layers)
         self.norm, self.head, self.ropes, self.inputs = norm, head, tuple(ropes), inputs
         self.joint = joint  # of a head that goes on from another model's rows
+        self.head_tokens: torch.Tensor | None = None  # [R] int32, rising: whose logits the head gives; None for all
         self.keeps_rows = False  # whether its caches keep the rows that the head reads
         self.fast: FastPass | None = None  # runs the passes of decoding, where there is one
         self.source: LayerSource = AllThere(len(self.layers))
@@ -282,7 +284,8 @@ class LeanDecoder(CausalLM):
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of the residual stream [T, in] behind the last block → float32 logits [T, V]."""
-        return self.logits(self.head(self._normed(hidden, self.norm))).float()
+        logits = self.logits(self.head(self._normed(hidden, self.norm))).float()
+        return logits if self.head_tokens is None else spread(logits, self.head_tokens, self.vocab_size)
 
     def embed(self, tokens: torch.Tensor) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
         """The embeddings of T tokens [T, in], and the input [T, P] that each block has of its own, or None."""

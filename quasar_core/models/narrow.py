@@ -11,6 +11,7 @@ from quasar_core.models import loading
 from quasar_core.models.base import CausalLM
 from quasar_core.models.block_config import BlockConfig
 from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.variants import with_layers
 
 SINKS, SEEN = 4, 512  # positions at the text's beginning, and up to the token's own
 
@@ -32,11 +33,7 @@ def narrowed(verifier: LeanDecoder, sinks: int = SINKS, seen: int = SEEN) -> Lea
     """The same verifier, whose layers see so many positions at the text's beginning, and so many at its end."""
     blocks = tuple(_narrow(block, sinks, seen) for block in verifier.config.blocks)
     layers = [replace(layer, shape=block) for layer, block in zip(verifier.layers, blocks, strict=True)]
-    config = replace(verifier.config, blocks=blocks)
-    narrow = LeanDecoder(
-        config, verifier.embedding, layers, verifier.norm, verifier.head, verifier.ropes, verifier.inputs
-    )
-    narrow.source = verifier.source
+    narrow = with_layers(verifier, replace(verifier.config, blocks=blocks), layers)
     if verifier.fast is not None:
         loading.attach(narrow)
     return narrow

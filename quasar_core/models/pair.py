@@ -44,6 +44,7 @@ class Pair:
     assistant_fingerprint: str | None = None
     assistant_context: int | None = None  # tokens that it can follow
     head: Any = None  # the checkpoint's own, which predicts a further token, once a drafter has asked for it
+    short: "Pair | None" = None  # the same with a verifier whose head knows some tokens, once `exact` has asked for it
     rolls_back: bool = True  # whether its cache can; else it generates plainly
     context_is_asked: bool = False  # whether --max-context made `max_context` less than the model's own
 

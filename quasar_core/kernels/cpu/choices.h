@@ -37,15 +37,16 @@ public:
         for (int i = 0; i < wanted && other.tokens[i] >= 0; ++i) insert(other.logits[i], other.tokens[i]);
     }
 
-    Choice choose() const {
+    // `names` are the tokens of what was seen, or null where it was seen by their numbers.
+    Choice choose(const int32_t* names) const {
         const bool is_number = !odd && !std::isinf(logits[0]);
-        return {is_number ? tokens[0] : -1, logits[0] - logits[1]};
+        return {is_number ? named(tokens[0], names) : -1, logits[0] - logits[1]};
     }
 
     // The first `count` tokens; -1 for each of a row that has no choice, and where no more logits are above −∞.
-    void list(int count, int32_t* to) const {
-        const bool has_choice = choose().token >= 0;
-        for (int i = 0; i < count; ++i) to[i] = has_choice ? tokens[i] : -1;
+    void list(int count, int32_t* to, const int32_t* names) const {
+        const bool has_choice = choose(names).token >= 0;
+        for (int i = 0; i < count; ++i) to[i] = has_choice ? named(tokens[i], names) : -1;
     }
 
 private:
@@ -53,6 +54,8 @@ private:
     int32_t tokens[MOST_LIKELIEST];
     int wanted;
     Lanes odd = 0;
+
+    static int32_t named(int32_t seen, const int32_t* names) { return names && seen >= 0 ? names[seen] : seen; }
 
     __attribute__((noinline)) void take(int at, Lanes above, Floats x) {
         alignas(64) float values[LANES];

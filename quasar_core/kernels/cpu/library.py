@@ -233,6 +233,8 @@ class Model(ctypes.Structure):
         ("embedding", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
         ("head", FusedWeight),
+        ("head_tokens", ctypes.c_void_p),
+        ("vocabulary", ctypes.c_int),
         ("inputs_size", ctypes.c_int),
         ("norms_values", ctypes.c_int),
         ("inputs_embedding", ctypes.c_void_p),

@@ -36,6 +36,8 @@ struct Model {
     const void* embedding;             // [vocabulary, hidden]
     const float* norm;                 // [hidden]
     FusedWeight head;
+    const int32_t* head_tokens;        // whose logits the head gives, rising, or null: then it gives all
+    int vocabulary;                    // logits of a row
     int inputs_size, norms_values;   // P, of the inputs that each block has of its own, or 0; weightless norms of values
     const void* inputs_embedding;    // [vocabulary, layers · P]
     FusedWeight inputs_projection;   // hidden → layers · P
@@ -44,6 +46,17 @@ struct Model {
     FusedWeight joint;               // 2·hidden → hidden, of a head that goes on from a model's rows, or without parts
     const float *joint_embedding_norm, *joint_rows_norm;  // [hidden], of its two inputs
     const Layer* layer;
+
+    // Logits of the head's outputs from o on into a row; where it gives some tokens' the others stay as they are.
+    void place_logits(float* row, int o, Lanes lanes, Floats value) const {
+        if (!head_tokens) return store(row + o, value, lanes);
+        alignas(64) float values[LANES];
+        store(values, value);
+        for (unsigned left = lanes; left; left &= left - 1) {
+            const int lane = __builtin_ctz(left);
+            row[head_tokens[o + lane]] = values[lane];
+        }
+    }
 };
 
 }  // namespace quasar

@@ -68,9 +68,9 @@ public:
         });
         for (int t = 0; is_last && t < shown; ++t) {
             for (int thread = 1; thread < threads; ++thread) seen[t].merge(seen[size_t(thread) * shown + t]);
-            const Choice choice = seen[t].choose();
+            const Choice choice = seen[t].choose(m.head_tokens);
             chosen[t] = choice.token, margins[t] = choice.margin;
-            seen[t].list(wanted, likeliest + size_t(t) * wanted);
+            seen[t].list(wanted, likeliest + size_t(t) * wanted, m.head_tokens);
         }
         seconds += now() - start;
     }
@@ -176,7 +176,7 @@ private:
         multiply(m.head, shown, team, [&](int t, int o, Lanes lanes, Floats value) {
             value = value * m.logits_scale;
             if (m.logits_cap) value = capped(value, m.logits_cap);
-            if (logits) store(logits + size_t(t) * m.head.out + o, value, lanes);
+            if (logits) m.place_logits(logits + size_t(t) * m.vocabulary, o, lanes, value);
             seen[size_t(team.thread) * shown + t].see(o, lanes, value);
         });
     }

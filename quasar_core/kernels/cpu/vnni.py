@@ -88,6 +88,26 @@ class VnniKernel:
         return y
 
 
+def picked_rows(weight: VnniWeight, rows: torch.Tensor) -> VnniWeight:
+    """The outputs `rows` [R] of a weight as a weight of their own, scales, zeros and codes as they are."""
+    blocks = -(-len(rows) // BLOCK)
+    stream = empty_in_huge_pages(blocks, *weight.stream.shape[1:], dtype=torch.uint8).zero_()
+    places = torch.arange(len(rows))
+    for kept, whole in zip(_by_output(stream), _by_output(weight.stream), strict=True):
+        kept[_block_half_lane(places)] = whole[_block_half_lane(rows)]
+    return replace(weight, stream=stream, out_features=len(rows))
+
+
+def _by_output(stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of headers and codes, an output's block, register and lane first: [blocks, 2, 16, groups, …, bytes]."""
+    headers = stream[..., :_HEADER].unflatten(-1, (2, 2, 16, 2)).permute(0, 2, 4, 1, 3, 5)
+    return headers, stream[..., _HEADER:].unflatten(-1, (-1, 2, 16, 4)).permute(0, 3, 4, 1, 2, 5)
+
+
+def _block_half_lane(outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return outputs // BLOCK, outputs // 16 % 2, outputs % 16
+
+
 def _possible_groups(group_size: int) -> list[int]:
     """How many inputs may share a scale of the activations: what divides the weight's groups."""
     return [group for group in _GROUPS if group_size == -1 or group_size % group == 0]

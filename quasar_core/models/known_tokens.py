@@ -1,0 +1,15 @@
+"""Logits of a head that knows some tokens of the vocabulary only. Letters: T rows, R tokens known, V the vocabulary."""
+
+import math
+
+import torch
+
+
+def no_logits(rows: int, vocabulary: int, device: torch.device | None = None) -> torch.Tensor:
+    """Logits [T, V] of tokens that cannot come."""
+    return torch.full((rows, vocabulary), -math.inf, device=device)
+
+
+def spread(logits: torch.Tensor, tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Logits [T, R] of some tokens [R] → [T, V], in which the others are −∞."""
+    return no_logits(len(logits), vocabulary, logits.device).index_copy_(1, tokens.long(), logits)
