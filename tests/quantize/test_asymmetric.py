@@ -15,7 +15,7 @@ from quasar_core.quantize.blocks.streaming import find_blocks
 from quasar_core.quantize.solve import hessian
 from quasar_core.quantize.solve.factor import inverse_factor
 from quasar_core.quantize.solve.gptq import SolverConfig
-from quasar_core.quantize.solve.hessian import HessianAccumulator, error_correlation, output_error
+from quasar_core.quantize.solve.hessian import HessianAccumulator, error_correlation, wanted_outputs
 
 SAMPLES = torch.randint(97, (24, 32), generator=torch.Generator().manual_seed(3))
 
@@ -28,9 +28,11 @@ def corrected_weight(
     for begin in range(0, len(inputs), 16):
         part = slice(begin, begin + 16)
         errors = wanted[part] - inputs[part]
-        accumulator.add(
-            inputs[part], output_error(weight, errors, None if stream is None else stream[part]) if lone else errors
-        )
+        if lone:
+            errors = wanted_outputs(wanted[part] @ weight.t(), None if stream is None else stream[part])
+        accumulator.add(inputs[part], errors)
+    if lone:
+        accumulator.subtract_outputs(weight)
     hessian, errors = accumulator.finish("x"), accumulator.errors()
     assert errors is not None
     lacking = error_correlation({"x": weight} if lone else {"x": weight, "y": weight[:3]}, errors)["x"]
@@ -69,6 +71,24 @@ def test_brackets_in_pieces_of_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hessian, "PIECE", 2)
     for name, lacking in error_correlation(weights, drift).items():
         torch.testing.assert_close(lacking, weights[name].float() @ drift)
+
+
+@pytest.mark.parametrize("pieces", [2, 512])
+def test_outputs_are_subtracted_as_though_token_by_token(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Σ (y − W x) xᵀ of weights in bfloat16; H is what it is without."""
+    monkeypatch.setattr(hessian, "PIECE", pieces)
+    generator = torch.Generator().manual_seed(4)
+    inputs, outputs = torch.randn(300, 150, generator=generator), torch.randn(300, 5, generator=generator)
+    weight = torch.randn(5, 150, generator=generator).bfloat16()
+    sums, alone = HessianAccumulator(150, inputs.device), HessianAccumulator(150, inputs.device)
+    sums.add(inputs, outputs)
+    alone.add(inputs)
+    sums.subtract_outputs(weight)
+    exact = (outputs.double() - inputs.double() @ weight.double().t()).t() @ inputs.double() * 2 / 300
+    found = sums.errors()
+    assert found is not None
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-3)
+    assert torch.equal(sums.finish("x"), alone.finish("x"))
 
 
 def test_without_a_reference_there_are_no_errors() -> None:

@@ -16,7 +16,8 @@ namespace quasar {
 #if defined(QUASAR_PAIRS)
 struct Terms {  // of two tokens
     static constexpr int TOKENS = 2;
-    static uint32_t of(const uint16_t* x, bool second, int width) { return x[0] | uint32_t(second ? x[width] : 0) << 16; }
+    static uint32_t of(uint16_t first, uint16_t second) { return first | uint32_t(second) << 16; }
+    static uint32_t of(const uint16_t* x, bool second, int width) { return of(x[0], second ? x[width] : 0); }
     static Part add(Part sum, uint32_t a, const uint32_t* b) {
         return add_pairs(sum, (Pairs)spread_int(int32_t(a)), (Pairs)load_part(reinterpret_cast<const float*>(b)));
     }
@@ -24,7 +25,8 @@ struct Terms {  // of two tokens
 #else
 struct Terms {  // of one token, as a float32's bits
     static constexpr int TOKENS = 1;
-    static uint32_t of(const uint16_t* x, bool, int) { return uint32_t(x[0]) << 16; }
+    static uint32_t of(uint16_t first, uint16_t) { return uint32_t(first) << 16; }
+    static uint32_t of(const uint16_t* x, bool, int) { return of(x[0], 0); }
     static Part add(Part sum, uint32_t a, const uint32_t* b) {
         float value;
         std::memcpy(&value, &a, sizeof value);
@@ -44,9 +46,15 @@ public:
     void fill(int index, const uint16_t* rows, int64_t tokens) {
         uint32_t* to = room.data() + index * steps_of(tokens) * PANEL;
         const int first = index * PANEL, some = std::min(PANEL, width - first);
+        static constexpr uint16_t none[PANEL] = {};
         for (int64_t token = 0; token < tokens; token += Terms::TOKENS, to += PANEL) {
-            const uint16_t* from = rows + token * width + first;
-            for (int i = 0; i < some; ++i) to[i] = Terms::of(from + i, token + 1 < tokens, width);
+            const uint16_t* one = rows + token * width + first;
+            const uint16_t* two = token + 1 < tokens ? one + width : none;
+            if (some == PANEL) {  // a count that compilers know fills whole registers
+                for (int i = 0; i < PANEL; ++i) to[i] = Terms::of(one[i], two[i]);
+                continue;
+            }
+            for (int i = 0; i < some; ++i) to[i] = Terms::of(one[i], two[i]);
             for (int i = some; i < PANEL; ++i) to[i] = 0;
         }
     }

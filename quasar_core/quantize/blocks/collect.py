@@ -19,7 +19,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.models.hf.experts import SeparateExperts
 from quasar_core.quantize.blocks.activations import Activations, Batch, OutputLayer, Stop, first_output, run_block
 from quasar_core.quantize.blocks.streaming import linear_layers
-from quasar_core.quantize.solve.hessian import HessianAccumulator, output_error
+from quasar_core.quantize.solve.hessian import HessianAccumulator, wanted_outputs
 from quasar_core.quantize.solve.matmul import product
 
 HESSIAN_BYTES = 1_000_000_000  # of the experts whose inputs are collected in one pass
@@ -226,6 +226,7 @@ def collect_compared(
 ) -> HessianAccumulator:
     """Sum the Hessian of a group's inputs, and their correlation with the error against the original block.
 
+    Of a lone layer the wanted outputs are summed, and what its own weight makes of the inputs is subtracted at the end.
     Of an output layer the inputs are cached; of the original one, the outputs.
     """
     name = group[0]
@@ -234,18 +235,23 @@ def collect_compared(
     assert isinstance(own, torch.nn.Linear)
     assert activations.reference is not None
     before = stream[: stream.index(name)] if name in stream else None
+    lone = len(group) == 1
     accumulator = HessianAccumulator(linear.in_features, linear.weight.device)
     for batch, reference in activations.pairs():
         inputs, standing = reach(block, name, before, batch)
         wanted, aim = reach(original, name, before, reference)
         errors = wanted - inputs
-        if len(group) == 1:
-            errors = output_error(own.weight, errors, None if standing is None or aim is None else aim - standing)
+        if lone or output_layer is not None:
+            outputs = product(wanted, own.weight, own.bias)
+        if lone:
+            unbiased = outputs if own.bias is None else outputs - own.bias
+            errors = wanted_outputs(unbiased, None if standing is None or aim is None else aim - standing)
         accumulator.add(inputs, errors)
         if output_layer is not None:
             activations.cache.store(output_layer, batch.rows, inputs, linear.out_features)
-            outputs = product(wanted, own.weight, own.bias)
             activations.reference.cache.store(output_layer, batch.rows, outputs, own.out_features)
+    if lone:
+        accumulator.subtract_outputs(own.weight)
     if output_layer is not None:
         activations.reference.cache.mark_finished(output_layer, own.out_features)
     return accumulator

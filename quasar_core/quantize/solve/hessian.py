@@ -70,6 +70,17 @@ class HessianAccumulator:
             self.error_sum = self.sum.new_zeros(size, len(self.sum))
         return self.error_sum
 
+    def subtract_outputs(self, weight: torch.Tensor) -> None:
+        """Subtract what a lone layer [k, in] gives on the summed inputs, W Σ x xᵀ, from the sum of wanted outputs.
+
+        So no product is computed token by token for it. What rounding leaves is that of the wanted outputs, which
+        differs from token to token.
+        """
+        total = self._errors_of(len(weight))
+        inputs = symmetrize_(self.sum)
+        for rows, some in zip(total.split(PIECE), weight.split(PIECE), strict=True):
+            rows.addmm_(some.float(), inputs, alpha=-1)
+
     def errors(self) -> torch.Tensor | None:
         """Return (2 / n) · Σ e xᵀ [k, in]; None without errors. Consumes the sum: call once."""
         found, self.error_sum = self.error_sum, None
@@ -79,16 +90,21 @@ class HessianAccumulator:
         """Return H; QuasarError that names the layer where it is empty or not finite. Consumes the sum: call once."""
         if self.count == 0:
             raise QuasarError(f"Layer {name} saw no calibration input.")
-        hessian = self.sum.mul_(2.0 / self.count)  # in place: the matrix may be half a gigabyte
-        for tile in _tiles(len(hessian)):
-            hessian[: tile.start, tile] = hessian[tile, : tile.start].t()
-            corner = hessian[tile, tile].tril()
-            hessian[tile, tile] = corner.add_(corner.tril(-1).t())
+        hessian = symmetrize_(self.sum).mul_(2.0 / self.count)  # in place: the matrix may be half a gigabyte
         if not all(bool(torch.isfinite(hessian[tile]).all()) for tile in _tiles(len(hessian))):
             raise QuasarError(
                 f"Layer {name} has inputs that are not finite: the model's weights or the dtype overflow on this text."
             )
         return hessian
+
+
+def symmetrize_(matrix: torch.Tensor) -> torch.Tensor:
+    """Copy what lies below the diagonal of a square matrix to above it, in place."""
+    for tile in _tiles(len(matrix)):
+        matrix[: tile.start, tile] = matrix[tile, : tile.start].t()
+        corner = matrix[tile, tile].tril()
+        matrix[tile, tile] = corner.add_(corner.tril(-1).t())
+    return matrix
 
 
 def shrunk(hessian: torch.Tensor, count: int) -> torch.Tensor:
@@ -118,10 +134,9 @@ STREAM_SHARE = 0.5
 PIECE = 512  # outputs
 
 
-def output_error(weight: torch.Tensor, drift: torch.Tensor, stream_error: torch.Tensor | None) -> torch.Tensor:
-    """Compute the error of a layer's outputs [..., out]: W (x̄ − x) + ½ (r̄ − r), the second where r is known."""
-    error = product(drift, weight)
-    return error if stream_error is None else error.add_(stream_error, alpha=STREAM_SHARE)
+def wanted_outputs(outputs: torch.Tensor, stream_error: torch.Tensor | None) -> torch.Tensor:
+    """Add half of the stream's error to the outputs of the full-precision layer: W x̄ + ½ (r̄ − r), where r is known."""
+    return outputs if stream_error is None else outputs.add(stream_error, alpha=STREAM_SHARE)
 
 
 def error_correlation(weights: Mapping[str, torch.Tensor], errors: torch.Tensor) -> dict[str, torch.Tensor]:
