@@ -89,8 +89,8 @@ def test_the_plan_holds_the_peak_of_a_process(columns: int, outs: tuple[int, ...
     """Workspaces of libraries and freed memory that the C library keeps included."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("the system does not tell a process's peak")
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
+    folders = map(str, Path(__file__).resolve().parents[:3])  # this one, that of the helpers, that of the package
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     command = [sys.executable, "-c", PROCESS, str(columns), *map(str, outs)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert int(run.stdout) < planned_bytes(columns, outs)
