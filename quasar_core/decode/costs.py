@@ -119,6 +119,11 @@ class LiveCost:
         if self.passes % FEW == 0:
             self._forget_old()
 
+    def forget(self) -> None:
+        """Go by what was known again: the passes were another model's."""
+        self._recent.clear()
+        self._corrections.clear()
+
     def seen(self, tokens: int) -> int:
         """How many passes of about this size count."""
         return len(self._recent[_size_class(tokens)])

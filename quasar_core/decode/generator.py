@@ -132,7 +132,10 @@ class Generator:
             end = len(prompt_ids) + count
         finally:
             self._keep_cache(engine, prefix, end)
-            self._costs.forget_what_was_wrong(meter.read())
+            if self._vocabulary.is_whole(engine.verifying):
+                self._costs.forget_passes("verifier")
+            else:
+                self._costs.forget_what_was_wrong(meter.read())
         engine.stats.new_tokens = count
         engine.stats.peak_memory_bytes = _peak_memory(self.pair.device)
         new = engine.tokens[len(prompt_ids) : len(prompt_ids) + count]

@@ -70,6 +70,11 @@ class RunCosts:
                 self.live[role].observe(1, sample())
         return bool(remembered)
 
+    def forget_passes(self, role: Role) -> None:
+        """Go by what was known of a model again, as another one ran in its place."""
+        if role in self.live:
+            self.live[role].forget()
+
     def forget_what_was_wrong(self, load: Load) -> None:
         """What passes of this run contradict is measured anew by the next; a busy machine contradicts nothing."""
         for role, live in self.live.items():

@@ -34,7 +34,10 @@ class VerifierVocabulary:
         self._frequent = frozenset[int]()
         self._met: dict[int, None] = {}  # tokens of texts that are not frequent, the latest last
         self._missed = deque[bool](maxlen=OF_LAST)
-        if config.verify == "exact" and not pair.processors:
+        resident = (
+            pair.target is not None and not pair.target.streamed
+        )  # else memory is short, and verifies take little
+        if config.verify == "exact" and resident and not pair.processors:
             self._shorten(note)
 
     def _shorten(self, note: Callable[[str], None]) -> None:
@@ -75,6 +78,10 @@ class VerifierVocabulary:
         assert isinstance(short, LeanDecoder)
         assert isinstance(verifier, LeanDecoder)
         return replace(pair, verifier=also_knowing(short, verifier, torch.tensor(sorted(self._met))))
+
+    def is_whole(self, model: CausalLM) -> bool:
+        """Whether a model verifies with the whole head where a short one is usual."""
+        return self.usual is not self._whole and model is self._whole.verifier
 
     def enough(self, token: int) -> CausalLM | None:
         """Take note of an answer's token; the whole verifier, where too many of the last ones were not known."""

@@ -142,6 +142,22 @@ def test_what_a_text_has_is_known_and_too_much_missed_is_given_up(
     assert again.usual is usual
 
 
+@pytest.mark.usefixtures("cpp_pass")
+def test_passes_of_the_whole_head_tell_nothing_of_the_short_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an answer's passes took corrects the costs of the next, but for those that the whole head verified."""
+    pair = load(tmp_path, monkeypatch)
+    for rows, kept in ((pair.verifier.vocab_size - 1, True), (1, False)):  # type: ignore[union-attr]
+        pair.short = None
+        shortened(monkeypatch, rows)
+        generator = Generator(pair, GenerationConfig(100, "exact", "ngram", window=3))
+        generator.generate(random_tokens(9))
+        live = generator._costs.live["verifier"]
+        assert bool(live.seen(1)) is kept
+        assert live.passes > 10
+
+
 def test_what_is_met_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = VerifierVocabulary(make_pair(TableModel(8, 0)), GenerationConfig(5, "full"), list[str]().append)
     vocabulary._meet(range(MOST_MET + 5))
