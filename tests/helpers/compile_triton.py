@@ -66,7 +66,7 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **nam
     found = {"kernel": self.__name__, "wgmma": "warp_group_dot" in compiled["ttgir"]}
     found |= {"overlaps": bool(options.get("launch_pdl")), "waits": compiled["ptx"].count("griddepcontrol.wait")}
     if self.__name__ == "_attend_kernel":
-        found |= {name.lower(): values[name] for name in ("TURNS", "MERGED", "ROWS")}
+        found |= {name.lower(): values[name] for name in ("TURNS", "MERGED", "IS_TREE", "CAPPED")}
         found |= machine_code(compiled["cubin"])
     if self.__name__ == "_packed_kernel":
         found |= {name.lower(): values[name] for name in ("BITS", "STORED", "HAS_ZEROS", "IS_WIDE", "SLOTS", "NORMS")}
@@ -163,12 +163,13 @@ def launch_all() -> None:
     qkv = zeros(4, 48 * 128)
     rotation.rotate_and_store(qkv, turn, position, states, states, queries, depths=tokens)
     attention.attend(queries, states, states, position, 512, workspace, x, 1024, tree=(tokens, tokens))
-    for tree in (None, (tokens, tokens)) if EVERY else (None,):
-        where = position, 512, workspace, x, 1024
+    where = position, 512, workspace, x, 1024
+    attention.attend(qkv, states, states, *where, rotation=turn, merges=True)
+    for tree in (None, (tokens, tokens)) if EVERY else ():
+        attention.attend(queries, states, states, *where, cap=50.0, tree=tree)
+        attention.attend(queries, states, states, *where, tree=tree, merges=True)
+        attention.attend(qkv, states, states, *where, tree=tree, rotation=turn)
         attention.attend(qkv, states, states, *where, tree=tree, rotation=turn, merges=True)
-    if EVERY:
-        attention.attend(queries, states, states, *where, merges=True)
-        attention.attend(qkv, states, states, *where, rotation=turn)
     choices.argmax_and_margin(zeros(4, 151936), tokens, steps, steps)
     choices.likeliest_tokens(zeros(4, 151936), zeros(4, 8, dtype=torch.int32))
     choices.accept_greedy(tokens, tokens, tokens[:1], tokens[:1])

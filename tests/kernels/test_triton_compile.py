@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,14 @@ def test_kernels_compile(tmp_path: Path, target: int, launches: str) -> None:
         assert launch["wgmma"], "the product is not on Hopper's tensor cores"
     for launch in (launch for launches in found.values() for launch in launches):
         assert launch["waits"] == launch["overlaps"], "a launch that may begin early waits, once"
-    kinds = {(launch["turns"], launch["merged"] > 0) for launch in found["_attend_kernel"]}
-    assert kinds >= {(False, False), (True, True)}
+    kinds = {
+        (launch["is_tree"], launch["turns"], launch["merged"] > 0, launch["capped"])
+        for launch in found["_attend_kernel"]
+    }
+    assert kinds >= {(False, False, False, False), (True, False, False, False), (False, True, True, False)}
+    if launches == "all":
+        assert kinds >= {(*kind, False) for kind in product((False, True), repeat=3)}
+        assert kinds >= {(is_tree, False, False, True) for is_tree in (False, True)}
     for launch in found["_attend_kernel"]:
         assert launch["spilled"] == 0, "attention keeps its sums in registers, whatever it takes in"
     for launch in found["_packed_kernel"]:

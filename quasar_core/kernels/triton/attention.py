@@ -27,6 +27,7 @@ _ROWS = 64  # of a tile at least: with fewer, a Hopper GPU would multiply in oth
 _MERGED = 16  # shares that are read at once
 _LINES = 4  # of queries that a program of attention merges at once
 _PROGRAMS = 2  # of a multiprocessor: so many fit
+MOST_NODES = tl.constexpr(16)  # of a tree
 LONGEST_WRITE = tl.constexpr(16)  # tokens whose keys and values one launch writes
 
 
@@ -50,7 +51,7 @@ def attend(
     Token t, at position + t (`position`: an integer [1] on the device), sees the positions up to its own, the last
     `window` of them where there is a window. `max_length` bounds position + T, as the cache's capacity does.
     Scores are multiplied by `scale`, 1 ÷ √D by default, and then held below a soft `cap`, where there is one. Nodes of
-    a `tree`, given by depths and families int64 [T] (bit i: sees node i), stand at position + depth.
+    a `tree`, at most 16, given by depths and families int64 [T] (bit i: sees node i), stand at position + depth.
 
     With a `rotation`, queries are the product qkv [T, (H·G + 2·H)·D] of at most 16 tokens: its queries and keys are
     normed and rotated, its keys and values written, as by `rotate_and_store`; or they are [T, H·G·D], and nothing is
@@ -179,6 +180,10 @@ def _attend_kernel(
         )  # fmt: skip
     else:
         queries = tl.load(source[:, None] + d[None, :], mask=inside, other=0.0)
+    if IS_TREE:
+        family = _family_in_window(token, count, window, depths_ptr, families_ptr)
+        own = position + _steps_behind(token, count, depths_ptr, True)
+        gone = tl.where(window > 0, own - window, -1)  # the last position that has left a token's window
     keys = keys_ptr + head.to(tl.int64) * capacity * SIZE
     values = values_ptr + head.to(tl.int64) * capacity * SIZE
     for index in range(share_of(least) + tl.program_id(1), share_of(most - 1) + 1, tl.num_programs(1)):
@@ -202,11 +207,12 @@ def _attend_kernel(
             if CAPPED:  # cap · tanh(score ÷ cap), in powers of 2
                 scores = cap * 1.4426950408889634 * (2 / (1 + tl.exp(-2 * scores / cap)) - 1)
             if IS_TREE:
-                hidden = _hidden_in_tree(seen, token, position, count, window, depths_ptr, families_ptr)
+                hidden = _hidden_in_tree(seen, end, position, family, gone)
             else:
                 own = position + token[:, None]
                 hidden = (seen[None, :] > own) | ((window > 0) & (seen[None, :] <= own - window))
-            scores = tl.where(hidden | (seen >= end)[None, :], float("-inf"), scores)
+                hidden = hidden | (seen >= end)[None, :]
+            scores = tl.where(hidden, float("-inf"), scores)
             higher = tl.maximum(top, tl.max(scores, axis=1))
             finite = tl.where(higher == float("-inf"), 0.0, higher)
             weights = tl.exp2(scores - finite[:, None])
@@ -317,17 +323,26 @@ def _write_new(
 
 
 @triton.jit
-def _hidden_in_tree(seen, token, position, count, window, depths_ptr, families_ptr):
-    """Of each row of tokens the positions that its node does not see."""
+def _family_in_window(token, count, window, depths_ptr, families_ptr):
+    """Of each token int32 bits: of the nodes that it sees, and the sign's for the text before the tree."""
+    node = tl.arange(0, MOST_NODES)
+    depth = tl.load(depths_ptr + node, mask=node < count, other=0).to(tl.int32)
+    behind = _steps_behind(token, count, depths_ptr, True)[:, None] - depth[None, :]
+    near = ((window <= 0) | (behind < window)).to(tl.int32)
+    family = tl.load(families_ptr + token, mask=token < count, other=0).to(tl.int32)
+    return (family & tl.sum(near << node[None, :], axis=1)) | -2147483648
+
+
+@triton.jit
+def _hidden_in_tree(seen, end, position, family, gone):
+    """Of each row of a family in its window the positions that it does not see: all up to `gone`, and from `end` on.
+
+    A node's number is no less than its depth, so that none up to `gone` is near enough. No node has the bit before the
+    sign's.
+    """
     node = seen - position
-    is_node = (node >= 0) & (node < count)
-    family = tl.load(families_ptr + token, mask=token < count, other=0)
-    member = (family[:, None] >> tl.where(is_node, node, 0).to(tl.int64)[None, :]) & 1
-    depth = tl.load(depths_ptr + node, mask=is_node, other=0).to(tl.int32)
-    place = tl.where(is_node, position + depth, seen)
-    own = position + tl.load(depths_ptr + token, mask=token < count, other=0).to(tl.int32)
-    hidden = (node >= 0)[None, :] & ((member == 0) | (node >= count)[None, :])
-    return hidden | ((window > 0) & (place[None, :] <= own[:, None] - window))
+    bit = tl.where(seen >= end, 30, tl.where(node >= 0, node, 31))
+    return (((family[:, None] >> bit[None, :]) & 1) == 0) | (seen[None, :] <= gone[:, None])
 
 
 @triton.jit(do_not_specialize=["count"])  # one kernel for every T
