@@ -89,6 +89,8 @@ from types import ModuleType, SimpleNamespace
 from helpers.stand_ins import StandInGenerator
 from quasar_cli.main import run
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background inherits that it is ignored
+
 class Endless(StandInGenerator):
     def generate(self, prompt_ids, on_text):
         on_text("half")

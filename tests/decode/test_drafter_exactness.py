@@ -92,7 +92,7 @@ def test_a_pass_that_accepts_too_much_is_detected(monkeypatch: pytest.MonkeyPatc
         accepted, bonus = accept_matching(choices, offered)
         return (accepted + 1, choices[accepted + 1]) if accepted + 1 < len(choices) else (accepted, bonus)
 
-    monkeypatch.setattr("quasar_core.decode.engine.accept_matching", too_much)
+    monkeypatch.setattr("quasar_core.decode.passes.accept_matching", too_much)
     with pytest.raises(AssertionError):
         check("auto", "full", "good", 4, 6, [1, 2, 3], 40, 0, None, None)
 

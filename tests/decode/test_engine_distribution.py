@@ -29,7 +29,7 @@ from helpers.sampled_text import (
 from helpers.tiny_models import TableModel, drawn_decisions, make_pair, routed_engine
 
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode import engine as engine_module
+from quasar_core.decode import passes
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.policy import FixedLength, WindowPolicy
 from quasar_core.decode.sampling import Noise
@@ -199,7 +199,7 @@ def test_noise_that_prefers_a_token_is_detected(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_broken_acceptance_of_drafts_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "accept_matching", lambda choices, offered: (len(offered), choices[-1]))
+    monkeypatch.setattr(passes, "accept_matching", lambda choices, offered: (len(offered), choices[-1]))
     assert p_of_continuations(continuations(600, RandomDrafter, "full", verifier=BAD)) < IMPOSSIBLE
     assert p_of_continuations(continuations(600, ALL_SOURCES, "full", verifier=BAD)) < IMPOSSIBLE
     assert p_of_transitions(run_routed(1, 1500, GOOD, RandomDrafter())) < IMPOSSIBLE
