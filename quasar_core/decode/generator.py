@@ -118,7 +118,8 @@ class Generator:
         start = self._now()
         self._in_use = None  # a larger cache may come in its place, and there is not room for both
         prefix, cached = self._prefixes.take(prompt_ids, max_tokens)
-        pair = self._vocabulary.pair_for(self._attention.pair_for(len(prompt_ids)), prompt_ids, answering)
+        greedy = (request.sampling or self.config.sampling).greedy
+        pair = self._vocabulary.pair_for(self._attention.pair_for(len(prompt_ids)), prompt_ids, answering, greedy)
         self._costs.move_to(len(prompt_ids), pair)
         engine = self._make_engine(pair, prefix, max_tokens, request, answering)
         text = TextStream(self.pair.tokenizer, request.stop or self.config.stop, answering.reading)

@@ -1,4 +1,4 @@
-"""Choose which tokens the verifier's head knows in `exact`: all of them, or the frequent ones and those of the text.
+"""Choose which tokens the verifier's head knows in `exact`: all, or, at temperature 0, the frequent and the text's.
 
 What is frequent is told by the text that the model was quantized on, where the verifier's folder has its successors;
 behind those tokens come the lowest ids, which vocabularies made by merging pairs give to frequent tokens.
@@ -37,7 +37,7 @@ class VerifierVocabulary:
         resident = (
             pair.target is not None and not pair.target.streamed
         )  # else memory is short, and verifies take little
-        if config.verify == "exact" and resident and not pair.processors:
+        if config.verify == "exact" and config.sampling.greedy and resident and not pair.processors:
             self._shorten(note)
 
     def _shorten(self, note: Callable[[str], None]) -> None:
@@ -61,15 +61,16 @@ class VerifierVocabulary:
             "confirms, knows all"
         )
 
-    def pair_for(self, pair: Pair, prompt: Sequence[int], answering: Answering) -> Pair:
+    def pair_for(self, pair: Pair, prompt: Sequence[int], answering: Answering, greedy: bool = True) -> Pair:
         """The pair that answers a prompt: `pair` with a head that knows the prompt's tokens too.
 
-        Rules, such as a grammar, may allow none of the tokens that a short head knows: they get the whole head.
+        Rules, such as a grammar, may allow none of the tokens that a short head knows, and sampling draws rare ones:
+        they get the whole head.
         """
         if self.usual is self._whole:
             return pair
         self._missed.clear()
-        if answering.rules:
+        if answering.rules or not greedy:
             return self._whole
         self._meet(prompt)
         if not self._met:

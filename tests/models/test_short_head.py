@@ -92,11 +92,8 @@ def shortened(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(verifier_vocabulary, "SHARE", 1 << 20)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.usefixtures("cpp_pass")
-def test_confirmed_text_is_that_of_plain_decoding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
-) -> None:
+def test_confirmed_text_is_that_of_plain_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However few tokens the head knows: where too many are missed the whole head takes over."""
     pair, dice, whole = load(tmp_path, monkeypatch, torch.bfloat16), random.Random(5), 0
     assert isinstance(pair.verifier, LeanDecoder)
@@ -106,9 +103,8 @@ def test_confirmed_text_is_that_of_plain_decoding(
         pair.short = None
         shortened(monkeypatch, dice.choice([1, 20, pair.verifier.vocab_size - 1]))
         text = random_tokens(dice.randint(4, 60))
-        options: dict[str, Any] = {"sampling": SamplingConfig(temperature, seed=number)}
-        plain = Generator(pair, GenerationConfig(60, "full", "none", **options)).generate(text).token_ids
-        config = GenerationConfig(60, "exact", window=dice.choice(["auto", 3]), **options)
+        plain = Generator(pair, GenerationConfig(60, "full", "none")).generate(text).token_ids
+        config = GenerationConfig(60, "exact", window=dice.choice(["auto", 3]))
         generator = Generator(pair, config)
         assert generator.generate(text).token_ids == plain, number
         whole += sum(token not in generator.pair.short.verifier.head_tokens for token in plain)  # type: ignore[union-attr]
@@ -132,6 +128,7 @@ def test_what_a_text_has_is_known_and_too_much_missed_is_given_up(
     assert met.head_tokens.tolist() == [*range(10), 20, 30]
     rules: Any = [object()]
     assert vocabulary.pair_for(usual, [1], Answering(rules=rules)) is pair
+    assert vocabulary.pair_for(usual, [1], Answering(), greedy=False) is pair
     known = [vocabulary.enough(token) for token in (1, 20, 30, 9)]
     missed = [vocabulary.enough(token) for token in (40, 41, 42, 43, 44)]
     assert known == [None] * 4
@@ -176,12 +173,15 @@ def test_frequent_tokens_are_those_of_the_successors_then_the_lowest() -> None:
     assert frequent_tokens(12, 3, None).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("verify", ["full", "quantized"])
+@pytest.mark.parametrize(("verify", "temperature"), [("full", 0.0), ("quantized", 0.0), ("exact", 1.0)])
 @pytest.mark.usefixtures("cpp_pass")
-def test_other_modes_keep_the_whole_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: Any) -> None:
+def test_other_modes_and_sampling_keep_the_whole_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: Any, temperature: float
+) -> None:
     pair = load(tmp_path, monkeypatch)
     shortened(monkeypatch, 10)
-    assert VerifierVocabulary(pair, GenerationConfig(9, verify), pair.notes.append).usual is pair
+    config = GenerationConfig(9, verify, sampling=SamplingConfig(temperature))
+    assert VerifierVocabulary(pair, config, pair.notes.append).usual is pair
     assert pair.short is None
 
 
