@@ -30,7 +30,7 @@ class VerifierVocabulary:
     """The verifier of one generator: in `exact` with a short head, where that saves enough of a pass."""
 
     def __init__(self, pair: Pair, config: GenerationConfig, note: Callable[[str], None]) -> None:
-        self._whole, self.usual = pair, pair
+        self._whole, self.usual, self._note = pair, pair, note
         self._frequent = frozenset[int]()
         self._met: dict[int, None] = {}  # tokens of texts that are not frequent, the latest last
         self._missed = deque[bool](maxlen=OF_LAST)
@@ -38,9 +38,9 @@ class VerifierVocabulary:
             pair.target is not None and not pair.target.streamed
         )  # else memory is short, and verifies take little
         if config.verify == "exact" and config.sampling.greedy and resident and not pair.processors:
-            self._shorten(note)
+            self._shorten()
 
-    def _shorten(self, note: Callable[[str], None]) -> None:
+    def _shorten(self) -> None:
         pair, verifier = self._whole, self._whole.verifier
         if not isinstance(verifier, LeanDecoder):
             return
@@ -56,7 +56,7 @@ class VerifierVocabulary:
         assert pair.short.verifier.head_tokens is not None
         self.usual = pair.short
         self._frequent = frozenset(pair.short.verifier.head_tokens.tolist())
-        note(
+        self._note(
             f"verifier: its head knows {rows:,} of {vocabulary:,} tokens, and those of the text; the target, which "
             "confirms, knows all"
         )
@@ -93,6 +93,7 @@ class VerifierVocabulary:
         if known or sum(self._missed) < MOST_MISSED:
             return None
         self._missed.clear()
+        self._note("verifier: its whole head took over, as the short one did not know many of an answer's tokens")
         return self._whole.verifier
 
     def _meet(self, text: Iterable[int]) -> None:

@@ -61,7 +61,7 @@ class LeanDecoder(CausalLM):
         self.config, self.embedding, self.layers = config, embedding, tuple(layers)
         self.norm, self.head, self.ropes, self.inputs = norm, head, tuple(ropes), inputs
         self.joint = joint  # of a head that goes on from another model's rows
-        self.head_tokens: torch.Tensor | None = None  # [R] int32, rising: whose logits the head gives; None for all
+        self.head_tokens: torch.Tensor | None = None  # [R] int32: whose logits the head gives; None for all
         self.keeps_rows = False  # whether its caches keep the rows that the head reads
         self.fast: FastPass | None = None  # runs the passes of decoding, where there is one
         self.source: LayerSource = AllThere(len(self.layers))

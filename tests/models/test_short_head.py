@@ -134,6 +134,7 @@ def test_what_a_text_has_is_known_and_too_much_missed_is_given_up(
     assert known == [None] * 4
     assert missed == [None] * 5
     assert vocabulary.enough(45) is pair.verifier
+    assert "its whole head took over" in pair.notes[-1]
     assert vocabulary.enough(46) is None  # counted anew
     again = VerifierVocabulary(pair, GenerationConfig(9, "exact"), pair.notes.append)
     assert again.usual is usual

@@ -36,7 +36,7 @@ struct Model {
     const void* embedding;             // [vocabulary, hidden]
     const float* norm;                 // [hidden]
     FusedWeight head;
-    const int32_t* head_tokens;        // whose logits the head gives, rising, or null: then it gives all
+    const int32_t* head_tokens;        // whose logits the head gives, or null: then it gives all
     int vocabulary;                    // logits of a row
     int inputs_size, norms_values;   // P, of the inputs that each block has of its own, or 0; weightless norms of values
     const void* inputs_embedding;    // [vocabulary, layers · P]
