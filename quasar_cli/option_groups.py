@@ -88,10 +88,10 @@ def with_adapter(model: str | None, adapter: Path | None) -> str | None:
     if model is None:
         raise UsageError("--adapter needs --model MODEL, the model that it was trained on.")
     from quasar_cli import console
-    from quasar_core import api
+    from quasar_core.api import decoding
 
     with console.progress_bar() as progress:
-        return api.merge_adapter(model, adapter, progress)
+        return decoding.merge_adapter(model, adapter, progress)
 
 
 @dataclass(frozen=True)

@@ -42,17 +42,32 @@ def parse_size(flag: str, value: str | None) -> int | None:
     """The bytes of a size such as 6GB, where one is given; UsageError that names the flag."""
     if value is None:
         return None
-    from quasar_core import api
+    return parse_bytes(flag, value)
 
-    return api.parse_bytes(flag, value)
+
+def parse_bytes(flag: str, text: str) -> int:
+    """A size such as 8GB, 500MB or 8e9; UsageError that names the flag."""
+    units = {"gb": 10**9, "mb": 10**6, "kb": 10**3, "gib": 2**30, "mib": 2**20, "kib": 2**10, "b": 1}
+    number, factor = text.strip().lower(), 1
+    for unit, size in units.items():
+        if number.endswith(unit):
+            number, factor = number.removesuffix(unit).strip(), size
+            break
+    try:
+        value = int(float(number) * factor)
+    except (ValueError, OverflowError):
+        value = 0
+    if value <= 0:
+        raise UsageError(f"{flag} must be a size such as 8GB or 500MB, not {text or 'empty'}.")
+    return value
 
 
 def use_threads(value: str, steer: bool = False) -> None:
     """Compute in as many threads as --threads says; with `steer`, `auto` follows the machine's load."""
     number = parse_auto("--threads", value)
-    from quasar_core import api
+    from quasar_core.api import decoding
 
-    api.use_threads(number, steer)
+    decoding.use_threads(number, steer)
 
 
 # Every command.

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quasar_core import api
+from quasar_core.api import decoding, quantizing
 from quasar_core.bench.choose import UNIFORM_BITS, Body, Choice
 from quasar_core.bench.streamed_target import StreamedTarget
 from quasar_core.bench.try_candidates import (
@@ -25,7 +25,7 @@ from quasar_core.errors import UsageError
 from quasar_core.files import exists
 from quasar_core.kernels.times import measured_on
 from quasar_core.load_pair import dtype_of_source
-from quasar_core.models.hf.skeleton import context_limit
+from quasar_core.models.context import context_limit
 from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.offload import can_stream
 from quasar_core.models.pair import load_tokenizer
@@ -105,12 +105,12 @@ class Candidates:
 
 
 def find_candidates(wanted: Wanted) -> Candidates:
-    """Everything that can be tried; raises as `api.quantize` does of what it refuses before any work."""
+    """Everything that can be tried; raises as `quantizing.quantize` does of what it refuses before any work."""
     obstacle = why_folder_not_lean(resolve_model(wanted.model).folder)
     if obstacle:
         raise UsageError(f"--bits auto times passes of our own decoder, which does not run {wanted.model}: {obstacle}.")
     config = replace(wanted.config, group_size=wanted.groups[0] if wanted.groups else None)
-    _, job, target = api.open_job(
+    _, job, target = quantizing.open_job(
         wanted.model, config, wanted.output, wanted.device, wanted.trust_remote_code, tell_nobody
     )
     uniform = uniform_bodies(target, job.config, wanted.groups)
@@ -174,9 +174,9 @@ def choose(
     progress: Progress = no_progress,
     tell: Tell = tell_nobody,
 ) -> tuple[QuantizeConfig, Choice]:
-    """Choose a verifier; its config, of which `api.quantize` goes on (with `resume`), and what it was chosen from.
+    """Choose a verifier; its config, of which `quantize` goes on (with `resume`), and what it was chosen from.
 
-    Without `resume` it is chosen anew. Raises as `api.quantize` does, and UsageError for a model whose passes are not
+    Without `resume` it is chosen anew. Raises as `quantize` does, and UsageError for a model whose passes are not
     our own decoder's.
     """
     if wanted.output is not None:
@@ -218,7 +218,7 @@ def _choose(wanted: Wanted, found: Candidates, resume: bool, max_memory: int | N
         offload="target" if found.streaming else wanted.offload,
     )
     with working_folder(job, resume):
-        costs = CandidateCosts(api.load(options, progress), job.config, progress, found.streaming)
+        costs = CandidateCosts(decoding.load(options, progress), job.config, progress, found.streaming)
         calibration = calibrate(job, target, tokenizer, plan.text, progress)
         choosing = Choosing(job, target, calibration, costs, found.heads, progress)
         choice = choosing.choose(found.uniform, found.mixed)
@@ -237,7 +237,7 @@ def _clear(job: Job) -> None:
 
 def _job_of(wanted: Wanted, choice: Choice) -> Job:
     """The run that makes the chosen verifier."""
-    _, job, _ = api.open_job(
+    _, job, _ = quantizing.open_job(
         wanted.model, choice.config(wanted.config), wanted.output, wanted.device, wanted.trust_remote_code, tell_nobody
     )
     return job

@@ -17,7 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from quasar_core.api import Generator, load
+from quasar_core.api.decoding import Generator, load
 from quasar_core.config import GenerationConfig, LoadOptions, SamplingConfig
 from quasar_core.decode.text import render
 from quasar_core.errors import UsageError

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from quasar_core import api
+from quasar_core.api import decoding, quantizing
 from quasar_core.choose_bits import Wanted, choose
 from quasar_core.config import GenerationConfig, Offload, QuantizeConfig, SamplingConfig
 from quasar_core.decode.generator import Generator, TextPieces
@@ -21,11 +21,11 @@ _GENERATION = {field.name for field in fields(GenerationConfig)} - {"sampling"}
 
 
 def load(model: str | None = None, verifier: str | None = None, **options: Any) -> Pair:
-    """Load a target and its verifier; without `model` the current pair. `options` are those of `api.load_pair`.
+    """Load a target and its verifier; without `model` the current pair. `options` are those of `decoding.load_pair`.
 
     Raises UsageError where there is no such pair, QuasarError where it cannot be read.
     """
-    return api.load_pair(model, verifier, **options)
+    return decoding.load_pair(model, verifier, **options)
 
 
 def stream(pair: Pair, prompt: Prompt, **options: Any) -> TextPieces:
@@ -77,7 +77,7 @@ def quantize_model(
 
     With `bits="auto"` the verifier is made that decodes fastest on this device; a group size and a head's width that
     are given stay; `offload` and `decode_memory`, in bytes, say how decoding will stream the target. `tell` hears what
-    was chosen, and what would help. A run that was interrupted goes on. Raises as `api.quantize` does.
+    was chosen, and what would help. A run that was interrupted goes on. Raises as `quantizing.quantize` does.
     """
     folder = None if output is None else Path(output)
     run: dict[str, Any] = {"force": force, "max_memory": max_memory, "progress": progress, "tell": tell}
@@ -90,7 +90,7 @@ def quantize_model(
         raise UsageError('offload and decode_memory go with bits="auto", which chooses for them.')
     else:
         config = QuantizeConfig.of(**options)
-    return api.quantize(model, config, resume=resume, **place, **run)
+    return quantizing.quantize(model, config, resume=resume, **place, **run)
 
 
 def _chosen(model: str, options: Mapping[str, Any], place: Mapping[str, Any], run: Mapping[str, Any]) -> QuantizeConfig:

@@ -15,8 +15,8 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, exists, is_folder
 from quasar_core.kernels.threads import most_threads
 from quasar_core.models.assistant import load_assistant
+from quasar_core.models.context import UNLIMITED, context_limit
 from quasar_core.models.device import choose_device, choose_dtype
-from quasar_core.models.hf.skeleton import UNLIMITED, context_limit
 from quasar_core.models.loading import LoadedModels, load_models, recurrent_layers_in, refuse_drafts
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.mtp import head_bytes, head_of

@@ -198,7 +198,7 @@ def test_the_option_takes_a_file_only_where_one_is_named(given: list[str], read:
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch, own_home: None) -> None:
     """`generate` with models that count, the verifier with errors."""
-    monkeypatch.setattr("quasar_core.api.load", lambda *given: make_pair(CountingModel(wrong_after=6)))
+    monkeypatch.setattr("quasar_core.api.decoding.load", lambda *given: make_pair(CountingModel(wrong_after=6)))
 
 
 ASK = ["generate", "w3 w4 w5 w3", "-n", "12", "--num-draft-tokens", "4", "--window", "3", "--raw"]

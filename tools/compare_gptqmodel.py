@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from quasar_core import api
+from quasar_core.api import quantizing
 from quasar_core.checkpoint.formats import PACKED_SUFFIXES
 from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.checkpoint.reader import VerifierCheckpoint
@@ -108,7 +108,7 @@ def quantize_by_gptqmodel(
 
 def write_text(model: str, verifier: Path, folder: Path, config: QuantizeConfig) -> None:
     """Let the run of `quasar quantize` that writes `verifier` begin with its text, and copy that to `folder`."""
-    source, job, target = api.open_job(model, config, verifier, "cpu", False, print)
+    source, job, target = quantizing.open_job(model, config, verifier, "cpu", False, print)
     plan = plan_here(source.folder, target, job.config, job.output, None)
     with working_folder(job, resume=True):
         calibrate(job, target, load_tokenizer(source.folder, False), plan.text)

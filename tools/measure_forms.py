@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from quasar_core import api
+from quasar_core.api import decoding
 from quasar_core.bench.steps import Candidate, Candidates, StepConfig, StepReport, lean_candidate, measure_steps
 from quasar_core.kernels.cpu.forms import VARIABLE, usable
 from quasar_core.models import loading
@@ -82,9 +82,9 @@ def main() -> None:
     for name, default in (("--context", 256), ("--rounds", 9), ("--threads", 0)):
         parser.add_argument(name, type=int, default=default)
     options = parser.parse_args()
-    api.use_threads(options.threads or "auto")
+    decoding.use_threads(options.threads or "auto")
     config = StepConfig(tuple(map(int, options.tokens.split(","))), options.context, options.rounds)
-    pair = api.load_pair(options.model, options.verifier, compress=options.compress)
+    pair = decoding.load_pair(options.model, options.verifier, compress=options.compress)
     by_name = dict(in_each_form(pair))
     assert isinstance(pair.target, LeanDecoder)
     shape = pair.target.config

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from quasar_core import api
+from quasar_core.api import decoding
 from quasar_core.config import Auto, GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.kernels.threads import describe_threads
@@ -52,7 +52,7 @@ def measure(
     rows: dict[int | Auto, list[tuple[int, float]]] = {arm: [] for arm in arms}
     for turn in range(rounds):
         for arm in arms if turn % 2 else reversed(arms):
-            api.use_threads(arm)
+            decoding.use_threads(arm)
             rows[arm].append(decode(pair, prompt, tokens))
             if arm == AUTO:
                 print(f"  {describe_threads()}", file=sys.stderr)
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--plain-pass", action="store_true", help="PyTorch's operations, not the C++ pass")
     asked = parser.parse_args()
-    pair = api.load_pair(asked.model, verify="full")
+    pair = decoding.load_pair(asked.model, verify="full")
     if asked.plain_pass:
         pair.target.fast = None  # type: ignore[union-attr]
     prompt = pair.tokenizer("The history of the steam engine begins")["input_ids"]

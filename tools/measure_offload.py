@@ -28,7 +28,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from quasar_core import api
+from quasar_cli.options import parse_bytes
+from quasar_core.api import decoding
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.window_values import LONGER_WINDOWS
 from quasar_core.files import write_json
@@ -93,9 +94,9 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     if options.arm == "nothing":
         return {"resident_peak": resident_peak()}
     if options.rate:
-        slow_down(api.parse_bytes("--rate", options.rate))
+        slow_down(parse_bytes("--rate", options.rate))
     verify, draft = ARMS[options.arm]
-    pair = api.load_pair(
+    pair = decoding.load_pair(
         str(options.model),
         str(options.verifier),
         verify=verify,
@@ -104,7 +105,7 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
         max_memory=options.max_memory,
         compress=None if options.all_in_memory else options.compress,
     )
-    generator = api.Generator(pair, GenerationConfig(options.tokens, verify, draft))
+    generator = decoding.Generator(pair, GenerationConfig(options.tokens, verify, draft))
     source = getattr(pair.target, "source", None)
     stream = source if isinstance(source, LayerStream) else None
     answers = [answer(generator, pair, prompt, stream) for prompt in PROMPTS[: options.prompts]]
@@ -118,10 +119,10 @@ def run_arm(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def answer(generator: api.Generator, pair: Any, prompt: str, stream: LayerStream | None) -> dict[str, Any]:
+def answer(generator: decoding.Generator, pair: Any, prompt: str, stream: LayerStream | None) -> dict[str, Any]:
     """One answer: its tokens, and what it took. The prompt's sweep is not counted among the bytes of decoding."""
     before = stream.bytes_read if stream else 0
-    result = generator.generate(api.encode_prompt(pair.tokenizer, prompt))
+    result = generator.generate(decoding.encode_prompt(pair.tokenizer, prompt))
     read = stream.bytes_read - before - stream.pass_bytes if stream else 0
     stats, verifies = result.stats, generator.config.verify == "exact"
     by_target = sum(step.by_target and step.seconds > 0 for step in stats.step_log)
@@ -154,7 +155,7 @@ def compare(options: argparse.Namespace) -> None:
     if options.compress:
         make_copy(options.model)
     if options.rate:
-        slow_down(api.parse_bytes("--rate", options.rate))
+        slow_down(parse_bytes("--rate", options.rate))
     files = {name: sum(file.stat().st_size for file in weight_files(folder)) for name, folder in folders(options)}
     limit, said = find_limit(options, files)
     print(f"target {files['target'] / 1e9:.2f} GB, verifier {files['verifier'] / 1e9:.2f} GB, limit {said}")
@@ -176,7 +177,7 @@ def compare(options: argparse.Namespace) -> None:
 def find_limit(options: argparse.Namespace, files: dict[str, int]) -> tuple[int, str]:
     """The bytes of the group, and what they are made of."""
     if options.limit:
-        size = api.parse_bytes("--limit", options.limit)
+        size = parse_bytes("--limit", options.limit)
         return size, f"{size / 1e9:.3f} GB"
     weights = int(options.share * files["target"] + files["verifier"])
     said = f"{weights / 1e9:.3f} GB"

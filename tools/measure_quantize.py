@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from quasar_core import api
+from quasar_core.api import quantizing
 from quasar_core.config import QuantizeConfig
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.quantize.blocks.streaming import open_target
@@ -57,9 +57,9 @@ def own_home() -> Iterator[Path]:
 def measure_whole(model: str, config: QuantizeConfig) -> None:
     """Quantize; print each stage, the fidelity, and the estimate beside the time."""
     with own_home() as home:
-        plan = api.estimate(model, config, output=home / "verifier", device="cpu")
+        plan = quantizing.estimate(model, config, output=home / "verifier", device="cpu")
         clock = Clock()
-        report = api.quantize(model, config, output=home / "verifier", device="cpu", tell=print)
+        report = quantizing.quantize(model, config, output=home / "verifier", device="cpu", tell=print)
         wall, cpu = clock.read()
     for stage, seconds in report.seconds.items():
         print(f"{stage:<20} {seconds:8.1f} s")

@@ -21,7 +21,7 @@ from quasar_core.errors import UsageError
 from quasar_core.records import Progress
 
 if TYPE_CHECKING:
-    from quasar_core.api import Pair
+    from quasar_core.api.decoding import Pair
 
 app = typer.Typer(
     cls=Group,
@@ -197,15 +197,15 @@ def bench(
     use_threads(models.threads, steer=True)
     with console.progress_bar() as progress:
         pair = _load_pair(models, config, progress)
-        from quasar_core import api
+        from quasar_core.api import decoding, measuring
 
         try:
-            results = api.run_bench(pair, datasets, config, output, resume=resume, progress=progress)
+            results = measuring.run_bench(pair, datasets, config, output, resume=resume, progress=progress)
         except KeyboardInterrupt:
             console.note_plain("Interrupted; the same command goes on where this run stopped.")
             raise
     if verbose:
-        for line in [*results.run.notes, api.describe_threads()]:
+        for line in [*results.run.notes, decoding.describe_threads()]:
             console.note_plain(f"- {line}")
     present(results, output, form, as_json)
 
@@ -221,7 +221,7 @@ def _without_idle_twin(config: BenchConfig, questions: list[int]) -> BenchConfig
 
 def _load_pair(models: ModelOptions, config: BenchConfig, progress: Progress) -> "Pair":
     """Load what the arms need: without one that runs the verifier, the target alone."""
-    from quasar_core import api
+    from quasar_core.api import decoding
 
     verify: VerifyMode = "exact" if models.use_target else "quantized"
     if not any(ARMS[name].needs_verifier for name in config.arms):
@@ -230,7 +230,7 @@ def _load_pair(models: ModelOptions, config: BenchConfig, progress: Progress) ->
     if asks and models.assistant is None:
         raise UsageError("The arm assistant needs --assistant MODEL, a small model of the same vocabulary.")
     wanted = models.to_load(verify)
-    pair = api.load(wanted if asks else replace(wanted, assistant=None), progress)
+    pair = decoding.load(wanted if asks else replace(wanted, assistant=None), progress)
     say_of_loading(pair, models)
     return pair
 

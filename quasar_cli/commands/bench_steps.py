@@ -15,7 +15,7 @@ from quasar_core.config import LoadOptions, Method, QuantizeConfig, default_code
 from quasar_core.errors import UsageError
 
 if TYPE_CHECKING:
-    from quasar_core.api import RandomShape, StepConfig, StepReport
+    from quasar_core.api.measuring import RandomShape, StepConfig, StepReport
 
 _SHAPE = "Random weights"
 EXAMPLES = examples(
@@ -56,7 +56,7 @@ class Timing:
 
     def config(self) -> "StepConfig":
         """The checked config; UsageError for a value that cannot be."""
-        from quasar_core.api import StepConfig
+        from quasar_core.api.measuring import StepConfig
 
         parts = self.tokens.split(",")
         counts = tuple(int(part) for part in parts if part.strip().isdecimal())
@@ -97,7 +97,7 @@ class RandomOptions:
         """The checked shape, if one is asked for; UsageError for a value that cannot be."""
         if self.shape is None:
             return None
-        from quasar_core.api import RandomShape
+        from quasar_core.api.measuring import RandomShape
 
         bits, group_size = default_codes(self.method)
         codes = QuantizeConfig(
@@ -129,18 +129,18 @@ def steps(
         raise UsageError("--shape makes a model of its own: leave out --model.")
     use_threads(placement.threads)
     announce(placement.model)
-    from quasar_core import api
+    from quasar_core.api import measuring
 
     if plot is not None:
-        api.new_figure(plot, "--plot")  # refused before minutes of timing, not after
+        measuring.new_figure(plot, "--plot")  # refused before minutes of timing, not after
     if output is not None:
-        api.refuse_foreign_report(output)
+        measuring.refuse_foreign_report(output)
     with console.progress_bar() as progress:
-        report, notes = api.bench_steps(placement.to_load(), config, shape, timing.reference != "none", progress)
+        report, notes = measuring.bench_steps(placement.to_load(), config, shape, timing.reference != "none", progress)
     if output is not None:
         report.write(output)
     if plot is not None:
-        api.draw_steps(report, plot)
+        measuring.draw_steps(report, plot)
     if verbose:
         for line in notes:
             console.note_plain(f"- {line}")

@@ -19,7 +19,7 @@ from quasar_core.errors import ContextFull, QuasarError, UsageError
 from quasar_core.files import absolute, exists, read_json, require_place, write_json
 
 if TYPE_CHECKING:
-    from quasar_core.api import Generator, Pair
+    from quasar_core.api.decoding import Generator, Pair
     from quasar_core.records import GenerationResult
 
 EXAMPLES = examples(
@@ -132,9 +132,9 @@ class Answers:
         if self.stats:
             show_stats(self.pair, self.config, result)
         if self.verbose:
-            from quasar_core import api
+            from quasar_core.api import decoding
 
-            console.note_plain(f"- {api.describe_threads()}")
+            console.note_plain(f"- {decoding.describe_threads()}")
 
 
 class Conversation:
@@ -256,9 +256,9 @@ class Conversation:
 
     def _generate(self, asked: list[dict[str, str]], written: list[int], before: str) -> None:
         """Answer messages, behind what is written of the answer already: its tokens, and their text."""
-        from quasar_core import api
+        from quasar_core.api import decoding
 
-        prompt_ids = [*api.encode_prompt(self._generator.pair.tokenizer, asked, think=self._think), *written]
+        prompt_ids = [*decoding.encode_prompt(self._generator.pair.tokenizer, asked, think=self._think), *written]
         pieces: list[str] = []
 
         def hear(text: str) -> None:

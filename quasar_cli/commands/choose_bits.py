@@ -34,7 +34,7 @@ class Chooser:
 
     def show_candidates(self, max_memory: int | None) -> None:
         """`--dry-run`: what would be tried, and what that and making the largest would take; then what cannot fit."""
-        from quasar_core import api
+        from quasar_core.api import quantizing
         from quasar_core.choose_bits import plan_choice
 
         found, plan = plan_choice(self.wanted, max_memory)
@@ -48,7 +48,7 @@ class Chooser:
             console.show(candidates_table(found.describe(), found.heads), plan_table(plan))
             if found.streaming:
                 console.note_plain(found.streaming.describe())
-        api.refuse_what_cannot_fit(plan, self.wanted.output)
+        quantizing.refuse_what_cannot_fit(plan, self.wanted.output)
 
     def choose(self, force: bool, resume: bool, max_memory: int | None) -> QuantizeConfig:
         """The config of what was chosen; the table is shown, unless a JSON document is to come."""

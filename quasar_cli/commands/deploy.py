@@ -63,7 +63,7 @@ def deploy(
     as_json: Json = False,
 ) -> None:
     """Print the command and config that serve the pair by vLLM or SGLang, what that promises, and what it cannot do."""
-    from quasar_core import api
+    from quasar_core.api import decoding
     from quasar_core.deploy.planning import plan
     from quasar_core.deploy.wish import Wish
 
@@ -82,7 +82,7 @@ def deploy(
         python=python,
         others=tuple(others or ()),
     )
-    source, checkpoint = api.find_pair_files(LoadOptions(model, verifier, verify="exact"))
+    source, checkpoint = decoding.find_pair_files(LoadOptions(model, verifier, verify="exact"))
     assert checkpoint is not None
     found = plan(wish, source, checkpoint, check)
     if as_json:

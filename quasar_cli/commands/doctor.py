@@ -21,10 +21,10 @@ def doctor(
 ) -> None:
     """Check this machine: versions, processor, memory and its bandwidth, GPU, kernels, the current pair."""
     use_threads(threads)
-    from quasar_core import api
+    from quasar_core.api import measuring
 
     with console.progress_bar() as progress:
-        findings = api.doctor(remeasure, progress)
+        findings = measuring.doctor(remeasure, progress)
     if as_json:
         console.print_json(findings)
         return

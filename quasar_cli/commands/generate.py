@@ -21,7 +21,7 @@ from quasar_core.files import BYTE_ORDER_MARK, read_text, require_characters
 
 if TYPE_CHECKING:
     from quasar_core import trace as api_trace
-    from quasar_core.api import Generator, Pair
+    from quasar_core.api.decoding import Generator, Pair
     from quasar_core.records import GenerationResult
 
 EXAMPLES = examples(
@@ -80,22 +80,22 @@ def generate(
     _refuse_what_cannot_be_drawn(trace == "-", show_unconfirmed, stream, as_json)
     pair = load_pair(models, config)
 
-    from quasar_core import api
+    from quasar_core.api.decoding import encode_prompt, trace_of, write_trace
 
     messages = asked if system is None else conversation(system, asked)
-    prompt_ids = api.encode_prompt(pair.tokenizer, messages, raw=not chat, think=think)
+    prompt_ids = encode_prompt(pair.tokenizer, messages, raw=not chat, think=think)
     generator = make_generator(pair, config)
     coloured = trace == "-" and not as_json
     streamed = stream and not as_json and not coloured
     result = _generate(generator, prompt_ids, streamed, show_unconfirmed, as_json)
     if coloured:
-        show_trace(api.trace_of(pair, config, result, asked))
+        show_trace(trace_of(pair, config, result, asked))
     elif as_json:
         console.print_json(as_document(pair, config, result))
     else:
         console.stream_text("\n" if streamed else result.text + "\n")
     if trace_file is not None:  # behind the answer, which is not lost where the file cannot be written
-        api.write_trace(api.trace_of(pair, config, result, asked), trace_file)
+        write_trace(trace_of(pair, config, result, asked), trace_file)
     if verbose:
         show_notes(pair)
     else:
@@ -124,11 +124,11 @@ def _generate(
     answering: dict[str, Any] = {}
     if dimmed:
         from quasar_cli.render.unconfirmed import Unconfirmed
-        from quasar_core import api
+        from quasar_core.api import decoding
 
         tokenizer = generator.pair.tokenizer
         shown = Unconfirmed(console.stream_text, lambda tokens: str(tokenizer.decode(list(tokens))))
-        show, answering = shown.add, {"answering": api.Answering(waiting=shown.show)}
+        show, answering = shown.add, {"answering": decoding.Answering(waiting=shown.show)}
 
     def hear(text: str) -> None:
         written.append(text)
@@ -156,12 +156,12 @@ def _trace_file(trace: str | None) -> Path | None:
     """The file that --trace names, if any; UsageError, before any work, where another program's stands there."""
     if trace in (None, "-"):
         return None
-    from quasar_core import api
+    from quasar_core.api import decoding
 
     path = Path(str(trace))
     if path.suffix != ".json":
         raise UsageError(f"--trace must be a .json file, not {trace}.")
-    api.refuse_foreign_trace(path)
+    decoding.refuse_foreign_trace(path)
     return path
 
 
@@ -233,23 +233,23 @@ def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
     use_threads(models.threads, steer=True)
     announce(models.model)
     refuse_idle_assistant(models.assistant, config)
-    from quasar_core import api
+    from quasar_core.api import decoding
 
     if config.draft_from:
-        api.read_texts(config.draft_from)  # what is no text is found before the pair is loaded, not after
+        decoding.read_texts(config.draft_from)  # what is no text is found before the pair is loaded, not after
     with console.progress_bar() as progress:
-        pair = api.load(models.to_load(config.verify, config.draft), progress)
+        pair = decoding.load(models.to_load(config.verify, config.draft), progress)
     say_of_loading(pair, models)
     return pair
 
 
 def make_generator(pair: "Pair", config: GenerationConfig) -> "Generator":
     """Prepare to generate, with a progress bar; what it says of streamed weights is said before it begins."""
-    from quasar_core import api
+    from quasar_core.api import decoding
 
     known = len(pair.notes)
     with console.progress_bar() as progress:
-        generator = api.Generator(pair, config, progress=progress)
+        generator = decoding.Generator(pair, config, progress=progress)
     _say(pair.notes[known:], "offload:")
     return generator
 
@@ -301,9 +301,9 @@ def as_document(pair: "Pair", config: GenerationConfig, result: "GenerationResul
 
 def show_notes(pair: "Pair") -> None:
     """Print on stderr what was chosen while loading, and why, and how many threads compute now."""
-    from quasar_core import api
+    from quasar_core.api import decoding
 
-    for line in [*pair.notes, api.describe_threads()]:
+    for line in [*pair.notes, decoding.describe_threads()]:
         console.note_plain(f"- {line}")
 
 

@@ -46,12 +46,12 @@ def inspect(
     if (against is None) != (text is None):
         raise UsageError("--against MODEL and --text FILE go together.")
     use_threads(threads)
-    from quasar_core import api
+    from quasar_core.api import measuring
 
     if plot is not None:
-        api.new_figure(plot, "--plot")  # refused before minutes of measuring, not after
+        measuring.new_figure(plot, "--plot")  # refused before minutes of measuring, not after
     with console.progress_bar() as progress:
-        description = api.inspect(
+        description = measuring.inspect(
             checkpoint,
             against=against,
             text=text,
@@ -61,7 +61,7 @@ def inspect(
             progress=progress,
         )
     if plot is not None:
-        api.draw_fidelity(description, plot)
+        measuring.draw_fidelity(description, plot)
         console.note_plain(f"Drawn into {plot}.")
     if as_json:
         console.print_json(description)

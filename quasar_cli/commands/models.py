@@ -59,11 +59,11 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Take a verifier that somebody else made: checked against the target, never written to; it becomes current."""
-    from quasar_core import api
+    from quasar_core.api import quantizing
 
     announce(target)
     with console.progress_bar() as progress:
-        record = api.add_verifier(verifier, target, progress)
+        record = quantizing.add_verifier(verifier, target, progress)
     if as_json:
         console.print_json(asdict(record))
     else:
@@ -110,9 +110,9 @@ def push_verifier(folder: Path, repository: str, private: bool) -> str:
 @app.command("forget", cls=Command, epilog=examples("quasar models forget"))
 def forget(verbose: Verbose = False, as_json: Json = False) -> None:
     """Remove what earlier runs kept: answers of --draft-memory, texts of --draft-from, copies of --compress."""
-    from quasar_core import api
+    from quasar_core.api import decoding
 
-    answers, texts, copies = api.forget_kept()
+    answers, texts, copies = decoding.forget_kept()
     if as_json:
         console.print_json({"memories": answers, "texts": texts, "copies": copies})
     else:

@@ -286,10 +286,10 @@ def _chooser(asked: Asked, options: QuantizeOptions, streaming: Streaming, as_js
 
 def _make(asked: Asked, force: bool, resume: bool) -> "QuantizeReport":
     """Write the verifier, with a bar."""
-    from quasar_core import api
+    from quasar_core.api import quantizing
 
     with _saying_how_to_go_on(resume), console.progress_bar() as progress:
-        return api.quantize(
+        return quantizing.quantize(
             asked.model,
             asked.config,
             force=force,
@@ -312,10 +312,10 @@ def _show_report(report: "QuantizeReport", verbose: bool) -> None:
 
 def _add_successors(asked: Asked, as_json: bool) -> None:
     """`--successors`: the file's place, and its size."""
-    from quasar_core import api
+    from quasar_core.api import quantizing
 
     with console.progress_bar() as progress:
-        file = api.add_successors(asked.model, asked.config, progress=progress, **asked.named())
+        file = quantizing.add_successors(asked.model, asked.config, progress=progress, **asked.named())
     if as_json:
         console.print_json({"successors": str(file), "bytes": file.stat().st_size})
     else:
@@ -324,17 +324,18 @@ def _add_successors(asked: Asked, as_json: bool) -> None:
 
 def _say_of_spare_gpus(device: str) -> None:
     """On stderr, where there are several."""
-    from quasar_core import api
+    from quasar_core.api import quantizing
 
-    if sentence := api.spare_gpus(device):
+    if sentence := quantizing.spare_gpus(device):
         console.note_plain(sentence)
 
 
 def _say_how_it_computed() -> None:
     """On stderr: the solver's loops on the processor, and the threads."""
-    from quasar_core import api
+    from quasar_core.api import decoding, quantizing
 
-    console.note_plain(f"- loops of the solver on the CPU: {api.describe_loops()}\n- {api.describe_threads()}")
+    loops, threads = quantizing.describe_loops(), decoding.describe_threads()
+    console.note_plain(f"- loops of the solver on the CPU: {loops}\n- {threads}")
 
 
 @contextmanager
@@ -353,9 +354,9 @@ def _saying_how_to_go_on(resume: bool) -> Iterator[None]:
 
 def _say_what_was_kept(output: Path) -> None:
     """Where a replaced folder held more than quasar wrote into it."""
-    from quasar_core import api
+    from quasar_core.api import quantizing
 
-    for place in sorted(output.parent.glob(f"{escape(api.replaced_folder(output).name)}*")):
+    for place in sorted(output.parent.glob(f"{escape(quantizing.replaced_folder(output).name)}*")):
         console.note_plain(f"{place} holds what quasar did not write in the folder that was replaced.")
 
 
@@ -364,16 +365,16 @@ def _show_plan(asked: Asked, chooser: Chooser | None, as_json: bool) -> None:
     if chooser:
         chooser.show_candidates(asked.max_memory)
         return
-    from quasar_core import api
+    from quasar_core.api import quantizing
 
-    plan = api.estimate(asked.model, asked.config, max_memory=asked.max_memory, **asked.named())
+    plan = quantizing.estimate(asked.model, asked.config, max_memory=asked.max_memory, **asked.named())
     if as_json:
         console.print_json(plan.to_dict())
     else:
         from quasar_cli.render.quantize import plan_table
 
         console.show(plan_table(plan))
-    api.refuse_what_cannot_fit(plan, asked.output)
+    quantizing.refuse_what_cannot_fit(plan, asked.output)
 
 
 def _push(folder: Path, repository: str, private: bool) -> str:

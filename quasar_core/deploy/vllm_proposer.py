@@ -62,11 +62,11 @@ def _received(sent: list[list[int]] | str) -> list[list[int]]:
 
 def _load(config: Any, verifier: str) -> Pair:
     """The low-bit copy alone, checked to be one of vLLM's target, on this worker's device."""
-    from quasar_core import api
+    from quasar_core.api import decoding
 
     device = config.device_config.device
     where = f"{device.type}:{_local_rank()}" if device.type == "cuda" else device.type
-    return api.load_pair(
+    return decoding.load_pair(
         config.model_config.model,
         verifier,
         verify="quantized",

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from quasar_core.models.base import depths_of
@@ -24,6 +23,7 @@ class AttentionMask:
     end: int
     causal: bool  # a prompt from position 0, which needs no mask
     added: torch.Tensor | None  # to the scores: 0 or −∞, [T, L], or [T·G, L] for folded groups
+    continues: bool = False  # causal where the last token sees the last position, as of a prompt's later chunk
 
 
 def make_mask(
@@ -40,9 +40,7 @@ def make_mask(
     if start == 0 and (window is None or count <= window):
         return AttentionMask(first, end, causal=True, added=None)
     if device.type == "cuda" and window is None and count > FOLDED_TOKENS:
-        # A later chunk of a prompt. Flash attention takes no tensor for a mask, but it takes "causal, and the last
-        # query sees the last key", which is what this one says.
-        return AttentionMask(0, end, causal=False, added=causal_lower_right(count, end))
+        return AttentionMask(0, end, causal=False, added=None, continues=True)
     own = torch.arange(start, end, device=device)[:, None]
     seen = torch.arange(first, end, device=device)
     hidden = seen > own
@@ -101,7 +99,7 @@ def attend(
             queries.transpose(0, 1)[None],
             keys,
             values,
-            attn_mask=mask.added,
+            attn_mask=_lower_right(count, mask.end) if mask.continues else mask.added,
             is_causal=mask.causal,
             scale=scale,
             enable_gqa=heads != keys.shape[1],
@@ -111,6 +109,13 @@ def attend(
     rows = groups.transpose(0, 1).reshape(1, keys.shape[1], -1, size)  # [1, H, T·G, D]
     mixed = scaled_dot_product_attention(rows, keys, values, attn_mask=mask.added, scale=scale)
     return mixed.view(keys.shape[1], count, -1, size).transpose(0, 1).reshape(count, -1)
+
+
+def _lower_right(count: int, end: int) -> torch.Tensor:
+    """The mask of a later chunk: flash attention takes no tensor for one, but it takes what this one says."""
+    from torch.nn.attention.bias import causal_lower_right  # brings PyTorch's compiler, which takes a second
+
+    return causal_lower_right(count, end)
 
 
 def _attend_capped(
@@ -130,7 +135,7 @@ def _attend_capped(
 
 def _hidden_left_out(scores: torch.Tensor, mask: AttentionMask, group: int) -> torch.Tensor:
     """Scores [H, T·G, L] with −∞ where a token does not see a position."""
-    if mask.causal or isinstance(mask.added, CausalBias):
+    if mask.causal or mask.continues:
         count, end = scores.shape[1] // group, scores.shape[2]
         seen = torch.ones(count, end, dtype=torch.bool, device=scores.device).tril(end - count)
         return scores.masked_fill(~seen.repeat_interleave(group, 0), -torch.inf)

@@ -102,6 +102,7 @@ _OPTION_TYPES: dict[str, Any] = {
     ),
     **dict.fromkeys(
         (
+            "attention_dropout",
             "rms_norm_eps",
             "rope_theta",
             "rope_local_base_freq",
@@ -121,6 +122,7 @@ _OPTION_TYPES: dict[str, Any] = {
     ),
     **dict.fromkeys(
         (
+            "use_cache",
             "tie_word_embeddings",
             "attention_bias",
             "attention_out_bias",

@@ -22,9 +22,6 @@ from quasar_core.models.base import CausalLM, FastPass
 from quasar_core.models.compressed_weights import compress as compress_weights
 from quasar_core.models.cuda import choose as cuda
 from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.hf import causal_lm
-from quasar_core.models.hf.cache import recurrent_layers_of
-from quasar_core.models.hf.causal_lm import TransformersLM
 from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.offload import OffloadPlan
 from quasar_core.models.streaming import LayerStream
@@ -39,6 +36,8 @@ def recurrent_layers_in(folder: Path, trust_remote_code: bool = False) -> str | 
     """What kind of layers of a model keep a state that cannot be moved back; our own decoder moves all of them."""
     if why_folder_not_lean(folder) is None:
         return None
+    from quasar_core.models.hf.cache import recurrent_layers_of
+
     return recurrent_layers_of(folder, trust_remote_code)
 
 
@@ -75,6 +74,13 @@ def choose(decoder: LeanDecoder, progress: Progress = no_progress, fast: bool = 
     return passes, f"passes: in C++, {passes.longest} tokens at a time, for {form}{cpu_pass.remark()}"
 
 
+def _transformers_models() -> Any:
+    """What loads models through transformers, whose models take seconds to import: nobody else is to wait for that."""
+    from quasar_core.models.hf import causal_lm
+
+    return causal_lm
+
+
 @dataclass(frozen=True)
 class LoadedModels:
     """Target and verifier over caches of one kind, and one note for each choice made."""
@@ -106,7 +112,7 @@ def load_models(
     bfloat16 in 12 bits, with None where that is faster (`compressed_weights.py`).
     """
     obstacle = why_folder_not_lean(folder)
-    library: Any = causal_lm if obstacle else lean_weights
+    library = _transformers_models() if obstacle else lean_weights
     notes = [f"decoder: transformers, as {obstacle}" if obstacle else "decoder: our own"]
     if device.type == "cpu":
         notes += _unless_empty(_load_kernels(progress))
@@ -175,7 +181,7 @@ def describe_stream(target: CausalLM | None, plan: OffloadPlan, progress: Progre
 
 def describe_left_out(target: CausalLM) -> list[str]:
     """A note of stored tensors that transformers has no place for, and leaves out of the model."""
-    names = target.left_out if isinstance(target, TransformersLM) else ()
+    names = getattr(target, "left_out", ())
     return [f"weights: {len(names)} stored tensors are not of this model, such as {names[0]}"] if names else []
 
 

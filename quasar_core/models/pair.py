@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.files import read_json, read_json_if_there
@@ -72,7 +72,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         with foreign_errors(f"The tokenizer in {folder} could not be loaded"):
             tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
+                folder, config=_config_of_named(folder), local_files_only=True, trust_remote_code=trust_remote_code
             )
     except QuasarError:
         for path in sorted(folder.glob("tokenizer*.json")):
@@ -81,6 +81,18 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
         raise QuasarError(f"{folder} holds no tokenizer: the one that transformers makes of it knows no text.")
     return tokenizer
+
+
+def _config_of_named(folder: Path) -> PretrainedConfig | None:
+    """What transformers asks a model's config where the tokenizer's class is named; None has it read the config.
+
+    The classes of configs bring whole models and PyTorch's compiler with them, which takes longer than all else.
+    """
+    named = read_json_if_there(folder / "tokenizer_config.json") or {}
+    kind = (read_json_if_there(folder / "config.json") or {}).get("model_type")
+    if not isinstance(kind, str) or not isinstance(named.get("tokenizer_class"), str) or "auto_map" in named:
+        return None
+    return PretrainedConfig.from_dict({"model_type": kind})
 
 
 def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -14,7 +14,7 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.malloc import return_freed_memory
 from quasar_core.models.base import CausalLM
-from quasar_core.models.hf.skeleton import UNLIMITED, position_limit
+from quasar_core.models.context import UNLIMITED, position_limit
 from quasar_core.quantize.blocks.activations import (
     Activations,
     blocks_replaced_by,

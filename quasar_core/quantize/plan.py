@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from quasar_core.config import QuantizeConfig
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import QuasarError
 from quasar_core.quantize.blocks.activations import batch_tokens
 from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows
 from quasar_core.quantize.fidelity import PIECE
@@ -307,20 +307,3 @@ def refuse_what_cannot_fit(plan: Plan, output: Path | None) -> None:
 
 def _as_bytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
-
-
-def parse_bytes(flag: str, text: str) -> int:
-    """A size such as 8GB, 500MB or 8e9; UsageError that names the flag."""
-    units = {"gb": 10**9, "mb": 10**6, "kb": 10**3, "gib": 2**30, "mib": 2**20, "kib": 2**10, "b": 1}
-    number, factor = text.strip().lower(), 1
-    for unit, size in units.items():
-        if number.endswith(unit):
-            number, factor = number.removesuffix(unit).strip(), size
-            break
-    try:
-        value = int(float(number) * factor)
-    except (ValueError, OverflowError):
-        value = 0
-    if value <= 0:
-        raise UsageError(f"{flag} must be a size such as 8GB or 500MB, not {text or 'empty'}.")
-    return value

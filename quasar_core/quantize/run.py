@@ -17,7 +17,7 @@ from quasar_core.draft.successor_file import write_successors
 from quasar_core.draft.successors import KnownSuccessors
 from quasar_core.errors import foreign_errors
 from quasar_core.files import exists, require_regular, write_json
-from quasar_core.models.hf.skeleton import UNLIMITED, position_limit
+from quasar_core.models.context import UNLIMITED, position_limit
 from quasar_core.quantize.assemble import assemble, describe, make_report
 from quasar_core.quantize.blocks.activations import Activations, capture_first_inputs
 from quasar_core.quantize.blocks.eight_bit import eight_bit_method, kernel_of_method

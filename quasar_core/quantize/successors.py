@@ -14,7 +14,7 @@ from quasar_core.draft.successor_file import write_successors
 from quasar_core.draft.successors import MOST_TOKENS, WIDTH, KnownSuccessors, count_successors
 from quasar_core.errors import QuasarError, UsageError, foreign_errors
 from quasar_core.models.base import CausalLM
-from quasar_core.models.hf.skeleton import UNLIMITED, position_limit
+from quasar_core.models.context import UNLIMITED, position_limit
 from quasar_core.quantize.blocks.streaming import StreamedModel
 from quasar_core.quantize.calibration import load_calibration
 from quasar_core.quantize.fidelity import logit_pieces

@@ -1,5 +1,6 @@
 """Read what a safetensors file holds from its header alone: no weights, no torch."""
 
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ def read_header(file: Path) -> list[TensorEntry]:
         length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
         text = stream.read(length) if 2 <= length <= _MAX_HEADER_BYTES else b""
         size = stream.seek(0, os.SEEK_END)
+    return list(_parse_header(file, length, text, size))
+
+
+@functools.lru_cache(maxsize=64)  # a model's files are asked for several times while it is loaded
+def _parse_header(file: Path, length: int, text: bytes, size: int) -> tuple[TensorEntry, ...]:
+    """The tensors of a file of so many bytes, by its header's text."""
     try:
         header = build(dict[str, Any], parse_json(text.decode("utf-8")))
         build(dict[str, str], header.pop("__metadata__", None) or {}, "__metadata__")
@@ -44,7 +51,7 @@ def read_header(file: Path) -> list[TensorEntry]:
             raise ValueError("it is cut short")
     except ValueError as error:
         raise QuasarError(f"{file} is not a whole safetensors file ({reason(error)}).") from error
-    return entries
+    return tuple(entries)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -292,7 +292,7 @@ def test_a_stored_pair_is_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
     pair = LoadedPair()
     pair.target, pair.verifier = target, verifier  # type: ignore[attr-defined]
-    monkeypatch.setattr("quasar_core.api.load", lambda *_, **__: pair)
+    monkeypatch.setattr("quasar_core.api.measuring.load", lambda *_, **__: pair)
     assert run(["bench", "steps", "--model", "demo", "--tokens", "2", "--rounds", "1", "--json", "-v"]) == 0
     shown = capsys.readouterr()
     assert "- kernel: mine" in shown.err

@@ -292,14 +292,14 @@ def test_what_is_not_known_of_the_machine_is_not_said() -> None:
 
 @pytest.fixture
 def counting_pair(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What api.load was called with; it returns models that count."""
+    """What decoding.load was called with; it returns models that count."""
     asked: dict[str, Any] = {}
 
     def load(options: LoadOptions, progress: Progress) -> Any:
         asked.update(vars(options))
         return make_pair(verifier=CountingModel(wrong_after=6))
 
-    monkeypatch.setattr("quasar_core.api.load", load)
+    monkeypatch.setattr("quasar_core.api.decoding.load", load)
     return asked
 
 

@@ -14,7 +14,7 @@ from quasar_cli import console
 from quasar_cli.main import run as run_command
 from quasar_cli.render import as_bytes
 from quasar_cli.render.choice import choice_table
-from quasar_core import api
+from quasar_core.api import quantizing
 from quasar_core.bench import try_candidates
 from quasar_core.bench.choose import Body, Choice, Replayed
 from quasar_core.bench.synthetic_models import RandomCheckpoint
@@ -243,7 +243,7 @@ def test_an_interrupted_choice_goes_on_with_its_text(
     monkeypatch.setattr(candidates, "_solve_block", noted)
     config, choice = choose(asked)
     assert all(plans.isdisjoint(solved) for plans in again)  # what was solved is not solved again
-    _, made, _ = api.open_job(str(source), config, None, "cpu", False, lambda _: None)
+    _, made, _ = quantizing.open_job(str(source), config, None, "cpu", False, lambda _: None)
     assert made.calibration.read_bytes() == text
     measured = len(by_hand)
     said: list[str] = []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from quasar_core import api
+from quasar_core.api import decoding, quantizing
 from quasar_core.checkpoint.awq_format import AwqFormat
 from quasar_core.checkpoint.headers import stored_layers
 from quasar_core.checkpoint.reader import VerifierCheckpoint
@@ -77,11 +77,11 @@ def test_it_verifies_and_the_text_is_the_models_own(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUASAR_HOME", str(tmp_path))
-    record = api.add_verifier(str(made / "awq"), str(made / "tiny"))
+    record = quantizing.add_verifier(str(made / "awq"), str(made / "tiny"))
     assert record.added
-    pair = api.load_pair(device="cpu")
+    pair = decoding.load_pair(device="cpu")
     texts = [
-        api.Generator(pair, GenerationConfig(40, verify, draft)).generate(PROMPT).token_ids
+        decoding.Generator(pair, GenerationConfig(40, verify, draft)).generate(PROMPT).token_ids
         for verify, draft in (("full", "none"), ("exact", "auto"))
     ]
     assert texts[0] == texts[1]
@@ -102,7 +102,7 @@ def test_scaled_values_are_refused(made: Path, tmp_path: Path) -> None:
     """Both models share the cache that values lie in."""
     write_awq(made / "tiny", tmp_path / "awq", values_scaled=True)
     with pytest.raises(QuasarError, match=r"the outputs of model\.layers\.\d\.self_attn\.v_proj are scaled"):
-        api.add_verifier(str(tmp_path / "awq"), str(made / "tiny"))
+        quantizing.add_verifier(str(tmp_path / "awq"), str(made / "tiny"))
 
 
 def test_another_models_codes_are_refused(made: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_another_models_codes_are_refused(made: Path, tmp_path: Path) -> None:
     weights[name] = weights[name].roll(3, 0)
     save_file(weights, tmp_path / "awq" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(QuasarError, match=r"the codes of model\.layers\.0\.self_attn\.v_proj do not stand for"):
-        api.add_verifier(str(tmp_path / "awq"), str(made / "tiny"))
+        quantizing.add_verifier(str(tmp_path / "awq"), str(made / "tiny"))
 
 
 @pytest.mark.parametrize(

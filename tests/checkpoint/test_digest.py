@@ -11,7 +11,7 @@ import torch
 from helpers.tiny_model import save_tiny_model
 
 from quasar_cli.main import run
-from quasar_core import api
+from quasar_core.api import decoding
 from quasar_core.checkpoint.checks import NONE_RECORDED, check_digest
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.writer import ShardWriter
@@ -109,7 +109,7 @@ def test_other_weights_are_refused(
         assert run(command) == 1
         assert said in " ".join(capsys.readouterr().err.split())
     with pytest.raises(QuasarError):
-        api.load_pair(check_digest=True)
+        decoding.load_pair(check_digest=True)
 
 
 def test_loading_checks_when_asked_and_says_so(verifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +117,7 @@ def test_loading_checks_when_asked_and_says_so(verifier: Path, capsys: pytest.Ca
     assert "digest: 1 file of weights as they were written" in capsys.readouterr().err
     assert run([*GENERATE, "--verify", "full", "--check-digest"]) == 0
     assert "digest: no verifier is loaded, so nothing was checked" in capsys.readouterr().err
-    assert "digest" not in "".join(api.load_pair().notes)
+    assert "digest" not in "".join(decoding.load_pair().notes)
     bench = ["bench", "--dataset", "demo", "--limit", "1", "--max-new-tokens", "2", "--arms", "quantized"]
     flip_a_bit(verifier)
     assert run([*bench, "--check-digest"]) == 1

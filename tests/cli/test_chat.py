@@ -49,7 +49,7 @@ def asked(stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> li
         seen.append(messages)
         return [1] * len(messages)
 
-    monkeypatch.setattr("quasar_core.api.encode_prompt", encode)
+    monkeypatch.setattr("quasar_core.api.decoding.encode_prompt", encode)
     return seen
 
 
@@ -60,7 +60,7 @@ def test_bytes_that_are_no_text_are_refused_and_the_chat_goes_on(
         require_characters(messages[-1]["content"], "The prompt")
         return [1]
 
-    monkeypatch.setattr("quasar_core.api.encode_prompt", encode)
+    monkeypatch.setattr("quasar_core.api.decoding.encode_prompt", encode)
     piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait\nnext\n"), "utf-8")
     monkeypatch.setattr("sys.stdin", piped)
     assert run(["chat"]) == 2
@@ -233,7 +233,7 @@ def test_a_cut_answer_says_so_and_goes_on(
     asked: list[list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Echo.asked = []
-    monkeypatch.setattr("quasar_core.api.Generator", Echo)
+    monkeypatch.setattr("quasar_core.api.decoding.Generator", Echo)
     type_lines(monkeypatch, "/more\none\n/more\n/more\ntwo\n")
     assert run(["chat", "-n", "3"]) == 2
     said = capsys.readouterr().err
@@ -260,7 +260,7 @@ def test_a_full_context_is_made_room_in_by_dropping_the_oldest_turns(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("quasar_core.api.Generator", Full)
+    monkeypatch.setattr("quasar_core.api.decoding.Generator", Full)
     typed = "/drop\none\ntwo\nthree\n/drop\nthree\n/drop x\n/drop 0\n/drop 9\n/drop 2\n/drop\n"
     type_lines(monkeypatch, typed if not opening else "one\ntwo\n/drop\ntwo\n")
     assert run(["chat", *opening]) == 2
@@ -288,7 +288,7 @@ def test_a_message_that_is_too_long_by_itself_is_no_matter_of_older_turns(
                 raise ContextFull("The prompt has too many tokens.")
             return super().generate(prompt_ids, on_text)
 
-    monkeypatch.setattr("quasar_core.api.Generator", Small)
+    monkeypatch.setattr("quasar_core.api.decoding.Generator", Small)
     type_lines(monkeypatch, "one\ntwo\n")
     assert run(["chat"]) == 2  # one of the piped messages was refused
     shown = capsys.readouterr()
@@ -304,11 +304,13 @@ from types import ModuleType, SimpleNamespace
 from helpers.stand_ins import StandInGenerator
 from quasar_cli.main import run
 
-api = sys.modules["quasar_core.api"] = ModuleType("quasar_core.api")  # in the place of what imports PyTorch
-api.use_threads = lambda number, steer=True: None
-api.load = lambda options, progress: SimpleNamespace(target_name="demo", verifier_name=None, notes=[], tokenizer=None)
-api.encode_prompt = lambda tokenizer, messages, think=None: (print("ASKED", [messages[-1]["content"]]), [1])[1]
-api.Generator = StandInGenerator
+decoding = ModuleType("quasar_core.api.decoding")  # in the place of what imports PyTorch
+sys.modules[decoding.__name__] = decoding
+decoding.use_threads = lambda number, steer=True: None
+pair = SimpleNamespace(target_name="demo", verifier_name=None, notes=[], tokenizer=None)
+decoding.load = lambda options, progress: pair
+decoding.encode_prompt = lambda tokenizer, messages, think=None: (print("ASKED", [messages[-1]["content"]]), [1])[1]
+decoding.Generator = StandInGenerator
 sys.exit(run(["chat"]))
 """
 PATIENCE = 60  # seconds

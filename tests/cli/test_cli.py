@@ -34,6 +34,17 @@ def test_what_computes_nothing_loads_no_torch(arguments: list[str]) -> None:
     assert done.stderr.splitlines()[-1] == "0"
 
 
+NOT_FOR_AN_ANSWER = ("torch._dynamo", "transformers.modeling_utils", "quasar_core.quantize", "quasar_core.bench.steps")
+
+
+def test_an_answer_waits_for_no_library_that_it_does_not_need() -> None:
+    asked = ["generate", "--model", "demo", "--verify", "full", "--max-new-tokens", "2", "hi"]
+    program = f"import sys; from quasar_cli.main import run; code = run({asked}); "
+    program += f"print(code, *(m for m in sys.modules if m.startswith({NOT_FOR_AN_ANSWER})), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "0"
+
+
 @pytest.mark.machine
 def test_help_answers_in_half_a_second() -> None:
     def seconds() -> float:

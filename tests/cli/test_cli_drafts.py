@@ -28,7 +28,7 @@ def asked(stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> li
             seen.append(config)
             super().__init__(pair, config)
 
-    monkeypatch.setattr("quasar_core.api.Generator", Watched)
+    monkeypatch.setattr("quasar_core.api.decoding.Generator", Watched)
     return seen
 
 

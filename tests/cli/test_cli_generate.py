@@ -79,7 +79,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
             seen.append(config)
             super().__init__(pair, config)
 
-    monkeypatch.setattr("quasar_core.api.Generator", Watched)
+    monkeypatch.setattr("quasar_core.api.decoding.Generator", Watched)
     for name in "ab":
         Path(name).write_text("a text to draft from", encoding="utf-8")
     decoding = (
@@ -179,8 +179,8 @@ def test_an_answer_is_whole_where_its_trace_cannot_be_written(
     def fail(*_: Any) -> None:
         raise QuasarError("t.json cannot be written: No space left on device.")
 
-    monkeypatch.setattr("quasar_core.api.trace_of", lambda *_: None)
-    monkeypatch.setattr("quasar_core.api.write_trace", fail)
+    monkeypatch.setattr("quasar_core.api.decoding.trace_of", lambda *_: None)
+    monkeypatch.setattr("quasar_core.api.decoding.write_trace", fail)
     assert run(["generate", "123", "--raw", "--trace", "t.json"]) == 1
     assert capsys.readouterr().out == "[bold]Hé 3\n"
 

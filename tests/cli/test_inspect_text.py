@@ -100,9 +100,9 @@ def test_the_figure(tmp_path: Path) -> None:
 
 
 def test_a_text_of_a_few_tokens_is_one_row(source: Path, tmp_path: Path) -> None:
-    from quasar_core import api
+    from quasar_core.api import measuring
 
     (tmp_path / "short.txt").write_text("def")
-    report = api.fidelity_on_text(str(source), Path(quantize(source).checkpoint), str(tmp_path / "short.txt"))
+    report = measuring.fidelity_on_text(str(source), Path(quantize(source).checkpoint), str(tmp_path / "short.txt"))
     assert report.tokens == 2
     assert torch.isfinite(torch.tensor(report.kl_mean))

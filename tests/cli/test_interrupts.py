@@ -34,7 +34,7 @@ class Interrupted(StandInGenerator):
 
 @pytest.fixture
 def interrupted(stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quasar_core.api.Generator", Interrupted)
+    monkeypatch.setattr("quasar_core.api.decoding.Generator", Interrupted)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_chat_whose_messages_come_from_a_pipe_ends(
     options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     type_lines(monkeypatch, "one\ntwo\nthree\n")
-    monkeypatch.setattr("quasar_core.api.encode_prompt", lambda tokenizer, asked, think=None: [1] * len(asked))
+    monkeypatch.setattr("quasar_core.api.decoding.encode_prompt", lambda tokenizer, asked, think=None: [1] * len(asked))
     assert run(["chat", *options]) == 130
     shown = capsys.readouterr()
     assert ('"turns"' in shown.out) == bool(options)
@@ -103,12 +103,14 @@ class Long(StandInGenerator):
             on_text("a line\\n")
 
 
-api = sys.modules["quasar_core.api"] = ModuleType("quasar_core.api")  # in the place of what imports PyTorch
-api.use_threads = lambda number, steer=True: None
+decoding = ModuleType("quasar_core.api.decoding")  # in the place of what imports PyTorch
+sys.modules[decoding.__name__] = decoding
+decoding.use_threads = lambda number, steer=True: None
 pair = SimpleNamespace(target_name="demo", verifier_name=None, notes=[], tokenizer=None, fidelity=None)
-api.load = lambda options, progress: pair
-api.encode_prompt = lambda tokenizer, messages, raw=False, think=None: [1]
-api.Generator = {"endless": Endless, "long": Long, "short": StandInGenerator}[sys.argv[1]]
+decoding.load = lambda options, progress: pair
+decoding.encode_prompt = lambda tokenizer, messages, raw=False, think=None: [1]
+decoding.trace_of = decoding.write_trace = None
+decoding.Generator = {"endless": Endless, "long": Long, "short": StandInGenerator}[sys.argv[1]]
 sys.exit(run(sys.argv[2:]))
 """
 

@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from quasar_cli import main
-from quasar_core import api
+from quasar_core.api import decoding, quantizing
 from quasar_core.config import GenerationConfig, QuantizeConfig, SamplingConfig
 
 pytest_plugins = ["helpers.quantize_fixtures"]
@@ -108,10 +108,8 @@ def test_commands_in_the_docs_exist(page: Path) -> None:
 
 def test_the_library_page_names_every_option() -> None:
     fields = {f.name for c in (GenerationConfig, SamplingConfig) for f in dataclasses.fields(c)} - {"sampling"}
-    loading = set(inspect.signature(api.load_pair).parameters) - {"options"}
-    quantizing = {f.name for f in dataclasses.fields(QuantizeConfig)} - {"mean_bits"} | {"mixed"}
-    quantizing |= set(inspect.signature(api.quantize).parameters) - {"model", "config"}
-    missing = {
-        name for name in fields | loading | quantizing if f"`{name}" not in LIBRARY and f"{name}=" not in LIBRARY
-    }
+    loading = set(inspect.signature(decoding.load_pair).parameters) - {"options"}
+    options = {f.name for f in dataclasses.fields(QuantizeConfig)} - {"mean_bits"} | {"mixed"}
+    options |= set(inspect.signature(quantizing.quantize).parameters) - {"model", "config"}
+    missing = {name for name in fields | loading | options if f"`{name}" not in LIBRARY and f"{name}=" not in LIBRARY}
     assert not missing

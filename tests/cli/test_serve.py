@@ -68,7 +68,7 @@ def test_what_cannot_be_is_one_sentence(
 def test_what_is_wrong_with_the_port_or_texts_is_found_before_loading(
     arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("quasar_core.api.load", lambda *given: pytest.fail("a pair was loaded"))
+    monkeypatch.setattr("quasar_core.api.decoding.load", lambda *given: pytest.fail("a pair was loaded"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from quasar_core import api, load_pair
+from quasar_core import load_pair
+from quasar_core.api import decoding
 from quasar_core.config import GenerationConfig
 from quasar_core.decode import guessers
 from quasar_core.decode.generator import Generator
@@ -246,14 +247,14 @@ def test_loading_reads_the_head_of_a_multimodal_folder_and_refuses_one_without_b
     monkeypatch.setattr(guessers, "share_of_pass", lambda *_: 0.1)
     model = save_multimodal(tmp_path, "qwen3.5")
     options: dict[str, Any] = {"verify": "full", "device": "cpu", "dtype": "float32"}
-    plain = api.load_pair(str(tmp_path), **options)
+    plain = decoding.load_pair(str(tmp_path), **options)
     expected = Generator(plain, GenerationConfig(20, "full", "none")).generate([40, 41, 42]).token_ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load_pair, "load_models", None)
         with pytest.raises(QuasarError, match="--draft mtp needs a head that predicts further tokens"):
-            api.load_pair(str(tmp_path), draft="mtp", **options)
+            decoding.load_pair(str(tmp_path), draft="mtp", **options)
     add_head(tmp_path, transformers.Qwen3_5ForCausalLM(model.config.text_config))
-    pair = api.load_pair(str(tmp_path), draft="mtp", **options)
+    pair = decoding.load_pair(str(tmp_path), draft="mtp", **options)
     assert isinstance(pair.head, LeanDecoder)
     assert isinstance(pair.new_cache(8).rows, HiddenRows)
     found = Generator(pair, GenerationConfig(20, "full", "mtp", num_draft_tokens=3)).generate([40, 41, 42])

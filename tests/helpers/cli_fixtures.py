@@ -30,15 +30,15 @@ def stand_in_pair(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         loaded.asked = options
         return loaded
 
-    monkeypatch.setattr("quasar_core.api.load", load)
-    monkeypatch.setattr("quasar_core.api.Generator", StandInGenerator)
-    monkeypatch.setattr("quasar_core.api.encode_prompt", encode)
+    monkeypatch.setattr("quasar_core.api.decoding.load", load)
+    monkeypatch.setattr("quasar_core.api.decoding.Generator", StandInGenerator)
+    monkeypatch.setattr("quasar_core.api.decoding.encode_prompt", encode)
     return loaded
 
 
 @pytest.fixture
 def stand_in_quantize(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What api.quantize was called with; it returns a report written by hand."""
+    """What quantizing.quantize was called with; it returns a report written by hand."""
     asked: dict[str, Any] = {}
     report = QuantizeReport(
         checkpoint="/models/demo-gptq-4bit-g128",
@@ -57,5 +57,5 @@ def stand_in_quantize(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         options["progress"]("layers", 0, 2)
         return report
 
-    monkeypatch.setattr("quasar_core.api.quantize", quantize, raising=False)
+    monkeypatch.setattr("quasar_core.api.quantizing.quantize", quantize, raising=False)
     return asked

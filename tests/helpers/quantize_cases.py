@@ -9,7 +9,7 @@ from helpers.tiny_model import files_of, save_tiny_model, write_files
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from quasar_core import api
+from quasar_core.api import quantizing
 from quasar_core.config import QuantizeConfig
 from quasar_core.records import QuantizeReport
 
@@ -37,7 +37,7 @@ def _make_model(folder: Path, tied: bool) -> None:
 
 
 def quantize(source: Path, config: QuantizeConfig = CONFIG, **options: Any) -> QuantizeReport:
-    return api.quantize(str(source), config, device="cpu", **options)
+    return quantizing.quantize(str(source), config, device="cpu", **options)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from helpers.tiny_model import save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from quasar_core import api
+from quasar_core.api import quantizing
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import QuantizeConfig
 from quasar_core.models.lean_weights import load_verifier_alone
@@ -79,7 +79,7 @@ def quantize(monkeypatch: pytest.MonkeyPatch, source: Path, output: Path | None 
     monkeypatch.setattr(calibration, "HELD_OUT_ROWS", 2)
     monkeypatch.setattr(calibration, "GREEDY_LENGTH", 40)
     config = QuantizeConfig(**{"samples": 8, "seq_len": 32, **options})
-    return Path(api.quantize(str(source), config, output=output, device="cpu").checkpoint)
+    return Path(quantizing.quantize(str(source), config, output=output, device="cpu").checkpoint)
 
 
 def our_logits(folder: Path, dtype: torch.dtype = torch.float32, kernel: str = "reference") -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from helpers.decoder_cases import CPU, save_model
 from helpers.tiny_models import words
 
-from quasar_core import api
+from quasar_core.api import decoding
 from quasar_core.errors import UsageError
 from quasar_core.models.assistant import load_assistant
 
@@ -22,13 +22,13 @@ def saved(folder: Path, **options: object) -> Path:
 
 def test_it_comes_with_the_pair(tmp_path: Path) -> None:
     target, small = saved(tmp_path / "target"), saved(tmp_path / "small", num_hidden_layers=1)
-    pair = api.load_pair(str(target), verify="full", draft="assistant", assistant=str(small), device="cpu")
+    pair = decoding.load_pair(str(target), verify="full", draft="assistant", assistant=str(small), device="cpu")
     assert pair.assistant is not None
     assert pair.assistant.vocab_size == 97
     assert pair.assistant_context == 128
     assert pair.assistant_fingerprint not in (None, pair.target_fingerprint)
     assert "decoder: our own (assistant)" in pair.notes
-    assert api.load_pair(str(target), verify="full", device="cpu").assistant is None
+    assert decoding.load_pair(str(target), verify="full", device="cpu").assistant is None
 
 
 def test_other_words_are_refused(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_other_words_are_refused(tmp_path: Path) -> None:
     content["model"]["vocab"]["other"] = content["model"]["vocab"].pop("w5")
     path.write_text(json.dumps(content))
     with pytest.raises(UsageError, match=r"--assistant .* has another vocabulary .*: 2 tokens differ, such as 'other'"):
-        api.load_pair(str(target), verify="full", draft="assistant", assistant=str(small), device="cpu")
+        decoding.load_pair(str(target), verify="full", draft="assistant", assistant=str(small), device="cpu")
 
 
 def test_fewer_rows_than_words_are_refused(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import torch
 from helpers.decoder_cases import CASES, CPU, FLOAT, save_model
 from helpers.quantized_decoder import quantize_layers
 
-from quasar_core import api, load_pair
+from quasar_core import load_pair
+from quasar_core.api import decoding
 from quasar_core.bench import machine
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models import verifier_head
@@ -165,4 +166,4 @@ def test_a_pair_is_checked_before_loading_and_its_context_capped(
     assert asked == [(pair_need(source, checkpoint, FLOAT), 64)]
     assert load_pair._check_room(source, checkpoint, CPU, FLOAT, True, 64) == []
     with pytest.raises(UsageError, match="--max-context must be at least 16, not 3"):
-        api.load_pair(str(source), max_context=3)
+        decoding.load_pair(str(source), max_context=3)

@@ -12,12 +12,12 @@ from helpers.quantize_cases import CONFIG
 from safetensors.torch import load_file, save_file
 
 from quasar_cli.main import run
-from quasar_core import api
+from quasar_core.api import decoding, quantizing
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, reason
-from quasar_core.models.hf.skeleton import UNLIMITED, context_limit
+from quasar_core.models.context import UNLIMITED, context_limit
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.store import resolve_model
@@ -45,7 +45,7 @@ def test_the_usual_file_counts_alone(llama: Path) -> None:
     assert "stray" not in files
     assert torch.equal(files.load("model.norm.weight"), torch.ones(64))
     expected = greedy(make_loaded(llama), [5, 6, 7], 8)
-    pair = api.load_pair(str(llama), verify="full", device="cpu", dtype="float32")
+    pair = decoding.load_pair(str(llama), verify="full", device="cpu", dtype="float32")
     found = Generator(pair, GenerationConfig(8, "full", ignore_eos=True)).generate([5, 6, 7]).token_ids
     assert list(found) == expected
 
@@ -107,11 +107,11 @@ ABSURD: dict[str, dict[str, int]] = {
 def test_a_config_that_contradicts_the_weights_is_refused_by_the_dry_run_too(name: str, llama: Path) -> None:
     change, sentence = CONTRADICTIONS[name]
     change(llama)
-    for start in (api.estimate, api.quantize):
+    for start in (quantizing.estimate, quantizing.quantize):
         with pytest.raises(QuasarError, match=sentence):
             start(str(llama), CONFIG, device="cpu")
     with pytest.raises(QuasarError, match=sentence):
-        api.load_pair(str(llama), verify="full", device="cpu")
+        decoding.load_pair(str(llama), verify="full", device="cpu")
     assert not list(llama.parent.glob("m-*"))
 
 
@@ -124,15 +124,15 @@ def test_absurd_sizes_are_told_by_the_headers(
     edit(tmp_path / "m", **ABSURD[name])
     monkeypatch.setattr(torch.Tensor, "copy_", None)  # nothing may be filled
     for start in (
-        lambda: api.load_pair(str(tmp_path / "m"), verify="full", device="cpu"),
-        lambda: api.estimate(str(tmp_path / "m"), CONFIG, device="cpu"),
+        lambda: decoding.load_pair(str(tmp_path / "m"), verify="full", device="cpu"),
+        lambda: quantizing.estimate(str(tmp_path / "m"), CONFIG, device="cpu"),
     ):
         with pytest.raises(QuasarError, match=r"config\.json in .* has|and by its config|transformers"):
             start()
 
 
 def test_a_token_beyond_the_embedding_is_named(llama: Path) -> None:
-    pair = api.load_pair(str(llama), verify="full", device="cpu", dtype="float32")
+    pair = decoding.load_pair(str(llama), verify="full", device="cpu", dtype="float32")
     generator = Generator(pair, GenerationConfig(4, "full"))
     for token in (264, 10**9, -1):
         with pytest.raises(QuasarError, match=rf"The prompt has the token {token}.*the model's embedding has 264 rows"):
@@ -174,7 +174,7 @@ def test_an_error_without_words_is_told_by_its_type(tmp_path: Path, monkeypatch:
 @pytest.fixture
 def verifier(llama: Path) -> Path:
     """A verifier's folder, written by quasar."""
-    return Path(api.quantize(str(llama), CONFIG, device="cpu").checkpoint)
+    return Path(quantizing.quantize(str(llama), CONFIG, device="cpu").checkpoint)
 
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -195,7 +195,7 @@ def test_inspect_refuses_what_generate_refuses(name: str, verifier: Path, capsys
     assert run(["inspect", str(verifier)]) == 1
     assert sentence in capsys.readouterr().err
     with pytest.raises(QuasarError, match=sentence):
-        api.load_pair(str(verifier.parent / "m"), str(verifier), verify="exact", device="cpu")
+        decoding.load_pair(str(verifier.parent / "m"), str(verifier), verify="exact", device="cpu")
 
 
 def test_inspect_refuses_layers_of_another_models_size(verifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,12 +239,12 @@ def test_zeros_of_version_2_by_whatever_name(
     section: dict[str, Any], reading: str, verifier: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = str(verifier.parent / "m")
-    first: Any = api.load_pair(source, str(verifier), verify="exact", device="cpu", kernel="reference")
+    first: Any = decoding.load_pair(source, str(verifier), verify="exact", device="cpu", kernel="reference")
     cases = [5, 6, 7, 8]
     expected = first.verifier.forward(cases, first.verifier.new_cache(8))
     as_version_2(verifier, **section)
     (verifier / "quantize_config.json").unlink()
-    pair: Any = api.load_pair(source, str(verifier), verify="exact", device="cpu", kernel="reference")
+    pair: Any = decoding.load_pair(source, str(verifier), verify="exact", device="cpu", kernel="reference")
     assert f"zeros: {reading}" in pair.notes
     assert torch.equal(pair.verifier.forward(cases, pair.verifier.new_cache(8)), expected)
     capsys.readouterr()
@@ -255,7 +255,7 @@ def test_zeros_of_version_2_by_whatever_name(
 def test_two_names_that_contradict_each_other(verifier: Path) -> None:
     reword(verifier, format="gptq_v2")
     with pytest.raises(QuasarError, match="names two formats: gptq and gptq_v2"):
-        api.load_pair(str(verifier.parent / "m"), str(verifier), verify="exact", device="cpu")
+        decoding.load_pair(str(verifier.parent / "m"), str(verifier), verify="exact", device="cpu")
 
 
 def test_the_lean_decoder_allocates_nothing_before_it_has_looked(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from helpers.multimodal_models import MODELS, add_tensors, save_multimodal
 from helpers.quantize_cases import CONFIG
 from safetensors.torch import load_file, save_file
 
-from quasar_core import api
+from quasar_core.api import decoding, measuring, quantizing
 from quasar_core.checkpoint.loaders import Config
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import GenerationConfig
@@ -31,7 +31,7 @@ WEIGHTS = "model.safetensors"
 
 
 def load(folder: Path, verify: str, **options: Any) -> Pair:
-    return api.load_pair(str(folder), verify=verify, device="cpu", dtype="float32", **options)  # type: ignore[arg-type]
+    return decoding.load_pair(str(folder), verify=verify, device="cpu", dtype="float32", **options)  # type: ignore[arg-type]
 
 
 def generate(pair: Pair, verify: str) -> list[int]:
@@ -59,7 +59,7 @@ def test_its_text_is_the_multimodal_models_and_a_verifier_keeps_what_is_beside(n
     head = {"mtp.fc.weight": torch.ones(64, 128)}
     add_tensors(tmp_path / "m", head)
     own = load_file(tmp_path / "m" / WEIGHTS)
-    checkpoint = Path(api.quantize(str(tmp_path / "m"), CONFIG, device="cpu").checkpoint)
+    checkpoint = Path(quantizing.quantize(str(tmp_path / "m"), CONFIG, device="cpu").checkpoint)
     stored = load_file(checkpoint / WEIGHTS)
     packed = {key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")}
     assert packed
@@ -78,7 +78,7 @@ def test_its_text_is_the_multimodal_models_and_a_verifier_keeps_what_is_beside(n
     assert generate(pair, "full") == expected
     alone = load(tmp_path / "m", "quantized", use_target=False)
     assert len(generate(alone, "quantized")) == LENGTH
-    assert api.inspect(str(checkpoint))["packed_layers"] == len(packed)
+    assert measuring.inspect(str(checkpoint))["packed_layers"] == len(packed)
 
 
 @pytest.mark.usefixtures("small_texts")
@@ -89,7 +89,7 @@ def test_a_text_part_that_is_not_of_the_table_runs_through_transformers(tmp_path
     content["text_config"]["hidden_activation"] = "gelu"
     path.write_text(json.dumps(content))
     model = type(model).from_pretrained(tmp_path / "m", dtype=torch.float32)
-    api.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
+    quantizing.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
     pair = load(tmp_path / "m", "exact")
     assert "decoder: transformers, as it has no activation gelu" in pair.notes
     assert generate(pair, "exact") == greedy(model, IDS, LENGTH)

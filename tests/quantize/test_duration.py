@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quasar_cli.main import run
-from quasar_core import api
+from quasar_core.api import quantizing
 from quasar_core.config import QuantizeConfig
 from quasar_core.quantize import estimate
 from quasar_core.quantize.blocks.streaming import open_target
@@ -176,7 +176,7 @@ def test_on_a_busy_machine_one_thread_is_measured_too(source: Path, monkeypatch:
     try:
         for others in (0.0, 0.8):
             monkeypatch.setattr(estimate.LoadMeter, "read", lambda self, others=others: Load(others))
-            seconds.append(api.estimate(str(source), config, device="cpu").seconds)
+            seconds.append(quantizing.estimate(str(source), config, device="cpu").seconds)
             assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -217,4 +217,4 @@ def test_a_product_that_is_timed_is_short(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_is_not_counted_gets_no_time(source: Path) -> None:
     for config in (QuantizeConfig(mean_bits=4.25, group_size=32), QuantizeConfig(target_agreement=0.9, group_size=32)):
-        assert api.estimate(str(source), config, device="cpu").seconds is None
+        assert quantizing.estimate(str(source), config, device="cpu").seconds is None

@@ -12,7 +12,7 @@ from helpers.quantize_cases import CONFIG
 from safetensors.torch import load_file, save_file
 
 from quasar_cli.main import run
-from quasar_core import api
+from quasar_core.api import decoding, quantizing
 from quasar_core.checkpoint.loaders import Config
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
@@ -26,7 +26,7 @@ LENGTH = 24
 
 
 def load(folder: Path, verify: str, **options: Any) -> Pair:
-    return api.load_pair(str(folder), verify=verify, device="cpu", dtype="float32", **options)  # type: ignore[arg-type]
+    return decoding.load_pair(str(folder), verify=verify, device="cpu", dtype="float32", **options)  # type: ignore[arg-type]
 
 
 def generate(pair: Pair, verify: str, draft: str = "ngram", ids: list[int] = IDS) -> list[int]:
@@ -37,8 +37,8 @@ def generate(pair: Pair, verify: str, draft: str = "ngram", ids: list[int] = IDS
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_a_family_is_quantized_and_its_verifier_generates_the_targets_own_text(name: str, tmp_path: Path) -> None:
     expected = greedy(save_family(tmp_path / "m", QUANTIZED[name]), IDS, LENGTH)
-    api.estimate(str(tmp_path / "m"), CONFIG, device="cpu")
-    report = api.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
+    quantizing.estimate(str(tmp_path / "m"), CONFIG, device="cpu")
+    report = quantizing.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
     stored = load_file(Path(report.checkpoint) / "model.safetensors")
     assert len([name for name in stored if name.endswith(".qweight")]) == len(report.layer_errors) > 0
     pair = load(tmp_path / "m", "exact")
@@ -50,7 +50,7 @@ def test_a_family_is_quantized_and_its_verifier_generates_the_targets_own_text(n
 
 def test_how_fast_states_fade_keeps_the_targets_precision_and_loaders_are_told(tmp_path: Path) -> None:
     save_family(tmp_path / "m", QUANTIZED["qwen3.5"])
-    checkpoint = Path(api.quantize(str(tmp_path / "m"), CONFIG, device="cpu").checkpoint)
+    checkpoint = Path(quantizing.quantize(str(tmp_path / "m"), CONFIG, device="cpu").checkpoint)
     stored = load_file(checkpoint / "model.safetensors")
     own = load_file(tmp_path / "m" / "model.safetensors")
     for name in ("in_proj_a", "in_proj_b"):
@@ -66,7 +66,7 @@ def test_how_fast_states_fade_keeps_the_targets_precision_and_loaders_are_told(t
 def test_the_gate_of_a_shared_expert_keeps_the_targets_precision_and_loaders_are_told(tmp_path: Path) -> None:
     """It has one row, and codes come in eights."""
     save_family(tmp_path / "m", QUANTIZED["qwen3.5 moe"])
-    checkpoint = Path(api.quantize(str(tmp_path / "m"), CONFIG, device="cpu").checkpoint)
+    checkpoint = Path(quantizing.quantize(str(tmp_path / "m"), CONFIG, device="cpu").checkpoint)
     stored = load_file(checkpoint / "model.safetensors")
     own = load_file(tmp_path / "m" / "model.safetensors")
     gate, shared = "model.layers.0.mlp.shared_expert_gate", "model.layers.0.mlp.shared_expert.up_proj"
@@ -95,7 +95,7 @@ def test_a_tied_model_whose_matrix_is_stored_as_the_head_alone(head_bits: int, t
     rename(tmp_path / "m", lambda name: head if name == embedding else name, **{embedding: head})
     expected = greedy(model, IDS, LENGTH)
     config = type(CONFIG)(group_size=32, samples=6, seq_len=24, lm_head_bits=head_bits)
-    api.quantize(str(tmp_path / "m"), config, device="cpu")
+    quantizing.quantize(str(tmp_path / "m"), config, device="cpu")
     pair = load(tmp_path / "m", "exact")
     assert "decoder: our own" in pair.notes
     assert generate(pair, "exact") == expected
@@ -107,7 +107,7 @@ def test_weights_without_the_base_models_prefix(tied: bool, tmp_path: Path) -> N
     model = save_family(tmp_path / "m", lambda: llama(tie_word_embeddings=tied))
     rename(tmp_path / "m", lambda name: name.removeprefix("model."))
     expected = greedy(model, IDS, LENGTH)
-    report = api.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
+    report = quantizing.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
     assert "layers.0.mlp.up_proj.qweight" in load_file(Path(report.checkpoint) / "model.safetensors")
     pair = load(tmp_path / "m", "exact")
     reason = "its files hold embed_tokens.weight, which LlamaForCausalLM does not have"
@@ -126,7 +126,7 @@ def test_a_head_of_its_own_counts_where_the_config_ties_it(equal: bool, tmp_path
     save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
     expected = greedy(theirs, IDS, LENGTH)
-    api.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
+    quantizing.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
     pair: Any = load(tmp_path / "m", "exact")
     assert (pair.target.head.weight is pair.target.embedding) == equal
     assert generate(pair, "exact") == expected
@@ -164,8 +164,8 @@ def test_recurrent_layers_generate_plainly_and_nothing_else(name: str, tmp_path:
     for refused in (
         lambda: load(tmp_path / "m", "full", draft="ngram"),
         lambda: load(tmp_path / "m", "exact"),
-        lambda: api.estimate(str(tmp_path / "m"), CONFIG, device="cpu"),
-        lambda: api.quantize(str(tmp_path / "m"), CONFIG, device="cpu"),
+        lambda: quantizing.estimate(str(tmp_path / "m"), CONFIG, device="cpu"),
+        lambda: quantizing.quantize(str(tmp_path / "m"), CONFIG, device="cpu"),
     ):
         with pytest.raises(QuasarError, match=sentence):
             refused()
@@ -188,7 +188,7 @@ def test_recurrent_layers_on_the_command_line(tmp_path: Path, capsys: pytest.Cap
 def test_a_family_without_linear_layers_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
     sizes = {"n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 264, "eos_token_id": 0}
     save_family(tmp_path / "m", lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)))
-    for start in (api.estimate, api.quantize):
+    for start in (quantizing.estimate, quantizing.quantize):
         with pytest.raises(QuasarError, match="has no linear layers in its blocks"):
             start(str(tmp_path / "m"), CONFIG, device="cpu")
     assert not list(tmp_path.glob("m-*"))

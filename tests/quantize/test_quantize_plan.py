@@ -16,9 +16,10 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 from quasar_cli.console import show
 from quasar_cli.main import run
 from quasar_cli.render.quantize import plan_table, rounded_facts
-from quasar_core import api, system
+from quasar_core import system
+from quasar_core.api import quantizing
 from quasar_core.config import QuantizeConfig
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import QuasarError
 from quasar_core.models.hf.skeleton import build_skeleton
 from quasar_core.models.shapes import shape_named
 from quasar_core.quantize import estimate
@@ -29,7 +30,6 @@ from quasar_core.quantize.plan import (
     activation_bytes,
     make_plan,
     packed_bytes,
-    parse_bytes,
     refuse_what_cannot_fit,
 )
 from quasar_core.quantize.text_plan import NO_ROOM, Free, TextPlan, choose_text
@@ -42,7 +42,7 @@ SMALL = Shape({"model.layers.0.up": (64, 32), "model.layers.1.up": (64, 32)}, 10
 @pytest.mark.parametrize("changes", [{}, {"bits": 8, "group_size": -1}, {"bits": 3, "lm_head_bits": 8}], ids=str)
 def test_the_checkpoint_is_as_large_as_planned(source: Path, changes: dict[str, Any]) -> None:
     config = replace(CONFIG, **changes)
-    plan = api.estimate(str(source), config, device="cpu")
+    plan = quantizing.estimate(str(source), config, device="cpu")
     report = quantize(source, config)
     header = 25_000  # names and offsets of some tens of tensors
     assert plan.checkpoint <= report.bytes_after <= plan.checkpoint + header
@@ -125,7 +125,7 @@ def test_the_rows_of_the_lean_decoder_and_its_weights_are_planned(source: Path) 
     assert two.text_rows == four.text_rows == rows
     assert four.host - two.host == rows * 40 * CONFIG.seq_len
     assert two.host > 10**9
-    assert api.estimate(str(source), CONFIG, device="cpu").text.why_not_lean is None
+    assert quantizing.estimate(str(source), CONFIG, device="cpu").text.why_not_lean is None
 
 
 def test_the_same_codes_whether_hidden_states_lie_in_memory_or_in_a_file(source: Path) -> None:
@@ -177,19 +177,6 @@ def test_what_is_in_memory_does_not_grow_with_the_layers(tmp_path: Path, monkeyp
     assert len(alive) == 5
     assert alive[0] > 4 * 264 * 64, "the embedding at least"
     assert max(alive) < 1.02 * alive[0]
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("8GB", 8 * 10**9), ("500 mb", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("8e9", 8 * 10**9)]
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_bytes("--max-memory", text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "much", "-1GB", "0", "inf", "nan"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UsageError, match="--max-memory must be a size such as 8GB or 500MB, not"):
-        parse_bytes("--max-memory", text)
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from helpers.near_ties import assert_same_but_for_ties
 from helpers.quantize_cases import CONFIG, quantize, save_model, tensors_of
 from transformers import AutoModelForCausalLM
 
-from quasar_core import api
+from quasar_core.api import decoding
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import GenerationConfig
 from quasar_core.models.hf.causal_lm import TransformersLM, attach_verifier, load_target, load_verifier_alone
@@ -137,8 +137,8 @@ def test_the_report(source: Path) -> None:
 def test_it_becomes_the_current_pair_and_generates(source: Path) -> None:
     quantize(source)
     assert current_pair().verifier == str(source.parent / "tiny-gptq-4bit-g32")
-    pair = api.load_pair(device="cpu", dtype="float32", verify="exact")
-    result = api.Generator(pair, GenerationConfig(max_new_tokens=12, ignore_eos=True)).generate(IDS)
+    pair = decoding.load_pair(device="cpu", dtype="float32", verify="exact")
+    result = decoding.Generator(pair, GenerationConfig(max_new_tokens=12, ignore_eos=True)).generate(IDS)
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     ids = torch.tensor([IDS])
     expected = plain.generate(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.quantize_cases import CONFIG, quantize, save_model, tensors_of
 
-from quasar_core import api
+from quasar_core.api import decoding, quantizing
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import GenerationConfig, QuantizeConfig
 from quasar_core.errors import UsageError
@@ -63,9 +63,9 @@ def test_a_verifier_without_text(tmp_path: Path) -> None:
 def test_the_text_is_the_models_own(tmp_path: Path) -> None:
     source = save_model(tmp_path / "tiny", tied=True)
     quantize(source, NEAREST, output=tmp_path / "nearest")
-    pair = api.load_pair(str(source), str(tmp_path / "nearest"), device="cpu")
+    pair = decoding.load_pair(str(source), str(tmp_path / "nearest"), device="cpu")
     plain, exact = (
-        api.Generator(pair, GenerationConfig(40, verify, draft)).generate([5, 9, 12, 7]).token_ids
+        decoding.Generator(pair, GenerationConfig(40, verify, draft)).generate([5, 9, 12, 7]).token_ids
         for verify, draft in (("full", "none"), ("exact", "auto"))
     )
     assert plain == exact
@@ -97,7 +97,7 @@ def test_successors_are_counted_later(tmp_path: Path) -> None:
     source = save_model(tmp_path / "tiny", tied=False)
     quantize(source, NEAREST, output=tmp_path / "nearest")
     assert not (tmp_path / "nearest" / "successors.tensors").exists()
-    api.add_successors(str(source), NEAREST, output=tmp_path / "nearest", device="cpu")
+    quantizing.add_successors(str(source), NEAREST, output=tmp_path / "nearest", device="cpu")
     assert (tmp_path / "nearest" / "successors.tensors").exists()
 
 

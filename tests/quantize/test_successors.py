@@ -8,9 +8,10 @@ import torch
 from helpers.quantize_cases import CONFIG, quantize
 from transformers import AutoModelForCausalLM
 
-from quasar_core import api
+from quasar_core.api import decoding, quantizing
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.drafting import Drafting
+from quasar_core.decode.generator import Generator
 from quasar_core.draft.successor_file import read_successors
 from quasar_core.draft.successors import ODDS
 from quasar_core.errors import UsageError
@@ -54,14 +55,14 @@ def test_they_are_added_to_a_verifier_that_was_made_before(source: Path) -> None
     written = read_successors(folder, 10_000)
     assert written is not None
     (folder / SUCCESSORS).unlink()
-    assert api.add_successors(str(source), CONFIG) == folder / SUCCESSORS
+    assert quantizing.add_successors(str(source), CONFIG) == folder / SUCCESSORS
     again = read_successors(folder, 10_000)
     assert again is not None
     assert again.contexts.tolist() == written.contexts.tolist()
     (folder / SUCCESSORS).unlink()
-    assert api.add_successors(str(source), CONFIG, output=folder) == folder / SUCCESSORS
+    assert quantizing.add_successors(str(source), CONFIG, output=folder) == folder / SUCCESSORS
     with pytest.raises(UsageError, match=r"is no verifier of .*tiny"):
-        api.add_successors(str(source), CONFIG, output=source.parent / "elsewhere")
+        quantizing.add_successors(str(source), CONFIG, output=source.parent / "elsewhere")
 
 
 def notes_and_known(pair: Pair, draft: str) -> tuple[str, bool]:
@@ -73,7 +74,7 @@ def notes_and_known(pair: Pair, draft: str) -> tuple[str, bool]:
 def test_drafts_begin_with_them_in_every_mode(source: Path) -> None:
     folder = Path(quantize(source).checkpoint)
     for verify in ("exact", "quantized", "full"):
-        pair = api.load_pair(str(source), verify=verify)
+        pair = decoding.load_pair(str(source), verify=verify)
         assert notes_and_known(pair, "auto")[1]
         assert notes_and_known(pair, "recycle")[1]
         assert notes_and_known(pair, "ngram") == ("", False)
@@ -89,9 +90,9 @@ def test_drafts_begin_with_them_in_every_mode(source: Path) -> None:
 
 def test_they_change_no_text(source: Path) -> None:
     quantize(source)
-    pair = api.load_pair(str(source), dtype="float32")
+    pair = decoding.load_pair(str(source), dtype="float32")
     texts = [
-        api.Generator(pair, GenerationConfig(40, verify, draft, num_draft_tokens=5)).generate([41, 42, 43]).token_ids  # type: ignore[arg-type]
+        Generator(pair, GenerationConfig(40, verify, draft, num_draft_tokens=5)).generate([41, 42, 43]).token_ids  # type: ignore[arg-type]
         for verify, draft in (("full", "none"), ("full", "auto"), ("exact", "auto"), ("exact", "recycle"))
     ]
     assert all(text == texts[0] for text in texts)

@@ -13,7 +13,8 @@ from helpers.quantize_cases import quantize, save_model
 from safetensors.torch import load_file, save_file
 
 from quasar_cli.main import run
-from quasar_core import api, store
+from quasar_core import store
+from quasar_core.api import decoding, quantizing
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.quantize import calibration
@@ -56,7 +57,7 @@ def without_card(folder: Path) -> Path:
 
 def test_a_verifier_whose_card_names_a_model_beside_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
-    record = api.add_verifier(str(place / "gptq"))
+    record = quantizing.add_verifier(str(place / "gptq"))
     assert record == store.PairRecord("gptq", str(place / "tiny"), str(place / "gptq"), added=True)
     assert store.current_pair() == record
 
@@ -75,7 +76,7 @@ def test_a_verifier_of_another_tool_is_taken_for_a_target_that_is_named(
         "verifier": str(folder),
         "added": True,
     }
-    pair = api.load_pair(verify="exact", device="cpu")
+    pair = decoding.load_pair(verify="exact", device="cpu")
     assert pair.verifier_name == name
     assert run(["models", "remove", name, "--yes"]) == 0
     assert "stays: it was added, not made here" in capsys.readouterr().err
@@ -165,30 +166,30 @@ def test_what_does_not_belong_is_refused_with_a_reason(place: Path, name: str) -
     change, words = REFUSALS[name]
     change(place)
     with pytest.raises(QuasarError, match=words):
-        api.add_verifier(str(place / "gptq"), str(place / "tiny"))
+        quantizing.add_verifier(str(place / "gptq"), str(place / "tiny"))
     assert store.list_pairs() == []
 
 
 def test_a_card_that_names_a_model_that_is_not_here(place: Path) -> None:
     (place / "tiny").rename(place / "moved")
     with pytest.raises(UsageError, match="was made from tiny, which is not found under that name: give it with --targ"):
-        api.add_verifier(str(place / "gptq"))
-    assert api.add_verifier(str(place / "gptq"), str(place / "moved")).target == str(place / "moved")
+        quantizing.add_verifier(str(place / "gptq"))
+    assert quantizing.add_verifier(str(place / "gptq"), str(place / "moved")).target == str(place / "moved")
 
 
 def test_a_verifier_from_the_hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with HubServer(models={"org/tiny-4bit": place / "gptq"}) as hub:
         use_hub(monkeypatch, hub, place / "cache")
-        record = api.add_verifier("org/tiny-4bit", str(place / "tiny"))
+        record = quantizing.add_verifier("org/tiny-4bit", str(place / "tiny"))
         assert record.name == "tiny-4bit"
         assert Path(record.verifier).is_relative_to(place / "cache")
         with pytest.raises(QuasarError, match="was added and not made here, so it is not deleted"):
             store.remove_pair(record.name, delete_files=True)
         with pytest.raises(QuasarError, match="The hub has no org/nothing"):
-            api.add_verifier("org/nothing", str(place / "tiny"))
+            quantizing.add_verifier("org/nothing", str(place / "tiny"))
 
 
 def test_a_verifier_that_was_made_here_stays_one(place: Path) -> None:
     store.record_pair(str(place / "tiny"), place / "gptq")
-    record: Any = api.add_verifier(str(place / "gptq"))
+    record: Any = quantizing.add_verifier(str(place / "gptq"))
     assert not record.added

@@ -15,7 +15,8 @@ from helpers.quantize_cases import CONFIG, quantize
 from helpers.verifier_cards import write_card
 
 from quasar_cli.main import run
-from quasar_core import api, store
+from quasar_core import store
+from quasar_core.api import quantizing
 from quasar_core.bench.results import write_results
 from quasar_core.bench.run import run_bench
 from quasar_core.errors import QuasarError, UsageError
@@ -120,7 +121,7 @@ def test_an_output_that_overlaps_the_target_is_refused_before_any_work(
         with pytest.raises(UsageError, match=r"(is|holds|lies in) the model .*: name another --output"):
             quantize(model, output=output, force=force)
     with pytest.raises(UsageError, match="name another --output"):
-        api.estimate(str(model), CONFIG, output=output, device="cpu")
+        quantizing.estimate(str(model), CONFIG, output=output, device="cpu")
     for extra in (["--force"], ["--dry-run"], ["--force", "--dry-run"]):
         assert run(["quantize", str(model), "--output", f"{output}/", *extra]) == 2
         assert "name another --output" in " ".join(capsys.readouterr().err.split())
@@ -138,7 +139,7 @@ def test_a_folder_that_quasar_did_not_write_is_never_replaced(source: Path, card
         with pytest.raises(UsageError, match="thesis exists and is no verifier that quasar wrote"):
             quantize(source, output=output, force=force)
     with pytest.raises(UsageError, match="thesis exists and is no verifier"):
-        api.estimate(str(source), CONFIG, output=output, device="cpu")
+        quantizing.estimate(str(source), CONFIG, output=output, device="cpu")
     assert contents(output) == before
 
 
@@ -315,8 +316,8 @@ def test_a_bench_replaces_a_result_file_of_an_earlier_version(tmp_path: Path) ->
 def test_a_bench_refuses_before_it_loads_anything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("quasar_core.api.load", lambda *_, **__: pytest.fail("loaded"))
-    monkeypatch.setattr("quasar_core.api.random_candidates", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("quasar_core.api.decoding.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("quasar_core.api.measuring.random_candidates", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "mine.json").write_text('{"a": 1}')
     (tmp_path / "folder").mkdir()
     output = str(tmp_path / "mine.json")
@@ -344,7 +345,7 @@ def test_a_file_without_a_place_is_refused_before_any_work_and_no_folder_is_made
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("load", "random_candidates", "inspect"):
+    for name in ("decoding.load", "measuring.load", "measuring.random_candidates", "measuring.inspect"):
         monkeypatch.setattr(f"quasar_core.api.{name}", lambda *_, **__: pytest.fail("work was begun"))
     write_results(make_results(), tmp_path / "results.json")
     before, suffix = contents(tmp_path), {"plot": "png", "report": "html"}.get(command[1], "json")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quasar_core import api
+from quasar_core.api import quantizing
 from quasar_core.config import QuantizeConfig
 from tools.compare_gptqmodel import compare_blocks, main
 
@@ -21,7 +21,7 @@ def test_a_run_goes_on_from_the_text_that_the_others_read_and_is_measured_as_it_
 ) -> None:
     folder, ours = tmp_path / "work", tmp_path / "ours"
     main(["text", str(source), str(ours), str(folder), "--samples", "4", "--seq-len", "16"])
-    report = api.quantize(str(source), QuantizeConfig(samples=4, seq_len=16), output=ours, device="cpu")
+    report = quantizing.quantize(str(source), QuantizeConfig(samples=4, seq_len=16), output=ours, device="cpu")
     text = load_file(folder / "text.safetensors")
     card = json.loads((ours / "quasar.json").read_text())
     assert card["calibration"]["sha256"] == hashlib.sha256(text["samples"].numpy().tobytes()).hexdigest()

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from quasar_core import api
+from quasar_core.api import decoding
 from quasar_core.bench.datasets import MT_BENCH_CATEGORIES, Question, load_datasets
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--odd", action="store_true", help="only every second question: to tune on other ones")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     arguments = parser.parse_args()
-    pair = api.load_pair(arguments.model, verify="full")
+    pair = decoding.load_pair(arguments.model, verify="full")
     questions = [question for dataset in load_datasets(arguments.dataset) for question in dataset.questions]
     if arguments.kind:
         questions = [question for question in questions if kind_of(question.category) == arguments.kind]

@@ -10,7 +10,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from quasar_core import api
+from quasar_core.api import quantizing
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import QuantizeConfig
 from quasar_core.models.pair import load_tokenizer
@@ -49,7 +49,7 @@ def measured(
     model: str, config: QuantizeConfig, output: Path, bits: int | None, own: Calibration | None
 ) -> tuple[Calibration, FidelityReport]:
     """A verifier whose samples a copy of so many bits has written, or the model; measured on the model's `own` text."""
-    source, job, target = api.open_job(model, config, output, "cpu", False, lambda said: None)
+    source, job, target = quantizing.open_job(model, config, output, "cpu", False, lambda said: None)
     tokenizer = load_tokenizer(source.folder, False)
     with working_folder(job, resume=False):
         written = calibrate(job, target, tokenizer, planned(job, target, bits))

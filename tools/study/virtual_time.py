@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from quasar_core import api
+from quasar_core.api import decoding
 from quasar_core.bench.arms import ARMS, BenchConfig
 from quasar_core.bench.datasets import Question, read_questions
 from quasar_core.config import Request
@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--flat", action="store_true", help="decisions begin without what positions add")
     parser.add_argument("--memo", type=Path, help="a file that keeps the models' rows")
     arguments = parser.parse_args()
-    pair = api.load_pair(arguments.model, arguments.verifier)
+    pair = decoding.load_pair(arguments.model, arguments.verifier)
     row = arguments.position / 1e6
     given: dict[Role, str] = {"target": arguments.target_costs, "verifier": arguments.verifier_costs}
     slope = PassCost((1, 33), (row, 33 * row))

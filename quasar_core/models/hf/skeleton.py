@@ -24,15 +24,6 @@ from quasar_core.store.model_config import read_config
 from quasar_core.store.text_part import has_text_part
 
 LARGEST_BUFFER = 2**32  # bytes of what a config may ask to be computed
-POSITION_OPTIONS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "seq_length",
-    "max_sequence_length",
-    "n_ctx",
-)
-UNLIMITED = 2**31 - 1  # positions of a model whose config names no limit, such as one without position embeddings
 _PANGU = "PanguEmbeddedForCausalLM"  # Llama by another name, which transformers does not know
 
 
@@ -59,22 +50,6 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> Pretrain
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
-
-
-def position_limit(config: Any) -> int | None:
-    """The limit that a text model's config names; None for one that names none."""
-    for option in POSITION_OPTIONS:
-        limit = getattr(config, option, None)
-        if isinstance(limit, int) and not isinstance(limit, bool):
-            if limit < 1:
-                raise QuasarError(f"config.json has {limit} for {option}: a model has one position at least.")
-            return limit
-    return None
-
-
-def context_limit(folder: Path, trust_remote_code: bool = False) -> int:
-    """Positions that the model of a folder was made for; `UNLIMITED` where its config does not say."""
-    return position_limit(read_model_config(folder, trust_remote_code).get_text_config()) or UNLIMITED
 
 
 def _refuse_unknown(folder: Path, content: Mapping[str, Any], trust_remote_code: bool) -> None:
