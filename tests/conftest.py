@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # several threads on cores that other tests use
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in processes that tests start
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 HERE = Path(__file__).parent

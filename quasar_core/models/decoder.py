@@ -8,6 +8,7 @@ vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -104,10 +105,8 @@ class LeanDecoder(CausalLM):
         limit = self.switches_at
         if limit is None or capacity <= limit:
             return self._one_cache(capacity)
-        return TwoTableCache(self._one_cache(limit), self._one_cache(capacity), limit, self._write)
-
-    def _write(self, tokens: Sequence[int], cache: DecoderCache) -> None:
-        self._plain_pass(tokens, cache, last_only=True)
+        write = partial(self._plain_pass, last_only=True)
+        return TwoTableCache(self._one_cache(limit), self._one_cache(capacity), limit, write)
 
     def _one_cache(self, capacity: int) -> DecoderCache:
         for rope in self.ropes:
