@@ -21,6 +21,7 @@ from quasar_cli.options import (
     Fidelity,
     Kernel,
     MaxContext,
+    MaxDeviceMemory,
     MaxMemory,
     MaxNewTokens,
     MinP,
@@ -71,14 +72,17 @@ class ModelOptions:
     check_digest: CheckDigest = False
     offload: OffloadOption = "auto"
     max_memory: MaxMemory = None
+    max_device_memory: MaxDeviceMemory = None
     threads: Threads = "auto"
 
     def to_load(self, verify: VerifyMode, draft: DraftKind = "none") -> LoadOptions:
         """What is to be loaded for a mode."""
-        apart = ("threads", "adapter", "max_memory")
+        apart = ("threads", "adapter", "max_memory", "max_device_memory")
         chosen = {name: value for name, value in vars(self).items() if name not in apart}
         chosen["model"] = with_adapter(self.model, self.adapter)
-        return LoadOptions(**chosen, max_memory=parse_size("--max-memory", self.max_memory), verify=verify, draft=draft)
+        chosen["max_memory"] = parse_size("--max-memory", self.max_memory)
+        chosen["max_device_memory"] = parse_size("--max-device-memory", self.max_device_memory)
+        return LoadOptions(**chosen, verify=verify, draft=draft)
 
 
 def with_adapter(model: str | None, adapter: Path | None) -> str | None:

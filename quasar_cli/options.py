@@ -179,7 +179,8 @@ OffloadOption = Annotated[
     Offload,
     typer.Option(
         "--offload",
-        help="Which of the target's blocks are read from its files at each pass: what does not fit, none, or all.",
+        help="Which of the target's blocks are streamed at each pass, from its files or, to a GPU, from main memory: "
+        "what does not fit, none, or all.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -188,7 +189,17 @@ MaxMemory = Annotated[
     typer.Option(
         "--max-memory",
         metavar="SIZE",
-        help="The most memory to take, such as 6GB; target blocks beyond it are streamed; default: what is free.",
+        help="The most main memory to take, such as 6GB; target blocks beyond it are streamed; default: what is free.",
+        rich_help_panel=_MODEL,
+    ),
+]
+MaxDeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-device-memory",
+        metavar="SIZE",
+        help="The most to take of a GPU's memory, such as 10GB; target blocks beyond it are streamed; default: what is "
+        "free.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -126,7 +126,10 @@ def find_streaming(wanted: Wanted, job: Job, target: StreamedModel) -> StreamedT
     """The target as decoding will stream it; None where it is not to. UsageError where it cannot, and was to."""
     folder, moves_all = job.source, wanted.offload == "target"
     flag = None if wanted.decode_memory is None else "--decode-memory"
-    if wanted.offload == "none" or not can_stream(folder, target.device, moves_all, flag):
+    obstacle = why_folder_not_lean(folder)
+    if target.device.type != "cpu":
+        obstacle = f"--bits auto plans them for the CPU alone so far, and the device is {target.device}"
+    if wanted.offload == "none" or not can_stream(obstacle, moves_all, flag):
         return None
     dtype, _ = dtype_of_source(folder, "auto", target.device)
     context = context_limit(folder, wanted.trust_remote_code)

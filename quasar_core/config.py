@@ -210,6 +210,7 @@ class LoadOptions:
     check_digest: bool = False  # read the verifier's files in full first
     offload: Offload = "auto"  # which of the target's blocks are streamed: those that do not fit, none, or all
     max_memory: int | None = None  # bytes that the process may take; None: what is free
+    max_device_memory: int | None = None  # bytes that it may take of a GPU's; None: what is free
 
     def __post_init__(self) -> None:
         _require(
@@ -221,13 +222,13 @@ class LoadOptions:
             f"--max-context must be at least {LEAST_CONTEXT}, not {self.max_context}.",
         )
         _require(self.offload in OFFLOADS, f"--offload must be one of {', '.join(OFFLOADS)}, not {self.offload}.")
-        _require(self.max_memory is None or self.max_memory > 0, "--max-memory must be more than nothing.")
+        for flag, size in (("--max-memory", self.max_memory), ("--max-device-memory", self.max_device_memory)):
+            _require(size is None or size > 0, f"{flag} must be more than nothing.")
+            _require(
+                self.offload != "none" or size is None, f"{flag} streams what does not fit: leave --offload none out."
+            )
         _require(
             self.offload != "target" or self.use_target, "--offload target streams the target: leave --no-target out."
-        )
-        _require(
-            self.offload != "none" or self.max_memory is None,
-            "--max-memory streams what does not fit: leave --offload none out.",
         )
 
 

@@ -17,6 +17,7 @@ from quasar_core.kernels.threads import most_threads
 from quasar_core.models.assistant import load_assistant
 from quasar_core.models.context import UNLIMITED, context_limit
 from quasar_core.models.device import choose_device, choose_dtype
+from quasar_core.models.device_offload import plan_on_device
 from quasar_core.models.loading import LoadedModels, load_models, recurrent_layers_in, refuse_drafts
 from quasar_core.models.memory import pair_need, require_room
 from quasar_core.models.mtp import head_bytes, head_of
@@ -57,7 +58,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         numbers.device,
         numbers.dtype,
         offload=plan,
-        rounds_head=options.max_memory is None,  # what was allowed is planned without it
+        rounds_head=_rounds_head(options),
         compress=_compresses(options, plan),
         kernel=options.kernel,
         use_target=options.use_target,
@@ -104,9 +105,20 @@ def _plan_memory(
     """A note of what the pair takes of a GPU's memory, and what is streamed where memory is bounded."""
     place = numbers.device, numbers.dtype
     beside = head_bytes(folder, numbers.dtype) if options.draft == "mtp" else 0
-    rounds_head = options.max_memory is None and options.kernel == "auto"
-    room = _check_room(folder, checkpoint, *place, options.use_target, numbers.context, rounds_head, beside)
-    return room, plan_offload(folder, checkpoint, *place, numbers.context, options, progress, beside)
+    if numbers.device.type != "cuda":
+        if options.max_device_memory is not None:
+            raise UsageError(f"--max-device-memory is for a GPU, and the device is {numbers.device}: see --max-memory.")
+        return [], plan_offload(folder, checkpoint, *place, numbers.context, options, progress, beside)
+    plan = plan_on_device(folder, checkpoint, *place, numbers.context, options, beside)
+    if plan is not None:
+        return [], plan
+    rounds_head = _rounds_head(options) and options.kernel == "auto"
+    return _check_room(folder, checkpoint, *place, options.use_target, numbers.context, rounds_head, beside), None
+
+
+def _rounds_head(options: LoadOptions) -> bool:
+    """Whether a verifier's head may be rounded beside the target's: what was allowed is planned without it."""
+    return options.max_memory is None and options.max_device_memory is None
 
 
 def _make_pair(

@@ -22,6 +22,8 @@ from quasar_core.models.compressed_files import CompressedCopy
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_config import DecoderConfig, why_not_lean
 from quasar_core.models.decoder_layer import DecoderLayer, DenseLinear, LayerInputs, Linear
+from quasar_core.models.device_queues import Link
+from quasar_core.models.device_stream import DeviceWeights
 from quasar_core.models.experts import Experts
 from quasar_core.models.filling import EMBEDDING, HEAD, Filling, has_no_effect
 from quasar_core.models.linear import (
@@ -58,10 +60,11 @@ def load_target(
     streamed: Products = NOTHING,
     kept: Products = NOTHING,
     copy: CompressedCopy | None = None,
+    link: Link | None = None,
 ) -> LeanDecoder:
     """The model of a folder, from safetensors only; QuasarError where `why_not_lean` has a reason."""
     config = DecoderConfig.parse(read_text_config(folder))
-    return build_target(config, TensorFiles(folder), device, dtype, progress, streamed, kept, copy)
+    return build_target(config, TensorFiles(folder), device, dtype, progress, streamed, kept, copy, link)
 
 
 def build_target(
@@ -73,19 +76,23 @@ def build_target(
     streamed: Products = NOTHING,
     kept: Products = NOTHING,
     copy: CompressedCopy | None = None,
+    link: Link | None = None,
 ) -> LeanDecoder:
     """The model of a config, from these files; QuasarError where a tensor is missing or of another shape.
 
     Of the `streamed` products of blocks nothing stays in memory but their biases. With a `copy` in 12 bits they come
-    from there, and so do those that are `kept`.
+    from there, and so do those that are `kept`. Over a `link` they come to a device from main memory.
     """
     config = tied_as_stored(config, files)
-    weights = StreamedWeights(files, streamed, dtype, kept, copy)
+    if link is None:
+        weights = StreamedWeights(files, streamed, dtype, kept, copy)
+    else:
+        weights = DeviceWeights(files, streamed, dtype, device, link)
     filling = Filling(files, device, dtype, config, weights.places)
     decoder = _build(config, filling, dense_only)
     filling.refuse_unknown(config, [name for name in files.names() if name not in weights.names])
-    filling.fill(progress, weights if streamed else None)
-    weights.read_kept()
+    filling.fill(progress, weights if streamed and link is None else None)
+    weights.read_kept(progress)
     if streamed:
         decoder.source = weights.stream(config.num_layers)
     return decoder

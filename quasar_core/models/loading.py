@@ -123,6 +123,7 @@ def load_models(
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if obstacle else {"progress": progress}
         if offload:
             options |= {"streamed": offload.streamed, "kept": offload.kept, "copy": offload.copy}
+            options |= {"link": offload.link(device)}
         target = library.load_target(folder, device, dtype, **options)
         notes += [*describe_left_out(target), *describe_dequantized(folder)]
     if checkpoint is not None:

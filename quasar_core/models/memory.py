@@ -30,6 +30,7 @@ from quasar_core.store.model_config import read_text_config, read_text_headers
 
 PROMPT_CHUNK = 2048  # tokens of a prompt's pass on a GPU
 LONGEST_PASS = 40  # tokens of the longest recorded pass: a confirm of the longest window takes 33
+LONGEST_SWEEP = 320  # of a pass over weights that come block by block: such windows have up to 256
 ANCHORS = 5  # states of a layer that a cache keeps: of the prompt's end, of a window's and a pass's ends, a new one
 SMALLEST_CONTEXT = 1024  # tokens: what a cache is made for at least
 LEAST_SLACK, SLACK_SHARE = 700_000_000, 0.03  # bytes that must stay free, and their share of what is held
@@ -169,8 +170,17 @@ def workspace_bytes(config: DecoderConfig, dtype: torch.dtype, models: int) -> i
     wide = max(sum(block_products(config, index)["qkv"].rows) for index in range(config.num_layers))
     inner = max(block.inner for block in config.blocks)
     chunk = PROMPT_CHUNK * (3 * config.hidden_size + max(4 * inner, 3 * wide)) * dtype.itemsize
-    logits = LONGEST_PASS * config.vocab_size * (2 * dtype.itemsize + torch.float32.itemsize)
-    return chunk + models * logits + state_bytes(config, dtype)
+    return chunk + models * logits_bytes(config, dtype, LONGEST_PASS) + state_bytes(config, dtype)
+
+
+def logits_bytes(config: DecoderConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Of a pass over so many tokens, in the three places that `workspace_bytes` names."""
+    return tokens * config.vocab_size * (2 * dtype.itemsize + torch.float32.itemsize)
+
+
+def sweep_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """What logits take more where the target's passes are as long as they are over streamed weights."""
+    return logits_bytes(config, dtype, LONGEST_SWEEP) - logits_bytes(config, dtype, LONGEST_PASS)
 
 
 def rule_bytes(config: DecoderConfig) -> int:

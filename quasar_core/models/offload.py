@@ -9,6 +9,7 @@ all of them come from there, those that stay too.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -19,6 +20,7 @@ from quasar_core.errors import UsageError
 from quasar_core.kernels.cpu.compressed import BITS
 from quasar_core.models.compressed_files import CompressedCopy, find_copy, make_copy, why_not_copied
 from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.device_queues import Link
 from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
 from quasar_core.models.linear import Product, block_products
 from quasar_core.models.memory import MemoryNeed, pair_need
@@ -34,15 +36,20 @@ RESERVE_SHARE, LEAST_RESERVE = 0.05, 64 << 20  # of what there is: for what load
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that a pair may take; `asked` by a user, or else estimated."""
+    """Bytes that a pair may take of some memory; `asked` by a user, or else estimated."""
 
     size: int
     asked: bool
+    flag: ClassVar[str] = "--max-memory"
 
     @property
     def room(self) -> int:
         """What is left of it beside the reserve."""
         return self.size - max(int(RESERVE_SHARE * self.size), LEAST_RESERVE)
+
+    def to_ask(self, held: int) -> int:
+        """What would have to be asked for, so that there is room for so many bytes."""
+        return held + own_memory() + self.size - self.room
 
 
 @dataclass(frozen=True)
@@ -61,20 +68,30 @@ class OffloadPlan:
     spare: int = 0
     tokens: int = 0
     longest: int | None = None
+    place: ClassVar[str] = "memory"
 
     def describe(self, source: LayerStream) -> str:
         """What stays, what moves, and how long that takes at the speed that reading has shown."""
         form = f", in {BITS} bits" if self.copy else ""
         cache = f" and a cache of {self.tokens:,} tokens" if self.tokens else ""
-        held = f"stay in memory{form}, with all else{cache} {_gigabytes(self.held)} GB"
+        held = f"stay in {self.place}{form}, with all else{cache} {gigabytes(self.held)} GB"
         if not source.pass_bytes:
             return f"offload: all of the target's {self.count} blocks {held}"
         seconds = source.pass_bytes / source.bandwidth if source.bandwidth else 0.0
         return (
             f"offload: {self.count - len(self.streamed)} of the target's {self.count} blocks {held}; "
-            f"{len(self.streamed)} are read whenever it passes, {_gigabytes(source.pass_bytes)} GB in {seconds:.2g} s "
-            f"at {_gigabytes(source.bandwidth)} GB a second{self._describe_longest()}"
+            f"{len(self.streamed)} are {self.moves} whenever it passes, {gigabytes(source.pass_bytes)} GB in "
+            f"{seconds:.2g} s at {gigabytes(source.bandwidth)} GB a second{self._describe_longest()}"
         )
+
+    @property
+    def moves(self) -> str:
+        """What is done to the blocks that are streamed."""
+        return "read"
+
+    def link(self, device: torch.device) -> Link | None:
+        """How the streamed blocks come to the device; None where it reads the files itself."""
+        return None
 
     def within(self, context: int) -> "OffloadPlan":
         """The same for texts of at most so many tokens; where memory holds them it bounds no text."""
@@ -128,7 +145,8 @@ def plan_offload(
     """
     if options.offload == "none" or not options.use_target:
         return None
-    if not can_stream(folder, device, options.offload == "target", "--max-memory" if options.max_memory else None):
+    obstacle = why_folder_not_lean(folder)
+    if not can_stream(obstacle, options.offload == "target", "--max-memory" if options.max_memory else None):
         return None
     need = pair_need(folder, checkpoint, dtype)
     assert need is not None
@@ -145,12 +163,11 @@ def plan_offload(
     return plan and plan.within(context)
 
 
-def can_stream(folder: Path, device: torch.device, moves_all: bool, memory_flag: str | None) -> bool:
+def can_stream(obstacle: str | None, moves_all: bool, memory_flag: str | None) -> bool:
     """Whether blocks can be streamed; UsageError where they cannot, and it was asked for, by all or by a size."""
-    obstacle = why_folder_not_lean(folder) or (None if device.type == "cpu" else f"the device is {device}")
     flag = "--offload target" if moves_all else memory_flag
     if obstacle and flag:
-        raise UsageError(f"{flag} streams blocks of our own decoder on the CPU: {obstacle}.")
+        raise UsageError(f"{flag} streams blocks of our own decoder: {obstacle}.")
     return obstacle is None
 
 
@@ -219,14 +236,19 @@ def plan_to_fit(movable: Movable, need: MemoryNeed, tokens: int, budget: Budget)
         return None
     plan = movable.plan(fewest_to_move(movable.sizes, whole - budget.room), whole)
     if budget.asked and plan.held > budget.room:
-        least = plan.held + own_memory() + budget.size - budget.room
-        longest = longest_context(movable, need, budget)
-        shorter = f"--max-context {longest} would fit, and" if longest >= LEAST_CONTEXT else "no text would fit;"
-        raise UsageError(
-            f"--max-memory must be at least {_gigabytes(least)} GB with a context of {tokens} tokens, even with the "
-            f"target's blocks streamed: {shorter} --verify quantized --no-target takes less."
-        )
+        raise UsageError(describe_least(movable, need, tokens, budget))
     return plan
+
+
+def describe_least(movable: Movable, need: MemoryNeed, tokens: int, budget: Budget) -> str:
+    """What would have to be allowed of a memory, where it is too little even with every block streamed."""
+    least = budget.to_ask(plan_all(movable, need, tokens).held)
+    longest = longest_context(movable, need, budget)
+    shorter = f"--max-context {longest} would fit, and" if longest >= LEAST_CONTEXT else "no text would fit;"
+    return (
+        f"{budget.flag} must be at least {gigabytes(least)} GB with a context of {tokens} tokens, even with the "
+        f"target's blocks streamed: {shorter} --verify quantized --no-target takes less."
+    )
 
 
 def movable_products(folder: Path, checkpoint: VerifierCheckpoint | None) -> tuple[dict[int, list[Product]], int]:
@@ -260,5 +282,6 @@ def saved_bytes(sizes: Mapping[int, int], moved: Sequence[int]) -> int:
     return sum(sizes[block] for block in moved) - BUFFERS * max((sizes[block] for block in moved), default=0)
 
 
-def _gigabytes(size: float) -> str:
+def gigabytes(size: float) -> str:
+    """Three digits of it."""
     return f"{size / 1e9:.3g}"

@@ -23,6 +23,7 @@ from quasar_core.models.background import Background
 from quasar_core.models.compressed_files import CompressedCopy, Take
 from quasar_core.models.linear import Product
 from quasar_core.models.weight_reads import DTYPES, OpenFile, StoredWeight, read_weights, replaced
+from quasar_core.records import Progress, no_progress
 from quasar_core.store.safetensors_header import TensorEntry, read_header
 
 BUFFERS = 2
@@ -68,7 +69,7 @@ class LayerStream:
         """Bytes that one pass reads."""
         if len(self._blocks) <= BUFFERS:
             return 0
-        return sum(weight.entry.size for weights in self.weights.values() for weight in weights)
+        return sum(map(self._size, self._blocks))
 
     @property
     def staying_bytes(self) -> int:
@@ -115,12 +116,13 @@ class LayerStream:
         except QuasarError:
             buffer.block = None
             raise
+        self._arrive(number)
 
     def _fetch(self, number: int) -> None:
         """Let a block be read into its buffer; until that is settled the buffer holds nothing that may be used."""
         buffer = self._buffers[number % BUFFERS]
         buffer.block = None
-        buffer.reading = self._reader.submit(self._read, self._blocks[number])
+        buffer.reading = self._begin(number)
         buffer.block = self._blocks[number]
 
     def _fetch_after(self, number: int) -> None:
@@ -130,11 +132,25 @@ class LayerStream:
         if following != number:
             self._fetch(following)
 
+    def _begin(self, number: int) -> Future[None]:
+        """Have a block brought to its buffer."""
+        return self._reader.submit(self._read, self._blocks[number])
+
+    def _arrive(self, number: int) -> None:
+        """Let what computes wait for a block that was asked for; what was read is there."""
+
+    def _size(self, block: int) -> int:
+        """Bytes that a pass moves of a block."""
+        return self._stored_size(block)
+
+    def _stored_size(self, block: int) -> int:
+        return sum(weight.entry.size for weight in self.weights[block])
+
     def _read(self, block: int) -> None:
         start = time.perf_counter()
         read_weights(self.weights[block])
         self.seconds_reading += time.perf_counter() - start
-        self.bytes_read += sum(weight.entry.size for weight in self.weights[block])
+        self.bytes_read += self._stored_size(block)
 
 
 class StreamedWeights:
@@ -156,12 +172,7 @@ class StreamedWeights:
         for product in moved:
             for name, rows in zip(product.names, product.rows, strict=True):
                 files.check_shape(f"{name}.weight", (rows, product.columns))  # before sizes that no memory has
-        size = max((buffer_bytes(some, dtype, copy) for some in products.values()), default=0)
-        buffers = [empty_in_huge_pages(size, dtype=torch.uint8) for _ in range(BUFFERS)]
-        self._stored = {
-            block: self._place(products[block], _Room(buffers[number % BUFFERS]).take)
-            for number, block in enumerate(sorted(products))
-        }
+        self._stored = self._place_blocks(products)
         self._kept = self._place([product for some in kept.values() for product in some], _own_room)
 
     def fill(self, name: str, place: torch.Tensor) -> None:
@@ -175,12 +186,16 @@ class StreamedWeights:
         """The stream of a decoder with so many blocks."""
         return LayerStream(count, self._stored)
 
-    def read_kept(self) -> None:
+    def read_kept(self, progress: Progress = no_progress) -> None:
         """Bring the products that are kept, and come from a copy, to their places.
 
         All is loaded then; QuasarError where a file was replaced or changed meanwhile.
         """
         read_weights(self._kept)
+        self.check_places()
+
+    def check_places(self) -> None:
+        """QuasarError where a file was replaced or changed since it was opened."""
         for file, _ in self._files.values():
             file.check_place()
 
@@ -194,6 +209,15 @@ class StreamedWeights:
             raise replaced(entry.file)
         return file
 
+    def _place_blocks(self, products: Products) -> dict[int, list[StoredWeight]]:
+        """Places of the streamed blocks' weights, in turn in two buffers, and what is read there."""
+        size = max((buffer_bytes(some, self.dtype, self._copy) for some in products.values()), default=0)
+        buffers = [empty_in_huge_pages(size, dtype=torch.uint8) for _ in range(BUFFERS)]
+        return {
+            block: self._place(products[block], Room(buffers[number % BUFFERS]).take)
+            for number, block in enumerate(sorted(products))
+        }
+
     def _place(self, products: Sequence[Product], take: Take) -> list[StoredWeight]:
         """The weights of products, one behind the other in what room there is."""
         found = list[StoredWeight]()
@@ -203,11 +227,18 @@ class StreamedWeights:
                 self.places[product.names] = placed.weight
                 found += placed.stored
                 continue
-            whole = take(weight_bytes(product, self.dtype)).view(self.dtype).view(-1, product.columns)
-            self.places[product.names] = whole
-            for name, place in zip(product.names, whole.split(list(product.rows)), strict=True):
-                found.append(self._find(f"{name}.weight", place))
+            self.places[product.names] = whole = self._whole(product, take)
+            found += self._parts(product, whole)
         return found
+
+    def _whole(self, product: Product, take: Take) -> torch.Tensor:
+        """Room for a product's weight [out, in]."""
+        return take(weight_bytes(product, self.dtype)).view(self.dtype).view(-1, product.columns)
+
+    def _parts(self, product: Product, whole: torch.Tensor) -> Iterator[StoredWeight]:
+        """The stored weights that make a product's, each at its rows."""
+        for name, place in zip(product.names, whole.split(list(product.rows)), strict=True):
+            yield self._find(f"{name}.weight", place)
 
     def _find(self, name: str, place: torch.Tensor) -> StoredWeight:
         """A stored weight, checked to be of the place's shape; QuasarError for a dtype that is not read."""
@@ -217,7 +248,7 @@ class StreamedWeights:
         return StoredWeight(entry, self._open(entry), place, *(scales or ()))
 
 
-class _Room:
+class Room:
     """A buffer's bytes, handed out one part behind the other."""
 
     def __init__(self, buffer: torch.Tensor) -> None:

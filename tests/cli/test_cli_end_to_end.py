@@ -115,6 +115,12 @@ def test_streamed_weights_write_the_same_and_that_is_said_before(
         (["--max-memory", "much"], "--max-memory must be a size such as 8GB or 500MB, not much.", 2),
         (["--max-memory", "1GB", "--offload", "none"], "leave --offload none out", 2),
         (
+            ["--max-device-memory", "1GB"],
+            "--max-device-memory is for a GPU, and the device is cpu: see --max-memory.",
+            2,
+        ),
+        (["--max-device-memory", "much"], "--max-device-memory must be a size such as 8GB or 500MB, not much.", 2),
+        (
             ["--offload", "target", "--no-target", "--verify", "quantized"],
             "--offload target streams the target: leave --no-target out.",
             2,

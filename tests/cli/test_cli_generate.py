@@ -118,6 +118,7 @@ def test_generate_forwards_every_option(stand_in_pair: SimpleNamespace, monkeypa
         "fast": False,
         "compress": None,
         "max_memory": None,
+        "max_device_memory": None,
         "offload": "auto",
     }
 

@@ -33,6 +33,7 @@ QUANTIZE = {field.name: field.default for field in fields(QuantizeOptions)} | {
     "force": False,
     "resume": True,
     "max_memory": None,
+    "max_device_memory": None,
 }
 STEPS = {field.name: field.default for group in (Placement, RandomOptions) for field in fields(group)}
 BENCH = {field.name: field.default for group in (BenchOptions, ModelOptions) for field in fields(group)} | {

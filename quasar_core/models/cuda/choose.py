@@ -5,12 +5,12 @@ import torch
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.gpu import first_line, on, raise_if_lost
 from quasar_core.kernels.triton.adapters import why_not_triton
-from quasar_core.models.cuda.graph_pass import POSITION, CudaPass, cache_at
+from quasar_core.models.cuda.graph_pass import POSITION, CudaPass, cache_at, sweeps
 from quasar_core.models.cuda.overlap import COUNTS, time_passes, with_overlap
 from quasar_core.models.cuda.products import tune_products
 from quasar_core.models.cuda.torch_steps import Steps, TorchSteps
 from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.memory import LONGEST_PASS
+from quasar_core.models.memory import LONGEST_PASS, LONGEST_SWEEP
 from quasar_core.records import Progress, no_progress
 
 
@@ -32,10 +32,11 @@ def why_not(decoder: LeanDecoder) -> str | None:
 def choose(decoder: LeanDecoder, progress: Progress = no_progress, fast: bool = False) -> tuple[CudaPass | None, str]:
     """The recorded pass of a decoder on CUDA, or None, and a sentence that says which and why.
 
-    `fast` is whatever is fastest here, although a token's last bits may then depend on the tokens beside it. Where
-    anything fails in Triton's kernels, PyTorch's operations take their place.
+    `fast` is whatever is fastest here, although a token's last bits may then depend on the tokens beside it; where
+    weights are streamed, which takes longer than any pass, nothing is. Where anything fails in Triton's kernels,
+    PyTorch's operations take their place.
     """
-    obstacle = why_not(decoder)
+    obstacle, fast = why_not(decoder), fast and not sweeps(decoder)
     if obstacle:
         return None, f"passes: PyTorch's operations, not recorded: {obstacle}"
     steps, why = choose_steps(decoder.device, decoder.dtype)
@@ -43,17 +44,19 @@ def choose(decoder: LeanDecoder, progress: Progress = no_progress, fast: bool = 
         try:
             with on(decoder.device):
                 found, notes = _pass_in_triton(decoder, steps, progress, fast)
-            found.note = "; ".join(note for note in [_sentence(why), *notes] if note)
+            found.note = "; ".join(note for note in [_sentence(decoder, why), *notes] if note)
             return found, found.note
         except Exception as error:  # of a compiler, a kernel, the driver: it is told
             raise_if_lost(error)
             why = f"PyTorch's operations, not Triton's: {first_line(error)}"
     plain = CudaPass(decoder, TorchSteps(), fast=fast)
-    plain.note = f"{_sentence(why)}; a token's logits may differ in the last bits with the tokens beside it"
+    plain.note = f"{_sentence(decoder, why)}; a token's logits may differ in the last bits with the tokens beside it"
     return plain, plain.note
 
 
-def _sentence(why: str) -> str:
+def _sentence(decoder: LeanDecoder, why: str) -> str:
+    if sweeps(decoder):
+        return f"passes: up to {LONGEST_SWEEP} tokens at a time, each block when its weights are there, by {why}"
     return f"passes: {LONGEST_PASS} tokens at a time as CUDA graphs of {why}"
 
 

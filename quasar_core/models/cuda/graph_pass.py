@@ -7,6 +7,10 @@ and values the next pass overwrites. The host sends one small buffer before a pa
 and how many drafted ones they confirm, and the host waits once, for these. Logits stay on the device unless they are
 asked for.
 
+Where a decoder's weights come block by block (`device_stream.py`), what waits for them is in no graph: its passes are
+launched plainly, each block when it is there, and take as many tokens as the longest window has, so that one sweep is
+enough for them.
+
 In Triton's kernels a token's logits are the same to the last bit whatever tokens are passed with it, unless `fast`
 asks for what may be faster: each product by the fastest way for its rows, trees, and launches that overlap, which are
 tried on the decoder itself (`overlap.py`). Letters: T tokens of a pass, V vocabulary.
@@ -20,14 +24,23 @@ import torch
 
 from quasar_core.kernels.gpu import on
 from quasar_core.models.base import Choices
-from quasar_core.models.cuda.graphs import LONGEST_TREE, Launcher, PinnedBuffers, Timing, TreeInputs, launcher
+from quasar_core.models.cuda.graphs import (
+    LONGEST_TREE,
+    Launcher,
+    PinnedBuffers,
+    PlainLauncher,
+    Timing,
+    TreeInputs,
+    launcher,
+)
 from quasar_core.models.cuda.products import DenseChoices
 from quasar_core.models.cuda.torch_steps import SHORTEST_BUCKET, Activation, Rows, Steps
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.decoder_layer import Linear
 from quasar_core.models.heads import Tables
-from quasar_core.models.memory import LONGEST_PASS
+from quasar_core.models.layer_source import AllThere
+from quasar_core.models.memory import LONGEST_PASS, LONGEST_SWEEP
 from quasar_core.models.rope import query_growth
 
 SIZES = (1, 2, 4, 8, 16, 24, LONGEST_PASS)  # tokens of the recorded passes
@@ -48,14 +61,16 @@ class CudaPass:
         joins_norms: bool = False,
     ) -> None:
         self.decoder, self.steps = decoder, steps
+        self.sweeps = sweeps(decoder)
         self.name = "CUDA graphs, fast" if fast else "CUDA graphs"  # remembered costs are of one or the other
-        self.longest, self.longest_prompt = LONGEST_PASS, 0
+        self.name = "CUDA, block by block" if self.sweeps else self.name
+        self.longest, self.longest_prompt = LONGEST_SWEEP if self.sweeps else LONGEST_PASS, 0
         self.longest_tree = LONGEST_TREE if fast or _may_differ(decoder, steps) else 0
         self.note = ""  # how it was chosen
         self.joins_norms = joins_norms  # products apply the norms, in Triton's kernels
         device = decoder.device
         self.dense = DenseChoices(decoder, steps, measures=fast)
-        self._launches = launches or launcher(device)
+        self._launches = launches or (PlainLauncher() if self.sweeps else launcher(device))
         self._buffers = PinnedBuffers(self.longest, device)
         self._logits = torch.empty(self.longest, decoder.vocab_size, dtype=decoder.dtype, device=device)
         self._tables: dict[int, PositionTables] = {}  # by capacity of the cache
@@ -105,7 +120,7 @@ class CudaPass:
         if earlier is not None:
             earlier.bring_over()
         count = len(tokens)
-        size = pass_size(count, cache.capacity - cache.length)
+        size = count if self.sweeps else pass_size(count, cache.capacity - cache.length)
         self._clear(cache)
         self._buffers.send(cache.length, tokens, size - count, parents)
         is_tree = parents is not None
@@ -160,28 +175,43 @@ class CudaPass:
 
     def _run_blocks(self, tokens: torch.Tensor, attention: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Embedding, all blocks and the head → its product [T, V]."""
-        decoder, config = self.decoder, self.decoder.config
+        decoder = self.decoder
         hidden, inputs = decoder.embed(tokens)
         if self.joins_norms:
             from quasar_core.models.cuda.joined_norms import run_joined
 
             return run_joined(decoder, hidden, attention)
-        delta, count = None, len(tokens)
-        for index, (layer, given) in enumerate(zip(decoder.layers, inputs, strict=True)):
-            x = self._normed(hidden, delta, layer.input_norm, layer.qkv)
-            x = attention(index, self.dense.multiply(layer.qkv, x))
-            delta = self._behind(self.dense.multiply(layer.out, x), layer.out_norm)
-            gate_up, down = layer.mlp
-            x = self._normed(hidden, delta, layer.mlp_norm, gate_up)
-            activation = Activation(config.activation, config.gated, layer.activation)
-            x = self.dense.gate(gate_up, x, self.dense.number_for(down, count), activation)
-            delta = self._behind(self.dense.multiply(down, x), layer.down_norm)
-            if given is not None:
-                hidden += delta
-                delta = self._behind(decoder.own_input(layer, hidden, given), layer.input_out_norm)
-            if layer.scalar is not None:
-                hidden, delta = hidden.add_(delta).mul_(layer.scalar), None
+        delta = None
+        for layers in decoder.source.stretches():
+            for index in layers:
+                delta = self._run_block(index, hidden, delta, inputs[index], attention)
         return self.dense.multiply(decoder.head, self._normed(hidden, delta, decoder.norm, decoder.head))
+
+    def _run_block(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        given: torch.Tensor | None,
+        attention: Callable[[int, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor | None:
+        """Add `delta` to the residual stream, then what a block gives but for its last part, which is returned."""
+        decoder, config, layer = self.decoder, self.decoder.config, self.decoder.layers[index]
+        x = self._normed(hidden, delta, layer.input_norm, layer.qkv)
+        x = attention(index, self.dense.multiply(layer.qkv, x))
+        delta = self._behind(self.dense.multiply(layer.out, x), layer.out_norm)
+        gate_up, down = layer.mlp
+        x = self._normed(hidden, delta, layer.mlp_norm, gate_up)
+        activation = Activation(config.activation, config.gated, layer.activation)
+        x = self.dense.gate(gate_up, x, self.dense.number_for(down, len(hidden)), activation)
+        delta = self._behind(self.dense.multiply(down, x), layer.down_norm)
+        if given is not None:
+            hidden += delta
+            delta = self._behind(decoder.own_input(layer, hidden, given), layer.input_out_norm)
+        if layer.scalar is not None:
+            hidden.add_(delta).mul_(layer.scalar)
+            return None
+        return delta
 
     def _normed(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.Tensor | None, product: Linear
@@ -252,6 +282,11 @@ class PositionTables:
         assert self.growth is not None
         places = position + (torch.arange(len(queries), device=queries.device) if tree is None else tree.depths)
         return queries * self.growth.index_select(0, places)[:, None, None]
+
+
+def sweeps(decoder: LeanDecoder) -> bool:
+    """Whether weights of its blocks come while a pass runs."""
+    return not isinstance(decoder.source, AllThere)
 
 
 def pass_size(count: int, room: int) -> int:

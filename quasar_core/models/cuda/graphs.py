@@ -180,7 +180,8 @@ def record(launch: Launch, device: torch.device) -> Any:
 
 def _record(launch: Launch, device: torch.device, pool: Any) -> Any:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool):
+    alone = "thread_local"  # another thread may have weights copied meanwhile (`device_stream.py`)
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode=alone):
         launch()
     return graph
 

@@ -24,6 +24,7 @@ Shape = tuple[int, int]  # out, in
 REPEATS = 5
 MOST_LAYERS = 12  # of one shape that are multiplied to time a product
 DENSE = "dense"  # a kind of product
+WIDEST = 64  # rows of a product at once, so that whatever their number their sums are taken alike
 ONE_LAUNCH, TWO_LAUNCHES = "one launch", "two launches"  # for a product and its gate
 
 
@@ -55,7 +56,10 @@ class DenseChoices:
 
     def choose(self, rows: int) -> None:
         """Decide for passes of so many rows, once."""
-        if rows in self._measured:
+        if rows > WIDEST:
+            self.choose(WIDEST)
+            self.choose(rows % WIDEST or WIDEST)
+        if rows > WIDEST or rows in self._measured:
             return
         self._measured.add(rows)
         for shape, layers in self._weights.items():
@@ -68,18 +72,22 @@ class DenseChoices:
         return product.rounds_to(rows) if isinstance(product, PackedLinear) else None
 
     def multiply(self, product: Linear, x: Rows) -> torch.Tensor:
-        """x [T, in] → [T, out], for a T that was decided."""
+        """x [T, in] → [T, out], for a T that was decided; of many rows so many at a time."""
         if isinstance(x, RoundedRows):
             assert isinstance(product, PackedLinear)
             return product.multiply_rounded(x, self._dtype)
         if isinstance(product, FusedLinear):
             return torch.cat([self.multiply(part, x) for part in product.parts], dim=-1)
         if isinstance(product, DenseLinear):
-            return self._products[_shape(product), x.shape[0]](x, product.weight, product.bias)
+            return _joined(
+                [self._products[_shape(product), len(part)](part, product.weight, product.bias) for part in _parts(x)]
+            )
         return product(x)
 
     def gate(self, product: Linear, x: Rows, number: torch.dtype | None = None, activation: Activation = SILU) -> Rows:
         """x [T, in] → activation(gate) · up [T, I] of a product whose outputs are gates, then what they gate."""
+        if isinstance(x, torch.Tensor) and len(x) > WIDEST and number is None:
+            return _joined([self.gate(product, part, None, activation) for part in _parts(x)])
         if isinstance(x, torch.Tensor) and self.chosen_gates[_kind(product), len(x)] == ONE_LAUNCH:
             gated = self.steps.gated_product(product, len(x))
             assert gated is not None
@@ -123,6 +131,17 @@ class DenseChoices:
         launch()
         graph = record(launch, self._device)
         return min(time_replay(graph) for _ in range(REPEATS)) / len(calls)
+
+
+def _parts(x: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Rows [T, in] in parts that are multiplied at once."""
+    return x.split(WIDEST) if len(x) > WIDEST else (x,)
+
+
+def _joined(parts: Sequence[Rows]) -> torch.Tensor:
+    rows = [part for part in parts if isinstance(part, torch.Tensor)]
+    assert len(rows) == len(parts)  # none comes rounded where no number was asked for
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def tune_products(decoder: LeanDecoder, progress: Progress = no_progress, gates_of_codes: bool = True) -> str:
