@@ -42,7 +42,10 @@ def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     report = supervise.run(PLAN, tmp_path / "out", 300.0)
     assert not report.failed, json.dumps(report.parts, indent=1)
     document = json.loads((tmp_path / "out" / "gpu-bench.json").read_text())
-    before, behind = ("facts", "smoke", "headline", "correctness", "passes"), ("quantizing", "loading", "transformers")
+    before, behind = (
+        ("facts", "smoke", "headline", "correctness", "passes"),
+        ("quantizing", "loading", "offload", "transformers"),
+    )
     assert list(document["parts"]) == [*before, "end to end", "products", "launches", *behind]
     assert document["finished"]
     passes = [row for row in document["parts"]["passes"] if "ratio" in row]
@@ -61,6 +64,7 @@ def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for part in ("headline", "end to end"):
         found = [row["arm"] for row in document["parts"][part] if "arm" in row]
         assert found == ["vanilla", "ngram", "quantized", "exact"]
+    assert [row["arm"] for row in document["parts"]["offload"] if "arm" in row] == ["plain", "exact"]
     table = summary(report.parts)
     for expected in (
         "0 wrong or failed",
@@ -69,6 +73,8 @@ def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "exact:",
         "s a block",
         "generate, compiled",
+        "are copied there whenever it passes",
+        "1 of 1 texts equal",
     ):
         assert expected in table
 

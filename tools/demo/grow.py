@@ -214,7 +214,12 @@ class GrownTensors:
 
 
 def grow(
-    source: Path, shape: Mapping[str, Any], output: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    source: Path,
+    shape: Mapping[str, Any],
+    output: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    device: torch.device = CPU,
 ) -> None:
     """Write into `output` a model of the sizes in `shape` (a config.json) that computes the function of `source`.
 
@@ -230,13 +235,13 @@ def grow(
     obstacle = why_not_grown(small, DecoderConfig.parse(shape))
     if obstacle:
         raise UsageError(f"The demo model's function cannot have this shape: {obstacle}.")
-    tensors = GrownTensors(Growth(small, DecoderConfig.parse(grown)), TensorFiles(source), dtype, seed)
+    tensors = GrownTensors(Growth(small, DecoderConfig.parse(grown)), TensorFiles(source), dtype, seed, device)
     partial = partial_folder(output)
     begin_work(partial)
     writer = ShardWriter(partial, SHARD_BYTES)
     for part in tqdm(tensors.parts(), total=shape["num_hidden_layers"] + 2, unit="part", desc="growing"):
         for name, tensor in part.items():
-            writer.add(name, tensor)
+            writer.add(name, tensor.cpu())
     writer.close()
     write_json(partial / "config.json", grown)
     copy_kept_files(source, partial)

@@ -24,7 +24,18 @@ from quasar_core.bench.steps import read_bandwidth
 from quasar_core.files import write_json
 from quasar_core.kernels.times import device_name
 from quasar_core.models.decoder import LeanDecoder
-from tools.gpu_bench import compiled, correctness, end_to_end, headline, loading, passes, products, quantize, reference
+from tools.gpu_bench import (
+    compiled,
+    correctness,
+    end_to_end,
+    headline,
+    loading,
+    offload,
+    passes,
+    products,
+    quantize,
+    reference,
+)
 from tools.gpu_bench import facts as facts_of
 from tools.gpu_bench.ladder import LAST, Fault, describe, variables
 from tools.gpu_bench.models import Bench, Plan, grown_target, rounded_verifier
@@ -43,9 +54,10 @@ SHARES = {
     "passes": 0.56,
     "end to end": 0.7,
     "products": 0.79,
-    "launches": 0.82,
-    "quantizing": 0.87,
-    "loading": 0.89,
+    "launches": 0.81,
+    "quantizing": 0.85,
+    "loading": 0.87,
+    "offload": 0.96,
     "reference": 1,
 }
 
@@ -108,6 +120,7 @@ def run(
         "launches": lambda: passes.run_launches(bench, models.target(), models.verifier()),
         "quantizing": lambda: quantize.run(bench),
         "loading": lambda: loading.run(bench),
+        "offload": lambda: offload.run(bench),
         "reference": lambda: reference.run(bench),
     }
     whole = SHARES[last] if last else last_share(only)

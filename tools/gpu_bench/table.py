@@ -22,6 +22,7 @@ def summary(parts: Mapping[str, Sequence[Row]]) -> str:
             *launches(parts.get("launches", ())),
             *quantizing(parts.get("quantizing", ())),
             *loading(parts.get("loading", ())),
+            *offload(parts.get("offload", ())),
             *reference(parts.get("transformers", ())),
         ]
     )
@@ -114,6 +115,16 @@ def loading(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if "gb_per_s" in row:
             yield f"loading, {row['way']}: {row['gb_per_s']:.1f} GB/s"
+
+
+def offload(rows: Sequence[Row]) -> Iterator[str]:
+    """Speeds over a streamed target, against their floors."""
+    for row in rows:
+        if "link_gb_per_s" in row:
+            yield f"\noffload: {row['note']}; the link gives {row['link_gb_per_s']:.1f} GB/s"
+        elif "floor" in row:
+            said = f"{row['arm']}: {row['tokens_per_s']:.2f} tokens/s, {row['floor']:.2f} × its floor"
+            yield f"  {said}, {row['equal']} of {row['answers']} texts equal"
 
 
 def reference(rows: Sequence[Row]) -> Iterator[str]:
