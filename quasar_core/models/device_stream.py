@@ -70,7 +70,6 @@ class DeviceStream(LayerStream):
         """Fetch the first blocks, read what tells the disk's speed, and time the link."""
         super().start()
         room, copying = self.rooms[self._blocks[0]], self.link.copying
-        copying.wait(self.link.computing.record())
         copying.record().synchronize()
         times = []
         for _ in range(TIMED_COPIES):  # what lies in the first buffer, once more
