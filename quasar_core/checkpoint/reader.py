@@ -80,6 +80,7 @@ class VerifierCheckpoint:
         """One layer's weight, unpacked and checked; integer codes on the device, since billions take a GPU no time."""
         place = CPU if isinstance(self.format, CompressedTensorsFormat) else device
         parts = {s: f"{name}.{s}" for s in self.format.suffixes if f"{name}.{s}" in self.tensors}
-        weight = self.format.unpack(name, {s: self.tensors.load(full).to(place) for s, full in parts.items()})
+        read = dict(self.tensors.load_many([*parts.values()]))
+        weight = self.format.unpack(name, {s: read[full].to(place) for s, full in parts.items()})
         self.tensors.let_go(parts.values())
         return weight
