@@ -4,7 +4,7 @@ import torch
 
 from quasar_core.checkpoint.compressed_tensors import PackedWeight
 from quasar_core.kernels.base import LayerShape, RoundedRows, RoundingKernel
-from quasar_core.kernels.select import KernelChoice, select_kernel
+from quasar_core.kernels.select import KernelChoice, routed_kernel, select_kernel
 from quasar_core.records import Progress, no_progress
 
 
@@ -35,9 +35,13 @@ class PackedLinear(torch.nn.Module):
         dtype: torch.dtype,
         requested: str = "auto",
         progress: Progress = no_progress,
+        *,
+        routed: bool = False,
     ) -> "PackedLinear":
-        """Choose the kernel and prepare the weight."""
-        choice = select_kernel(LayerShape.of(weight), device, dtype, requested, progress)
+        """Choose the kernel and prepare the weight; of an expert that tokens choose where it is `routed`."""
+        shape = LayerShape.of(weight)
+        choice = routed_kernel(shape, device, dtype) if routed and requested == "auto" else None
+        choice = choice or select_kernel(shape, device, dtype, requested, progress)
         return cls(weight, bias, choice, device, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

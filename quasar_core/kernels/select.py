@@ -98,6 +98,14 @@ def select_kernel(
     return _fastest(able, refused, shape, kernel_times(device, dtype).of(able, shape, progress))
 
 
+def routed_kernel(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> KernelChoice | None:
+    """Of an expert that tokens choose, the one kernel that recorded passes have for it, where that can run it."""
+    kernel = TritonKernel(tight=True)
+    if shape.floating or kernel.why_not(shape, device, dtype):
+        return None
+    return KernelChoice(kernel, "what recorded passes run chosen experts on")
+
+
 def _fastest(able: Sequence[Kernel], refused: Sequence[str], shape: LayerShape, figures: KernelFigures) -> KernelChoice:
     """By times that repeat; where some do not, the first in the order, since nothing is known.
 

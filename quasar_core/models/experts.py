@@ -31,6 +31,16 @@ class Experts:
         """The products of all experts."""
         return (*self.gate_up, *self.down)
 
+    @property
+    def routed(self) -> tuple[tuple[Linear, ...], tuple[Linear, ...]]:
+        """The products of the experts that are chosen: of gates and what they gate, and down."""
+        return self.gate_up[: self.config.count], self.down[: self.config.count]
+
+    @property
+    def shared(self) -> tuple[Linear, Linear] | None:
+        """The products of the expert of every token, where there is one."""
+        return (self.gate_up[-1], self.down[-1]) if self.config.shared_inner else None
+
     def __call__(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         """x [T, H] → [T, H]; outputs are added in float32."""
         total = torch.zeros_like(x, dtype=torch.float32)

@@ -25,6 +25,7 @@ class Product:
     rows: tuple[int, ...]
     columns: int
     bias: bool
+    routed: bool = False  # of an expert that tokens choose
 
     def part(self, index: int) -> "Product":
         """One of its layers alone."""
@@ -122,13 +123,17 @@ def mixture_products(config: DecoderConfig, index: int) -> MixtureProducts | Non
     if mixture.shared_inner:
         experts.append((f"{module}.{mixture.row.shared}", Mixture.parts, mixture.shared_inner))
     gate = mixture.row.shared_gate
+    routed = [index < mixture.count for index in range(len(experts))]
     return MixtureProducts(
         router=Product((f"{module}.{mixture.row.router}",), (mixture.count,), hidden, bias=False),
         gate_up=tuple(
-            Product((f"{name}.{parts[0]}", f"{name}.{parts[1]}"), (inner, inner), hidden, bias=False)
-            for name, parts, inner in experts
+            Product((f"{name}.{parts[0]}", f"{name}.{parts[1]}"), (inner, inner), hidden, bias=False, routed=is_routed)
+            for (name, parts, inner), is_routed in zip(experts, routed, strict=True)
         ),
-        down=tuple(Product((f"{name}.{parts[2]}",), (hidden,), inner, bias=False) for name, parts, inner in experts),
+        down=tuple(
+            Product((f"{name}.{parts[2]}",), (hidden,), inner, bias=False, routed=is_routed)
+            for (name, parts, inner), is_routed in zip(experts, routed, strict=True)
+        ),
         shared_gate=Product((f"{module}.{gate}",), (1,), hidden, bias=False) if gate else None,
     )
 
@@ -189,7 +194,7 @@ class Packing:
             weights = [self._weight(product.part(index)) for index in range(len(packed))]
             if _agree(weights):
                 place = self.device, self.dtype, self.kernel, self.progress
-                return PackedLinear.build(concatenate(weights), self._bias(product), *place)
+                return PackedLinear.build(concatenate(weights), self._bias(product), *place, routed=product.routed)
         return FusedLinear(tuple(self(product.part(index), dense) for index in range(len(packed))))
 
     def refuse_unknown(self, config: DecoderConfig) -> None:

@@ -50,7 +50,7 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **nam
     signature, constants, aligned = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(self.arg_names, self.params, strict=True)):
         value = values[name]
-        if parameter.is_constexpr or value is None or value is True or (isinstance(value, int) and value == 1):
+        if parameter.is_constexpr or value is None or value is True or is_one(value, parameter):
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], aligned[(index,)] = f"*{TYPES[value.dtype]}", [["tt.divisibility", 16]]
@@ -58,7 +58,7 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **nam
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(self, signature, constexprs=constants, attrs=aligned)
     kernel = triton.compile(source, target=TARGET, options=options)
@@ -68,11 +68,24 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **nam
     if self.__name__ == "_attend_kernel":
         found |= {name.lower(): values[name] for name in ("TURNS", "MERGED", "IS_TREE", "CAPPED")}
         found |= machine_code(compiled["cubin"])
+    if self.__name__ in ("_routed_kernel", "_routed_packed_kernel"):
+        found |= {name.lower(): values[name] for name in ("READERS", "PLACES", "GATED", "SPLITS")}
+        found |= {"bits": values.get("BITS", 16), **machine_code(compiled["cubin"])}
+        copied = re.findall(r"cp\.async\.c\w[^;]*?, (0x\w+)", compiled["ptx"])
+        found |= {"copied_by_16": copied.count("0x10"), "copied_by_4": copied.count("0x4")}
+        found["programs"] = programs(found["registers"], kernel.metadata.shared)
+    if self.__name__ == "_choose_kernel":
+        found |= machine_code(compiled["cubin"])
     if self.__name__ == "_packed_kernel":
         found |= {name.lower(): values[name] for name in ("BITS", "STORED", "HAS_ZEROS", "IS_WIDE", "SLOTS", "NORMS")}
         found |= machine_code(compiled["cubin"])
         found["programs"] = programs(found["registers"], kernel.metadata.shared)
     print(json.dumps(found))
+
+
+def is_one(value: Any, parameter: Any) -> bool:
+    """Whether Triton would compile a kernel of its own for this number."""
+    return isinstance(value, int) and value == 1 and not parameter.do_not_specialize
 
 
 def machine_code(cubin: bytes) -> dict[str, int]:
@@ -170,6 +183,7 @@ def launch_all() -> None:
         attention.attend(queries, states, states, *where, tree=tree, merges=True)
         attention.attend(qkv, states, states, *where, tree=tree, rotation=turn)
         attention.attend(qkv, states, states, *where, tree=tree, rotation=turn, merges=True)
+    launch_experts()
     choices.argmax_and_margin(zeros(4, 151936), tokens, steps, steps)
     choices.likeliest_tokens(zeros(4, 151936), zeros(4, 8, dtype=torch.int32))
     choices.accept_greedy(tokens, tokens, tokens[:1], tokens[:1])
@@ -179,6 +193,38 @@ def launch_all() -> None:
         elementwise.rms_norm_residual(x, x, x[0], 1e-6, codes, steps)
         elementwise.silu_multiply_rounded(zeros(4, 8192), codes, steps)
         eight_bit.multiply_w8a8(codes, steps, zeros(256, 4096, dtype=kind), zeros(256, dtype=torch.float32), out)
+
+
+def launch_experts() -> None:
+    """At the sizes of Qwen3-30B-A3B: hidden 2048, inner 768, 8 of 128 experts."""
+    from quasar_core.kernels.triton import products, routed, routing
+
+    hidden, inner, experts, count = 2048, 768, 128, 8
+    for bits in (16, 4, 8) if EVERY else (16, 4):
+        gate_up, down = (routed_of(bits, *sizes, experts, count) for sizes in ((hidden, 2 * inner), (inner, hidden)))
+        for tokens in (4, 40):
+            places = tokens * count
+            chosen = zeros(tokens, count, dtype=torch.int32)
+            routed.multiply_routed(zeros(tokens, hidden), gate_up, chosen, zeros(places, inner), gated=True)
+            rows = zeros(places, hidden, dtype=torch.float32)
+            routed.multiply_routed(zeros(places, inner), down, chosen, rows)
+    x, scores, chosen = zeros(4, hidden), zeros(4, experts, dtype=torch.float32), zeros(4, count, dtype=torch.int32)
+    products.multiply_dense(x, zeros(experts, hidden), scores)
+    last, shares = zeros(1, dtype=torch.int64), zeros(4, count + 1, dtype=torch.float32)
+    routing.choose_experts(scores, "chosen", chosen, shares[:, :count], last)
+    if EVERY:
+        more = {"x": x, "gate": x[:1], "correction": scores[0], "normalised": True, "scale": 2.5}
+        for kind in ("softmax", "sigmoid"):
+            routing.choose_experts(scores, kind, chosen, shares, last, **more)
+    routing.add_experts(zeros(4 * count, hidden, dtype=torch.float32), chosen, shares, x, always=x)
+
+
+def routed_of(bits: int, inputs: int, outputs: int, experts: int, count: int) -> Any:
+    """Experts that all lie in one place."""
+    from quasar_core.kernels.triton.routed import routed_weight
+
+    codes = random_codes(bits, inputs, outputs, 128, symmetric=True) if bits < 16 else None
+    return routed_weight([prepare_packed(codes, CPU, tight=True) if codes else zeros(outputs, inputs)] * experts, count)
 
 
 if __name__ == "__main__":

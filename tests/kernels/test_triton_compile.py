@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +42,7 @@ def test_kernels_compile(tmp_path: Path, target: int, launches: str) -> None:
     for line in run.stdout.splitlines():
         launch = json.loads(line)
         found[launch["kernel"]].append(launch)
-    assert len(found) == 17, sorted(found)
+    assert len(found) == 21, sorted(found)
     for launch in (*found["_dense_kernel"], *found["_w8a8_kernel"]) if target == 90 else ():
         assert launch["wgmma"], "the product is not on Hopper's tensor cores"
     for launch in (launch for launches in found.values() for launch in launches):
@@ -55,6 +57,7 @@ def test_kernels_compile(tmp_path: Path, target: int, launches: str) -> None:
         assert kinds >= {(is_tree, False, False, True) for is_tree in (False, True)}
     for launch in found["_attend_kernel"]:
         assert launch["spilled"] == 0, "attention keeps its sums in registers, whatever it takes in"
+    check_routed(found, launches, is_small=target in (86, 89, 120))
     for launch in found["_packed_kernel"]:
         assert not launch["wgmma"], "rows of eight are Ampere's instruction on every GPU"
         # Of 2 bits and more than eight rows, a program on sm_120 that may begin early keeps two numbers in memory.
@@ -66,3 +69,19 @@ def test_kernels_compile(tmp_path: Path, target: int, launches: str) -> None:
     assert {launch["bits"] for launch in narrow} >= {4}
     for launch in (launch for launch in narrow if launch["bits"] > 2):
         assert launch["programs"] >= PROGRAMS - launch["has_zeros"], "too few share a multiprocessor"
+
+
+def check_routed(found: Mapping[str, list[dict[str, Any]]], launches: str, is_small: bool) -> None:
+    """Products of chosen experts, at the sizes of Qwen3-30B-A3B, in all widths and for few tokens and many.
+
+    A multiprocessor that `is_small` has 100 KB.
+    """
+    routed = [*found["_routed_kernel"], *found["_routed_packed_kernel"]]
+    widths = {(launch["bits"], launch["gated"], launch["places"]) for launch in routed}
+    assert widths >= set(product((16, 4, 8) if launches == "all" else (16, 4), (False, True), (128, 512)))
+    for launch in (*routed, *found["_choose_kernel"]):
+        assert launch["spilled"] == 0, "which experts run is found out in registers"
+    for launch in routed:
+        assert launch["programs"] >= 2 - (launch["bits"] == 16 and is_small), "one alone waits for its weights"
+        assert launch["copied_by_16"], "an expert's address is known to be a multiple of 16"
+        assert not launch["copied_by_4"]  # rows of few inputs may be copied by 8

@@ -52,6 +52,17 @@ def test_the_order_of_the_tensor_cores_loses_nothing(bits: int, shape: tuple[int
     prepared = prepare_packed(weight, CPU)
     assert torch.equal(dequantize(prepared, torch.float32), weight.dequantize())
     assert torch.equal(dequantize_packed(prepared, torch.float16), dequantize(prepared, torch.float16))
+    tight = prepare_packed(weight, CPU, tight=True)
+    assert torch.equal(dequantize(tight, torch.float32), weight.dequantize())
+    assert tight.words.numel() <= prepared.words.numel()
+
+
+def test_an_expert_of_few_inputs_takes_no_more_than_its_codes() -> None:
+    """768 inputs of 4 bits in groups of 128: three steps of 256, not two of 512."""
+    assert weights.tight_chunk(768, 128, 4) == 64
+    assert weights.tight_chunk(2048, 128, 4) == 128
+    assert weights.tight_chunk(768, 128, 8) == 128
+    assert weights.tight_chunk(96, 16, 4) == 16
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -30,8 +30,7 @@ from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError
 from quasar_core.files import read_json
 from quasar_core.models.architectures import ARCHITECTURES
-from quasar_core.models.cuda import choose as cuda_choice
-from quasar_core.models.decoder_config import DecoderConfig, why_not_lean
+from quasar_core.models.decoder_config import why_not_lean
 from quasar_core.models.experts import route
 from quasar_core.models.lean_weights import attach_verifier, load_target, load_verifier_alone
 from quasar_core.models.loading import attach, load_models
@@ -163,12 +162,6 @@ def test_what_a_mixture_lacks_is_a_reason(tmp_path: Path, case: str, changes: di
     save_model(tmp_path, *CASES[case])
     content = {**read_json(tmp_path / "config.json"), **changes}
     assert reason in str(why_not_lean(content))
-
-
-def test_cuda_graphs_say_why_they_do_not_run_it(tmp_path: Path) -> None:
-    save_model(tmp_path, *CASES["qwen 3 moe"])
-    assert "experts are chosen on the way" in str(cuda_choice.why_not(load_target(tmp_path, CPU, FLOAT)))
-    assert DecoderConfig.parse(read_json(tmp_path / "config.json")).blocks[0].sparse
 
 
 def test_a_mixture_that_mlx_wrote_is_the_same_model(tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from quasar_core import store
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.dense import DenseKernel
 from quasar_core.models.cuda.torch_steps import TorchSteps
+from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import load_target
 from tools.demo.grow import DEMO
-from tools.gpu_bench import compiled, correctness, products, reference, report, supervise
+from tools.gpu_bench import compiled, correctness, mixtures, products, reference, report, supervise
 from tools.gpu_bench.models import Bench, Plan, grown_target, rounded_verifier
 from tools.gpu_bench.report import DeviceLostError, Report, read_report
 from tools.gpu_bench.table import summary
@@ -43,7 +44,7 @@ def test_a_dry_run_walks_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not report.failed, json.dumps(report.parts, indent=1)
     document = json.loads((tmp_path / "out" / "gpu-bench.json").read_text())
     before, behind = (
-        ("facts", "smoke", "headline", "correctness", "passes"),
+        ("facts", "smoke", "headline", "correctness", "passes", "mixtures"),
         ("quantizing", "loading", "offload", "transformers"),
     )
     assert list(document["parts"]) == [*before, "end to end", "products", "launches", *behind]
@@ -116,6 +117,26 @@ def test_a_wrong_decoder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(TorchSteps, "choose", lambda self, logits, tokens, drafted, found: found.accepted.fill_(0))
     correctness.check_decoder("qwen3", PLAN, report)
     assert "checks: 9 right, 3 wrong or failed" in summary(report.parts)
+
+
+def test_decoders_with_experts_are_checked_too(tmp_path: Path) -> None:
+    """Here in PyTorch's operations, as no pass is recorded."""
+    report = new_report(tmp_path)
+    for name in correctness.ARCHITECTURES:
+        if "experts" in name:
+            correctness.check_decoder(name, PLAN, report)
+    assert not report.failed
+    assert "checks: 6 right, 0 wrong or failed" in summary(report.parts)
+
+
+def test_a_pass_reads_the_experts_that_its_tokens_choose() -> None:
+    """Of Qwen3-30B-A3B, whose tokens read 3.3 billion weights, and 64 of them all but a few."""
+    config = DecoderConfig.parse({**mixtures.SHAPE, "num_hidden_layers": 48})
+    one, many = (mixtures.pass_bytes(config, tokens, 16) / 2e9 for tokens in (1, 64))
+    assert 2.9 < one < 3.4
+    assert 29 < many < 31
+    assert mixtures.experts_read(config, 1) == pytest.approx(8)
+    assert 3.5 < mixtures.pass_bytes(config, 64, 16) / mixtures.pass_bytes(config, 64, 4) < 4
 
 
 @needs_demo

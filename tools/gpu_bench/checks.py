@@ -24,6 +24,7 @@ from quasar_core.kernels.triton.weights import prepare_packed
 from tools.gpu_bench.attention_checks import joined_attention_cases
 from tools.gpu_bench.cases import TOLERANCE, Case, name_of, poisoned, randn, random_codes, relative_error
 from tools.gpu_bench.choice_checks import choice_cases
+from tools.gpu_bench.expert_checks import choice_of_experts_cases, expert_cases
 from tools.gpu_bench.norm_checks import joined_norm_cases
 
 
@@ -288,8 +289,10 @@ def correctness_cases(device: torch.device, small: bool) -> Iterator[Case]:
         yield from rotation_cases(device, dtype)
         yield from attention_cases(device, dtype, small)
         yield from joined_attention_cases(device, dtype, small)
+        yield from expert_cases(device, dtype, small)
     yield from eight_bit_cases(device, small)
     yield from choice_cases(device, small)
+    yield from choice_of_experts_cases(device)
 
 
 def _elementwise_cases(device: torch.device, dtype: torch.dtype, small: bool) -> Iterator[Case]:

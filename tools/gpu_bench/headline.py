@@ -30,6 +30,9 @@ SMOKE_CASES = (
     "attend 8 tokens, 32/8 heads of 128 at 8000 bfloat16",
     "joined attention 1 tokens, 32/8 heads of 128 at 511, norms first bfloat16",
     "joined attention 8 tokens, 32/8 heads of 128 at 8000, norms first bfloat16",
+    "16 bits, 8 of 128 experts 768×2048 bfloat16",
+    "4 bits, 8 of 128 experts 768×2048 bfloat16",
+    "experts by softmax",
     "argmax and margin, random, bfloat16",
     "accept greedy",
 )

@@ -14,13 +14,13 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.kernels.triton.adapters import why_not_triton
 from quasar_core.models import loading
-from quasar_core.models.cuda.choose import choose_steps
+from quasar_core.models.cuda.choose import choose_steps, why_not_mixed
 from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.decoder_layer import DenseLinear, Linear
 from quasar_core.models.lean_weights import attach_verifier, build_target
-from quasar_core.models.linear import Product, block_products, dense_rows, head_product, stored_shapes
+from quasar_core.models.linear import Product, block_products, dense_rows, head_product, mixture_products, stored_shapes
 from quasar_core.models.shapes import shape_named
 from quasar_core.quantize.solve.eight_bit import channel_scales
 from quasar_core.quantize.solve.grid import fit_grid
@@ -58,7 +58,7 @@ class Plan:
         shape = shape_named("--shape", "qwen3-8b")
         tokens = (1, 2, 4, 6, 8, 16, 33)
         return cls(
-            device, torch.bfloat16, shape, (1, 4, 8, 16, 33), tokens, (512, 8192), 20, 6, 192, 128, 512, 6, dry=False
+            device, torch.bfloat16, shape, (1, 4, 8, 16, 33), tokens, (512, 8192), 20, 6, 192, 128, 512, 8, dry=False
         )
 
     @classmethod
@@ -124,8 +124,12 @@ def with_fast_pass(decoder: LeanDecoder, progress: Progress = no_progress, fast:
 
 
 def with_untuned_pass(decoder: LeanDecoder) -> LeanDecoder:
-    """The decoder with a pass whose block shapes are the rule of thumb's: right, and made at once."""
-    decoder.fast = CudaPass(decoder, choose_steps(decoder.device, decoder.dtype)[0])
+    """The decoder with a pass whose block shapes are the rule of thumb's: right, and made at once.
+
+    Experts have none without Triton.
+    """
+    steps, why = choose_steps(decoder.device, decoder.dtype)
+    decoder.fast = None if why_not_mixed(decoder, steps, why) else CudaPass(decoder, steps)
     return decoder
 
 
@@ -164,10 +168,13 @@ class RoundedCopy(VerifierCheckpoint):
 
 
 def block_parts(target: LeanDecoder) -> Iterator[tuple[Product, Linear]]:
-    """The products of all blocks, with their layers."""
+    """The products of all blocks, with their layers; of a mixture those of its experts."""
     for index, layer in enumerate(target.layers):
         for field, product in block_products(target.config, index).items():
             yield product, getattr(layer, field)
+        mixture = mixture_products(target.config, index)
+        if mixture is not None and layer.experts is not None:
+            yield from zip(mixture.of_experts, layer.experts.linears, strict=True)
 
 
 class OwnBiases(TensorFiles):

@@ -79,9 +79,19 @@ def time_model(bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache,
 
 
 def time_length(
-    bench: Bench, name: str, model: LeanDecoder, cache: DecoderCache, count: int, context: int, part: str = PART
+    bench: Bench,
+    name: str,
+    model: LeanDecoder,
+    cache: DecoderCache,
+    count: int,
+    context: int,
+    part: str = PART,
+    weight_bytes: int | None = None,
 ) -> None:
-    """The median of repeated passes: of the host's clock until the choices are there, and of the device's own."""
+    """The median of repeated passes: of the host's clock until the choices are there, and of the device's own.
+
+    `weight_bytes` are what a pass reads of the weights, where that is not all of them.
+    """
     candidate, tokens = lean_candidate(model), random_tokens(count)
     device: list[float] = []
 
@@ -92,7 +102,8 @@ def time_length(
         return host_s
 
     timing = time_one(sample, rounds=bench.plan.rounds, warm_up=True)  # the first one records the graph
-    size = candidate.weight_bytes + cache_bytes(model.config, context + count, model.dtype.itemsize)
+    weights = candidate.weight_bytes if weight_bytes is None else weight_bytes
+    size = weights + cache_bytes(model.config, context + count, model.dtype.itemsize)
     ms, device_ms = 1000 * timing.median, 1000 * statistics.median(device[1:])
     floor = 1000 * size / bench.bandwidth
     bench.report.add(

@@ -17,6 +17,7 @@ def summary(parts: Mapping[str, Sequence[Row]]) -> str:
             *passes(parts.get("headline", ()), "headline"),
             *arms(parts.get("headline", ()), "headline, end to end"),
             *passes(parts.get("passes", ())),
+            *passes(parts.get("mixtures", ()), "mixtures of experts"),
             *products(parts.get("products", ())),
             *arms(parts.get("end to end", ())),
             *launches(parts.get("launches", ())),

@@ -6,7 +6,8 @@ outside of one with the same shapes. Tensors are contiguous and on one device; t
 float16, the same for all of a call. Arithmetic accumulates in float32. A row's result does not depend on T, to the last
 bit, wherever the docstring says so. Calls on one device share scratch: they must be on one stream at a time.
 
-Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-value head; V vocabulary.
+Letters: T rows, 1 to 16; D head size; H key-value heads (of experts the hidden size); G query heads per key-value
+head; V vocabulary; E experts, k of a token.
 
 `products`
     `multiply_packed(x [T, in], weight: TritonWeight, out [T, out], bias=None, residual=None)`: x·Wᵀ (+ bias)
@@ -33,13 +34,19 @@ Letters: T rows, 1 to 16; D head size; H key-value heads; G query heads per key-
     and with `merges` it is one launch.
 `shares`
     How positions are split among programs; `attention_workspace(device, tokens, heads, head_size, max_length)`.
+`routing`
+    `choose_experts(scores [T, E], kind, chosen [T, k] int32, shares [T, S], last [1], ...)`: each token's best experts,
+    or −1 behind the token `last`, and their shares. `add_experts(rows [T·k, H], chosen, shares, out [T, H], always)`.
+`routed`
+    `routed_weight(weights of E experts, k) -> RoutedWeight`. `multiply_routed(x [T or T·k, in], weight, chosen [T, k],
+    out [T·k, out], gated=False)`: the product of each place's expert; T is at most 40.
 `choices`
     `argmax_and_margin(logits [T, V], tokens [T] int64, best [T] float32, second [T] float32)`: the first greatest logit
     of a row (−1 where it is not a finite number), and the next. `likeliest_tokens(logits [T, V], likeliest [T, K]
     int32)`: those of the K greatest logits, in order. `accept_greedy(choices, tokens [T], drafted,
     accepted [1])`, all int64: how many of the `drafted` tokens behind the pass's first one the choices confirm.
 `weights`
-    `prepare_packed(weight: QuantizedWeight, device) -> TritonWeight`: codes in the kernel's order.
+    `prepare_packed(weight: QuantizedWeight, device, tight=False) -> TritonWeight`: codes in the kernel's order.
 `language`
     `overlapping(wanted)`: a context whose launches may begin before the one before them has ended; results are equal.
 `tune`

@@ -31,6 +31,9 @@ class TritonKernel:
 
     name = "triton"
 
+    def __init__(self, tight: bool = False) -> None:
+        self._tight = tight  # see `prepare_packed`
+
     def why_not(self, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> str | None:
         """Ordered groups of sixteens, bf16 or float16, on a GPU of the Ampere generation or later."""
         obstacle = why_not_triton(device, dtype)
@@ -44,7 +47,7 @@ class TritonKernel:
 
     def prepare(self, weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> TritonWeight:
         """Codes, scales and zeros in the order of the tensor cores."""
-        return prepare_packed(weight, device)
+        return prepare_packed(weight, device, self._tight)
 
     def tune(self, weights: Sequence[TritonWeight], dtype: torch.dtype) -> str:
         """See `TunableKernel`."""

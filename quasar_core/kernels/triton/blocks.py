@@ -51,9 +51,14 @@ def packed_blocks(weight: TritonWeight, device: torch.device, gated: bool = Fals
         return Blocks(**tuned)
     if gated:
         return gated_blocks(packed_blocks(weight, device), weight.in_features, weight.out_features, packed=True)
+    return packed_rule(weight, device)
+
+
+def packed_rule(weight: TritonWeight, device: torch.device) -> Blocks:
+    """The rule of thumb's for packed codes, whatever has been tuned."""
     inputs = weight.chunk * weight.chunks_per_step
     step_bytes = weight.words.element_size() * weight.words.shape[2] + 2 * TILE_ROWS * inputs
-    return Blocks(BLOCK, inputs, _splits(weight.words.shape[0], weight.steps, device), _stages(step_bytes, device))
+    return Blocks(BLOCK, inputs, splits_for(weight.words.shape[0], weight.steps, device), _stages(step_bytes, device))
 
 
 def dense_blocks(weight: torch.Tensor, device: torch.device, gated: bool = False) -> Blocks:
@@ -63,9 +68,14 @@ def dense_blocks(weight: torch.Tensor, device: torch.device, gated: bool = False
         return Blocks(**tuned)
     if gated:
         return gated_blocks(dense_blocks(weight, device), weight.shape[1], weight.shape[0], packed=False)
+    return dense_rule(weight, device)
+
+
+def dense_rule(weight: torch.Tensor, device: torch.device) -> Blocks:
+    """The rule of thumb's for weights [out, in], whatever has been tuned."""
     inputs = 256 // weight.element_size()
     steps = -(-weight.shape[1] // inputs)
-    return Blocks(BLOCK, inputs, _splits(-(-weight.shape[0] // BLOCK), steps, device), stages=4)
+    return Blocks(BLOCK, inputs, splits_for(-(-weight.shape[0] // BLOCK), steps, device), stages=4)
 
 
 def gated_blocks(plain: Blocks, in_features: int, out_features: int, *, packed: bool) -> Blocks:
@@ -86,7 +96,7 @@ def why_not_gated(out_features: int) -> str | None:
     return f"{out_features // 2} gates are not a multiple of {BLOCK}" if out_features % (2 * BLOCK) else None
 
 
-def _splits(blocks: int, steps: int, device: torch.device) -> int:
+def splits_for(blocks: int, steps: int, device: torch.device) -> int:
     """So many that all programs run at once and fill the device, each with as many steps as the others."""
     return even_splits(steps, max(1, min(_PROGRAMS * multiprocessors(device) // blocks, 16)))
 

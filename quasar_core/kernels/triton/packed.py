@@ -26,7 +26,7 @@ from quasar_core.kernels.triton.weights import BLOCK, TritonWeight
 
 TILE = tl.constexpr(TILE_ROWS)
 LONGEST = 2 * TILE_ROWS  # rows: two tiles
-_MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}  # 128 and 1024: the last bit is worth 1
+MAGIC = {torch.bfloat16: 0x43004300, torch.float16: 0x64006400}  # 128 and 1024: the last bit is worth 1
 
 
 def multiply_packed(
@@ -60,7 +60,7 @@ def multiply_packed(
         weight.out_features,
         weight.words.shape[0],
         weight.steps,
-        _MAGIC[x.dtype],
+        MAGIC[x.dtype],
         *(behind.reads if behind else NOTHING_READ),
         *(before.writes if before else NOTHING_WRITTEN),
         BITS=weight.bits,
@@ -144,16 +144,11 @@ def _packed_kernel(
             scale, zero = scale_and_zero(table >> (16 * (i % share)), HAS_ZEROS, MIDDLE)
             inputs = (step * chunks + i) * CHUNK + tl.arange(0, CHUNK)
             x = _load_rows(x_ptr, inputs, 0, count, in_features)
-            if BITS == 8:
-                high = _numbers(words >> (8 * i + 4), zero >> 4, 15, magic, x)
-                low = _numbers(words >> (8 * i), zero & 15, 15, magic, x)
-            else:
-                high = _numbers(words >> (BITS * i), zero, 2**BITS - 1, magic, x)
-                low = high
-            acc += _multiply(high, low, x, BITS) * scale[:, None]
+            high, low = numbers_of(words, zero, i, magic, x, BITS)
+            acc += multiply_tile(high, low, x, BITS) * scale[:, None]
             if IS_WIDE:
                 x = _load_rows(x_ptr, inputs, TILE, count, in_features)
-                further += _multiply(high, low, x, BITS) * scale[:, None]
+                further += multiply_tile(high, low, x, BITS) * scale[:, None]
     rows = tl.arange(0, TILE)
     if IS_WIDE:
         rows = tl.arange(0, 2 * TILE)
@@ -174,7 +169,7 @@ def _load_rows(x_ptr, inputs, begin, count, in_features):
 
 
 @triton.jit
-def _multiply(high, low, x, BITS: tl.constexpr):
+def multiply_tile(high, low, x, BITS: tl.constexpr):
     """A chunk's sums for a tile of rows; codes of 8 bits come in two halves."""
     part = tl.zeros((high.shape[0], TILE), tl.float32)
     if BITS == 8:
@@ -225,6 +220,18 @@ def codes_of_words(shifted, MASK: tl.constexpr):
     """The codes [outputs, CHUNK] of a chunk, as whole numbers."""
     halves = tl.join(shifted & MASK, (shifted >> 16) & MASK)
     return tl.reshape(halves, (shifted.shape[0], 2 * shifted.shape[1]))
+
+
+@triton.jit
+def numbers_of(words, zero, i: tl.constexpr, magic, x, BITS: tl.constexpr):
+    """The numbers [outputs, CHUNK] of chunk `i` of a step; of 8 bits upper and lower halves, else the same twice."""
+    if BITS == 8:
+        high = _numbers(words >> (8 * i + 4), zero >> 4, 15, magic, x)
+        low = _numbers(words >> (8 * i), zero & 15, 15, magic, x)
+    else:
+        high = _numbers(words >> (BITS * i), zero, 2**BITS - 1, magic, x)
+        low = high
+    return high, low
 
 
 @triton.jit

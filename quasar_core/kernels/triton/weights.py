@@ -59,6 +59,17 @@ def chunk_size(in_features: int, group_size: int) -> int:
     return LARGEST_CHUNK if _is_one_group(in_features, group_size) else math.gcd(group_size, LARGEST_CHUNK)
 
 
+def tight_chunk(in_features: int, group_size: int, bits: int) -> int:
+    """The chunk, or a part of it, with which codes and scales take the least room: a last step may be half empty."""
+    largest = chunk_size(in_features, group_size)
+
+    def size(chunk: int) -> float:
+        step = chunk * (16 // bits)
+        return -(-in_features // step) * step * (bits + 16 / chunk)
+
+    return min((chunk for chunk in (largest, largest // 2, largest // 4) if chunk >= SMALLEST_CHUNK), key=size)
+
+
 def _is_one_group(in_features: int, group_size: int) -> bool:
     return group_size == -1 or group_size >= in_features
 
@@ -68,10 +79,14 @@ def words_of_scales(bits: int, has_zeros: bool) -> int:
     return 16 // bits if has_zeros else 8 // bits
 
 
-def prepare_packed(weight: QuantizedWeight, device: torch.device) -> TritonWeight:
-    """Codes, scales and zeros of a layer with ordered groups in the kernel's order, on the device."""
+def prepare_packed(weight: QuantizedWeight, device: torch.device, tight: bool = False) -> TritonWeight:
+    """Codes, scales and zeros of a layer with ordered groups in the kernel's order, on the device.
+
+    `tight` is for layers of few inputs, such as experts': their chunks are those that take the least room.
+    """
     bits, middle = 4 if weight.bits == 3 else weight.bits, 2 ** (weight.bits - 1)
-    chunk = chunk_size(weight.in_features, weight.group_size)
+    sizes = weight.in_features, weight.group_size
+    chunk = tight_chunk(*sizes, bits) if tight else chunk_size(*sizes)
     step = chunk * (16 // bits)
     steps, blocks = -(-weight.in_features // step), -(-weight.out_features // BLOCK)
     has_zeros = not weight.is_symmetric

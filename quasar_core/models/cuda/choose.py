@@ -13,6 +13,8 @@ from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.memory import LONGEST_PASS, LONGEST_SWEEP
 from quasar_core.records import Progress, no_progress
 
+ONLY_TRITON = "experts are chosen on the way, which only Triton's kernels do within a graph"
+
 
 def why_not(decoder: LeanDecoder) -> str | None:
     """Why a decoder's passes cannot be recorded, or None where they can."""
@@ -20,8 +22,6 @@ def why_not(decoder: LeanDecoder) -> str | None:
         return "a head that predicts further tokens has a joint, which is not recorded"
     if decoder.config.is_recurrent or decoder.config.gates_attention:
         return "states of recurrent layers and gates of attention are not recorded"
-    if decoder.config.mixture is not None:
-        return "its experts are chosen on the way, and a graph runs the same products each time"
     if any(rope.limit is not None for rope in decoder.ropes):
         return "its rotary embedding depends on where a pass ends"
     if any(layer.choice.kernel.name == "reference" for layer in decoder.packed_layers):
@@ -38,8 +38,11 @@ def choose(decoder: LeanDecoder, progress: Progress = no_progress, fast: bool = 
     """
     obstacle, fast = why_not(decoder), fast and not sweeps(decoder)
     if obstacle:
-        return None, f"passes: PyTorch's operations, not recorded: {obstacle}"
+        return None, _unrecorded(obstacle)
     steps, why = choose_steps(decoder.device, decoder.dtype)
+    obstacle = why_not_mixed(decoder, steps, why)
+    if obstacle:
+        return None, _unrecorded(obstacle)
     if steps.name == "Triton":
         try:
             with on(decoder.device):
@@ -48,10 +51,28 @@ def choose(decoder: LeanDecoder, progress: Progress = no_progress, fast: bool = 
             return found, found.note
         except Exception as error:  # of a compiler, a kernel, the driver: it is told
             raise_if_lost(error)
-            why = f"PyTorch's operations, not Triton's: {first_line(error)}"
+            failed = first_line(error)
+            if decoder.config.mixture is not None:
+                return None, _unrecorded(f"{ONLY_TRITON} ({failed})")
+            why = f"PyTorch's operations, not Triton's: {failed}"
     plain = CudaPass(decoder, TorchSteps(), fast=fast)
     plain.note = f"{_sentence(decoder, why)}; a token's logits may differ in the last bits with the tokens beside it"
     return plain, plain.note
+
+
+def why_not_mixed(decoder: LeanDecoder, steps: Steps, why: str) -> str | None:
+    """Why a decoder's experts keep its passes from being recorded, or None where they do not; `why` is of the steps."""
+    if decoder.config.mixture is None:
+        return None
+    if steps.name != "Triton":
+        return f"{ONLY_TRITON} ({why})"
+    from quasar_core.models.cuda.mixtures import why_not_routed
+
+    return why_not_routed(decoder)
+
+
+def _unrecorded(obstacle: str) -> str:
+    return f"passes: PyTorch's operations, not recorded: {obstacle}"
 
 
 def _sentence(decoder: LeanDecoder, why: str) -> str:
@@ -63,6 +84,8 @@ def _sentence(decoder: LeanDecoder, why: str) -> str:
 def _pass_in_triton(decoder: LeanDecoder, steps: Steps, progress: Progress, fast: bool) -> tuple[CudaPass, list[str]]:
     """Tune the products, then try the pass out, which compiles its kernels; the pass and notes of both."""
     notes = [tune_products(decoder, progress, gates_of_codes=fast)]
+    if decoder.config.mixture is not None:
+        notes.append("experts are chosen on the device, and each is read once for up to 16 tokens that chose it")
     found = CudaPass(decoder, steps, fast=fast)
     progress("compiling kernels", 0, 1)
     try_out(found)

@@ -18,6 +18,7 @@ tried on the decoder itself (`overlap.py`). Letters: T tokens of a pass, V vocab
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakSet, ref
 
 import torch
@@ -37,7 +38,7 @@ from quasar_core.models.cuda.products import DenseChoices
 from quasar_core.models.cuda.torch_steps import SHORTEST_BUCKET, Activation, Rows, Steps
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.decoder_layer import Linear
+from quasar_core.models.decoder_layer import DecoderLayer, Linear
 from quasar_core.models.heads import Tables
 from quasar_core.models.layer_source import AllThere
 from quasar_core.models.memory import LONGEST_PASS, LONGEST_SWEEP
@@ -70,6 +71,7 @@ class CudaPass:
         self.joins_norms = joins_norms  # products apply the norms, in Triton's kernels
         device = decoder.device
         self.dense = DenseChoices(decoder, steps, measures=fast)
+        self._mixtures = _mixtures(decoder)
         self._launches = launches or (PlainLauncher() if self.sweeps else launcher(device))
         self._buffers = PinnedBuffers(self.longest, device)
         self._logits = torch.empty(self.longest, decoder.vocab_size, dtype=decoder.dtype, device=device)
@@ -196,15 +198,15 @@ class CudaPass:
         attention: Callable[[int, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor | None:
         """Add `delta` to the residual stream, then what a block gives but for its last part, which is returned."""
-        decoder, config, layer = self.decoder, self.decoder.config, self.decoder.layers[index]
+        decoder, layer = self.decoder, self.decoder.layers[index]
         x = self._normed(hidden, delta, layer.input_norm, layer.qkv)
         x = attention(index, self.dense.multiply(layer.qkv, x))
         delta = self._behind(self.dense.multiply(layer.out, x), layer.out_norm)
-        gate_up, down = layer.mlp
-        x = self._normed(hidden, delta, layer.mlp_norm, gate_up)
-        activation = Activation(config.activation, config.gated, layer.activation)
-        x = self.dense.gate(gate_up, x, self.dense.number_for(down, len(hidden)), activation)
-        delta = self._behind(self.dense.multiply(down, x), layer.down_norm)
+        if layer.experts is None:
+            x = self._mlp(layer, layer.mlp, self._normed(hidden, delta, layer.mlp_norm, layer.mlp[0]), len(hidden))
+        else:
+            x = self._mix_experts(index, self._normed(hidden, delta, layer.mlp_norm, None))
+        delta = self._behind(x, layer.down_norm)
         if given is not None:
             hidden += delta
             delta = self._behind(decoder.own_input(layer, hidden, given), layer.input_out_norm)
@@ -213,13 +215,28 @@ class CudaPass:
             return None
         return delta
 
+    def _mlp(self, layer: DecoderLayer, products: tuple[Linear, Linear], x: Rows, count: int) -> torch.Tensor:
+        config, (gate_up, down) = self.decoder.config, products
+        activation = Activation(config.activation, config.gated, layer.activation)
+        gated = self.dense.gate(gate_up, x, self.dense.number_for(down, count), activation)
+        return self.dense.multiply(down, gated)
+
+    def _mix_experts(self, index: int, x: Rows) -> torch.Tensor:
+        """What a block's experts give; tokens that only fill up the pass choose none."""
+        assert isinstance(x, torch.Tensor)  # no number was asked for
+        layer = self.decoder.layers[index]
+        shared = None if layer.experts is None else layer.experts.shared
+        always = None if shared is None else self._mlp(layer, shared, x, len(x))
+        mixed: torch.Tensor = self._mixtures[index](x, self._buffers.drafted, always)
+        return mixed
+
     def _normed(
-        self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.Tensor | None, product: Linear
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.Tensor | None, product: Linear | None
     ) -> Rows:
         """Add `delta` to the residual stream in place; what `product` reads of it, in the form that it takes."""
         if norm is None:
             return hidden if delta is None else hidden.add_(delta)
-        number = self.dense.number_for(product, len(hidden))
+        number = None if product is None else self.dense.number_for(product, len(hidden))
         return self.steps.normed(hidden, delta, norm, self.decoder.config.eps, number)
 
     def _behind(self, delta: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
@@ -287,6 +304,16 @@ class PositionTables:
 def sweeps(decoder: LeanDecoder) -> bool:
     """Whether weights of its blocks come while a pass runs."""
     return not isinstance(decoder.source, AllThere)
+
+
+def _mixtures(decoder: LeanDecoder) -> dict[int, Any]:
+    """The chosen experts of sparse blocks, in Triton's kernels: nothing else has them."""
+    if decoder.config.mixture is None:
+        return {}
+    from quasar_core.models.cuda.mixtures import RoutedExperts
+
+    found = ((index, layer.experts) for index, layer in enumerate(decoder.layers))
+    return {index: RoutedExperts(experts) for index, experts in found if experts is not None}
 
 
 def pass_size(count: int, room: int) -> int:

@@ -4,6 +4,7 @@ The layers of one shape are multiplied one after the other, so that each weight 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,8 +49,7 @@ class DenseChoices:
         self._gates: dict[str, list[Linear]] = {}
         for linear in dense_parts([*all_products(decoder.layers), decoder.head]):
             self._weights.setdefault(_shape(linear), []).append(linear)
-        for layer in decoder.layers:
-            gate_up, _ = layer.mlp
+        for gate_up in gate_products(decoder.layers):
             self._gates.setdefault(_kind(gate_up), []).append(gate_up)
         self._columns, self._dtype, self._device = decoder.config.hidden_size, decoder.dtype, decoder.device
         self._measured: set[int] = set()
@@ -106,7 +106,7 @@ class DenseChoices:
         """Product and gate in two launches, or in one where there is such a product and it is faster."""
         joined = [self.steps.gated_product(product, rows) for product in products if self._joins]
         calls: dict[str, list[Gated]] = {ONE_LAUNCH: [gated for gated in joined if gated]}
-        best = ONE_LAUNCH if calls[ONE_LAUNCH] and kind == DENSE else TWO_LAUNCHES
+        best = ONE_LAUNCH if calls[ONE_LAUNCH] and isinstance(products[0], DenseLinear) else TWO_LAUNCHES
         if calls[ONE_LAUNCH] and self._measures:
             calls[TWO_LAUNCHES] = [partial(self._gate_apart, product) for product in products]
             self.gate_seconds[kind, rows], best = self._fastest(calls, rows, self._columns)
@@ -157,8 +157,10 @@ def tune_products(decoder: LeanDecoder, progress: Progress = no_progress, gates_
     from quasar_core.models.cuda.triton_steps import gated_part
 
     dense = [linear.weight for linear in dense_parts([*all_products(decoder.layers), decoder.head])]
-    packed = [tunable_part(layer) for layer in decoder.packed_layers if isinstance(layer.choice.kernel, TunableKernel)]
-    gates = [part for part in map(gated_part, (layer.mlp[0] for layer in decoder.layers)) if part is not None]
+    dense += [layer.experts.router for layer in decoder.layers if layer.experts is not None]
+    products = packed_parts([*all_products(decoder.layers), decoder.head])
+    packed = [tunable_part(layer) for layer in products if isinstance(layer.choice.kernel, TunableKernel)]
+    gates = [part for part in map(gated_part, gate_products(decoder.layers)) if part is not None]
     gated = [GatedWeight(part) for part in gates if gates_of_codes or isinstance(part, torch.Tensor)]
     return tune_missing([*dense, *packed, *gated], decoder.dtype, progress=progress)
 
@@ -180,8 +182,27 @@ def time_replay(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def all_products(layers: Iterable[DecoderLayer]) -> list[Linear]:
-    """The products of all blocks, in order."""
-    return [product for layer in layers for product in layer.linears]
+    """The products of all blocks, in order; those of experts that are chosen have kernels of their own."""
+    products: list[Linear] = []
+    for layer in layers:
+        products += layer.linears if layer.experts is None else replace(layer, experts=None).linears
+        products += (layer.experts and layer.experts.shared) or ()
+    return products
+
+
+def gate_products(layers: Iterable[DecoderLayer]) -> list[Linear]:
+    """Those of gates and what they gate: of MLPs, and of experts of every token."""
+    mlps = [layer.mlp if layer.experts is None else layer.experts.shared for layer in layers]
+    return [mlp[0] for mlp in mlps if mlp is not None]
+
+
+def packed_parts(products: Iterable[Linear]) -> Iterable[PackedLinear]:
+    """Those on packed codes, joined ones part by part."""
+    for product in products:
+        if isinstance(product, PackedLinear):
+            yield product
+        elif isinstance(product, FusedLinear):
+            yield from packed_parts(product.parts)
 
 
 def dense_parts(products: Iterable[Linear]) -> Iterable[DenseLinear]:
@@ -198,7 +219,7 @@ def _shape(linear: DenseLinear) -> Shape:
 
 
 def _kind(product: Linear) -> str:
-    """What the choice about a gate depends on: its kernel and bits; all gates of a decoder are of one shape."""
+    """What the choice about a gate depends on: its kernel, bits and outputs."""
     if isinstance(product, PackedLinear):
-        return f"{product.choice.kernel.name} {product.bits} bits"
-    return "joined" if isinstance(product, FusedLinear) else DENSE
+        return f"{product.choice.kernel.name} {product.bits} bits, {product.out_features} outputs"
+    return f"{DENSE}, {len(product.weight)} outputs" if isinstance(product, DenseLinear) else "joined"
