@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.decoder_cases import CPU, FLOAT, random_tokens, save_model
 from helpers.interpret import interpret_on_cpu
+from helpers.late_device import AT_RANDOM, LateDevice
 
 from quasar_core.kernels.triton.adapters import TritonKernel
 from quasar_core.models.activations import activated
@@ -19,6 +20,7 @@ from quasar_core.models.cuda.torch_steps import Steps, TorchSteps
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.memory import LONGEST_PASS
+from quasar_core.models.offload import movable_products
 from tools.gpu_bench.models import RoundedCopy, in_groups
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -253,3 +255,18 @@ def test_a_mixture_is_tried_out_and_told(tmp_path: Path, monkeypatch: pytest.Mon
     found, note = choosing.choose(decoder)
     assert found is None
     assert note == f"passes: PyTorch's operations, not recorded: {choosing.ONLY_TRITON} (out of something)"
+
+
+def test_attention_may_be_streamed_beside_experts_that_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In passes of one sweep, longer than recorded ones."""
+    save_model(tmp_path, *CASES["qwen 3 moe"])
+    tokens, device = random_tokens(50), LateDevice(AT_RANDOM).watch(monkeypatch)
+    movable, _ = movable_products(tmp_path, None)
+    exact = load_target(tmp_path, CPU, FLOAT).forward(tokens, load_target(tmp_path, CPU, FLOAT).new_cache(64))
+    decoder = load_target(tmp_path, CPU, torch.float16, streamed=movable, link=device.link(frozenset([0, 1])))
+    recorded(decoder)
+    assert choosing.why_not_mixed(decoder, triton_steps(), "") is None
+    cache = decoder.new_cache(64)
+    logits = torch.cat([decoder.forward(part, cache) for part in (tokens[:1], tokens[1:46], tokens[46:])])
+    assert (logits - exact).norm() <= 16 * 2**-11 * exact.norm()
+    assert device.wrong == []
