@@ -100,6 +100,80 @@ def test_a_mode_and_a_new_conversation_are_chosen(page: Any) -> None:
     page.run(choose % "exact")
 
 
+def test_a_new_conversation_knows_nothing_of_an_answer_that_was_being_written(page: Any) -> None:
+    page.run("document.getElementById('clear').click()")
+    page.run("document.getElementById('length').value = 1500")
+    page.call("Input.insertText", text=QUESTION)
+    page.key("Enter", 13, "\r")
+    page.wait("document.querySelector('.assistant .text:not(.thought)')?.textContent.length > 20")
+    page.run("document.getElementById('clear').click()")
+    page.run("document.getElementById('length').value = 8")
+    page.call("Input.insertText", text=QUESTION)
+    page.key("Enter", 13, "\r")
+    page.wait("document.querySelector('.assistant .figures')?.textContent")
+    assert page.run("messages.map((message) => message.role).join()") == "user,assistant"
+    assert page.run("document.getElementById('status').textContent") == "The answer has ended."
+    assert page.run("document.getElementById('stop').disabled")
+
+
+def test_a_message_that_could_not_be_answered_may_be_sent_again(page: Any) -> None:
+    page.run("document.getElementById('clear').click()")
+    page.run("document.getElementById('verify').append(new Option('gated', 'gated', true, true))")
+    page.call("Input.insertText", text=QUESTION)
+    page.key("Enter", 13, "\r")
+    page.wait("document.querySelector('.error')")
+    assert "verify" in page.run("document.querySelector('.error').textContent")
+    assert page.run("document.getElementById('message').value") == QUESTION
+    assert page.run("messages.length") == 0
+    page.run("document.getElementById('verify').lastChild.remove()")
+    page.run("document.getElementById('message').value = ''")
+
+
+def test_the_end_is_followed_unless_one_reads_above(page: Any) -> None:
+    page.run("document.getElementById('clear').click()")
+    page.run("document.getElementById('length').value = 300")
+    place = """(() => {
+      const log = document.getElementById('conversation');
+      return log.scrollHeight - log.scrollTop - log.clientHeight;
+    })()"""
+    for ask, follows in (("", True), ("document.getElementById('conversation').scrollTop = 0", False)):
+        page.call("Input.insertText", text=QUESTION)
+        page.key("Enter", 13, "\r")
+        page.run(ask)
+        page.wait("document.querySelector('article:last-child .figures').textContent")
+        assert (page.run(place) < 2) == follows
+
+
+def test_on_a_phone_most_of_the_page_is_the_conversation(page: Any) -> None:
+    heights = {}
+    for width, height in ((390, 844), (900, 900)):
+        page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=True)
+        page.wait(f"document.getElementById('settings').open === {str(width > 640).lower()}")
+        assert page.run("document.documentElement.scrollWidth") <= width
+        heights[width] = page.run("document.getElementById('conversation').clientHeight") / height
+    assert min(heights.values()) > 0.5
+    page.call("Emulation.clearDeviceMetricsOverride")
+
+
+def test_indents_are_nobodys_and_the_prompts_token_is_the_deciders(page: Any) -> None:
+    """Lines under white space would look like text; in `full` and `exact` the model passes the prompt."""
+    shown = """(() => {
+      const into = add('assistant', 'Answer').text;
+      const pieces = [['prompt', 'if'], ['draft', ' x'], ['draft', ':\\n'], ['draft', '    '], ['bonus', ' y']];
+      const tokens = [...pieces, ['draft', '\\n\\n z']].map(([by, text]) => ({ by, text }));
+      write(into, tokens.map((t) => t.text).join(''), tokens, %r);
+      return [...into.childNodes].map((n) => [n.className || '', n.textContent]);
+    })()"""
+    texts = [["", "     "], ["", "\n\n "]]
+    for mode, first, own in (
+        ("exact", "target", "bonus"),
+        ("full", "target", "target"),
+        ("quantized", "bonus", "bonus"),
+    ):
+        found = page.run(shown % mode)
+        assert found == [[first, "if"], ["draft", " x:\n"], texts[0], [own, "y"], texts[1], ["draft", "z"]]
+
+
 def test_html_in_an_answer_stays_text(page: Any) -> None:
     page.run("write(add('assistant', 'Answer').text, '<img src=x onerror=\"window.hit = 1\">', null)")
     assert page.run("document.querySelectorAll('img').length") == 0

@@ -2,7 +2,7 @@
 // A chat over the server's own API. Each chunk of a stream tells, in `quasar.tokens`, who wrote each of its tokens.
 
 const find = (id) => document.getElementById(id);
-const messages = [];
+let messages = []; // of this conversation; another one has a list of its own
 let running = null; // the AbortController of the answer that is being written
 let agreement = null;
 
@@ -65,20 +65,46 @@ function add(role, name) {
   return { article, thought, text, figures };
 }
 
-function write(into, text, tokens) {
+// The prompt's pass is that of whoever decides; where no copy checks, a pass's own token is the model's.
+function colour(by, verify) {
+  const decider = verify === "quantized" ? "bonus" : "target";
+  return by === "prompt" || (by === "bonus" && verify === "full") ? decider : by;
+}
+
+function write(into, text, tokens, verify) {
   // Tokens colour the text where they make up all of it; else, as at the end of thinking, it stays plain.
   const whole = tokens && tokens.map((token) => token.text).join("") === text;
   for (const piece of whole ? tokens : [{ text }]) {
-    const last = into.lastElementChild;
-    const by = piece.by || "bonus";
-    if (last && last.className === by) last.textContent += piece.text;
-    else {
-      const span = document.createElement("span");
-      span.className = by;
-      if (piece.by) span.title = piece.by;
-      span.textContent = piece.text;
-      into.append(span);
-    }
+    const indent = indentOf(into, piece.text);
+    if (indent) blank(into, indent);
+    if (indent.length < piece.text.length) paint(into, piece.text.slice(indent.length), piece.by ? colour(piece.by, verify) : "plain");
+  }
+}
+
+// The white space that a text begins with at a line's beginning or over its end: lines under it would say nothing.
+function indentOf(into, text) {
+  const last = into.lastChild;
+  const begins = !last || isBlank(last) || /\n[ \t]*$/.test(last.textContent);
+  return text.match(begins ? /^\s*/ : /^(\s*\n\s*)?/)[0];
+}
+
+function isBlank(node) {
+  return node !== null && node.nodeType === Node.TEXT_NODE;
+}
+
+function blank(into, text) {
+  if (isBlank(into.lastChild)) into.lastChild.appendData(text);
+  else into.append(text);
+}
+
+function paint(into, text, by) {
+  const last = into.lastChild;
+  if (last && last.className === by) last.textContent += text;
+  else {
+    const span = document.createElement("span");
+    span.className = by;
+    span.textContent = text;
+    into.append(span);
   }
 }
 
@@ -87,15 +113,21 @@ function take(chunk, answer) {
   const choice = chunk.choices[0];
   if (!choice) return;
   const { content, reasoning_content: thought } = choice.delta;
+  const log = find("conversation");
+  const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 48; // who scrolled up reads, and stays there
   if (thought) {
     answer.thought.hidden = false;
     write(answer.thought, thought, null);
   }
   if (content) {
     answer.whole += content;
-    write(answer.text, content, chunk.quasar && chunk.quasar.tokens);
+    write(answer.text, content, chunk.quasar && chunk.quasar.tokens, answer.verify);
   }
   if (choice.finish_reason) answer.figures.textContent = figures(chunk, choice.finish_reason);
+  if (follows) showEnd();
+}
+
+function showEnd() {
   const log = find("conversation");
   log.scrollTop = log.scrollHeight;
 }
@@ -127,22 +159,24 @@ async function* events(body) {
 }
 
 async function ask(text) {
-  messages.push({ role: "user", content: text });
+  const told = messages;
+  told.push({ role: "user", content: text });
   add("user", "You").text.textContent = text;
-  const answer = { ...add("assistant", "Answer"), whole: "" };
-  running = new AbortController();
+  const answer = { ...add("assistant", "Answer"), whole: "", verify: find("verify").value };
+  const own = (running = new AbortController());
+  showEnd();
   buttons();
   say("Writing …");
   try {
     const reply = await fetch("v1/chat/completions", {
       method: "POST",
       headers: headers(),
-      signal: running.signal,
+      signal: own.signal,
       body: JSON.stringify({
-        messages,
+        messages: told,
         stream: true,
         trace: true,
-        verify: find("verify").value,
+        verify: answer.verify,
         draft: find("draft").value,
         temperature: Number(find("temperature").value),
         max_tokens: Number(find("length").value),
@@ -152,16 +186,24 @@ async function ask(text) {
     for await (const chunk of events(reply.body)) take(chunk, answer);
     say("The answer has ended.");
   } catch (error) {
-    const stopped = error.name === "AbortError";
-    answer.figures.classList.toggle("error", !stopped);
-    answer.figures.textContent = stopped ? "stopped" : error.message;
-    say(stopped ? "Stopped." : "The answer failed.");
+    if (told === messages) fail(answer, error, text);
   }
-  if (answer.whole) messages.push({ role: "assistant", content: answer.whole });
-  else messages.pop();
+  if (answer.whole) told.push({ role: "assistant", content: answer.whole });
+  else told.pop();
+  if (running !== own) return; // a new conversation is being written already
   running = null;
   buttons();
   find("message").focus();
+}
+
+function fail(answer, error, text) {
+  const stopped = error.name === "AbortError";
+  const sentence = error instanceof TypeError ? "The server does not answer." : error.message;
+  answer.figures.classList.toggle("error", !stopped);
+  answer.figures.textContent = stopped ? "stopped" : sentence;
+  say(stopped ? "Stopped." : "The answer failed.");
+  if (!answer.whole && !find("message").value) find("message").value = text;
+  showEnd();
 }
 
 function buttons() {
@@ -188,14 +230,23 @@ document.addEventListener("keydown", (event) => {
 find("stop").addEventListener("click", () => running && running.abort());
 find("clear").addEventListener("click", () => {
   if (running) running.abort();
-  messages.length = 0;
+  running = null;
+  messages = [];
   find("conversation").replaceChildren();
   say("A new conversation.");
+  buttons();
   find("message").focus();
 });
 find("origins").addEventListener("change", () => document.body.classList.toggle("coloured", find("origins").checked));
 find("verify").addEventListener("change", promise);
 find("temperature").addEventListener("change", promise);
 find("key").addEventListener("change", begin);
+find("ask").addEventListener("invalid", () => (find("settings").open = true), true); // else the fault is not seen
+const wide = matchMedia("(min-width: 40rem)");
+function fold() {
+  for (const part of document.querySelectorAll("details")) part.open = wide.matches;
+}
+wide.addEventListener("change", fold);
+fold();
 document.body.classList.add("coloured");
 begin().catch((error) => say(`The server does not answer: ${error.message}`));
