@@ -22,6 +22,7 @@ Messages = Sequence[dict[str, Any]]
 TEMPLATE_FILE = "<template>"  # what jinja calls the code that it makes of a template
 MOST_LINES = 5_000_000  # of a template's code; the longest conversations take tens of thousands
 _MARK = "quasarmark"  # in small letters, as a template may change them
+_MARKS = re.compile(f"{_MARK}\\d+e")
 BROKEN = "\ufffd"  # what bytes decode to that are no character, or not yet
 _BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
@@ -39,12 +40,12 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: An
     that does not end.
     """
     marked = [{**message, "content": f"{_MARK}{number}e"} for number, message in enumerate(messages)]
-    wanted = [message["content"] for message in marked if message["role"] in ("user", "system")]
+    wanted = {message["content"] for message in marked if message["role"] in ("user", "system")}
     refusal: Exception | None = None
     for form in (as_texts, as_parts):
         try:
             rendered = _render(tokenizer, form(marked), options)
-            if all(mark in rendered.lower() for mark in wanted):
+            if wanted <= set(_MARKS.findall(rendered.lower())):
                 return _render(tokenizer, form(messages), options)
         except EndlessTemplate as error:
             raise QuasarError(

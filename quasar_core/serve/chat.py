@@ -54,7 +54,7 @@ def read_chat(body: Mapping[str, Any], served: Served) -> ChatAsk:
     tools = read_tooling(fields, served)
     most_calls = None if fields.flag("parallel_tool_calls", True) else 1
     trace = fields.flag("trace")
-    variables, structure = fields.mapping("chat_template_kwargs"), read_structure(fields, common, served)
+    variables, structure = _variables(fields), read_structure(fields, common, served)
     fields.end()
     if structure is not None and tools.offered:
         raise refused(f"{structure.field} and tools cannot both shape an answer.", structure.field)
@@ -74,6 +74,17 @@ def read_chat(body: Mapping[str, Any], served: Served) -> ChatAsk:
     )  # fmt: skip
     asks = [replace(ask, request=common.request_of(number)) for number in range(common.count)]
     return ChatAsk(asks, common, top or 0, logprobs, tools.form, tools.offered, served.thinks, inside, most_calls)
+
+
+def _variables(fields: Fields) -> dict[str, Any]:
+    """What the template is given beside messages and tools, which have fields of their own."""
+    given = fields.mapping("chat_template_kwargs")
+    for name in ("tools", "messages"):
+        if name in given:
+            raise refused(f"chat_template_kwargs: {name} is a field of its own.", "chat_template_kwargs")
+    if not isinstance(given.get("add_generation_prompt", True), bool):
+        raise refused("chat_template_kwargs: add_generation_prompt must be true or false.", "chat_template_kwargs")
+    return given
 
 
 def read_messages(value: Any) -> list[dict[str, Any]]:

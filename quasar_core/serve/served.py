@@ -95,6 +95,8 @@ class Served:
 
     def encode_messages(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> list[int]:
         """Token ids of a conversation, through the model's template."""
+        if any("tool_calls" in message for message in messages) and "tool_calls" not in self.template:
+            raise refused("This model's chat template leaves tool_calls out.", "messages", "unsupported_field")
         foreign = sorted(variables.keys() & (OWN_VARIABLES - {"tools", "add_generation_prompt"}))
         unread = sorted(variables.keys() - self.variables - OWN_VARIABLES)
         for name in [*foreign, *unread]:

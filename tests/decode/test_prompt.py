@@ -1,5 +1,6 @@
 """Prompts: raw text, one user message, conversations, templates that know of thinking or refuse."""
 
+import time
 from typing import Any
 
 import pytest
@@ -140,3 +141,11 @@ def test_the_text_of_parts() -> None:
     for content in wrong:
         with pytest.raises(TypeError):
             text_of(content)
+
+
+def test_a_long_conversation_takes_time_in_proportion(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The marks of all messages are looked for at once: one by one, these took a minute."""
+    messages = [{"role": "user", "content": "a"}] * 40_000
+    start = time.monotonic()
+    assert render(tokenizer, messages).count(f"{TURN_START}user\na{TURN_END}") == len(messages)
+    assert time.monotonic() - start < 15

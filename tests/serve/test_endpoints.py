@@ -20,6 +20,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 KEY = "a-key-of-some-length"
 GATED = plain(FIXED)
 CALLABLE = {"type": "function", "function": {"name": "f"}}
+CALLED = {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f"}}]}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,9 @@ def wait_for(holds: Callable[[], bool]) -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"chat_template_kwargs": {"chat_template": "{{ messages }}"}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tools": [CALLABLE]}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"add_generation_prompt": "no"}}, "chat_template_kwargs"),
+        ({"messages": [CALLED, *LINES]}, "messages"),  # the demo's template leaves calls out
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"role": "king", "content": "a"}]}, "messages"),
