@@ -95,11 +95,11 @@ def serve(
     )
     listening = listen(settings)  # a port that is taken is found before the pair is loaded, not after
     pair = load_pair(models, config)
-    if verbose:
-        show_notes(pair)
     server = RunningServer(pair, prefix_positions(settings, pair), lambda url: announce(url, open_page), listening)
     with console.progress_bar() as progress:
         server.server.worker.prepare(progress)
+    if verbose:
+        show_notes(pair)
     server.run()
 
 

@@ -97,11 +97,14 @@ def test_a_server_starts_answers_and_ends_an_answer_with_a_sentence(
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("starlette")
     (tmp_path / "key.txt").write_text("a-key-of-some-length\n")
-    arguments = ["--model", "demo", "--verify", "full", "--draft", "none", "--port", "0", "--api-key-file", "key.txt"]
+    arguments = ["--model", "demo", "--verify", "full", "--port", "0", "--api-key-file", "key.txt", "-v"]
     command = [sys.executable, "-m", "quasar_cli.main", "serve", *arguments]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         assert process.stderr is not None
-        line = next(line for line in process.stderr if "Serving at " in line)
+        said = [line := process.stderr.readline()]
+        while "Serving at " not in line:
+            said.append(line := process.stderr.readline())
+        assert any("cost: the target's passes" in told for told in said), "what was settled is told too"
         url = line.split("Serving at ")[1].split("/v1")[0]
         assert httpx.get(f"{url}/v1/models").status_code == 401
         body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}

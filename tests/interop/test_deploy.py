@@ -259,3 +259,14 @@ def test_a_real_model_is_drafted_for(ranks: str, real: tuple[Path, Path], real_p
     ours = served(*real, tmp_path, "--draft", "quasar", *shared)
     assert ours.texts == theirs.texts == real_plain.texts
     assert ours.per_step >= theirs.per_step
+
+
+@pytest.mark.skipif(REAL is None, reason="QUASAR_REAL_MODELS names no folder of real models")
+def test_a_real_models_copy_is_served_alone_and_drafts(real: tuple[Path, Path], tmp_path: Path) -> None:
+    """With n-grams the text of vLLM's own plain decoding; as a draft model, in 16 bits, acceptance alone is told."""
+    alone = served(*real, tmp_path, "--mode", "quantized", "--draft", "none", dtype="float16")
+    with_ngrams = served(*real, tmp_path, "--mode", "quantized", dtype="float16")
+    assert with_ngrams.texts == alone.texts
+    assert with_ngrams.drafted > 0
+    drafting = served(*real, tmp_path, dtype="bfloat16")
+    assert drafting.accepted > drafting.drafted / 2
