@@ -1,5 +1,6 @@
 """`quasar serve`: one pair behind OpenAI's endpoints."""
 
+import threading
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,13 @@ def serve(
 def announce(url: str, open_page: bool) -> None:
     """Say where it listens, and open the page."""
     console.note_plain(f"Serving at {url}/v1, with a chat page at {url} (Ctrl-C ends)")
-    if open_page and not webbrowser.open(url):
+    if open_page:  # a browser for the terminal returns when it is left, and needs a server that answers meanwhile
+        threading.Thread(target=show_page, args=(url,), name="quasar browser", daemon=True).start()
+
+
+def show_page(url: str) -> None:
+    """Open the page in a browser, or say that there is none."""
+    if not webbrowser.open(url):
         console.note_plain(f"No browser could be opened: open {url} in one.")
 
 

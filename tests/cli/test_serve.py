@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from quasar_cli.commands.serve import announce
 from quasar_cli.main import run
 from quasar_core.errors import UsageError
 from quasar_core.serve.run import listen
@@ -120,3 +122,22 @@ def test_a_server_starts_answers_and_ends_an_answer_with_a_sentence(
         assert json.loads(told[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
         assert process.wait(60) in codes
         assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_a_browser_that_does_not_return_holds_nothing_up(
+    found: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened, left = threading.Event(), threading.Event()
+
+    def open_page(url: str) -> bool:
+        opened.set()
+        return left.wait(30) and found
+
+    monkeypatch.setattr("webbrowser.open", open_page)
+    announce("http://127.0.0.1:1", True)
+    assert opened.wait(30)
+    browser = next(thread for thread in threading.enumerate() if thread.name == "quasar browser")
+    left.set()
+    browser.join(30)
+    assert ("No browser could be opened" in capsys.readouterr().err) != found
