@@ -64,6 +64,9 @@ def read_chat(body: Mapping[str, Any], served: Served) -> ChatAsk:
         variables = {**variables, "tools": tools.offered}
     if messages[-1]["role"] == "assistant" and "add_generation_prompt" not in variables:
         raise refused("The last of messages must not be the assistant's: an answer is what is asked for.", "messages")
+    for message in messages:
+        if message["role"] != "assistant":  # whose texts templates may shorten
+            served.check_length(message["content"], "messages")
     ids = served.encode_messages(messages, variables)
     served.check_prompt(ids, "messages")
     inside = served.thinks and served.decode(ids[-PROMPT_END:]).rstrip().endswith(THINK)

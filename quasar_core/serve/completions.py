@@ -72,6 +72,7 @@ def _prompts(value: Any, served: Served) -> list[tuple[list[int], str]]:
 def _prompt(item: Any, served: Served) -> tuple[list[int], str]:
     if isinstance(item, str):
         text = content_text(item, "prompt")
+        served.check_length(text, "prompt")
         return served.encode(text, special=True), text
     if isinstance(item, list) and item and all(_is_id(token) for token in item):
         served.check_prompt(item, "prompt")

@@ -19,6 +19,7 @@ from quasar_core.serve.settings import Settings
 
 ALIASES = ("default", "quasar")
 THINK, END_OF_THINKING = "<think>", "</think>"
+BEGINNING = 16  # characters for each token of the longest prompt, by which a text is judged
 # What a template is given by the server, or what would stand in for it.
 OWN_VARIABLES = frozenset({"messages", "tools", "add_generation_prompt", "chat_template", "tokenize", "conversation"})
 
@@ -108,14 +109,23 @@ class Served:
         except QuasarError as error:
             raise refused(str(error), "messages") from error
 
+    def check_length(self, text: str, field: str) -> None:
+        """Refuse by its beginning a text that is much too long: others would wait while all of it is encoded."""
+        beginning = BEGINNING * self.most_prompt
+        if len(text) > 2 * beginning and len(self.encode(text[:beginning])) > 2 * self.most_prompt:
+            raise self._too_long(f"more than {self.most_prompt}", field)
+
+    def _too_long(self, count: str, field: str) -> ApiError:
+        bound = "--max-prompt" if self.most_prompt < self.pair.max_context - 1 else self.pair.context_words
+        sentence = f"The prompt has {count} tokens, and at most {self.most_prompt} are served ({bound})."
+        return refused(sentence, field, "context_length_exceeded")
+
     def check_prompt(self, ids: Sequence[int], field: str) -> None:
         """Refuse a prompt that is empty or too long, and tokens that there are not."""
         if not ids:
             raise refused("The prompt is empty.", field)
         if len(ids) > self.most_prompt:
-            bound = "--max-prompt" if self.most_prompt < self.pair.max_context - 1 else self.pair.context_words
-            sentence = f"The prompt has {len(ids)} tokens, and at most {self.most_prompt} are served ({bound})."
-            raise refused(sentence, field, "context_length_exceeded")
+            raise self._too_long(str(len(ids)), field)
         rows = self.pair.primary.vocab_size
         if not 0 <= min(ids) <= max(ids) < rows:
             raise refused(f"A token must be from 0 to {rows - 1}.", field)

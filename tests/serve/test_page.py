@@ -174,6 +174,34 @@ def test_indents_are_nobodys_and_the_prompts_token_is_the_deciders(page: Any) ->
         assert found == [[first, "if"], ["draft", " x:\n"], texts[0], [own, "y"], texts[1], ["draft", "z"]]
 
 
+def test_a_key_is_asked_for_and_a_message_waits_for_it(page: Any) -> None:
+    def enter(name: str, text: str) -> None:
+        page.run(f"document.getElementById('{name}').value = ''")
+        page.run(f"document.getElementById('{name}').focus()")
+        page.call("Input.insertText", text=text)
+        page.key("Enter", 13, "\r")
+
+    said = "document.getElementById('status')?.textContent"
+    before = page.run("location.href")
+    with serving(demo_pair(), api_key="a-key-of-some-length") as server:
+        page.call("Page.navigate", url=server.url)
+        page.wait(f"{said} === 'This server asks for an API key.'")
+        assert page.run("document.activeElement.id") == "key"
+        enter("message", QUESTION)
+        page.wait("document.activeElement.id === 'key'")
+        enter("key", "another-key-of-some-length")
+        page.wait(f"{said}?.startsWith('This is not')")
+        enter("key", "a-key-of-some-length")
+        page.wait("document.activeElement.id === 'message'")
+        assert page.run("document.querySelectorAll('article').length") == 0
+        page.run("document.getElementById('length').value = 8")
+        enter("message", QUESTION)
+        page.wait("document.querySelector('.assistant .figures')?.textContent")
+        assert page.run("document.querySelectorAll('.error').length") == 0
+    page.call("Page.navigate", url=before)
+    page.wait("document.getElementById('verify')?.options.length")
+
+
 def test_html_in_an_answer_stays_text(page: Any) -> None:
     page.run("write(add('assistant', 'Answer').text, '<img src=x onerror=\"window.hit = 1\">', null)")
     assert page.run("document.querySelectorAll('img').length") == 0

@@ -5,6 +5,7 @@ const find = (id) => document.getElementById(id);
 let messages = []; // of this conversation; another one has a list of its own
 let running = null; // the AbortController of the answer that is being written
 let agreement = null;
+let known = false; // whether the server has told what it serves
 
 const PROMISES = {
   exact: "exact: the text is the full-precision model's own; the low-bit copy only proposes.",
@@ -24,8 +25,9 @@ function say(text) {
 async function begin() {
   const reply = await fetch("v1/models", { headers: headers() });
   if (reply.status === 401) {
-    find("key-row").hidden = false;
-    say("This server asks for an API key.");
+    find("enter").hidden = false;
+    say(find("key").value ? "This is not the server's API key." : "This server asks for an API key.");
+    find("key").focus();
     return;
   }
   const model = (await reply.json()).data[0];
@@ -33,8 +35,13 @@ async function begin() {
   find("model").textContent = `${model.id}, context of ${model.max_model_len} tokens`;
   fill(find("verify"), model.modes, model.verify);
   fill(find("draft"), model.drafts, model.draft);
+  known = true;
   promise();
   say("");
+}
+
+function start() {
+  return begin().catch((error) => say(`The server does not answer: ${error.message}`));
 }
 
 function fill(select, names, chosen) {
@@ -215,6 +222,7 @@ find("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = find("message").value;
   if (running || !text.trim()) return;
+  if (!known) return start();
   find("message").value = "";
   ask(text);
 });
@@ -240,7 +248,11 @@ find("clear").addEventListener("click", () => {
 find("origins").addEventListener("change", () => document.body.classList.toggle("coloured", find("origins").checked));
 find("verify").addEventListener("change", promise);
 find("temperature").addEventListener("change", promise);
-find("key").addEventListener("change", begin);
+find("enter").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  await start();
+  if (known) find("message").focus();
+});
 find("ask").addEventListener("invalid", () => (find("settings").open = true), true); // else the fault is not seen
 const wide = matchMedia("(min-width: 40rem)");
 function fold() {
@@ -249,4 +261,4 @@ function fold() {
 wide.addEventListener("change", fold);
 fold();
 document.body.classList.add("coloured");
-begin().catch((error) => say(`The server does not answer: ${error.message}`));
+start();
