@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from quasar_core.kernels.cpu.causal_attention import attends, causal_attention
 from quasar_core.models.base import depths_of
 
 # Up to here the query heads of a group are rows of one product, so that keys and values are read once for all of them.
@@ -24,20 +25,32 @@ class AttentionMask:
     causal: bool  # a prompt from position 0, which needs no mask
     added: torch.Tensor | None  # to the scores: 0 or −∞, [T, L], or [T·G, L] for folded groups
     continues: bool = False  # causal where the last token sees the last position, as of a prompt's later chunk
+    in_cpp: bool = False  # the same, in C++
+    window: int | None = None  # positions that a token sees, in C++
 
 
 def make_mask(
-    start: int, count: int, window: int | None, group: int, device: torch.device, dtype: torch.dtype, sinks: int = 0
+    start: int,
+    count: int,
+    window: int | None,
+    group: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    sinks: int = 0,
+    size: int = 0,
 ) -> AttentionMask:
     """Make the mask of `count` tokens at position `start`; a window counts the token's own position.
 
-    Beside a window the text's first `sinks` positions are seen.
+    Beside a window the text's first `sinks` positions are seen. Heads of `size` numbers may be attended to in C++.
     """
     end = start + count
     first = 0 if window is None or sinks else max(0, start - window + 1)
     if count == 1 and (not sinks or window is None or start < window):
         return AttentionMask(first, end, causal=False, added=None)
-    if start == 0 and (window is None or count <= window):
+    within = window is None or end <= window
+    if count > FOLDED_TOKENS and (not sinks or within) and size and attends(device, dtype, size):
+        return AttentionMask(first, end, causal=False, added=None, in_cpp=True, window=None if within else window)
+    if start == 0 and within:
         return AttentionMask(first, end, causal=True, added=None)
     if device.type == "cuda" and window is None and count > FOLDED_TOKENS:
         return AttentionMask(0, end, causal=False, added=None, continues=True)
@@ -90,10 +103,14 @@ def attend(
 
     Scores are multiplied by `scale`, 1 ÷ √D by default, and then held below a soft `cap`, where there is one.
     """
-    if cap is not None:
-        return _attend_capped(queries, states, mask, scale or queries.shape[-1] ** -0.5, cap)
     keys, values = states[:, None, :, mask.first : mask.end].unbind()
     count, heads, size = queries.shape
+    if mask.in_cpp:
+        rows = queries.transpose(0, 1)[None]
+        mixed = causal_attention(rows, keys, values, scale or size**-0.5, mask.window, cap)
+        return mixed[0].transpose(0, 1).reshape(count, -1)
+    if cap is not None:
+        return _attend_capped(queries, states, mask, scale or size**-0.5, cap)
     if mask.causal or count > FOLDED_TOKENS:
         mixed = scaled_dot_product_attention(
             queries.transpose(0, 1)[None],

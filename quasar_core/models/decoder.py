@@ -42,7 +42,7 @@ class _Place:
     end: int
     tables: list[tuple[torch.Tensor, torch.Tensor]]  # cosines and sines of each rotary embedding
     growth: torch.Tensor | None  # [T, 1, 1]
-    masks: dict[tuple[int | None, int, int], AttentionMask]  # by window, sinks and key-value heads
+    masks: dict[tuple[int | None, int, int, int], AttentionMask]  # by window, sinks, key-value heads and their size
 
 
 class LeanDecoder(CausalLM):
@@ -67,7 +67,7 @@ class LeanDecoder(CausalLM):
         self.fast: FastPass | None = None  # runs the passes of decoding, where there is one
         self.source: LayerSource = AllThere(len(self.layers))
         self._mask_kinds = {
-            (block.window, block.sinks, block.kv_heads) for block in config.blocks if block.recurrence is None
+            (one.window, one.sinks, one.kv_heads, one.head_size) for one in config.blocks if one.recurrence is None
         }
         rounded = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
         self.embedding_scale = rounded if config.rounds_embedding_scale else config.embedding_scale
@@ -312,11 +312,11 @@ class LeanDecoder(CausalLM):
         if self.config.query_growth:
             positions = start + depths.to(device)
             growth = query_growth(positions, *self.config.query_growth)[:, None, None].to(dtype)
-        masks = dict[tuple[int | None, int, int], AttentionMask]()
-        for window, sinks, heads in self._mask_kinds:
+        masks = dict[tuple[int | None, int, int, int], AttentionMask]()
+        for window, sinks, heads, size in self._mask_kinds:
             group = self.config.num_heads // heads
-            masks[window, sinks, heads] = (
-                make_mask(start, count, window, group, device, dtype, sinks)
+            masks[window, sinks, heads, size] = (
+                make_mask(start, count, window, group, device, dtype, sinks, size)
                 if parents is None
                 else make_tree_mask(start, parents, window, group, device, dtype, sinks)
             )
@@ -337,7 +337,7 @@ class LeanDecoder(CausalLM):
         if keys is not None and values is not None:
             states[0, :, place.start : place.end] = keys.transpose(0, 1)
             states[1, :, place.start : place.end] = values.transpose(0, 1)
-        mask = place.masks[shape.window, shape.sinks, shape.kv_heads]
+        mask = place.masks[shape.window, shape.sinks, shape.kv_heads, shape.head_size]
         return self.finish(layer, attend(queries, states, mask, config.scores_scale, config.scores_cap), gates)
 
     def project(

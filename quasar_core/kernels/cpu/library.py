@@ -203,6 +203,15 @@ class StatePlace(ctypes.Structure):
     )
 
 
+class AttentionShape(ctypes.Structure):
+    """What causal attention is of (`causal_attention.h`)."""
+
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("heads", "kv_heads", "queries", "keys", "size", "window")),
+        *((name, ctypes.c_float) for name in ("scale", "cap")),
+    )
+
+
 class Layer(ctypes.Structure):
     """A block: norms in float32 or none, products, the positions that it sees (0: all), its rotation (-1: none)."""
 
@@ -254,6 +263,7 @@ DESCRIBED: Mapping[str, type[ctypes.Structure]] = {
     "experts": Experts,
     "recurrence": Recurrence,
     "state_place": StatePlace,
+    "attention_shape": AttentionShape,
 }
 
 
@@ -312,6 +322,8 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
                 number,
             ],
             "quasar_pass_seconds": [pointer, number, pointer],
+            "quasar_attend_causally": [*[pointer] * 5, ctypes.c_int64, ctypes.POINTER(AttentionShape), number],
+            "quasar_multiplies_pairs": [],
             "quasar_recur": [pointer, *[number] * 2, *[pointer] * 2, number],
             "quasar_form": [],
             **{f"quasar_size_of_{name}": [] for name in DESCRIBED},

@@ -1,5 +1,6 @@
 // What Python calls: a product with packed codes, and a decoder's whole pass.
 
+#include "causal_attention.h"
 #include "pass.h"
 
 using namespace quasar;
@@ -101,6 +102,25 @@ void quasar_pass_run(void* pass, int is_bfloat16, int begin, int end, const int6
     run(static_cast<Pass<float>*>(pass));
 }
 
+// Causal attention of tensors [texts, heads, tokens, size] in bfloat16, whose strides (text, head, token) follow one another in
+// `strides`: queries', keys', values', and those of `to`.
+void quasar_attend_causally(const uint16_t* queries, const uint16_t* keys, const uint16_t* values, uint16_t* to,
+                            const int64_t* strides, int64_t texts, const AttentionShape* shape, int threads) {
+    const auto of = [&](const uint16_t* first, int i) {
+        return Heads{const_cast<uint16_t*>(first), strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
+    };
+    attend_causally(*shape, of(queries, 0), of(keys, 1), of(values, 2), of(to, 3), texts, threads);
+}
+
+// Whether the processor multiplies bfloat16 in pairs.
+int quasar_multiplies_pairs() {
+#if defined(QUASAR_PAIRS)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // The rule of a recurrent layer over what it reads of tokens; see `Recurring::run`.
 void quasar_recur(const Recurrence* rule, int is_bfloat16, int count, const StatePlace* place, float* outputs, int threads) {
     auto run = [&](auto&& recurring) {
@@ -129,4 +149,5 @@ int quasar_size_of_layer() { return sizeof(Layer); }
 int quasar_size_of_experts() { return sizeof(Experts); }
 int quasar_size_of_recurrence() { return sizeof(Recurrence); }
 int quasar_size_of_state_place() { return sizeof(StatePlace); }
+int quasar_size_of_attention_shape() { return sizeof(AttentionShape); }
 }

@@ -8,7 +8,6 @@
 #include <limits>
 
 #include "attention.h"
-#include "causal_attention.h"
 #include "lanes.h"
 #include "logit_rows.h"
 #include "team.h"
@@ -262,18 +261,6 @@ void quasar_likeliest(const float* logits, int64_t* tokens, float* chances, int6
     for_each(threads, count, 1, [&](int64_t row) {
         likeliest({logits + row * size, size}, width, tokens + row * width, chances + row * width);
     });
-}
-
-// Causal attention of tensors [texts, heads, length, size] in bfloat16, whose strides (text, head, token) follow one another
-// in `strides`: queries', keys', values', and those of `to`.
-void quasar_causal_attention(const uint16_t* queries, const uint16_t* keys, const uint16_t* values, uint16_t* to,
-                             const int64_t* strides, int64_t texts, int heads, int kv_heads, int length, int size,
-                             float scale, int threads) {
-    const auto of = [&](const uint16_t* first, int i) {
-        return Heads{const_cast<uint16_t*>(first), strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
-    };
-    attend_causally({heads, kv_heads, length, size, scale}, of(queries, 0), of(keys, 1), of(values, 2), of(to, 3), texts,
-                    threads);
 }
 
 // Queries [texts, heads, groups, size] over keys and values [2, texts, heads, room, size], from `first` to `last`, scores below

@@ -70,7 +70,6 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
             "quasar_round_columns": [pointer] * 8 + [number] * 4,
             "quasar_descend_columns": [pointer] * 10 + [number] * 4,
             "quasar_multiplies_pairs": [],
-            "quasar_causal_attention": [pointer] * 5 + [ctypes.c_int64] + [number] * 4 + [ctypes.c_float, number],
             "quasar_attend_rows": [pointer] * 3 + [number] * 8 + [ctypes.c_float] * 2 + [number],
             "quasar_compare_logits": [pointer] * 4 + [ctypes.c_int64] + [number] * 2,
             "quasar_likeliest": [pointer] * 3 + [ctypes.c_int64] + [number] * 3,
@@ -99,21 +98,6 @@ def add_token_sums(left: torch.Tensor, right: torch.Tensor, sums: torch.Tensor, 
     assert sums.is_contiguous()
     numbers = (len(left), *sums.shape, lower, torch.get_num_threads())
     library().quasar_add_token_sums(left.data_ptr(), right.data_ptr(), sums.data_ptr(), *numbers)
-
-
-HEAD_SIZES = 32  # what a head's size is a multiple of
-
-
-def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention [B, H, L, D] in bfloat16, D a multiple of `HEAD_SIZES`; key and value may have fewer heads."""
-    texts, heads, length, size = query.shape
-    tensors = [each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value)]
-    tensors.append(query.new_empty(texts, length, heads, size).transpose(1, 2))
-    strides = (ctypes.c_int64 * 12)(*(stride for each in tensors for stride in each.stride()[:3]))
-    shape = (texts, heads, key.shape[1], length, size)
-    pointers = (each.data_ptr() for each in tensors)
-    library().quasar_causal_attention(*pointers, ctypes.addressof(strides), *shape, scale, torch.get_num_threads())
-    return tensors[3]
 
 
 def attends_rows(device: torch.device, dtype: torch.dtype) -> bool:

@@ -14,6 +14,8 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from quasar_core.kernels.cpu.causal_attention import attends
+from quasar_core.kernels.cpu.causal_attention import causal_attention as attention_in_cpp
 from quasar_core.quantize.solve import cpp
 from quasar_core.system import processor_flags
 
@@ -54,8 +56,8 @@ def _bf16_inside() -> Iterator[None]:
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
     """Causal attention [..., L, D], some queries at a time, each over the keys that it may see."""
     length, size = query.shape[-2:]
-    if query.dim() == 4 and size == value.shape[-1] and size % cpp.HEAD_SIZES == 0 and sums_pairs(query):
-        return cpp.causal_attention(query, key, value, options.get("scale") or size**-0.5)
+    if query.dim() == 4 and size == value.shape[-1] and attends(query.device, query.dtype, size):
+        return attention_in_cpp(query, key, value, options.get("scale") or size**-0.5)
     parts = []
     for begin in range(0, length, QUERIES):
         end = min(begin + QUERIES, length)
