@@ -31,6 +31,10 @@ needs_demo = pytest.mark.skipif(
 )
 
 
+if find_spec("triton"):
+    interpret_on_cpu()  # before a part imports the kernels
+
+
 def new_report(folder: Path, seconds: float = 300.0) -> Report:
     report = Report(folder, {"device": "here"}, seconds)
     report.begin(1.0)
@@ -145,7 +149,6 @@ def test_a_pass_reads_the_experts_that_its_tokens_choose() -> None:
 def test_launches_that_overlap_wrongly_are_not_used_later(
     wrong: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interpret_on_cpu()
     from quasar_core.kernels.triton import language
 
     monkeypatch.delenv("QUASAR_OVERLAP", raising=False)
@@ -341,7 +344,6 @@ def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch, caps
 def test_products_are_tuned_before_they_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    interpret_on_cpu()  # as other tests of this process want it
     from quasar_core.kernels.triton import tune
 
     events: list[str] = []
