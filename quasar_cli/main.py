@@ -78,9 +78,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stdin.reconfigure(errors="surrogateescape")
     # What it warns of is answered here in a sentence, or does not concern who types a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Threads of PyTorch's that wait then sleep: spinning, on cores that other programs want, they keep off those they
-    # wait for, and a prompt takes several times as long. It is read when PyTorch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads of PyTorch's that wait soon sleep: spinning, they keep those that they wait for, and quasar's own, off the
+    # cores (docs/architecture.md#threads). It is read when PyTorch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         _check_variables()
         ended = app(arguments, prog_name="quasar", standalone_mode=False)

@@ -45,12 +45,16 @@ def test_an_answer_waits_for_no_library_that_it_does_not_need() -> None:
     assert done.stderr.splitlines()[-1] == "0"
 
 
-@pytest.mark.parametrize(("chosen", "held"), [(None, "passive"), ("active", "active")])
-def test_threads_sleep_while_they_wait_unless_somebody_chose_otherwise(chosen: str | None, held: str) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "held"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["nothing", "a count", "a policy"],
+)
+def test_threads_that_wait_soon_sleep_unless_somebody_chose_otherwise(chosen: dict[str, str], held: str) -> None:
     program = "import os, sys; from quasar_cli.main import run; run(['models']); "
-    program += "print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": chosen} if chosen else {}
+    program += "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    others = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment = others | chosen
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"{held} False"
 
