@@ -89,10 +89,14 @@ def _config_of_named(folder: Path) -> PretrainedConfig | None:
     The classes of configs bring whole models and PyTorch's compiler with them, which takes longer than all else.
     """
     named = read_json_if_there(folder / "tokenizer_config.json") or {}
-    kind = (read_json_if_there(folder / "config.json") or {}).get("model_type")
-    if not isinstance(kind, str) or not isinstance(named.get("tokenizer_class"), str) or "auto_map" in named:
+    asked = {
+        name: value
+        for name, value in (read_json_if_there(folder / "config.json") or {}).items()
+        if name in ("model_type", "model_name") and isinstance(value, str)
+    }
+    if "model_type" not in asked or not isinstance(named.get("tokenizer_class"), str) or "auto_map" in named:
         return None
-    return PretrainedConfig.from_dict({"model_type": kind})
+    return PretrainedConfig.from_dict({**asked, "_name_or_path": str(folder)})
 
 
 def end_of_text_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -17,17 +17,44 @@ from helpers.tiny_models import (
     quantized_copy,
     random_model,
 )
+from transformers import AutoTokenizer
 
 from quasar_core.errors import QuasarError
+from quasar_core.files import read_json
+from quasar_core.models import pair as pair_module
 from quasar_core.models.pair import end_of_text_ids, load_tokenizer
 
 TOKENIZER: Any = SimpleNamespace(eos_token_id=9)
+DEMO = Path(pair_module.__file__).parents[1] / "demo" / "model"
+TEXT = "def f(x):\n    return  x + 1  # Größe, 你好 \t 12345"
 
 
 def write(folder: Path, **files: Any) -> Path:
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
+
+
+@pytest.mark.skipif(not (DEMO / "tokenizer.json").exists(), reason="the demo model is not in this checkout")
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "qwen3_5", "mistral", "phi3", "granite", "smollm3", "nobody-has-it"]
+)
+@pytest.mark.parametrize(
+    "named", ["LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer", "TokenizersBackend", None]
+)
+def test_a_tokenizer_is_the_one_that_transformers_makes_with_the_whole_config(
+    kind: str, named: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    options = {**read_json(DEMO / "tokenizer_config.json"), "tokenizer_class": named}
+    write(tmp_path, config={**read_json(DEMO / "config.json"), "model_type": kind}, tokenizer_config=options)
+    expected = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    found = load_tokenizer(tmp_path)
+    assert type(found) is type(expected)
+    assert found(TEXT)["input_ids"] == expected(TEXT)["input_ids"]
+    assert found.eos_token_id == expected.eos_token_id
+    config = pair_module._config_of_named(tmp_path)
+    assert config is None or config.name_or_path == str(tmp_path)
 
 
 @pytest.mark.parametrize(
