@@ -36,13 +36,24 @@ def stream(pair: Pair, prompt: Prompt, **options: Any) -> TextPieces:
     cannot be is refused (UsageError, TypeError) by this call, not by the first piece.
     """
     generator, prompt_ids = _begin(pair, prompt, **options)
-    return generator.stream(prompt_ids)
+    return _and_release(generator, generator.stream(prompt_ids))
 
 
 def generate(pair: Pair, prompt: Prompt, **options: Any) -> GenerationResult:
     """Generate the whole answer: its text, token ids and counts; takes what `stream` takes."""
     generator, prompt_ids = _begin(pair, prompt, **options)
-    return generator.generate(prompt_ids)
+    try:
+        return generator.generate(prompt_ids)
+    finally:
+        generator.release()
+
+
+def _and_release(generator: Generator, pieces: TextPieces) -> TextPieces:
+    """The pieces; the caches go with the last one."""
+    try:
+        return (yield from pieces)
+    finally:
+        generator.release()
 
 
 def _begin(

@@ -1,8 +1,11 @@
 """The library's front: what it yields, returns and refuses, and what importing it costs."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from helpers.tiny_models import make_pair, quantized_copy, random_model
@@ -80,6 +83,31 @@ def test_nothing_is_decoded_before_a_piece_is_asked_for_or_after_closing(monkeyp
     assert len(passes) == done
     assert whole.text.startswith(first)
     assert quasar.generate(pair, PROMPT, **options).token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize("verify", ["full", "exact"])
+def test_a_cache_goes_with_its_answer(verify: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when Python looks for what refers to itself: by then many may have gathered."""
+    pair, caches = tiny_pair(), list[weakref.ref[Any]]()
+    original = Pair.new_cache
+
+    def watched(self: Pair, capacity: int) -> Any:
+        cache = original(self, capacity)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(Pair, "new_cache", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        quasar.generate(pair, "one two", raw=True, max_new_tokens=6, verify=verify)
+        for _ in quasar.stream(pair, "one two", raw=True, max_new_tokens=6, verify=verify):
+            pass
+        quasar.stream(pair, "one two", raw=True, max_new_tokens=6, verify=verify).close()
+        assert len(caches) >= 2
+        assert not any(cache() for cache in caches)
+    finally:
+        gc.enable()
 
 
 def test_two_streams_of_one_pair_take_turns() -> None:

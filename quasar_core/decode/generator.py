@@ -82,6 +82,11 @@ class Generator:
         """Forget the conversation."""
         self._prefixes.forget()
 
+    def release(self) -> None:
+        """Let the caches go at once: generators refer to themselves, and wait for Python to find that."""
+        self._prefixes.release()
+        self._in_use = None
+
     def generate(
         self,
         prompt_ids: Sequence[int],

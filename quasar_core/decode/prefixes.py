@@ -72,6 +72,10 @@ class Prefixes:
         for prefix in self._kept:
             prefix.tokens = []
 
+    def release(self) -> None:
+        """Hold no cache any more."""
+        self._kept = []
+
     def _choose(self, prompt: Sequence[int], max_tokens: int) -> Prefix:
         fitting = [prefix for prefix in self._kept if prefix.cache.capacity >= max_tokens]
         best = max(fitting, key=lambda prefix: prefix.common(prompt), default=None)
