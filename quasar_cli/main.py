@@ -15,6 +15,7 @@ from quasar_cli.console import INTERRUPTED, print_error, print_traceback
 from quasar_cli.help import Command, Group, examples
 from quasar_cli.options import Reporting
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.openmp import sleep_soon
 
 app = typer.Typer(
     name="quasar",
@@ -78,10 +79,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stdin.reconfigure(errors="surrogateescape")
     # What it warns of is answered here in a sentence, or does not concern who types a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Threads of PyTorch's that wait soon sleep: spinning, they keep those that they wait for, and quasar's own, off the
-    # cores (docs/architecture.md#threads). It is read when PyTorch is imported.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    sleep_soon()
     try:
         _check_variables()
         ended = app(arguments, prog_name="quasar", standalone_mode=False)
@@ -143,7 +141,3 @@ def _refusal(error: Any) -> str:
         return f"{flag} must be one of {choices.replace(chr(39), '')}, not {value}."
     command = error.ctx.command_path if error.ctx else "quasar"
     return f"{sentence}; see {command} --help."
-
-
-if __name__ == "__main__":
-    main()

@@ -25,7 +25,7 @@ def main() -> int:
     environment = {**os.environ, "QUASAR_DATA": str(options.data)}
     for command in commands(options, results):
         print("quasar", *command, flush=True)
-        done = subprocess.run([sys.executable, "-m", "quasar_cli.main", *command], env=environment)
+        done = subprocess.run([sys.executable, "-m", "quasar_cli", *command], env=environment)
         if done.returncode:
             return done.returncode
     return 0

@@ -151,7 +151,7 @@ def expected_answers(model: str | None) -> dict[tuple[str, int], str]:
 def start_server(model: str | None, clients: int, draft: str) -> tuple[subprocess.Popen[str], str]:
     """A server on a free port, and its address."""
     named = [] if model is None else ["--model", model]
-    command = [sys.executable, "-m", "quasar_cli.main", "serve", "--port", "0", "--queue", str(4 * clients)]
+    command = [sys.executable, "-m", "quasar_cli", "serve", "--port", "0", "--queue", str(4 * clients)]
     command += ["--draft", draft, *named]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from quasar_core.deploy.wish import Command
+from quasar_core.openmp import environment_of_others
 
 POLL = 0.5  # seconds
 HEALTH_SECONDS = 2
@@ -53,7 +54,7 @@ class Supervisor:
 
     def _run_once(self) -> tuple[int, bool]:
         """Run the engine to its end → its exit code, and whether it ever answered."""
-        environment = {**os.environ, **self._command.environment}
+        environment = {**environment_of_others(), **self._command.environment}
         self._process = subprocess.Popen(self._command.words, env=environment, start_new_session=True)
         answered = False
         while self._process.poll() is None and not self._stopping:

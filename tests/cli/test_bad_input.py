@@ -456,7 +456,7 @@ def test_interrupts_and_our_own_errors_pass(error: BaseException) -> None:
 
 def run_in_a_process(shell: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command line in a process whose streams `shell` redirects."""
-    command = f'"$0" -m quasar_cli.main "$@" {shell}'
+    command = f'"$0" -m quasar_cli "$@" {shell}'
     return subprocess.run(
         ["bash", "-c", command, sys.executable, *arguments],
         capture_output=True,

@@ -13,7 +13,7 @@ import pytest
 
 import quasar_core
 from quasar_cli.main import run
-from quasar_core import store
+from quasar_core import openmp, store
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.records import no_progress
 
@@ -59,11 +59,23 @@ def test_threads_that_wait_soon_sleep_unless_somebody_chose_otherwise(chosen: di
     assert done.stdout.splitlines()[-1] == f"{held} False"
 
 
+def test_other_programs_wait_as_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # put back behind the test
+    openmp.sleep_soon()
+    assert openmp.environment_of_others()["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setattr(openmp, "_chosen", set())
+    openmp.sleep_soon()
+    assert os.environ["GOMP_SPINCOUNT"] == "3000"
+    assert openmp.environment_of_others() == {n: v for n, v in os.environ.items() if n != "GOMP_SPINCOUNT"}
+
+
 @pytest.mark.machine
 def test_help_answers_in_half_a_second() -> None:
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "quasar_cli.main", "--help"], capture_output=True, check=True)
+        subprocess.run([sys.executable, "-m", "quasar_cli", "--help"], capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
@@ -256,7 +268,7 @@ def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_process_exits_with_the_code() -> None:
-    command = [sys.executable, "-m", "quasar_cli.main", "quantize", "demo", "--bits", "5"]
+    command = [sys.executable, "-m", "quasar_cli", "quantize", "demo", "--bits", "5"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "Error: --bits must be one of 2, 3, 4, 8, not 5.\n"

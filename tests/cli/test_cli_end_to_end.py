@@ -80,7 +80,7 @@ def test_two_processes_that_begin_in_a_fresh_home_write_the_text_of_plain_decodi
     assert run(["generate", *asked, "--draft", "none", "--verify", "full", "--no-stats"]) == 0
     plain = capsys.readouterr().out
     environment = {**os.environ, "QUASAR_HOME": str(tmp_path / "fresh")}
-    command = [sys.executable, "-m", "quasar_cli.main", "generate", *asked]
+    command = [sys.executable, "-m", "quasar_cli", "generate", *asked]
     runs = [
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         for _ in range(2)

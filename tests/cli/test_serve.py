@@ -100,7 +100,7 @@ def test_a_server_starts_answers_and_ends_an_answer_with_a_sentence(
     pytest.importorskip("starlette")
     (tmp_path / "key.txt").write_text("a-key-of-some-length\n")
     arguments = ["--model", "demo", "--verify", "full", "--port", "0", "--api-key-file", "key.txt", "-v"]
-    command = [sys.executable, "-m", "quasar_cli.main", "serve", *arguments]
+    command = [sys.executable, "-m", "quasar_cli", "serve", *arguments]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ) as process:
         assert process.stderr is not None
         said = [line := process.stderr.readline()]

@@ -81,7 +81,7 @@ def deployed(model: Path, verifier: Path, log: Path, *options: str) -> Iterator[
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "quasar_cli.main", *words, "--", *engine],
+            [sys.executable, "-m", "quasar_cli", *words, "--", *engine],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,

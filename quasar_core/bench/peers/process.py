@@ -17,6 +17,7 @@ from quasar_core.bench.peers.talk import Ask, Told
 from quasar_core.config import Request
 from quasar_core.errors import QuasarError
 from quasar_core.models.pair import Pair
+from quasar_core.openmp import environment_of_others
 from quasar_core.records import FinishReason, GenerationResult, Stats, Step
 
 ENDING_SECONDS = 10
@@ -104,7 +105,7 @@ class Child:
                 stdin=pipe,
                 stdout=pipe if with_pipes else self._log,
                 stderr=self._log,
-                env={**os.environ, **(variables or {})},
+                env={**environment_of_others(), **(variables or {})},
                 start_new_session=True,  # what is typed to end the bench ends it by `close`
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )

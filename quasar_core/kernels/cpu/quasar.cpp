@@ -113,13 +113,7 @@ void quasar_attend_causally(const uint16_t* queries, const uint16_t* keys, const
 }
 
 // Whether the processor multiplies bfloat16 in pairs.
-int quasar_multiplies_pairs() {
-#if defined(QUASAR_PAIRS)
-    return 1;
-#else
-    return 0;
-#endif
-}
+int quasar_multiplies_pairs() { return Terms::TOKENS == 2; }
 
 // The rule of a recurrent layer over what it reads of tokens; see `Recurring::run`.
 void quasar_recur(const Recurrence* rule, int is_bfloat16, int count, const StatePlace* place, float* outputs, int threads) {

@@ -233,13 +233,7 @@ void quasar_descend_columns(const float* gradient, const float* kernel, const fl
 }
 
 // Whether the processor multiplies bfloat16 in pairs.
-int quasar_multiplies_pairs() {
-#if defined(QUASAR_PAIRS)
-    return 1;
-#else
-    return 0;
-#endif
-}
+int quasar_multiplies_pairs() { return Terms::TOKENS == 2; }
 
 // Adds Σ a_t b_tᵀ to sums [rows, columns], of a [tokens, rows] and b [tokens, columns] in bfloat16.
 void quasar_add_token_sums(const uint16_t* a, const uint16_t* b, float* sums, int64_t tokens, int rows, int columns,
