@@ -31,7 +31,7 @@ TEXTS = ("grammar", "triggered_grammar", "engine_distribution")  # of logits mad
 
 def computing() -> list[str]:
     """The files of tests whose figures a machine can change: they import PyTorch, and none of the names above."""
-    found = [path for folder in FOLDERS for path in sorted((TESTS / folder).glob("test_*.py"))]
+    found = [path for folder in FOLDERS for path in sorted((TESTS / folder).rglob("test_*.py"))]
     names = [path.stem.removeprefix("test_") for path in found if "\nimport torch\n" in path.read_text()]
     return [name for name in names if not name.startswith(GPUS) and name not in FILES + COUNTS + CLOCKS + TEXTS]
 

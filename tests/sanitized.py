@@ -74,7 +74,7 @@ def check_that_errors_are_found(folder: Path, env: dict[str, str]) -> None:
 
 def naming(words: Sequence[str]) -> list[str]:
     """The files of tests in which one of these words stands."""
-    files = [path for folder in FOLDERS for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))]
+    files = [path for folder in FOLDERS for path in sorted((ROOT / "tests" / folder).rglob("test_*.py"))]
     found = [path for path in files if any(word in path.read_text(encoding="utf-8") for word in words)]
     return [str(path.relative_to(ROOT)) for path in found if path.name not in BUILDING]
 

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from quasar_core.models.architectures import ARCHITECTURES
-from quasar_core.models.architectures.row import BEFORE, BEHIND, Architecture, Switch
-from quasar_core.models.mixture import Mixture
+from quasar_core.models.architectures.row import BEFORE, BEHIND, Architecture, Mixture, Switch
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 BEGIN, END = "<!-- made by tools/architectures_table.py -->\n", "<!-- end of it -->"

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from quasar_cli.options import parse_bytes
-from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.config.decoder import DecoderConfig
+from quasar_core.models.config.shapes import shape_named
 from quasar_core.models.device_offload import DeviceBudget, DevicePlan, plan_within_device
 from quasar_core.models.linear import block_products
 from quasar_core.models.memory import MemoryNeed, sweep_bytes, tensor_elements, token_bytes, workspace_bytes
 from quasar_core.models.offload import PLANNED_CONTEXT, Movable
-from quasar_core.models.shapes import shape_named
 from tools.measure_offload import most_gained
 
 DTYPE = torch.bfloat16

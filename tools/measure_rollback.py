@@ -14,8 +14,8 @@ from functools import partial
 
 import torch
 
+from quasar_core.models.config.recurrence import RecurrenceConfig
 from quasar_core.models.recurrence import Recurrence
-from quasar_core.models.recurrence_config import RecurrenceConfig
 from quasar_core.models.recurrence_states import LayerStates
 
 

@@ -12,9 +12,9 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.config.decoder import DecoderConfig
+from quasar_core.models.config.shapes import shape_named
 from quasar_core.models.linear import block_products, head_product
-from quasar_core.models.shapes import shape_named
 
 CONTEXT = 512
 TOKENS = 1

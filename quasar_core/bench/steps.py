@@ -19,15 +19,15 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.times import device_name
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.models.compressed_weights import saved_bytes
+from quasar_core.models.config.decoder import DecoderConfig
+from quasar_core.models.config.shapes import shape_named
 from quasar_core.models.cpu_pass import CpuPass
 from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.hf import causal_lm
 from quasar_core.models.linear import Product, block_products, head_product
 from quasar_core.models.loading import describe_kernels_in_use, describe_passes
 from quasar_core.models.pair import Pair
-from quasar_core.models.shapes import shape_named
 from quasar_core.records import Progress, no_progress
 from quasar_core.system import git_hash, package_versions
 from quasar_core.timing import Sampler, Timing, time_in_turn, time_one, timed

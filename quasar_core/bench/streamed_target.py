@@ -18,8 +18,8 @@ from quasar_core.decode.cost_records import STREAMED_SIZES, pass_sampler
 from quasar_core.decode.costs import CONTEXT, PassCost
 from quasar_core.errors import UsageError
 from quasar_core.models.compressed_files import find_copy
+from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import tied_as_stored
 from quasar_core.models.memory import MemoryNeed, pair_need, workspace_bytes
 from quasar_core.models.offload import (

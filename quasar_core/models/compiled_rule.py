@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from quasar_core.kernels.cpu import library as cpp
-from quasar_core.models.recurrence_config import RecurrenceConfig
+from quasar_core.models.config.recurrence import RecurrenceConfig
 from quasar_core.models.recurrence_states import Inputs, State
 
 KINDS = ("delta", "mamba", "conv")  # in the order of `recurrence.h`

@@ -20,8 +20,8 @@ from quasar_core.kernels.threads import steered
 from quasar_core.models.activations import activated, apply
 from quasar_core.models.attention import AttentionMask, attend, make_mask, make_tree_mask
 from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, go_on, in_rows, join_choices
+from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.decoder_layer import DecoderLayer, FusedLinear, Joint, LayerInputs, Linear
 from quasar_core.models.heads import Turn, normed
 from quasar_core.models.hidden_rows import HiddenRows, LastRow

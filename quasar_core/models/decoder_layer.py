@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import embedding, linear
 
 from quasar_core.kernels.cpu.compressed import CompressedWeight
-from quasar_core.models.block_config import BlockConfig
+from quasar_core.models.config.block import BlockConfig
 from quasar_core.models.experts import Experts
 from quasar_core.models.heads import normed
 from quasar_core.models.recurrence import Recurrence

@@ -16,7 +16,7 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import LoadOptions
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.device_queues import Link, open_link
 from quasar_core.models.device_stream import memory_bytes
 from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean

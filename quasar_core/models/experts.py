@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import linear
 
 from quasar_core.models.activations import activated
-from quasar_core.models.mixture import MixtureConfig
+from quasar_core.models.config.mixture import MixtureConfig
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 

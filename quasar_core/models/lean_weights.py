@@ -19,8 +19,8 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures.row import BlockNorms
 from quasar_core.models.compressed_files import CompressedCopy
+from quasar_core.models.config.decoder import DecoderConfig, why_not_lean
 from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_config import DecoderConfig, why_not_lean
 from quasar_core.models.decoder_layer import DecoderLayer, DenseLinear, LayerInputs, Linear
 from quasar_core.models.device_queues import Link
 from quasar_core.models.device_stream import DeviceWeights

@@ -10,10 +10,10 @@ from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.architectures.row import Mixture
+from quasar_core.models.config.decoder import DecoderConfig
+from quasar_core.models.config.recurrence import RecurrenceConfig
 from quasar_core.models.decoder_layer import DenseLinear, FusedLinear, Linear
-from quasar_core.models.mixture import Mixture
-from quasar_core.models.recurrence_config import RecurrenceConfig
 from quasar_core.records import Progress, no_progress
 
 

@@ -14,7 +14,7 @@ import torch
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
-from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
 from quasar_core.models.linear import (
     Product,

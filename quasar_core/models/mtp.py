@@ -17,8 +17,8 @@ import torch
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.models.compressed_weights import compress, saved_bytes
+from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.decoder_layer import Joint
 from quasar_core.models.filling import Filling
 from quasar_core.models.lean_weights import build_layer, why_folder_not_lean

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from quasar_core.models import loading
 from quasar_core.models.base import CausalLM
-from quasar_core.models.block_config import BlockConfig
+from quasar_core.models.config.block import BlockConfig
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.variants import with_layers
 

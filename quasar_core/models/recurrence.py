@@ -17,7 +17,7 @@ from torch.nn.functional import rms_norm, silu, softplus
 from quasar_core.kernels.cpu.library import why_not_here
 from quasar_core.models import compiled_rule
 from quasar_core.models.compiled_rule import CompiledRule
-from quasar_core.models.recurrence_config import RecurrenceConfig
+from quasar_core.models.config.recurrence import RecurrenceConfig
 from quasar_core.models.recurrence_states import Inputs, LayerStates, State
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from quasar_core.errors import QuasarError
-from quasar_core.models.block_config import BlockConfig
+from quasar_core.models.config.block import BlockConfig
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_layer import DecoderLayer
 from quasar_core.models.rope import query_growth

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.decoder_layer import DecoderLayer, Linear
 
 

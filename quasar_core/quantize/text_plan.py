@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.device import DTYPES, has_fast_bf16
 from quasar_core.models.lean_weights import load_target, load_verifier_alone, why_folder_not_lean
 from quasar_core.quantize.blocks.streaming import StreamedModel

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.memory import token_bytes
 from quasar_core.models.pair import Pair

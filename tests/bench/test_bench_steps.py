@@ -26,8 +26,8 @@ from quasar_core.bench.steps import (
 from quasar_core.bench.synthetic_models import random_pair
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import UsageError
-from quasar_core.models import shapes
-from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.config import shapes
+from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.timing import Timing
 
 TINY = {

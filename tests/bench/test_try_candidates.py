@@ -127,8 +127,8 @@ def test_candidates_are_solved_together_as_each_by_itself(source: Path, tmp_path
 
 
 def test_random_codes_of_widths_by_layer() -> None:
-    from quasar_core.models.decoder_config import DecoderConfig
-    from quasar_core.models.shapes import shape_named
+    from quasar_core.models.config.decoder import DecoderConfig
+    from quasar_core.models.config.shapes import shape_named
 
     config = DecoderConfig.parse({**shape_named("--shape", "qwen3-0.6b"), "num_hidden_layers": 1})
     name = "model.layers.0.self_attn.q_proj"

@@ -15,8 +15,8 @@ from quasar_core.kernels.triton.routed import MOST_TOKENS, multiply_routed, plac
 from quasar_core.kernels.triton.routing import NOBODY, add_experts, choose_experts
 from quasar_core.kernels.triton.weights import prepare_packed
 from quasar_core.models.architectures import ARCHITECTURES
+from quasar_core.models.config.mixture import MixtureConfig
 from quasar_core.models.experts import route
-from quasar_core.models.mixture import MixtureConfig
 from tools.gpu_bench.cases import random_codes, relative_error
 
 CPU = torch.device("cpu")

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.models import loading
+from quasar_core.models.config.recurrence import RecurrenceConfig
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.recurrence import Recurrence
-from quasar_core.models.recurrence_config import RecurrenceConfig
 from quasar_core.models.recurrence_states import ENDING, REACH, Inputs, LayerStates, State
 from quasar_core.models.rollback import reachable, settle
 from quasar_core.models.skipping import CacheView, skip_layers

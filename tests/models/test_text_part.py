@@ -19,7 +19,7 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError
-from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.pair import Pair
 from quasar_core.store.text_part import CLASSES, SIZES, USUAL_SIZES, text_part

@@ -20,8 +20,8 @@ from quasar_core import system
 from quasar_core.api import quantizing
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError
+from quasar_core.models.config.shapes import shape_named
 from quasar_core.models.hf.skeleton import build_skeleton
-from quasar_core.models.shapes import shape_named
 from quasar_core.quantize import estimate
 from quasar_core.quantize.blocks import layerwise
 from quasar_core.quantize.estimate import shape_of
@@ -268,7 +268,7 @@ def test_what_a_container_allows_is_all_that_is_free(
 
 
 def published_shape(name: str, config: QuantizeConfig) -> Shape:
-    """The shape of that name in `models/shapes.py`, in 16 bits."""
+    """The shape of that name in `models/config/shapes.py`, in 16 bits."""
     content = shape_named("--like", name)
     options = {key: value for key, value in content.items() if key not in ("model_type", "dtype")}
     return shape_of(build_skeleton(AutoConfig.for_model(content["model_type"], **options), torch.bfloat16), config)

@@ -8,7 +8,7 @@ import torch
 from helpers.decoder_cases import CASES, CPU, save_model
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.lean_weights import load_target, load_verifier_alone
 from quasar_core.models.rows import RowsCache, pass_rows
 from quasar_core.quantize.rounded_copy import layers_of_blocks, rounded_bytes, write_rounded

@@ -16,8 +16,8 @@ from helpers.interpret import interpret_on_cpu
 from quasar_core import store
 from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.dense import DenseKernel
+from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.cuda.torch_steps import TorchSteps
-from quasar_core.models.decoder_config import DecoderConfig
 from quasar_core.models.lean_weights import load_target
 from tools.demo.grow import DEMO
 from tools.gpu_bench import compiled, correctness, mixtures, products, reference, report, supervise

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import UsageError
-from quasar_core.models.decoder_config import DecoderConfig
+from quasar_core.models.config.decoder import DecoderConfig
+from quasar_core.models.config.shapes import SHAPES, shape_named
 from quasar_core.models.lean_weights import load_target
-from quasar_core.models.shapes import SHAPES, shape_named
 from tools.demo import grow as growing
 
 QWEN3_HALF_B = {**SHAPES["qwen3-0.6b"], "num_hidden_layers": 7, "intermediate_size": 640, "vocab_size": 2560}

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from quasar_core.models.decoder_config import DecoderConfig
-from quasar_core.models.shapes import shape_named
+from quasar_core.models.config.decoder import DecoderConfig
+from quasar_core.models.config.shapes import shape_named
 from tools.predict_gpu import CODES, EIGHT, GPUS, page
 
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "gpu-predictions.md"

@@ -30,7 +30,7 @@ def choose_experts(
 ) -> None:
     """Scores [T, E] float32 → the best experts of each token in chosen [T, k] int32, and shares [T, S] float32.
 
-    Of equal ones the first is better. `kind` is that of `models/mixture.py`: shares are of a "softmax" over all
+    Of equal ones the first is better. `kind` is of `models/architectures/row.py`: shares are of a "softmax" over all
     experts, over the "chosen" ones, or a "sigmoid" of the score; `normalised` lets those of a token sum to 1, before
     `scale`. A `correction` [E] float32 counts where experts are chosen, not in their shares. The share of the expert of
     every token is 1, or the sigmoid of x [T, H] · gate [1, H]. Tokens behind `last` [1] int64 choose nobody.

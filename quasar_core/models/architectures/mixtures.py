@@ -8,9 +8,9 @@ from quasar_core.models.architectures.row import (
     GRANITE_SCALES,
     Architecture,
     HeadNorms,
+    Mixture,
     Windows,
 )
-from quasar_core.models.mixture import Mixture
 
 QWEN_MIXTURE: dict[str, Any] = {
     "normalised": "norm_topk_prob",

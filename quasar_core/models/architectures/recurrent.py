@@ -10,9 +10,9 @@ from quasar_core.models.architectures.row import (
     BlockNorms,
     HeadNorms,
     LayerNames,
+    Mixture,
     Recurrent,
 )
-from quasar_core.models.mixture import Mixture
 
 DELTA: dict[str, Any] = {
     **ATTENTION_BIASES,

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from quasar_core.models.mixture import Mixture
-
+Scores = Literal["softmax", "chosen", "sigmoid"]
 Switch = bool | str  # or the option of config.json that says so
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2", "xielu": "xielu"}
 
@@ -95,6 +94,33 @@ class Scales:
     scores_are_plain: bool = False  # neither divided nor multiplied
     scores_root: str = ""  # the number whose inverse root stands in place of 1 ÷ √D
     logits_divisor: str = ""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Names of a mixture's tensors in the files below its block, and its options in config.json; "" is none.
+
+    `scores` are the shares of the chosen: of a softmax over all experts, over the chosen ones, or sigmoids.
+    """
+
+    module: str = "mlp"
+    router: str = "gate"  # within the module
+    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of experts.N
+    counts: tuple[str, ...] = ("num_experts", "num_local_experts")  # options with the number of experts
+    usual_count: int = 0  # where config.json has none of these
+    inner: str = "moe_intermediate_size"
+    scores: Scores = "softmax"
+    normalised: str = ""  # the option that lets the shares of a token sum to 1
+    scale: str = ""  # of the shares
+    corrected: bool = False  # by stored numbers where experts are chosen, not in their shares
+    shared: str = ""  # an expert of every token
+    shared_inner: str = ""
+    shared_count: str = ""  # so many times an expert's size
+    shared_gate: str = ""  # its share is the sigmoid of this product; else 1
+    first: str = ""  # the first block that has experts
+    step: str = ""  # every so many blocks have some
+    without: str = ""  # a list of blocks that have none
+    renamed: tuple[tuple[str, str], ...] = ()  # parts of names, as transformers 5 may write them
 
 
 @dataclass(frozen=True)

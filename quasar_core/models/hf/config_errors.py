@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quasar_core.errors import QuasarError, foreign_errors, reason
-from quasar_core.models.config_options import wrong_option
+from quasar_core.models.config.options import wrong_option
 from quasar_core.store.text_part import text_part
 
 # How huggingface_hub's strict dataclasses, which configs are, begin what they say, and how they name types.

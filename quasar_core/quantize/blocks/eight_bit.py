@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from quasar_core.config import QuantizeConfig
-from quasar_core.models.decoder_config import DecoderConfig, why_not_lean
+from quasar_core.models.config.decoder import DecoderConfig, why_not_lean
 from quasar_core.quantize.blocks.activations import Activations, run_block
 from quasar_core.quantize.blocks.layerwise import Preparation, replace_weight
 from quasar_core.quantize.blocks.streaming import linear_layers

@@ -1,40 +1,13 @@
-"""Mixtures of experts in the place of MLPs: how the table names them, and what a config.json says of them.
+"""What a config.json says of mixtures of experts, which stand in the place of MLPs.
 
 A router gives each token a score for every expert, the best few run, and their outputs are added by their shares.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Scores = Literal["softmax", "chosen", "sigmoid"]
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Names of a mixture's tensors in the files below its block, and its options in config.json; "" is none.
-
-    `scores` are the shares of the chosen: of a softmax over all experts, over the chosen ones, or sigmoids.
-    """
-
-    module: str = "mlp"
-    router: str = "gate"  # within the module
-    parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of experts.N
-    counts: tuple[str, ...] = ("num_experts", "num_local_experts")  # options with the number of experts
-    usual_count: int = 0  # where config.json has none of these
-    inner: str = "moe_intermediate_size"
-    scores: Scores = "softmax"
-    normalised: str = ""  # the option that lets the shares of a token sum to 1
-    scale: str = ""  # of the shares
-    corrected: bool = False  # by stored numbers where experts are chosen, not in their shares
-    shared: str = ""  # an expert of every token
-    shared_inner: str = ""
-    shared_count: str = ""  # so many times an expert's size
-    shared_gate: str = ""  # its share is the sigmoid of this product; else 1
-    first: str = ""  # the first block that has experts
-    step: str = ""  # every so many blocks have some
-    without: str = ""  # a list of blocks that have none
-    renamed: tuple[tuple[str, str], ...] = ()  # parts of names, as transformers 5 may write them
+from quasar_core.models.architectures.row import Mixture, Scores
 
 
 @dataclass(frozen=True)

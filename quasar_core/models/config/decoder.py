@@ -17,7 +17,7 @@ from quasar_core.models.architectures.row import (
     LayerNames,
     Switch,
 )
-from quasar_core.models.block_config import (
+from quasar_core.models.config.block import (
     BlockConfig,
     head_size_of,
     inner_size_of,
@@ -26,10 +26,10 @@ from quasar_core.models.block_config import (
     why_not_differing,
     why_not_layers,
 )
-from quasar_core.models.config_options import ONLY_VALUES, REQUIRED, wrong_option
-from quasar_core.models.mixture import MixtureConfig, read_mixture, why_not_mixture
+from quasar_core.models.config.mixture import MixtureConfig, read_mixture, why_not_mixture
+from quasar_core.models.config.options import ONLY_VALUES, REQUIRED, wrong_option
+from quasar_core.models.config.rope import read_ropes, why_not_rope
 from quasar_core.models.rope import RopeConfig
-from quasar_core.models.rope_options import read_ropes, why_not_rope
 
 
 @dataclass(frozen=True)

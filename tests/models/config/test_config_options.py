@@ -26,9 +26,9 @@ from helpers.decoder_cases import (
 from quasar_core.errors import QuasarError
 from quasar_core.files import read_json
 from quasar_core.models.architectures import ARCHITECTURES
-from quasar_core.models.config_options import REQUIRED, WITHOUT_EFFECT
+from quasar_core.models.config.decoder import why_not_lean
+from quasar_core.models.config.options import REQUIRED, WITHOUT_EFFECT
 from quasar_core.models.context import context_limit
-from quasar_core.models.decoder_config import why_not_lean
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.loading import load_models
 

@@ -10,8 +10,8 @@ from helpers.decoder_cases import CPU, FLOAT, SIZES, classes_of
 
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures import ARCHITECTURES
-from quasar_core.models.config_options import REQUIRED
-from quasar_core.models.decoder_config import DecoderConfig, why_not_lean
+from quasar_core.models.config.decoder import DecoderConfig, why_not_lean
+from quasar_core.models.config.options import REQUIRED
 from quasar_core.models.lean_weights import load_target
 from tools import architectures_table
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any
 
-from quasar_core.models.rope_options import LAYER_TYPES, ROPE_TYPES
+from quasar_core.models.config.rope import LAYER_TYPES, ROPE_TYPES
 from quasar_core.typed import build
 
 REQUIRED = (

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quasar_core.models.architectures.row import Architecture
-from quasar_core.models.mixture import sparse_blocks
-from quasar_core.models.recurrence_config import RecurrenceConfig, read_recurrence, why_not_recurrence
-from quasar_core.models.rope_options import LAYER_TYPES
+from quasar_core.models.config.mixture import sparse_blocks
+from quasar_core.models.config.recurrence import RecurrenceConfig, read_recurrence, why_not_recurrence
+from quasar_core.models.config.rope import LAYER_TYPES
 
 SLIDING = "sliding_attention"
 ATTENDING = ("full_attention", "attention")  # beside recurrent layers
