@@ -22,7 +22,8 @@ PROCESSORS = {
 }
 KERNELS = ("vnni", "compressed")
 MODELS = ("cpu_pass", "compressed_weights", "recurrent", "trees", "mtp", "mixtures")
-TESTS = (*(f"tests/kernels/test_{name}.py" for name in KERNELS), *(f"tests/models/test_{name}.py" for name in MODELS))
+NAMED = [(folder, name) for folder, names in (("kernels", KERNELS), ("models", MODELS)) for name in names]
+TESTS = tuple(str(path) for folder, name in NAMED for path in (ROOT / "tests" / folder).rglob(f"test_{name}.py"))
 ELSEWHERE = ("no_compiler", "a_build", "does_not_load", "a_home", "compiled_once", "triton")  # of this processor alone
 LEFT_OUT = " and ".join(f"not {name}" for name in ELSEWHERE)
 SHORT = f"{LEFT_OUT} and not exact_text and not transformers"  # of the processors after the first

@@ -15,8 +15,8 @@ from functools import partial
 import torch
 
 from quasar_core.models.config.recurrence import RecurrenceConfig
-from quasar_core.models.recurrence import Recurrence
-from quasar_core.models.recurrence_states import LayerStates
+from quasar_core.models.recurrent.rules import Recurrence
+from quasar_core.models.recurrent.states import LayerStates
 
 
 def _delta(keys: int, values: int) -> RecurrenceConfig:

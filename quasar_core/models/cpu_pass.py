@@ -18,7 +18,6 @@ from quasar_core.kernels.cpu import library as cpp
 from quasar_core.kernels.cpu.compressed import BITS, CompressedWeight
 from quasar_core.kernels.cpu.vnni import VnniWeight
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.models import compiled_rule
 from quasar_core.models.architectures.row import HeadNorms
 from quasar_core.models.base import Choices, check_likeliest, depths_of, in_rows
 from quasar_core.models.decoder import LeanDecoder
@@ -34,8 +33,9 @@ from quasar_core.models.decoder_layer import (
 )
 from quasar_core.models.experts import Experts
 from quasar_core.models.known_tokens import no_logits
-from quasar_core.models.recurrence import Recurrence
-from quasar_core.models.recurrence_states import Inputs, LayerStates, State
+from quasar_core.models.recurrent import compiled_rule
+from quasar_core.models.recurrent.rules import Recurrence
+from quasar_core.models.recurrent.states import Inputs, LayerStates, State
 from quasar_core.models.rope import RopeTables, query_growth
 
 ACTIVATIONS = ("silu", "gelu_tanh", "relu2", "xielu")  # in the order of `elementwise.h`

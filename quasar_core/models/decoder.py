@@ -27,7 +27,7 @@ from quasar_core.models.heads import Turn, normed
 from quasar_core.models.hidden_rows import HiddenRows, LastRow
 from quasar_core.models.known_tokens import spread
 from quasar_core.models.layer_source import AllThere, LayerSource
-from quasar_core.models.recurrence_states import LayerStates
+from quasar_core.models.recurrent.states import LayerStates
 from quasar_core.models.rope import RopeTables, query_growth
 from quasar_core.models.two_tables import AnyCache, TwoTableCache, runs_of
 

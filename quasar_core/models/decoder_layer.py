@@ -13,7 +13,7 @@ from quasar_core.kernels.cpu.compressed import CompressedWeight
 from quasar_core.models.config.block import BlockConfig
 from quasar_core.models.experts import Experts
 from quasar_core.models.heads import normed
-from quasar_core.models.recurrence import Recurrence
+from quasar_core.models.recurrent.rules import Recurrence
 
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] → [T, out]
 

@@ -41,7 +41,7 @@ from quasar_core.models.linear import (
     router_correction,
     stored_shapes,
 )
-from quasar_core.models.recurrence import Recurrence
+from quasar_core.models.recurrent.rules import Recurrence
 from quasar_core.models.rope import RopeTables
 from quasar_core.models.streaming import Products, StreamedWeights
 from quasar_core.records import Progress, no_progress

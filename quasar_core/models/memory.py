@@ -24,7 +24,7 @@ from quasar_core.models.linear import (
     inputs_product,
     recurrent_shapes,
 )
-from quasar_core.models.recurrence_states import REACH
+from quasar_core.models.recurrent.states import REACH
 from quasar_core.models.verifier_head import is_rounded, rounded_bytes
 from quasar_core.store.model_config import read_text_config, read_text_headers
 

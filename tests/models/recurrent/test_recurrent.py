@@ -14,8 +14,8 @@ from quasar_core.models.config.recurrence import RecurrenceConfig
 from quasar_core.models.decoder import LeanDecoder
 from quasar_core.models.decoder_cache import DecoderCache
 from quasar_core.models.lean_weights import load_target
-from quasar_core.models.recurrence import Recurrence
-from quasar_core.models.recurrence_states import ENDING, REACH, Inputs, LayerStates, State
+from quasar_core.models.recurrent.rules import Recurrence
+from quasar_core.models.recurrent.states import ENDING, REACH, Inputs, LayerStates, State
 from quasar_core.models.rollback import reachable, settle
 from quasar_core.models.skipping import CacheView, skip_layers
 

@@ -15,10 +15,10 @@ import torch
 from torch.nn.functional import rms_norm, silu, softplus
 
 from quasar_core.kernels.cpu.library import why_not_here
-from quasar_core.models import compiled_rule
-from quasar_core.models.compiled_rule import CompiledRule
 from quasar_core.models.config.recurrence import RecurrenceConfig
-from quasar_core.models.recurrence_states import Inputs, LayerStates, State
+from quasar_core.models.recurrent import compiled_rule
+from quasar_core.models.recurrent.compiled_rule import CompiledRule
+from quasar_core.models.recurrent.states import Inputs, LayerStates, State
 
 
 @dataclass(frozen=True)

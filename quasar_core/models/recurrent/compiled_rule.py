@@ -11,7 +11,7 @@ import torch
 
 from quasar_core.kernels.cpu import library as cpp
 from quasar_core.models.config.recurrence import RecurrenceConfig
-from quasar_core.models.recurrence_states import Inputs, State
+from quasar_core.models.recurrent.states import Inputs, State
 
 KINDS = ("delta", "mamba", "conv")  # in the order of `recurrence.h`
 DTYPES = (torch.bfloat16, torch.float32)
