@@ -18,8 +18,8 @@ import torch
 from quasar_cli.options import parse_bytes
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.config.shapes import shape_named
+from quasar_core.models.decoder.linear import block_products
 from quasar_core.models.device_offload import DeviceBudget, DevicePlan, plan_within_device
-from quasar_core.models.linear import block_products
 from quasar_core.models.memory import MemoryNeed, sweep_bytes, tensor_elements, token_bytes, workspace_bytes
 from quasar_core.models.offload import PLANNED_CONTEXT, Movable
 from tools.measure_offload import most_gained

@@ -24,7 +24,7 @@ from quasar_core.api import decoding
 from quasar_core.bench.steps import Candidate, Candidates, StepConfig, StepReport, lean_candidate, measure_steps
 from quasar_core.kernels.cpu.forms import VARIABLE, usable
 from quasar_core.models import loading
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair
 
 Milliseconds = dict[int, float]  # by rows

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from quasar_core.models.compressed_weights import compress
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.loading import attach
 from quasar_core.timing import Sampler, time_in_turn, timed

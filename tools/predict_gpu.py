@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.config.shapes import shape_named
-from quasar_core.models.linear import block_products, head_product
+from quasar_core.models.decoder.linear import block_products, head_product
 
 CONTEXT = 512
 TOKENS = 1

@@ -21,7 +21,7 @@ from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.select import select_kernel
 from quasar_core.kernels.times import ROWS, kernel_times, measured_on
 from quasar_core.models.config.decoder import DecoderConfig, why_not_lean
-from quasar_core.models.linear import all_block_products, head_product
+from quasar_core.models.decoder.linear import all_block_products, head_product
 from quasar_core.store import fingerprint, list_pairs, read_text_headers
 
 SHOWN = (1, 4, 8)  # tokens

@@ -23,7 +23,7 @@ from quasar_core.decode.text import encode_prompt, token_texts
 from quasar_core.decode.traced import refused_texts
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.times import device_name
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair
 from quasar_core.records import GenerationResult, Progress, no_progress
 from quasar_core.system import LoadMeter, frequency, git_hash, package_versions

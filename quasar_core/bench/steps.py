@@ -22,10 +22,10 @@ from quasar_core.models.compressed_weights import saved_bytes
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.config.shapes import shape_named
 from quasar_core.models.cpu_pass import CpuPass
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
+from quasar_core.models.decoder.linear import Product, block_products, head_product
 from quasar_core.models.device import choose_device, choose_dtype
 from quasar_core.models.hf import causal_lm
-from quasar_core.models.linear import Product, block_products, head_product
 from quasar_core.models.loading import describe_kernels_in_use, describe_passes
 from quasar_core.models.pair import Pair
 from quasar_core.records import Progress, no_progress

@@ -19,7 +19,7 @@ from quasar_core.decode.costs import CONTEXT, PassCost
 from quasar_core.errors import UsageError
 from quasar_core.models.compressed_files import find_copy
 from quasar_core.models.config.decoder import DecoderConfig
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import tied_as_stored
 from quasar_core.models.memory import MemoryNeed, pair_need, workspace_bytes
 from quasar_core.models.offload import (

@@ -25,7 +25,7 @@ from quasar_core.config import GROUP_CHOICES, QuantizeConfig
 from quasar_core.decode.cost_records import cost_record
 from quasar_core.decode.costs import PairCosts, PassCost
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.hf.experts import SeparateExperts
 from quasar_core.models.lean_weights import attach_verifier
 from quasar_core.models.loading import describe_passes

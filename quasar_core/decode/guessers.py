@@ -10,7 +10,7 @@ from quasar_core.draft.by_model import Guesser, NoGuesser
 from quasar_core.draft.layer_skip import LayerSkip
 from quasar_core.draft.mtp import NextTokenHead
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.loading import attach
 from quasar_core.models.mtp import head_of, over, share_of_pass
 from quasar_core.models.pair import Pair

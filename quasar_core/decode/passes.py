@@ -26,8 +26,8 @@ from quasar_core.models.base import (
     depths_of,
     likeliest_tokens,
 )
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair
 
 

@@ -17,7 +17,7 @@ from quasar_core.decode.costs import Cost, PairCosts
 from quasar_core.decode.policy import plan_exact
 from quasar_core.decode.window_values import longest_window
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair
 from quasar_core.models.streaming import LayerStream
 from quasar_core.records import FidelityReport

@@ -7,7 +7,7 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.cost_records import cost_record
 from quasar_core.decode.costs import CONTEXT
 from quasar_core.errors import UsageError
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.narrow import SEEN, SINKS, narrowed, why_not_narrow
 from quasar_core.models.pair import Pair
 

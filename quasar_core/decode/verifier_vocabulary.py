@@ -16,7 +16,7 @@ from quasar_core.decode.answering import Answering
 from quasar_core.draft.successor_file import read_successors
 from quasar_core.draft.successors import KnownSuccessors
 from quasar_core.models.base import CausalLM
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair
 from quasar_core.models.short_head import also_knowing, short_headed, why_not_short
 

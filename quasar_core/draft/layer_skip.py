@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from quasar_core.models.base import CausalLM
-from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.decoder.cache import DecoderCache
 from quasar_core.models.skipping import CacheView
 
 

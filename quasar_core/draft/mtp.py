@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from quasar_core.models.base import NO_TOKEN
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.hidden_rows import HiddenRows, LastRow
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.hidden_rows import HiddenRows, LastRow
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 
 CHUNK = 512  # tokens of a pass over a prompt
 SHORT = 16  # tokens whose pass lists a choice for each

@@ -20,9 +20,10 @@ from quasar_core.kernels.cpu.vnni import VnniWeight
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.architectures.row import HeadNorms
 from quasar_core.models.base import Choices, check_likeliest, depths_of, in_rows
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.decoder_layer import (
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.experts import Experts
+from quasar_core.models.decoder.known_tokens import no_logits
+from quasar_core.models.decoder.layer import (
     CompressedLinear,
     DecoderLayer,
     DenseLinear,
@@ -31,8 +32,7 @@ from quasar_core.models.decoder_layer import (
     LayerInputs,
     Linear,
 )
-from quasar_core.models.experts import Experts
-from quasar_core.models.known_tokens import no_logits
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.recurrent import compiled_rule
 from quasar_core.models.recurrent.rules import Recurrence
 from quasar_core.models.recurrent.states import Inputs, LayerStates, State

@@ -13,10 +13,10 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.compressed import CompressedWeight
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
-from quasar_core.models.activations import xielu_weights
 from quasar_core.models.config.decoder import DecoderConfig
-from quasar_core.models.decoder_layer import CompressedLinear, DenseLinear
-from quasar_core.models.linear import Product, xielu_names
+from quasar_core.models.decoder.activations import xielu_weights
+from quasar_core.models.decoder.layer import CompressedLinear, DenseLinear
+from quasar_core.models.decoder.linear import Product, xielu_names
 from quasar_core.models.streaming import StreamedWeights
 from quasar_core.models.upload import Upload
 from quasar_core.records import Progress, no_progress

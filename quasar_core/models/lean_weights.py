@@ -20,13 +20,10 @@ from quasar_core.errors import QuasarError
 from quasar_core.models.architectures.row import BlockNorms
 from quasar_core.models.compressed_files import CompressedCopy
 from quasar_core.models.config.decoder import DecoderConfig, why_not_lean
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_layer import DecoderLayer, DenseLinear, LayerInputs, Linear
-from quasar_core.models.device_queues import Link
-from quasar_core.models.device_stream import DeviceWeights
-from quasar_core.models.experts import Experts
-from quasar_core.models.filling import EMBEDDING, HEAD, Filling, has_no_effect
-from quasar_core.models.linear import (
+from quasar_core.models.decoder.experts import Experts
+from quasar_core.models.decoder.layer import DecoderLayer, DenseLinear, LayerInputs, Linear
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
+from quasar_core.models.decoder.linear import (
     Dense,
     Packing,
     Product,
@@ -41,6 +38,9 @@ from quasar_core.models.linear import (
     router_correction,
     stored_shapes,
 )
+from quasar_core.models.device_queues import Link
+from quasar_core.models.device_stream import DeviceWeights
+from quasar_core.models.filling import EMBEDDING, HEAD, Filling, has_no_effect
 from quasar_core.models.recurrent.rules import Recurrence
 from quasar_core.models.rope import RopeTables
 from quasar_core.models.streaming import Products, StreamedWeights

@@ -1,6 +1,6 @@
 """Load target and verifier: choose each one's decoder, our own or transformers, and its fast pass; say which and why.
 
-The plain pass of `decoder.py` is a few PyTorch operations per layer, on any device and for any number of tokens. A
+The plain pass of `lean_decoder.py` is a few PyTorch operations per layer, on any device and for any number of tokens. A
 fast pass computes the same for a few tokens at a time, near the floor that memory sets.
 """
 
@@ -21,7 +21,7 @@ from quasar_core.models import cpu_pass, lean_weights
 from quasar_core.models.base import CausalLM, FastPass
 from quasar_core.models.compressed_weights import compress as compress_weights
 from quasar_core.models.cuda import choose as cuda
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.offload import OffloadPlan
 from quasar_core.models.streaming import LayerStream

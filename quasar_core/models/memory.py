@@ -15,8 +15,7 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.models.config.decoder import DecoderConfig
-from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
-from quasar_core.models.linear import (
+from quasar_core.models.decoder.linear import (
     Product,
     all_block_products,
     block_products,
@@ -24,6 +23,7 @@ from quasar_core.models.linear import (
     inputs_product,
     recurrent_shapes,
 )
+from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
 from quasar_core.models.recurrent.states import REACH
 from quasar_core.models.verifier_head import is_rounded, rounded_bytes
 from quasar_core.store.model_config import read_text_config, read_text_headers

@@ -14,8 +14,8 @@ from quasar_core.kernels.cpu.vnni import VnniWeight, picked_rows
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models import loading
 from quasar_core.models.base import CausalLM
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_layer import FusedLinear, Linear
+from quasar_core.models.decoder.layer import FusedLinear, Linear
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.skipping import bytes_of
 from quasar_core.models.variants import with_head
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.decoder_layer import CompressedLinear, DecoderLayer, DenseLinear, FusedLinear, Linear
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.layer import CompressedLinear, DecoderLayer, DenseLinear, FusedLinear, Linear
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.store.measured import Measured, measured_file
 from quasar_core.system import package_version
 from quasar_core.typed import build

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from quasar_core.models.config.decoder import DecoderConfig
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_layer import DecoderLayer, Linear
+from quasar_core.models.decoder.layer import DecoderLayer, Linear
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 
 
 def with_layers(decoder: LeanDecoder, config: DecoderConfig, layers: Sequence[DecoderLayer]) -> LeanDecoder:

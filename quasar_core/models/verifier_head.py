@@ -14,8 +14,8 @@ from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.cpu.vnni import VnniKernel
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.select import DENSE, REFERENCE, KernelChoice, select_kernel
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_layer import DenseLinear
+from quasar_core.models.decoder.layer import DenseLinear
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.records import Progress, no_progress
 
 BITS, MIDDLE = 8, 128

@@ -11,7 +11,7 @@ from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
 from quasar_core.config import GROUP_CHOICES
 from quasar_core.files import write_json
 from quasar_core.models.config.decoder import DecoderConfig
-from quasar_core.models.linear import block_products, mixture_products
+from quasar_core.models.decoder.linear import block_products, mixture_products
 from quasar_core.quantize.blocks.rounding import rounded
 from quasar_core.quantize.group_size import largest_dividing
 from quasar_core.quantize.solve.gptq import SolverConfig

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
+from quasar_core.models.decoder.rows import Attend, RowsCache, pass_rows, text_bytes
 from quasar_core.models.hf.cache import PreallocatedCache, RecurrentCache, recurrent_layers
-from quasar_core.models.rows import Attend, RowsCache, pass_rows, text_bytes
 from quasar_core.quantize.solve import cpp
 
 # Where nobody has asked what is free.

@@ -17,7 +17,7 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.engine import PREFILL_CHUNK
 from quasar_core.decode.generator import Generator
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.pair import Pair
 

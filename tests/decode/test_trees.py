@@ -26,8 +26,8 @@ from quasar_core.draft.base import NO_DRAFT, Draft, Drafter, Piece
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.models import loading
 from quasar_core.models.base import choose_best
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 
 DRAFT = Draft((5, 6, 7), (Piece("ngram", 2, 2), Piece("recycle", 0, 1)))

@@ -21,8 +21,8 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.cpu import library
 from quasar_core.models import loading, skipping
 from quasar_core.models.assistant import check_vocabulary
-from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.layer_source import AllThere
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.layer_source import AllThere
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.skipping import choose_layers, expected_speed, remembered_layers, share_of_weights, skip_layers
 

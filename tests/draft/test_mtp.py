@@ -24,9 +24,9 @@ from quasar_core.draft.mtp import SHORT, NextTokenHead
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu import library
 from quasar_core.models import loading
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.hidden_rows import HiddenRows
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.hidden_rows import HiddenRows
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.mtp import head_bytes, load_head
 from quasar_core.models.pair import Pair

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from quasar_core.models import decoder_layer
 from quasar_core.models.cuda import torch_steps
+from quasar_core.models.decoder import layer as decoder_layer
 from quasar_core.models.device_queues import Link
 
 Linear = Callable[..., torch.Tensor]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quasar_core.kernels.cpu import causal_attention as module
 from quasar_core.kernels.cpu.causal_attention import causal_attention
-from quasar_core.models.attention import FOLDED_TOKENS, attend, make_mask
+from quasar_core.models.decoder.attention import FOLDED_TOKENS, attend, make_mask
 
 CPU = torch.device("cpu")
 BFLOAT16 = 2**-8  # the largest rounding error, as a share

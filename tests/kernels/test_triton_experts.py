@@ -16,7 +16,7 @@ from quasar_core.kernels.triton.routing import NOBODY, add_experts, choose_exper
 from quasar_core.kernels.triton.weights import prepare_packed
 from quasar_core.models.architectures import ARCHITECTURES
 from quasar_core.models.config.mixture import MixtureConfig
-from quasar_core.models.experts import route
+from quasar_core.models.decoder.experts import route
 from tools.gpu_bench.cases import random_codes, relative_error
 
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models import compressed_files, offload
 from quasar_core.models.compressed_files import find_copy, forget_copies, make_copy, place_of
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_layer import CompressedLinear
+from quasar_core.models.decoder.layer import CompressedLinear
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.loading import attach, load_models
 from quasar_core.models.memory import MemoryNeed

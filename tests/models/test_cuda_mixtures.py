@@ -12,12 +12,12 @@ from helpers.interpret import interpret_on_cpu
 from helpers.late_device import AT_RANDOM, LateDevice
 
 from quasar_core.kernels.triton.adapters import TritonKernel
-from quasar_core.models.activations import activated
 from quasar_core.models.base import choose_best
 from quasar_core.models.cuda import choose as choosing
 from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.cuda.torch_steps import Steps, TorchSteps
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.activations import activated
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.memory import LONGEST_PASS
 from quasar_core.models.offload import movable_products

@@ -11,7 +11,7 @@ from quasar_core.models.cuda import overlap
 from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.cuda.overlap import ROUNDS, choose_overlap
 from quasar_core.models.cuda.torch_steps import TorchSteps
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import load_target
 
 

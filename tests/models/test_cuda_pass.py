@@ -27,8 +27,8 @@ from quasar_core.models.base import NO_TOKEN, choose_best, likeliest_tokens
 from quasar_core.models.cuda.choose import why_not
 from quasar_core.models.cuda.graph_pass import CudaPass, pass_size
 from quasar_core.models.cuda.torch_steps import TorchSteps, length_bucket
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_layer import DenseLinear
+from quasar_core.models.decoder.layer import DenseLinear
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 
 

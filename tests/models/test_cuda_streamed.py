@@ -20,7 +20,7 @@ from quasar_core.models.cuda import choose as choosing
 from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.cuda.products import WIDEST
 from quasar_core.models.cuda.torch_steps import Steps, TorchSteps
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.device_queues import Link, open_link
 from quasar_core.models.device_stream import DeviceStream
 from quasar_core.models.lean_weights import attach_verifier, load_target

@@ -18,7 +18,7 @@ from quasar_core.config import LoadOptions
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models import device_offload, offload
 from quasar_core.models.config.decoder import DecoderConfig
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.device_offload import (
     DeviceBudget,
     DevicePlan,

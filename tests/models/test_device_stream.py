@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from quasar_core.errors import QuasarError
 from quasar_core.models import weight_reads
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.device_queues import Link, PinnedMemory, PlainQueue, open_link
 from quasar_core.models.device_stream import DeviceStream
 from quasar_core.models.lean_weights import load_target

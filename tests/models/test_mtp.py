@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from quasar_core.errors import QuasarError
 from quasar_core.models import loading
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.hidden_rows import HiddenRows, LastRow
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.hidden_rows import HiddenRows, LastRow
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.mtp import load_head, over
 

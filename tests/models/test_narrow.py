@@ -21,9 +21,9 @@ from quasar_core.decode.generator import Generator
 from quasar_core.decode.verifier_attention import SHORTEST, VerifierAttention, saved_share
 from quasar_core.errors import UsageError
 from quasar_core.models import loading
-from quasar_core.models.attention import make_mask, make_tree_mask
 from quasar_core.models.base import depths_of
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.attention import make_mask, make_tree_mask
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.narrow import narrowed, why_not_narrow
 

@@ -21,7 +21,7 @@ from quasar_core.decode.verifier_vocabulary import MOST_MET, VerifierVocabulary,
 from quasar_core.draft.successors import KnownSuccessors, count_successors
 from quasar_core.kernels.cpu.vnni import VnniKernel, picked_rows
 from quasar_core.models import loading, short_head, verifier_head
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.pair import Pair
 from quasar_core.models.short_head import also_knowing, short_headed, why_not_short

@@ -21,7 +21,7 @@ from quasar_core.decode import engine
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError
 from quasar_core.models import loading, weight_reads
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.offload import movable_products
 from quasar_core.models.streaming import LayerStream, StreamedWeights

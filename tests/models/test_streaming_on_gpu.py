@@ -7,7 +7,7 @@ import torch
 from helpers.decoder_cases import random_tokens, save_model
 
 from quasar_core.models import loading
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.device_queues import open_link
 from quasar_core.models.device_stream import DeviceStream
 from quasar_core.models.lean_weights import load_target

@@ -8,7 +8,7 @@ import torch
 from helpers.layers import make_hessian, make_layer
 from quantize.test_gptq import assert_same_solution, share_of_same
 
-from quasar_core.models.rows import attend_rows
+from quasar_core.models.decoder.rows import attend_rows
 from quasar_core.quantize.fidelity import Tally
 from quasar_core.quantize.solve import cpp
 from quasar_core.quantize.solve.factor import inverse_factor

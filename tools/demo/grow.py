@@ -32,7 +32,7 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import write_json, write_text
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.config.shapes import SHAPES, shape_named
-from quasar_core.models.linear import block_products
+from quasar_core.models.decoder.linear import block_products
 from quasar_core.store.folders import begin_work, end_work, partial_folder, refuse_place
 from quasar_core.store.model_config import read_config
 

@@ -26,7 +26,7 @@ from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import exists, write_json
 from quasar_core.models.config.decoder import DecoderConfig
-from quasar_core.models.linear import block_products
+from quasar_core.models.decoder.linear import block_products
 from quasar_core.store.fingerprint import fingerprint
 from quasar_core.store.folders import CARD, begin_work, end_work, partial_folder, refuse_place
 from quasar_core.store.model_config import read_config

@@ -16,7 +16,7 @@ from quasar_core.bench.run import run_bench
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.text import encode_prompt
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair
 from quasar_core.quantize.fidelity import measure_fidelity
 from quasar_core.records import FidelityReport, Stats

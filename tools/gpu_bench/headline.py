@@ -3,8 +3,8 @@
 from functools import partial
 
 from quasar_core.kernels.triton.adapters import why_not_triton
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from tools.gpu_bench.correctness import check_kernel
 from tools.gpu_bench.end_to_end import run_arms
 from tools.gpu_bench.models import Bench, grown_target, rounded_verifier

@@ -18,10 +18,17 @@ from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.config.shapes import shape_named
 from quasar_core.models.cuda.choose import choose_steps, why_not_mixed
 from quasar_core.models.cuda.graph_pass import CudaPass
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_layer import DenseLinear, Linear
+from quasar_core.models.decoder.layer import DenseLinear, Linear
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
+from quasar_core.models.decoder.linear import (
+    Product,
+    block_products,
+    dense_rows,
+    head_product,
+    mixture_products,
+    stored_shapes,
+)
 from quasar_core.models.lean_weights import attach_verifier, build_target
-from quasar_core.models.linear import Product, block_products, dense_rows, head_product, mixture_products, stored_shapes
 from quasar_core.quantize.solve.eight_bit import channel_scales
 from quasar_core.quantize.solve.grid import fit_grid
 from quasar_core.records import Progress, no_progress

@@ -20,7 +20,7 @@ from quasar_core.bench.datasets import load_datasets
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.models.cuda.graph_pass import CudaPass
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.device_offload import DeviceBudget, DevicePlan, plan_within_device
 from quasar_core.models.device_stream import DeviceStream
 from quasar_core.models.lean_weights import attach_verifier, load_target

@@ -14,8 +14,8 @@ from quasar_core.decode.engine import PREFILL_CHUNK
 from quasar_core.models.cuda.choose import choose_steps
 from quasar_core.models.cuda.graph_pass import CudaPass, pass_size
 from quasar_core.models.cuda.graphs import PlainLauncher
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.timing import time_one
 from tools.gpu_bench.models import Bench, rounded_verifier, with_fast_pass, with_head_of
 

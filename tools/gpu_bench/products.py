@@ -18,7 +18,7 @@ from quasar_core.kernels.triton.adapters import why_not_triton
 from quasar_core.models.cuda.choose import choose_steps
 from quasar_core.models.cuda.graphs import record
 from quasar_core.models.cuda.products import time_replay
-from quasar_core.models.linear import block_products, head_product
+from quasar_core.models.decoder.linear import block_products, head_product
 from tools.gpu_bench.models import Bench, Plan
 from tools.gpu_bench.passes import time_pass
 

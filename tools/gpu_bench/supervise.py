@@ -23,7 +23,7 @@ import torch
 from quasar_core.bench.steps import read_bandwidth
 from quasar_core.files import write_json
 from quasar_core.kernels.times import device_name
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from tools.gpu_bench import (
     compiled,
     correctness,

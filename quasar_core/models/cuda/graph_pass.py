@@ -36,11 +36,11 @@ from quasar_core.models.cuda.graphs import (
 )
 from quasar_core.models.cuda.products import DenseChoices
 from quasar_core.models.cuda.torch_steps import SHORTEST_BUCKET, Activation, Rows, Steps
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.decoder_layer import DecoderLayer, Linear
-from quasar_core.models.heads import Tables
-from quasar_core.models.layer_source import AllThere
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.heads import Tables
+from quasar_core.models.decoder.layer import DecoderLayer, Linear
+from quasar_core.models.decoder.layer_source import AllThere
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.memory import LONGEST_PASS, LONGEST_SWEEP
 from quasar_core.models.rope import query_growth
 

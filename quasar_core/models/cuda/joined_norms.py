@@ -15,8 +15,8 @@ from quasar_core.kernels.triton.stream import NextNorm, Stream, begin_stream
 from quasar_core.kernels.triton.weights import TritonWeight
 from quasar_core.models.cuda.products import all_products
 from quasar_core.models.cuda.triton_steps import gated_part
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_layer import DecoderLayer, DenseLinear, Linear
+from quasar_core.models.decoder.layer import DecoderLayer, DenseLinear, Linear
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 
 Attention = Callable[[int, torch.Tensor], torch.Tensor]  # of a block: its product of queries, keys and values → mixed
 

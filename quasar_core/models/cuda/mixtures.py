@@ -15,9 +15,9 @@ from quasar_core.kernels.triton.products import multiply_dense
 from quasar_core.kernels.triton.routed import MOST_TOKENS, RoutedWeight, multiply_routed, routed_weight
 from quasar_core.kernels.triton.routing import add_experts, choose_experts
 from quasar_core.kernels.triton.weights import TritonWeight
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_layer import DenseLinear, Linear
-from quasar_core.models.experts import Experts
+from quasar_core.models.decoder.experts import Experts
+from quasar_core.models.decoder.layer import DenseLinear, Linear
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 
 
 class RoutedExperts:

@@ -12,8 +12,8 @@ from quasar_core.kernels.gpu import first_line, raise_if_lost
 from quasar_core.models.cuda.graph_pass import POSITION, CudaPass, cache_at
 from quasar_core.models.cuda.graphs import PlainLauncher
 from quasar_core.models.cuda.torch_steps import Steps
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.timing import time_in_turn, timed
 
 COUNTS = (1, 8)  # tokens of the passes that are tried: plain decoding's, and a verify's

@@ -16,8 +16,8 @@ from quasar_core.kernels.eight_bit import Int8Weight
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.cuda.graphs import record
 from quasar_core.models.cuda.torch_steps import SILU, Activation, Gated, Rows, Steps
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_layer import DecoderLayer, DenseLinear, FusedLinear, Linear
+from quasar_core.models.decoder.layer import DecoderLayer, DenseLinear, FusedLinear, Linear
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.records import Progress, no_progress
 
 DenseProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]

@@ -14,12 +14,12 @@ import torch
 from torch.nn.functional import linear
 
 from quasar_core.kernels.base import RoundedRows
-from quasar_core.models.activations import activated
-from quasar_core.models.attention import FOLDED_TOKENS, AttentionMask, attend
 from quasar_core.models.base import NO_TOKEN, likeliest_in_torch
 from quasar_core.models.cuda.graphs import GreedyOutput, TreeInputs
-from quasar_core.models.decoder_layer import Linear
-from quasar_core.models.heads import Tables, Turn, normed
+from quasar_core.models.decoder.activations import activated
+from quasar_core.models.decoder.attention import FOLDED_TOKENS, AttentionMask, attend
+from quasar_core.models.decoder.heads import Tables, Turn, normed
+from quasar_core.models.decoder.layer import Linear
 
 Rows = torch.Tensor | RoundedRows  # [T, in]
 Gated = Callable[[Rows], Rows]
@@ -117,7 +117,7 @@ class Steps(Protocol):
         scale: float | None = None,
         cap: float | None = None,
     ) -> torch.Tensor:
-        """Queries [T, H·G, D] over states [2, H, C, D] → [T, H·G·D]; of `scale` and `cap` as `models/attention.py`."""
+        """Queries [T, H·G, D] over states [2, H, C, D] → [T, H·G·D]; `scale` and `cap` as in `decoder/attention.py`."""
         ...
 
     def gated(self, gate_up: torch.Tensor, number: torch.dtype | None = None, activation: Activation = SILU) -> Rows:

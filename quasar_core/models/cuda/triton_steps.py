@@ -28,11 +28,11 @@ from quasar_core.kernels.triton.products import LONGEST_DENSE, multiply_dense
 from quasar_core.kernels.triton.rotation import Rotation, rotate_and_store
 from quasar_core.kernels.triton.shares import attention_workspace
 from quasar_core.kernels.triton.weights import TritonWeight
-from quasar_core.models.activations import activated
 from quasar_core.models.cuda.graphs import GreedyOutput, TreeInputs
 from quasar_core.models.cuda.torch_steps import SILU, Activation, Gated, Rows
-from quasar_core.models.decoder_layer import DenseLinear, Linear
-from quasar_core.models.heads import Tables, Turn
+from quasar_core.models.decoder.activations import activated
+from quasar_core.models.decoder.heads import Tables, Turn
+from quasar_core.models.decoder.layer import DenseLinear, Linear
 
 WIDEST = 16  # tokens of one launch of attention; a longer pass takes several
 

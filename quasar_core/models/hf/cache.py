@@ -14,9 +14,9 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PretrainedCo
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from quasar_core.errors import QuasarError
+from quasar_core.models.decoder.two_tables import TwoBuffers
 from quasar_core.models.hf.skeleton import read_model_config
 from quasar_core.models.rope import PromptLength
-from quasar_core.models.two_tables import TwoBuffers
 
 # Layers whose cache is keys and values by position, or nothing.
 _BY_POSITION = {"full_attention", "sliding_attention", "chunked_attention", "dummy", "moe", "mlp"}

@@ -16,12 +16,12 @@ from quasar_core.foreign_bars import hidden_bars
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.base import CausalLM
+from quasar_core.models.decoder.two_tables import PIECE
 from quasar_core.models.hf.cache import PreallocatedCache, RecurrentCache, TwoTableCache, recurrent_layers
 from quasar_core.models.hf.experts import separate_experts
 from quasar_core.models.hf.rope import TextRope
 from quasar_core.models.hf.skeleton import Weights, build_empty, build_skeleton, clone_structure, read_model_config
 from quasar_core.models.hf.stored_names import StoredNames
-from quasar_core.models.two_tables import PIECE
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.model_config import read_config
 from quasar_core.store.text_part import has_text_part, key_mapping

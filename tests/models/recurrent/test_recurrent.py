@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from quasar_core.models import loading
 from quasar_core.models.config.recurrence import RecurrenceConfig
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_cache import DecoderCache
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.lean_weights import load_target
 from quasar_core.models.recurrent.rules import Recurrence
 from quasar_core.models.recurrent.states import ENDING, REACH, Inputs, LayerStates, State

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures import ARCHITECTURES
-from quasar_core.models.decoder import LeanDecoder
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.hf import causal_lm
 from quasar_core.models.lean_weights import load_target
 

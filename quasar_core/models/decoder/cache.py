@@ -9,7 +9,7 @@ import torch
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
 from quasar_core.models.config.block import BlockConfig
-from quasar_core.models.hidden_rows import HiddenRows, Rows
+from quasar_core.models.decoder.hidden_rows import HiddenRows, Rows
 from quasar_core.models.recurrent.rules import Recurrence
 from quasar_core.models.recurrent.states import LayerStates
 from quasar_core.models.rope import PromptLength

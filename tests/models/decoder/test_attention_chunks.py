@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quasar_core.models.attention import FOLDED_TOKENS, AttentionMask, attend, make_mask
+from quasar_core.models.decoder.attention import FOLDED_TOKENS, AttentionMask, attend, make_mask
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HEADS, GROUP, SIZE = 2, 3, 16

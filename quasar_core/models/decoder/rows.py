@@ -11,8 +11,8 @@ import torch
 
 from quasar_core.errors import QuasarError
 from quasar_core.models.config.block import BlockConfig
-from quasar_core.models.decoder import LeanDecoder
-from quasar_core.models.decoder_layer import DecoderLayer
+from quasar_core.models.decoder.layer import DecoderLayer
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.rope import query_growth
 
 Tables = tuple[torch.Tensor, torch.Tensor]

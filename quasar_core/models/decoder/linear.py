@@ -13,7 +13,7 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.architectures.row import Mixture
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.config.recurrence import RecurrenceConfig
-from quasar_core.models.decoder_layer import DenseLinear, FusedLinear, Linear
+from quasar_core.models.decoder.layer import DenseLinear, FusedLinear, Linear
 from quasar_core.records import Progress, no_progress
 
 

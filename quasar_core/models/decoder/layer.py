@@ -11,8 +11,8 @@ from torch.nn.functional import embedding, linear
 
 from quasar_core.kernels.cpu.compressed import CompressedWeight
 from quasar_core.models.config.block import BlockConfig
-from quasar_core.models.experts import Experts
-from quasar_core.models.heads import normed
+from quasar_core.models.decoder.experts import Experts
+from quasar_core.models.decoder.heads import normed
 from quasar_core.models.recurrent.rules import Recurrence
 
 Linear = Callable[[torch.Tensor], torch.Tensor]  # [T, in] → [T, out]

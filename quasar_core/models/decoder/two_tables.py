@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import KVCache
-from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.hidden_rows import Rows
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.hidden_rows import Rows
 
 PIECE = 512  # tokens that are passed anew at a time
 

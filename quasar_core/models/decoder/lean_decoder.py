@@ -17,19 +17,19 @@ from torch.nn.functional import embedding
 
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
-from quasar_core.models.activations import activated, apply
-from quasar_core.models.attention import AttentionMask, attend, make_mask, make_tree_mask
 from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, go_on, in_rows, join_choices
 from quasar_core.models.config.decoder import DecoderConfig
-from quasar_core.models.decoder_cache import DecoderCache
-from quasar_core.models.decoder_layer import DecoderLayer, FusedLinear, Joint, LayerInputs, Linear
-from quasar_core.models.heads import Turn, normed
-from quasar_core.models.hidden_rows import HiddenRows, LastRow
-from quasar_core.models.known_tokens import spread
-from quasar_core.models.layer_source import AllThere, LayerSource
+from quasar_core.models.decoder.activations import activated, apply
+from quasar_core.models.decoder.attention import AttentionMask, attend, make_mask, make_tree_mask
+from quasar_core.models.decoder.cache import DecoderCache
+from quasar_core.models.decoder.heads import Turn, normed
+from quasar_core.models.decoder.hidden_rows import HiddenRows, LastRow
+from quasar_core.models.decoder.known_tokens import spread
+from quasar_core.models.decoder.layer import DecoderLayer, FusedLinear, Joint, LayerInputs, Linear
+from quasar_core.models.decoder.layer_source import AllThere, LayerSource
+from quasar_core.models.decoder.two_tables import AnyCache, TwoTableCache, runs_of
 from quasar_core.models.recurrent.states import LayerStates
 from quasar_core.models.rope import RopeTables, query_growth
-from quasar_core.models.two_tables import AnyCache, TwoTableCache, runs_of
 
 LONGEST_TREE = 32  # nodes, in PyTorch's operations
 

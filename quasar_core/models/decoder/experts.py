@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
-from quasar_core.models.activations import activated
 from quasar_core.models.config.mixture import MixtureConfig
+from quasar_core.models.decoder.activations import activated
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 

@@ -1,0 +1,1 @@
+"""The lean decoder: its blocks, what they are made of, and its cache."""
