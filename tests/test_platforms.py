@@ -18,7 +18,7 @@ from quasar_core.bench.peers import process, talk
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.cpu import build, private_files
 from quasar_core.kernels.cpu import library as compiling
-from quasar_core.models import weight_reads
+from quasar_core.models.weights import weight_reads
 from quasar_core.quantize import job
 
 ROOT = Path(__file__).parents[1]

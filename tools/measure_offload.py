@@ -34,9 +34,9 @@ from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.window_values import LONGER_WINDOWS
 from quasar_core.files import write_json
 from quasar_core.kernels.cpu.library import why_not_here
-from quasar_core.models.compressed_files import make_copy
-from quasar_core.models.streaming import LayerStream
-from quasar_core.models.weight_reads import PIECE_BYTES, OpenFile
+from quasar_core.models.weights.compressed_files import make_copy
+from quasar_core.models.weights.streaming import LayerStream
+from quasar_core.models.weights.weight_reads import PIECE_BYTES, OpenFile
 from quasar_core.page_cache import forget_file
 from quasar_core.store.safetensors_header import weight_files
 from tools.control_group import ControlGroup, control_group

@@ -14,8 +14,8 @@ import torch
 
 from quasar_core.models.compressed_weights import compress
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import load_target
 from quasar_core.models.loading import attach
+from quasar_core.models.weights.lean_weights import load_target
 from quasar_core.timing import Sampler, time_in_turn, timed
 
 SIZES = (1, 4, 8, 16, 24, 33, 40, 48, 64, 96)

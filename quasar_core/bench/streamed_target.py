@@ -17,10 +17,8 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.decode.cost_records import STREAMED_SIZES, pass_sampler
 from quasar_core.decode.costs import CONTEXT, PassCost
 from quasar_core.errors import UsageError
-from quasar_core.models.compressed_files import find_copy
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import tied_as_stored
 from quasar_core.models.memory import MemoryNeed, pair_need, workspace_bytes
 from quasar_core.models.offload import (
     PLANNED_CONTEXT,
@@ -32,7 +30,9 @@ from quasar_core.models.offload import (
     plan_within,
 )
 from quasar_core.models.pair import Pair
-from quasar_core.models.streaming import BUFFERS, LayerStream
+from quasar_core.models.weights.compressed_files import find_copy
+from quasar_core.models.weights.lean_weights import tied_as_stored
+from quasar_core.models.weights.streaming import BUFFERS, LayerStream
 from quasar_core.store.model_config import read_text_config
 
 

@@ -20,7 +20,7 @@ from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.decoder.linear import all_block_products, head_product, stored_shapes
 from quasar_core.models.hf.causal_lm import TransformersLM
-from quasar_core.models.lean_weights import attach_verifier, build_target
+from quasar_core.models.weights.lean_weights import attach_verifier, build_target
 from quasar_core.records import Progress, no_progress
 
 POOL = 10_000_019  # a prime, so that no two rows of a matrix are the same

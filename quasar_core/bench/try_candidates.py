@@ -27,10 +27,10 @@ from quasar_core.decode.costs import PairCosts, PassCost
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.hf.experts import SeparateExperts
-from quasar_core.models.lean_weights import attach_verifier
 from quasar_core.models.loading import describe_passes
 from quasar_core.models.pair import Pair
-from quasar_core.models.verifier_head import round_head
+from quasar_core.models.weights.lean_weights import attach_verifier
+from quasar_core.models.weights.verifier_head import round_head
 from quasar_core.quantize.blocks.activations import Activations
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_head
 from quasar_core.quantize.calibration import Calibration

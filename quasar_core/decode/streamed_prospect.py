@@ -19,7 +19,7 @@ from quasar_core.decode.window_values import longest_window
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair
-from quasar_core.models.streaming import LayerStream
+from quasar_core.models.weights.streaming import LayerStream
 from quasar_core.records import FidelityReport
 
 WORTH = 1.3  # times the speed that is expected, from which on more bits are spoken of

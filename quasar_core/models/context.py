@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from quasar_core.errors import QuasarError
-from quasar_core.models.lean_weights import why_folder_not_lean
+from quasar_core.models.weights.lean_weights import why_folder_not_lean
 from quasar_core.store.model_config import read_text_config
 
 _OPTIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "n_ctx")

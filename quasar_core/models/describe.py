@@ -6,7 +6,7 @@ from quasar_core.checkpoint.formats import GPTQ_METHODS
 from quasar_core.checkpoint.headers import StoredLayer, describe_marlin, stored_layers
 from quasar_core.checkpoint.loaders import describe_loaders
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.models.lean_weights import check_fits
+from quasar_core.models.weights.lean_weights import check_fits
 from quasar_core.store import TensorEntry, read_text_headers
 
 

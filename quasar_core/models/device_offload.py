@@ -17,9 +17,6 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import LoadOptions
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.config.decoder import DecoderConfig
-from quasar_core.models.device_queues import Link, open_link
-from quasar_core.models.device_stream import memory_bytes
-from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
 from quasar_core.models.memory import (
     LEAST_SLACK,
     SLACK_SHARE,
@@ -41,6 +38,9 @@ from quasar_core.models.offload import (
     longest_context,
     movable_products,
 )
+from quasar_core.models.weights.device_queues import Link, open_link
+from quasar_core.models.weights.device_stream import memory_bytes
+from quasar_core.models.weights.lean_weights import tied_as_stored, why_folder_not_lean
 from quasar_core.store.model_config import read_text_config
 
 

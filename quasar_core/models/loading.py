@@ -17,15 +17,16 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.library import SOURCE, needs_compiling, why_not_here, why_switched_off
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.malloc import return_freed_memory
-from quasar_core.models import cpu_pass, lean_weights
+from quasar_core.models import cpu_pass
 from quasar_core.models.base import CausalLM, FastPass
 from quasar_core.models.compressed_weights import compress as compress_weights
 from quasar_core.models.cuda import choose as cuda
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import why_folder_not_lean
 from quasar_core.models.offload import OffloadPlan
-from quasar_core.models.streaming import LayerStream
-from quasar_core.models.verifier_head import round_head
+from quasar_core.models.weights import lean_weights
+from quasar_core.models.weights.lean_weights import why_folder_not_lean
+from quasar_core.models.weights.streaming import LayerStream
+from quasar_core.models.weights.verifier_head import round_head
 from quasar_core.page_cache import forget_file
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.gguf import describe_gguf

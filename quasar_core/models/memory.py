@@ -23,9 +23,9 @@ from quasar_core.models.decoder.linear import (
     inputs_product,
     recurrent_shapes,
 )
-from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
 from quasar_core.models.recurrent.states import REACH
-from quasar_core.models.verifier_head import is_rounded, rounded_bytes
+from quasar_core.models.weights.lean_weights import tied_as_stored, why_folder_not_lean
+from quasar_core.models.weights.verifier_head import is_rounded, rounded_bytes
 from quasar_core.store.model_config import read_text_config, read_text_headers
 
 PROMPT_CHUNK = 2048  # tokens of a prompt's pass on a GPU

@@ -18,13 +18,13 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import LoadOptions
 from quasar_core.errors import UsageError
 from quasar_core.kernels.cpu.compressed import BITS
-from quasar_core.models.compressed_files import CompressedCopy, find_copy, make_copy, why_not_copied
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.linear import Product, block_products
-from quasar_core.models.device_queues import Link
-from quasar_core.models.lean_weights import tied_as_stored, why_folder_not_lean
 from quasar_core.models.memory import MemoryNeed, pair_need
-from quasar_core.models.streaming import BUFFERS, LayerStream, Products, buffer_bytes
+from quasar_core.models.weights.compressed_files import CompressedCopy, find_copy, make_copy, why_not_copied
+from quasar_core.models.weights.device_queues import Link
+from quasar_core.models.weights.lean_weights import tied_as_stored, why_folder_not_lean
+from quasar_core.models.weights.streaming import BUFFERS, LayerStream, Products, buffer_bytes
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.model_config import read_text_config
 from quasar_core.system import free_memory, own_memory

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.device import DTYPES, has_fast_bf16
-from quasar_core.models.lean_weights import load_target, load_verifier_alone, why_folder_not_lean
+from quasar_core.models.weights.lean_weights import load_target, load_verifier_alone, why_folder_not_lean
 from quasar_core.quantize.blocks.streaming import StreamedModel
 from quasar_core.quantize.rounded_copy import rounded_bytes, write_rounded
 from quasar_core.quantize.text_writers import USUAL_ROOM, LeanWriter, TransformersWriter, Writer

@@ -26,8 +26,8 @@ from quasar_core.config import GenerationConfig, Request
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.processors import read_processors
 from quasar_core.errors import UsageError
-from quasar_core.models.lean_weights import load_target
 from quasar_core.models.pair import Pair
+from quasar_core.models.weights.lean_weights import load_target
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from quasar_cli.main import app
 from quasar_core.checkpoint.adapter import merge_adapter
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.models.lean_weights import load_target
+from quasar_core.models.weights.lean_weights import load_target
 from quasar_core.store.fingerprint import fingerprint
 
 MODULES = {"model.layers.0.self_attn.q_proj": (64, 64), "model.layers.3.mlp.down_proj": (64, 96)}

@@ -25,9 +25,9 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter
 from quasar_core.errors import QuasarError
-from quasar_core.models import lean_weights
 from quasar_core.models.describe import describe
 from quasar_core.models.hf import causal_lm
+from quasar_core.models.weights import lean_weights
 from quasar_core.quantize.solve.eight_bit import E4M3Format, Int8Format
 
 TOKENS = list(range(3, 20))

@@ -17,8 +17,8 @@ from quasar_core.models.base import Choices
 from quasar_core.models.cuda.graph_pass import BegunPass, CudaPass
 from quasar_core.models.cuda.torch_steps import TorchSteps
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.pair import Pair
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.draft.recycle import RecycleDrafter
 from quasar_core.kernels.cpu import library
 from quasar_core.models import loading
-from quasar_core.models.lean_weights import attach_verifier, load_target
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 OF_ONE_PROMPT = 5
 CONTEXT, VOCABULARY = 320, 96

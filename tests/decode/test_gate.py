@@ -22,8 +22,8 @@ from quasar_core.decode.gate import NEVER, Gate, least_chance
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.window_values import Agreements
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.pair import Pair
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 from quasar_core.quantize.fidelity import margin_table
 from quasar_core.records import FidelityReport, GenerationResult, MarginTable
 from quasar_core.trace import origins

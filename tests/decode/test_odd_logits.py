@@ -28,7 +28,7 @@ from quasar_cli.main import run
 from quasar_core.config import SamplingConfig
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu import library
-from quasar_core.models.lean_weights import attach_verifier, load_target
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 from quasar_core.quantize.fidelity import measure_fidelity
 
 SENTENCE = "The model's logits are not numbers: try --dtype bfloat16 or float32."

@@ -18,8 +18,8 @@ from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.engine import PREFILL_CHUNK
 from quasar_core.decode.generator import Generator
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.pair import Pair
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 HYBRIDS = ["qwen3.5", "lfm2", "granite 4"]
 CLEAR = 1e-3  # nats between the two best logits, where rounding decides nothing

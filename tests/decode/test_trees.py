@@ -28,7 +28,7 @@ from quasar_core.models import loading
 from quasar_core.models.base import choose_best
 from quasar_core.models.decoder.cache import DecoderCache
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import attach_verifier, load_target
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 DRAFT = Draft((5, 6, 7), (Piece("ngram", 2, 2), Piece("recycle", 0, 1)))
 TREE = Tree(4, DRAFT, (Branch(0, 8, 1), Branch(2, 9, 2)))

@@ -23,8 +23,8 @@ from quasar_core.models import loading, skipping
 from quasar_core.models.assistant import check_vocabulary
 from quasar_core.models.decoder.cache import DecoderCache
 from quasar_core.models.decoder.layer_source import AllThere
-from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.skipping import choose_layers, expected_speed, remembered_layers, share_of_weights, skip_layers
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 TOKENS = st.lists(st.integers(0, 12), min_size=1, max_size=5)
 MODEL = TableModel(13, seed=3)

@@ -18,7 +18,7 @@ import torch
 
 from quasar_core.models.cuda import torch_steps
 from quasar_core.models.decoder import layer as decoder_layer
-from quasar_core.models.device_queues import Link
+from quasar_core.models.weights.device_queues import Link
 
 Linear = Callable[..., torch.Tensor]
 COPIES_LATE, COMPUTES_LATE, AT_RANDOM = "copies late", "computes late", "at random"

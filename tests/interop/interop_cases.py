@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from quasar_core.api import quantizing
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import QuantizeConfig
-from quasar_core.models.lean_weights import load_verifier_alone
+from quasar_core.models.weights.lean_weights import load_verifier_alone
 from quasar_core.quantize import calibration
 from quasar_core.store.names import demo_folder
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.models.describe import describe
-from quasar_core.models.lean_weights import load_verifier_alone
+from quasar_core.models.weights.lean_weights import load_verifier_alone
 
 pytestmark = [
     pytest.mark.interop,

@@ -12,8 +12,8 @@ from quasar_core.models import compressed_weights
 from quasar_core.models.compressed_weights import compress, saved_bytes
 from quasar_core.models.decoder.layer import CompressedLinear, DenseLinear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.loading import attach, load_models
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 HALF = torch.bfloat16
 pytestmark = [pytest.mark.usefixtures("cpp_pass")]

@@ -34,7 +34,7 @@ from quasar_core.models import cpu_pass, loading
 from quasar_core.models.base import NO_TOKEN, choose_best
 from quasar_core.models.decoder.layer import DenseLinear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import attach_verifier, load_target
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 BF16 = torch.bfloat16
 Made = Callable[..., Path]

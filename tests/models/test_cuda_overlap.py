@@ -12,7 +12,7 @@ from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.cuda.overlap import ROUNDS, choose_overlap
 from quasar_core.models.cuda.torch_steps import TorchSteps
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import load_target
+from quasar_core.models.weights.lean_weights import load_target
 
 
 @pytest.fixture

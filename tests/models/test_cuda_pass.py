@@ -29,7 +29,7 @@ from quasar_core.models.cuda.graph_pass import CudaPass, pass_size
 from quasar_core.models.cuda.torch_steps import TorchSteps, length_bucket
 from quasar_core.models.decoder.layer import DenseLinear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import attach_verifier, load_target
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 
 def recorded(decoder: LeanDecoder, **options: Any) -> LeanDecoder:

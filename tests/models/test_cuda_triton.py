@@ -20,7 +20,7 @@ from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.cuda.products import DenseChoices, tune_products
 from quasar_core.models.cuda.torch_steps import Steps
 from quasar_core.models.decoder.layer import DenseLinear, FusedLinear
-from quasar_core.models.lean_weights import attach_verifier, load_target
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 from tools.gpu_bench.models import RoundedCopy, in_groups, to_integers
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")

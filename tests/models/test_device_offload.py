@@ -26,10 +26,10 @@ from quasar_core.models.device_offload import (
     plan_on_device,
     plan_within_device,
 )
-from quasar_core.models.device_stream import DeviceStream, memory_bytes
 from quasar_core.models.loading import load_models
 from quasar_core.models.memory import LEAST_SLACK, MemoryNeed, pair_need, sweep_bytes
 from quasar_core.models.offload import LEAST_RESERVE, Budget, Movable, movable_products
+from quasar_core.models.weights.device_stream import DeviceStream, memory_bytes
 from quasar_core.store.model_config import read_config
 
 GPU, BF16, GB = torch.device("cuda", 0), torch.bfloat16, 10**9

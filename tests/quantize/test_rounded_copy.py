@@ -10,7 +10,7 @@ from helpers.decoder_cases import CASES, CPU, save_model
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.rows import RowsCache, pass_rows
-from quasar_core.models.lean_weights import load_target, load_verifier_alone
+from quasar_core.models.weights.lean_weights import load_target, load_verifier_alone
 from quasar_core.quantize.rounded_copy import layers_of_blocks, rounded_bytes, write_rounded
 from quasar_core.quantize.text_plan import NO_ROOM, Free, TextPlan, choose_text
 from quasar_core.store.model_config import read_config

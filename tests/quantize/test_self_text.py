@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from quasar_core.models.lean_weights import load_target
+from quasar_core.models.weights.lean_weights import load_target
 from quasar_core.quantize.conversation import text_opening, turn_tokens
 from quasar_core.quantize.self_text import draw, write_self_text
 from quasar_core.quantize.text_writers import LeanWriter, TransformersWriter, batch_rows

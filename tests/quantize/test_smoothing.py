@@ -12,8 +12,8 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import UsageError
 from quasar_core.files import read_json
-from quasar_core.models import lean_weights
 from quasar_core.models.hf import causal_lm
+from quasar_core.models.weights import lean_weights
 from quasar_core.quantize.blocks.eight_bit import EightBitMethod
 from quasar_core.quantize.solve.eight_bit import (
     E4M3Format,

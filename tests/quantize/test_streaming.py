@@ -28,7 +28,7 @@ from transformers import (
 
 from quasar_core.errors import QuasarError
 from quasar_core.models.hf.experts import SeparateExperts, module_name
-from quasar_core.models.lean_weights import load_target
+from quasar_core.models.weights.lean_weights import load_target
 from quasar_core.quantize.blocks.streaming import StreamedModel, open_target
 from quasar_core.quantize.measure_fidelity import read_rows
 

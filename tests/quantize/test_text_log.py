@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from quasar_core.errors import QuasarError
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import load_target
+from quasar_core.models.weights.lean_weights import load_target
 from quasar_core.quantize import text_log
 from quasar_core.quantize.self_text import write_self_text
 from quasar_core.quantize.text_writers import LeanRows, LeanWriter, TransformersRows, TransformersWriter, Writer

@@ -18,7 +18,7 @@ from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.dense import DenseKernel
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.cuda.torch_steps import TorchSteps
-from quasar_core.models.lean_weights import load_target
+from quasar_core.models.weights.lean_weights import load_target
 from tools.demo.grow import DEMO
 from tools.gpu_bench import compiled, correctness, mixtures, products, reference, report, supervise
 from tools.gpu_bench.models import Bench, Plan, grown_target, rounded_verifier

@@ -14,7 +14,7 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import UsageError
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.config.shapes import SHAPES, shape_named
-from quasar_core.models.lean_weights import load_target
+from quasar_core.models.weights.lean_weights import load_target
 from tools.demo import grow as growing
 
 QWEN3_HALF_B = {**SHAPES["qwen3-0.6b"], "num_hidden_layers": 7, "intermediate_size": 640, "vocab_size": 2560}

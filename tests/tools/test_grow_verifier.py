@@ -13,7 +13,7 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import write_json
 from quasar_core.models.config.shapes import SHAPES
-from quasar_core.models.lean_weights import attach_verifier, load_target
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 from quasar_core.store.fingerprint import fingerprint
 from tools.demo.grow import grow
 from tools.demo.grow_verifier import Places, grow_verifier, grown_layer

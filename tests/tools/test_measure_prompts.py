@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.decoder_cases import CASES, CPU, save_model
 
-from quasar_core.models.lean_weights import load_target
 from quasar_core.models.loading import attach
+from quasar_core.models.weights.lean_weights import load_target
 from tools.measure_prompts import CPP, TORCH, longest_in_cpp, measure
 
 

@@ -21,8 +21,8 @@ from quasar_core.models.context import context_limit
 from quasar_core.models.cuda.graph_pass import POSITION, CudaPass, cache_at
 from quasar_core.models.cuda.overlap import differing_passes
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import load_target
 from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
+from quasar_core.models.weights.lean_weights import load_target
 from quasar_core.records import FidelityReport
 from tools.demo.grow import DEMO
 from tools.gpu_bench.models import Bench, Plan, small_verifier, with_untuned_pass

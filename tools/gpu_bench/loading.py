@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from quasar_core.checkpoint.tensor_files import TensorFiles
-from quasar_core.models.upload import Upload
+from quasar_core.models.weights.upload import Upload
 from tools.gpu_bench.models import Bench
 from tools.gpu_bench.passes import synchronize
 

@@ -14,7 +14,7 @@ from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.cache import DecoderCache
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.decoder.linear import Product, block_products, head_product, mixture_products
-from quasar_core.models.lean_weights import attach_verifier, build_target
+from quasar_core.models.weights.lean_weights import attach_verifier, build_target
 from tools.gpu_bench.models import GROUP, Bench, Plan, RoundedCopy, in_groups, kernel_for, with_fast_pass
 from tools.gpu_bench.passes import ROOM, time_length
 

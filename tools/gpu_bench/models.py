@@ -28,7 +28,7 @@ from quasar_core.models.decoder.linear import (
     mixture_products,
     stored_shapes,
 )
-from quasar_core.models.lean_weights import attach_verifier, build_target
+from quasar_core.models.weights.lean_weights import attach_verifier, build_target
 from quasar_core.quantize.solve.eight_bit import channel_scales
 from quasar_core.quantize.solve.grid import fit_grid
 from quasar_core.records import Progress, no_progress

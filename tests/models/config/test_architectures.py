@@ -12,7 +12,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.models.architectures import ARCHITECTURES
 from quasar_core.models.config.decoder import DecoderConfig, why_not_lean
 from quasar_core.models.config.options import REQUIRED
-from quasar_core.models.lean_weights import load_target
+from quasar_core.models.weights.lean_weights import load_target
 from tools import architectures_table
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], **SIZES}

@@ -29,8 +29,8 @@ from quasar_core.models.architectures import ARCHITECTURES
 from quasar_core.models.config.decoder import why_not_lean
 from quasar_core.models.config.options import REQUIRED, WITHOUT_EFFECT
 from quasar_core.models.context import context_limit
-from quasar_core.models.lean_weights import load_target
 from quasar_core.models.loading import load_models
+from quasar_core.models.weights.lean_weights import load_target
 
 KNOWN = sorted(set(ARCHITECTURES) - {"PanguEmbeddedForCausalLM"})
 NAMES = [name.removesuffix("ForCausalLM") for name in KNOWN]

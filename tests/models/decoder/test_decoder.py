@@ -27,7 +27,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.models.architectures import ARCHITECTURES
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.hf import causal_lm
-from quasar_core.models.lean_weights import load_target
+from quasar_core.models.weights.lean_weights import load_target
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -29,7 +29,7 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.decoder.layer import FusedLinear
 from quasar_core.models.decoder.linear import concatenate
 from quasar_core.models.hf import causal_lm
-from quasar_core.models.lean_weights import attach_verifier, load_target, load_verifier_alone
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target, load_verifier_alone
 from quasar_core.quantize.solve.gptq import SolverConfig, solve
 
 ANSWER = 60

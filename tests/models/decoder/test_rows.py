@@ -23,7 +23,7 @@ from quasar_core.models.decoder import rows
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.decoder.rows import RowsCache, pass_rows, text_bytes
 from quasar_core.models.hf import causal_lm
-from quasar_core.models.lean_weights import load_target
+from quasar_core.models.weights.lean_weights import load_target
 
 STEPS = 20  # past every window of the cases
 pytestmark = pytest.mark.usefixtures("_often_grown")

@@ -19,12 +19,13 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode import engine
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError
-from quasar_core.models import lean_weights, loading
+from quasar_core.models import loading
 from quasar_core.models.decoder.cache import DecoderCache
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.decoder.two_tables import TwoTableCache
 from quasar_core.models.hf.causal_lm import TransformersLM, attach_verifier
 from quasar_core.models.rope import spans
+from quasar_core.models.weights import lean_weights
 
 LIMIT, LONGEST, COUNT, VOCABULARY = 24, 96, 14, 97
 SIZES: dict[str, Any] = {

@@ -17,7 +17,7 @@ from quasar_core.models.base import choose_best, depths_of
 from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.cuda.torch_steps import TorchSteps
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import attach_verifier, load_target
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 FLOAT, BF16 = torch.float32, torch.bfloat16
 VOCABULARY, ROOM = 96, 160

@@ -17,8 +17,8 @@ from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.activations import xielu_weights
 from quasar_core.models.decoder.layer import CompressedLinear, DenseLinear
 from quasar_core.models.decoder.linear import Product, xielu_names
-from quasar_core.models.streaming import StreamedWeights
-from quasar_core.models.upload import Upload
+from quasar_core.models.weights.streaming import StreamedWeights
+from quasar_core.models.weights.upload import Upload
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.text_part import BESIDE
 

@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from quasar_core.models.background import Background
+from quasar_core.models.weights.background import Background
 
 BLOCKED = """
 import threading
-from quasar_core.models.background import Background
+from quasar_core.models.weights.background import Background
 begun = threading.Event()
 background = Background("blocked")
 background.submit(lambda: (begun.set(), threading.Event().wait()))
@@ -22,7 +22,7 @@ raise SystemExit(7)
 IN_PYTORCH = """
 import threading
 import torch
-from quasar_core.models.background import Background
+from quasar_core.models.weights.background import Background
 begun, place, other = threading.Event(), torch.zeros(1 << 16), torch.ones(1 << 16)
 def work():
     for _ in range(300):

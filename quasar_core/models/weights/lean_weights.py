@@ -18,7 +18,6 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures.row import BlockNorms
-from quasar_core.models.compressed_files import CompressedCopy
 from quasar_core.models.config.decoder import DecoderConfig, why_not_lean
 from quasar_core.models.decoder.experts import Experts
 from quasar_core.models.decoder.layer import DecoderLayer, DenseLinear, LayerInputs, Linear
@@ -38,12 +37,13 @@ from quasar_core.models.decoder.linear import (
     router_correction,
     stored_shapes,
 )
-from quasar_core.models.device_queues import Link
-from quasar_core.models.device_stream import DeviceWeights
-from quasar_core.models.filling import EMBEDDING, HEAD, Filling, has_no_effect
 from quasar_core.models.recurrent.rules import Recurrence
 from quasar_core.models.rope import RopeTables
-from quasar_core.models.streaming import Products, StreamedWeights
+from quasar_core.models.weights.compressed_files import CompressedCopy
+from quasar_core.models.weights.device_queues import Link
+from quasar_core.models.weights.device_stream import DeviceWeights
+from quasar_core.models.weights.filling import EMBEDDING, HEAD, Filling, has_no_effect
+from quasar_core.models.weights.streaming import Products, StreamedWeights
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.model_config import read_text_config
 

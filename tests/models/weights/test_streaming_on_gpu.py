@@ -8,10 +8,10 @@ from helpers.decoder_cases import random_tokens, save_model
 
 from quasar_core.models import loading
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.device_queues import open_link
-from quasar_core.models.device_stream import DeviceStream
-from quasar_core.models.lean_weights import load_target
 from quasar_core.models.offload import movable_products
+from quasar_core.models.weights.device_queues import open_link
+from quasar_core.models.weights.device_stream import DeviceStream
+from quasar_core.models.weights.lean_weights import load_target
 
 GPU, BF16 = torch.device("cuda", 0), torch.bfloat16
 SHAPE = {"num_hidden_layers": 6, "hidden_size": 1024, "intermediate_size": 4096, "max_position_embeddings": 1024}

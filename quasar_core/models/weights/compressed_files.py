@@ -23,7 +23,7 @@ from quasar_core.kernels.cpu.library import why_not_here
 from quasar_core.malloc import return_freed_memory
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.linear import Product, block_products
-from quasar_core.models.weight_reads import OpenFile, StoredWeight, read_weights
+from quasar_core.models.weights.weight_reads import OpenFile, StoredWeight, read_weights
 from quasar_core.page_cache import forget_file
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.fingerprint import fingerprint

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from quasar_core.models import upload
-from quasar_core.models.upload import Upload
+from quasar_core.models.weights import upload
+from quasar_core.models.weights.upload import Upload
 
 CPU = torch.device("cpu")
 

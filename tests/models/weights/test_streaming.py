@@ -20,11 +20,12 @@ from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import engine
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError
-from quasar_core.models import loading, weight_reads
+from quasar_core.models import loading
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.offload import movable_products
-from quasar_core.models.streaming import LayerStream, StreamedWeights
+from quasar_core.models.weights import weight_reads
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
+from quasar_core.models.weights.streaming import LayerStream, StreamedWeights
 
 BF16 = torch.bfloat16
 SHARES = ([0, 1, 2, 3], [1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 3], [2])

@@ -18,12 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.errors import QuasarError
-from quasar_core.models import weight_reads
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.device_queues import Link, PinnedMemory, PlainQueue, open_link
-from quasar_core.models.device_stream import DeviceStream
-from quasar_core.models.lean_weights import load_target
 from quasar_core.models.offload import movable_products
+from quasar_core.models.weights import weight_reads
+from quasar_core.models.weights.device_queues import Link, PinnedMemory, PlainQueue, open_link
+from quasar_core.models.weights.device_stream import DeviceStream
+from quasar_core.models.weights.lean_weights import load_target
 
 BF16 = torch.bfloat16
 TOKENS = random_tokens(14)

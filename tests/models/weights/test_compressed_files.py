@@ -16,15 +16,16 @@ from safetensors.torch import load_file, save_file
 from quasar_core.config import GenerationConfig, LoadOptions
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.models import compressed_files, offload
-from quasar_core.models.compressed_files import find_copy, forget_copies, make_copy, place_of
+from quasar_core.models import offload
 from quasar_core.models.decoder.layer import CompressedLinear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import attach_verifier, load_target
 from quasar_core.models.loading import attach, load_models
 from quasar_core.models.memory import MemoryNeed
 from quasar_core.models.offload import LEAST_RESERVE, Budget, Movable, movable_products, plan_offload, plan_to_fit
-from quasar_core.models.streaming import LayerStream
+from quasar_core.models.weights import compressed_files
+from quasar_core.models.weights.compressed_files import find_copy, forget_copies, make_copy, place_of
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
+from quasar_core.models.weights.streaming import LayerStream
 
 BF16 = torch.bfloat16
 pytestmark = [pytest.mark.usefixtures("cpp_pass", "own_home")]
@@ -123,7 +124,7 @@ def test_it_is_written_once_and_goes_on_where_it_was_interrupted(model: Path, mo
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from quasar_core.models.compressed_files import make_copy
+from quasar_core.models.weights.compressed_files import make_copy
 written, fsync = [], os.fsync
 
 def kill_in_the_third(file):

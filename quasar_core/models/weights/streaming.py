@@ -19,10 +19,10 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.compressed import CompressedWeight
 from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
-from quasar_core.models.background import Background
-from quasar_core.models.compressed_files import CompressedCopy, Take
 from quasar_core.models.decoder.linear import Product
-from quasar_core.models.weight_reads import DTYPES, OpenFile, StoredWeight, read_weights, replaced
+from quasar_core.models.weights.background import Background
+from quasar_core.models.weights.compressed_files import CompressedCopy, Take
+from quasar_core.models.weights.weight_reads import DTYPES, OpenFile, StoredWeight, read_weights, replaced
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.safetensors_header import TensorEntry, read_header
 

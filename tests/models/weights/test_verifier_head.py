@@ -11,11 +11,11 @@ from quasar_core.kernels.base import LayerShape
 from quasar_core.kernels.cpu.vnni import VnniKernel
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.select import DENSE, KernelChoice
-from quasar_core.models import verifier_head
 from quasar_core.models.decoder.layer import DenseLinear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.lean_weights import attach_verifier, load_target, load_verifier_alone
-from quasar_core.models.verifier_head import round_head, rounded
+from quasar_core.models.weights import verifier_head
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target, load_verifier_alone
+from quasar_core.models.weights.verifier_head import round_head, rounded
 from quasar_core.records import no_progress
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from quasar_core.checkpoint.tensor_files import TensorFiles
-from quasar_core.models.device_queues import Event, Link, PinnedMemory
-from quasar_core.models.streaming import BUFFERS, LayerStream, Products, Room, StreamedWeights, buffer_bytes
-from quasar_core.models.weight_reads import StoredWeight, read_weights
+from quasar_core.models.weights.device_queues import Event, Link, PinnedMemory
+from quasar_core.models.weights.streaming import BUFFERS, LayerStream, Products, Room, StreamedWeights, buffer_bytes
+from quasar_core.models.weights.weight_reads import StoredWeight, read_weights
 from quasar_core.records import Progress, no_progress
 
 TIMED_COPIES = 3  # of a block, of which the fastest tells the link's bandwidth

@@ -20,8 +20,8 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError
 from quasar_core.models.config.decoder import DecoderConfig
-from quasar_core.models.lean_weights import load_target
 from quasar_core.models.pair import Pair
+from quasar_core.models.weights.lean_weights import load_target
 from quasar_core.store.text_part import CLASSES, SIZES, USUAL_SIZES, text_part
 
 pytest_plugins = ["helpers.quantize_fixtures"]

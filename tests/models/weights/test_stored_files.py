@@ -18,8 +18,8 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, reason
 from quasar_core.models.context import UNLIMITED, context_limit
-from quasar_core.models.lean_weights import load_target
 from quasar_core.models.pair import load_tokenizer
+from quasar_core.models.weights.lean_weights import load_target
 from quasar_core.store import resolve_model
 
 pytest_plugins = ["helpers.quantize_fixtures"]
@@ -260,6 +260,8 @@ def test_two_names_that_contradict_each_other(verifier: Path) -> None:
 
 def test_the_lean_decoder_allocates_nothing_before_it_has_looked(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit(llama, vocab_size=10**12)
-    monkeypatch.setattr("quasar_core.models.filling.empty_in_huge_pages", lambda *_, **__: pytest.fail("allocated"))
+    monkeypatch.setattr(
+        "quasar_core.models.weights.filling.empty_in_huge_pages", lambda *_, **__: pytest.fail("allocated")
+    )
     with pytest.raises(QuasarError, match="and by its config"):
         load_target(llama, CPU, torch.float32)

@@ -1,0 +1,1 @@
+"""Bring weights from files to their places in memory, or stream them past at each pass."""
