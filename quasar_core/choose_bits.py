@@ -26,7 +26,7 @@ from quasar_core.files import exists
 from quasar_core.kernels.times import measured_on
 from quasar_core.load_pair import dtype_of_source
 from quasar_core.models.context import context_limit
-from quasar_core.models.offload import can_stream
+from quasar_core.models.memory.offload import can_stream
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.models.weights.lean_weights import why_folder_not_lean
 from quasar_core.quantize.blocks.streaming import StreamedModel, quantized_layers

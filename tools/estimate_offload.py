@@ -2,10 +2,10 @@
 
     python -m tools.estimate_offload [--link 25GB]
 
-The plan is that of `--offload auto` (`models/device_offload.py`), with a cache of 4,096 tokens and a verifier of 4 bits
-in groups of 128 whose head stays in 16. A confirm takes what it copies ÷ the link's bandwidth, a verify what it reads ÷
-four fifths of the bandwidth on the GPU's data sheet. How many tokens a second that makes depends on how often the
-target takes the verifier's word: a column for each chance, of the best window without drafts.
+The plan is that of `--offload auto` (`models/memory/device_offload.py`), with a cache of 4,096 tokens and a verifier of
+4 bits in groups of 128 whose head stays in 16. A confirm takes what it copies ÷ the link's bandwidth, a verify what it
+reads ÷ four fifths of the bandwidth on the GPU's data sheet. How many tokens a second that makes depends on how often
+the target takes the verifier's word: a column for each chance, of the best window without drafts.
 """
 
 import argparse
@@ -19,9 +19,9 @@ from quasar_cli.options import parse_bytes
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.config.shapes import shape_named
 from quasar_core.models.decoder.linear import block_products
-from quasar_core.models.device_offload import DeviceBudget, DevicePlan, plan_within_device
-from quasar_core.models.memory import MemoryNeed, sweep_bytes, tensor_elements, token_bytes, workspace_bytes
-from quasar_core.models.offload import PLANNED_CONTEXT, Movable
+from quasar_core.models.memory.device_offload import DeviceBudget, DevicePlan, plan_within_device
+from quasar_core.models.memory.estimate import MemoryNeed, sweep_bytes, tensor_elements, token_bytes, workspace_bytes
+from quasar_core.models.memory.offload import PLANNED_CONTEXT, Movable
 from tools.measure_offload import most_gained
 
 DTYPE = torch.bfloat16

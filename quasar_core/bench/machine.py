@@ -19,7 +19,7 @@ from quasar_core.kernels.cpu import library
 from quasar_core.kernels.select import describe_kernels
 from quasar_core.kernels.times import device_name
 from quasar_core.models.context import context_limit
-from quasar_core.models.memory import describe, pair_need
+from quasar_core.models.memory.estimate import describe, pair_need
 from quasar_core.quantize.solve.cpp import describe_loops
 from quasar_core.records import Progress
 from quasar_core.system import processor_flags, total_memory

@@ -19,8 +19,8 @@ from quasar_core.decode.costs import CONTEXT, PassCost
 from quasar_core.errors import UsageError
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.memory import MemoryNeed, pair_need, workspace_bytes
-from quasar_core.models.offload import (
+from quasar_core.models.memory.estimate import MemoryNeed, pair_need, workspace_bytes
+from quasar_core.models.memory.offload import (
     PLANNED_CONTEXT,
     Budget,
     Movable,

@@ -24,7 +24,7 @@ from quasar_core.decode.trees import WINDOW, Branching, Tree
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter, pieces_behind
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import NO_TOKEN, NOT_NUMBERS, CausalLM, Choices, KVCache, TreeCache
-from quasar_core.models.memory import PROMPT_CHUNK
+from quasar_core.models.memory.estimate import PROMPT_CHUNK
 from quasar_core.models.pair import Pair
 from quasar_core.models.rollback import settle
 from quasar_core.records import Stats

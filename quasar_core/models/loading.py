@@ -22,7 +22,7 @@ from quasar_core.models.base import CausalLM, FastPass
 from quasar_core.models.compressed_weights import compress as compress_weights
 from quasar_core.models.cuda import choose as cuda
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.offload import OffloadPlan
+from quasar_core.models.memory.offload import OffloadPlan
 from quasar_core.models.weights import lean_weights
 from quasar_core.models.weights.lean_weights import why_folder_not_lean
 from quasar_core.models.weights.streaming import LayerStream

@@ -10,7 +10,7 @@ from typing import Any
 
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.config.decoder import DecoderConfig
-from quasar_core.models.memory import token_bytes
+from quasar_core.models.memory.estimate import token_bytes
 from quasar_core.models.pair import Pair
 from quasar_core.models.weights.lean_weights import why_folder_not_lean
 from quasar_core.ports import listen_at

@@ -24,8 +24,8 @@ from quasar_core.decode.cost_records import CostRecord
 from quasar_core.decode.costs import PairCosts, PassCost
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.library import quantize_model
-from quasar_core.models import offload
-from quasar_core.models.offload import plan_all
+from quasar_core.models.memory import offload
+from quasar_core.models.memory.offload import plan_all
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.quantize import candidates, estimate
 from quasar_core.quantize.candidates import Look, PackedModel, Watcher, commit_candidates

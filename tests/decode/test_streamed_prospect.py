@@ -24,7 +24,7 @@ from quasar_core.decode.streamed_prospect import (
     errors_left,
 )
 from quasar_core.models.loading import load_models
-from quasar_core.models.offload import plan_offload
+from quasar_core.models.memory.offload import plan_offload
 from quasar_core.records import FidelityReport, KernelPrice, MarginTable
 
 MARGINS = MarginTable([0.1, 0.5, 2.0], [100, 400, 1000, 2500], [60, 320, 930, 2490])

@@ -18,8 +18,8 @@ from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.cuda.torch_steps import Steps, TorchSteps
 from quasar_core.models.decoder.activations import activated
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.memory import LONGEST_PASS
-from quasar_core.models.offload import movable_products
+from quasar_core.models.memory.estimate import LONGEST_PASS
+from quasar_core.models.memory.offload import movable_products
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 from tools.gpu_bench.models import RoundedCopy, in_groups
 

@@ -21,8 +21,8 @@ from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.cuda.products import WIDEST
 from quasar_core.models.cuda.torch_steps import Steps, TorchSteps
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.memory import LONGEST_SWEEP
-from quasar_core.models.offload import movable_products
+from quasar_core.models.memory.estimate import LONGEST_SWEEP
+from quasar_core.models.memory.offload import movable_products
 from quasar_core.models.weights.device_queues import Link, open_link
 from quasar_core.models.weights.device_stream import DeviceStream
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target

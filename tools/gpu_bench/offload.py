@@ -21,9 +21,9 @@ from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.models.cuda.graph_pass import CudaPass
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.device_offload import DeviceBudget, DevicePlan, plan_within_device
-from quasar_core.models.memory import LEAST_SLACK, pair_need, sweep_bytes
-from quasar_core.models.offload import Movable, movable_products
+from quasar_core.models.memory.device_offload import DeviceBudget, DevicePlan, plan_within_device
+from quasar_core.models.memory.estimate import LEAST_SLACK, pair_need, sweep_bytes
+from quasar_core.models.memory.offload import Movable, movable_products
 from quasar_core.models.pair import Pair
 from quasar_core.models.weights.device_stream import DeviceStream
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target

@@ -10,7 +10,7 @@ from quasar_core.models.cuda.overlap import COUNTS, time_passes, with_overlap
 from quasar_core.models.cuda.products import tune_products
 from quasar_core.models.cuda.torch_steps import Steps, TorchSteps
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.memory import LONGEST_PASS, LONGEST_SWEEP
+from quasar_core.models.memory.estimate import LONGEST_PASS, LONGEST_SWEEP
 from quasar_core.records import Progress, no_progress
 
 ONLY_TRITON = "experts are chosen on the way, which only Triton's kernels do within a graph"

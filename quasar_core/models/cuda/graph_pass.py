@@ -41,7 +41,7 @@ from quasar_core.models.decoder.heads import Tables
 from quasar_core.models.decoder.layer import DecoderLayer, Linear
 from quasar_core.models.decoder.layer_source import AllThere
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.memory import LONGEST_PASS, LONGEST_SWEEP
+from quasar_core.models.memory.estimate import LONGEST_PASS, LONGEST_SWEEP
 from quasar_core.models.rope import query_growth
 
 SIZES = (1, 2, 4, 8, 16, 24, LONGEST_PASS)  # tokens of the recorded passes

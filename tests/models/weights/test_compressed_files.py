@@ -16,12 +16,19 @@ from safetensors.torch import load_file, save_file
 from quasar_core.config import GenerationConfig, LoadOptions
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.models import offload
 from quasar_core.models.decoder.layer import CompressedLinear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.loading import attach, load_models
-from quasar_core.models.memory import MemoryNeed
-from quasar_core.models.offload import LEAST_RESERVE, Budget, Movable, movable_products, plan_offload, plan_to_fit
+from quasar_core.models.memory import offload
+from quasar_core.models.memory.estimate import MemoryNeed
+from quasar_core.models.memory.offload import (
+    LEAST_RESERVE,
+    Budget,
+    Movable,
+    movable_products,
+    plan_offload,
+    plan_to_fit,
+)
 from quasar_core.models.weights import compressed_files
 from quasar_core.models.weights.compressed_files import find_copy, forget_copies, make_copy, place_of
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target

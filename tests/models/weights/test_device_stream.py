@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from quasar_core.errors import QuasarError
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.offload import movable_products
+from quasar_core.models.memory.offload import movable_products
 from quasar_core.models.weights import weight_reads
 from quasar_core.models.weights.device_queues import Link, PinnedMemory, PlainQueue, open_link
 from quasar_core.models.weights.device_stream import DeviceStream

@@ -22,7 +22,7 @@ from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError
 from quasar_core.models import loading
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.offload import movable_products
+from quasar_core.models.memory.offload import movable_products
 from quasar_core.models.weights import weight_reads
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 from quasar_core.models.weights.streaming import LayerStream, StreamedWeights

@@ -8,7 +8,7 @@ from helpers.decoder_cases import random_tokens, save_model
 
 from quasar_core.models import loading
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.offload import movable_products
+from quasar_core.models.memory.offload import movable_products
 from quasar_core.models.weights.device_queues import open_link
 from quasar_core.models.weights.device_stream import DeviceStream
 from quasar_core.models.weights.lean_weights import load_target

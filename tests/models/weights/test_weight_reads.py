@@ -15,7 +15,7 @@ from quasar_core import page_cache
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.models.loading import load_models
-from quasar_core.models.offload import OffloadPlan, movable_products
+from quasar_core.models.memory.offload import OffloadPlan, movable_products
 from quasar_core.models.weights import weight_reads
 from quasar_core.models.weights.weight_reads import OpenFile, StoredWeight, read_weights, runs_of
 from quasar_core.store.safetensors_header import read_headers

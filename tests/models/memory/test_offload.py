@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quasar_core.errors import UsageError
-from quasar_core.models import offload
 from quasar_core.models.loading import load_models
-from quasar_core.models.memory import MemoryNeed, pair_need
-from quasar_core.models.offload import (
+from quasar_core.models.memory import offload
+from quasar_core.models.memory.estimate import MemoryNeed, pair_need
+from quasar_core.models.memory.offload import (
     LEAST_RESERVE,
     Budget,
     Movable,
@@ -123,7 +123,7 @@ from pathlib import Path
 import torch
 from quasar_core.config import LoadOptions
 from quasar_core.models.loading import load_models
-from quasar_core.models.offload import plan_offload
+from quasar_core.models.memory.offload import plan_offload
 from quasar_core.system import own_memory
 folder, place = Path(sys.argv[1]), (torch.device("cpu"), torch.bfloat16)
 most = own_memory() + int(sys.argv[2])

@@ -16,19 +16,19 @@ from quasar_core import load_pair
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import LoadOptions
 from quasar_core.errors import QuasarError, UsageError
-from quasar_core.models import device_offload, offload
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.device_offload import (
+from quasar_core.models.loading import load_models
+from quasar_core.models.memory import device_offload, offload
+from quasar_core.models.memory.device_offload import (
     DeviceBudget,
     DevicePlan,
     held_blocks,
     plan_on_device,
     plan_within_device,
 )
-from quasar_core.models.loading import load_models
-from quasar_core.models.memory import LEAST_SLACK, MemoryNeed, pair_need, sweep_bytes
-from quasar_core.models.offload import LEAST_RESERVE, Budget, Movable, movable_products
+from quasar_core.models.memory.estimate import LEAST_SLACK, MemoryNeed, pair_need, sweep_bytes
+from quasar_core.models.memory.offload import LEAST_RESERVE, Budget, Movable, movable_products
 from quasar_core.models.weights.device_stream import DeviceStream, memory_bytes
 from quasar_core.store.model_config import read_config
 

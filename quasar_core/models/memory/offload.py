@@ -20,7 +20,7 @@ from quasar_core.errors import UsageError
 from quasar_core.kernels.cpu.compressed import BITS
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.linear import Product, block_products
-from quasar_core.models.memory import MemoryNeed, pair_need
+from quasar_core.models.memory.estimate import MemoryNeed, pair_need
 from quasar_core.models.weights.compressed_files import CompressedCopy, find_copy, make_copy, why_not_copied
 from quasar_core.models.weights.device_queues import Link
 from quasar_core.models.weights.lean_weights import tied_as_stored, why_folder_not_lean

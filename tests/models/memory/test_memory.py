@@ -14,7 +14,7 @@ from quasar_core.bench import machine
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.decoder.layer import DenseLinear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.memory import MemoryNeed, advice, describe, pair_need, require_room
+from quasar_core.models.memory.estimate import MemoryNeed, advice, describe, pair_need, require_room
 from quasar_core.models.weights import verifier_head
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target, load_verifier_alone
 

@@ -17,7 +17,7 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.config import LoadOptions
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.config.decoder import DecoderConfig
-from quasar_core.models.memory import (
+from quasar_core.models.memory.estimate import (
     LEAST_SLACK,
     SLACK_SHARE,
     SMALLEST_CONTEXT,
@@ -25,7 +25,7 @@ from quasar_core.models.memory import (
     pair_need,
     sweep_bytes,
 )
-from quasar_core.models.offload import (
+from quasar_core.models.memory.offload import (
     PLANNED_CONTEXT,
     Budget,
     Movable,
