@@ -2,7 +2,7 @@
 
 `python -m tools.measure_prompts MODEL [--threads N] [--rounds N] [--sizes 1,8,33]`: milliseconds of the pass of a
 prompt of so many tokens, of which the last one's logits are made, in bfloat16 as it lies and compressed, both ways in
-turn; and the longest of the sizes up to which C++ is no slower. `SHORT_PROMPT` of `models/cpu_pass.py` rests on it.
+turn; and the longest of the sizes up to which C++ is no slower. `SHORT_PROMPT` of `models/cpu/cpu_pass.py` rests on it.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from quasar_core.models.compressed_weights import compress
+from quasar_core.models.cpu.compressed_weights import compress
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.loading import attach
 from quasar_core.models.weights.lean_weights import load_target

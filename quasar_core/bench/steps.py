@@ -18,10 +18,10 @@ from quasar_core.files import read_json, refuse_foreign, write_json
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.times import device_name
 from quasar_core.models.base import CausalLM, KVCache
-from quasar_core.models.compressed_weights import saved_bytes
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.config.shapes import shape_named
-from quasar_core.models.cpu_pass import CpuPass
+from quasar_core.models.cpu.compressed_weights import saved_bytes
+from quasar_core.models.cpu.cpu_pass import CpuPass
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.decoder.linear import Product, block_products, head_product
 from quasar_core.models.device import choose_device, choose_dtype

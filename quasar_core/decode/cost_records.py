@@ -10,7 +10,7 @@ import numpy as np
 from quasar_core.decode.costs import CONTEXT, PairCosts, PassCost
 from quasar_core.kernels.times import measured_on
 from quasar_core.models.base import CausalLM, KVCache
-from quasar_core.models.compressed_weights import saved_bytes
+from quasar_core.models.cpu.compressed_weights import saved_bytes
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair
 from quasar_core.store.measured import Entry, Measured, measured_file, positive, stored

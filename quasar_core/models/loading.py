@@ -17,9 +17,9 @@ from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu.library import SOURCE, needs_compiling, why_not_here, why_switched_off
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.malloc import return_freed_memory
-from quasar_core.models import cpu_pass
 from quasar_core.models.base import CausalLM, FastPass
-from quasar_core.models.compressed_weights import compress as compress_weights
+from quasar_core.models.cpu import cpu_pass
+from quasar_core.models.cpu.compressed_weights import compress as compress_weights
 from quasar_core.models.cuda import choose as cuda
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.memory.offload import OffloadPlan

@@ -16,8 +16,8 @@ import torch
 
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
-from quasar_core.models.compressed_weights import compress, saved_bytes
 from quasar_core.models.config.decoder import DecoderConfig
+from quasar_core.models.cpu.compressed_weights import compress, saved_bytes
 from quasar_core.models.decoder.layer import Joint
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.decoder.linear import Product, dense_only

@@ -20,7 +20,7 @@ from helpers.tiny_models import (
     greedy_by_hand,
     make_pair,
 )
-from models.test_cpu_pass import fast
+from models.cpu.test_cpu_pass import fast
 from quantize.test_fidelity import LastTokenModel
 from safetensors.torch import load_file, save_file
 

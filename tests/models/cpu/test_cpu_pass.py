@@ -30,8 +30,9 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.kernels.threads import use_threads
-from quasar_core.models import cpu_pass, loading
+from quasar_core.models import loading
 from quasar_core.models.base import NO_TOKEN, choose_best
+from quasar_core.models.cpu import cpu_pass
 from quasar_core.models.decoder.layer import DenseLinear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target

@@ -8,8 +8,8 @@ from helpers.decoder_cases import CASES, CPU, FLOAT, in_passes, random_tokens, s
 from helpers.quantized_decoder import quantize_layers
 
 from quasar_core.bench.steps import lean_candidate
-from quasar_core.models import compressed_weights
-from quasar_core.models.compressed_weights import compress, saved_bytes
+from quasar_core.models.cpu import compressed_weights
+from quasar_core.models.cpu.compressed_weights import compress, saved_bytes
 from quasar_core.models.decoder.layer import CompressedLinear, DenseLinear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.loading import attach, load_models

@@ -13,7 +13,7 @@ import torch
 
 from quasar_core.kernels.cpu import library as cpp
 from quasar_core.kernels.cpu.compressed import BITS, CompressedWeight
-from quasar_core.models import cpu_pass
+from quasar_core.models.cpu import cpu_pass
 from quasar_core.models.decoder.layer import CompressedLinear, DecoderLayer, DenseLinear, FusedLinear, Linear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.records import Progress, no_progress

@@ -1,0 +1,1 @@
+"""Passes of the lean decoder on the CPU, in C++."""
