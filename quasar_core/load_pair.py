@@ -14,14 +14,14 @@ from quasar_core.decode.processors import read_processors
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, exists, is_folder
 from quasar_core.kernels.threads import most_threads
-from quasar_core.models.assistant import load_assistant
 from quasar_core.models.context import UNLIMITED, context_limit
 from quasar_core.models.device import choose_device, choose_dtype
+from quasar_core.models.drafting.assistant import load_assistant
+from quasar_core.models.drafting.mtp import head_bytes, head_of
 from quasar_core.models.loading import LoadedModels, load_models, recurrent_layers_in, refuse_drafts
 from quasar_core.models.memory.device_offload import plan_on_device
 from quasar_core.models.memory.estimate import pair_need, require_room
 from quasar_core.models.memory.offload import OffloadPlan, plan_offload
-from quasar_core.models.mtp import head_bytes, head_of
 from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
 from quasar_core.records import Progress, no_progress
 from quasar_core.store import (

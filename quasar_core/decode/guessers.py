@@ -11,10 +11,10 @@ from quasar_core.draft.layer_skip import LayerSkip
 from quasar_core.draft.mtp import NextTokenHead
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
+from quasar_core.models.drafting.mtp import head_of, over, share_of_pass
+from quasar_core.models.drafting.skipping import remembered_layers, share_of_weights, skip_layers
 from quasar_core.models.loading import attach
-from quasar_core.models.mtp import head_of, over, share_of_pass
 from quasar_core.models.pair import Pair
-from quasar_core.models.skipping import remembered_layers, share_of_weights, skip_layers
 
 
 def make_guesser(pair: Pair, config: GenerationConfig, role: Role, cache: Callable[[], Any]) -> Guesser:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from quasar_core.models.base import CausalLM
 from quasar_core.models.decoder.cache import DecoderCache
-from quasar_core.models.skipping import CacheView
+from quasar_core.models.drafting.skipping import CacheView
 
 
 class LayerSkip:

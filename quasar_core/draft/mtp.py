@@ -12,7 +12,7 @@ SHORT = 16  # tokens whose pass lists a choice for each
 
 
 class NextTokenHead:
-    """Multi-token prediction (DeepSeek-V3, 2024, §2.2; `models/mtp.py`), chained; implements `Guesser`.
+    """Multi-token prediction (DeepSeek-V3, 2024, §2.2; `models/drafting/mtp.py`), chained; implements `Guesser`.
 
     At position i it reads the model's row there and the token at i + 1, and keeps keys and values of its own block. The
     rows are those in the model's cache, of whoever passed a position last: of the model that verifies, and in `exact`

@@ -16,7 +16,7 @@ from quasar_core.models import loading
 from quasar_core.models.base import CausalLM
 from quasar_core.models.decoder.layer import FusedLinear, Linear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.skipping import bytes_of
+from quasar_core.models.drafting.skipping import bytes_of
 from quasar_core.models.variants import with_head
 
 LEAST_SHARE = 0.15  # of what a pass reads, that must be saved

@@ -19,11 +19,18 @@ from quasar_core.draft.by_model import ModelDrafter
 from quasar_core.draft.layer_skip import LayerSkip
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.cpu import library
-from quasar_core.models import loading, skipping
-from quasar_core.models.assistant import check_vocabulary
+from quasar_core.models import loading
 from quasar_core.models.decoder.cache import DecoderCache
 from quasar_core.models.decoder.layer_source import AllThere
-from quasar_core.models.skipping import choose_layers, expected_speed, remembered_layers, share_of_weights, skip_layers
+from quasar_core.models.drafting import skipping
+from quasar_core.models.drafting.assistant import check_vocabulary
+from quasar_core.models.drafting.skipping import (
+    choose_layers,
+    expected_speed,
+    remembered_layers,
+    share_of_weights,
+    skip_layers,
+)
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 TOKENS = st.lists(st.integers(0, 12), min_size=1, max_size=5)

@@ -27,7 +27,7 @@ from quasar_core.models import loading
 from quasar_core.models.decoder.cache import DecoderCache
 from quasar_core.models.decoder.hidden_rows import HiddenRows
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.mtp import head_bytes, load_head
+from quasar_core.models.drafting.mtp import head_bytes, load_head
 from quasar_core.models.pair import Pair
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 

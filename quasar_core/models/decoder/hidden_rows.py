@@ -1,4 +1,4 @@
-"""The rows that a decoder's head reads, kept beside a cache for heads that predict further tokens (`models/mtp.py`).
+"""The rows that a decoder's head reads, kept beside a cache for heads that predict further tokens (`drafting/mtp.py`).
 
 Letters: T tokens of a pass, in the hidden size.
 """

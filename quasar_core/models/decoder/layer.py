@@ -117,7 +117,7 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class Joint:
-    """What stands before the block of a head that goes on from another model's rows (`models/mtp.py`)."""
+    """What stands before the block of a head that goes on from another model's rows (`models/drafting/mtp.py`)."""
 
     embedding_norm: torch.Tensor  # [in]
     rows_norm: torch.Tensor  # [in]

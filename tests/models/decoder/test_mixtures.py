@@ -33,8 +33,8 @@ from quasar_core.models.architectures import ARCHITECTURES
 from quasar_core.models.config.decoder import why_not_lean
 from quasar_core.models.config.mixture import MixtureConfig
 from quasar_core.models.decoder.experts import route
+from quasar_core.models.drafting.skipping import bytes_of, bytes_read
 from quasar_core.models.loading import attach, load_models
-from quasar_core.models.skipping import bytes_of, bytes_read
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target, load_verifier_alone
 
 pytest_plugins = ["helpers.quantize_fixtures"]

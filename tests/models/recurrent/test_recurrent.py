@@ -13,10 +13,10 @@ from quasar_core.models import loading
 from quasar_core.models.config.recurrence import RecurrenceConfig
 from quasar_core.models.decoder.cache import DecoderCache
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
+from quasar_core.models.drafting.skipping import CacheView, skip_layers
 from quasar_core.models.recurrent.rules import Recurrence
 from quasar_core.models.recurrent.states import ENDING, REACH, Inputs, LayerStates, State
 from quasar_core.models.rollback import reachable, settle
-from quasar_core.models.skipping import CacheView, skip_layers
 from quasar_core.models.weights.lean_weights import load_target
 
 # Rows fill the widest vectors: PyTorch's exponentials of what is left over round otherwise. The last ones run in C++.

@@ -10,7 +10,7 @@ from helpers.tiny_models import words
 
 from quasar_core.api import decoding
 from quasar_core.errors import UsageError
-from quasar_core.models.assistant import load_assistant
+from quasar_core.models.drafting.assistant import load_assistant
 
 
 def saved(folder: Path, **options: object) -> Path:

@@ -17,7 +17,7 @@ from quasar_core.models import loading
 from quasar_core.models.decoder.cache import DecoderCache
 from quasar_core.models.decoder.hidden_rows import HiddenRows, LastRow
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.mtp import load_head, over
+from quasar_core.models.drafting.mtp import load_head, over
 from quasar_core.models.weights.lean_weights import load_target
 
 KINDS = ["qwen3.5", "glm 4 moe"]

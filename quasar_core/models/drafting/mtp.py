@@ -21,9 +21,9 @@ from quasar_core.models.cpu.compressed_weights import compress, saved_bytes
 from quasar_core.models.decoder.layer import Joint
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.decoder.linear import Product, dense_only
+from quasar_core.models.drafting.skipping import bytes_of, bytes_read
 from quasar_core.models.loading import attach
 from quasar_core.models.pair import Pair
-from quasar_core.models.skipping import bytes_of, bytes_read
 from quasar_core.models.weights.filling import Filling
 from quasar_core.models.weights.lean_weights import build_layer, why_folder_not_lean
 from quasar_core.store.model_config import read_text_config
