@@ -8,8 +8,8 @@ from quasar_core.decode.cost_records import cost_record
 from quasar_core.decode.costs import CONTEXT
 from quasar_core.errors import UsageError
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.narrow import SEEN, SINKS, narrowed, why_not_narrow
 from quasar_core.models.pair import Pair
+from quasar_core.models.verifier.narrow import SEEN, SINKS, narrowed, why_not_narrow
 
 SHORTEST = 2 * (SINKS + SEEN)  # tokens of a prompt, from which on costs are asked
 # The share of a pass that must be saved: verifying is only a part of the time, and what is not seen costs agreement.

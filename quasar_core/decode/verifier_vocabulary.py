@@ -18,7 +18,7 @@ from quasar_core.draft.successors import KnownSuccessors
 from quasar_core.models.base import CausalLM
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair
-from quasar_core.models.short_head import also_knowing, short_headed, why_not_short
+from quasar_core.models.verifier.short_head import also_knowing, short_headed, why_not_short
 
 LEAST_ROWS, SHARE = 1 << 15, 4  # rows of a short head: so many, and one in so many of the vocabulary's
 MOST_MET = 4096  # tokens beside the frequent ones that are kept from earlier texts

@@ -31,7 +31,7 @@ from quasar_core.decode.cost_records import (
 from quasar_core.decode.costs import CONTEXT, STRIDE, LiveCost, PairCosts, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.window_values import prospect_of
-from quasar_core.models.narrow import SEEN, SINKS, narrowed
+from quasar_core.models.verifier.narrow import SEEN, SINKS, narrowed
 from quasar_core.models.weights.lean_weights import load_target
 from quasar_core.records import FidelityReport, GenerationResult, MarginTable
 

@@ -20,10 +20,11 @@ from quasar_core.decode.generator import Generator
 from quasar_core.decode.verifier_vocabulary import MOST_MET, VerifierVocabulary, frequent_tokens
 from quasar_core.draft.successors import KnownSuccessors, count_successors
 from quasar_core.kernels.cpu.vnni import VnniKernel, picked_rows
-from quasar_core.models import loading, short_head
+from quasar_core.models import loading
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair
-from quasar_core.models.short_head import also_knowing, short_headed, why_not_short
+from quasar_core.models.verifier import short_head
+from quasar_core.models.verifier.short_head import also_knowing, short_headed, why_not_short
 from quasar_core.models.weights import verifier_head
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 from quasar_core.models.weights.verifier_head import round_head, rounded

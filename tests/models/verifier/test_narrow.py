@@ -24,7 +24,7 @@ from quasar_core.models import loading
 from quasar_core.models.base import depths_of
 from quasar_core.models.decoder.attention import make_mask, make_tree_mask
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.narrow import narrowed, why_not_narrow
+from quasar_core.models.verifier.narrow import narrowed, why_not_narrow
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 KINDS = ("qwen3", "qwen3, listed windows, biases")

@@ -11,7 +11,7 @@ from quasar_core.models import loading
 from quasar_core.models.base import CausalLM
 from quasar_core.models.config.block import BlockConfig
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
-from quasar_core.models.variants import with_layers
+from quasar_core.models.verifier.variants import with_layers
 
 SINKS, SEEN = 4, 512  # positions at the text's beginning, and up to the token's own
 

@@ -17,7 +17,7 @@ from quasar_core.models.base import CausalLM
 from quasar_core.models.decoder.layer import FusedLinear, Linear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.drafting.skipping import bytes_of
-from quasar_core.models.variants import with_head
+from quasar_core.models.verifier.variants import with_head
 
 LEAST_SHARE = 0.15  # of what a pass reads, that must be saved
 
