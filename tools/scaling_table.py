@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quasar_core.decode.costs import Cost, PairCosts
+from quasar_core.decode.costs.pass_costs import Cost, PairCosts
 from quasar_core.decode.policy import TYPICAL_ACCEPTANCE, pass_rate, plan_exact
 from quasar_core.decode.window_values import Agreements
 from quasar_core.deploy.batch import Shared

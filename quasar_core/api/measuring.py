@@ -19,7 +19,7 @@ from quasar_core.bench.steps import (
 from quasar_core.checkpoint.checks import check_digest as digest_found
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import LoadOptions
-from quasar_core.decode.cost_records import pair_costs
+from quasar_core.decode.costs.cost_records import pair_costs
 from quasar_core.errors import UsageError
 from quasar_core.files import absolute, is_folder
 from quasar_core.kernels.times import forget_times

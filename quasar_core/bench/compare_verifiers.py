@@ -12,8 +12,8 @@ import torch
 
 from quasar_core.bench.steps import layer_bytes, weight_bytes
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.decode.cost_records import CostRecord, stored_costs
-from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.decode.costs.cost_records import CostRecord, stored_costs
+from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.decode.policy import predict_rates
 from quasar_core.errors import QuasarError
 from quasar_core.files import is_folder

@@ -15,7 +15,7 @@ from quasar_core.bench.traces import Drafted, Recorded, Trace, Verified, beside_
 from quasar_core.config import Auto
 from quasar_core.decode.agreement import AgreementCurve, Estimate, RunningAgreement
 from quasar_core.decode.check import Check, Checker
-from quasar_core.decode.costs import LiveCost, PairCosts
+from quasar_core.decode.costs.pass_costs import LiveCost, PairCosts
 from quasar_core.decode.window_values import MAX_WINDOW, prospect_of
 from quasar_core.draft.acceptance import Acceptance
 from quasar_core.records import Stats

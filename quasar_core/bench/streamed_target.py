@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from quasar_core.checkpoint.tensor_files import TensorFiles
-from quasar_core.decode.cost_records import STREAMED_SIZES, pass_sampler
-from quasar_core.decode.costs import CONTEXT, PassCost
+from quasar_core.decode.costs.cost_records import STREAMED_SIZES, pass_sampler
+from quasar_core.decode.costs.pass_costs import CONTEXT, PassCost
 from quasar_core.errors import UsageError
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.lean_decoder import LeanDecoder

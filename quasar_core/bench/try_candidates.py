@@ -22,8 +22,8 @@ from quasar_core.bench.synthetic_models import RandomCheckpoint
 from quasar_core.checkpoint.compressed_tensors import PackedWeight
 from quasar_core.checkpoint.gptq_format import why_not_packable
 from quasar_core.config import GROUP_CHOICES, QuantizeConfig
-from quasar_core.decode.cost_records import cost_record
-from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.decode.costs.cost_records import cost_record
+from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.hf.experts import SeparateExperts

@@ -7,7 +7,7 @@ has to beat what it would bring in the next, not the rate at which text without 
 
 from collections.abc import Sequence
 
-from quasar_core.decode.costs import Cost
+from quasar_core.decode.costs.pass_costs import Cost
 
 
 def worths_at_target(window: int, survival: float, chances: Sequence[float], confirm: Cost, rate: float) -> list[float]:

@@ -13,8 +13,9 @@ from quasar_core.decode.agreement import UNKNOWN, AgreementCurve, RunningAgreeme
 from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.check import Checker
 from quasar_core.decode.checking import Checking
-from quasar_core.decode.cost_records import Role
-from quasar_core.decode.costs import Cost
+from quasar_core.decode.costs.cost_records import Role
+from quasar_core.decode.costs.pass_costs import Cost
+from quasar_core.decode.costs.run_costs import RunCosts
 from quasar_core.decode.drafting import Drafting
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.gate import Gate
@@ -30,7 +31,6 @@ from quasar_core.decode.policy import (
 )
 from quasar_core.decode.prefixes import Prefix, Prefixes
 from quasar_core.decode.processors import Processors, describe_processors
-from quasar_core.decode.run_costs import RunCosts
 from quasar_core.decode.streamed_prospect import describe_expected, describe_more_bits
 from quasar_core.decode.text import TextStream
 from quasar_core.decode.trees import Branching

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode.cost_records import Role, cost_record
+from quasar_core.decode.costs.cost_records import Role, cost_record
 from quasar_core.draft.assistant import Assistant
 from quasar_core.draft.by_model import Guesser, NoGuesser
 from quasar_core.draft.layer_skip import LayerSkip

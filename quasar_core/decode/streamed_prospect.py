@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from quasar_core.config import BITS
 from quasar_core.decode.agreement import RunningAgreement, shift_to
-from quasar_core.decode.costs import Cost, PairCosts
+from quasar_core.decode.costs.pass_costs import Cost, PairCosts
 from quasar_core.decode.policy import plan_exact
 from quasar_core.decode.window_values import longest_window
 from quasar_core.kernels.linear import PackedLinear

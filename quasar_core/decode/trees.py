@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 
-from quasar_core.decode.costs import Cost
+from quasar_core.decode.costs.pass_costs import Cost
 from quasar_core.decode.policy import AdaptiveLength
 from quasar_core.draft.acceptance import FADING
 from quasar_core.draft.base import Draft, Drafter, Piece, first_pieces

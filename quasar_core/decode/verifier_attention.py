@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode.cost_records import cost_record
-from quasar_core.decode.costs import CONTEXT
+from quasar_core.decode.costs.cost_records import cost_record
+from quasar_core.decode.costs.pass_costs import CONTEXT
 from quasar_core.errors import UsageError
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair

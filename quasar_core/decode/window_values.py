@@ -21,7 +21,7 @@ from operator import mul
 import numpy as np
 from numpy.typing import NDArray
 
-from quasar_core.decode.costs import Cost, PairCosts
+from quasar_core.decode.costs.pass_costs import Cost, PairCosts
 from quasar_core.decode.draft_values import worths_at_target
 
 MAX_WINDOW = 32

@@ -13,7 +13,7 @@ from quasar_core.bench.choose import Body, Choice, Replayed, Row, Search, advice
 from quasar_core.bench.streamed_target import ConfirmCost
 from quasar_core.config import QuantizeConfig
 from quasar_core.decode.agreement import agreements_of
-from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.decode.policy import LEAST_GAIN
 from quasar_core.decode.window_values import Prospect, best_values
 from quasar_core.quantize.calibration import GREEDY_FROM

@@ -27,8 +27,8 @@ from quasar_core.bench.traces import (
     trace_of,
 )
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode.cost_records import CostRecord
-from quasar_core.decode.costs import CONTEXT, PairCosts, PassCost
+from quasar_core.decode.costs.cost_records import CostRecord
+from quasar_core.decode.costs.pass_costs import CONTEXT, PairCosts, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.errors import UsageError

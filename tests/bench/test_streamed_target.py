@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from quasar_core.bench.streamed_target import ConfirmCost, StreamedPasses, StreamedTarget, measure_streamed
 from quasar_core.config import LoadOptions
-from quasar_core.decode.costs import PassCost
+from quasar_core.decode.costs.pass_costs import PassCost
 from quasar_core.models.memory import offload
 from quasar_core.models.memory.estimate import stored_bytes
 from quasar_core.models.memory.offload import plan_offload

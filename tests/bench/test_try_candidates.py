@@ -20,8 +20,8 @@ from quasar_core.bench.choose import Body, Choice, Replayed
 from quasar_core.bench.synthetic_models import RandomCheckpoint
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.choose_bits import Wanted, choose, find_candidates
-from quasar_core.decode.cost_records import CostRecord
-from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.decode.costs.cost_records import CostRecord
+from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.library import quantize_model
 from quasar_core.models.memory import offload

@@ -17,9 +17,9 @@ from quasar_cli.main import run
 from quasar_core import store
 from quasar_core.bench.compare_verifiers import compare_verifiers
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.decode import cost_records
-from quasar_core.decode.cost_records import pair_costs
-from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.decode.costs import cost_records
+from quasar_core.decode.costs.cost_records import pair_costs
+from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.decode.policy import predict_rates
 from quasar_core.errors import QuasarError
 from quasar_core.kernels import select, times

@@ -15,8 +15,8 @@ from helpers.tiny_model import save_tiny_model
 
 from quasar_cli.main import run
 from quasar_core import store
-from quasar_core.decode import cost_records
-from quasar_core.decode.costs import PassCost
+from quasar_core.decode.costs import cost_records
+from quasar_core.decode.costs.pass_costs import PassCost
 
 QUANTIZE = ["quantize", "--group-size", "32", "--samples", "4", "--seq-len", "32"]
 

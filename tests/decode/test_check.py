@@ -14,8 +14,8 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.agreement import AgreementCurve, Estimate, RunningAgreement, agreements_of
 from quasar_core.decode.check import REPLANNED, UNSEEN, Check, Checker, choose_check
 from quasar_core.decode.checking import Checking
-from quasar_core.decode.cost_records import CostRecord
-from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.decode.costs.cost_records import CostRecord
+from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.policy import FixedLength
 from quasar_core.decode.window_values import (

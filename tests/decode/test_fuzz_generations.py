@@ -22,7 +22,7 @@ from helpers.quantized_decoder import quantize_layers
 from helpers.tiny_models import OracleDrafter, make_pair
 
 from quasar_core.config import Auto, GenerationConfig, SamplingConfig
-from quasar_core.decode.costs import PassCost
+from quasar_core.decode.costs.pass_costs import PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.passes import Passes
 from quasar_core.draft.base import Drafter

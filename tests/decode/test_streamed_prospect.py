@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from quasar_core.config import LoadOptions
 from quasar_core.decode.agreement import AgreementCurve, RunningAgreement
-from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.decode.policy import plan_exact
 from quasar_core.decode.streamed_prospect import (
     Codes,

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode.costs import PassCost
+from quasar_core.decode.costs.pass_costs import PassCost
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.policy import AdaptiveLength, FixedLength, WindowPolicy

@@ -12,8 +12,8 @@ from helpers.tiny_models import CPU, TableModel, make_pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quasar_core.decode.cost_records import CostRecord
-from quasar_core.decode.costs import PassCost
+from quasar_core.decode.costs.cost_records import CostRecord
+from quasar_core.decode.costs.pass_costs import PassCost
 from quasar_core.deploy.batch import Batch, Decisions, ProposerSettings, Shared
 from quasar_core.errors import UsageError
 from quasar_core.models.base import CausalLM

@@ -28,7 +28,7 @@ from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode.agreement import AgreementCurve, RunningAgreement
 from quasar_core.decode.check import Check, Checker
 from quasar_core.decode.checking import Checking
-from quasar_core.decode.costs import PairCosts, PassCost
+from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.policy import FixedLength, WindowPolicy

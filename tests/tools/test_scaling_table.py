@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quasar_core.decode.costs import PassCost
+from quasar_core.decode.costs.pass_costs import PassCost
 from tools.scaling_table import Gains, Machine, Roofline, calculate, draft_rate, parse, pays_to, table
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode.costs import PassCost
+from quasar_core.decode.costs.pass_costs import PassCost
 from quasar_core.decode.policy import AdaptiveLength, DraftLength, FixedLength
 from quasar_core.decode.trees import Branching, Tree
 from quasar_core.draft.automaton import SuffixAutomaton

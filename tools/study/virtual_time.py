@@ -21,8 +21,8 @@ from quasar_core.api import decoding
 from quasar_core.bench.arms import ARMS, BenchConfig
 from quasar_core.bench.datasets import Question, read_questions
 from quasar_core.config import Request
-from quasar_core.decode.cost_records import CostRecord, Role
-from quasar_core.decode.costs import PassCost
+from quasar_core.decode.costs.cost_records import CostRecord, Role
+from quasar_core.decode.costs.pass_costs import PassCost
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.text import encode_prompt

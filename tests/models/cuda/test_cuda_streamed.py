@@ -14,7 +14,7 @@ from helpers.quantized_decoder import quantize_layers
 from helpers.tiny_models import make_pair
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode.cost_records import STREAMED_SIZES, cost_record
+from quasar_core.decode.costs.cost_records import STREAMED_SIZES, cost_record
 from quasar_core.decode.generator import Generator
 from quasar_core.models.cuda import choose as choosing
 from quasar_core.models.cuda.graph_pass import CudaPass

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import verifier_attention
-from quasar_core.decode.cost_records import CostRecord
-from quasar_core.decode.costs import CONTEXT, PassCost
+from quasar_core.decode.costs.cost_records import CostRecord
+from quasar_core.decode.costs.pass_costs import CONTEXT, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.verifier_attention import SHORTEST, VerifierAttention, saved_share
 from quasar_core.errors import UsageError

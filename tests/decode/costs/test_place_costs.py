@@ -16,10 +16,10 @@ from helpers.decoder_cases import CASES, CPU, save_model
 from helpers.tiny_models import TableModel, make_pair
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode import cost_records
 from quasar_core.decode.agreement import AgreementCurve, RunningAgreement
 from quasar_core.decode.check import REPLANNED, Checker
-from quasar_core.decode.cost_records import (
+from quasar_core.decode.costs import cost_records
+from quasar_core.decode.costs.cost_records import (
     FAR,
     FAR_SIZES,
     CostRecord,
@@ -28,7 +28,7 @@ from quasar_core.decode.cost_records import (
     measure_slope,
     positions_seen,
 )
-from quasar_core.decode.costs import CONTEXT, STRIDE, LiveCost, PairCosts, PassCost
+from quasar_core.decode.costs.pass_costs import CONTEXT, STRIDE, LiveCost, PairCosts, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.window_values import prospect_of
 from quasar_core.models.verifier.narrow import SEEN, SINKS, narrowed

@@ -13,10 +13,10 @@ from helpers.bench_pair import TokenCache
 from helpers.tiny_models import TableModel, make_pair
 
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode import cost_records
 from quasar_core.decode import generator as generator_module
-from quasar_core.decode.cost_records import CostRecord
-from quasar_core.decode.costs import FEW, KNOWN, OLD, LiveCost, PassCost
+from quasar_core.decode.costs import cost_records
+from quasar_core.decode.costs.cost_records import CostRecord
+from quasar_core.decode.costs.pass_costs import FEW, KNOWN, OLD, LiveCost, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.policy import AdaptiveLength
 from quasar_core.draft.base import Draft, Drafter
@@ -289,7 +289,7 @@ class TestGenerator:
         self, busy: float, forgotten: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         dropped: list[str] = []
-        monkeypatch.setattr("quasar_core.decode.run_costs.forget_cost", lambda pair, role: dropped.append(role))
+        monkeypatch.setattr("quasar_core.decode.costs.run_costs.forget_cost", lambda pair, role: dropped.append(role))
         monkeypatch.setattr(generator_module.LoadMeter, "read", lambda self: Load(busy))
         decoding = Decoding(scaled(TRUE, 40.0))
         decoding.answer()
@@ -297,7 +297,9 @@ class TestGenerator:
         assert any("was wrong" in note for note in decoding.pair.notes) == forgotten
 
     def test_nothing_right_is_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("quasar_core.decode.run_costs.forget_cost", lambda pair, role: pytest.fail("forgotten"))
+        monkeypatch.setattr(
+            "quasar_core.decode.costs.run_costs.forget_cost", lambda pair, role: pytest.fail("forgotten")
+        )
         monkeypatch.setattr(generator_module.LoadMeter, "read", lambda self: Load(0.0))
         Decoding(TRUE, right=0.5).answer()
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from helpers.tiny_models import TableModel, make_pair
 
-from quasar_core.decode import cost_records
-from quasar_core.decode.cost_records import cost_record, forget_cost, stored_costs
-from quasar_core.decode.costs import PassCost
+from quasar_core.decode.costs import cost_records
+from quasar_core.decode.costs.cost_records import cost_record, forget_cost, stored_costs
+from quasar_core.decode.costs.pass_costs import PassCost
 from quasar_core.errors import QuasarError
 
 # By the number of the measurement.

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from quasar_core.decode.costs import CONTEXT, PairCosts, PassCost
+from quasar_core.decode.costs.pass_costs import CONTEXT, PairCosts, PassCost
 from quasar_core.kernels.times import measured_on
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.models.cpu.compressed_weights import saved_bytes

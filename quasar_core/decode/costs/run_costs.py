@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode.cost_records import Role, forget_cost, pair_costs, pass_sampler, positions_seen
-from quasar_core.decode.costs import KNOWN, LiveCost, PairCosts
+from quasar_core.decode.costs.cost_records import Role, forget_cost, pair_costs, pass_sampler, positions_seen
+from quasar_core.decode.costs.pass_costs import KNOWN, LiveCost, PairCosts
 from quasar_core.models.pair import Pair
 from quasar_core.system import Load
 

@@ -1,0 +1,1 @@
+"""What passes cost, in seconds: measured once, remembered, corrected while decoding."""
