@@ -31,7 +31,7 @@ from typing import Any
 from quasar_cli.options import parse_bytes
 from quasar_core.api import decoding
 from quasar_core.config import GenerationConfig, VerifyMode
-from quasar_core.decode.window_values import LONGER_WINDOWS
+from quasar_core.decode.policy.window_values import LONGER_WINDOWS
 from quasar_core.files import write_json
 from quasar_core.kernels.cpu.library import why_not_here
 from quasar_core.models.weights.compressed_files import make_copy

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from quasar_core.decode.costs.pass_costs import Cost, PairCosts
-from quasar_core.decode.policy import TYPICAL_ACCEPTANCE, pass_rate, plan_exact
-from quasar_core.decode.window_values import Agreements
+from quasar_core.decode.policy.lengths import TYPICAL_ACCEPTANCE, pass_rate, plan_exact
+from quasar_core.decode.policy.window_values import Agreements
 from quasar_core.deploy.batch import Shared
 
 TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

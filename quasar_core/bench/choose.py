@@ -20,7 +20,7 @@ from quasar_core.bench.streamed_target import ConfirmCost
 from quasar_core.bench.traces import Drafted, Recorded, Trace, Verified
 from quasar_core.config import BITS, GenerationConfig, QuantizeConfig
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
-from quasar_core.decode.policy import LEAST_GAIN, MAX_DRAFT
+from quasar_core.decode.policy.lengths import LEAST_GAIN, MAX_DRAFT
 from quasar_core.draft.make import Sources, make_drafter
 from quasar_core.draft.successors import KnownSuccessors
 from quasar_core.quantize.calibration import GREEDY_FROM

@@ -14,7 +14,7 @@ from quasar_core.bench.steps import layer_bytes, weight_bytes
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.decode.costs.cost_records import CostRecord, stored_costs
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
-from quasar_core.decode.policy import predict_rates
+from quasar_core.decode.policy.lengths import predict_rates
 from quasar_core.errors import QuasarError
 from quasar_core.files import is_folder
 from quasar_core.kernels.base import LayerShape

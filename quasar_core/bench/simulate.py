@@ -13,10 +13,10 @@ from statistics import fmean, pstdev
 from quasar_core.bench.results import Results
 from quasar_core.bench.traces import Drafted, Recorded, Trace, Verified, beside_passes, record_of
 from quasar_core.config import Auto
-from quasar_core.decode.agreement import AgreementCurve, Estimate, RunningAgreement
-from quasar_core.decode.check import Check, Checker
 from quasar_core.decode.costs.pass_costs import LiveCost, PairCosts
-from quasar_core.decode.window_values import MAX_WINDOW, prospect_of
+from quasar_core.decode.policy.agreement import AgreementCurve, Estimate, RunningAgreement
+from quasar_core.decode.policy.check import Check, Checker
+from quasar_core.decode.policy.window_values import MAX_WINDOW, prospect_of
 from quasar_core.draft.acceptance import Acceptance
 from quasar_core.records import Stats
 

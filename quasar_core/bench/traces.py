@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from quasar_core.bench.results import Results
 from quasar_core.decode.costs.pass_costs import CONTEXT, PairCosts, PassCost
-from quasar_core.decode.trees import SOURCE as BRANCH
+from quasar_core.decode.policy.trees import SOURCE as BRANCH
 from quasar_core.draft.base import Draft, first_pieces, pieces_behind
 from quasar_core.errors import UsageError
 from quasar_core.records import Confirm, MarginTable, Piece, Stats, Step

@@ -13,14 +13,14 @@ from math import prod
 from typing import cast
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode.agreement import Estimate
 from quasar_core.decode.answering import Answering
-from quasar_core.decode.checking import Checking
 from quasar_core.decode.passes import Passes, accept, verifying_model
 from quasar_core.decode.plan import Plan
-from quasar_core.decode.policy import DraftLength, WindowPolicy
+from quasar_core.decode.policy.agreement import Estimate
+from quasar_core.decode.policy.checking import Checking
+from quasar_core.decode.policy.lengths import DraftLength, WindowPolicy
+from quasar_core.decode.policy.trees import WINDOW, Branching, Tree
 from quasar_core.decode.step_log import StepLog
-from quasar_core.decode.trees import WINDOW, Branching, Tree
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter, pieces_behind
 from quasar_core.errors import QuasarError
 from quasar_core.models.base import NO_TOKEN, NOT_NUMBERS, CausalLM, Choices, KVCache, TreeCache

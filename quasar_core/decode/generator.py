@@ -9,18 +9,18 @@ from typing import Literal
 import torch
 
 from quasar_core.config import GenerationConfig, Request, VerifyMode
-from quasar_core.decode.agreement import UNKNOWN, AgreementCurve, RunningAgreement, shift_to
 from quasar_core.decode.answering import Answering, Stopped
-from quasar_core.decode.check import Checker
-from quasar_core.decode.checking import Checking
 from quasar_core.decode.costs.cost_records import Role
 from quasar_core.decode.costs.pass_costs import Cost
 from quasar_core.decode.costs.run_costs import RunCosts
 from quasar_core.decode.drafting import Drafting
 from quasar_core.decode.engine import Engine
-from quasar_core.decode.gate import Gate
 from quasar_core.decode.guessers import make_guesser
-from quasar_core.decode.policy import (
+from quasar_core.decode.policy.agreement import UNKNOWN, AgreementCurve, RunningAgreement, shift_to
+from quasar_core.decode.policy.check import Checker
+from quasar_core.decode.policy.checking import Checking
+from quasar_core.decode.policy.gate import Gate
+from quasar_core.decode.policy.lengths import (
     DEFAULT_WINDOW,
     TYPICAL_ACCEPTANCE,
     AdaptiveLength,
@@ -29,13 +29,13 @@ from quasar_core.decode.policy import (
     WindowPolicy,
     plan_exact,
 )
+from quasar_core.decode.policy.streamed_prospect import describe_expected, describe_more_bits
+from quasar_core.decode.policy.trees import Branching
+from quasar_core.decode.policy.verifier_attention import VerifierAttention
+from quasar_core.decode.policy.verifier_vocabulary import VerifierVocabulary
 from quasar_core.decode.prefixes import Prefix, Prefixes
 from quasar_core.decode.processors import Processors, describe_processors
-from quasar_core.decode.streamed_prospect import describe_expected, describe_more_bits
 from quasar_core.decode.text import TextStream
-from quasar_core.decode.trees import Branching
-from quasar_core.decode.verifier_attention import VerifierAttention
-from quasar_core.decode.verifier_vocabulary import VerifierVocabulary
 from quasar_core.draft.base import Drafter
 from quasar_core.errors import ContextFull, QuasarError, UsageError
 from quasar_core.models.base import KVCache

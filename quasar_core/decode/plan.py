@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from quasar_core.decode.trees import Tree
+from quasar_core.decode.policy.trees import Tree
 from quasar_core.draft.base import Draft
 from quasar_core.records import Piece
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from math import prod
 
-from quasar_core.decode.agreement import Estimate
-from quasar_core.decode.checking import Checking
+from quasar_core.decode.policy.agreement import Estimate
+from quasar_core.decode.policy.checking import Checking
 from quasar_core.decode.prefixes import BLOCK, Prefix
 from quasar_core.decode.sampling import accept_matching
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter

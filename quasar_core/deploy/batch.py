@@ -8,13 +8,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from quasar_core.config import Auto, GenerationConfig
-from quasar_core.decode.agreement import UNKNOWN, AgreementCurve, RunningAgreement
-from quasar_core.decode.check import Check, Checker
-from quasar_core.decode.checking import Checking
 from quasar_core.decode.costs.cost_records import cost_record, positions_seen
 from quasar_core.decode.costs.pass_costs import Cost, LiveCost, PairCosts, PlacedCost
 from quasar_core.decode.drafting import Drafting
-from quasar_core.decode.policy import AdaptiveLength, plan_exact
+from quasar_core.decode.policy.agreement import UNKNOWN, AgreementCurve, RunningAgreement
+from quasar_core.decode.policy.check import Check, Checker
+from quasar_core.decode.policy.checking import Checking
+from quasar_core.decode.policy.lengths import AdaptiveLength, plan_exact
 from quasar_core.deploy.ahead import Ahead, FreeCaches
 from quasar_core.draft.acceptance import Acceptance
 from quasar_core.models.pair import Pair

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from quasar_core.bench.choose import Body, Choice, Replayed, Row, Search, advice, between, with_head
 from quasar_core.bench.streamed_target import ConfirmCost
 from quasar_core.config import QuantizeConfig
-from quasar_core.decode.agreement import agreements_of
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
-from quasar_core.decode.policy import LEAST_GAIN
-from quasar_core.decode.window_values import Prospect, best_values
+from quasar_core.decode.policy.agreement import agreements_of
+from quasar_core.decode.policy.lengths import LEAST_GAIN
+from quasar_core.decode.policy.window_values import Prospect, best_values
 from quasar_core.quantize.calibration import GREEDY_FROM
 from quasar_core.quantize.candidates import Look
 from quasar_core.records import MarginTable

@@ -20,7 +20,7 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.decode.costs import cost_records
 from quasar_core.decode.costs.cost_records import pair_costs
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
-from quasar_core.decode.policy import predict_rates
+from quasar_core.decode.policy.lengths import predict_rates
 from quasar_core.errors import QuasarError
 from quasar_core.kernels import select, times
 from quasar_core.kernels.dense import DenseKernel

@@ -31,7 +31,7 @@ from helpers.tiny_models import TableModel, drawn_decisions, make_pair, routed_e
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import passes
 from quasar_core.decode.engine import Engine
-from quasar_core.decode.policy import FixedLength, WindowPolicy
+from quasar_core.decode.policy.lengths import FixedLength, WindowPolicy
 from quasar_core.decode.sampling import Noise
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.draft.ngram import NgramDrafter

@@ -30,7 +30,7 @@ import quasar_core.demo
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.policy import FixedLength, WindowPolicy
+from quasar_core.decode.policy.lengths import FixedLength, WindowPolicy
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.models.hf.causal_lm import TransformersLM, attach_verifier
 from quasar_core.models.pair import load_tokenizer

@@ -25,14 +25,14 @@ from transformers import (
 
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode.agreement import AgreementCurve, RunningAgreement
-from quasar_core.decode.check import Check, Checker
-from quasar_core.decode.checking import Checking
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.policy import FixedLength, WindowPolicy
-from quasar_core.decode.window_values import prospect_of
+from quasar_core.decode.policy.agreement import AgreementCurve, RunningAgreement
+from quasar_core.decode.policy.check import Check, Checker
+from quasar_core.decode.policy.checking import Checking
+from quasar_core.decode.policy.lengths import FixedLength, WindowPolicy
+from quasar_core.decode.policy.window_values import prospect_of
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.models.base import CausalLM

@@ -12,7 +12,7 @@ from helpers.tiny_models import TableModel, make_pair
 from quasar_core.bench.datasets import Question
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.costs.pass_costs import PassCost
-from quasar_core.decode.policy import FixedLength
+from quasar_core.decode.policy.lengths import FixedLength
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.draft.successors import KnownSuccessors, key_of
 from tools.study.draft_texts import Recording, read_recordings, record

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.costs.pass_costs import PassCost
-from quasar_core.decode.policy import AdaptiveLength, DraftLength, FixedLength
-from quasar_core.decode.trees import Branching, Tree
+from quasar_core.decode.policy.lengths import AdaptiveLength, DraftLength, FixedLength
+from quasar_core.decode.policy.trees import Branching, Tree
 from quasar_core.draft.automaton import SuffixAutomaton
 from quasar_core.draft.base import NO_DRAFT, Drafter
 from quasar_core.draft.make import Sources, make_drafter

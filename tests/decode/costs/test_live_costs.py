@@ -18,7 +18,7 @@ from quasar_core.decode.costs import cost_records
 from quasar_core.decode.costs.cost_records import CostRecord
 from quasar_core.decode.costs.pass_costs import FEW, KNOWN, OLD, LiveCost, PassCost
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.policy import AdaptiveLength
+from quasar_core.decode.policy.lengths import AdaptiveLength
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.records import FidelityReport, MarginTable

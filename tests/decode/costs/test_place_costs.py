@@ -16,8 +16,6 @@ from helpers.decoder_cases import CASES, CPU, save_model
 from helpers.tiny_models import TableModel, make_pair
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode.agreement import AgreementCurve, RunningAgreement
-from quasar_core.decode.check import REPLANNED, Checker
 from quasar_core.decode.costs import cost_records
 from quasar_core.decode.costs.cost_records import (
     FAR,
@@ -30,7 +28,9 @@ from quasar_core.decode.costs.cost_records import (
 )
 from quasar_core.decode.costs.pass_costs import CONTEXT, STRIDE, LiveCost, PairCosts, PassCost
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.window_values import prospect_of
+from quasar_core.decode.policy.agreement import AgreementCurve, RunningAgreement
+from quasar_core.decode.policy.check import REPLANNED, Checker
+from quasar_core.decode.policy.window_values import prospect_of
 from quasar_core.models.verifier.narrow import SEEN, SINKS, narrowed
 from quasar_core.models.weights.lean_weights import load_target
 from quasar_core.records import FidelityReport, GenerationResult, MarginTable

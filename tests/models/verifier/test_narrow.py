@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode import verifier_attention
 from quasar_core.decode.costs.cost_records import CostRecord
 from quasar_core.decode.costs.pass_costs import CONTEXT, PassCost
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.verifier_attention import SHORTEST, VerifierAttention, saved_share
+from quasar_core.decode.policy import verifier_attention
+from quasar_core.decode.policy.verifier_attention import SHORTEST, VerifierAttention, saved_share
 from quasar_core.errors import UsageError
 from quasar_core.models import loading
 from quasar_core.models.base import depths_of

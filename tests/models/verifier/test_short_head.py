@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode import verifier_vocabulary
 from quasar_core.decode.answering import Answering
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.verifier_vocabulary import MOST_MET, VerifierVocabulary, frequent_tokens
+from quasar_core.decode.policy import verifier_vocabulary
+from quasar_core.decode.policy.verifier_vocabulary import MOST_MET, VerifierVocabulary, frequent_tokens
 from quasar_core.draft.successors import KnownSuccessors, count_successors
 from quasar_core.kernels.cpu.vnni import VnniKernel, picked_rows
 from quasar_core.models import loading

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Protocol
 
-from quasar_core.decode.agreement import AgreementCurve, agreements_of
 from quasar_core.decode.costs.pass_costs import DOUBTFUL, KNOWN, Cost, LiveCost, PairCosts
-from quasar_core.decode.window_values import Agreements, Prospect, best_values
+from quasar_core.decode.policy.agreement import AgreementCurve, agreements_of
+from quasar_core.decode.policy.window_values import Agreements, Prospect, best_values
 from quasar_core.draft.acceptance import Acceptance
 from quasar_core.draft.base import NO_DRAFT, Draft
 from quasar_core.records import MarginTable

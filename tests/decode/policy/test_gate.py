@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from quasar_core.bench.gated import count_agreed
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode.agreement import AgreementCurve, RunningAgreement
 from quasar_core.decode.costs.cost_records import CostRecord
 from quasar_core.decode.costs.pass_costs import PassCost
-from quasar_core.decode.gate import NEVER, Gate, least_chance
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.window_values import Agreements
+from quasar_core.decode.policy.agreement import AgreementCurve, RunningAgreement
+from quasar_core.decode.policy.gate import NEVER, Gate, least_chance
+from quasar_core.decode.policy.window_values import Agreements
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.pair import Pair
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quasar_core.decode.costs.pass_costs import Cost, PairCosts
-from quasar_core.decode.draft_values import worths_at_target
+from quasar_core.decode.policy.draft_values import worths_at_target
 
 MAX_WINDOW = 32
 # Where a confirm costs so many verifies, as it does where the target's weights are streamed, windows may be longer: the

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from itertools import takewhile
 
-from quasar_core.decode.agreement import Estimate, RunningAgreement
-from quasar_core.decode.check import Check, Checker
-from quasar_core.decode.gate import Gate
-from quasar_core.decode.policy import DraftLength, FixedLength
-from quasar_core.decode.trees import Branching, Tree
+from quasar_core.decode.policy.agreement import Estimate, RunningAgreement
+from quasar_core.decode.policy.check import Check, Checker
+from quasar_core.decode.policy.gate import Gate
+from quasar_core.decode.policy.lengths import DraftLength, FixedLength
+from quasar_core.decode.policy.trees import Branching, Tree
 from quasar_core.draft.base import NO_DRAFT, Draft
 
 

@@ -8,7 +8,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
-from quasar_core.decode.window_values import Agreements, Means
+from quasar_core.decode.policy.window_values import Agreements, Means
 from quasar_core.records import MarginTable
 
 UNKNOWN = MarginTable([], [8], [8])  # of one that was never measured: nine of ten

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quasar_core.decode.costs.pass_costs import Cost, PassCost
-from quasar_core.decode.draft_values import worths_at_target, worths_of_rest
+from quasar_core.decode.policy.draft_values import worths_at_target, worths_of_rest
 
 FLAT_THEN_STEEP = PassCost((1, 4, 8, 16, 33), (6.8, 7.2, 9.6, 18.5, 42.0))
 LINEAR = PassCost((1, 33), (7.0, 39.0))

@@ -13,7 +13,7 @@ from itertools import accumulate
 from operator import mul
 
 from quasar_core.decode.costs.pass_costs import Cost
-from quasar_core.decode.policy import AdaptiveLength
+from quasar_core.decode.policy.lengths import AdaptiveLength
 from quasar_core.draft.acceptance import FADING
 from quasar_core.draft.base import Draft, Drafter, Piece, first_pieces
 

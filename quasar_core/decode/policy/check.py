@@ -4,10 +4,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quasar_core.decode.agreement import Estimate, RunningAgreement
 from quasar_core.decode.costs.pass_costs import TABLE, Cost, PairCosts
-from quasar_core.decode.draft_values import worths_at_target
-from quasar_core.decode.window_values import (
+from quasar_core.decode.policy.agreement import Estimate, RunningAgreement
+from quasar_core.decode.policy.draft_values import worths_at_target
+from quasar_core.decode.policy.window_values import (
     Means,
     Prospect,
     WindowValues,

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from quasar_core.decode.agreement import FIRST_SHIFTS, AgreementCurve, Kind, RunningAgreement, shift_to
+from quasar_core.decode.policy.agreement import FIRST_SHIFTS, AgreementCurve, Kind, RunningAgreement, shift_to
 from quasar_core.records import MarginTable
 
 CURVE = AgreementCurve(MarginTable([0.5, 2.0], [500, 1500, 8000], [300, 1350, 7980]))

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quasar_core.config import LoadOptions
-from quasar_core.decode.agreement import AgreementCurve, RunningAgreement
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
-from quasar_core.decode.policy import plan_exact
-from quasar_core.decode.streamed_prospect import (
+from quasar_core.decode.policy.agreement import AgreementCurve, RunningAgreement
+from quasar_core.decode.policy.lengths import plan_exact
+from quasar_core.decode.policy.streamed_prospect import (
     Codes,
     Outlook,
     Room,

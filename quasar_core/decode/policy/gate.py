@@ -12,8 +12,8 @@ from itertools import takewhile
 
 import numpy as np
 
-from quasar_core.decode.agreement import Estimate, RunningAgreement
-from quasar_core.decode.window_values import Agreements
+from quasar_core.decode.policy.agreement import Estimate, RunningAgreement
+from quasar_core.decode.policy.window_values import Agreements
 
 NEVER = 2.0  # more than any probability
 

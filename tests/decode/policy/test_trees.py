@@ -20,8 +20,8 @@ from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode.costs.pass_costs import PassCost
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.policy import AdaptiveLength, FixedLength, WindowPolicy
-from quasar_core.decode.trees import Branch, BranchChances, Branching, Shape, Tree, choose_shape
+from quasar_core.decode.policy.lengths import AdaptiveLength, FixedLength, WindowPolicy
+from quasar_core.decode.policy.trees import Branch, BranchChances, Branching, Shape, Tree, choose_shape
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter, Piece
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.models import loading

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quasar_core.config import BITS
-from quasar_core.decode.agreement import RunningAgreement, shift_to
 from quasar_core.decode.costs.pass_costs import Cost, PairCosts
-from quasar_core.decode.policy import plan_exact
-from quasar_core.decode.window_values import longest_window
+from quasar_core.decode.policy.agreement import RunningAgreement, shift_to
+from quasar_core.decode.policy.lengths import plan_exact
+from quasar_core.decode.policy.window_values import longest_window
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair

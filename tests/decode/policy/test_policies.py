@@ -8,12 +8,12 @@ import torch
 from helpers.tiny_models import TableModel, make_pair
 
 from quasar_core.config import GenerationConfig, SamplingConfig
-from quasar_core.decode.agreement import AgreementCurve, agreements_of
 from quasar_core.decode.costs import cost_records
 from quasar_core.decode.costs.cost_records import SIZES, cost_from_timings, measure_pass, pair_costs
 from quasar_core.decode.costs.pass_costs import CONTEXT, PairCosts, PassCost
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.policy import (
+from quasar_core.decode.policy.agreement import AgreementCurve, agreements_of
+from quasar_core.decode.policy.lengths import (
     MAX_DRAFT,
     AdaptiveLength,
     FixedLength,

@@ -11,14 +11,14 @@ import pytest
 from helpers.tiny_models import TableModel, make_pair
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode.agreement import AgreementCurve, Estimate, RunningAgreement, agreements_of
-from quasar_core.decode.check import REPLANNED, UNSEEN, Check, Checker, choose_check
-from quasar_core.decode.checking import Checking
 from quasar_core.decode.costs.cost_records import CostRecord
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.policy import FixedLength
-from quasar_core.decode.window_values import (
+from quasar_core.decode.policy.agreement import AgreementCurve, Estimate, RunningAgreement, agreements_of
+from quasar_core.decode.policy.check import REPLANNED, UNSEEN, Check, Checker, choose_check
+from quasar_core.decode.policy.checking import Checking
+from quasar_core.decode.policy.lengths import FixedLength
+from quasar_core.decode.policy.window_values import (
     LEVELS,
     LONGER_WINDOWS,
     MAX_WINDOW,
