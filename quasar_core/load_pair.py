@@ -10,7 +10,7 @@ import torch
 from quasar_core.checkpoint.checks import check_digest
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import GROUP_CHOICES, LoadOptions, QuantizeConfig
-from quasar_core.decode.processors import read_processors
+from quasar_core.decode.logits.processors import read_processors
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, exists, is_folder
 from quasar_core.kernels.threads import most_threads

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from quasar_core.decode.scores import Scores
+from quasar_core.decode.logits.scores import Scores
 from quasar_core.decode.text import Reading
 from quasar_core.models.base import go_on
 from quasar_core.records import Stats

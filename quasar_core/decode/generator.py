@@ -16,6 +16,7 @@ from quasar_core.decode.costs.run_costs import RunCosts
 from quasar_core.decode.drafting import Drafting
 from quasar_core.decode.engine import Engine
 from quasar_core.decode.guessers import make_guesser
+from quasar_core.decode.logits.processors import Processors, describe_processors
 from quasar_core.decode.policy.agreement import UNKNOWN, AgreementCurve, RunningAgreement, shift_to
 from quasar_core.decode.policy.check import Checker
 from quasar_core.decode.policy.checking import Checking
@@ -34,7 +35,6 @@ from quasar_core.decode.policy.trees import Branching
 from quasar_core.decode.policy.verifier_attention import VerifierAttention
 from quasar_core.decode.policy.verifier_vocabulary import VerifierVocabulary
 from quasar_core.decode.prefixes import Prefix, Prefixes
-from quasar_core.decode.processors import Processors, describe_processors
 from quasar_core.decode.text import TextStream
 from quasar_core.draft.base import Drafter
 from quasar_core.errors import ContextFull, QuasarError, UsageError

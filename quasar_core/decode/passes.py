@@ -11,8 +11,8 @@ import torch
 
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.answering import Answering
-from quasar_core.decode.processors import Processors
-from quasar_core.decode.sampling import Noise, accept_matching, keep_likely
+from quasar_core.decode.logits.processors import Processors
+from quasar_core.decode.logits.sampling import Noise, accept_matching, keep_likely
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.threads import one_thread
 from quasar_core.models.base import (

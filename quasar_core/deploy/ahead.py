@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from math import prod
 
+from quasar_core.decode.logits.sampling import accept_matching
 from quasar_core.decode.policy.agreement import Estimate
 from quasar_core.decode.policy.checking import Checking
 from quasar_core.decode.prefixes import BLOCK, Prefix
-from quasar_core.decode.sampling import accept_matching
 from quasar_core.draft.base import NO_DRAFT, Draft, Drafter
 from quasar_core.models.base import NO_TOKEN, CausalLM
 from quasar_core.models.pair import Pair

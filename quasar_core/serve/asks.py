@@ -15,7 +15,7 @@ from quasar_core.config import (
     VerifyMode,
 )
 from quasar_core.decode.answering import TokenRule
-from quasar_core.decode.rules import Bias, NoEnd, WrittenPenalty
+from quasar_core.decode.logits.rules import Bias, NoEnd, WrittenPenalty
 from quasar_core.decode.text import Reading
 from quasar_core.serve.ends import read_ends, read_reading
 from quasar_core.serve.errors import refused

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from quasar_core.decode.answering import TokenRule
-from quasar_core.decode.scores import TokenScore
-from quasar_core.decode.triggered_grammar import TriggeredRule
+from quasar_core.decode.logits.scores import TokenScore
+from quasar_core.decode.logits.triggered_grammar import TriggeredRule
 from quasar_core.serve.asks import MOST_TOP, Ask, Common, content_text, read_common
 from quasar_core.serve.errors import ApiError, refused
 from quasar_core.serve.fields import Fields

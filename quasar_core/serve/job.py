@@ -13,7 +13,7 @@ from itertools import groupby
 from operator import itemgetter
 
 from quasar_core.decode.answering import Stopped
-from quasar_core.decode.scores import TokenScore
+from quasar_core.decode.logits.scores import TokenScore
 from quasar_core.records import GenerationResult
 from quasar_core.serve.asks import Ask
 from quasar_core.serve.errors import ApiError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from quasar_core.decode.scores import TokenScore
+from quasar_core.decode.logits.scores import TokenScore
 from quasar_core.decode.text import BROKEN
 from quasar_core.records import FinishReason, GenerationResult, Stats
 from quasar_core.serve.asks import Ask

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, meta
 
 from quasar_core.config import DRAFT_KINDS, VERIFY_MODES, VerifyMode
-from quasar_core.decode.grammar import Grammars
+from quasar_core.decode.logits.grammar import Grammars
 from quasar_core.decode.text import encode_prompt
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.pair import Pair

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from quasar_core.decode.grammar import ANY_OBJECT
+from quasar_core.decode.logits.grammar import ANY_OBJECT
 from quasar_core.errors import UsageError
 from quasar_core.serve.asks import Common
 from quasar_core.serve.errors import of_usage, refused

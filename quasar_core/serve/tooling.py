@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from quasar_core.decode.triggered_grammar import Trigger
+from quasar_core.decode.logits.triggered_grammar import Trigger
 from quasar_core.serve.errors import refused
 from quasar_core.serve.fields import Fields
 from quasar_core.serve.served import END_OF_THINKING, THINK, Served

@@ -13,8 +13,8 @@ from dataclasses import replace
 from quasar_core.config import DraftKind, SamplingConfig, VerifyMode
 from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.generator import Generator
+from quasar_core.decode.logits.scores import Scores, score_text
 from quasar_core.decode.prefixes import Prefixes
-from quasar_core.decode.scores import Scores, score_text
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.records import GenerationResult, Progress, no_progress
 from quasar_core.serve.asks import Ask

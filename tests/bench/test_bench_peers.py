@@ -24,7 +24,7 @@ from quasar_core.bench.peers.vllm_process import speculative
 from quasar_core.bench.run import run_bench
 from quasar_core.config import GenerationConfig, Request
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.processors import read_processors
+from quasar_core.decode.logits.processors import read_processors
 from quasar_core.errors import UsageError
 from quasar_core.models.pair import Pair
 from quasar_core.models.weights.lean_weights import load_target

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.sampling import accept_matching
+from quasar_core.decode.logits.sampling import accept_matching
 
 SIZE = 6
 TARGET = TableModel(SIZE, seed=3)

@@ -31,8 +31,8 @@ from helpers.tiny_models import TableModel, drawn_decisions, make_pair, routed_e
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import passes
 from quasar_core.decode.engine import Engine
+from quasar_core.decode.logits.sampling import Noise
 from quasar_core.decode.policy.lengths import FixedLength, WindowPolicy
-from quasar_core.decode.sampling import Noise
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.draft.ngram import NgramDrafter
 from quasar_core.draft.none import NoDrafter

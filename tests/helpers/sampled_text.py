@@ -13,7 +13,7 @@ from helpers.tiny_models import TableModel
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from quasar_core.config import SamplingConfig
-from quasar_core.decode.sampling import keep_likely
+from quasar_core.decode.logits.sampling import keep_likely
 
 VOCABULARY = 5
 PROMPT = [1, 2, 1, 2]

@@ -14,7 +14,7 @@ import transformers
 from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.datasets import load_datasets
 from quasar_core.bench.run import run_bench
-from quasar_core.decode.sampling import accept_matching
+from quasar_core.decode.logits.sampling import accept_matching
 from quasar_core.kernels.triton.adapters import why_not_triton
 from quasar_core.models.base import MOST_LIKELIEST, choose_best
 from quasar_core.models.context import context_limit

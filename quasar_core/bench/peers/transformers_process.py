@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 from quasar_core.bench.peers.talk import Ask, Told, peak_memory, serve
-from quasar_core.decode.processors import OPTIONS
+from quasar_core.decode.logits.processors import OPTIONS
 from quasar_core.models.hf.causal_lm import load_target
 
 PROMPT_LOOKUP_TOKENS = 10  # as transformers' documentation advises

@@ -22,7 +22,7 @@ from helpers.quantized_decoder import mixed_bits, quantize_layers
 from helpers.tiny_models import generate, make_pair
 
 from quasar_core.config import SamplingConfig
-from quasar_core.decode.sampling import accept_matching
+from quasar_core.decode.logits.sampling import accept_matching
 from quasar_core.models.base import NO_TOKEN, choose_best, likeliest_tokens
 from quasar_core.models.cuda.choose import why_not
 from quasar_core.models.cuda.graph_pass import CudaPass, pass_size

@@ -24,7 +24,7 @@ from transformers import GenerationConfig as TheirConfig
 
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.processors import OPTIONS, Processors, read_processors
+from quasar_core.decode.logits.processors import OPTIONS, Processors, read_processors
 from quasar_core.errors import QuasarError
 
 COUNT = 20

@@ -13,8 +13,8 @@ pytest.importorskip("llguidance")
 
 from helpers.serving import demo_pair
 
-from quasar_core.decode.grammar import Grammars
-from quasar_core.decode.triggered_grammar import Trigger, TriggeredRule
+from quasar_core.decode.logits.grammar import Grammars
+from quasar_core.decode.logits.triggered_grammar import Trigger, TriggeredRule
 
 PROMPT = [5, 6, 7]
 CLOSING = b"!"

@@ -12,7 +12,7 @@ pytest.importorskip("llguidance")
 
 from helpers.serving import demo_pair
 
-from quasar_core.decode.grammar import GrammarRule, Grammars
+from quasar_core.decode.logits.grammar import GrammarRule, Grammars
 from quasar_core.errors import QuasarError, UsageError
 
 SCHEMA: Any = {

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from quasar_core.decode.grammar import GrammarRule, Grammars
+from quasar_core.decode.logits.grammar import GrammarRule, Grammars
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from quasar_core.config import SamplingConfig
-from quasar_core.decode.sampling import MOST_KEPT, Noise, accept_matching, gumbel_noise, keep_likely
+from quasar_core.decode.logits.sampling import MOST_KEPT, Noise, accept_matching, gumbel_noise, keep_likely
 
 LOGITS = 3 * torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
 
