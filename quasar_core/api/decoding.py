@@ -6,8 +6,8 @@ from typing import Any
 from quasar_core.checkpoint.adapter import merge_adapter as merged_folder
 from quasar_core.config import LoadOptions
 from quasar_core.decode.answering import Answering
-from quasar_core.decode.draft_memory import forget_answers
-from quasar_core.decode.draft_texts import forget_texts, read_texts
+from quasar_core.decode.drafts.draft_memory import forget_answers
+from quasar_core.decode.drafts.draft_texts import forget_texts, read_texts
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.text import encode_prompt
 from quasar_core.decode.traced import trace_of

@@ -13,9 +13,9 @@ from quasar_core.decode.answering import Answering, Stopped
 from quasar_core.decode.costs.cost_records import Role
 from quasar_core.decode.costs.pass_costs import Cost
 from quasar_core.decode.costs.run_costs import RunCosts
-from quasar_core.decode.drafting import Drafting
+from quasar_core.decode.drafts.drafting import Drafting
+from quasar_core.decode.drafts.guessers import make_guesser
 from quasar_core.decode.engine import Engine
-from quasar_core.decode.guessers import make_guesser
 from quasar_core.decode.logits.processors import Processors, describe_processors
 from quasar_core.decode.policy.agreement import UNKNOWN, AgreementCurve, RunningAgreement, shift_to
 from quasar_core.decode.policy.check import Checker

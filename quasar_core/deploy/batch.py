@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from quasar_core.config import Auto, GenerationConfig
 from quasar_core.decode.costs.cost_records import cost_record, positions_seen
 from quasar_core.decode.costs.pass_costs import Cost, LiveCost, PairCosts, PlacedCost
-from quasar_core.decode.drafting import Drafting
+from quasar_core.decode.drafts.drafting import Drafting
 from quasar_core.decode.policy.agreement import UNKNOWN, AgreementCurve, RunningAgreement
 from quasar_core.decode.policy.check import Check, Checker
 from quasar_core.decode.policy.checking import Checking

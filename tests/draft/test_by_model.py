@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.config import GenerationConfig
-from quasar_core.decode import guessers
+from quasar_core.decode.drafts import guessers
 from quasar_core.decode.generator import Generator
 from quasar_core.draft.assistant import Assistant
 from quasar_core.draft.by_model import ModelDrafter

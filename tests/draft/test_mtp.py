@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from quasar_core import load_pair
 from quasar_core.api import decoding
 from quasar_core.config import GenerationConfig
-from quasar_core.decode import guessers
+from quasar_core.decode.drafts import guessers
 from quasar_core.decode.generator import Generator
 from quasar_core.draft.mtp import SHORT, NextTokenHead
 from quasar_core.errors import QuasarError

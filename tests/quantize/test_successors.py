@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from quasar_core.api import decoding, quantizing
 from quasar_core.config import GenerationConfig
-from quasar_core.decode.drafting import Drafting
+from quasar_core.decode.drafts.drafting import Drafting
 from quasar_core.decode.generator import Generator
 from quasar_core.draft.successor_file import read_successors
 from quasar_core.draft.successors import ODDS

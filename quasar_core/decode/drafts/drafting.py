@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from quasar_core.config import GenerationConfig, Request
-from quasar_core.decode.draft_memory import keep_answers, memory_file, recall_answers
-from quasar_core.decode.draft_texts import read_index
+from quasar_core.decode.drafts.draft_memory import keep_answers, memory_file, recall_answers
+from quasar_core.decode.drafts.draft_texts import read_index
 from quasar_core.decode.text import encode_text
 from quasar_core.draft.automaton import SuffixAutomaton
 from quasar_core.draft.base import Drafter

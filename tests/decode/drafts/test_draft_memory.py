@@ -8,8 +8,8 @@ from helpers.tiny_models import TableModel, make_pair
 
 from quasar_cli.main import run
 from quasar_core.config import GenerationConfig
-from quasar_core.decode import draft_memory
-from quasar_core.decode.draft_memory import keep_answers, memory_file, recall_answers
+from quasar_core.decode.drafts import draft_memory
+from quasar_core.decode.drafts.draft_memory import keep_answers, memory_file, recall_answers
 from quasar_core.decode.generator import Generator
 from quasar_core.store.folders import home
 

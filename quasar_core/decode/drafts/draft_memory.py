@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from quasar_core.decode.draft_texts import tokenizer_digest
+from quasar_core.decode.drafts.draft_texts import tokenizer_digest
 from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.files import is_file, require_regular, written_whole
 from quasar_core.store.folders import home

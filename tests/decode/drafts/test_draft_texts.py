@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from helpers.drafters import spaced_words
 
-from quasar_core.decode import draft_texts
-from quasar_core.decode.draft_texts import read_index, read_texts
+from quasar_core.decode.drafts import draft_texts
+from quasar_core.decode.drafts.draft_texts import read_index, read_texts
 from quasar_core.errors import UsageError
 from quasar_core.store.folders import home
 
