@@ -212,7 +212,7 @@ def bench(
 
 def _without_idle_twin(config: BenchConfig, questions: list[int]) -> BenchConfig:
     """Vanilla is not asked again where too few questions would be to tell anything."""
-    from quasar_core.bench.estimates import FEWEST
+    from quasar_core.bench.metrics.estimates import FEWEST
 
     if sum(-(-count // TWIN_EVERY) for count in questions) >= FEWEST:
         return config

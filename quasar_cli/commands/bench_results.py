@@ -53,7 +53,7 @@ def show_tables(
 
 def _recompute(results: "Results", path: Path) -> None:
     """Say whether the file's rows give every figure again; exit code 1 where they do not."""
-    from quasar_core.bench.recompute import differences
+    from quasar_core.bench.metrics.recompute import differences
 
     count, wrong = differences(path, results)
     if wrong:
@@ -82,7 +82,7 @@ def compare(
     """
     from quasar_cli.render import bench as render
     from quasar_cli.render.bench_words import MARKED
-    from quasar_core.bench.compare import compare_all
+    from quasar_core.bench.metrics.compare import compare_all
     from quasar_core.bench.results import read_results
 
     share = _parse_percent(max_regression)
@@ -194,7 +194,7 @@ def present(results: "Results", path: Path, form: Forms, as_json: bool) -> None:
     """The result file's tables on stdout in the form asked for; divergences and failures on stderr in every form."""
     from quasar_cli.render import bench as render
     from quasar_cli.render import bench_words as words
-    from quasar_core.bench.document import as_document
+    from quasar_core.bench.metrics.document import as_document
 
     if as_json:
         console.print_json({"results": str(path), **as_document(results)})

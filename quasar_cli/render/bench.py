@@ -10,13 +10,13 @@ from quasar_cli.render import as_bytes, as_ratio
 from quasar_cli.render.bench_words import DOUBT, MARK, WIDE
 from quasar_cli.render.grids import Column, Grid
 from quasar_core.bench.arms import BASELINE, TWIN
-from quasar_core.bench.compare import Comparison
-from quasar_core.bench.document import as_record
-from quasar_core.bench.estimates import Estimate
-from quasar_core.bench.metrics import ArmMetrics, Shares, Spread, mean_over_datasets, measure
+from quasar_core.bench.metrics.arm_metrics import ArmMetrics, Shares, Spread, mean_over_datasets, measure
+from quasar_core.bench.metrics.compare import Comparison
+from quasar_core.bench.metrics.document import as_record
+from quasar_core.bench.metrics.estimates import Estimate
+from quasar_core.bench.metrics.speculation import Share
 from quasar_core.bench.results import Results
 from quasar_core.bench.simulate import REPLAYS, Prediction
-from quasar_core.bench.speculation import Share
 
 DATASETS_PER_TABLE = 5  # what fits into 100 columns
 

@@ -1,8 +1,8 @@
 """What accompanies the tables of a bench in words: legends, conditions, divergences, failures."""
 
 from quasar_core.bench.arms import BASELINE
-from quasar_core.bench.conditions import Conditions, conditions
-from quasar_core.bench.estimates import FEWEST, WIDEST
+from quasar_core.bench.metrics.conditions import Conditions, conditions
+from quasar_core.bench.metrics.estimates import FEWEST, WIDEST
 from quasar_core.bench.results import Results, temperatures
 
 DOUBT = "?"  # behind a speedup that the run does not show

@@ -11,7 +11,7 @@ import torch
 
 from quasar_core.bench.arms import ARMS, BASELINE
 from quasar_core.bench.datasets import Dataset
-from quasar_core.bench.quality import first_difference
+from quasar_core.bench.metrics.quality import first_difference
 from quasar_core.bench.results import Divergence, Key, Row
 from quasar_core.decode.text import encode_prompt
 from quasar_core.models.pair import Pair

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quasar_core.bench.arms import BASELINE, TWIN
-from quasar_core.bench.metrics import ArmMetrics, measure
+from quasar_core.bench.metrics.arm_metrics import ArmMetrics, measure
 from quasar_core.bench.results import Results, temperatures
 from quasar_core.bench.steps import REFERENCE, StepReport
 from quasar_core.errors import QuasarError, UsageError, foreign_errors

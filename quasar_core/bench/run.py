@@ -11,9 +11,9 @@ from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.divergence import find_divergences
 from quasar_core.bench.energy import EnergyMeter
 from quasar_core.bench.gated import measure_achieved
+from quasar_core.bench.metrics.quality import is_right_number
 from quasar_core.bench.peers.process import Peer
 from quasar_core.bench.peers.start import begin_peer, check_peers
-from quasar_core.bench.quality import is_right_number
 from quasar_core.bench.results import Key, Passes, Results, Row, RowLog, Run, refuse_foreign_results
 from quasar_core.bench.run_code import passes as passes_test
 from quasar_core.bench.steps import lean_candidate, read_bandwidth

@@ -11,8 +11,8 @@ from quasar_cli.render.bench_words import describe_achieved
 from quasar_core.bench import gated
 from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.datasets import Dataset, Question
-from quasar_core.bench.document import as_document
 from quasar_core.bench.gated import measure_achieved
+from quasar_core.bench.metrics.document import as_document
 from quasar_core.bench.results import Achieved, Row, read_results
 from quasar_core.bench.run import run_bench
 from quasar_core.records import FidelityReport, MarginTable, Step

@@ -16,9 +16,9 @@ from helpers.browser import Browser, find_chromium
 from quasar_cli.main import run
 from quasar_core.bench.arms import ARMS as ARM_NAMES
 from quasar_core.bench.arms import BenchConfig
-from quasar_core.bench.claim import claims
 from quasar_core.bench.datasets import Dataset, Question
-from quasar_core.bench.document import as_document
+from quasar_core.bench.metrics.claim import claims
+from quasar_core.bench.metrics.document import as_document
 from quasar_core.bench.report.charts import ticks
 from quasar_core.bench.report.conditions_chapter import describe_arm
 from quasar_core.bench.report.page import Sources, page, read_sources, write_page

@@ -9,7 +9,7 @@ from helpers.bench_pair import CountingModel, make_pair
 from quasar_cli.commands.bench import BenchOptions
 from quasar_core.bench.arms import ARMS, BenchConfig, parse_arms
 from quasar_core.bench.datasets import Dataset, Question
-from quasar_core.bench.metrics import measure
+from quasar_core.bench.metrics.arm_metrics import measure
 from quasar_core.bench.results import Row, read_results
 from quasar_core.bench.run import run_bench, schedule
 from quasar_core.decode.generator import Generator

@@ -17,9 +17,9 @@ from quasar_cli.render import bench as render
 from quasar_cli.render import bench_words as words
 from quasar_cli.render import grids
 from quasar_core.bench.arms import BenchConfig
-from quasar_core.bench.compare import compare
-from quasar_core.bench.document import as_record
-from quasar_core.bench.metrics import measure
+from quasar_core.bench.metrics.arm_metrics import measure
+from quasar_core.bench.metrics.compare import compare
+from quasar_core.bench.metrics.document import as_record
 from quasar_core.bench.plots import accepted_per_step, draw_accepted, draw_speedups, plot
 from quasar_core.bench.results import Results, read_results, write_results
 from quasar_core.config import LoadOptions

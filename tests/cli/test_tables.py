@@ -19,7 +19,7 @@ from quasar_cli.render.fidelity import measured_tables
 from quasar_cli.render.grids import as_table
 from quasar_core.bench import plots
 from quasar_core.bench.arms import ARMS, BenchConfig
-from quasar_core.bench.compare import compare
+from quasar_core.bench.metrics.compare import compare
 from quasar_core.bench.results import Results
 from quasar_core.bench.steps import StepConfig, StepReport, StepRow
 from quasar_core.config import GenerationConfig

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from quasar_core.bench.arms import BASELINE
-from quasar_core.bench.estimates import Estimate
-from quasar_core.bench.metrics import ArmMetrics
+from quasar_core.bench.metrics.arm_metrics import ArmMetrics
+from quasar_core.bench.metrics.estimates import Estimate
 from quasar_core.bench.report.html import MISSING
 
 

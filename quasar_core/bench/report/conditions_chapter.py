@@ -5,8 +5,8 @@ from html import escape
 from typing import Any
 
 from quasar_core.bench.arms import ARMS, TWIN
-from quasar_core.bench.conditions import conditions
-from quasar_core.bench.estimates import Estimate
+from quasar_core.bench.metrics.conditions import conditions
+from quasar_core.bench.metrics.estimates import Estimate
 from quasar_core.bench.report.cells import interval
 from quasar_core.bench.report.html import number, tag
 from quasar_core.bench.results import Results, Row, temperatures

@@ -5,10 +5,17 @@ from collections.abc import Callable, Sequence
 from html import escape
 
 from quasar_core.bench.arms import ARMS, BASELINE, TWIN
-from quasar_core.bench.claim import Claim, claims
-from quasar_core.bench.conditions import conditions
-from quasar_core.bench.estimates import FEWEST, WIDEST
-from quasar_core.bench.metrics import ArmMetrics, Shares, Spread, mean_over_datasets, measure, speedup_over_all
+from quasar_core.bench.metrics.arm_metrics import (
+    ArmMetrics,
+    Shares,
+    Spread,
+    mean_over_datasets,
+    measure,
+    speedup_over_all,
+)
+from quasar_core.bench.metrics.claim import Claim, claims
+from quasar_core.bench.metrics.conditions import conditions
+from quasar_core.bench.metrics.estimates import FEWEST, WIDEST
 from quasar_core.bench.report.cells import cell, interval, label, speedup_cell
 from quasar_core.bench.report.charts import PARTS, Curve, Range, curves, histogram, ranges, stacked
 from quasar_core.bench.report.conditions_chapter import arms_list, conditions_chapter, describe_arm

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from quasar_core.bench.document import as_record
-from quasar_core.bench.metrics import ArmMetrics, mean_over_datasets, measure
-from quasar_core.bench.recompute_figures import (
+from quasar_core.bench.metrics.arm_metrics import ArmMetrics, mean_over_datasets, measure
+from quasar_core.bench.metrics.document import as_record
+from quasar_core.bench.metrics.recompute_figures import (
     Numbers,
     Rows,
     Yields,

@@ -9,13 +9,14 @@ import pytest
 from helpers.bench_pair import CountingModel, make_pair
 
 from quasar_cli.main import run
-from quasar_core.bench import metrics, recompute, speculation
 from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.datasets import Dataset, Question
-from quasar_core.bench.document import as_record
-from quasar_core.bench.estimates import estimate
-from quasar_core.bench.metrics import measure
-from quasar_core.bench.recompute import differences
+from quasar_core.bench.metrics import arm_metrics as metrics
+from quasar_core.bench.metrics import recompute, speculation
+from quasar_core.bench.metrics.arm_metrics import measure
+from quasar_core.bench.metrics.document import as_record
+from quasar_core.bench.metrics.estimates import estimate
+from quasar_core.bench.metrics.recompute import differences
 from quasar_core.bench.results import Results, write_results
 from quasar_core.bench.run import run_bench
 

@@ -3,9 +3,9 @@
 from dataclasses import asdict
 from typing import Any
 
-from quasar_core.bench.conditions import conditions
-from quasar_core.bench.estimates import Estimate
-from quasar_core.bench.metrics import ArmMetrics, mean_over_datasets, measure
+from quasar_core.bench.metrics.arm_metrics import ArmMetrics, mean_over_datasets, measure
+from quasar_core.bench.metrics.conditions import conditions
+from quasar_core.bench.metrics.estimates import Estimate
 from quasar_core.bench.results import Results
 
 ESTIMATES = ("speedup_mean", "speedup_total", "speedup_answers")

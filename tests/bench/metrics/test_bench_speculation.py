@@ -2,7 +2,7 @@
 
 import pytest
 
-from quasar_core.bench.speculation import accepted_lengths, by_drafter, by_place, by_position, speculation
+from quasar_core.bench.metrics.speculation import accepted_lengths, by_drafter, by_place, by_position, speculation
 from quasar_core.records import Confirm, Piece, Stats, Step
 
 STEPS = [

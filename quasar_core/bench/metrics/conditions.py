@@ -6,8 +6,8 @@ from statistics import fmean
 import numpy as np
 
 from quasar_core.bench.arms import BASELINE, TWIN
-from quasar_core.bench.estimates import Estimate, estimate, ratio_of_totals
-from quasar_core.bench.metrics import answers_of, paired_yields
+from quasar_core.bench.metrics.arm_metrics import answers_of, paired_yields
+from quasar_core.bench.metrics.estimates import Estimate, estimate, ratio_of_totals
 from quasar_core.bench.results import Results
 from quasar_core.system import Load
 

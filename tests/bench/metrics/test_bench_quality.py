@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quasar_core.bench.datasets import Question
-from quasar_core.bench.quality import Agreement, agreement, final_number, is_right_number
+from quasar_core.bench.metrics.quality import Agreement, agreement, final_number, is_right_number
 from quasar_core.bench.run import is_correct
 from quasar_core.bench.run_code import passes, program, runs
 

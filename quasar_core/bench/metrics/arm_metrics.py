@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from quasar_core.bench.arms import ARMS, BASELINE, TWIN
-from quasar_core.bench.estimates import Estimate, Yields, estimate, mean_of_ratios, ratio_of_totals
-from quasar_core.bench.quality import Agreement, agreement
+from quasar_core.bench.metrics.estimates import Estimate, Yields, estimate, mean_of_ratios, ratio_of_totals
+from quasar_core.bench.metrics.quality import Agreement, agreement
+from quasar_core.bench.metrics.speculation import Speculation, speculation
 from quasar_core.bench.results import Passes, Results, Row, Run
-from quasar_core.bench.speculation import Speculation, speculation
 from quasar_core.records import DrafterUse, Stats
 
 

@@ -8,7 +8,7 @@ import pytest
 from helpers.bench_records import make_row, make_run, make_stats
 
 from quasar_cli.main import run
-from quasar_core.bench.compare import compare
+from quasar_core.bench.metrics.compare import compare
 from quasar_core.bench.results import Results, write_results
 from quasar_core.records import Step
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from quasar_core.bench.arms import BASELINE, TWIN
-from quasar_core.bench.estimates import Estimate, estimate, ratio_of_totals
-from quasar_core.bench.metrics import ArmMetrics, answers_of, measure, paired_yields
+from quasar_core.bench.metrics.arm_metrics import ArmMetrics, answers_of, measure, paired_yields
+from quasar_core.bench.metrics.estimates import Estimate, estimate, ratio_of_totals
 from quasar_core.bench.results import Results, differing_settings
 from quasar_core.errors import UsageError
 

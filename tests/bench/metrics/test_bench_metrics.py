@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.bench.arms import BenchConfig
-from quasar_core.bench.estimates import estimate, mean_of_ratios, ratio_of_totals
-from quasar_core.bench.metrics import ArmMetrics, mean_over_datasets, measure, pool, speedup_over_all
+from quasar_core.bench.metrics.arm_metrics import ArmMetrics, mean_over_datasets, measure, pool, speedup_over_all
+from quasar_core.bench.metrics.estimates import estimate, mean_of_ratios, ratio_of_totals
 from quasar_core.bench.results import Results
 from quasar_core.records import Confirm, Step
 

@@ -14,11 +14,11 @@ from helpers.bench_records import make_row, make_run, make_stats
 from quasar_cli.render.bench import Shown, main_grids
 from quasar_cli.render.bench_words import describe_noise
 from quasar_core.bench.arms import BenchConfig, parse_arms
-from quasar_core.bench.conditions import conditions
 from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.energy import EnergyMeter
-from quasar_core.bench.metrics import bytes_read, joules_per_token, measure, shares, spread
-from quasar_core.bench.recompute import differences
+from quasar_core.bench.metrics.arm_metrics import bytes_read, joules_per_token, measure, shares, spread
+from quasar_core.bench.metrics.conditions import conditions
+from quasar_core.bench.metrics.recompute import differences
 from quasar_core.bench.results import Passes, Results
 from quasar_core.bench.run import run_bench, schedule
 from quasar_core.records import Confirm, Stats, Step

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from quasar_core.bench.arms import ARMS, BASELINE, TWIN
-from quasar_core.bench.estimates import FEWEST, Estimate
-from quasar_core.bench.metrics import count_compared, measure, speedup_over_all
+from quasar_core.bench.metrics.arm_metrics import count_compared, measure, speedup_over_all
+from quasar_core.bench.metrics.estimates import FEWEST, Estimate
 from quasar_core.bench.results import Results
 
 

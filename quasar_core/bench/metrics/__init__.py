@@ -1,0 +1,1 @@
+"""The figures of a run, from its result file alone; each defined in docs/measuring.md."""
