@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from quasar_core.bench.results import read_results
-from quasar_core.bench.simulate import simulate
+from quasar_core.bench.simulation.simulate import simulate
 
 MOST = 0.05
 

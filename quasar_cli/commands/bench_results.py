@@ -172,7 +172,7 @@ def simulate(results: ResultFile, markdown: Markdown = False, verbose: Verbose =
     """Replay what exact recorded under other windows, drafts and decisions: the speed that each would have."""
     from quasar_cli.render import bench as render
     from quasar_core.bench.results import read_results
-    from quasar_core.bench.simulate import simulate as replay
+    from quasar_core.bench.simulation.simulate import simulate as replay
 
     predictions = replay(read_results(results))
     if as_json:

@@ -16,7 +16,7 @@ from quasar_core.bench.metrics.document import as_record
 from quasar_core.bench.metrics.estimates import Estimate
 from quasar_core.bench.metrics.speculation import Share
 from quasar_core.bench.results import Results
-from quasar_core.bench.simulate import REPLAYS, Prediction
+from quasar_core.bench.simulation.simulate import REPLAYS, Prediction
 
 DATASETS_PER_TABLE = 5  # what fits into 100 columns
 

@@ -14,8 +14,8 @@ from helpers.tiny_models import TreeTable, make_pair
 
 from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.results import Results
-from quasar_core.bench.simulate import POLICIES, Policy, predict, replay, simulate
-from quasar_core.bench.traces import (
+from quasar_core.bench.simulation.simulate import POLICIES, Policy, predict, replay, simulate
+from quasar_core.bench.simulation.traces import (
     Drafted,
     Recorded,
     TimedPass,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, pstdev
 
 from quasar_core.bench.results import Results
-from quasar_core.bench.traces import Drafted, Recorded, Trace, Verified, beside_passes, record_of
+from quasar_core.bench.simulation.traces import Drafted, Recorded, Trace, Verified, beside_passes, record_of
 from quasar_core.config import Auto
 from quasar_core.decode.costs.pass_costs import LiveCost, PairCosts
 from quasar_core.decode.policy.agreement import AgreementCurve, Estimate, RunningAgreement

@@ -1,0 +1,1 @@
+"""Recorded answers replayed under other decisions."""
