@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quasar_core.api import decoding, quantizing
-from quasar_core.bench.choose import UNIFORM_BITS, Body, Choice
-from quasar_core.bench.streamed_target import StreamedTarget
-from quasar_core.bench.try_candidates import (
+from quasar_core.bench.verifiers.choose import UNIFORM_BITS, Body, Choice
+from quasar_core.bench.verifiers.streamed_target import StreamedTarget
+from quasar_core.bench.verifiers.try_candidates import (
     LOOK_ROWS,
     CandidateCosts,
     Choosing,

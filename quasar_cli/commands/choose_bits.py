@@ -52,7 +52,7 @@ class Chooser:
 
     def choose(self, force: bool, resume: bool, max_memory: int | None) -> QuantizeConfig:
         """The config of what was chosen; the table is shown, unless a JSON document is to come."""
-        from quasar_core.bench.choose import advice
+        from quasar_core.bench.verifiers.choose import advice
         from quasar_core.choose_bits import choose
 
         with console.progress_bar() as progress:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from quasar_cli.render import as_bytes, facts_table, number_table
-from quasar_core.bench.choose import Choice, Row
+from quasar_core.bench.verifiers.choose import Choice, Row
 
 
 def candidates_table(candidates: Sequence[str], heads: Sequence[int]) -> Table:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from quasar_core import store
-from quasar_core.bench.compare_verifiers import compare_verifiers
 from quasar_core.bench.steps import read_bandwidth
+from quasar_core.bench.verifiers.compare_verifiers import compare_verifiers
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.cpu import library

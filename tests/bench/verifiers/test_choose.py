@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quasar_core.bench.choose import Body, Choice, Replayed, Row, Search, advice, between, with_head
-from quasar_core.bench.streamed_target import ConfirmCost
+from quasar_core.bench.verifiers.choose import Body, Choice, Replayed, Row, Search, advice, between, with_head
+from quasar_core.bench.verifiers.streamed_target import ConfirmCost
 from quasar_core.config import QuantizeConfig
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.decode.policy.agreement import agreements_of

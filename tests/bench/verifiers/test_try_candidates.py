@@ -15,9 +15,9 @@ from quasar_cli.main import run as run_command
 from quasar_cli.render import as_bytes
 from quasar_cli.render.choice import choice_table
 from quasar_core.api import quantizing
-from quasar_core.bench import try_candidates
-from quasar_core.bench.choose import Body, Choice, Replayed
 from quasar_core.bench.synthetic_models import RandomCheckpoint
+from quasar_core.bench.verifiers import try_candidates
+from quasar_core.bench.verifiers.choose import Body, Choice, Replayed
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.choose_bits import Wanted, choose, find_candidates
 from quasar_core.decode.costs.cost_records import CostRecord

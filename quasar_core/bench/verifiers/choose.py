@@ -17,7 +17,7 @@ import torch
 
 from quasar_core.bench.simulation.simulate import Policy, replay
 from quasar_core.bench.simulation.traces import Drafted, Recorded, Trace, Verified
-from quasar_core.bench.streamed_target import ConfirmCost
+from quasar_core.bench.verifiers.streamed_target import ConfirmCost
 from quasar_core.config import BITS, GenerationConfig, QuantizeConfig
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.decode.policy.lengths import LEAST_GAIN, MAX_DRAFT

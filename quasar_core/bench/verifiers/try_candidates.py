@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from quasar_core.bench.choose import (
+from quasar_core.bench.synthetic_models import RandomCheckpoint
+from quasar_core.bench.verifiers.choose import (
     HEADS,
     MEAN_BITS,
     UNIFORM_BITS,
@@ -17,8 +18,7 @@ from quasar_core.bench.choose import (
     between,
     with_head,
 )
-from quasar_core.bench.streamed_target import ConfirmCost, StreamedPasses, StreamedTarget, measure_streamed
-from quasar_core.bench.synthetic_models import RandomCheckpoint
+from quasar_core.bench.verifiers.streamed_target import ConfirmCost, StreamedPasses, StreamedTarget, measure_streamed
 from quasar_core.checkpoint.compressed_tensors import PackedWeight
 from quasar_core.checkpoint.gptq_format import why_not_packable
 from quasar_core.config import GROUP_CHOICES, QuantizeConfig

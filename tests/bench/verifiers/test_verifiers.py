@@ -15,7 +15,7 @@ from helpers.tiny_models import TableModel, make_pair
 
 from quasar_cli.main import run
 from quasar_core import store
-from quasar_core.bench.compare_verifiers import compare_verifiers
+from quasar_core.bench.verifiers.compare_verifiers import compare_verifiers
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.decode.costs import cost_records
 from quasar_core.decode.costs.cost_records import pair_costs

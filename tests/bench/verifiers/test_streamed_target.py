@@ -10,7 +10,7 @@ from helpers.quantized_decoder import quantize_layers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quasar_core.bench.streamed_target import ConfirmCost, StreamedPasses, StreamedTarget, measure_streamed
+from quasar_core.bench.verifiers.streamed_target import ConfirmCost, StreamedPasses, StreamedTarget, measure_streamed
 from quasar_core.config import LoadOptions
 from quasar_core.decode.costs.pass_costs import PassCost
 from quasar_core.models.memory import offload

@@ -1,0 +1,1 @@
+"""Which verifier, of how many bits, makes `exact` fastest for a target on this device."""
