@@ -1,6 +1,6 @@
 // Layers with a state in the place of attention: a causal convolution, then a state that every token changes.
 //
-// The gated delta rule, Mamba-2 and the short convolution, as `models/recurrent/rules.py` has them. Sums are taken in one
+// The gated delta rule, Mamba-2 and the short convolution, as `recurrent/rules.py` has them. Sums are taken in one
 // order, token after token: channels of a convolution tap by tap, columns of a state row by row, each column by itself.
 // So a token's result depends neither on the tokens of its pass nor on the threads, and running the rule again over what
 // it has read gives the same state to the last bit. Letters: T tokens of a pass, C channels, K taps, Hv heads of values,
