@@ -1,7 +1,8 @@
 // Grouped-query attention of a pass over its cache: one key-value head at a time, a few queries, all positions seen.
 //
-// Positions come in sixteens that begin at multiples of 16, and are summed in that order with a running maximum
-// (Milakov and Gimelshein, 2018), so that a query's result depends on nothing but its own position.
+// Positions come in spans that begin at multiples of SPAN, and are summed in that order with a running maximum
+// (Milakov and Gimelshein, 2018), so that a query's result depends on nothing but its own position. A span's keys and values
+// are laid out once for all queries, which then come in tiles whose sums fill the registers.
 
 #pragma once
 
@@ -10,10 +11,16 @@
 
 #include "elementwise.h"
 #include "numbers.h"
+#include "team.h"
 
 namespace quasar {
 
-constexpr int CHANNELS = 8;  // registers of a value's channels that are summed side by side
+constexpr int SIXTEENS = 4, SPAN = SIXTEENS * LANES;
+// Of a tile: queries, sixteens of keys, registers of a value's channels.
+constexpr int QUERIES = 4, BESIDE = WIDTH == LANES ? SIXTEENS : 1, CHANNELS = WIDTH == 8 ? 2 : 4;
+constexpr size_t POSITIONS_AHEAD = 2 * LANES;  // positions that are fetched before they are read: measured
+// 32-bit lanes for each channel of a head, of what a thread works in.
+constexpr int ROOM = 2 * SPAN + QUERIES;
 
 template <typename X>
 struct Query {
@@ -36,89 +43,162 @@ inline std::vector<std::vector<int>> trace_paths(const int* parents, int count, 
     return paths;
 }
 
-// The products of a query with sixteen keys; those from `left` on repeat the last.
+// A span's keys [words, SPAN] and values [SIXTEENS, STEPS, D], and the words of a tile's queries [QUERIES, words].
 template <typename X>
-Floats scores_of(const X* q, const X* keys, int left, int size) {
+class Span {
     using Kind = Numbers<X>;
-    const X* rows[LANES];
-    for (int p = 0; p < LANES; ++p) rows[p] = keys + size_t(std::min(p, left - 1)) * size;
-    Part sums[LANES];
-    for (int first = 0; first < LANES; first += WIDTH) {
-        Part some[WIDTH];
-        for (auto& sum : some) sum = spread(0);
-        int d = 0;
-        for (; d + Kind::STEP <= size; d += Kind::STEP) {
-            const auto part = Kind::get(q + d);
-#pragma GCC unroll 16
-            for (int p = 0; p < WIDTH; ++p) some[p] = Kind::add(some[p], part, Kind::get(rows[first + p] + d));
-        }
-        if constexpr (Kind::STEP > LANES)
-            if (d < size)
-                for (int p = 0; p < WIDTH; ++p)
-                    some[p] = Kind::add(some[p], Kind::get(q + d, true), Kind::get(rows[first + p] + d, true));
-        for (int p = 0; p < WIDTH; ++p) sums[first + p] = some[p];
+
+public:
+    const int size, words;
+    float *const keys, *const values, *const queries;
+
+    Span(int size, float* room)
+        : size(size), words(size / Kind::TOGETHER), keys(room), values(keys + SPAN * size), queries(values + SPAN * size) {}
+
+    float* values_of(int sixteen) const { return values + sixteen * Kind::STEPS * size; }
+
+    // Of its positions one of the sixteens, of which so many are written.
+    void fill(int sixteen, const X* own_keys, const X* own_values, int left) const {
+        constexpr int ROWS = Kind::PACKED / Kind::TOGETHER;  // of words, which a column is unpacked to
+        const int columns = size / Kind::PACKED;
+        for (int column = 0; column < columns; column += WIDTH)
+            for (int p = 0; p < LANES; p += WIDTH) {
+                Part rows[WIDTH];
+                for (int i = 0; i < WIDTH; ++i)
+                    rows[i] = Kind::packed(own_keys + size_t(std::min(p + i, left - 1)) * size, column, columns - column);
+                transpose(rows);
+                float* to = keys + size_t(column) * ROWS * SPAN + sixteen * LANES + p;
+                for (int i = 0; i < std::min(WIDTH, columns - column); ++i) Kind::unpack(rows[i], to + i * ROWS * SPAN, SPAN);
+            }
+        Kind::spread(own_values, left, size, values_of(sixteen));
     }
-    return sum_lanes(sums);
+};
+
+// The positions of the sixteen from `start` on that a query sees.
+template <typename X>
+Lanes seen_by(const Query<X>& query, int start) {
+    const Lanes below = first_lanes(query.first - start), sinks = first_lanes(query.sinks - start);
+    return Lanes(first_lanes(query.last + 1 - start) & (~below | sinks));
 }
 
-// out · fade + sixteen values, each times its share, in COUNT registers of channels.
+// The products of COUNT queries with BESIDE sixteens of keys.
 template <typename X, int COUNT>
-void weigh(const float* shares, const float* values, int size, float fade, float* out) {
+void score(const Span<X>& span, int sixteen, Floats (*scores)[SIXTEENS]) {
+    constexpr int REGISTERS = BESIDE * PARTS;
+    Part sums[COUNT][REGISTERS];
+    for (auto& some : sums)
+        for (auto& sum : some) sum = spread(0);
+    const float *keys = span.keys + sixteen * LANES, *queries = span.queries;
+    for (int word = 0; word < span.words; ++word, keys += SPAN, ++queries) {
+        Part key[REGISTERS];
+#pragma GCC unroll 4
+        for (int k = 0; k < REGISTERS; ++k) key[k] = load_part(keys + k * WIDTH);
+#pragma GCC unroll 4
+        for (int q = 0; q < COUNT; ++q) {
+            const Part query = spread(queries[q * span.words]);
+#pragma GCC unroll 4
+            for (int k = 0; k < REGISTERS; ++k) sums[q][k] = Numbers<X>::add_words(sums[q][k], query, key[k]);
+        }
+    }
+    for (int q = 0; q < COUNT; ++q)
+        for (int k = 0; k < REGISTERS; ++k) scores[q][sixteen + k / PARTS].part[k % PARTS] = sums[q][k];
+}
+
+// out · fade + values, each times its share, of COUNT queries in REGISTERS of channels from channel `d` on.
+template <typename X, int COUNT, int REGISTERS>
+void weigh(const Span<X>& span, const float (*shares)[SPAN], const Lanes* seen, const float* fades, int d, Query<X>* queries) {
     using Kind = Numbers<X>;
-    Part sums[COUNT];
-    for (int c = 0; c < COUNT; ++c) sums[c] = load_part(out + c * WIDTH) * spread(fade);
-    for (int step = 0; step < Kind::STEPS; ++step) {
-        float share;
-        std::memcpy(&share, shares + step, sizeof share);
-#pragma GCC unroll 8
-        for (int c = 0; c < COUNT; ++c)
-            sums[c] = Kind::weigh(sums[c], spread(share), values + step * size + c * WIDTH);
+    Part sums[COUNT][REGISTERS];
+    for (int q = 0; q < COUNT; ++q)
+        for (int c = 0; c < REGISTERS; ++c)
+            sums[q][c] = load_part(queries[q].out + d + c * WIDTH) * spread(fades[q]);
+    for (int i = 0; i < SIXTEENS; ++i) {
+        if (!seen[i]) continue;
+        const float* values = span.values_of(i) + d;
+        for (int step = 0; step < Kind::STEPS; ++step, values += span.size) {
+            Part value[REGISTERS];
+#pragma GCC unroll 4
+            for (int c = 0; c < REGISTERS; ++c) value[c] = load_part(values + c * WIDTH);
+#pragma GCC unroll 4
+            for (int q = 0; q < COUNT; ++q) {
+                const Part share = spread(shares[q][i * LANES + step]);
+#pragma GCC unroll 4
+                for (int c = 0; c < REGISTERS; ++c) sums[q][c] = Kind::add_words(sums[q][c], share, value[c]);
+            }
+        }
     }
-    for (int c = 0; c < COUNT; ++c) store_part(out + c * WIDTH, sums[c]);
+    for (int q = 0; q < COUNT; ++q)
+        for (int c = 0; c < REGISTERS; ++c) store_part(queries[q].out + d + c * WIDTH, sums[q][c]);
 }
 
+// Scores become shares of so far, [SPAN] words of them; by what has been summed fades.
 template <typename X>
-void weigh_all(const float* shares, const float* values, int size, float fade, float* out) {
+float share_out(Query<X>& query, Floats* scores, int start, float cap, float* shares) {
+    Floats most = LEAST, total = 0.0f;
+    Lanes seen[SIXTEENS];
+    for (int i = 0; i < SIXTEENS; ++i) {
+        seen[i] = seen_by(query, start + i * LANES);
+        if (seen[i] && cap) scores[i] = capped(scores[i], cap);
+        if (seen[i]) most = larger(most, scores[i] = select(seen[i], scores[i], LEAST));
+    }
+    const float before = query.largest;
+    query.largest = std::max(before, largest_of(most));
+    const float fade = query.largest == before ? 1.0f : std::exp(before - query.largest);
+    for (int i = 0; i < SIXTEENS; ++i) {
+        const Floats own = seen[i] ? select(seen[i], exponential(scores[i] - query.largest), 0.0f) : Floats(0.0f);
+        total = total + own;
+        Numbers<X>::pack(own, shares + i * LANES);
+    }
+    query.total = query.total * fade + sum_of(total);
+    return fade;
+}
+
+// COUNT queries over the span from `start` on.
+template <typename X, int COUNT>
+void attend_to(const Span<X>& span, int start, float cap, Query<X>* queries) {
+    Lanes seen[SIXTEENS] = {};
+    for (int q = 0; q < COUNT; ++q) {
+        Numbers<X>::put_words(queries[q].q, span.size, span.queries + q * span.words);
+        for (int i = 0; i < SIXTEENS; ++i) seen[i] |= seen_by(queries[q], start + i * LANES);
+    }
+    Floats scores[COUNT][SIXTEENS];
+    for (int i = 0; i < SIXTEENS; i += BESIDE)
+        if (BESIDE > 1 || seen[i]) score<X, COUNT>(span, i, scores);
+    alignas(64) float shares[COUNT][SPAN];
+    float fades[COUNT];
+    for (int q = 0; q < COUNT; ++q) fades[q] = share_out(queries[q], scores[q], start, cap, shares[q]);
     int d = 0;
-    for (; d + CHANNELS * WIDTH <= size; d += CHANNELS * WIDTH)
-        weigh<X, CHANNELS>(shares, values + d, size, fade, out + d);
-    if (size - d >= 4 * WIDTH) weigh<X, 4>(shares, values + d, size, fade, out + d), d += 4 * WIDTH;
-    for (; d < size; d += WIDTH) weigh<X, 1>(shares, values + d, size, fade, out + d);
+    for (; d + CHANNELS * WIDTH <= span.size; d += CHANNELS * WIDTH)
+        weigh<X, COUNT, CHANNELS>(span, shares, seen, fades, d, queries);
+    for (; d < span.size; d += WIDTH) weigh<X, COUNT, 1>(span, shares, seen, fades, d, queries);
 }
 
-// The positions from `start` to `start` + 16, of which `left` are written; values as `spread` left them.
 template <typename X>
-void attend_to(Query<X>& query, const X* keys, const float* values, int start, int left, int size, float cap) {
-    const int below = std::max(query.first - start, 0), above = std::min(query.last - start + 1, LANES);
-    const int sinks = std::min(query.sinks - start, above);
-    if (below >= above && sinks <= 0) return;
-    const Lanes seen = first_lanes(above) & (~first_lanes(below) | first_lanes(sinks));
-    Floats scores = scores_of(query.q, keys, left, size);
-    if (cap) scores = capped(scores, cap);
-    const float largest = std::max(query.largest, largest_of(select(seen, scores, LEAST)));
-    const Floats shares = select(seen, exponential(scores - largest), 0.0f);
-    const float fade = largest == query.largest ? 1.0f : std::exp(query.largest - largest);
-    query.total = query.total * fade + sum_of(shares);
-    query.largest = largest;
-    alignas(64) float packed[LANES];
-    Numbers<X>::pack(shares, packed);
-    weigh_all<X>(packed, values, size, fade, query.out);
-}
-
-// Sixteen positions of which some stand on a query's own path: keys and values are copied in the order of positions, so
-// that the sums are those of a pass over that path alone. `own` has place for 2 · 16 · D numbers of the cache.
-template <typename X>
-void attend_along(Query<X>& query, const X* keys, const X* values, int start, int size, float cap, X* own, float* room) {
-    const int left = std::min(query.last + 1 - start, LANES);
-    if (left <= 0) return;
-    for (int p = 0; p < left; ++p) {
-        const int position = start + p;
-        const size_t from = size_t(position < query.branch ? position : query.path[position - query.branch]) * size;
-        std::memcpy(own + p * size, keys + from, size * sizeof(X));
-        std::memcpy(own + (LANES + p) * size, values + from, size * sizeof(X));
+void attend_tile(const Span<X>& span, int start, float cap, Query<X>* queries, int count) {
+    switch (count) {
+        case 1: return attend_to<X, 1>(span, start, cap, queries);
+        case 2: return attend_to<X, 2>(span, start, cap, queries);
+        case 3: return attend_to<X, 3>(span, start, cap, queries);
+        default: return attend_to<X, QUERIES>(span, start, cap, queries);
     }
-    Numbers<X>::spread(own + LANES * size, left, size, room);
-    attend_to(query, own, room, start, left, size, cap);
+}
+
+// The sixteens of a span of which some positions stand on a query's own path: keys and values are copied in the order of
+// positions, so that the sums are those of a pass over that path alone. `own` has place for 2 · 16 rows of the cache.
+template <typename X>
+void follow_path(const Query<X>& query, const X* keys, const X* values, int start, const Span<X>& span, X* own) {
+    const int size = span.size;
+    for (int i = 0; i < SIXTEENS; ++i) {
+        const int begin = start + i * LANES, left = std::min(query.last + 1 - begin, LANES);
+        if (begin + LANES <= query.branch || left <= 0) continue;
+        for (int p = 0; p < left; ++p) {
+            const int position = begin + p;
+            const size_t from = size_t(position < query.branch ? position : query.path[position - query.branch]) * size;
+            std::memcpy(own + p * size, keys + from, size * sizeof(X));
+            std::memcpy(own + (LANES + p) * size, values + from, size * sizeof(X));
+        }
+        span.fill(i, own, own + LANES * size, left);
+    }
 }
 
 // Sets out for the sixteen positions from `states` on, which later reads will find near.
@@ -129,7 +209,7 @@ void fetch(const X* states, int size) {
 }
 
 // Some queries over the keys and values [positions, D] of one head, scores below a soft cap where it is not 0; `room` has
-// place for 16 · D numbers, `own` for twice as many of the cache where queries stand in a tree.
+// place for ROOM · D numbers, `own` for 2 · 16 rows of the cache where queries stand in a tree.
 template <typename X>
 void attend(std::vector<Query<X>>& queries, const X* keys, const X* values, int size, float cap, float* room, X* own) {
     int first = std::numeric_limits<int>::max(), last = 0;
@@ -137,17 +217,24 @@ void attend(std::vector<Query<X>>& queries, const X* keys, const X* values, int 
         first = std::min(first, query.first), last = std::max(last, query.last);
         std::fill(query.out, query.out + size, 0.0f);
     }
-    const int begin = first / LANES * LANES;
-    for (int start = queries.front().sinks ? 0 : begin; start <= last; start = std::max(start + LANES, begin)) {
-        if (start + LANES > queries.front().branch) {  // the same for all queries of a pass
-            for (auto& query : queries) attend_along(query, keys, values, start, size, cap, own, room);
-            continue;
+    const Span<X> span(size, room);
+    const int begin = first / SPAN * SPAN, sinks = queries.front().sinks, branch = queries.front().branch;  // of them all
+    for (int start = sinks ? 0 : begin; start <= last; start = std::max(start + SPAN, begin)) {
+        for (int i = 0; i < SIXTEENS; ++i) {
+            const int at = start + i * LANES;
+            const size_t from = size_t(at) * size, ahead = from + POSITIONS_AHEAD * size;
+            if (at > last || at + LANES > branch || (at + LANES <= first && at >= sinks)) continue;
+            fetch(keys + ahead, size), fetch(values + ahead, size);
+            span.fill(i, keys + from, values + from, std::min(last + 1 - at, LANES));
         }
-        const int left = std::min(last + 1 - start, LANES);
-        fetch(keys + size_t(start + LANES) * size, size);
-        fetch(values + size_t(start + LANES) * size, size);
-        Numbers<X>::spread(values + size_t(start) * size, left, size, room);
-        for (auto& query : queries) attend_to(query, keys + size_t(start) * size, room, start, left, size, cap);
+        Query<X>* next = queries.data();
+        const int count = int(queries.size());
+        for (Tiles tiles(count, start + SPAN > branch ? 1 : QUERIES); next < queries.data() + count;) {
+            if (start + SPAN > branch) follow_path(*next, keys, values, start, span, own);
+            const int some = tiles.next();
+            attend_tile(span, start, cap, next, some);
+            next += some;
+        }
     }
     for (const auto& query : queries)
         for (int d = 0; d < size; d += LANES)

@@ -83,6 +83,25 @@ inline Part sum_each(const Part* sums) {
     return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
 
+// Rows of lanes become columns.
+inline void transpose(Part* rows) {
+    __m256 twos[WIDTH], fours[WIDTH];
+    for (int i = 0; i < WIDTH; i += 2) {
+        twos[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+        twos[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < WIDTH; i += 4) {
+        fours[i] = _mm256_shuffle_ps(twos[i], twos[i + 2], 0x44);
+        fours[i + 1] = _mm256_shuffle_ps(twos[i], twos[i + 2], 0xee);
+        fours[i + 2] = _mm256_shuffle_ps(twos[i + 1], twos[i + 3], 0x44);
+        fours[i + 3] = _mm256_shuffle_ps(twos[i + 1], twos[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
+        rows[4 + i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
+    }
+}
+
 inline Part look_up(const float* table, IntPart at) {
     __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)at);
     __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)at);

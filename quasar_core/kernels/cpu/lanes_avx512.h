@@ -81,6 +81,31 @@ inline Part sum_each(const Part* sums) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
 }
 
+// Rows of lanes become columns.
+inline void transpose(Part* rows) {
+    __m512 twos[WIDTH], fours[WIDTH];
+    for (int i = 0; i < WIDTH; i += 2) {
+        twos[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+        twos[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < WIDTH; i += 4) {
+        fours[i] = _mm512_shuffle_ps(twos[i], twos[i + 2], 0x44);
+        fours[i + 1] = _mm512_shuffle_ps(twos[i], twos[i + 2], 0xee);
+        fours[i + 2] = _mm512_shuffle_ps(twos[i + 1], twos[i + 3], 0x44);
+        fours[i + 3] = _mm512_shuffle_ps(twos[i + 1], twos[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {  // each quarter of fours[4k + i] holds four rows of the columns i, 4 + i, 8 + i, 12 + i
+        const __m512 low = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0x88);
+        const __m512 high = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0x88);
+        const __m512 low_odd = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0xdd);
+        const __m512 high_odd = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0xdd);
+        rows[i] = _mm512_shuffle_f32x4(low, high, 0x88);
+        rows[4 + i] = _mm512_shuffle_f32x4(low_odd, high_odd, 0x88);
+        rows[8 + i] = _mm512_shuffle_f32x4(low, high, 0xdd);
+        rows[12 + i] = _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd);
+    }
+}
+
 // Entries of a table of 16, by the lowest four bits of each lane.
 inline Part look_up(const float* table, IntPart at) {
     return _mm512_permutexvar_ps((__m512i)at, _mm512_loadu_ps(table));

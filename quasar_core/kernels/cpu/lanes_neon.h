@@ -79,6 +79,13 @@ inline Part sum_each(const Part* sums) {
     return vpaddq_f32(vpaddq_f32(sums[0], sums[1]), vpaddq_f32(sums[2], sums[3]));
 }
 
+// Rows of lanes become columns.
+inline void transpose(Part* rows) {
+    const float32x4x2_t low = vzipq_f32(rows[0], rows[2]), high = vzipq_f32(rows[1], rows[3]);
+    const float32x4x2_t first = vzipq_f32(low.val[0], high.val[0]), second = vzipq_f32(low.val[1], high.val[1]);
+    rows[0] = first.val[0], rows[1] = first.val[1], rows[2] = second.val[0], rows[3] = second.val[1];
+}
+
 inline Part look_up(const float* table, IntPart at) {
     at &= 15;
     const float found[WIDTH] = {table[at[0]], table[at[1]], table[at[2]], table[at[3]]};

@@ -93,6 +93,12 @@ inline Part sum_each(const Part* sums) {
     return Part{sum_of(sums[0]), sum_of(sums[1]), sum_of(sums[2]), sum_of(sums[3])};
 }
 
+// Rows of lanes become columns.
+inline void transpose(Part* rows) {
+    const Part a = rows[0], b = rows[1], c = rows[2], d = rows[3];
+    for (int i = 0; i < WIDTH; ++i) rows[i] = Part{a[i], b[i], c[i], d[i]};
+}
+
 inline Part look_up(const float* table, IntPart at) {
     at &= 15;
     return Part{table[at[0]], table[at[1]], table[at[2]], table[at[3]]};

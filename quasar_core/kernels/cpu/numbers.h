@@ -37,36 +37,52 @@ void grow(Buffer<V>& buffer, size_t size) {
     if (buffer.size() < size) buffer.resize(size);
 }
 
-// Of a kind of numbers X: a `Register` of STEP of them as attention takes it from where cached states lie; its TERMS, the
-// registers that products take one after the other, from where weights lie and from where activations do (a row of `Row`),
-// or of `Words`, which make TERMS_OF_WORDS; the sum of their products; and sixteen values as attention weighs them, in STEPS
-// rows of a room [16, D] of 32-bit lanes. Where a step is of more than 16, the `last` one of a row may have but 16.
+// Of a kind of numbers X: the TERMS of STEP of them, registers that products take one after the other, from where weights
+// lie and from where activations do (a row of `Row`), or of `Words`, which make TERMS_OF_WORDS; the sum of their products.
+// Where a step is of more than 16, the `last` one of a row may have but 16.
+//
+// And as attention takes them, in words of 32 bits with TOGETHER numbers each: a key as it lies, `packed` with PACKED numbers
+// in a word, whose columns over sixteen keys are unpacked to words; a query; sixteen values, and their shares, in STEPS rows;
+// the sum of products of words.
 template <typename X>
 struct Numbers;
 
-// Values that are weighed in float32, a row each.
+// Pairs of bfloat16 as they lie.
+inline Part load_words(const uint16_t* row, int first, int left) {
+    const float* from = reinterpret_cast<const float*>(row) + first;
+    return left < WIDTH ? load_part(from, first_lanes(left)) : load_part(from);
+}
+
+// Attention in float32.
 template <typename X>
-struct WideValues {
-    static constexpr int STEPS = LANES;
+struct WideWords {
+    static constexpr int TOGETHER = 1, STEPS = LANES, PACKED = sizeof(float) / sizeof(X);
+    static Part packed(const float* row, int first, int) { return load_part(row + first); }
+    static Part packed(const uint16_t* row, int first, int left) { return load_words(row, first, left); }
+    static void unpack(Part column, float* to, int stride) {
+        if (PACKED == 1) return store_part(to, column);
+        store_part(to, Part(UnsignedPart(column) << 16)), store_part(to + stride, Part(UnsignedPart(column) & 0xffff0000));
+    }
+    static void put_words(const X* row, int size, float* to) {
+        for (int i = 0; i < size; i += LANES) store(to + i, load(row + i));
+    }
+    static Part add_words(Part sum, Part a, Part b) { return fused(a, b, sum); }
     static void spread(const X* values, int left, int size, float* room) {
         for (int i = 0; i < left * size; i += LANES) store(room + i, load(values + i));
         for (int i = left * size; i < LANES * size; i += LANES) store(room + i, Floats(0.0f));
     }
     static void pack(Floats shares, float* packed) { store(packed, shares); }
-    static Part weigh(Part sum, Part share, const float* room) { return fused(share, load_part(room), sum); }
 };
 
 template <>
-struct Numbers<float> : WideValues<float> {
+struct Numbers<float> : WideWords<float> {
     using Row = float;
-    using Register = Part;
     static constexpr int STEP = WIDTH, TERMS = 1;
-    static Register get(const float* x) { return load_part(x); }
     template <int>
     static Part term(const float* w, bool) { return load_part(w); }
     template <int>
     static Part term_of_row(const float* x, bool) { return load_part(x); }
-    static Part add(Part sum, Register a, Register b) { return fused(a, b, sum); }
+    static Part add(Part sum, Part a, Part b) { return fused(a, b, sum); }
     static void put(float* row, Floats x) { store(row, x); }
 };
 
@@ -74,18 +90,20 @@ struct Numbers<float> : WideValues<float> {
 template <>
 struct Numbers<uint16_t> {  // products of pairs
     using Row = uint16_t;
-    using Register = Pairs;
-    static constexpr int STEP = 2 * WIDTH, TERMS = 1, TERMS_OF_WORDS = 1, STEPS = LANES / 2;
-    static Register get(const uint16_t* x, bool last = false) { return load_pairs(x, last); }
+    static constexpr int STEP = 2 * WIDTH, TERMS = 1, TERMS_OF_WORDS = 1, TOGETHER = 2, STEPS = LANES / 2, PACKED = 2;
     template <int>
     static Pairs term(const uint16_t* w, bool last) { return load_pairs(w, last); }
     template <int>
     static Pairs term(Words words, bool last) { return (Pairs)(last ? first_words(words) : words); }
     template <int>
     static Pairs term_of_row(const uint16_t* x, bool last) { return load_pairs(x, last); }
-    static Part add(Part sum, Register a, Register b) { return add_pairs(sum, a, b); }
+    static Part add(Part sum, Pairs a, Pairs b) { return add_pairs(sum, a, b); }
     static void put(uint16_t* row, Floats x) { store(row, x); }
 
+    static Part packed(const uint16_t* row, int first, int left) { return load_words(row, first, left); }
+    static void unpack(Part column, float* to, int) { store_part(to, column); }
+    static void put_words(const uint16_t* row, int size, float* to) { std::memcpy(to, row, size * sizeof *row); }
+    static Part add_words(Part sum, Part a, Part b) { return add_pairs(sum, Pairs(a), Pairs(b)); }
     static void spread(const uint16_t* values, int left, int size, float* room) {
         for (int step = 0; step < STEPS; ++step)
             for (int d = 0; d < size; d += LANES) {
@@ -96,9 +114,6 @@ struct Numbers<uint16_t> {  // products of pairs
             }
     }
     static void pack(Floats shares, float* packed) { store(reinterpret_cast<uint16_t*>(packed), shares); }
-    static Part weigh(Part sum, Part share, const float* room) {
-        return add_pairs(sum, Pairs(share), Pairs(load_part(room)));
-    }
 
 private:
     static Floats value(const uint16_t* values, int row, int left, int size, int d) {
@@ -107,11 +122,9 @@ private:
 };
 #elif defined(QUASAR_AVX512)
 template <>
-struct Numbers<uint16_t> : WideValues<uint16_t> {
+struct Numbers<uint16_t> : WideWords<uint16_t> {
     using Row = float;  // rounded to bfloat16
-    using Register = Part;
     static constexpr int STEP = WIDTH, TERMS = 1, TERMS_OF_WORDS = 2;
-    static Register get(const uint16_t* x) { return from_bfloat16(x); }
     template <int>
     static Part term(const uint16_t* w, bool) { return from_bfloat16(w); }
     template <int half>
@@ -124,7 +137,7 @@ struct Numbers<uint16_t> : WideValues<uint16_t> {
     static Part term_of_row(const float* x, bool last) {
         return half && last ? quasar::spread(0) : load_part(x + half * WIDTH);
     }
-    static Part add(Part sum, Register a, Register b) { return fused(a, b, sum); }
+    static Part add(Part sum, Part a, Part b) { return fused(a, b, sum); }
     static void put(float* row, Floats x) {
         alignas(64) uint16_t rounded[LANES];
         store(rounded, x);
@@ -133,13 +146,9 @@ struct Numbers<uint16_t> : WideValues<uint16_t> {
 };
 #else
 template <>
-struct Numbers<uint16_t> : WideValues<uint16_t> {
+struct Numbers<uint16_t> : WideWords<uint16_t> {
     using Row = float;  // rounded to bfloat16; of a register's numbers first the even ones, then the odd ones
-    struct Register {
-        Part even, odd;
-    };
     static constexpr int STEP = 2 * WIDTH, TERMS = 2, TERMS_OF_WORDS = 2;
-    static Register get(const uint16_t* x) { return {term<0>(x, false), term<1>(x, false)}; }
     template <int odd>
     static Part term(const uint16_t* w, bool) {
         UnsignedPart both;
@@ -154,13 +163,11 @@ struct Numbers<uint16_t> : WideValues<uint16_t> {
     template <int odd>
     static Part term_of_row(const float* x, bool) { return load_part(x + odd * WIDTH); }
     static Part add(Part sum, Part a, Part b) { return fused(a, b, sum); }
-    static Part add(Part sum, Register a, Register b) { return add(add(sum, a.even, b.even), a.odd, b.odd); }
     static void put(float* row, Floats x) {
         alignas(64) uint16_t rounded[LANES];
         store(rounded, x);
         for (int i = 0; i < LANES; i += STEP) {
-            const Register both = get(rounded + i);
-            store_part(row + i, both.even), store_part(row + i + WIDTH, both.odd);
+            store_part(row + i, term<0>(rounded + i, false)), store_part(row + i + WIDTH, term<1>(rounded + i, false));
         }
     }
 };

@@ -120,7 +120,7 @@ private:
         const size_t rows = count;
         grow(hidden, rows * m.hidden), grow(normed, rows * m.hidden), grow(delta, rows * m.hidden);
         grow(mixed, rows * widest), grow(queries, rows * heads), grow(attended, rows * heads);
-        grow(rooms, threads * LANES * size), grow(own_inputs, rows * layers.size() * m.inputs_size);
+        grow(rooms, threads * ROOM * size), grow(own_inputs, rows * layers.size() * m.inputs_size);
         if (own.size() < size_t(threads)) own.resize(threads);
         for (auto& buffer : own) grow(buffer, 2 * LANES * size);
     }
@@ -391,7 +391,7 @@ private:
             }
             const size_t begin = size_t(head) * place.capacity * size;
             attend(some, keys + begin, values + begin, size, m.scores_cap,
-                   rooms.data() + size_t(team.thread) * LANES * size, own[team.thread].data());
+                   rooms.data() + size_t(team.thread) * ROOM * size, own[team.thread].data());
         }
         team.barrier();
     }

@@ -150,20 +150,26 @@ struct Rows {
     float scale, cap;
 };
 
+constexpr int HEADS_AT_ONCE = 8;
+
 template <typename X>
 void attend_rows(const X* queries, const X* states, X* to, const Rows& rows, int threads) {
-    const size_t values = size_t(rows.texts) * rows.heads * rows.room * rows.size;
-    const int numbers = rows.groups * rows.size;
-    for_each(threads, int64_t(rows.texts) * rows.heads, 1, [&](int64_t head) {
+    const size_t head_numbers = size_t(rows.room) * rows.size;
+    const int heads = rows.texts * rows.heads, numbers = rows.groups * rows.size;
+    for_each(threads, (heads + HEADS_AT_ONCE - 1) / HEADS_AT_ONCE, 1, [&](int64_t part) {
         Buffer<X> scaled(numbers);
-        Buffer<float> mixed(numbers), room(size_t(LANES) * rows.size);
-        for (int i = 0; i < numbers; i += LANES) store(scaled.data() + i, load(queries + head * numbers + i) * rows.scale);
+        Buffer<float> mixed(numbers), room(size_t(ROOM) * rows.size);
         std::vector<Query<X>> own;
-        for (int i = 0; i < numbers; i += rows.size)
-            own.push_back({scaled.data() + i, rows.last, rows.first, mixed.data() + i});
-        const X* keys = states + size_t(head) * rows.room * rows.size;
-        attend<X>(own, keys, keys + values, rows.size, rows.cap, room.data(), nullptr);
-        for (int i = 0; i < numbers; i += LANES) store(to + head * numbers + i, load(mixed.data() + i));
+        for (int head = int(part) * HEADS_AT_ONCE; head < std::min(int(part + 1) * HEADS_AT_ONCE, heads); ++head) {
+            const size_t begin = size_t(head) * numbers;
+            for (int i = 0; i < numbers; i += LANES) store(scaled.data() + i, load(queries + begin + i) * rows.scale);
+            own.clear();
+            for (int i = 0; i < numbers; i += rows.size)
+                own.push_back({scaled.data() + i, rows.last, rows.first, mixed.data() + i});
+            const X *keys = states + head * head_numbers, *values = keys + heads * head_numbers;
+            attend<X>(own, keys, values, rows.size, rows.cap, room.data(), nullptr);
+            for (int i = 0; i < numbers; i += LANES) store(to + begin + i, load(mixed.data() + i));
+        }
     });
 }
 

@@ -74,7 +74,7 @@ def check_trees(decoder: LeanDecoder, compare: Any, seed: int, runs: int, thread
     """
     dice = random.Random(seed)
     for _ in range(runs):
-        prompt = random_tokens(dice.choice([1, 3, 15, 16, 17, 30, 47]))
+        prompt = random_tokens(dice.choice([1, 3, 15, 16, 17, 30, 47, 62, 64]))
         tokens, parents = random_tree(dice, min(dice.choice([1, 2, 5, 9, 20, 31]), decoder.longest_tree))
         cache, one_by_one = decoder.new_cache(ROOM), OneByOne(decoder, prompt)
         for token in prompt:

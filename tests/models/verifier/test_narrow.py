@@ -83,17 +83,17 @@ def load(folder: Path, kind: str, dtype: torch.dtype) -> tuple[LeanDecoder, Lean
 def test_the_cpp_pass_sees_what_pytorch_sees(tmp_path: Path, kind: str) -> None:
     """However it is cut, to the last bit; and what it does not see makes a difference."""
     decoder, _ = load(tmp_path, kind, torch.float32)
-    text = random_tokens(70)
+    text = random_tokens(150)
     for sinks, seen in ((3, 20), (1, 40), (16, 17), (0, 20)):
         narrow = narrowed(decoder, sinks, seen)
         assert narrow.fast is not None
-        cache, parts = narrow.new_cache(80), []
-        for begin, end in ((0, 33), (33, 34), (34, 50), (50, 70)):
+        cache, parts = narrow.new_cache(160), []
+        for begin, end in ((0, 33), (33, 34), (34, 50), (50, 70), (70, 131), (131, 150)):
             parts.append(narrow.forward(text[begin:end], cache))
-        whole = narrow.forward(text, narrow.new_cache(80))
+        whole = narrow.forward(text, narrow.new_cache(160))
         assert torch.equal(torch.cat(parts), whole)
-        torch.testing.assert_close(whole, narrow.plain_logits(text, narrow.new_cache(80)), atol=1e-3, rtol=1e-3)
-        full = decoder.forward(text, decoder.new_cache(80))
+        torch.testing.assert_close(whole, narrow.plain_logits(text, narrow.new_cache(160)), atol=1e-3, rtol=1e-3)
+        full = decoder.forward(text, decoder.new_cache(160))
         assert torch.equal(full[:seen], whole[:seen])
         assert not torch.allclose(full[-1], whole[-1], atol=1e-2)
 
