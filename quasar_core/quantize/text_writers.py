@@ -122,7 +122,8 @@ class LeanRows(RowsCache):
     """A batch of the lean decoder."""
 
     def __init__(self, decoder: LeanDecoder, rows: int, length: int, attend: Attend | None = None) -> None:
-        super().__init__(decoder.config.blocks, rows, length, decoder.device, decoder.dtype)
+        whole = attend is not None  # C++ reads what is written
+        super().__init__(decoder.config.blocks, rows, length, decoder.device, decoder.dtype, whole)
         self._decoder, self._attend = decoder, attend
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ namespace quasar {
 constexpr int SIXTEENS = 4, SPAN = SIXTEENS * LANES;
 // Of a tile: queries, sixteens of keys, registers of a value's channels.
 constexpr int QUERIES = 4, BESIDE = WIDTH == LANES ? SIXTEENS : 1, CHANNELS = WIDTH == 8 ? 2 : 4;
-constexpr size_t POSITIONS_AHEAD = 2 * LANES;  // positions that are fetched before they are read: measured
+constexpr int POSITIONS_AHEAD = LANES;  // positions that are fetched before they are read: measured
 // 32-bit lanes for each channel of a head, of what a thread works in.
 constexpr int ROOM = 2 * SPAN + QUERIES;
 
@@ -222,9 +222,9 @@ void attend(std::vector<Query<X>>& queries, const X* keys, const X* values, int 
     for (int start = sinks ? 0 : begin; start <= last; start = std::max(start + SPAN, begin)) {
         for (int i = 0; i < SIXTEENS; ++i) {
             const int at = start + i * LANES;
-            const size_t from = size_t(at) * size, ahead = from + POSITIONS_AHEAD * size;
+            const size_t from = size_t(at) * size, ahead = size_t(at + POSITIONS_AHEAD) * size;
             if (at > last || at + LANES > branch || (at + LANES <= first && at >= sinks)) continue;
-            fetch(keys + ahead, size), fetch(values + ahead, size);
+            if (at + POSITIONS_AHEAD <= last) fetch(keys + ahead, size), fetch(values + ahead, size);
             span.fill(i, keys + from, values + from, std::min(last + 1 - at, LANES));
         }
         Query<X>* next = queries.data();

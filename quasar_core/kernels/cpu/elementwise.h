@@ -20,6 +20,19 @@ inline void normalise(const float* x, const float* weight, int size, float eps, 
             store(y + i, load(x + i) * inverse);
 }
 
+// The same of a row of a tensor, whose numbers may have 16 bits; with `rounds_first` they are rounded before the weight too.
+template <typename X>
+void normalise_row(const X* x, const float* weight, int size, float eps, bool rounds_first, X* y) {
+    Floats squares = 0.0f;
+    for (int i = 0; i < size; i += LANES) squares = fused(load(x + i), load(x + i), squares);
+    const Floats inverse = 1 / std::sqrt(sum_of(squares) / size + eps);
+    for (int i = 0; i < size; i += LANES) {
+        Floats value = load(x + i) * inverse;
+        if (rounds_first) store(y + i, value), value = load(y + i);
+        store(y + i, weight ? value * load(weight + i) : value);
+    }
+}
+
 // In place: x · cos + x' · sin, where x' holds the partners. The first of two partners has its sine negated; of a head's
 // first `channels` channels, i and i + channels/2 are partners, or 2i and 2i + 1 where they are interleaved.
 inline void rotate(float* x, const float* cos, const float* sin, int channels, bool interleaved) {

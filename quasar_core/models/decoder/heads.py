@@ -6,8 +6,8 @@ Letters: T tokens of a pass, H key-value heads, G query heads per key-value head
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import rms_norm
 
+from quasar_core.kernels.cpu.rms_norm import rms_norm
 from quasar_core.models.architectures.row import HeadNorms
 from quasar_core.models.rope import RopeConfig, swapped
 
@@ -46,7 +46,7 @@ class Turn:
         """Values [T, H, D], normed where the block norms them."""
         if self.norms is None or not self.norms.of_values:
             return values
-        return rms_norm(values.float(), values.shape[-1:], None, self.eps).to(values.dtype)
+        return rms_norm(values, None, self.eps)
 
     def normed(self, heads: torch.Tensor) -> torch.Tensor:
         """The norms alone, where there are such."""
@@ -57,12 +57,10 @@ class Turn:
             parts = zip(heads.split(sizes, 1), self.weight.split(sizes), strict=True)
             rows = [normed(part.flatten(1), weight.flatten(), self.eps).view_as(part) for part, weight in parts]
             return torch.cat(rows, 1)
-        x = rms_norm(heads.to(self.weight.dtype), heads.shape[-1:], None, self.eps) * self.weight
+        x = rms_norm(heads.to(self.weight.dtype), None, self.eps) * self.weight
         return x.to(heads.dtype)
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMS norm of x [..., D]; by a weight in float32 it is rounded once, at the end."""
-    if weight.dtype == x.dtype:
-        return rms_norm(x, weight.shape, weight, eps)
-    return rms_norm(x.float(), weight.shape, weight, eps).to(x.dtype)
+    """RMS norm of x [..., D], rounded once, at the end."""
+    return rms_norm(x, weight, eps)

@@ -28,14 +28,22 @@ GROWTH = 32
 class RowsCache:
     """Keys and values of B texts; a layer is one tensor [2, B, H, room, D], keys before values.
 
-    The room grows with the texts, up to the capacity.
+    The room grows with the texts, up to the capacity, or is `whole` from the beginning, for whoever reads no more of it
+    than is written.
     """
 
     def __init__(
-        self, blocks: Sequence[BlockConfig], rows: int, capacity: int, device: torch.device, dtype: torch.dtype
+        self,
+        blocks: Sequence[BlockConfig],
+        rows: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        whole: bool = False,
     ) -> None:
+        room = capacity if whole else 0
         self._made = {
-            index: torch.empty(2, rows, block.kv_heads, 0, block.head_size, device=device, dtype=dtype)
+            index: torch.empty(2, rows, block.kv_heads, room, block.head_size, device=device, dtype=dtype)
             for index, block in enumerate(blocks)
             if block.states_of == index
         }

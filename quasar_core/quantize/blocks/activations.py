@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quasar_core.errors import QuasarError, foreign_errors
+from quasar_core.quantize.blocks.norms import fused_norms
 from quasar_core.quantize.blocks.streaming import find_blocks
 from quasar_core.quantize.solve.matmul import FastPasses, product
 
@@ -221,7 +222,7 @@ class Activations:
 
 def run_block(block: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Return the block's outputs [B, L, H]."""
-    with FastPasses(), replaced_outputs(block, batch.outputs):
+    with FastPasses(), replaced_outputs(block, batch.outputs), fused_norms(block):
         return first_output(block(batch.hidden, **batch.kwargs))
 
 
@@ -322,9 +323,15 @@ def _call_by_name(
     own: Callable[..., Any], forward: Callable[..., torch.Tensor], form: Form, *args: Any, **kwargs: Any
 ) -> Any:
     """Call `forward` with the arguments of a block's own function, given by position or by name."""
-    first, *names = list(inspect.signature(own).parameters)[1:]
+    first, *names = parameter_names(own)
     hidden = args[0] if args else kwargs.pop(first)
     return form(forward(hidden, **dict(zip(names, args[1:], strict=False)), **kwargs))
+
+
+@functools.cache
+def parameter_names(method: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of what a method takes beside the instance; asked once, as passes call blocks tens of thousands of times."""
+    return tuple(inspect.signature(method).parameters)[1:]
 
 
 def _moved(value: Any, device: torch.device) -> Any:

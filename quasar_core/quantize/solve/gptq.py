@@ -21,6 +21,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.quantize.solve import cpp
 from quasar_core.quantize.solve.factor import InverseFactor, inverse_factor
 from quasar_core.quantize.solve.grid import BLOCK, Lattice, fit_grid
+from quasar_core.quantize.solve.matmul import times
 from quasar_core.quantize.solve.refine import Rounded, gradient_and_loss, refine
 
 
@@ -142,7 +143,7 @@ def solve_layer(
     loss = output = 0.0
     for rows in pieces(out_features, in_features, weight.device.type != "cpu"):
         target = target_weight(weight[rows], hessian, factor, None if correlation is None else correlation[rows])
-        hessian_weight = hessian @ target
+        hessian_weight = times(hessian, target)
         solved = _solve_piece(target, hessian, factor, config, hessian_weight)
         lattice = solved.lattice
         codes[:, rows] = (solved.steps - lattice.spread(lattice.low, in_features)).to(torch.uint8)

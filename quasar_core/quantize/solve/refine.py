@@ -12,6 +12,7 @@ import torch
 
 from quasar_core.quantize.solve import cpp
 from quasar_core.quantize.solve.grid import BLOCK, Lattice, stored_scale
+from quasar_core.quantize.solve.matmul import times
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def gradient_and_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the gradient H · E [in, r] and the loss [r]: the mean squared error of each output."""
     error = lattice.values(steps).sub_(weight)
-    gradient = hessian @ error
+    gradient = times(hessian, error)
     return gradient, 0.5 * error.mul_(gradient).sum(dim=0)
 
 
