@@ -1,20 +1,24 @@
 """Control when glibc returns freed memory to the system (malloc_trim)."""
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Callable
 
-import torch
-
 FREED_BYTES = 32 * 2**20 - 2**16
+KEPT_BYTES = 256 * 2**20  # more than what the passes over a batch, or over some rows of logits, make and free
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 
 
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that tensors of a batch free, rather than ask the system for the same pages again.
 
-    glibc gives freed memory back beyond a bound, which grows with the largest block freed so far, if below 32 MB.
+    Otherwise it gives back what lies free at the end of its heap beyond a bound, and gets every larger block by itself.
     """
-    torch.empty(FREED_BYTES, dtype=torch.uint8)  # never written to, so no memory is taken
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, FREED_BYTES)
+        mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def return_freed_memory() -> None:

@@ -17,6 +17,7 @@ from quasar_core.draft.successor_file import write_successors
 from quasar_core.draft.successors import KnownSuccessors
 from quasar_core.errors import foreign_errors
 from quasar_core.files import exists, require_regular, write_json
+from quasar_core.malloc import keep_freed_memory
 from quasar_core.models.context import UNLIMITED, position_limit
 from quasar_core.quantize.assemble import assemble, describe, make_report
 from quasar_core.quantize.blocks.activations import Activations, capture_first_inputs
@@ -102,6 +103,7 @@ def _work(
     progress: Progress,
 ) -> QuantizeReport:
     """Run all stages, in the working folder."""
+    keep_freed_memory()
     watch = Stopwatch()
     with watch.stage("calibration text"):
         calibration = calibrate(job, target, tokenizer, text, progress)

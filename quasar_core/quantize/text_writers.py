@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
+from quasar_core.models.decoder.prepacked import prepack
 from quasar_core.models.decoder.rows import Attend, RowsCache, pass_rows, text_bytes
 from quasar_core.models.hf.cache import PreallocatedCache, RecurrentCache, recurrent_layers
 from quasar_core.quantize.solve import cpp
@@ -79,10 +80,14 @@ class Writer(Protocol):
 
 
 class LeanWriter:
-    """The lean decoder; no layer may be recurrent. `kind` tells a rounded copy from the model."""
+    """The lean decoder, which is the writer's own from now on; no layer may be recurrent.
+
+    `kind` tells a rounded copy from the model.
+    """
 
     def __init__(self, decoder: LeanDecoder, room: int = USUAL_ROOM, kind: str = "") -> None:
         self.decoder, self.room, self._kind = decoder, room, kind
+        prepack(decoder)
 
     @property
     def name(self) -> str:

@@ -330,7 +330,7 @@ def _call_by_name(
 
 @functools.cache
 def parameter_names(method: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of what a method takes beside the instance; asked once, as passes call blocks tens of thousands of times."""
+    """Name what a method takes beside the instance; found once, as blocks are called tens of thousands of times."""
     return tuple(inspect.signature(method).parameters)[1:]
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from quasar_core.checkpoint.compressed_tensors import PackedWeight
-from quasar_core.malloc import FREED_BYTES, keep_freed_memory, return_freed_memory
+from quasar_core.malloc import FREED_BYTES, return_freed_memory
 from quasar_core.models.hf.skeleton import clone_structure
 from quasar_core.quantize.blocks.activations import Activations
 from quasar_core.quantize.blocks.collect import (
@@ -112,7 +112,6 @@ def quantize_blocks(
     At the end `activations` hold the outputs of the last block. A block that has a commit is read from it. A reference
     runs through the original blocks, and layers are fitted to its outputs (`solve/hessian.py`).
     """
-    keep_freed_memory()
     return_freed_memory()  # of what came before
     blocks = BlocksInMemory(source) if isinstance(source, PreTrainedModel) else source
     plan = LayerPlan(plan) if isinstance(plan, SolverConfig) else plan

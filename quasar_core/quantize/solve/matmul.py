@@ -32,7 +32,7 @@ def product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None =
 
 
 def times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left [m, k] · right [k, n]; turning the right one over costs less than oneDNN saves where m is in the hundreds."""
+    """left [m, k] · right [k, n]: oneDNN saves more than turning the right one over costs, of hundreds of rows."""
     return product(left, right.t().contiguous()) if _on_cpu(left, right) else left @ right
 
 

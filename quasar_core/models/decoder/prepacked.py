@@ -1,0 +1,54 @@
+"""Dense layers whose weights oneDNN has laid out once, for passes over many rows: else it does so for every product.
+
+Measured on two Zen 5 cores in bfloat16, SmolLM2-135M's layers: a quarter to a third faster at 32 rows, a tenth at 160,
+to the same bits. The weights as they lay are not kept.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from quasar_core.models.decoder.layer import DecoderLayer, DenseLinear, Linear
+from quasar_core.models.decoder.lean_decoder import LeanDecoder
+
+ROWS = 256  # that oneDNN is told of; the order that it chooses serves fewer as well
+
+
+@dataclass(frozen=True)
+class PrepackedLinear:
+    """A dense layer in oneDNN's own order; `weight` is opaque."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] → [T, out]."""
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return y
+
+
+def prepack(decoder: LeanDecoder) -> None:
+    """Lay out the layers of a decoder on the CPU, whose passes are then of PyTorch's operations alone.
+
+    The head stays as it is: it may be the embedding, which is read row by row.
+    """
+    if decoder.device.type == "cpu" and can_prepack():
+        decoder.layers = tuple(map(_prepacked_layer, decoder.layers))
+
+
+def can_prepack() -> bool:
+    """Whether this PyTorch has what it takes."""
+    names = ("_linear_pointwise", "_reorder_linear_weight")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+
+
+def _prepacked_layer(layer: DecoderLayer) -> DecoderLayer:
+    gate_up, down = (None if each is None else _prepacked(each) for each in (layer.gate_up, layer.down))
+    return replace(layer, qkv=_prepacked(layer.qkv), out=_prepacked(layer.out), gate_up=gate_up, down=down)
+
+
+def _prepacked(product: Linear) -> Linear:
+    if not isinstance(product, DenseLinear):
+        return product
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(product.weight.detach(), ROWS)
+    return PrepackedLinear(laid_out, product.bias)
