@@ -20,7 +20,7 @@ from quasar_core.quantize.blocks.collect import Stage, collect_inputs, find_stag
 from quasar_core.quantize.blocks.layerwise import hessian_of, make_room
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_head, linear_layers
 from quasar_core.quantize.calibration import GREEDY_FROM
-from quasar_core.quantize.fidelity import PIECE, margins
+from quasar_core.quantize.fidelity import margins, piece_of
 from quasar_core.quantize.job import QuantizedBlock, block_file, read_commit, write_commit
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.measure_fidelity import RowsRead, read_states
@@ -170,6 +170,6 @@ class Watcher:
     @staticmethod
     def _row(read: RowsRead, tokens: Sequence[int], first: int) -> list[tuple[int, float]]:
         found = list[tuple[int, float]]()
-        for logits in read.pieces(tokens, first, PIECE):
+        for logits in read.pieces(tokens, first, piece_of(read.vocab_size)):
             found += zip(logits.argmax(dim=-1).tolist(), margins(logits).tolist(), strict=True)
         return found

@@ -40,7 +40,8 @@ def kind_of(text: str) -> str:
 
 
 MARGIN_BINS = 16
-PIECE = 64  # tokens whose logits are held: a large vocabulary makes them large
+# Of tokens whose logits are held at once: the fewest, the most, and between them so many logits.
+PIECE, LARGEST_PIECE, PIECE_LOGITS = 64, 256, 128 * 49_152
 COMPARED_VALUES = 2**18  # logits that are compared at once, with their copies in a processor's caches
 
 
@@ -51,6 +52,11 @@ class ReadsInPieces(Protocol):
     def pieces(self, tokens: Sequence[int], first: int, size: int) -> Iterator[torch.Tensor]:
         """Float32 logits [size, V] of a row, from position `first` on; the last piece may be shorter."""
         ...
+
+
+def piece_of(vocabulary: int) -> int:
+    """Of how many tokens logits are held: of fewer where the vocabulary is large."""
+    return max(PIECE, min(LARGEST_PIECE, PIECE_LOGITS // vocabulary))
 
 
 def kl_divergence(target: torch.Tensor, verifier: torch.Tensor) -> torch.Tensor:
@@ -213,18 +219,20 @@ def _compare(
         tokens = row.tolist()
         p = logit_pieces(target, cache, tokens[:-1], first - 1)
         q = logit_pieces(verifier, cache, tokens[:-1], first - 1)
-        for position, (own, other) in enumerate(zip(p, q, strict=True)):
-            begin = first + position * PIECE
-            tally.add(own, other, row[begin : begin + PIECE].to(own.device), begin)
+        begin = first
+        for own, other in zip(p, q, strict=True):
+            tally.add(own, other, row[begin : begin + len(own)].to(own.device), begin)
+            begin += len(own)
         return_freed_memory()  # what the tally holds lies among freed logits, which would add up
 
 
 def logit_pieces(model: CausalLM, cache: KVCache, tokens: list[int], first: int) -> Iterator[torch.Tensor]:
-    """Logits of a row from position `first` on, `PIECE` tokens at a time; the cache serves one row and one model."""
+    """Logits of a row from position `first` on, a piece at a time; the cache serves one row and one model."""
+    size = piece_of(model.vocab_size)
     if isinstance(model, ReadsInPieces):
-        return model.pieces(tokens, first, PIECE)
+        return model.pieces(tokens, first, size)
     cache.rollback(0)
-    return iter(model.forward(tokens, cache)[first:].split(PIECE))
+    return iter(model.forward(tokens, cache)[first:].split(size))
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError
 from quasar_core.quantize.blocks.activations import batch_tokens
 from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows
-from quasar_core.quantize.fidelity import PIECE
+from quasar_core.quantize.fidelity import piece_of
 from quasar_core.quantize.job import SHARD_BYTES
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.solve.factor import BLOCK as FACTOR_COLUMNS
@@ -289,7 +289,7 @@ def batch_bytes(shape: Shape, config: QuantizeConfig, on_device: bool) -> int:
 
 def logit_bytes(shape: Shape, config: QuantizeConfig) -> int:
     """Logits of a piece of held-out text in both models, and the copies that comparing them makes."""
-    return 4 * shape.vocabulary * LOGIT_COPIES * min(PIECE, config.calibration_length)
+    return 4 * shape.vocabulary * LOGIT_COPIES * min(piece_of(shape.vocabulary), config.calibration_length)
 
 
 def refuse_what_cannot_fit(plan: Plan, output: Path | None) -> None:

@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from quasar_core.quantize.solve import cpp, matmul
 from quasar_core.quantize.solve import hessian as hessian_module
 from quasar_core.quantize.solve.hessian import HessianAccumulator
-from quasar_core.quantize.solve.matmul import FastPasses, causal_attention, product
+from quasar_core.quantize.solve.matmul import FastPasses, add_product_, causal_attention, product, times
 
 
 @pytest.fixture
@@ -166,3 +168,29 @@ def test_sums_over_tokens_in_cpp(tokens: int, rows: int, columns: int) -> None:
     cpp.add_token_sums(left, right, again)
     torch.set_num_threads(before)
     assert torch.equal(found, again)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_products_that_are_added_are_those_of_float64(data: st.DataObject) -> None:
+    """Of parts of larger matrices too; nothing beside the sums is written."""
+    depth, rows, columns = (data.draw(st.integers(least, 150)) for least in (1, 0, 1))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    left, right = torch.randn(depth, rows + 5)[:, 2 : rows + 2], torch.randn(depth, columns + 3)[:, :columns]
+    whole = torch.randn(rows + 2, columns + 4)
+    before, sums = whole.clone(), whole[1 : rows + 1, 3 : columns + 3]
+    expected = sums.double() + left.double().t() @ right.double()
+    assert add_product_(sums, left, right) is sums
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5 * depth**0.5)
+    outside = torch.ones_like(whole, dtype=torch.bool)
+    outside[1 : rows + 1, 3 : columns + 3] = False
+    assert torch.equal(whole[outside], before[outside])
+
+
+@pytest.mark.parametrize("switched_off", [False, True])
+def test_a_symmetric_matrix_times_another(monkeypatch: pytest.MonkeyPatch, switched_off: bool) -> None:
+    if switched_off:
+        monkeypatch.setenv("QUASAR_CPU_PASS", "0")
+    torch.manual_seed(0)
+    half, right = torch.randn(70, 70), torch.randn(70, 33)
+    torch.testing.assert_close(times(half @ half.t(), right), half @ half.t() @ right, rtol=1e-4, atol=1e-3)

@@ -28,9 +28,9 @@ struct AttentionShape {
 
 constexpr int VALUE_PARTS = 2, VALUE_COLUMNS = VALUE_PARTS * WIDTH;
 constexpr int WHOLE = std::max(TILE_COLUMNS, LANES);  // keys
-static_assert(WHOLE % TILE_COLUMNS == 0 && WHOLE % LANES == 0 && WHOLE % Terms::TOKENS == 0);
+static_assert(WHOLE % TILE_COLUMNS == 0 && WHOLE % LANES == 0 && WHOLE % Terms<uint16_t>::TOKENS == 0);
 
-inline int steps_of(int numbers) { return int(Panels<1>::steps_of(numbers)); }
+inline int steps_of(int numbers) { return int(Panels<uint16_t, 1>::steps_of(numbers)); }
 
 // Keys and values of one head, in the order in which tiles read them.
 struct PackedHead {
@@ -48,14 +48,14 @@ struct PackedHead {
         for (int k = begin; k < end; ++k) {
             uint32_t* to = keys.data() + size_t(k / TILE_COLUMNS) * steps * TILE_COLUMNS + k % TILE_COLUMNS;
             for (int step = 0; step < steps; ++step)
-                to[step * TILE_COLUMNS] = Terms::of(key + k * key_token + step * Terms::TOKENS, true, 1);
+                to[step * TILE_COLUMNS] = Terms<uint16_t>::of(key + k * key_token + step * Terms<uint16_t>::TOKENS, true, 1);
         }
-        for (int k = begin; k < end; k += Terms::TOKENS) {
+        for (int k = begin; k < end; k += Terms<uint16_t>::TOKENS) {
             const uint16_t* from = value + k * value_token;
             for (int i = 0; i < shape.size; i += VALUE_COLUMNS) {
-                uint32_t* to = values.data() + size_t(i) * steps_of(padded) + k / Terms::TOKENS * VALUE_COLUMNS;
+                uint32_t* to = values.data() + size_t(i) * steps_of(padded) + k / Terms<uint16_t>::TOKENS * VALUE_COLUMNS;
                 for (int j = 0; j < VALUE_COLUMNS; ++j)
-                    to[j] = Terms::of(from + i + j, k + 1 < shape.keys, int(value_token));
+                    to[j] = Terms<uint16_t>::of(from + i + j, k + 1 < shape.keys, int(value_token));
             }
         }
     }
@@ -76,9 +76,9 @@ public:
         for (int step = 0; step < steps; ++step)
             for (int row = 0; row < rows; ++row)
                 query_words[step * TILE_ROWS + row] =
-                    Terms::of(queries + (begin + row) * query_token + step * Terms::TOKENS, true, 1);
+                    Terms<uint16_t>::of(queries + (begin + row) * query_token + step * Terms<uint16_t>::TOKENS, true, 1);
         for (int key = from; key < seen; key += TILE_COLUMNS)
-            Tile<TILE_PARTS>(query_words.data(), head.keys.data() + size_t(key) * steps, steps)
+            Tile<uint16_t, TILE_PARTS>(query_words.data(), head.keys.data() + size_t(key) * steps, steps)
                 .put(scores.data() + key, head.padded);
         float sums[TILE_ROWS];
         for (int row = 0; row < rows; ++row) sums[row] = weigh(row, position + row, from, seen);
@@ -86,10 +86,10 @@ public:
         for (int step = skipped; step < steps_of(seen); ++step)
             for (int row = 0; row < rows; ++row)
                 share_words[step * TILE_ROWS + row] =
-                    Terms::of(shares.data() + size_t(row) * head.padded + step * Terms::TOKENS, true, 1);
+                    Terms<uint16_t>::of(shares.data() + size_t(row) * head.padded + step * Terms<uint16_t>::TOKENS, true, 1);
         for (int i = 0; i < shape.size; i += VALUE_COLUMNS) {
             float mixed[TILE_ROWS * VALUE_COLUMNS];
-            Tile<VALUE_PARTS>(share_words.data() + skipped * TILE_ROWS,
+            Tile<uint16_t, VALUE_PARTS>(share_words.data() + skipped * TILE_ROWS,
                               head.values.data() + size_t(i) * steps_of(head.padded) + skipped * VALUE_COLUMNS,
                               steps_of(seen) - skipped)
                 .put(mixed, VALUE_COLUMNS);

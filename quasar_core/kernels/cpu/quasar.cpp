@@ -125,7 +125,7 @@ void quasar_rms_norm(const void* x, const float* weight, void* y, int is_bfloat1
 }
 
 // Whether the processor multiplies bfloat16 in pairs.
-int quasar_multiplies_pairs() { return Terms::TOKENS == 2; }
+int quasar_multiplies_pairs() { return Terms<uint16_t>::TOKENS == 2; }
 
 // The rule of a recurrent layer over what it reads of tokens; see `Recurring::run`.
 void quasar_recur(const Recurrence* rule, int is_bfloat16, int count, const StatePlace* place, float* outputs, int threads) {

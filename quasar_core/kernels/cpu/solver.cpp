@@ -239,12 +239,18 @@ void quasar_descend_columns(const float* gradient, const float* kernel, const fl
 }
 
 // Whether the processor multiplies bfloat16 in pairs.
-int quasar_multiplies_pairs() { return Terms::TOKENS == 2; }
+int quasar_multiplies_pairs() { return Terms<uint16_t>::TOKENS == 2; }
 
 // Adds Σ a_t b_tᵀ to sums [rows, columns], of a [tokens, rows] and b [tokens, columns] in bfloat16.
 void quasar_add_token_sums(const uint16_t* a, const uint16_t* b, float* sums, int64_t tokens, int rows, int columns,
                            int lower, int threads) {
-    add_token_sums(a, b, sums, tokens, rows, columns, lower, threads);
+    add_token_sums<uint16_t>({a, rows, rows}, {b, columns, columns}, sums, columns, tokens, lower, threads);
+}
+
+// The same of matrices in float32, whose rows are so far apart: aᵀ b, added to sums.
+void quasar_add_product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* sums, int64_t stride,
+                        int64_t depth, int rows, int columns, int threads) {
+    add_token_sums<float>({a, a_stride, rows}, {b, b_stride, columns}, sums, stride, depth, false, threads);
 }
 
 // Compares rows of logits [count, size]: COMPARED numbers of each.

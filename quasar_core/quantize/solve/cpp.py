@@ -74,6 +74,7 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
             "quasar_compare_logits": [pointer] * 4 + [ctypes.c_int64] + [number] * 2,
             "quasar_likeliest": [pointer] * 3 + [ctypes.c_int64] + [number] * 3,
             "quasar_add_token_sums": [pointer] * 3 + [ctypes.c_int64] + [number] * 4,
+            "quasar_add_product": [pointer, ctypes.c_int64] * 3 + [ctypes.c_int64] + [number] * 3,
         },
     )
 
@@ -98,6 +99,14 @@ def add_token_sums(left: torch.Tensor, right: torch.Tensor, sums: torch.Tensor, 
     assert sums.is_contiguous()
     numbers = (len(left), *sums.shape, lower, torch.get_num_threads())
     library().quasar_add_token_sums(left.data_ptr(), right.data_ptr(), sums.data_ptr(), *numbers)
+
+
+def add_product(left: torch.Tensor, right: torch.Tensor, sums: torch.Tensor) -> None:
+    """Add leftᵀ · right to sums [m, n]; of left [k, m] and right [k, n], in float32; a row's numbers lie together."""
+    matrices = (left, right, sums)
+    assert all(matrix.stride(1) == 1 and matrix.dtype == torch.float32 for matrix in matrices)
+    places = (number for matrix in matrices for number in (matrix.data_ptr(), matrix.stride(0)))
+    library().quasar_add_product(*places, len(left), *sums.shape, torch.get_num_threads())
 
 
 def attends_rows(device: torch.device, dtype: torch.dtype) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from quasar_core.errors import QuasarError
+from quasar_core.quantize.solve.matmul import add_product_
 
 BLOCK = 256
 DAMP_RETRIES = 5
@@ -36,7 +37,8 @@ class InverseFactor:
             x[rows] = self.unit[rows, : begin + BLOCK] @ x[: begin + BLOCK]
         x *= self.pivots[:, None]
         for begin in blocks:
-            x[begin : begin + BLOCK] = self.unit[begin:, begin : begin + BLOCK].t() @ x[begin:]
+            rows = slice(begin, begin + BLOCK)
+            x[rows] = add_product_(torch.zeros_like(x[rows]), self.unit[begin:, rows], x[begin:])
         return x
 
 

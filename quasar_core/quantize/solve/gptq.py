@@ -21,7 +21,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.quantize.solve import cpp
 from quasar_core.quantize.solve.factor import InverseFactor, inverse_factor
 from quasar_core.quantize.solve.grid import BLOCK, Lattice, fit_grid
-from quasar_core.quantize.solve.matmul import times
+from quasar_core.quantize.solve.matmul import add_product_, times
 from quasar_core.quantize.solve.refine import Rounded, gradient_and_loss, refine
 
 
@@ -34,7 +34,7 @@ def round_columns(weight: torch.Tensor, lattice: Lattice, factor: InverseFactor)
         errors = _round_block(
             work[begin:end], factor.unit[begin:end, begin:end], lattice, order[begin:end], steps[begin:end]
         )
-        work[:begin].addmm_(factor.unit[begin:end, :begin].t(), errors, alpha=-1)
+        add_product_(work[:begin], factor.unit[begin:end, :begin], errors.neg_())
     return torch.empty_like(steps).index_copy_(0, factor.order, steps)
 
 

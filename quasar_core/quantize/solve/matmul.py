@@ -31,9 +31,17 @@ def product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None =
     return result
 
 
-def times(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left [m, k] · right [k, n]: oneDNN saves more than turning the right one over costs, of hundreds of rows."""
-    return product(left, right.t().contiguous()) if _on_cpu(left, right) else left @ right
+def add_product_(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Add leftᵀ · right to sums [m, n]; of left [k, m] and right [k, n], in float32 in C++ where that runs."""
+    if cpp.runs(sums):
+        cpp.add_product(left, right, sums)
+        return sums
+    return sums.addmm_(left.t(), right)
+
+
+def times(symmetric: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """A symmetric matrix [k, k] · right [k, n]."""
+    return add_product_(torch.zeros_like(right), symmetric, right)
 
 
 def product_of_bf16(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from quasar_core.quantize.solve import cpp
 from quasar_core.quantize.solve.grid import BLOCK, Lattice, stored_scale
-from quasar_core.quantize.solve.matmul import times
+from quasar_core.quantize.solve.matmul import add_product_, times
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def fit_scales(rounded: Rounded, hessian: torch.Tensor, hessian_weight: torch.Te
     for group in range(count):  # symmetric: the groups from this one on
         begin = group * lattice.size
         own = slice(begin, begin + lattice.size)
-        sums = lattice.sums((hessian[begin:, own] @ steps[own]).mul_(steps[begin:]))
+        product = add_product_(torch.zeros_like(steps[begin:]), hessian[own, begin:], steps[own])
+        sums = lattice.sums(product.mul_(steps[begin:]))
         normal[group, group:], normal[group:, group] = sums, sums
     wanted, scales, diagonal = (
         lattice.sums(hessian_weight * steps),
@@ -91,7 +92,7 @@ def descend(
         end = min(begin + BLOCK, len(steps))
         block = hessian[begin:end, begin:end]
         moves = _descend_block(steps[begin:end], gradient[begin:end], lattice, range(begin, end), block, gains)
-        gradient[end:].addmm_(hessian[end:, begin:end], moves)
+        add_product_(gradient[end:], hessian[begin:end, end:], moves)
     return steps, gains
 
 
