@@ -148,6 +148,7 @@ def _make_pair(
         processors=read_processors(source.folder),
         rolls_back=recurrent_layers_in(source.folder, options.trust_remote_code) is None,
         context_is_asked=numbers.context_is_asked,
+        fast=options.fast,
     )
 
 

@@ -311,4 +311,4 @@ def show_stats(pair: "Pair", config: GenerationConfig, result: "GenerationResult
     """Print on stderr what an answer gained, and what it may have lost."""
     from quasar_cli.render.generation import promise, stats_table
 
-    console.note(stats_table(result, config), promise(pair.fidelity, config))
+    console.note(stats_table(result, config), promise(pair.fidelity, config, pair.rounds_alike))

@@ -31,10 +31,14 @@ def stats_table(result: GenerationResult, config: GenerationConfig) -> Table:
     return facts_table(facts)
 
 
-def promise(fidelity: FidelityReport | None, config: GenerationConfig) -> str:
-    """What the verification mode guarantees; in `quantized` mode, the measured agreement."""
+def promise(fidelity: FidelityReport | None, config: GenerationConfig, rounds_alike: bool = True) -> str:
+    """What the verification mode guarantees; in `quantized` mode, the measured agreement.
+
+    Unless the target `rounds_alike` whatever passes beside a token, two tokens that are as likely may change places.
+    """
     if config.verify == "exact":
-        return "exact: the full-precision model's own output"
+        own = "exact: the full-precision model's own output"
+        return own if rounds_alike else f"{own}, but where its two best tokens are a rounding of 16 bits apart"
     if config.verify == "gated":
         return (
             "gated: not lossless; the full-precision model's own choice is expected of "

@@ -47,11 +47,21 @@ class Pair:
     short: "Pair | None" = None  # the same with a verifier whose head knows some tokens, once `exact` has asked for it
     rolls_back: bool = True  # whether its cache can; else it generates plainly
     context_is_asked: bool = False  # whether --max-context made `max_context` less than the model's own
+    fast: bool = False  # whether --fast lets a GPU's passes round by what passes beside a token
 
     @property
     def context_words(self) -> str:
         """What holds at most `max_context` tokens, for a sentence that says so."""
         return "the context that --max-context allows" if self.context_is_asked else "the model's context"
+
+    @property
+    def rounds_alike(self) -> bool:
+        """Whether the target rounds a token's logits alike whatever passes beside it.
+
+        So do fast passes, to the last bit; in float32 what is left is too little to matter. PyTorch's products of one
+        token and of several may differ in the last of 16 bits.
+        """
+        return self.dtype == torch.float32 or (getattr(self.target, "fast", None) is not None and not self.fast)
 
     @property
     def primary(self) -> CausalLM:

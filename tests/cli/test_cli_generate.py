@@ -52,6 +52,15 @@ def test_generate_streams_text_to_stdout_and_statistics_to_stderr(
     assert "dtype: why" not in shown.err
 
 
+def test_where_passes_may_round_otherwise_the_promise_says_so(
+    stand_in_pair: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stand_in_pair.rounds_alike = False
+    assert run(["generate", "--prompt", "abc"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "own output, but where its two best tokens are a rounding of 16 bits apart" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"), [(["abc"], True), (["--prompt", "abc"], True), (["-"], False), ([], False)]
 )

@@ -22,7 +22,12 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def stand_in_pair(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A stand-in pair; `asked` holds the LoadOptions."""
     loaded = SimpleNamespace(
-        target_name="demo", verifier_name="demo-gptq-4bit-g128", tokenizer=None, fidelity=FIDELITY, notes=["dtype: why"]
+        target_name="demo",
+        verifier_name="demo-gptq-4bit-g128",
+        tokenizer=None,
+        fidelity=FIDELITY,
+        notes=["dtype: why"],
+        rounds_alike=True,
     )
 
     def load(options: LoadOptions, progress: Progress) -> SimpleNamespace:

@@ -110,3 +110,19 @@ def test_a_tokenizer_that_is_missing_is_named(files: list[str], tmp_path: Path) 
         (folder / name).unlink()
     with pytest.raises(QuasarError, match=r"could not be loaded: \w.*[^: ]$|holds no tokenizer"):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_pass", "fast", "alike"),
+    [
+        (torch.float32, False, False, True),
+        (torch.bfloat16, False, False, False),
+        (torch.bfloat16, True, False, True),
+        (torch.bfloat16, True, True, False),
+    ],
+)
+def test_a_pair_knows_whether_its_passes_round_alike(
+    dtype: torch.dtype, has_pass: bool, fast: bool, alike: bool
+) -> None:
+    target: Any = SimpleNamespace(fast=object() if has_pass else None)
+    assert make_pair(target, dtype=dtype, fast=fast).rounds_alike is alike
