@@ -20,9 +20,8 @@ inline void normalise(const float* x, const float* weight, int size, float eps, 
             store(y + i, load(x + i) * inverse);
 }
 
-// The same of a row of a tensor, whose numbers may have 16 bits; with `rounds_first` they are rounded before the weight too.
-template <typename X>
-void normalise_row(const X* x, const float* weight, int size, float eps, bool rounds_first, X* y) {
+// The same of a row in bfloat16; with `rounds_first` it is rounded before the weight too.
+inline void normalise_row(const uint16_t* x, const float* weight, int size, float eps, bool rounds_first, uint16_t* y) {
     Floats squares = 0.0f;
     for (int i = 0; i < size; i += LANES) squares = fused(load(x + i), load(x + i), squares);
     const Floats inverse = 1 / std::sqrt(sum_of(squares) / size + eps);

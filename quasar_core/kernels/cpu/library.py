@@ -322,7 +322,7 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
                 number,
             ],
             "quasar_pass_seconds": [pointer, number, pointer],
-            "quasar_rms_norm": [*[pointer] * 3, number, ctypes.c_int64, number, ctypes.c_float, number, number],
+            "quasar_rms_norm": [*[pointer] * 3, ctypes.c_int64, number, ctypes.c_float, number, number],
             "quasar_attend_causally": [*[pointer] * 5, ctypes.c_int64, ctypes.POINTER(AttentionShape), number],
             "quasar_multiplies_pairs": [],
             "quasar_recur": [pointer, *[number] * 2, *[pointer] * 2, number],

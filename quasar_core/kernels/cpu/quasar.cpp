@@ -112,16 +112,12 @@ void quasar_attend_causally(const uint16_t* queries, const uint16_t* keys, const
     attend_causally(*shape, of(queries, 0), of(keys, 1), of(values, 2), of(to, 3), texts, threads);
 }
 
-// RMS norms of rows [count, size], in bfloat16 or float32; a weight of null is one of ones.
-void quasar_rms_norm(const void* x, const float* weight, void* y, int is_bfloat16, int64_t count, int size, float eps,
-                     int rounds_first, int threads) {
-    auto run = [&](const auto* from, auto* to) {
-        for_each(threads, count, 32, [&](int64_t row) {
-            normalise_row(from + row * size, weight, size, eps, rounds_first, to + row * size);
-        });
-    };
-    if (is_bfloat16) return run(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(y));
-    run(static_cast<const float*>(x), static_cast<float*>(y));
+// RMS norms of rows [count, size] in bfloat16; a weight of null is one of ones.
+void quasar_rms_norm(const uint16_t* x, const float* weight, uint16_t* y, int64_t count, int size, float eps, int rounds_first,
+                     int threads) {
+    for_each(threads, count, 32, [&](int64_t row) {
+        normalise_row(x + row * size, weight, size, eps, rounds_first, y + row * size);
+    });
 }
 
 // Whether the processor multiplies bfloat16 in pairs.

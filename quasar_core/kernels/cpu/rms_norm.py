@@ -1,4 +1,4 @@
-"""RMS norms of rows in C++, in one pass over memory: PyTorch takes an operation, and a copy in float32, for each step.
+"""RMS norms of rows of bfloat16 in C++, in one pass over memory: PyTorch takes an operation and a copy for each step.
 
 Measured on two Zen 5 cores, 2,048 rows of 576 numbers in bfloat16: 0.18 ms, and 0.4 by transformers, or 2.5 to 3.6
 where its memory is asked for anew each time. Letters: D numbers of a row.
@@ -13,9 +13,9 @@ SIZES = 16  # what a row's size is a multiple of
 
 
 def normalises(x: torch.Tensor) -> bool:
-    """Whether rows of this kind are normed here."""
-    kinds = (torch.float32, torch.bfloat16)
-    return x.device.type == "cpu" and x.dtype in kinds and not x.shape[-1] % SIZES and why_not_here() is None
+    """Whether rows of this kind are normed here. In float32 PyTorch's steps are transformers' own, to the last bit."""
+    is_ours = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not x.shape[-1] % SIZES
+    return is_ours and why_not_here() is None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, rounds_first: bool = False) -> torch.Tensor:
@@ -33,7 +33,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, rounds_fi
         x.data_ptr(),
         pointer,
         y.data_ptr(),
-        x.dtype == torch.bfloat16,
         x.numel() // size,
         size,
         eps,
