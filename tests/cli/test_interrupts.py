@@ -107,6 +107,7 @@ decoding = ModuleType("quasar_core.api.decoding")  # in the place of what import
 sys.modules[decoding.__name__] = decoding
 decoding.use_threads = lambda number, steer=True: None
 pair = SimpleNamespace(target_name="demo", verifier_name=None, notes=[], tokenizer=None, fidelity=None)
+pair.rounds_alike = True
 decoding.load = lambda options, progress: pair
 decoding.encode_prompt = lambda tokenizer, messages, raw=False, think=None: [1]
 decoding.trace_of = decoding.write_trace = None
