@@ -36,16 +36,17 @@ def promise(fidelity: FidelityReport | None, config: GenerationConfig, rounds_al
 
     Unless the target `rounds_alike` whatever passes beside a token, two tokens that are as likely may change places.
     """
+    but = "" if rounds_alike else ", but where its two best tokens are a rounding of 16 bits apart"
     if config.verify == "exact":
-        own = "exact: the full-precision model's own output"
-        return own if rounds_alike else f"{own}, but where its two best tokens are a rounding of 16 bits apart"
+        return f"exact: the full-precision model's own output{but}"
     if config.verify == "gated":
         return (
             "gated: not lossless; the full-precision model's own choice is expected of "
             f"{config.fidelity:g} of the tokens at least"
         )
     if config.verify == "full":
-        return "full: decided by the full-precision model"
+        as_plain = "" if config.draft == "none" or not but else f"; as without drafts{but}"
+        return f"full: decided by the full-precision model{as_plain}"
     if fidelity is None:
         return "quantized: the verifier's output, not lossless; its agreement with the target was not measured"
     return (

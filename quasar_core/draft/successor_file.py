@@ -3,6 +3,7 @@
 The file is a safetensors file by another name: tools that load a folder read every `*.safetensors` there as weights.
 """
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,13 @@ def read_successors(folder: Path, vocabulary: int) -> KnownSuccessors | None:
     path = folder / SUCCESSORS
     if not is_file(path):
         return None
+    status = path.stat()
+    return _read(path, vocabulary, (status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, vocabulary: int, written: tuple[int, int]) -> KnownSuccessors:
+    """Read a file once, as it was `written`: every generator asks for it, and its contexts take 12 MB in Python."""
     with foreign_errors(f"{path} cannot be read"):
         tensors = load_file(path)
     wanted = {"contexts": (np.int64, 1), "tokens": (np.int32, 2), "odds": (np.uint8, 2)}

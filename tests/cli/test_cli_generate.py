@@ -59,6 +59,11 @@ def test_where_passes_may_round_otherwise_the_promise_says_so(
     assert run(["generate", "--prompt", "abc"]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "own output, but where its two best tokens are a rounding of 16 bits apart" in said
+    assert run(["generate", "--prompt", "abc", "--verify", "full"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "model; as without drafts, but where its two best tokens are a rounding of 16 bits apart" in said
+    assert run(["generate", "--prompt", "abc", "--verify", "full", "--draft", "none"]) == 0
+    assert "full: decided by the full-precision model\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,20 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_a_file_is_read_once_as_long_as_it_is_the_same(tmp_path: Path) -> None:
+    known = count_successors(*random_rows(1, 2, 9, 3))
+    write_successors(tmp_path, known, "text")
+    first = read_successors(tmp_path, SIZE)
+    assert read_successors(tmp_path, SIZE) is first
+    other = count_successors(*random_rows(2, 2, 9, 3))
+    write_successors(tmp_path, other, "text")
+    os.utime(tmp_path / SUCCESSORS, ns=(0, 0))
+    found = read_successors(tmp_path, SIZE)
+    assert found is not None
+    assert np.array_equal(found.odds, other.odds)
+    assert found is not first
+
+
 def test_whoever_reads_the_folder_reads_the_file(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     path = write_successors(tmp_path, known_of({(3,): [(4, 128)]}), "some text")
