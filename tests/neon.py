@@ -20,7 +20,7 @@ PROCESSORS = {
     "dot products": "armv8.2-a+dotprod",
     "Armv8.0": "armv8-a",
 }
-KERNELS = ("vnni", "compressed")
+KERNELS = ("vnni", "compressed", "rms_norm")
 MODELS = ("cpu_pass", "compressed_weights", "recurrent", "trees", "mtp", "mixtures")
 NAMED = [(folder, name) for folder, names in (("kernels", KERNELS), ("models", MODELS)) for name in names]
 TESTS = tuple(str(path) for folder, name in NAMED for path in (ROOT / "tests" / folder).rglob(f"test_{name}.py"))

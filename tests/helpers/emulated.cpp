@@ -11,7 +11,7 @@
 namespace {
 
 struct Call {
-    int64_t kind;  // a product, a pass, a rule; of a compressed weight: bases, itself, what it was
+    int64_t kind;  // a product, a pass, a rule; of a compressed weight: bases, itself, what it was; norms
     const Model* model;
     const int64_t* tokens;
     const int* parents;
@@ -69,6 +69,9 @@ void run(const Call& call) {
     if (call.kind == 0)
         return quasar_multiply_codes(call.x, call.codes, call.y, call.count, call.in, call.out, call.groups, call.group,
                                      call.bits, call.is_bfloat16, call.threads);
+    if (call.kind == 6)
+        return quasar_rms_norm(static_cast<const uint16_t*>(call.x), static_cast<const float*>(call.given),
+                               static_cast<uint16_t*>(call.y), call.count, call.in, *call.growth, call.bits, call.threads);
     if (call.kind >= 3) return run_compressed(call);
     void* pass = quasar_pass_new(call.model);
     quasar_pass_run(pass, call.is_bfloat16, 0, call.model->layers, call.tokens, call.parents, call.count, call.shown,

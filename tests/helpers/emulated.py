@@ -30,7 +30,7 @@ _NUMBERS = ("is_bfloat16", "count", "shown", "position", "capacity", "wanted", "
 _NUMBERS += ("bits", "threads")
 
 
-PRODUCT, PASS, RULE, BASES, COMPRESS, RESTORE = range(6)
+PRODUCT, PASS, RULE, BASES, COMPRESS, RESTORE, NORM = range(7)
 
 
 class Call(ctypes.Structure):
@@ -130,6 +130,25 @@ class Emulated:
             **_place_compressed(block, compressed._obj, inputs, outputs),
         }
         self._run(block, RESTORE, at, {"inputs": inputs, "outputs": outputs, "threads": threads}, [weight])
+
+    def quasar_multiplies_pairs(self) -> int:
+        """No: so attention of prompts is PyTorch's."""
+        return 0
+
+    def quasar_rms_norm(
+        self, x: int, weight: int | None, y: int, count: int, size: int, eps: float, *more: int
+    ) -> None:
+        """Norms of rows in bfloat16."""
+        rounds_first, threads = more
+        block, least = Block(), ctypes.c_float(eps)
+        at = {
+            "x": block.place(x, count * size * 2),
+            "given": block.place(weight, size * 4),
+            "growth": block.place(ctypes.addressof(least), 4),
+            "y": block.place(y, count * size * 2),
+        }
+        numbers = {"count": count, "inputs": size, "bits": int(rounds_first), "threads": threads}
+        self._run(block, NORM, at, numbers, [y])
 
     def quasar_pass_new(self, model: Any) -> int:
         """A pass over a model, whose description is kept."""
