@@ -40,7 +40,7 @@ def kind_of(text: str) -> str:
 
 
 MARGIN_BINS = 16
-# Of tokens whose logits are held at once: the fewest, the most, and between them so many logits.
+# Tokens whose logits are held at once: at least, at most, and between these as many as make so many logits.
 PIECE, LARGEST_PIECE, PIECE_LOGITS = 64, 256, 128 * 49_152
 COMPARED_VALUES = 2**18  # logits that are compared at once, with their copies in a processor's caches
 

@@ -1,8 +1,8 @@
 // Grouped-query attention of a pass over its cache: one key-value head at a time, a few queries, all positions seen.
 //
-// Positions come in spans that begin at multiples of SPAN, and are summed in that order with a running maximum
-// (Milakov and Gimelshein, 2018), so that a query's result depends on nothing but its own position. A span's keys and values
-// are laid out once for all queries, which then come in tiles whose sums fill the registers.
+// Positions come in spans of four sixteens that begin at multiples of SPAN, and are summed in that order with a running
+// maximum (Milakov and Gimelshein, 2018), so that a query's result depends on nothing but its own position. A span's keys and
+// values are laid out once for all queries, which then come in tiles whose sums fill the registers.
 
 #pragma once
 
@@ -57,7 +57,7 @@ public:
 
     float* values_of(int sixteen) const { return values + sixteen * Kind::STEPS * size; }
 
-    // Of its positions one of the sixteens, of which so many are written.
+    // Lays out one of its sixteens, of whose keys and values the first `left` are written.
     void fill(int sixteen, const X* own_keys, const X* own_values, int left) const {
         constexpr int ROWS = Kind::PACKED / Kind::TOGETHER;  // of words, which a column is unpacked to
         const int columns = size / Kind::PACKED;
@@ -131,9 +131,9 @@ void weigh(const Span<X>& span, const float (*shares)[SPAN], const Lanes* seen, 
         for (int c = 0; c < REGISTERS; ++c) store_part(queries[q].out + d + c * WIDTH, sums[q][c]);
 }
 
-// Scores become shares of so far, [SPAN] words of them; by what has been summed fades.
+// Turns a query's scores into shares [SPAN] of the softmax so far; gives the factor by which its earlier sums fade.
 template <typename X>
-float share_out(Query<X>& query, Floats* scores, int start, float cap, float* shares) {
+float to_shares(Query<X>& query, Floats* scores, int start, float cap, float* shares) {
     Floats most = LEAST, total = 0.0f;
     Lanes seen[SIXTEENS];
     for (int i = 0; i < SIXTEENS; ++i) {
@@ -166,7 +166,7 @@ void attend_to(const Span<X>& span, int start, float cap, Query<X>* queries) {
         if (BESIDE > 1 || seen[i]) score<X, COUNT>(span, i, scores);
     alignas(64) float shares[COUNT][SPAN];
     float fades[COUNT];
-    for (int q = 0; q < COUNT; ++q) fades[q] = share_out(queries[q], scores[q], start, cap, shares[q]);
+    for (int q = 0; q < COUNT; ++q) fades[q] = to_shares(queries[q], scores[q], start, cap, shares[q]);
     int d = 0;
     for (; d + CHANNELS * WIDTH <= span.size; d += CHANNELS * WIDTH)
         weigh<X, COUNT, CHANNELS>(span, shares, seen, fades, d, queries);

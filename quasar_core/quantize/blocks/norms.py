@@ -5,6 +5,7 @@ taken, and a class that has none is left as it is.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -82,7 +83,10 @@ def _try_formulas(module: torch.nn.Module) -> Formula | None:
     x = (3 * torch.randn(ROWS, len(weight), generator=dice)).to(weight)
     if not normalises(x):
         return None
-    expected = module(x)
+    tried = copy.deepcopy(module)  # by a weight that tells formulas apart, as one of ones does not
+    weight = torch.randn(len(weight), generator=dice).to(weight)
+    tried.weight = torch.nn.Parameter(weight, requires_grad=False)
+    expected = tried(x)
     return next((formula for formula in FORMULAS if _is_same(formula(x, weight, eps), expected)), None)
 
 
