@@ -78,7 +78,7 @@ def measure_text(model: str, rows: int, length: int) -> None:
     for plan in (planned, replace(planned, why_not_lean="it is compared", dtype="bfloat16", weights=0)):
         writer = open_writer(source.folder, target, plan)
         clock = Clock()
-        tokens = write_self_text(writer, tokenizer, rows, length, seed=0).numel()
+        tokens = write_self_text(writer, tokenizer, rows, length, seed=0).tokens.numel()
         wall, cpu = clock.read()
         print(f"{plan.describe()}: {tokens / wall:.1f} tokens/s, {1e3 * cpu / tokens:.3f} ms of CPU a token")
 

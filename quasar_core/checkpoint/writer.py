@@ -5,9 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +36,25 @@ _DTYPE_NAMES = {
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file, whole or not at all → its SHA-256 (hex); one tensor at a time passes through memory."""
-    # As safetensors writes them: wide elements first, so that every tensor is aligned; then by name.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     digest = hashlib.sha256()
     try:
         with written_whole(path) as beside, beside.open("wb") as file:
-            header = _header({name: tensors[name] for name in order}, {"format": "pt", **(metadata or {})})
-            for content in chain([header], (_raw(tensors[name]) for name in order)):
+            for content in pieces_of(tensors, metadata):
                 file.write(content)
                 digest.update(content)
     except OSError as error:
         why = error.strerror or error
         raise QuasarError(f"{path} could not be written ({why}); what is finished is kept.") from error
     return digest.hexdigest()
+
+
+def pieces_of(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Iterator[Any]:
+    """The bytes of a safetensors file: its header, then one tensor after the other."""
+    # As safetensors writes them: wide elements first, so that every tensor is aligned; then by name.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    yield _header({name: tensors[name] for name in order}, {"format": "pt", **(metadata or {})})
+    for name in order:
+        yield _raw(tensors[name])
 
 
 def _raw(tensor: torch.Tensor) -> Any:

@@ -8,7 +8,7 @@ import hashlib
 import importlib
 import io
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from quasar_core.decode.text import render, text_of
 from quasar_core.errors import QuasarError, UsageError, foreign_errors
 from quasar_core.files import is_file, opened, parse_json, read_text, require_characters
 from quasar_core.quantize.conversation import text_opening
+from quasar_core.quantize.logit_rows import Likeliest
 from quasar_core.quantize.self_text import write_self_text
+from quasar_core.quantize.text_batch import Asked
 from quasar_core.quantize.text_writers import Writer
 from quasar_core.records import Progress, no_progress
 
@@ -45,13 +47,35 @@ def held_out_rows(config: QuantizeConfig) -> int:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Samples [N, L] to calibrate on, held-out rows [n, L] of the same kind, and greedy self-written rows."""
+    """Samples [N, L] to calibrate on, held-out rows [n, L] of the same kind, and greedy self-written rows.
+
+    Of what the target wrote itself, more is known: the `likeliest` tokens behind each of the samples', and of the
+    held-out and greedy rows what they leave behind its last block, [n, L − 1, hidden].
+    """
 
     name: str
     samples: torch.Tensor
     held_out: torch.Tensor
     greedy: torch.Tensor
     seed: int
+    likeliest: Likeliest | None = None
+    held_out_hidden: torch.Tensor | None = None
+    greedy_hidden: torch.Tensor | None = None
+
+    @classmethod
+    def of_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor], seed: int) -> "Calibration":
+        """What `tensors` were taken from."""
+        found = Likeliest(tensors["likeliest"], tensors["chances"]) if "likeliest" in tensors else None
+        hidden = (tensors.get(f"{part}_hidden") for part in ("held_out", "greedy"))
+        return cls(name, tensors["samples"], tensors["held_out"], tensors["greedy"], seed, found, *hidden)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Collect what is to be kept."""
+        found = {"samples": self.samples, "held_out": self.held_out, "greedy": self.greedy}
+        if self.likeliest is not None:
+            found |= {"likeliest": self.likeliest.tokens, "chances": self.likeliest.chances}
+        hidden = {"held_out_hidden": self.held_out_hidden, "greedy_hidden": self.greedy_hidden}
+        return found | {name: states for name, states in hidden.items() if states is not None}
 
     def identity(self) -> dict[str, Any]:
         """Collect what the checkpoint records: name, hash of the token ids, seed, number of tokens."""
@@ -66,8 +90,12 @@ def load_calibration(
     max_context: int,
     progress: Progress = no_progress,
     kept: Path | None = None,
+    width: int | None = None,
 ) -> Calibration:
-    """Load the calibration that `--calibration` names; a folder `kept` keeps the model's text as it is written."""
+    """Load the calibration that `--calibration` names; a folder `kept` keeps the model's text as it is written.
+
+    With a `width`, the writer is the target, and what it found is returned, so many of the likeliest tokens among it.
+    """
     length = min(config.calibration_length, max_context)
     given = None  # cut first: a text that is too short is refused before the model writes any
     if config.calibration != "self":
@@ -82,13 +110,17 @@ def load_calibration(
         progress=progress,
         stage="writing held-out text",
         kept=kept,
+        asked=Asked(hidden=width is not None),
     )
+    found = hidden = None
     if given is None:
-        rows = config.texts + held_out_rows(config)
-        ids = write_self_text(writer, tokenizer, rows, length, config.seed, progress=progress, kept=kept)
-        given = ids[: config.texts], ids[config.texts :]
+        rows, asked = config.texts + held_out_rows(config), Asked(config.texts, width or 0, width is not None)
+        text = write_self_text(writer, tokenizer, rows, length, config.seed, progress=progress, kept=kept, asked=asked)
+        given = text.tokens[: config.texts], text.tokens[config.texts :]
+        found, hidden = text.likeliest, text.hidden
     samples, held_out = given
-    return Calibration(calibration_name(config.calibration), samples, held_out, greedy, config.seed)
+    name = calibration_name(config.calibration)
+    return Calibration(name, samples, held_out, greedy.tokens, config.seed, found, hidden, greedy.hidden)
 
 
 def calibration_name(calibration: str) -> str:

@@ -19,7 +19,7 @@ from quasar_core.quantize.blocks.activations import Activations, capture_first_i
 from quasar_core.quantize.blocks.collect import Stage, collect_inputs, find_stages, trace_block
 from quasar_core.quantize.blocks.layerwise import hessian_of, make_room
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_head, linear_layers
-from quasar_core.quantize.calibration import GREEDY_FROM
+from quasar_core.quantize.calibration import GREEDY_FROM, Calibration
 from quasar_core.quantize.fidelity import margins, piece_of
 from quasar_core.quantize.job import QuantizedBlock, block_file, read_commit, write_commit
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
@@ -137,19 +137,20 @@ def pack_layer(module: torch.nn.Module, name: str, weight: PackedWeight, target:
 class Watcher:
     """Compares verifiers with the target on rows of its greedy text [n, T]."""
 
-    def __init__(self, target: StreamedModel, rows: torch.Tensor, progress: Progress = no_progress) -> None:
-        self.target, self.rows = target, rows
-        (states,) = read_states(target, [rows[:, :-1]], "reading held-out text: target", progress)
+    def __init__(self, target: StreamedModel, text: Calibration, progress: Progress = no_progress) -> None:
+        self.target, self.rows, states = target, text.greedy, text.greedy_hidden
+        if states is None:
+            (states,) = read_states(target, [self.rows[:, :-1]], "reading held-out text: target", progress)
         self._own = [[token for token, _ in row] for row in self._chosen(states, None)]
 
-    def read(self, folder: Path, progress: Progress = no_progress) -> Activations:
+    def read(self, folder: Path, progress: Progress = no_progress) -> torch.Tensor:
         """Run the rows through the blocks that a candidate's folder holds."""
         (states,) = read_states(
             PackedModel(self.target, folder), [self.rows[:, :-1]], "reading held-out text: verifier", progress
         )
         return states
 
-    def look(self, states: Activations, head: PackedWeight | None) -> Look:
+    def look(self, states: torch.Tensor, head: PackedWeight | None) -> Look:
         """Compare, with the target's own head or a packed one."""
         rows = self._chosen(states, head)
         agreed = [
@@ -159,7 +160,7 @@ class Watcher:
         return Look([[margin for _, margin in row] for row in rows], agreed)
 
     @torch.inference_mode()
-    def _chosen(self, states: Activations, head: PackedWeight | None) -> list[list[tuple[int, float]]]:
+    def _chosen(self, states: torch.Tensor, head: PackedWeight | None) -> list[list[tuple[int, float]]]:
         """The best token at each place behind the rows' sampled beginnings, and its margin."""
         ends = self.target.ends()
         if head is not None:

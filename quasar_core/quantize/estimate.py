@@ -27,7 +27,7 @@ from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.plan import Plan, Shape, make_plan, rows_written
 from quasar_core.quantize.solve.matmul import sums_in_bf16
 from quasar_core.quantize.successors import MOST_READ, can_be_counted
-from quasar_core.quantize.text_plan import Free, free_on, plan_text
+from quasar_core.quantize.text_plan import Free, TextPlan, free_on, plan_text
 from quasar_core.quantize.text_writers import token_bytes
 from quasar_core.records import Progress
 from quasar_core.store.model_config import read_text_headers
@@ -92,36 +92,71 @@ class Rates:
         return sum(parts) + work.launches * self.launch
 
 
-def count_work(shape: Shape, config: QuantizeConfig, rows: int) -> Work:
-    """Count the work on a model that writes its text `rows` rows at a time; widths by layer are not counted."""
+@dataclass(frozen=True)
+class Tokens:
+    """How many tokens each part of the work sees: `counted` for their successors, of which `unread` by a pass.
+
+    `compared` are those of fidelity, `read` as often as a model reads one for that; `written` by the target.
+    """
+
+    calibration: int
+    written: int
+    compared: int
+    read: int
+    counted: int
+    unread: int
+
+
+def count_tokens(shape: Shape, config: QuantizeConfig, text: TextPlan) -> Tokens:
+    """Count for a model that writes its text as `text` plans: what it has written, it need not read."""
+    length, held_out = config.calibration_length, held_out_rows(config)
+    calibration, compared, writes_all = config.texts * length, held_out * (length + GREEDY_LENGTH), True
+    written = compared + calibration
+    if config.calibration != "self":
+        writes_all, written = False, held_out * GREEDY_LENGTH
+    remembered = 0 if not text.remembers else compared if writes_all else written
+    counted = min(calibration, MOST_READ) if can_be_counted(shape.vocabulary) else 0
+    unread = 0 if writes_all and text.is_targets else counted
+    return Tokens(calibration, written, compared, 2 * compared - remembered, counted, unread)
+
+
+def count_work(shape: Shape, config: QuantizeConfig, rows: int, text: TextPlan) -> Work:
+    """Count the work on a model that writes its `text` so many rows at a time; widths by layer are not counted."""
     length, blocks = config.calibration_length, {_block(name) for name in shape.layers if name != HEAD}
-    calibration, held_out, greedy = (
-        config.texts * length,
-        held_out_rows(config) * length,
-        held_out_rows(config) * GREEDY_LENGTH,
-    )
-    token = sum(out * columns * _share(shape, name) for name, (out, columns) in shape.layers.items() if name != HEAD)
-    head = shape.vocabulary * shape.hidden
-    attention = 2 * length * sum(columns for name, (_, columns) in shape.layers.items() if name.endswith("o_proj"))
-    writes_all = config.calibration == "self"
-    written = greedy + (calibration + held_out if writes_all else 0)
+    tokens, token, attention = count_tokens(shape, config, text), _token(shape), _attention(shape, length)
     turns = -(-held_out_rows(config) // rows) * GREEDY_LENGTH
-    turns += -(-(config.texts + held_out_rows(config)) // rows) * length if writes_all else 0
-    compared, counted = held_out + greedy, _counted(shape, calibration)
-    logits = DRAW_COST * written + COMPARE_COST * compared + SUCCESSOR_COST * counted
+    turns += -(-(config.texts + held_out_rows(config)) // rows) * length if config.calibration == "self" else 0
+    logits = DRAW_COST * tokens.written + COMPARE_COST * tokens.compared + SUCCESSOR_COST * tokens.counted
     return Work(
-        passes=BESIDE_PRODUCTS * 2 * (calibration + compared) * (token + attention) + (2 * compared + counted) * head,
-        steps=BESIDE_PRODUCTS * written * (token + head + ATTENTION_COST * attention / 2),
-        sums=sum(_sums(shape, name, calibration) for name in shape.layers),
+        passes=sum(_passes(shape, config, tokens)),
+        steps=BESIDE_PRODUCTS * tokens.written * (token + _head(shape) + ATTENTION_COST * attention / 2),
+        sums=sum(_sums(shape, name, tokens.calibration) for name in shape.layers),
         matrices=sum(_matrices(shape, name, config.reads_no_text) for name in shape.layers),
         logits=logits * shape.vocabulary,
         launches=turns * LAUNCHES * len(blocks),
     )
 
 
-def _counted(shape: Shape, calibration: int) -> int:
-    """Tokens whose successors are counted."""
-    return min(calibration, MOST_READ) if can_be_counted(shape.vocabulary) else 0
+def _passes(shape: Shape, config: QuantizeConfig, tokens: Tokens) -> tuple[float, float, float]:
+    """Multiply-adds of passes over whole rows: of blocks that are quantized, of fidelity, of counting successors."""
+    block = BESIDE_PRODUCTS * (_token(shape) + _attention(shape, config.calibration_length))
+    fidelity = tokens.read * block + 2 * tokens.compared * _head(shape)
+    return 2 * tokens.calibration * block, fidelity, tokens.unread * _head(shape)
+
+
+def _token(shape: Shape) -> float:
+    """Multiply-adds of a token in the layers of all blocks."""
+    layers = ((name, size) for name, size in shape.layers.items() if name != HEAD)
+    return sum(out * columns * _share(shape, name) for name, (out, columns) in layers)
+
+
+def _attention(shape: Shape, length: int) -> float:
+    """Of a token that attends to so many."""
+    return 2 * length * sum(columns for name, (_, columns) in shape.layers.items() if name.endswith("o_proj"))
+
+
+def _head(shape: Shape) -> int:
+    return shape.vocabulary * shape.hidden
 
 
 def _sums(shape: Shape, name: str, tokens: int) -> float:
@@ -226,22 +261,21 @@ TEXT, BLOCKS, COUNTING, FIDELITY = "writing", "quantizing", "counting successors
 LEAST_SHARE = 0.02  # of a stage, from which on it tells how long the rest of it takes
 
 
-def stage_seconds(shape: Shape, config: QuantizeConfig, rows: int) -> dict[str, float]:
+def stage_seconds(shape: Shape, config: QuantizeConfig, rows: int, text: TextPlan) -> dict[str, float]:
     """Estimate the seconds of each stage, by the first words of its name."""
-    work = count_work(shape, config, rows)
-    calibration = config.texts * config.calibration_length
-    rest = held_out_rows(config) * (config.calibration_length + GREEDY_LENGTH)
-    passes = work.passes / NOMINAL.passes
-    compared = COMPARE_COST * rest * shape.vocabulary / NOMINAL.logits
-    counted = SUCCESSOR_COST * _counted(shape, calibration) * shape.vocabulary / NOMINAL.logits
-    drawn = work.logits / NOMINAL.logits - compared - counted
+    work, tokens = count_work(shape, config, rows, text), count_tokens(shape, config, text)
+    blocks, fidelity, counting = (each / NOMINAL.passes for each in _passes(shape, config, tokens))
+    logit = shape.vocabulary / NOMINAL.logits
+    counted, compared = SUCCESSOR_COST * tokens.counted * logit, COMPARE_COST * tokens.compared * logit
+    in_text = counted if tokens.unread == 0 else 0.0
     return {
-        TEXT: work.steps / NOMINAL.steps + drawn + work.launches * NOMINAL.launch,
-        BLOCKS: passes * calibration / (calibration + rest)
-        + work.sums / NOMINAL.sums
-        + work.matrices / NOMINAL.matrices,
-        COUNTING: counted,
-        FIDELITY: passes * rest / (calibration + rest) + compared,
+        TEXT: work.steps / NOMINAL.steps
+        + DRAW_COST * tokens.written * logit
+        + in_text
+        + work.launches * NOMINAL.launch,
+        BLOCKS: blocks + work.sums / NOMINAL.sums + work.matrices / NOMINAL.matrices,
+        COUNTING: counting + counted - in_text,
+        FIDELITY: fidelity + compared,
     }
 
 
@@ -325,7 +359,7 @@ def with_seconds(target: StreamedModel, config: QuantizeConfig, plan: Plan) -> P
     if load.is_busy and target.device.type == "cpu":  # threads that wait for one another are slowed many times over
         with one_thread():
             rates = rates.at_least(measure_rates(shape, config, target.device, target.dtype, rows, text_dtype))
-    return replace(plan, seconds=rates.seconds_of(count_work(shape, config, rows)), others=load.others)
+    return replace(plan, seconds=rates.seconds_of(count_work(shape, config, rows, plan.text)), others=load.others)
 
 
 def over_whole_run(target: StreamedModel, config: QuantizeConfig, plan: Plan, progress: Progress) -> Progress:
@@ -333,7 +367,7 @@ def over_whole_run(target: StreamedModel, config: QuantizeConfig, plan: Plan, pr
     if config.mixed or config.backend != "native":
         return progress
     shape = shape_of(target.skeleton, config, element=target.dtype.itemsize)
-    return WholeRun(progress, stage_seconds(shape, config, rows_written(shape, config, plan.text)))
+    return WholeRun(progress, stage_seconds(shape, config, rows_written(shape, config, plan.text), plan.text))
 
 
 def shape_of(

@@ -16,7 +16,6 @@ from quasar_core.malloc import return_freed_memory
 from quasar_core.models.base import CausalLM
 from quasar_core.models.context import UNLIMITED, position_limit
 from quasar_core.quantize.blocks.activations import (
-    Activations,
     blocks_replaced_by,
     capture_first_inputs,
     embedding_device,
@@ -42,12 +41,11 @@ TEXT_LENGTH, TEXT_ROWS = 512, 64  # of a user's text
 class RowsRead(CausalLM):
     """Runs passes over whole rows that the model has read."""
 
-    def __init__(self, ends: PreTrainedModel, texts: Sequence[tuple[torch.Tensor, Activations]]) -> None:
+    def __init__(self, ends: PreTrainedModel, texts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Of texts [n, T] and what they leave behind the last block [n, T, hidden]."""
         self._ends, self._form = ends, output_form(ends)
         self._finished = {
-            tuple(row.tolist()): states.hidden[index : index + 1]
-            for rows, states in texts
-            for index, row in enumerate(rows)
+            tuple(row.tolist()): hidden[index : index + 1] for rows, hidden in texts for index, row in enumerate(rows)
         }
 
     @property
@@ -72,7 +70,7 @@ class RowsRead(CausalLM):
     @torch.inference_mode()
     def pieces(self, tokens: Sequence[int], first: int, size: int) -> Iterator[torch.Tensor]:
         """Float32 logits [size, V] of a row, from position `first` on; the last piece may be shorter."""
-        hidden = self._finished[tuple(tokens)].to(self.device)
+        hidden = self._finished[tuple(tokens)].to(self.device, self._ends.dtype)
         blocks = find_blocks(self._ends)[1]
 
         def finished(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -118,11 +116,21 @@ def read_rows(model: Readable, texts: Sequence[torch.Tensor], stage: str, progre
     return RowsRead(model.ends(), list(zip(texts, states, strict=True)))
 
 
+def target_read(target: Readable, calibration: Calibration, progress: Progress = no_progress) -> RowsRead:
+    """The target as it has read the held-out and greedy rows, or as it wrote them."""
+    texts = [calibration.held_out[:, :-1], calibration.greedy[:, :-1]]  # the last token is only predicted
+    known = [calibration.held_out_hidden, calibration.greedy_hidden]
+    unread = [rows for rows, hidden in zip(texts, known, strict=True) if hidden is None]
+    states = iter(read_states(target, unread, "measuring fidelity: target", progress) if unread else ())
+    found = [next(states) if hidden is None else hidden for hidden in known]
+    return RowsRead(target.ends(), list(zip(texts, found, strict=True)))
+
+
 @torch.inference_mode()
 def read_states(
     model: Readable, texts: Sequence[torch.Tensor], stage: str, progress: Progress = no_progress
-) -> list[Activations]:
-    """The outputs of the last block for every row of texts [n, T]."""
+) -> list[torch.Tensor]:
+    """The outputs of the last block [n, T, hidden] for every row of texts [n, T]."""
     on_host = model.ends(torch.device("cpu"))
     states = [capture_first_inputs(on_host, rows, model.device) for rows in texts]
     for index in range(model.count):
@@ -132,7 +140,7 @@ def read_states(
             activations.advance(block)
         return_freed_memory()
     progress(stage, model.count, model.count)
-    return states
+    return [activations.hidden for activations in states]
 
 
 def measure(
@@ -147,8 +155,8 @@ def measure(
 
     `in_use` is the same verifier with the kernel that decoding runs, whose price is measured too.
     """
-    texts = [calibration.held_out[:, :-1], calibration.greedy[:, :-1]]  # the last token is only predicted
-    p = read_rows(target, texts, "measuring fidelity: target", progress)
+    texts = [calibration.held_out[:, :-1], calibration.greedy[:, :-1]]
+    p = target_read(target, calibration, progress)
     q = read_rows(verifier, texts, "measuring fidelity: verifier", progress)
     report = measure_fidelity(
         p,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from quasar_core.config import QuantizeConfig
+from quasar_core.draft.successors import WIDTH
 from quasar_core.errors import QuasarError
 from quasar_core.quantize.blocks.activations import batch_tokens
 from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows
@@ -124,7 +125,7 @@ def make_plan(
         spilled=spilled,
         host=INTERPRETER_BYTES + max(host),
         device=max(device_stages(shape, config, text)) if on_device else 0,
-        disk=text_bytes(config) + max(written_bytes(shape, config, text) + copy_on_disk(text), quantized),
+        disk=text_bytes(shape, config, text) + max(written_bytes(shape, config, text) + copy_on_disk(text), quantized),
         text=text,
         text_rows=rows_written(shape, config, text),
         writes_calibration=config.calibration == "self" and not config.reads_no_text,
@@ -148,13 +149,14 @@ def host_stages(
     whole = shape.element * shape.weights
     copied = shape.element != shape.stored or shape.whole_because is not None
     kept, read = whole if shape.whole_because else 0, held_out_bytes(shape, config)
+    found = found_bytes(shape, config, text)
     own = text.weights if text.why_not_lean is None else whole if copied else 0
-    writing = 0 if text.on_device else rows_bytes(shape, config, text) + own
+    writing = found + (0 if text.on_device else rows_bytes(shape, config, text) + own)
     if on_device:
-        return writing, kept + held + block_bytes(shape), kept + read
+        return writing, found + kept + held + block_bytes(shape), kept + read
     ends = 2 * shape.element * shape.ends_weights if copied else 0
     block = block_bytes(shape) + batch_bytes(shape, config, False)
-    quantizing = kept + held + block + smoothed_bytes(shape, config) + solver_bytes(shape, on_device)
+    quantizing = found + kept + held + block + smoothed_bytes(shape, config) + solver_bytes(shape, on_device)
     return writing, quantizing, kept + read + ends + max(block, logit_bytes(shape, config))
 
 
@@ -196,10 +198,20 @@ def last_layers(shape: Shape) -> dict[tuple[str, str], tuple[int, int]]:
     return last
 
 
-def text_bytes(config: QuantizeConfig) -> int:
-    """The calibration's token ids, 64 bits each, as they are committed."""
+def text_bytes(shape: Shape, config: QuantizeConfig, text: TextPlan) -> int:
+    """The calibration's token ids, 64 bits each, as they are committed, and what was found beside them."""
     tokens = (config.texts + held_out_rows(config)) * config.calibration_length + held_out_rows(config) * GREEDY_LENGTH
-    return 8 * tokens
+    return 8 * tokens + found_bytes(shape, config, text)
+
+
+def found_bytes(shape: Shape, config: QuantizeConfig, text: TextPlan) -> int:
+    """What the target's passes have found while it wrote: likeliest tokens, and hidden states of what is held out."""
+    writes_all = config.calibration == "self"
+    counted = config.texts * config.calibration_length if writes_all and text.is_targets else 0
+    remembered = held_out_rows(config) * (GREEDY_LENGTH + (config.calibration_length if writes_all else 0))
+    if not text.remembers:
+        remembered = 0
+    return 12 * WIDTH * counted + remembered * shape.hidden * text.element
 
 
 def copy_on_disk(text: TextPlan) -> int:

@@ -52,7 +52,7 @@ from quasar_core.quantize.mixed_precision import (
     trial_folder,
 )
 from quasar_core.quantize.optimum_backend import check_optimum, quantize_with_optimum
-from quasar_core.quantize.successors import can_be_counted, known_successors, rows_to_count
+from quasar_core.quantize.successors import known_successors, read_likeliest, rows_to_count, width_of
 from quasar_core.quantize.text_plan import TextPlan, open_writer
 from quasar_core.records import Progress, QuantizeReport, no_progress
 
@@ -110,7 +110,7 @@ def _work(
     with watch.stage("quantizing"):
         activations = quantize_layers(job, target, tokenizer, calibration, spill, progress)
     with watch.stage("successors"):
-        successors = count_on(target, calibration.samples, activations, progress)
+        successors = count_on(target, calibration, activations, progress)
         del activations
     with watch.stage("writing"):
         clear_all_but_commits(job)
@@ -152,20 +152,18 @@ def calibrate(
 ) -> Calibration:
     """Load or write the calibration text; a resumed run reads that of the first."""
     if job.calibration.exists():
-        rows = _read_text(job.calibration)
-        name = calibration_name(job.config.calibration)
-        return Calibration(name, rows["samples"], rows["held_out"], rows["greedy"], job.config.seed)
+        return Calibration.of_tensors(
+            calibration_name(job.config.calibration), _read_text(job.calibration), job.config.seed
+        )
     check_finite(target.weights.files, progress)
     limit = position_limit(target.skeleton.config.get_text_config()) or UNLIMITED
     shutil.rmtree(job.rounded, ignore_errors=True)  # of a run that was interrupted
     writer = open_writer(job.source, target, text, progress, job.rounded)
-    calibration = load_calibration(writer, tokenizer, job.config, limit, progress, job.written_text)
+    width = width_of(target.vocab_size) if text.is_targets else None
+    calibration = load_calibration(writer, tokenizer, job.config, limit, progress, job.written_text, width)
     del writer
     check_calibration(calibration, target.vocab_size, not job.config.reads_no_text)
-    save_tensors(
-        job.calibration,
-        {"samples": calibration.samples, "held_out": calibration.held_out, "greedy": calibration.greedy},
-    )
+    save_tensors(job.calibration, calibration.tensors())
     for folder in (job.written_text, job.rounded):
         if folder.exists():
             shutil.rmtree(folder)
@@ -205,20 +203,23 @@ def quantize_layers(
 
 
 def count_on(
-    target: StreamedModel, samples: torch.Tensor, activations: Activations | None, progress: Progress = no_progress
+    target: StreamedModel, calibration: Calibration, activations: Activations | None, progress: Progress = no_progress
 ) -> KnownSuccessors | None:
-    """Count successors on the outputs of the last block, the target's own where there are some.
+    """Count successors as they were found while the text was written, else on the outputs of the last block.
 
-    Without outputs the target reads the samples. None without samples, and of a vocabulary too large for the file.
+    These are the target's own where there are some; without outputs the target reads the samples. None without samples,
+    and of a vocabulary too large for the file.
     """
-    if not can_be_counted(target.vocab_size) or not len(samples):
+    if not width_of(target.vocab_size) or not len(calibration.samples):
         return None
-    samples = samples[: rows_to_count(samples)]
+    samples = calibration.samples[: rows_to_count(calibration.samples)]
+    if calibration.likeliest is not None:
+        return known_successors(samples, calibration.likeliest)
     if activations is None:
         read = read_rows(target, [samples], "counting successors: target", progress)
     else:
-        read = RowsRead(target.ends(), [(samples, activations.reference or activations)])
-    return known_successors(read, samples, progress)
+        read = RowsRead(target.ends(), [(samples, (activations.reference or activations).hidden)])
+    return known_successors(samples, read_likeliest(read, samples, progress))
 
 
 def choose_plan(

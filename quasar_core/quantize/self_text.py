@@ -6,25 +6,48 @@ seed, the row and the position before anything is written: so neither the size o
 what is drawn. Letters: B rows of a batch, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from quasar_core.malloc import return_freed_memory
 from quasar_core.models.base import refuse_odd_logits
-from quasar_core.quantize.conversation import Conversations, TurnTokens, text_opening, turn_tokens
-from quasar_core.quantize.text_log import TextLog, kept_batch
-from quasar_core.quantize.text_writers import Rows, Writer, batch_rows
+from quasar_core.quantize.conversation import Conversations, text_opening, turn_tokens
+from quasar_core.quantize.logit_rows import Likeliest, draw
+from quasar_core.quantize.text_batch import CHANCES, HIDDEN, LIKELIEST, NOTHING, Asked, Batch
+from quasar_core.quantize.text_log import TOKENS, TextLog, kept_batch
+from quasar_core.quantize.text_writers import Writer, batch_rows
 from quasar_core.records import Progress, no_progress
 
 # Attention's copies grow by a token a step, and leave holes in the heap that no later one fits.
 STEPS_BETWEEN_RETURNS = 16
-# Tokens whose chances are summed by themselves, and rows that are drawn for at once.
-SPAN, DRAWN = 256, 16
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids [B, L], and what was asked for beside them: of the first rows what is likeliest behind each token.
+
+    Of the others `hidden` [·, L − 1, ·], what all positions but the last have left behind the last block.
+    """
+
+    tokens: torch.Tensor
+    likeliest: Likeliest | None = None
+    hidden: torch.Tensor | None = None
+
+    @classmethod
+    def of_batches(cls, batches: Sequence[Mapping[str, torch.Tensor]]) -> "Text":
+        """The batches below one another."""
+        parts: dict[str, list[torch.Tensor]] = {}
+        for batch in batches:
+            for name, part in batch.items():
+                parts.setdefault(name, []).append(part[:, : batch[TOKENS].shape[1] - 1] if name == HIDDEN else part)
+        whole = {name: torch.cat(found) for name, found in parts.items()}
+        found = Likeliest(whole[LIKELIEST], whole[CHANCES]) if LIKELIEST in whole else None
+        return cls(whole[TOKENS], found, whole.get(HIDDEN))
 
 
 @torch.inference_mode()
@@ -38,7 +61,8 @@ def write_self_text(
     progress: Progress = no_progress,
     stage: str = "writing calibration text",
     kept: Path | None = None,
-) -> torch.Tensor:
+    asked: Asked = NOTHING,
+) -> Text:
     """Write token ids [rows, length] at temperature 1; with `greedy_from`, greedy from that position on.
 
     In the folder `kept` it is kept as it is written: a call after one that was interrupted goes on, to the same text.
@@ -47,8 +71,9 @@ def write_self_text(
     turns = turn_tokens(tokenizer)
     opening = turns.opening if turns else text_opening(tokenizer)
     chances = torch.rand(rows, length, dtype=torch.double, generator=torch.Generator().manual_seed(seed * 1_000_003))
+    asked = replace(asked, hidden=asked.hidden and writer.knows_hidden)
     identity: dict[str, Any] = {"rows": rows, "length": length, "seed": seed, "greedy_from": greedy_from}
-    identity |= {"writer": writer.name, "opening": opening}
+    identity |= {"writer": writer.name, "opening": opening, **asdict(asked)}
     batches = []
     at_once = _kept_rows_at_once(kept, seed, identity) or batch_rows(writer.room, writer.row_bytes(length), rows)
     for begin in range(0, rows, at_once):
@@ -62,9 +87,11 @@ def write_self_text(
 
         finished = None if log is None else log.finished()
         if finished is None:
-            finished = _write_batch(writer, turns, opening, own, greedy_from, log, report)
+            batch = Batch(writer.begin(len(own), length), len(own), length, asked.from_row(begin), log)
+            _write(batch, Conversations(turns, len(own)), _first_tokens(writer, opening, own), own, greedy_from, report)
+            finished = batch.finish()
         batches.append(finished)
-    return torch.cat(batches)
+    return Text.of_batches(batches)
 
 
 def _kept_rows_at_once(kept: Path | None, seed: int, identity: dict[str, Any]) -> int | None:
@@ -78,57 +105,28 @@ def _batch_name(seed: int, begin: int) -> str:
     return f"seed-{seed}-row-{begin}"
 
 
-def _write_batch(
-    writer: Writer,
-    turns: TurnTokens | None,
-    opening: list[int],
+def _write(
+    batch: Batch,
+    conversation: Conversations,
+    opening: list[torch.Tensor],
     chances: torch.Tensor,
     greedy_from: int | None,
-    log: TextLog | None,
     report: Callable[[int], None],
-) -> torch.Tensor:
-    """Write one batch and keep it; every row gets a token a step, drawn by its own `chances` [B, length] or forced."""
+) -> None:
+    """Write one batch to its end; every row gets a token a step, drawn by its own `chances` [B, L] or forced."""
     count, length = chances.shape
-    conversation = Conversations(turns, count)
-    rows = writer.begin(count, length)
-    written, logits = _begin_batch(_first_tokens(writer, opening, chances), rows, conversation, log, writer.device)
-    while len(written) < length:
+    logits: torch.Tensor | None = batch.begin(opening, conversation)
+    while len(batch) < length:
+        assert logits is not None
         refuse_odd_logits(logits)
-        if greedy_from is not None and len(written) >= greedy_from:
+        if greedy_from is not None and len(batch) >= greedy_from:
             chosen = logits.argmax(dim=-1)
         else:
-            chosen = draw(logits, chances[:, len(written)])
-        written.append(conversation.direct(chosen))
-        if len(written) < length:
-            logits = rows.next_logits(written[-1])
-            if log:
-                log.keep(written, rows)
-        if len(written) % STEPS_BETWEEN_RETURNS == 0:
+            chosen = draw(logits, chances[:, len(batch)])
+        logits = batch.add(conversation.direct(chosen))
+        if len(batch) % STEPS_BETWEEN_RETURNS == 0:
             return_freed_memory()
-        report(count * len(written))
-    tokens = torch.stack(written, dim=1).cpu()
-    if log is not None:
-        log.finish(tokens)
-    return tokens
-
-
-def _begin_batch(
-    opening: list[torch.Tensor],
-    rows: Rows,
-    conversation: Conversations,
-    log: TextLog | None,
-    device: torch.device,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Tokens [B] of the first positions, as kept or as every row begins, and the logits [B, V] behind them."""
-    written = log.resume(rows, device) if log else []
-    if written:
-        for tokens in written[len(opening) :]:
-            conversation.direct(tokens)
-        rows.rollback(len(written) - 1)
-        return written, rows.next_logits(written[-1])
-    for tokens in opening:
-        logits = rows.next_logits(tokens)
-    return opening, logits
+        report(count * len(batch))
 
 
 def _first_tokens(writer: Writer, opening: list[int], chances: torch.Tensor) -> list[torch.Tensor]:
@@ -136,27 +134,3 @@ def _first_tokens(writer: Writer, opening: list[int], chances: torch.Tensor) -> 
     if opening:
         return [torch.full((len(chances),), token, device=writer.device) for token in opening][: chances.shape[1]]
     return [(chances[:, 0] * writer.vocab_size).long()]
-
-
-def draw(logits: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
-    """Draw a token of each row from the softmax of logits [B, V]: where its running sum passes a chance in [0, 1)."""
-    drawn = (_draw(*part) for part in zip(logits.split(DRAWN), chances.split(DRAWN), strict=True))
-    return torch.cat(list(drawn))
-
-
-def _draw(logits: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
-    """A span of tokens first, then a token within it: a running sum over all of them would cost the most."""
-    weights = pad((logits - logits.amax(dim=-1, keepdim=True)).exp_(), (0, -logits.shape[1] % SPAN))
-    spans = weights.view(len(weights), -1, SPAN)
-    sums = spans.sum(dim=-1).double().cumsum(dim=-1)
-    goals = chances * sums[:, -1]
-    span = _passing(sums, goals)
-    row = torch.arange(len(spans), device=spans.device)
-    before = torch.where(span > 0, sums[row, (span - 1).clamp_min(0)], 0.0)
-    return span * SPAN + _passing(spans[row, span].double().cumsum(dim=-1), goals - before)
-
-
-def _passing(sums: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
-    """Where running sums [B, n] pass the goals [B]; no further than the last place that adds something."""
-    last = (sums < sums[:, -1:]).sum(dim=-1)
-    return torch.minimum(torch.searchsorted(sums, goals[:, None], right=True)[:, 0], last)

@@ -19,8 +19,8 @@ from quasar_core.quantize.blocks.streaming import StreamedModel
 from quasar_core.quantize.calibration import load_calibration
 from quasar_core.quantize.fidelity import logit_pieces
 from quasar_core.quantize.job import Job
+from quasar_core.quantize.logit_rows import Likeliest, likeliest
 from quasar_core.quantize.measure_fidelity import read_rows
-from quasar_core.quantize.solve import cpp
 from quasar_core.quantize.text_plan import Free, free_on, open_writer, plan_text
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.folders import read_card
@@ -30,37 +30,35 @@ MOST_READ = 1 << 17  # tokens whose rows are computed; of a longer text the firs
 
 
 @torch.inference_mode()
-def known_successors(model: CausalLM, samples: torch.Tensor, progress: Progress = no_progress) -> KnownSuccessors:
-    """The successors of the contexts in samples [N, L], which the model has read or can read."""
-    rows = samples[: rows_to_count(samples)]
-    best, odds = list[torch.Tensor](), list[torch.Tensor]()
+def read_likeliest(model: CausalLM, samples: torch.Tensor, progress: Progress = no_progress) -> Likeliest:
+    """The likeliest tokens behind those of samples [N, L], which the model has read or can read."""
+    tokens, chances = list[torch.Tensor](), list[torch.Tensor]()
     cache = model.new_cache(samples.shape[1])
-    for done, row in enumerate(rows.tolist()):
-        progress("counting successors", done, len(rows))
+    for done, row in enumerate(samples.tolist()):
+        progress("counting successors", done, len(samples))
         for logits in logit_pieces(model, cache, row, 0):
-            tokens, chances = likeliest(logits, min(WIDTH, logits.shape[-1]))
-            best.append(tokens)
-            odds.append(chances)
-    progress("counting successors", len(rows), len(rows))
-    shape = (*rows.shape, -1)
-    return count_successors(
-        rows.numpy().astype(np.int64),
-        torch.cat(best).view(shape).numpy().astype(np.int64),
-        torch.cat(odds).view(shape).numpy(),
-    )
+            found, own = likeliest(logits, width_of(logits.shape[-1]))
+            tokens.append(found)
+            chances.append(own)
+    progress("counting successors", len(samples), len(samples))
+    shape = (*samples.shape, -1)
+    return Likeliest(torch.cat(tokens).view(shape), torch.cat(chances).view(shape))
 
 
-def likeliest(logits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the `width` likeliest tokens of rows of logits [T, V], best first, and their chances, on the CPU."""
-    if cpp.runs(logits):
-        return cpp.likeliest(logits, width)
-    chances, tokens = logits.softmax(dim=-1).topk(width, dim=-1)
-    return tokens.cpu(), chances.float().cpu()
+def known_successors(samples: torch.Tensor, found: Likeliest) -> KnownSuccessors:
+    """The successors of the contexts in samples [N, L]; of more rows, what is likeliest behind the first N counts."""
+    best, odds = found.tokens[: len(samples)], found.chances[: len(samples)]
+    return count_successors(samples.numpy().astype(np.int64), best.numpy().astype(np.int64), odds.numpy())
 
 
 def can_be_counted(vocabulary: int) -> bool:
     """Whether a vocabulary of so many tokens fits the file's keys."""
     return vocabulary <= MOST_TOKENS
+
+
+def width_of(vocabulary: int) -> int:
+    """How many of a row's likeliest tokens count; none of a vocabulary that does not fit."""
+    return min(WIDTH, vocabulary) if can_be_counted(vocabulary) else 0
 
 
 def rows_to_count(samples: torch.Tensor) -> int:
@@ -83,9 +81,11 @@ def add_successors(
     limit = position_limit(target.skeleton.config.get_text_config()) or UNLIMITED
     writer = open_writer(job.source, target, plan_text(job.source, target, Free(free_memory(), free_on(target.device))))
     config = replace(job.config, rounding="gptq")  # which reads text
-    samples = load_calibration(writer, tokenizer, config, limit, progress).samples
+    calibration = load_calibration(writer, tokenizer, config, limit, progress, width=width_of(target.vocab_size))
     del writer
-    samples = samples[: rows_to_count(samples)]
-    read = read_rows(target, [samples], "reading the text", progress)
+    samples, found = calibration.samples[: rows_to_count(calibration.samples)], calibration.likeliest
+    if found is None:
+        read = read_rows(target, [samples], "reading the text", progress)
+        found = read_likeliest(read, samples, progress)
     with foreign_errors(f"{job.output} cannot be written to"):
-        return write_successors(job.output, known_successors(read, samples, progress), job.config.calibration)
+        return write_successors(job.output, known_successors(samples, found), job.config.calibration)

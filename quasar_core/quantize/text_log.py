@@ -1,31 +1,36 @@
 """The text that a model writes, kept on the disk as it is written, so that a run that ends goes on where it was.
 
 A log is of one batch of rows: a line of JSON that tells which, then records, appended and synced every few seconds.
-A record holds new tokens, and what their passes have left: keys and values. With these, every later step computes what
-it would have computed, to the last bit. Passing the tokens anew would be another product, with other rounding.
-Letters: B rows of a batch, T positions of a record.
+A record holds new columns, tokens among them, and what their passes have left: keys and values. With these, every later
+step computes what it would have computed, to the last bit. Passing the tokens anew would be another product, with other
+rounding. Letters: B rows of a batch, T positions of a record, K likeliest tokens.
 """
 
 import json
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, load_file
 
-from quasar_core.checkpoint.writer import save_tensors
+from quasar_core.checkpoint.writer import pieces_of, save_tensors
 from quasar_core.errors import QuasarError
 from quasar_core.files import sync
+from quasar_core.page_cache import forget
 from quasar_core.quantize.text_writers import Rows
 
 SECONDS = 2.0  # of work that may be lost
 SHARE = 20  # of the time goes at most one part in so many into keeping
+TOKENS = "tokens"  # the column that every batch has
 _HEAD = 12  # bytes before a record: its length, and its check sum
+
+
+Columns = dict[str, list[torch.Tensor]]  # what a batch has of each position, [B] or [B, K], by name
 
 
 class TextLog:
@@ -41,64 +46,69 @@ class TextLog:
     def _first_line(self) -> bytes:
         return self._identity.encode() + b"\n"
 
-    def finished(self) -> torch.Tensor | None:
-        """Read the tokens [B, L] of a batch that was written to its end."""
+    def finished(self) -> dict[str, torch.Tensor] | None:
+        """Read the columns, [B, L] or [B, L, K], of a batch that was written to its end."""
         if not self._whole.exists():
             return None
         try:
             tensors = load_file(self._whole)
-            same = bytes(tensors["identity"].tolist()).decode() == self._identity
+            same = bytes(tensors.pop("identity").tolist()).decode() == self._identity
         except (SafetensorError, KeyError, ValueError) as error:
             raise QuasarError(f"{self._whole} is not readable ({error}): delete it, and it is made anew.") from error
-        return tensors["tokens"] if same else None
+        return tensors if same else None
 
-    def resume(self, rows: Rows, device: torch.device) -> list[torch.Tensor]:
-        """Read the tokens so far, of each position [B]; the rows become what they were after the last one."""
-        tokens: list[torch.Tensor] = []
+    def resume(self, columns: Columns, rows: Rows, device: torch.device) -> bool:
+        """Fill the columns so far, and the rows as they were behind them; whether anything was kept."""
         end_of_last = 0
         for record, end in self._records():
             end_of_last = end
-            tokens += record.pop("tokens").to(device).unbind(dim=1)
+            for name, column in columns.items():
+                column += record.pop(name).to(device).unbind(dim=1)
             rows.append(record)
         if end_of_last:
             os.truncate(self._path, end_of_last)  # what was not written whole goes
         else:
             self._path.unlink(missing_ok=True)
-        self._kept = len(tokens)
-        return tokens
+        self._kept = len(columns[TOKENS])
+        return end_of_last > 0
 
-    def keep(self, tokens: Sequence[torch.Tensor], rows: Rows) -> None:
-        """Append what is new, once in a while: tokens that were passed, [B] each. Raises OSError."""
+    def keep(self, columns: Columns, rows: Rows) -> None:
+        """Append what is new, once in a while: columns of positions that were passed. Raises OSError."""
         begin = time.monotonic()
         if begin < self._next:
             return
-        states = rows.states(self._kept, len(tokens))
+        states = rows.states(self._kept, len(columns[TOKENS]))
         if states is None:
             return
         record = {name: part.cpu().contiguous() for name, part in states.items()}
-        record["tokens"] = torch.stack(list(tokens[self._kept :]), dim=1).cpu()
-        self._append(save(record))
-        self._kept = len(tokens)
+        record |= {name: torch.stack(column[self._kept :], dim=1).cpu() for name, column in columns.items()}
+        self._append(record)
+        self._kept = len(columns[TOKENS])
         now = time.monotonic()
         self._next = now + max(SECONDS, SHARE * (now - begin))
 
-    def finish(self, tokens: torch.Tensor) -> None:
-        """Keep a batch that is written to its end, tokens [B, L]."""
+    def finish(self, columns: Mapping[str, torch.Tensor]) -> None:
+        """Keep a batch that is written to its end, columns [B, L] or [B, L, K]."""
         self._path.parent.mkdir(exist_ok=True)
         identity = torch.tensor(list(self._identity.encode()), dtype=torch.uint8)
-        save_tensors(self._whole, {"tokens": tokens, "identity": identity})
+        save_tensors(self._whole, {**columns, "identity": identity})
         self._path.unlink(missing_ok=True)
 
-    def _append(self, record: bytes) -> None:
+    def _append(self, record: Mapping[str, torch.Tensor]) -> None:
         self._path.parent.mkdir(exist_ok=True)
         begins = not self._path.exists()
+        parts, check = list(pieces_of(record)), 0
+        for part in parts:
+            check = zlib.crc32(part, check)
         with self._path.open("ab") as file:
             if begins:
                 file.write(self._first_line)
-            file.write(len(record).to_bytes(_HEAD - 4, "little") + zlib.crc32(record).to_bytes(4, "little"))
-            file.write(record)
+            file.write(sum(map(len, parts)).to_bytes(_HEAD - 4, "little") + check.to_bytes(4, "little"))
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
+            forget(file.fileno())  # new pages for the next record would take longer than the disk
         if begins:
             sync(self._path.parent)
 

@@ -51,6 +51,16 @@ class TextPlan:
     copy_bits: int | None = None
 
     @property
+    def is_targets(self) -> bool:
+        """Whether the passes are the target's, and what they find is the target's opinion."""
+        return self.copy_bits is None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether what the target leaves behind its last block is known of the text that it writes."""
+        return self.is_targets and self.why_not_lean is None
+
+    @property
     def element(self) -> int:
         """Bytes of a number in the passes."""
         return DTYPES[self.dtype].itemsize

@@ -31,7 +31,9 @@ def batch_rows(room: int, row_bytes: int, rows: int) -> int:
 
 
 class Rows(Protocol):
-    """A batch that is being written."""
+    """A batch that is being written; `hidden` [B, in] is what the last pass left behind the last block, if known."""
+
+    hidden: torch.Tensor | None
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Pass the next token of each row, [B] → float32 logits [B, V]."""
@@ -51,9 +53,10 @@ class Rows(Protocol):
 
 
 class Writer(Protocol):
-    """A model as it writes text; `room` is how many bytes its rows may take."""
+    """A model as it writes text; `room` is how many bytes its rows may take, `knows_hidden` what its rows do."""
 
     room: int
+    knows_hidden: bool
 
     @property
     def name(self) -> str:
@@ -84,6 +87,8 @@ class LeanWriter:
 
     `kind` tells a rounded copy from the model.
     """
+
+    knows_hidden = True
 
     def __init__(self, decoder: LeanDecoder, room: int = USUAL_ROOM, kind: str = "") -> None:
         self.decoder, self.room, self._kind = decoder, room, kind
@@ -139,6 +144,8 @@ class LeanRows(RowsCache):
 class TransformersWriter:
     """Any model of transformers, in its own passes."""
 
+    knows_hidden = False
+
     def __init__(self, model: PreTrainedModel, room: int = USUAL_ROOM) -> None:
         self.model, self.room = model, room
 
@@ -171,6 +178,8 @@ class TransformersRows:
 
     States of recurrent layers are too large to be kept every few seconds: such a batch is written at one go.
     """
+
+    hidden: torch.Tensor | None = None
 
     def __init__(self, model: PreTrainedModel, length: int) -> None:
         self._model = model

@@ -55,7 +55,7 @@ def test_gptq_at_least_halves_the_divergence_of_rounding_to_nearest(tmp_path: Pa
     model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
     text = write_self_text(
         TransformersWriter(model), AutoTokenizer.from_pretrained(FOLDER), SAMPLES + HELD_OUT, LENGTH, seed=0
-    )
+    ).tokens
     divergence = divergence_from(model, text[SAMPLES:])
     solved, nearest = quantized(model, text[:SAMPLES], tmp_path), rounded_to_nearest(model)
     assert divergence(model) == 0

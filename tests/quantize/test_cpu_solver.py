@@ -10,6 +10,7 @@ from quantize.test_gptq import assert_same_solution, share_of_same
 
 from quasar_core.models.decoder.rows import attend_rows
 from quasar_core.quantize.fidelity import Tally
+from quasar_core.quantize.logit_rows import likeliest
 from quasar_core.quantize.solve import cpp
 from quasar_core.quantize.solve.factor import inverse_factor
 from quasar_core.quantize.solve.gptq import SolverConfig, column_order, round_columns, solve
@@ -22,7 +23,6 @@ from quasar_core.quantize.solve.grid import (
     search_grids,
 )
 from quasar_core.quantize.solve.refine import descend, gradient_and_loss
-from quasar_core.quantize.successors import likeliest
 
 pytestmark = pytest.mark.usefixtures("cpp_solver")
 T = TypeVar("T")

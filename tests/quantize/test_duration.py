@@ -18,6 +18,7 @@ from quasar_core.quantize.blocks.streaming import open_target
 from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS
 from quasar_core.quantize.estimate import Rates, Work, about, count_work, measure_rates, shape_of
 from quasar_core.quantize.plan import Shape
+from quasar_core.quantize.text_plan import Free, TextPlan, plan_text
 from quasar_core.system import Load
 from quasar_core.timing import Timing
 
@@ -31,8 +32,13 @@ def shape(blocks: int = 2) -> Shape:
     return Shape(layers, other_weights=1000, ends_weights=800, hidden=32, vocabulary=100)
 
 
+LEAN = TextPlan(False, None, "bfloat16", weights=0, room=0)
+BY_TRANSFORMERS = replace(LEAN, why_not_lean="of another family")
+BY_A_COPY = replace(LEAN, copy_bits=8)
+
+
 def test_passes_and_matrices_counted_by_hand() -> None:
-    """Two models read 512 tokens of calibration, 2,048 held out and 8,192 greedy; one Hessian for q and k.
+    """Two models read 512 tokens of calibration, the verifier 2,048 held out and 8,192 greedy; one Hessian for q and k.
 
     Successors take the head over the 512 once more.
 
@@ -43,8 +49,8 @@ def test_passes_and_matrices_counted_by_hand() -> None:
     and 256 for the 32 greedy ones.
     """
     assert (HELD_OUT_ROWS, GREEDY_LENGTH) == (32, 256)
-    work = count_work(shape(1), CONFIG, rows=40)
-    assert work.passes == 1.25 * 2 * 10_752 * (6_656 + 4_096) + (2 * 10_240 + 512) * 3_200 == 356_188_160
+    work = count_work(shape(1), CONFIG, rows=40, text=LEAN)
+    assert work.passes == 1.25 * (2 * 512 + 10_240) * (6_656 + 4_096) + 2 * 10_240 * 3_200 == 216_924_160
     solvers = 2 * 671_744 + 335_872 + 1_343_488 + 1_867_776
     assert work.sums == 1_572_864 + 2 * 524_288 + 1_048_576
     assert work.matrices == pytest.approx(solvers + 109_227, abs=1)
@@ -53,17 +59,26 @@ def test_passes_and_matrices_counted_by_hand() -> None:
     assert work.logits == 100 * (2.5 * 10_752 + 4 * 10_240 + 512)
 
 
+def test_what_the_target_has_not_written_it_reads() -> None:
+    lean, foreign, copied = (count_work(shape(1), CONFIG, 40, text) for text in (LEAN, BY_TRANSFORMERS, BY_A_COPY))
+    read = 1.25 * 10_240 * (6_656 + 4_096)
+    assert foreign == replace(lean, passes=lean.passes + read), "what transformers leaves behind its blocks is not kept"
+    assert copied == replace(lean, passes=lean.passes + read + 512 * 3_200), "nor does a copy say what the target would"
+    file = replace(CONFIG, calibration="text.txt")
+    assert count_work(shape(1), file, 40, LEAN).passes == lean.passes + read / 5 + 512 * 3_200
+
+
 def test_work_grows_with_what_there_is_to_do() -> None:
-    one, two = (count_work(shape(blocks), CONFIG, 40) for blocks in (1, 2))
+    one, two = (count_work(shape(blocks), CONFIG, 40, LEAN) for blocks in (1, 2))
     assert two.matrices == 2 * one.matrices
     assert two.launches == 2 * one.launches
     assert one.passes < two.passes < 2 * one.passes  # the head is there once
-    longer = count_work(shape(1), replace(CONFIG, samples=80), 40)
+    longer = count_work(shape(1), replace(CONFIG, samples=80), 40, LEAN)
     assert longer.sums > one.sums
     assert longer.matrices == one.matrices
     assert longer.launches == one.launches + 2 * 64 * estimate.LAUNCHES  # 112 rows, 40 at a time
-    foreign = count_work(shape(1), replace(CONFIG, calibration="text.txt"), 40)
-    assert foreign.passes == one.passes
+    foreign = count_work(shape(1), replace(CONFIG, calibration="text.txt"), 40, LEAN)
+    assert foreign.passes > one.passes
     assert foreign.steps < one.steps  # the greedy text alone
 
 
@@ -72,8 +87,8 @@ def test_experts_read_their_share() -> None:
         f"model.layers.0.mlp.experts.{i}.{name}": BLOCK[name] for i in range(8) for name in ("up_proj", "down_proj")
     }
     experts = replace(shape(1), layers=layers)
-    all_of_it, a_quarter = (count_work(replace(experts, routed=share), CONFIG, 40) for share in (1.0, 0.25))
-    ends = (2 * HELD_OUT_ROWS * (64 + GREEDY_LENGTH) + CONFIG.samples * 64) * 100 * 32
+    all_of_it, a_quarter = (count_work(replace(experts, routed=share), CONFIG, 40, LEAN) for share in (1.0, 0.25))
+    ends = 2 * HELD_OUT_ROWS * (64 + GREEDY_LENGTH) * 100 * 32
     assert a_quarter.passes - ends == pytest.approx(0.25 * (all_of_it.passes - ends))
     assert a_quarter.sums == 0.25 * all_of_it.sums
     assert a_quarter.matrices == all_of_it.matrices
@@ -144,7 +159,8 @@ def test_a_dry_run_says_about_how_long(
     seconds = json.loads(capsys.readouterr().out)["seconds"]
     target = open_target(source, torch.device("cpu"), torch.float32)
     config = QuantizeConfig(group_size=32)
-    work = count_work(shape_of(target.skeleton, config), config, rows=config.samples + HELD_OUT_ROWS)
+    text = plan_text(source, target, Free())
+    work = count_work(shape_of(target.skeleton, config), config, config.samples + HELD_OUT_ROWS, text)
     assert seconds == pytest.approx(rates.seconds_of(work))
     assert run(arguments) == 0
     assert about(seconds) in capsys.readouterr().out

@@ -1,9 +1,10 @@
 """The estimate over all stages of a quantization, by a clock made by hand."""
 
 import pytest
-from quantize.test_duration import CONFIG, shape
+from quantize.test_duration import BY_A_COPY, BY_TRANSFORMERS, CONFIG, LEAN, shape
 
 from quasar_core.quantize.estimate import NOMINAL, WHOLE, WholeRun, count_work, stage_seconds
+from quasar_core.quantize.text_plan import TextPlan
 
 EXPECTED = {"writing": 100.0, "quantizing": 300.0, "measuring fidelity": 100.0}
 STAGES = (("writing calibration text", 20), ("quantizing", 30), ("measuring fidelity", 64))
@@ -63,7 +64,9 @@ def test_a_resumed_run_that_leaves_stages_out_ends_at_its_end() -> None:
     assert shares[-1] == 1000
 
 
-def test_the_stages_hold_all_of_the_work() -> None:
-    stages = stage_seconds(shape(), CONFIG, 40)
-    assert sum(stages.values()) == pytest.approx(NOMINAL.seconds_of(count_work(shape(), CONFIG, 40)))
+@pytest.mark.parametrize("text", [LEAN, BY_TRANSFORMERS, BY_A_COPY], ids=["lean", "transformers", "copy"])
+def test_the_stages_hold_all_of_the_work(text: TextPlan) -> None:
+    stages = stage_seconds(shape(), CONFIG, 40, text)
+    assert sum(stages.values()) == pytest.approx(NOMINAL.seconds_of(count_work(shape(), CONFIG, 40, text)))
+    assert (stages["counting successors"] > 0) == (text is BY_A_COPY)
     assert set(stages) == {*EXPECTED, "counting successors"}

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.quantize_cases import CONFIG, quantize, save_model, tensors_of
+from quantize.test_duration import LEAN
 
 from quasar_core.api import decoding, quantizing
 from quasar_core.checkpoint.reader import VerifierCheckpoint
@@ -104,7 +105,7 @@ def test_successors_are_counted_later(tmp_path: Path) -> None:
 def test_a_plan_counts_no_text() -> None:
     layers = {f"model.layers.{i}.mlp.{name}": (64, 64) for i in range(4) for name in ("up_proj", "down_proj")}
     shape = Shape(layers, other_weights=100, ends_weights=100, hidden=64, vocabulary=300, token=64)
-    little, much = count_work(shape, NEAREST, 8), count_work(shape, CONFIG, 8)
+    little, much = (count_work(shape, config, 8, LEAN) for config in (NEAREST, CONFIG))
     assert little.sums == 0 < much.sums
     assert little.matrices < much.matrices
     assert little.passes < much.passes

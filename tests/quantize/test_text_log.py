@@ -17,7 +17,8 @@ from quasar_core.errors import QuasarError
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.weights.lean_weights import load_target
 from quasar_core.quantize import text_log
-from quasar_core.quantize.self_text import write_self_text
+from quasar_core.quantize.self_text import Text, write_self_text
+from quasar_core.quantize.text_batch import Asked
 from quasar_core.quantize.text_writers import LeanRows, LeanWriter, TransformersRows, TransformersWriter, Writer
 from quasar_core.records import Progress
 
@@ -31,10 +32,21 @@ def _kept_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_log, "SHARE", 0)
 
 
-def write(kept: Path | None, progress: Progress | None = None, seed: int = 3, **options: Any) -> torch.Tensor:
+def write(kept: Path | None, progress: Progress | None = None, seed: int = 3, **options: Any) -> Text:
     tokenizer, lean = options.pop("tokenizer", None) or words(), options.pop("lean", True)
     more = {"progress": progress} if progress else {}
     return write_self_text(writer(lean), tokenizer, ROWS, LENGTH, seed, kept=kept, **more, **options)
+
+
+def assert_same_text(one: Text, other: Text) -> None:
+    for ours, theirs in zip(tensors_in(one), tensors_in(other), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def tensors_in(text: Text) -> list[torch.Tensor]:
+    found = text.likeliest
+    parts = [text.tokens, text.hidden, *((found.tokens, found.chances) if found else ())]
+    return [part for part in parts if part is not None]
 
 
 def writer(lean: bool) -> Writer:
@@ -52,7 +64,7 @@ def lean_model() -> LeanDecoder:
 
 
 @cache
-def straight_text() -> torch.Tensor:
+def straight_text() -> Text:
     return write(None)
 
 
@@ -72,7 +84,12 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return passes
 
 
-@pytest.mark.parametrize("options", [{}, {"greedy_from": 9, "lean": False}, {"tokenizer": chat_tokenizer(CHATML)}])
+ASKED = Asked(3, 4, hidden=True)  # of the first batch and a row of the second one thing, of the others the other
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"greedy_from": 9, "lean": False}, {"tokenizer": chat_tokenizer(CHATML)}, {"asked": ASKED}]
+)
 @pytest.mark.parametrize("moments", [[1], [47], [48], [60, 61, 100], [119]])
 def test_an_interrupted_text_goes_on_to_the_same_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: list[int], options: dict[str, Any]
@@ -82,12 +99,12 @@ def test_an_interrupted_text_goes_on_to_the_same_text(
         with pytest.raises(KeyboardInterrupt):
             write(tmp_path, stop_at(tokens), **options)
     passes = count_passes(monkeypatch)
-    assert torch.equal(write(tmp_path, **options), straight)
+    assert_same_text(write(tmp_path, **options), straight)
     whole, in_batch = divmod(moments[-1], 2 * LENGTH)
     left = LENGTH * 3 - whole * LENGTH - in_batch // 2
     assert len(passes) <= left + 3, "what was kept is not passed again, but for the last token"
     passes.clear()
-    assert torch.equal(write(tmp_path, **options), straight)
+    assert_same_text(write(tmp_path, **options), straight)
     assert not passes, "a finished text is read"
 
 
@@ -105,7 +122,7 @@ def test_a_log_that_was_not_written_whole_loses_its_end_alone(
     place = max(0, len(content) - cut)
     tail = {"cut": b"", "garbage": b"\xff" * 50, "flipped": bytes([content[place] ^ 1]) + content[place + 1 :]}[damage]
     log.write_bytes(content[:place] + tail)
-    assert torch.equal(write(kept), straight_text())
+    assert_same_text(write(kept), straight_text())
 
 
 def test_a_log_of_another_text_is_not_used(tmp_path: Path) -> None:
@@ -113,10 +130,10 @@ def test_a_log_of_another_text_is_not_used(tmp_path: Path) -> None:
         write(tmp_path, stop_at(40), seed=3)
     (log,) = tmp_path.glob("*.log")
     log.rename(log.with_name(log.name.replace("seed-3", "seed-4")))
-    assert torch.equal(write(tmp_path, seed=4), write(None, seed=4))
+    assert_same_text(write(tmp_path, seed=4), write(None, seed=4))
     (whole,) = tmp_path.glob("seed-4-row-0.safetensors")
     whole.rename(whole.with_name("seed-5-row-0.safetensors"))
-    assert torch.equal(write(tmp_path, seed=5), write(None, seed=5))
+    assert_same_text(write(tmp_path, seed=5), write(None, seed=5))
 
 
 def test_a_damaged_text_is_one_sentence(tmp_path: Path) -> None:
@@ -134,7 +151,7 @@ def test_little_of_the_time_goes_into_keeping(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(text_log.time, "monotonic", lambda: clock[0])
     append, kept = text_log.TextLog._append, []
 
-    def slow(log: text_log.TextLog, record: bytes) -> None:
+    def slow(log: text_log.TextLog, record: dict[str, torch.Tensor]) -> None:
         kept.append(clock[0])
         clock[0] += 3
         append(log, record)

@@ -7,6 +7,7 @@ have besides (its extras) is used where it is there. Names of what processors ha
 import os
 import platform
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
 
 from quasar_core.errors import UsageError
@@ -90,7 +91,12 @@ class Chosen:
 
 def chosen() -> Chosen:
     """The form that QUASAR_ISA names, else the best; UsageError where that cannot be."""
-    asked = os.environ.get(VARIABLE)
+    return _chosen(os.environ.get(VARIABLE) or "", instructions(), platform.machine())
+
+
+@cache
+def _chosen(asked: str, _has: frozenset[str], _machine: str) -> Chosen:
+    """As `chosen`, found out once for each processor: it is asked for at every call of a kernel."""
     if not asked:
         return _with_extras(*_best())
     form = find_form(asked)

@@ -1,9 +1,11 @@
-// What quantizing asks of whole rows of logits in float32: how two models' distributions differ, and the likeliest tokens.
+// What quantizing asks of whole rows of logits in float32: how two models' distributions differ, the likeliest tokens, and a
+// draw.
 
 #pragma once
 
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "lanes.h"
 
@@ -92,6 +94,44 @@ inline void likeliest(const LogitRow& row, int width, int64_t* tokens, float* ch
     for (int i = 0; i < row.size; i += LANES) sums = sums + exponential(row.at(i) - best);
     const float scale = 1 / sum_of(sums);
     for (int at = 0; at < width; ++at) chances[at] = std::exp(chances[at] - best) * scale;
+}
+
+constexpr int SUMMED = 256;  // tokens whose chances are summed by themselves
+
+// Σ exp(x − best) over the tokens of a span.
+inline double span_sum(const LogitRow& row, int begin, float best) {
+    Floats sums = 0.0f;
+    for (int i = begin; i < std::min(begin + SUMMED, row.size); i += LANES) sums = sums + exponential(row.at(i) - best);
+    return sum_of(sums);
+}
+
+// The token at which the running sum of the softmax passes `chance`, in [0, 1). `sums` holds a number for each span.
+inline int64_t draw(const LogitRow& row, double chance, std::vector<double>& sums) {
+    Floats bests = LEAST_LOGIT;
+    for (int i = 0; i < row.size; i += LANES) bests = larger(bests, row.at(i));
+    float each[LANES], best = LEAST_LOGIT;
+    store(each, bests);
+    for (float x : each) best = std::max(best, x);
+
+    double total = 0;
+    for (size_t span = 0; span < sums.size(); ++span) total += sums[span] = span_sum(row, int(span) * SUMMED, best);
+    double left = chance * total;  // of a goal: what spans and tokens in front of a place leave of it
+    size_t span = 0, last = 0;
+    for (size_t i = 0; i < sums.size(); ++i)
+        if (sums[i] > 0) last = i;
+    for (; span < last && left >= sums[span]; ++span) left -= sums[span];
+
+    int64_t token = 0;
+    for (int i = int(span) * SUMMED; i < std::min(int(span + 1) * SUMMED, row.size); i += LANES) {
+        store(each, exponential(row.at(i) - best));
+        for (int lane = 0; lane < LANES && i + lane < row.size; ++lane) {
+            if (!(each[lane] > 0)) continue;
+            token = i + lane;  // no further than the last that adds something
+            if (left < each[lane]) return token;
+            left -= each[lane];
+        }
+    }
+    return token;
 }
 
 }  // namespace quasar

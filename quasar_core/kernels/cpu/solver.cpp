@@ -269,6 +269,14 @@ void quasar_likeliest(const float* logits, int64_t* tokens, float* chances, int6
     });
 }
 
+// A token of each row of logits [count, size], where the running sum of its softmax passes its own chance in [0, 1).
+void quasar_draw(const float* logits, const double* chances, int64_t* tokens, int64_t count, int size, int threads) {
+    for_each(threads, count, 1, [&](int64_t row) {
+        std::vector<double> sums((size + SUMMED - 1) / SUMMED);
+        tokens[row] = draw({logits + row * size, size}, chances[row], sums);
+    });
+}
+
 // Queries [texts, heads, groups, size] over keys and values [2, texts, heads, room, size], from `first` to `last`, scores below
 // a soft cap where it is not 0; in bfloat16 or float32.
 void quasar_attend_rows(const void* queries, const void* states, void* to, int halves, int texts, int heads, int groups,

@@ -49,6 +49,7 @@ class RowsCache:
         }
         self._blocks = blocks
         self.length, self.capacity = 0, capacity
+        self.hidden: torch.Tensor | None = None  # [B, in] behind the last block, of the last pass
 
     @property
     def layers(self) -> list[torch.Tensor]:
@@ -115,7 +116,7 @@ def pass_rows(
             return _attention(decoder, layer, x, states, place, own, growth, attend or attend_rows)
 
         decoder.run_block(layer, hidden, given, mix)
-    cache.length += 1
+    cache.length, cache.hidden = cache.length + 1, hidden
     return decoder.head_logits(hidden)
 
 

@@ -73,6 +73,7 @@ def _library_in(form: Chosen) -> ctypes.CDLL:
             "quasar_attend_rows": [pointer] * 3 + [number] * 8 + [ctypes.c_float] * 2 + [number],
             "quasar_compare_logits": [pointer] * 4 + [ctypes.c_int64] + [number] * 2,
             "quasar_likeliest": [pointer] * 3 + [ctypes.c_int64] + [number] * 3,
+            "quasar_draw": [pointer] * 3 + [ctypes.c_int64] + [number] * 2,
             "quasar_add_token_sums": [pointer] * 3 + [ctypes.c_int64] + [number] * 4,
             "quasar_add_product": [pointer, ctypes.c_int64] * 3 + [ctypes.c_int64] + [number] * 3,
         },
@@ -104,7 +105,7 @@ def add_token_sums(left: torch.Tensor, right: torch.Tensor, sums: torch.Tensor, 
 def add_product(left: torch.Tensor, right: torch.Tensor, sums: torch.Tensor) -> None:
     """Add leftᵀ · right to sums [m, n]; of left [k, m] and right [k, n], in float32; a row's numbers lie together."""
     matrices = (left, right, sums)
-    assert all(matrix.stride(1) == 1 and matrix.dtype == torch.float32 for matrix in matrices)
+    assert all(matrix.dtype == torch.float32 and 1 in (matrix.stride(1), matrix.shape[1]) for matrix in matrices)
     places = (number for matrix in matrices for number in (matrix.data_ptr(), matrix.stride(0)))
     library().quasar_add_product(*places, len(left), *sums.shape, torch.get_num_threads())
 
@@ -159,6 +160,15 @@ def likeliest(logits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Ten
     pointers = (tensor.data_ptr() for tensor in (logits, tokens, chances))
     library().quasar_likeliest(*pointers, *logits.shape, width, torch.get_num_threads())
     return tokens, chances
+
+
+def draw(logits: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+    """Draw a token of each row of logits [T, V]: where its softmax's running sum passes its chance [T], in [0, 1)."""
+    logits, chances = logits.contiguous(), chances.to(torch.double).contiguous()
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    pointers = (tensor.data_ptr() for tensor in (logits, chances, tokens))
+    library().quasar_draw(*pointers, *logits.shape, torch.get_num_threads())
+    return tokens
 
 
 @dataclass(frozen=True)
