@@ -212,7 +212,8 @@ class StreamedWeights:
     def _place_blocks(self, products: Products) -> dict[int, list[StoredWeight]]:
         """Places of the streamed blocks' weights, in turn in two buffers, and what is read there."""
         size = max((buffer_bytes(some, self.dtype, self._copy) for some in products.values()), default=0)
-        buffers = [empty_in_huge_pages(size, dtype=torch.uint8) for _ in range(BUFFERS)]
+        # Written to once: the first reading, which tells the bandwidth, would wait for the system to make their pages.
+        buffers = [empty_in_huge_pages(size, dtype=torch.uint8).zero_() for _ in range(BUFFERS)]
         return {
             block: self._place(products[block], Room(buffers[number % BUFFERS]).take)
             for number, block in enumerate(sorted(products))

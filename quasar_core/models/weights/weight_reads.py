@@ -1,7 +1,8 @@
 """Read stored weights straight to their places in memory, in long reads, and leave nothing of the files behind.
 
 Weights that lie one behind the other in a file are read together, whatever the order of their places: a disk gives the
-more bytes a second the longer a read is. What was read leaves the system's page cache at once.
+more bytes a second the longer a read is. What was read leaves the system's page cache at once: it would push out what
+stays in memory, and remains of it keep the system from reading ahead when the same place is read again.
 """
 
 import os
@@ -18,6 +19,9 @@ from quasar_core.store.safetensors_header import TensorEntry
 
 PIECE_BYTES = 8 << 20  # of one read
 AHEAD = 32 << 20  # that a system may read ahead
+# Linux keeps pages in groups of up to some megabytes, and lets go of whole groups alone: one that a read has ended in
+# leaves with a later one.
+BEHIND = 32 << 20
 SMALL_GAP = 256 << 10  # bytes between two weights that are read and thrown away: a seek costs more
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -65,17 +69,22 @@ class OpenFile:
         """Fill buffers, one after another, from `start` on; QuasarError where the system refuses or the file ends."""
         left = [buffer for buffer in buffers if len(buffer)]
         try:
-            if start != self._end:  # the system has read on behind the last read, in vain
-                forget(self._descriptor, self._end, AHEAD)
+            if not 0 <= start - self._end <= SMALL_GAP:  # the system has read on behind the last read, in vain
+                self._forget(self._end + AHEAD)
             while left:
                 count = os.preadv(self._descriptor, _first_bytes(left, PIECE_BYTES), start)
                 if count == 0:
                     raise QuasarError(f"{self.path} is cut short: it has no byte {start}, where weights should be.")
-                forget(self._descriptor, start, count)
                 self._end = start = start + count
+                self._forget(start)
                 left = _behind(left, count)
         except OSError as error:
             raise QuasarError(f"{self.path} cannot be read: {reason(error)}.") from error
+
+    def _forget(self, until: int) -> None:
+        """Drop what was read last, up to that byte, from the page cache."""
+        begin = max(self._end - PIECE_BYTES - BEHIND, 0)
+        forget(self._descriptor, begin, until - begin)
 
     def _look(self) -> tuple[int, int]:
         found = os.fstat(self._descriptor)

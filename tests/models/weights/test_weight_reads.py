@@ -121,10 +121,31 @@ def test_loading_for_streams_leaves_no_pages_behind(tmp_path: Path, monkeypatch:
         assert found[file] >= set(range(first, file.stat().st_size))
 
 
-def test_what_the_system_read_ahead_in_vain_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[OpenFile, list[tuple[int, int]]]:
+    """A file that is read in pieces of 100 bytes at most, and what of it the system is told to forget, begins and ends."""
     (tmp_path / "file").write_bytes(bytes(5000))
-    file, asked = OpenFile(tmp_path / "file"), list[tuple[int, int]]()
-    monkeypatch.setattr(weight_reads, "forget", lambda descriptor, start, count: asked.append((start, count)))
-    for start in (0, 100, 1000):  # the second goes on where the first ended
+    asked = list[tuple[int, int]]()
+    monkeypatch.setattr(
+        weight_reads, "forget", lambda descriptor, start, count: asked.append((start, start + count))
+    )
+    for name, size in (("PIECE_BYTES", 100), ("BEHIND", 250), ("AHEAD", 700), ("SMALL_GAP", 10)):
+        monkeypatch.setattr(weight_reads, name, size)
+    return OpenFile(tmp_path / "file"), asked
+
+
+def test_pages_that_a_read_has_ended_in_are_forgotten_by_a_later_one(
+    ranges: tuple[OpenFile, list[tuple[int, int]]],
+) -> None:
+    """As the system lets go of groups of pages, and of none that it is told a part of."""
+    file, asked = ranges
+    file.read(0, memoryview(bytearray(300)))
+    file.read(300, memoryview(bytearray(200)))
+    assert asked == [(0, 100), (0, 200), (0, 300), (50, 400), (150, 500)]
+
+
+def test_what_the_system_read_ahead_in_vain_is_forgotten(ranges: tuple[OpenFile, list[tuple[int, int]]]) -> None:
+    file, asked = ranges
+    for start in (0, 110, 1000, 990):  # the second nearly goes on where the first ended
         file.read(start, memoryview(bytearray(100)))
-    assert asked == [(0, 100), (100, 100), (200, weight_reads.AHEAD), (1000, 100)]
+    assert asked == [(0, 100), (0, 210), (0, 910), (750, 1100), (750, 1800), (740, 1090)]
