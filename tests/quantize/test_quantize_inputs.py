@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from quasar_cli.main import run
 from quasar_core.errors import QuasarError, UsageError
+from quasar_core.quantize import text_log
 
 pytest_plugins = ["helpers.quantize_fixtures"]
 WEIGHTS = "model.safetensors"
@@ -168,10 +169,20 @@ def test_two_runs_at_once(source: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "file"), [(3_000, "seed-1-row-0.safetensors"), (20_000, "calibration.safetensors"), (50_000, "shard-0")]
+    ("seconds", "room", "file"),
+    [
+        (0.0, 3_000, r"\.partial"),
+        (1e9, 3_000, r"seed-1-row-0\.safetensors"),
+        (1e9, 20_000, r"calibration\.safetensors"),
+        (1e9, 50_000, "shard-0"),
+    ],
 )
-def test_a_full_disk(source: Path, room: int, file: str) -> None:
-    """The system refuses files beyond some size; with room again, the same command goes on to the same tensors."""
+def test_a_full_disk(source: Path, seconds: float, room: int, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system refuses files beyond some size; with room again, the same command goes on to the same tensors.
+
+    Text is logged as often as every so many seconds.
+    """
+    monkeypatch.setattr(text_log, "SECONDS", seconds)
     config = replace(CONFIG, fidelity_rows=1, samples=3)
     straight = tensors_of(Path(quantize(source, config, output=source.parent / "straight").checkpoint))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -126,9 +126,7 @@ def ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[OpenFile, l
     """A file that is read in pieces of 100 bytes at most, and what of it the system is told to forget, begins and ends."""
     (tmp_path / "file").write_bytes(bytes(5000))
     asked = list[tuple[int, int]]()
-    monkeypatch.setattr(
-        weight_reads, "forget", lambda descriptor, start, count: asked.append((start, start + count))
-    )
+    monkeypatch.setattr(weight_reads, "forget", lambda descriptor, start, count: asked.append((start, start + count)))
     for name, size in (("PIECE_BYTES", 100), ("BEHIND", 250), ("AHEAD", 700), ("SMALL_GAP", 10)):
         monkeypatch.setattr(weight_reads, name, size)
     return OpenFile(tmp_path / "file"), asked
