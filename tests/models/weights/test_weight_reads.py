@@ -123,7 +123,7 @@ def test_loading_for_streams_leaves_no_pages_behind(tmp_path: Path, monkeypatch:
 
 @pytest.fixture
 def ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[OpenFile, list[tuple[int, int]]]:
-    """A file that is read in pieces of 100 bytes at most, and what of it the system is told to forget, begins and ends."""
+    """A file that is read in pieces of 100 bytes at most, and begins and ends of what the system is told to forget."""
     (tmp_path / "file").write_bytes(bytes(5000))
     asked = list[tuple[int, int]]()
     monkeypatch.setattr(weight_reads, "forget", lambda descriptor, start, count: asked.append((start, start + count)))
