@@ -183,6 +183,7 @@ def test_a_full_disk(source: Path, seconds: float, room: int, file: str, monkeyp
     Text is logged as often as every so many seconds.
     """
     monkeypatch.setattr(text_log, "SECONDS", seconds)
+    monkeypatch.setattr(text_log, "SHARE", 0)
     config = replace(CONFIG, fidelity_rows=1, samples=3)
     straight = tensors_of(Path(quantize(source, config, output=source.parent / "straight").checkpoint))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
