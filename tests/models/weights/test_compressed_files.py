@@ -131,7 +131,9 @@ def test_it_is_written_once_and_goes_on_where_it_was_interrupted(model: Path, mo
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from quasar_core.kernels.cpu.library import library
 from quasar_core.models.weights.compressed_files import make_copy
+library()  # which may be compiled, and written, first
 written, fsync = [], os.fsync
 
 def kill_in_the_third(file):
