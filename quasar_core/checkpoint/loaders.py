@@ -9,7 +9,9 @@ The rules as of late 2026, read in their sources; vLLM's CPU build, GPTQModel an
 - SGLang 0.5.23 (`quantization/gptq/`, `quantization/__init__.py`): on NVIDIA's GPUs by Marlin alone, without padding;
   exllama's kernel, which earlier versions had for other codes, is gone.
 - GPTQModel 7.6 (`nn_modules/qlinear/torch.py`): every width; groups of 16 to 1024 or one per output; sizes of any kind.
-- transformers 5 with optimum 2: what GPTQModel takes, but one width for all layers, and no quantized head.
+  It splits what a family stores as one layer of gate and up, and renames some experts, before it looks for codes.
+- transformers 5 with optimum 2: what GPTQModel's kernel takes, but one width for all layers, and no quantized head. It
+  holds all experts of a block in one tensor, and leaves their codes unread without a word.
 
 vLLM and SGLang multiply by q, k and v at once, and by gate and up: they ask the rules of `dynamic` for the fused
 product's name, and read its parts at that one width. GPTQModel asks for each layer's own name.
@@ -135,13 +137,7 @@ def judge_sglang(layers: Sequence[StoredLayer], config: Config) -> Verdict:
 def judge_gptqmodel(layers: Sequence[StoredLayer], config: Config) -> Verdict:
     """By its kernel in PyTorch, which takes most."""
 
-    def rule(layer: StoredLayer) -> str | None:
-        if layer.group_size in (*GPTQMODEL_GROUP_SIZES, layer.in_features):
-            return _why_other_width(layer, config)
-        sizes = ", ".join(map(str, GPTQMODEL_GROUP_SIZES[1:]))
-        return f"it takes groups of {sizes} or a whole row, not {layer.group_size}"
-
-    return _judge(layers, rule)
+    return _judge(layers, lambda layer: _why_not_gptqmodel_names(layer.name) or _why_not_its_kernel(layer, config))
 
 
 def judge_transformers(layers: Sequence[StoredLayer], config: Config) -> Verdict:
@@ -150,12 +146,14 @@ def judge_transformers(layers: Sequence[StoredLayer], config: Config) -> Verdict
     def rule(layer: StoredLayer) -> str | None:
         if layer.name == "lm_head":
             return "optimum knows no quantized head"
+        if ".experts." in layer.name:
+            return "it holds all experts in one tensor, and reads no codes of theirs"
         if _width_of(layer) != _whole_row(layer, config.usual):
             return f"optimum reads all layers at {_words(config.usual)}, and this one has {_words(_width_of(layer))}"
         return None
 
     verdict = _judge(layers, rule)
-    return verdict if verdict.refused else judge_gptqmodel(layers, config)
+    return verdict if verdict.refused else _judge(layers, lambda layer: _why_not_its_kernel(layer, config))
 
 
 LOADERS: Mapping[str, Callable[[Sequence[StoredLayer], Config], Verdict]] = {
@@ -205,6 +203,22 @@ def _judge_fused(layers: Sequence[StoredLayer], config: Config, rule: Rule) -> V
         for name, parts in products.items()
     )
     return _judge(joined, whole_rule)
+
+
+def _why_not_gptqmodel_names(name: str) -> str | None:
+    """Tried with a small model of every architecture of the lean decoder (`tests/interop/test_families.py`)."""
+    if name.endswith(".gate_up_proj"):
+        return "it reads gate and up as two layers"
+    if ".block_sparse_moe.experts." in name:
+        return "it looks for experts under other names"
+    return "it fails on Mamba's layers" if ".mamba." in name else None
+
+
+def _why_not_its_kernel(layer: StoredLayer, config: Config) -> str | None:
+    if layer.group_size in (*GPTQMODEL_GROUP_SIZES, layer.in_features):
+        return _why_other_width(layer, config)
+    sizes = ", ".join(map(str, GPTQMODEL_GROUP_SIZES[1:]))
+    return f"it takes groups of {sizes} or a whole row, not {layer.group_size}"
 
 
 def _why_other_width(layer: StoredLayer, config: Config) -> str | None:

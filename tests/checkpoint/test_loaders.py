@@ -74,6 +74,23 @@ def test_groups_that_few_know() -> None:
     assert describe_loaders(layers, config)["GPTQModel"] == f"{told} ({ATTENTION}.q_proj and 5 more)"
 
 
+@pytest.mark.parametrize(
+    ("name", "loaders", "reason"),
+    [
+        (f"{MLP}.gate_up_proj", {"GPTQModel"}, "gate and up as two layers"),
+        (f"{MLP}.experts.3.up_proj", {"transformers"}, "all experts in one tensor"),
+        ("model.layers.0.block_sparse_moe.experts.3.w1", {"GPTQModel", "transformers"}, "experts"),
+        ("model.layers.0.mamba.in_proj", {"GPTQModel"}, "Mamba"),
+        (f"{MLP}.shared_expert.up_proj", set(), ""),
+    ],
+)
+def test_names_that_some_do_not_look_for(name: str, loaders: set[str], reason: str) -> None:
+    layers = [StoredLayer(name, 1024, 1024, 4, 128)]
+    assert refusing(layers, section()) == loaders
+    for loader in loaders:
+        assert reason in describe_loaders(layers, section())[loader]
+
+
 def test_sizes_that_fit_no_tile() -> None:
     """vLLM pads them on a GPU; SGLang does not, and vLLM's CPU kernel takes multiples of 32."""
     odd = [StoredLayer("up", 1024, 1000, 4, 128)]
