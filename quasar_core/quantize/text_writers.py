@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.decoder.prepacked import prepack
 from quasar_core.models.decoder.rows import Attend, RowsCache, pass_rows, text_bytes
-from quasar_core.models.hf.cache import PreallocatedCache, RecurrentCache, recurrent_layers
+from quasar_core.models.hf.cache import PreallocatedCache, RecurrentCache, cache_argument, recurrent_layers
 from quasar_core.quantize.solve import cpp
 
 # Where nobody has asked what is free.
@@ -191,7 +191,8 @@ class TransformersRows:
 
     def next_logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """See `Rows`. For the last of several tokens, PyTorch's CPU product copies the head for every row."""
-        output: Any = self._model(input_ids=tokens[:, None], past_key_values=self._cache, use_cache=True)
+        options: dict[str, Any] = {cache_argument(type(self._model)): self._cache}
+        output: Any = self._model(input_ids=tokens[:, None], use_cache=True, **options)
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
     def states(self, begin: int, end: int) -> dict[str, torch.Tensor] | None:

@@ -6,6 +6,7 @@ token a pass, as transformers does: `--verify full --draft none`.
 Letters: B batch (1 when generating), H key-value heads, D head size.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,19 @@ def recurrent_layers(config: PretrainedConfig) -> str | None:
 def recurrent_layers_of(folder: Path, trust_remote_code: bool = False) -> str | None:
     """The same of a model's folder."""
     return recurrent_layers(read_model_config(folder, trust_remote_code))
+
+
+# What classes call their cache; Mamba's changed its name in transformers 5.24.
+_ARGUMENTS = ("past_key_values", "cache_params", "cache")
+
+
+def cache_argument(model: type) -> str:
+    """The name under which a class takes its cache; QuasarError where it has none, and would drop what it is given."""
+    known = inspect.signature(model.forward).parameters  # type: ignore[attr-defined]
+    found = next((name for name in _ARGUMENTS if name in known), None)
+    if found is None:
+        raise QuasarError(f"{model.__name__} takes no cache, as far as is known here, so it cannot generate.")
+    return found
 
 
 class RecurrentCache(DynamicCache):

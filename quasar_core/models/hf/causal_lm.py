@@ -17,7 +17,13 @@ from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.base import CausalLM
 from quasar_core.models.decoder.two_tables import PIECE
-from quasar_core.models.hf.cache import PreallocatedCache, RecurrentCache, TwoTableCache, recurrent_layers
+from quasar_core.models.hf.cache import (
+    PreallocatedCache,
+    RecurrentCache,
+    TwoTableCache,
+    cache_argument,
+    recurrent_layers,
+)
 from quasar_core.models.hf.experts import separate_experts
 from quasar_core.models.hf.rope import TextRope
 from quasar_core.models.hf.skeleton import Weights, build_empty, build_skeleton, clone_structure, read_model_config
@@ -38,7 +44,7 @@ class TransformersLM(CausalLM):
         self.rope = None if recurrent_layers(model.config) else TextRope.of(model)
         self.left_out: list[str] = []  # tensors of the files that the model has no place for
         known = inspect.signature(type(model).forward).parameters
-        self._cache_argument = "cache_params" if "cache_params" in known else "past_key_values"
+        self._cache_argument = cache_argument(type(model))
         self._keeps_last = "logits_to_keep" in known
 
     @property
