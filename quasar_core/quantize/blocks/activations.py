@@ -144,7 +144,7 @@ BATCH_TOKENS, BATCH_VALUES = 2048, 2**21
 # Wraps hidden states [B, L, H] as a block returns them.
 Form = Callable[[torch.Tensor], Any]
 # Arguments of blocks that concern the KV cache, by the names that architectures give them.
-_OF_THE_CACHE = ("past_key_values", "past_key_value", "layer_past", "use_cache")
+_OF_THE_CACHE = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache", "use_cache")
 
 
 class Stop(Exception):
