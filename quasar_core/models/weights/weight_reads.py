@@ -18,6 +18,7 @@ from quasar_core.page_cache import forget
 from quasar_core.store.safetensors_header import TensorEntry
 
 PIECE_BYTES = 8 << 20  # of one read
+MOST_BUFFERS = 1024  # that one read fills: the system refuses more
 AHEAD = 32 << 20  # that a system may read ahead
 # Linux keeps pages in groups of up to some megabytes, and lets go of whole groups alone: one that a read has ended in
 # leaves with a later one.
@@ -99,7 +100,7 @@ def replaced(path: Path) -> QuasarError:
 def _first_bytes(buffers: Sequence[memoryview], most: int) -> list[memoryview]:
     """What a read of at most so many bytes fills."""
     found = []
-    for buffer in buffers:
+    for buffer in buffers[:MOST_BUFFERS]:
         found.append(buffer[:most])
         most -= len(found[-1])
         if most == 0:

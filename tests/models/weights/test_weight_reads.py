@@ -147,3 +147,14 @@ def test_what_the_system_read_ahead_in_vain_is_forgotten(ranges: tuple[OpenFile,
     for start in (0, 110, 1000, 990):  # the second nearly goes on where the first ended
         file.read(start, memoryview(bytearray(100)))
     assert asked == [(0, 100), (0, 210), (0, 910), (750, 1100), (750, 1800), (740, 1090)]
+
+
+def test_more_weights_lie_together_than_one_read_may_fill(tmp_path: Path) -> None:
+    """As those of many small experts: Linux refuses a read into more than 1,024 buffers."""
+    stored = {f"w{i:04d}": torch.randn(3) for i in range(1100)}
+    save_file(stored, tmp_path / "model.safetensors")
+    places = {name: torch.empty(3) for name in stored}
+    weights = weights_of(tmp_path, places)
+    assert [len(run) for run in runs_of(weights)] == [len(stored)]
+    read_weights(weights)
+    assert all(torch.equal(places[name], stored[name]) for name in stored)
