@@ -155,8 +155,10 @@ def pair_of(folder: Path, kind: str, dtype: torch.dtype = FLOAT) -> tuple[Pair, 
 @pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_head_of_any_weights_changes_no_text(
-    tmp_path: Path, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    if dtype == torch.bfloat16:
+        request.getfixturevalue("cpp_pass")  # what PyTorch rounds to 16 bits depends on the rows beside it
     monkeypatch.setattr(guessers, "share_of_pass", lambda *_: 0.1)
     pair, _ = pair_of(tmp_path, kind, dtype)
     plain = Generator(pair, GenerationConfig(30, "full", "none"))
