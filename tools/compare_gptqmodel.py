@@ -133,7 +133,8 @@ def measure_checkpoint(model: str, folder: Path, checkpoint: Path, rows: int) ->
     source, text = resolve_model(model), load_file(folder / TEXT)
     target = open_target(source.folder, CPU, dtype_of_source(source.folder, "auto", CPU)[0])
     found = VerifierCheckpoint(checkpoint)
-    calibration = Calibration("self", text["samples"], text["held_out"][:rows], text["greedy"][:rows], 0)
+    held_out = {name: part[:rows] for name, part in text.items() if name.startswith(("held_out", "greedy"))}
+    calibration = Calibration.of_tensors("self", {**text, **held_out}, 0)
     report = measure(target, open_verifier(found, target), calibration)
     return Measured(checkpoint.name, packed_bytes(found), report)
 
