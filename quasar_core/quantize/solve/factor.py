@@ -34,8 +34,7 @@ class InverseFactor:
         blocks = range(0, len(x), BLOCK)
         for begin in reversed(blocks):
             rows = slice(begin, begin + BLOCK)
-            left = self.unit[rows, : begin + BLOCK].t().contiguous()
-            x[rows] = add_product_(torch.zeros_like(x[rows]), left, x[: begin + BLOCK])
+            x[rows] = self.unit[rows, : begin + BLOCK] @ x[: begin + BLOCK]
         x *= self.pivots[:, None]
         for begin in blocks:
             rows = slice(begin, begin + BLOCK)

@@ -18,7 +18,7 @@ import torch
 
 from quasar_core.errors import QuasarError
 from quasar_core.quantize.solve.cpp import add_token_sums
-from quasar_core.quantize.solve.matmul import add_product_, product, product_of_bf16, sums_pairs
+from quasar_core.quantize.solve.matmul import product, product_of_bf16, sums_pairs
 
 # Float32 values of a batch that are copied at a time: 16 MB.
 COPIED_VALUES = 2**22
@@ -79,7 +79,7 @@ class HessianAccumulator:
         total = self._errors_of(len(weight))
         inputs = symmetrize_(self.sum)
         for rows, some in zip(total.split(PIECE), weight.split(PIECE), strict=True):
-            add_product_(rows, some.float().neg().t().contiguous(), inputs)
+            rows.addmm_(some.float(), inputs, alpha=-1)
 
     def errors(self) -> torch.Tensor | None:
         """Return (2 / n) · Σ e xᵀ [k, in]; None without errors. Consumes the sum: call once."""
@@ -151,7 +151,7 @@ def error_correlation(weights: Mapping[str, torch.Tensor], errors: torch.Tensor)
 
 def _weighted(weight: torch.Tensor, drift: torch.Tensor) -> torch.Tensor:
     """Multiply W [out, in] by ΔX Xᵀ [in, in], some outputs at a time, since the weight may have 16 bits."""
-    correlation = torch.zeros(weight.shape, device=weight.device)
+    correlation = torch.empty(weight.shape, device=weight.device)
     for rows, some in zip(correlation.split(PIECE), weight.split(PIECE), strict=True):
-        add_product_(rows, some.float().t().contiguous(), drift)
+        torch.mm(some.float(), drift, out=rows)
     return correlation
