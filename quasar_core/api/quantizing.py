@@ -16,7 +16,7 @@ from quasar_core.models.device import choose_device
 from quasar_core.models.loading import refuse_drafts
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.quantize.blocks.streaming import StreamedModel, open_target
-from quasar_core.quantize.estimate import WholeRun, layer_sizes, over_whole_run, plan_here, with_seconds
+from quasar_core.quantize.estimate import layer_sizes, plan_here, with_seconds
 from quasar_core.quantize.group_size import settle_group_size
 from quasar_core.quantize.handover import finish_earlier
 from quasar_core.quantize.job import Job
@@ -24,6 +24,7 @@ from quasar_core.quantize.plan import Plan, refuse_what_cannot_fit
 from quasar_core.quantize.run import check_request, quantize_checkpoint
 from quasar_core.quantize.solve.cpp import describe_loops
 from quasar_core.quantize.successors import add_successors as count_for_verifier
+from quasar_core.quantize.whole_run import WholeRun, over_whole_run
 from quasar_core.records import Progress, QuantizeReport, Tell, no_progress, tell_nobody
 from quasar_core.store import (
     ModelSource,

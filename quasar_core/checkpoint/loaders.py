@@ -137,7 +137,10 @@ def judge_sglang(layers: Sequence[StoredLayer], config: Config) -> Verdict:
 def judge_gptqmodel(layers: Sequence[StoredLayer], config: Config) -> Verdict:
     """By its kernel in PyTorch, which takes most."""
 
-    return _judge(layers, lambda layer: _why_not_gptqmodel_names(layer.name) or _why_not_its_kernel(layer, config))
+    def rule(layer: StoredLayer) -> str | None:
+        return _why_not_gptqmodel_names(layer.name) or _why_not_gptqmodel_kernel(layer, config)
+
+    return _judge(layers, rule)
 
 
 def judge_transformers(layers: Sequence[StoredLayer], config: Config) -> Verdict:
@@ -153,7 +156,7 @@ def judge_transformers(layers: Sequence[StoredLayer], config: Config) -> Verdict
         return None
 
     verdict = _judge(layers, rule)
-    return verdict if verdict.refused else _judge(layers, lambda layer: _why_not_its_kernel(layer, config))
+    return verdict if verdict.refused else _judge(layers, lambda layer: _why_not_gptqmodel_kernel(layer, config))
 
 
 LOADERS: Mapping[str, Callable[[Sequence[StoredLayer], Config], Verdict]] = {
@@ -214,7 +217,7 @@ def _why_not_gptqmodel_names(name: str) -> str | None:
     return "it fails on Mamba's layers" if ".mamba." in name else None
 
 
-def _why_not_its_kernel(layer: StoredLayer, config: Config) -> str | None:
+def _why_not_gptqmodel_kernel(layer: StoredLayer, config: Config) -> str | None:
     if layer.group_size in (*GPTQMODEL_GROUP_SIZES, layer.in_features):
         return _why_other_width(layer, config)
     sizes = ", ".join(map(str, GPTQMODEL_GROUP_SIZES[1:]))

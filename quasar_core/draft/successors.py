@@ -26,6 +26,11 @@ CLASSES = (26, 51, 77, 115, 153, 191, 230)  # odds from which on a token is one 
 SHORTEST_ODDS = 0.02  # of a chain that is this unlikely to hold to its end, more would be read by nobody
 
 
+def width_of(vocabulary: int) -> int:
+    """How many of a row's likeliest tokens count; none of a vocabulary too large for the keys of contexts."""
+    return min(WIDTH, vocabulary) if vocabulary <= MOST_TOKENS else 0
+
+
 @dataclass(frozen=True)
 class KnownSuccessors:
     """The likeliest successors of contexts of one to three tokens, and their probabilities in 255ths.

@@ -18,12 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from quasar_core.config import QuantizeConfig
 from quasar_core.decode.text import render, text_of
+from quasar_core.draft.successors import width_of
 from quasar_core.errors import QuasarError, UsageError, foreign_errors
 from quasar_core.files import is_file, opened, parse_json, read_text, require_characters
 from quasar_core.quantize.conversation import text_opening
 from quasar_core.quantize.logit_rows import Likeliest
 from quasar_core.quantize.self_text import write_self_text
-from quasar_core.quantize.text_batch import Asked
+from quasar_core.quantize.text_batch import NOTHING, Asked
 from quasar_core.quantize.text_writers import Writer
 from quasar_core.records import Progress, no_progress
 
@@ -90,11 +91,11 @@ def load_calibration(
     max_context: int,
     progress: Progress = no_progress,
     kept: Path | None = None,
-    width: int | None = None,
+    by_target: bool = False,
 ) -> Calibration:
     """Load the calibration that `--calibration` names; a folder `kept` keeps the model's text as it is written.
 
-    With a `width`, the writer is the target, and what it found is returned, so many of the likeliest tokens among it.
+    Where the writer is the target, what its passes find is returned, too.
     """
     length = min(config.calibration_length, max_context)
     given = None  # cut first: a text that is too short is refused before the model writes any
@@ -110,11 +111,12 @@ def load_calibration(
         progress=progress,
         stage="writing held-out text",
         kept=kept,
-        asked=Asked(hidden=width is not None),
+        asked=Asked(hidden=True) if by_target else NOTHING,
     )
     found = hidden = None
     if given is None:
-        rows, asked = config.texts + held_out_rows(config), Asked(config.texts, width or 0, width is not None)
+        rows = config.texts + held_out_rows(config)
+        asked = Asked(config.texts, width_of(writer.vocab_size), hidden=True) if by_target else NOTHING
         text = write_self_text(writer, tokenizer, rows, length, config.seed, progress=progress, kept=kept, asked=asked)
         given = text.tokens[: config.texts], text.tokens[config.texts :]
         found, hidden = text.likeliest, text.hidden

@@ -116,10 +116,13 @@ def read_rows(model: Readable, texts: Sequence[torch.Tensor], stage: str, progre
     return RowsRead(model.ends(), list(zip(texts, states, strict=True)))
 
 
-def target_read(target: Readable, calibration: Calibration, progress: Progress = no_progress) -> RowsRead:
-    """The target as it has read the held-out and greedy rows, or as it wrote them."""
-    texts = [calibration.held_out[:, :-1], calibration.greedy[:, :-1]]  # the last token is only predicted
-    known = [calibration.held_out_hidden, calibration.greedy_hidden]
+def read_unknown(
+    target: Readable,
+    texts: Sequence[torch.Tensor],
+    known: Sequence[torch.Tensor | None],
+    progress: Progress = no_progress,
+) -> RowsRead:
+    """The target with every row of texts [n, T]; those whose hidden states are not known pass through its blocks."""
     unread = [rows for rows, hidden in zip(texts, known, strict=True) if hidden is None]
     states = iter(read_states(target, unread, "measuring fidelity: target", progress) if unread else ())
     found = [next(states) if hidden is None else hidden for hidden in known]
@@ -155,8 +158,8 @@ def measure(
 
     `in_use` is the same verifier with the kernel that decoding runs, whose price is measured too.
     """
-    texts = [calibration.held_out[:, :-1], calibration.greedy[:, :-1]]
-    p = target_read(target, calibration, progress)
+    texts = [calibration.held_out[:, :-1], calibration.greedy[:, :-1]]  # the last token is only predicted
+    p = read_unknown(target, texts, [calibration.held_out_hidden, calibration.greedy_hidden], progress)
     q = read_rows(verifier, texts, "measuring fidelity: verifier", progress)
     report = measure_fidelity(
         p,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from quasar_core.config import QuantizeConfig
-from quasar_core.draft.successors import WIDTH
+from quasar_core.draft.successors import width_of
 from quasar_core.errors import QuasarError
 from quasar_core.quantize.blocks.activations import batch_tokens
 from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows
@@ -33,6 +33,7 @@ SQUARE_COPIES, ROW_COPIES = 2, 12
 # Of what the solver's tensors take at their worst moment, at least so much again is planned beside them: for workspaces
 # of linear algebra libraries and freed memory that the C library keeps.
 SOLVER_RESERVE = 0.1
+LIKELY_BYTES = 12  # of a likely token: its id, and its chance
 # 32-bit values per token of a batch, in units of the widest layer's inputs and outputs.
 BATCH_COPIES = 6
 # Of a piece's logits: each model's in the dtype of the passes and in 32 bits, and what comparing them makes.
@@ -206,12 +207,10 @@ def text_bytes(shape: Shape, config: QuantizeConfig, text: TextPlan) -> int:
 
 def found_bytes(shape: Shape, config: QuantizeConfig, text: TextPlan) -> int:
     """What the target's passes have found while it wrote: likeliest tokens, and hidden states of what is held out."""
-    writes_all = config.calibration == "self"
-    counted = config.texts * config.calibration_length if writes_all and text.is_targets else 0
-    remembered = held_out_rows(config) * (GREEDY_LENGTH + (config.calibration_length if writes_all else 0))
-    if not text.remembers:
-        remembered = 0
-    return 12 * WIDTH * counted + remembered * shape.hidden * text.element
+    length = config.calibration_length if config.calibration == "self" else 0  # beside greedy rows
+    likeliest = LIKELY_BYTES * width_of(shape.vocabulary) * config.texts * length if text.by_target else 0
+    hidden = text.element * shape.hidden * held_out_rows(config) * (GREEDY_LENGTH + length) if text.remembers else 0
+    return likeliest + hidden
 
 
 def copy_on_disk(text: TextPlan) -> int:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.draft.successor_file import write_successors
-from quasar_core.draft.successors import KnownSuccessors
+from quasar_core.draft.successors import KnownSuccessors, width_of
 from quasar_core.errors import foreign_errors
 from quasar_core.files import exists, require_regular, write_json
 from quasar_core.malloc import keep_freed_memory
@@ -52,7 +52,7 @@ from quasar_core.quantize.mixed_precision import (
     trial_folder,
 )
 from quasar_core.quantize.optimum_backend import check_optimum, quantize_with_optimum
-from quasar_core.quantize.successors import known_successors, read_likeliest, rows_to_count, width_of
+from quasar_core.quantize.successors import known_successors, read_likeliest, rows_to_count
 from quasar_core.quantize.text_plan import TextPlan, open_writer
 from quasar_core.records import Progress, QuantizeReport, no_progress
 
@@ -159,8 +159,9 @@ def calibrate(
     limit = position_limit(target.skeleton.config.get_text_config()) or UNLIMITED
     shutil.rmtree(job.rounded, ignore_errors=True)  # of a run that was interrupted
     writer = open_writer(job.source, target, text, progress, job.rounded)
-    width = width_of(target.vocab_size) if text.is_targets else None
-    calibration = load_calibration(writer, tokenizer, job.config, limit, progress, job.written_text, width)
+    calibration = load_calibration(
+        writer, tokenizer, job.config, limit, progress, job.written_text, by_target=text.by_target
+    )
     del writer
     check_calibration(calibration, target.vocab_size, not job.config.reads_no_text)
     save_tensors(job.calibration, calibration.tensors())

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from quasar_core.draft.successor_file import write_successors
-from quasar_core.draft.successors import MOST_TOKENS, WIDTH, KnownSuccessors, count_successors
+from quasar_core.draft.successors import KnownSuccessors, count_successors, width_of
 from quasar_core.errors import QuasarError, UsageError, foreign_errors
 from quasar_core.models.base import CausalLM
 from quasar_core.models.context import UNLIMITED, position_limit
@@ -51,16 +51,6 @@ def known_successors(samples: torch.Tensor, found: Likeliest) -> KnownSuccessors
     return count_successors(samples.numpy().astype(np.int64), best.numpy().astype(np.int64), odds.numpy())
 
 
-def can_be_counted(vocabulary: int) -> bool:
-    """Whether a vocabulary of so many tokens fits the file's keys."""
-    return vocabulary <= MOST_TOKENS
-
-
-def width_of(vocabulary: int) -> int:
-    """How many of a row's likeliest tokens count; none of a vocabulary that does not fit."""
-    return min(WIDTH, vocabulary) if can_be_counted(vocabulary) else 0
-
-
 def rows_to_count(samples: torch.Tensor) -> int:
     """How many of the samples [N, L] are read, one at least."""
     return min(max(MOST_READ // samples.shape[1], 1), len(samples))
@@ -76,12 +66,12 @@ def add_successors(
     made_from = (read_card(job.output) or {}).get("target")
     if not isinstance(made_from, dict) or made_from.get("fingerprint") != job.fingerprint:
         raise UsageError(f"{job.output} is no verifier of {job.target_name}: name it with --output, or make one first.")
-    if not can_be_counted(target.vocab_size):
+    if not width_of(target.vocab_size):
         raise QuasarError(f"A vocabulary of {target.vocab_size:,} tokens is too large for a file of successors.")
     limit = position_limit(target.skeleton.config.get_text_config()) or UNLIMITED
     writer = open_writer(job.source, target, plan_text(job.source, target, Free(free_memory(), free_on(target.device))))
     config = replace(job.config, rounding="gptq")  # which reads text
-    calibration = load_calibration(writer, tokenizer, config, limit, progress, width=width_of(target.vocab_size))
+    calibration = load_calibration(writer, tokenizer, config, limit, progress, by_target=True)
     del writer
     samples, found = calibration.samples[: rows_to_count(calibration.samples)], calibration.likeliest
     if found is None:

@@ -3,7 +3,7 @@
 A log is of one batch of rows: a line of JSON that tells which, then records, appended and synced every few seconds.
 A record holds new columns, tokens among them, and what their passes have left: keys and values. With these, every later
 step computes what it would have computed, to the last bit. Passing the tokens anew would be another product, with other
-rounding. Letters: B rows of a batch, T positions of a record, K likeliest tokens.
+rounding. Letters: B rows of a batch, T positions of a record.
 """
 
 import json
@@ -28,9 +28,7 @@ SECONDS = 2.0  # of work that may be lost
 SHARE = 20  # of the time goes at most one part in so many into keeping
 TOKENS = "tokens"  # the column that every batch has
 _HEAD = 12  # bytes before a record: its length, and its check sum
-
-
-Columns = dict[str, list[torch.Tensor]]  # what a batch has of each position, [B] or [B, K], by name
+Columns = dict[str, list[torch.Tensor]]  # by name, what a batch has of each position: tokens [B], others of some rows
 
 
 class TextLog:
@@ -47,7 +45,7 @@ class TextLog:
         return self._identity.encode() + b"\n"
 
     def finished(self) -> dict[str, torch.Tensor] | None:
-        """Read the columns, [B, L] or [B, L, K], of a batch that was written to its end."""
+        """Read the columns of a batch that was written to its end, positions beside one another."""
         if not self._whole.exists():
             return None
         try:
@@ -88,7 +86,7 @@ class TextLog:
         self._next = now + max(SECONDS, SHARE * (now - begin))
 
     def finish(self, columns: Mapping[str, torch.Tensor]) -> None:
-        """Keep a batch that is written to its end, columns [B, L] or [B, L, K]."""
+        """Keep a batch that is written to its end, as `finished` reads it."""
         self._path.parent.mkdir(exist_ok=True)
         identity = torch.tensor(list(self._identity.encode()), dtype=torch.uint8)
         save_tensors(self._whole, {**columns, "identity": identity})

@@ -51,14 +51,14 @@ class TextPlan:
     copy_bits: int | None = None
 
     @property
-    def is_targets(self) -> bool:
-        """Whether the passes are the target's, and what they find is the target's opinion."""
+    def by_target(self) -> bool:
+        """Whether it is the target that writes, and not a rounded copy of it."""
         return self.copy_bits is None
 
     @property
     def remembers(self) -> bool:
         """Whether what the target leaves behind its last block is known of the text that it writes."""
-        return self.is_targets and self.why_not_lean is None
+        return self.by_target and self.why_not_lean is None
 
     @property
     def element(self) -> int:

@@ -16,9 +16,10 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.quantize import estimate
 from quasar_core.quantize.blocks.streaming import open_target
 from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS
-from quasar_core.quantize.estimate import Rates, Work, about, count_work, measure_rates, shape_of
+from quasar_core.quantize.estimate import Rates, about, measure_rates, shape_of
 from quasar_core.quantize.plan import Shape
 from quasar_core.quantize.text_plan import Free, TextPlan, plan_text
+from quasar_core.quantize.work import LAUNCHES, Work, count_work
 from quasar_core.system import Load
 from quasar_core.timing import Timing
 
@@ -76,7 +77,7 @@ def test_work_grows_with_what_there_is_to_do() -> None:
     longer = count_work(shape(1), replace(CONFIG, samples=80), 40, LEAN)
     assert longer.sums > one.sums
     assert longer.matrices == one.matrices
-    assert longer.launches == one.launches + 2 * 64 * estimate.LAUNCHES  # 112 rows, 40 at a time
+    assert longer.launches == one.launches + 2 * 64 * LAUNCHES  # 112 rows, 40 at a time
     foreign = count_work(shape(1), replace(CONFIG, calibration="text.txt"), 40, LEAN)
     assert foreign.passes > one.passes
     assert foreign.steps < one.steps  # the greedy text alone

@@ -15,9 +15,9 @@ from quasar_core.errors import UsageError
 from quasar_core.quantize import calibration, job
 from quasar_core.quantize.blocks import rounding
 from quasar_core.quantize.blocks.rounding import rounded
-from quasar_core.quantize.estimate import count_work
 from quasar_core.quantize.plan import Shape, activation_bytes, batch_bytes
 from quasar_core.quantize.solve.gptq import SolverConfig
+from quasar_core.quantize.work import count_work
 
 NEAREST = QuantizeConfig(group_size=32, samples=6, seq_len=24, rounding="nearest", lm_head_bits=8)
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import transformers
-from helpers.families import QUANTIZED, RECURRENT
 
 from quasar_core.errors import QuasarError
 from quasar_core.models.hf.cache import cache_argument
@@ -28,9 +27,3 @@ def test_a_class_is_given_its_cache_by_its_own_name() -> None:
     assert cache_argument(transformers.LlamaForCausalLM) in ("past_key_values", "cache")  # as from transformers 5.24
     with pytest.raises(QuasarError, match="Without takes no cache"):
         cache_argument(Without)
-
-
-@pytest.mark.parametrize("name", [*QUANTIZED, *RECURRENT])
-def test_every_family_takes_one(name: str) -> None:
-    model = type({**QUANTIZED, **RECURRENT}[name]())
-    assert cache_argument(model) in ("past_key_values", "cache_params", "cache")

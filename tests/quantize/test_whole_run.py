@@ -3,8 +3,9 @@
 import pytest
 from quantize.test_duration import BY_A_COPY, BY_TRANSFORMERS, CONFIG, LEAN, shape
 
-from quasar_core.quantize.estimate import NOMINAL, WHOLE, WholeRun, count_work, stage_seconds
 from quasar_core.quantize.text_plan import TextPlan
+from quasar_core.quantize.whole_run import NOMINAL, WHOLE, WholeRun, stage_seconds
+from quasar_core.quantize.work import count_work
 
 EXPECTED = {"writing": 100.0, "quantizing": 300.0, "measuring fidelity": 100.0}
 STAGES = (("writing calibration text", 20), ("quantizing", 30), ("measuring fidelity", 64))
