@@ -1,6 +1,7 @@
 """Let the reads of streamed weights pass no faster than a stated disk would give them."""
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -20,16 +21,18 @@ class SlowDisk:
     ) -> None:
         self.rate, self._read, self._now, self._sleep = rate, read, now, sleep
         self._free_at = 0.0  # when the disk is done with what was asked so far
+        self._one = threading.Lock()
 
     def __call__(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
         """As `os.preadv`."""
-        begun = max(self._free_at, self._now())
-        count = self._read(descriptor, buffers, offset)
-        self._free_at = begun + count / self.rate
-        left = self._free_at - self._now()
-        if left > 0:
-            self._sleep(left)
-        return count
+        with self._one:
+            begun = max(self._free_at, self._now())
+            count = self._read(descriptor, buffers, offset)
+            self._free_at = begun + count / self.rate
+            left = self._free_at - self._now()
+            if left > 0:
+                self._sleep(left)
+            return count
 
 
 def slow_down(rate: float) -> None:

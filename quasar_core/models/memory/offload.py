@@ -78,10 +78,11 @@ class OffloadPlan:
         if not source.pass_bytes:
             return f"offload: all of the target's {self.count} blocks {held}"
         seconds = source.pass_bytes / source.bandwidth if source.bandwidth else 0.0
+        cached = "" if source.direct else " through the page cache (no direct reads of these files here)"
         return (
             f"offload: {self.count - len(self.streamed)} of the target's {self.count} blocks {held}; "
             f"{len(self.streamed)} are {self.moves} whenever it passes, {gigabytes(source.pass_bytes)} GB in "
-            f"{seconds:.2g} s at {gigabytes(source.bandwidth)} GB a second{self._describe_longest()}"
+            f"{seconds:.2g} s at {gigabytes(source.bandwidth)} GB a second{cached}{self._describe_longest()}"
         )
 
     @property

@@ -12,11 +12,12 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 PATIENCE = 1.0  # seconds that a program which ends waits for work that has begun
 
-_Work = tuple[Future[None], Callable[..., None], tuple[Any, ...]]
+T = TypeVar("T")
+_Work = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 
 class Background:
@@ -30,10 +31,15 @@ class Background:
         weakref.finalize(self, self._waiting.put, None).atexit = False
         _RUNNING.add(self)
 
-    def submit(self, work: Callable[..., None], *given: Any) -> Future[None]:
-        """Have something done behind all that was asked for before; what it raises is the future's."""
-        done = Future[None]()
+    def submit(self, work: Callable[..., T], *given: Any) -> Future[T]:
+        """Have something done behind all that was asked for before; what it raises is the future's.
+
+        Cancelled where the program ends first.
+        """
+        done = Future[T]()
         self._waiting.put((done, work, given))
+        if self._ending.is_set():
+            done.cancel()
         return done
 
     def end(self, patience: float) -> None:
@@ -53,10 +59,13 @@ def _end_all() -> None:
 
 
 def _do_in_turn(waiting: "SimpleQueue[_Work | None]", ending: threading.Event) -> None:
-    while (one := waiting.get()) is not None and not ending.is_set():
+    while (one := waiting.get()) is not None:
         done, work, given = one
-        try:
-            done.set_result(work(*given))
-        except BaseException as error:  # whoever waits is told
-            done.set_exception(error)
+        if ending.is_set():
+            done.cancel()
+        elif done.set_running_or_notify_cancel():
+            try:
+                done.set_result(work(*given))
+            except BaseException as error:  # whoever waits is told
+                done.set_exception(error)
         del one, done, work, given  # or the last work's objects would live until the next

@@ -2,8 +2,8 @@
 
 Every pass reads them once, in order. While one block computes, the next is read into the other buffer; behind the last
 one the first two are read again, so that the next pass finds them there, whatever runs meanwhile. Each streamed block
-has its place in one of the two buffers for good, so the weights' addresses do not change. What was read leaves the
-system's page cache at once: it would push out what stays in memory.
+has its place in one of the two buffers for good, so the weights' addresses do not change. Nothing of what was read
+stays in the system's page cache: it would push out what stays in memory.
 """
 
 import time
@@ -81,6 +81,11 @@ class LayerStream:
     def bandwidth(self) -> float:
         """Bytes a second, of all that was read so far."""
         return self.bytes_read / self.seconds_reading if self.seconds_reading else 0.0
+
+    @property
+    def direct(self) -> bool:
+        """Whether all reads pass by the system's page cache."""
+        return all(weight.file.direct for weights in self.weights.values() for weight in weights)
 
     def start(self) -> None:
         """Read the first blocks, and wait for them."""

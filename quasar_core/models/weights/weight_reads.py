@@ -1,10 +1,12 @@
 """Read stored weights straight to their places in memory, in long reads, and leave nothing of the files behind.
 
 Weights that lie one behind the other in a file are read together, whatever the order of their places: a disk gives the
-more bytes a second the longer a read is. What was read leaves the system's page cache at once: it would push out what
-stays in memory, and remains of it keep the system from reading ahead when the same place is read again.
+more bytes a second the longer a read is. They pass by the system's page cache (`direct_reads.py`). Where that cannot
+be, what was read leaves it at once: it would push out what stays in memory, and remains of it keep the system from
+reading ahead when the same place is read again.
 """
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +16,11 @@ import torch
 
 from quasar_core.checkpoint import float8_blocks
 from quasar_core.errors import QuasarError, reason
+from quasar_core.models.weights.direct_reads import DirectFile, EndOfFile
 from quasar_core.page_cache import forget
 from quasar_core.store.safetensors_header import TensorEntry
 
-PIECE_BYTES = 8 << 20  # of one read
+PIECE_BYTES = 8 << 20  # of one read through the page cache
 MOST_BUFFERS = 1024  # that one read fills: the system refuses more
 AHEAD = 32 << 20  # that a system may read ahead
 # Linux keeps pages in groups of up to some megabytes, and lets go of whole groups alone: one that a read has ended in
@@ -45,6 +48,12 @@ class OpenFile:
         except OSError as error:
             raise QuasarError(f"{path} cannot be read: {reason(error)}.") from error
         self._state, self._end = self._look(), 0
+        self._direct = DirectFile.open(path)
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads pass by the system's page cache."""
+        return self._direct is not None
 
     def __del__(self) -> None:
         """Close it."""
@@ -70,17 +79,39 @@ class OpenFile:
         """Fill buffers, one after another, from `start` on; QuasarError where the system refuses or the file ends."""
         left = [buffer for buffer in buffers if len(buffer)]
         try:
-            if not 0 <= start - self._end <= SMALL_GAP:  # the system has read on behind the last read, in vain
-                self._forget(self._end + AHEAD)
-            while left:
-                count = os.preadv(self._descriptor, _first_bytes(left, PIECE_BYTES), start)
-                if count == 0:
-                    raise QuasarError(f"{self.path} is cut short: it has no byte {start}, where weights should be.")
-                self._end = start = start + count
-                self._forget(start)
-                left = _behind(left, count)
+            if not self._read_directly(start, left):
+                self._read_through_cache(start, left)
+        except EndOfFile as error:
+            raise QuasarError(
+                f"{self.path} is cut short: it has no byte {error.place}, where weights should be."
+            ) from error
         except OSError as error:
             raise QuasarError(f"{self.path} cannot be read: {reason(error)}.") from error
+
+    def _read_directly(self, start: int, buffers: Sequence[memoryview]) -> bool:
+        """False where the file system turns out to refuse that; it may open a file so and refuse its reads."""
+        if self._direct is None:
+            return False
+        try:
+            self._direct.read(start, buffers)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._direct = None
+            return False
+        forget(self._descriptor, start, sum(map(len, buffers)))  # some file systems answer from the cache all the same
+        return True
+
+    def _read_through_cache(self, start: int, left: list[memoryview]) -> None:
+        if not 0 <= start - self._end <= SMALL_GAP:  # the system has read on behind the last read, in vain
+            self._forget(self._end + AHEAD)
+        while left:
+            count = os.preadv(self._descriptor, _first_bytes(left, PIECE_BYTES), start)
+            if count == 0:
+                raise EndOfFile(start)
+            self._end = start = start + count
+            self._forget(start)
+            left = _behind(left, count)
 
     def _forget(self, until: int) -> None:
         """Drop what was read last, up to that byte, from the page cache."""

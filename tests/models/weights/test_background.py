@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import threading
+from concurrent.futures import CancelledError
 
 import pytest
 
@@ -57,6 +58,20 @@ def test_the_thread_ends_with_its_object() -> None:
     gc.collect()
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_who_waits_for_work_that_ending_leaves_out_is_told() -> None:
+    background, begun, go_on = Background("x"), threading.Event(), threading.Event()
+    under_way = background.submit(lambda: begun.set() or go_on.wait(20))
+    left_out = background.submit(lambda: 1)
+    begun.wait(20)
+    background.end(0)
+    go_on.set()
+    with pytest.raises(CancelledError):
+        left_out.result(20)
+    with pytest.raises(CancelledError):
+        background.submit(lambda: 2).result(20)
+    assert under_way.result(20)
 
 
 def test_a_program_ends_although_work_does_not() -> None:

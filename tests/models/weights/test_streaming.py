@@ -24,6 +24,7 @@ from quasar_core.models import loading
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.memory.offload import movable_products
 from quasar_core.models.weights import weight_reads
+from quasar_core.models.weights.direct_reads import DirectFile
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 from quasar_core.models.weights.streaming import LayerStream, StreamedWeights
 
@@ -189,6 +190,12 @@ def test_as_few_blocks_as_there_are_buffers_are_read_once(tmp_path: Path, blocks
 # What fails
 
 
+@pytest.fixture(params=["directly", "through the page cache"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "through the page cache":
+        monkeypatch.setattr(DirectFile, "open", lambda path: None)
+
+
 class Disk:
     """Stands before `os.preadv`: slow, short, failing or interrupting, as a test says."""
 
@@ -207,14 +214,16 @@ def fail() -> None:
     raise OSError(5, "Input/output error")
 
 
+@pytest.mark.usefixtures("either_way")
 def test_short_reads_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path, *CASES["llama"])
     expected = passes(load_target(tmp_path, CPU, FLOAT), random_tokens())
     decoder = streamed(tmp_path, range(4))
-    Disk(monkeypatch).most = 1001
+    Disk(monkeypatch).most = 5001
     assert_same(passes(decoder, random_tokens()), expected)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_read_that_fails_ends_the_answer_and_the_next_one_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,6 +238,7 @@ def test_a_read_that_fails_ends_the_answer_and_the_next_one_is_right(
     assert_same(passes(decoder, random_tokens()), expected)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_file_that_was_cut_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path, *CASES["llama"])
     decoder = streamed(tmp_path, range(4))
@@ -240,6 +250,7 @@ def test_a_file_that_was_cut_is_refused(tmp_path: Path) -> None:
         passes(decoder, random_tokens())
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_file_that_changes_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path, *CASES["llama"])
     decoder = streamed(tmp_path, range(4))
@@ -253,6 +264,7 @@ def test_a_file_that_changes_is_refused(tmp_path: Path) -> None:
         passes(decoder, random_tokens())
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_file_that_is_replaced_is_not_read(tmp_path: Path) -> None:
     """Another file under the same name: the one that was opened is whole."""
     save_model(tmp_path, *CASES["llama"])
@@ -305,6 +317,7 @@ def test_a_dtype_that_is_not_read_is_refused(tmp_path: Path) -> None:
         streamed(tmp_path, range(4))
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_slow_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path, *CASES["llama"])
     expected = passes(load_target(tmp_path, CPU, FLOAT), random_tokens())
@@ -313,6 +326,7 @@ def test_a_slow_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_same(passes(decoder, random_tokens()), expected)
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("reads", range(0, 40, 3))
 def test_an_interrupt_in_a_sweep_leaves_the_next_one_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: int

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.decoder_cases import CASES, CPU, save_model
 from helpers.quantized_decoder import quantize_layers
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -17,6 +17,7 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.models.loading import load_models
 from quasar_core.models.memory.offload import OffloadPlan, movable_products
 from quasar_core.models.weights import weight_reads
+from quasar_core.models.weights.direct_reads import DirectFile
 from quasar_core.models.weights.weight_reads import OpenFile, StoredWeight, read_weights, runs_of
 from quasar_core.store.safetensors_header import read_headers
 
@@ -25,12 +26,26 @@ SIZES = st.lists(
 )
 
 
+@pytest.fixture
+def through_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a file system has no direct reads."""
+    monkeypatch.setattr(DirectFile, "open", lambda path: None)
+
+
+@pytest.fixture(params=["directly", "through the page cache"])
+def either_way(request: pytest.FixtureRequest) -> None:
+    if request.param == "through the page cache":
+        request.getfixturevalue("through_cache")
+
+
 def weights_of(folder: Path, places: dict[str, torch.Tensor]) -> list[StoredWeight]:
     files = TensorFiles(folder)
     opened = {files.entry(name).file: OpenFile(files.entry(name).file) for name in places}
     return [StoredWeight(files.entry(name), opened[files.entry(name).file], place) for name, place in places.items()]
 
 
+@pytest.mark.usefixtures("either_way")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SIZES, st.data())
 def test_all_arrive_in_their_places(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[tuple[int, torch.dtype]], data: st.DataObject
@@ -45,6 +60,7 @@ def test_all_arrive_in_their_places(
         assert torch.equal(places[name], stored[name].float())
 
 
+@pytest.mark.usefixtures("through_cache")
 def test_a_block_takes_one_read_whatever_the_order_of_its_places(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +120,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> dict[Path, set[int]]:
     return found
 
 
+@pytest.mark.usefixtures("either_way")
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="files are known by their descriptors on Linux alone")
 def test_loading_for_streams_leaves_no_pages_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, verifier = tmp_path / "model", tmp_path / "verifier"
@@ -122,7 +139,9 @@ def test_loading_for_streams_leaves_no_pages_behind(tmp_path: Path, monkeypatch:
 
 
 @pytest.fixture
-def ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[OpenFile, list[tuple[int, int]]]:
+def ranges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through_cache: None
+) -> tuple[OpenFile, list[tuple[int, int]]]:
     """A file that is read in pieces of 100 bytes at most, and begins and ends of what the system is told to forget."""
     (tmp_path / "file").write_bytes(bytes(5000))
     asked = list[tuple[int, int]]()
@@ -149,6 +168,7 @@ def test_what_the_system_read_ahead_in_vain_is_forgotten(ranges: tuple[OpenFile,
     assert asked == [(0, 100), (0, 210), (0, 910), (750, 1100), (750, 1800), (740, 1090)]
 
 
+@pytest.mark.usefixtures("either_way")
 def test_more_weights_lie_together_than_one_read_may_fill(tmp_path: Path) -> None:
     """As those of many small experts: Linux refuses a read into more than 1,024 buffers."""
     stored = {f"w{i:04d}": torch.randn(3) for i in range(1100)}
