@@ -97,7 +97,9 @@ def _mlp(row: Architecture) -> Iterator[str]:
 
 
 def _mixture(mixture: Mixture) -> Iterator[str]:
-    yield f"experts (`{mixture.counts[0]}`, `num_experts_per_tok`)"
+    place = "experts beside the MLPs" if mixture.beside else "experts"
+    options = (mixture.option, mixture.counts[0], mixture.chosen)
+    yield f"{place} ({', '.join(f'`{option}`' for option in options if option)})"
     some = {mixture.first: "from block `{}` on", mixture.step: "in every `{}`th block", mixture.without: "not in `{}`"}
     places = ", ".join(words.format(option) for option, words in some.items() if option)
     if places:

@@ -214,6 +214,8 @@ def _why_not_gptqmodel_names(name: str) -> str | None:
         return "it reads gate and up as two layers"
     if ".block_sparse_moe.experts." in name:
         return "it looks for experts under other names"
+    if re.search(r"layers\.\d+\.experts\.", name):
+        return "it leaves experts beside an MLP unread"
     return "it fails on Mamba's layers" if ".mamba." in name else None
 
 

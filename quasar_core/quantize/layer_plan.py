@@ -7,15 +7,15 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.quantize.solve.gptq import SolverConfig
 
 HEAD = "lm_head"
-# A few rows on which all the rest hangs: how fast the states of a delta rule fade, and how much is written to them; and
-# how much of a shared expert's output is taken, one row, which a word of codes could not hold.
-KEPT = ("in_proj_a", "in_proj_b", "in_proj_ba", "shared_expert_gate")
-KEPT_RULE = r".*\.(in_proj_(a|b|ba)|shared_expert_gate)$"  # the same for other loaders
+# A few rows on which all the rest hangs: how fast the states of a delta rule fade, and how much is written to them; how
+# much of a shared expert's output is taken, one row, which a word of codes could not hold; which experts are chosen.
+KEPT = ("in_proj_a", "in_proj_b", "in_proj_ba", "shared_expert_gate", "router.proj")
+KEPT_RULE = r".*\.(in_proj_(a|b|ba)|shared_expert_gate|router\.proj)$"  # the same for other loaders
 
 
 def is_kept(name: str) -> bool:
     """Tell whether a layer of that name keeps the target's precision."""
-    return name.rpartition(".")[2] in KEPT
+    return f".{name}".endswith(tuple(f".{kept}" for kept in KEPT))
 
 
 @dataclass(frozen=True)

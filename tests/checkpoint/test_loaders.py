@@ -80,6 +80,7 @@ def test_groups_that_few_know() -> None:
         (f"{MLP}.gate_up_proj", {"GPTQModel"}, "gate and up as two layers"),
         (f"{MLP}.experts.3.up_proj", {"transformers"}, "all experts in one tensor"),
         ("model.layers.0.block_sparse_moe.experts.3.w1", {"GPTQModel", "transformers"}, "experts"),
+        ("model.layers.0.experts.3.up_proj", {"GPTQModel", "transformers"}, "experts"),
         ("model.layers.0.mamba.in_proj", {"GPTQModel"}, "Mamba"),
         (f"{MLP}.shared_expert.up_proj", set(), ""),
     ],

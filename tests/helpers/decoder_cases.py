@@ -37,6 +37,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
 GEMMA = {"query_pre_attn_scalar": 24, "tie_word_embeddings": True}
 GEMMA_4 = {"head_dim": 16, "global_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
+GEMMA_4_EXPERTS = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 3, "moe_intermediate_size": 32}
 SLIDING = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 SIGMOIDS = {
@@ -152,6 +153,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "vocab_size_per_layer_input": 96,
             "use_double_wide_mlp": True,
             **{key: value for key, value in GEMMA_4.items() if key != "layer_types"},
+        },
+    ),
+    "gemma 4, experts": (
+        "Gemma4",
+        {"sliding_window": 7, "hidden_size_per_layer_input": 0, **GEMMA_4, **GEMMA_4_EXPERTS},
+    ),
+    "gemma 4, experts, keys are values, own inputs": (
+        "Gemma4",
+        {
+            "sliding_window": 7,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 96,
+            "attention_k_eq_v": True,
+            "final_logit_softcapping": 3.0,
+            **GEMMA_4,
+            **GEMMA_4_EXPERTS,
+            "top_k_experts": 1,
         },
     ),
     "granite": (
@@ -285,7 +303,8 @@ MIXTURES = {"Qwen3_5Moe", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMo
 def recorded_cases(*without: str) -> list[str]:
     """The cases that fast passes run; `without` experts, where they do not run these."""
     left_out = RECURRENT | (MIXTURES if "experts" in without else set())
-    return [case for case, (family, _) in CASES.items() if family not in left_out]
+    beside = [case for case, (_, options) in CASES.items() if "experts" in without and options.get("enable_moe_block")]
+    return [case for case, (family, _) in CASES.items() if family not in left_out and case not in beside]
 
 
 def classes_of(name: str) -> tuple[Any, Any]:
@@ -304,6 +323,8 @@ def save_model(folder: Path, name: str, options: dict[str, Any]) -> Any:
         for key, parameter in model.named_parameters():
             parameter.normal_(0, 0.15)
             small = name == "Gemma4" and "q_norm" in key  # whose scores nothing divides
+            if key.endswith("router.scale"):
+                parameter += 8  # or all experts would have about the same scores
             if "norm" in key and not small and not (name in CENTRED and "linear_attn" not in key):
                 parameter += 1
         for key, buffer in model.named_buffers():

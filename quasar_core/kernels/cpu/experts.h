@@ -1,4 +1,4 @@
-// A mixture of experts in the place of an MLP: only the weights of experts that some token chose are read.
+// A mixture of experts, in the place of an MLP or beside it: only the weights of experts that some token chose are read.
 //
 // Each token goes through a few places: its chosen experts, best first, and the expert of every token, where there is
 // one. Rows of an expert stand beside one another in slots. A row's product does not depend on the rows beside it, and
@@ -26,6 +26,9 @@ struct Experts {
     FusedWeight router;               // hidden → count, and one more: the share of the expert of every token
     const float* correction;          // [count], added where experts are chosen, or null
     const FusedWeight *gate_up, *down;  // [count + shared]
+    // Beside an MLP, else null: norms [hidden] of what that gives, of what the router and the experts read of the
+    // residual stream, and of what they give; factors [count] of shares.
+    const float *mlp_out_norm, *router_norm, *norm, *out_norm, *factors;
 };
 
 class Routing {
@@ -57,7 +60,8 @@ public:
         float sum = 0;
         for (float value : own) sum += value;
         const float factor = experts.scores != CHOSEN && experts.normalised ? experts.scale / (sum + 1e-20f) : experts.scale;
-        for (int j = 0; j < experts.chosen; ++j) shares[j] = own[j] * factor;
+        for (int j = 0; j < experts.chosen; ++j)
+            shares[j] = own[j] * factor * (experts.factors ? experts.factors[best[j]] : 1);
         if (experts.shared) {
             best[experts.chosen] = experts.count;
             shares[experts.chosen] = experts.router.out > experts.count ? sigmoid_of(scores[experts.count]) : 1;

@@ -171,7 +171,7 @@ class FusedWeight(ctypes.Structure):
 
 
 class Experts(ctypes.Structure):
-    """A mixture in the place of a block's MLP; its experts are arrays of products."""
+    """A mixture in the place of a block's MLP or beside it; its experts are arrays of products."""
 
     _fields_ = (
         *((name, ctypes.c_int) for name in ("count", "chosen", "shared", "scores", "normalised")),
@@ -180,6 +180,7 @@ class Experts(ctypes.Structure):
         ("correction", ctypes.c_void_p),  # float32 [count], or null
         ("gate_up", ctypes.POINTER(FusedWeight)),
         ("down", ctypes.POINTER(FusedWeight)),
+        *((name, ctypes.c_void_p) for name in ("mlp_out_norm", "router_norm", "norm", "out_norm", "factors")),
     )
 
 

@@ -22,7 +22,7 @@ struct Layer {
     int rope;                 // which rotary embedding, or -1
     int channels;             // of a head that rotate
     int kv_heads, head_size;
-    const Experts* experts;   // in the place of gate_up and down, or null
+    const Experts* experts;   // in the place of gate_up and down, or beside them, or null
     const Recurrence* recurrence;  // in the place of attention, or null: then qkv is what its rule reads
 };
 

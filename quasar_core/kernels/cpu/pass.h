@@ -54,7 +54,12 @@ public:
                     run_attention(layer, static_cast<X*>(states[i]), place, team);
                 prepare_mix(layer, count, team);
                 waiting = multiply_onto_hidden(layer.out, layer.out_norm, count, team);
-                waiting = layer.experts ? mix_experts(layer, waiting, count, team) : run_mlp(layer, waiting, count, team);
+                if (!layer.experts)
+                    waiting = run_mlp(layer, waiting, count, team);
+                else if (!layer.experts->mlp_out_norm)
+                    waiting = mix_experts(layer, waiting, count, team);
+                else
+                    waiting = run_both(layer, waiting, count, team);
                 if (m.inputs_size) {
                     prepare_normed(layer.input_gate, waiting, nullptr, count, team);
                     multiply_into(layer.input_gate, mixed.data(), count, team);
@@ -92,7 +97,7 @@ private:
     Model m;
     Waiting left;  // of the part before
     std::vector<Layer> layers;
-    Buffer<float> hidden, normed, delta, mixed, attended, rooms, own_inputs;
+    Buffer<float> hidden, normed, delta, mixed, attended, rooms, own_inputs, from_mlp;
     Buffer<X> queries;
     Buffer<Leaders> seen;
     std::vector<std::vector<int>> paths;  // of each token of a tree, from the first one to itself: where states lie
@@ -114,6 +119,7 @@ private:
             make_room(layer.qkv), make_room(layer.out), make_room(layer.gate_up), make_room(layer.down);
             make_room(layer.input_gate), make_room(layer.input_out);
             if (layer.experts) make_room(layer.experts->router), widest = std::max(widest, size_t(layer.experts->router.out));
+            if (layer.experts && layer.experts->mlp_out_norm) grow(from_mlp, size_t(count) * m.hidden);
         }
         make_room(m.head), make_room(m.inputs_projection), make_room(m.joint);
         widest = std::max(widest, size_t(m.joint.in));
@@ -255,6 +261,34 @@ private:
                        float *stream = hidden.data() + from, *row = delta.data() + from;
                        for (int i = begin; i < end; i += LANES) store(stream + i, with_residual(stream + i, load(row + i)));
                    });
+        Waiting next;
+        next.norm = layer.down_norm;
+        return next;
+    }
+
+    // The MLP, and the experts beside it, which read the residual stream behind norms of their own.
+    Waiting run_both(const Layer& layer, const Waiting& waiting, int count, const Team& team) {
+        const Experts& experts = *layer.experts;
+        prepare_normed(layer.gate_up, waiting, layer.mlp_norm, count, team);
+        multiply_into(layer.gate_up, mixed.data(), count, team);
+        prepare_activated(layer, count, team);
+        multiply_into(layer.down, from_mlp.data(), count, team);
+        prepare_normed(experts.router, Waiting(), experts.router_norm, count, team);
+        multiply_into(experts.router, mixed.data(), count, team);
+        const Range rows = team.share(count);
+        for (int t = rows.begin; t < rows.end; ++t) {
+            const size_t from = size_t(t) * m.hidden;
+            normalise(hidden.data() + from, experts.norm, m.hidden, m.eps, normed.data() + from);
+        }
+        mixing.run(experts, m.activation, normed.data(), m.hidden, mixed.data(), count, delta.data(), team,
+                   seconds_in_products, [](int, int, int) {});
+        for (int t = rows.begin; t < rows.end; ++t) {
+            float *row = delta.data() + size_t(t) * m.hidden, *other = from_mlp.data() + size_t(t) * m.hidden;
+            normalise(row, experts.out_norm, m.hidden, m.eps, row);
+            normalise(other, experts.mlp_out_norm, m.hidden, m.eps, other);
+            for (int i = 0; i < m.hidden; i += LANES) store(row + i, load(row + i) + load(other + i));
+        }
+        team.barrier();
         Waiting next;
         next.norm = layer.down_norm;
         return next;

@@ -9,8 +9,10 @@ from quasar_core.models.architectures.row import (
     GRANITE_DEFAULTS,
     GRANITE_SCALES,
     Architecture,
+    Beside,
     BlockNorms,
     HeadNorms,
+    Mixture,
     Scales,
     Windows,
 )
@@ -120,16 +122,24 @@ DENSE: dict[str, Architecture] = {
     ),
     "Gemma4ForCausalLM": Architecture(
         "gemma4_text",
-        "Gemma 4, text, without experts",
+        "Gemma 4, text",
         **{**GEMMA, "centred_norms": False},
         head_norms=HeadNorms(of_values=True),
         windows=Windows("typed", period=6),
         ropes_by_type=True,
         scales=Scales("√hidden", scores_are_plain=True),
         blocks_differ=True,
+        mixture=Mixture(
+            module="",
+            beside=Beside(),
+            option="enable_moe_block",
+            chosen="top_k_experts",
+            router="router.proj",
+            counts=("num_experts",),
+            scores="chosen",  # of the same shares as a softmax of all that is made to sum to 1
+        ),
         only={
             "use_bidirectional_attention": (None, False, "vision"),
-            "enable_moe_block": (False, None),
             "per_layer_config": (),
         },
         defaults={

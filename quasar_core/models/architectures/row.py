@@ -97,13 +97,27 @@ class Scales:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Names in the files of what experts have that stand beside an MLP, whose inputs and outputs are normed apart."""
+
+    mlp_out_norm: str = "post_feedforward_layernorm_1"
+    norm: str = "pre_feedforward_layernorm_2"
+    out_norm: str = "post_feedforward_layernorm_2"
+    router_scale: str = "router.scale"  # of what the router reads, which is normed; times 1 ÷ √H
+    factors: str = "router.per_expert_scale"  # of each expert's shares
+
+
+@dataclass(frozen=True)
 class Mixture:
     """Names of a mixture's tensors in the files below its block, and its options in config.json; "" is none.
 
     `scores` are the shares of the chosen: of a softmax over all experts, over the chosen ones, or sigmoids.
     """
 
-    module: str = "mlp"
+    module: str = "mlp"  # "" is the block
+    beside: Beside | None = None  # the MLP; else in its place
+    option: str = ""  # that says whether there are any; "" is yes
+    chosen: str = "num_experts_per_tok"
     router: str = "gate"  # within the module
     parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")  # of experts.N
     counts: tuple[str, ...] = ("num_experts", "num_local_experts")  # options with the number of experts
@@ -154,7 +168,7 @@ class Architecture:
     inner_option: str = "intermediate_size"
     eps_option: str = "rms_norm_eps"
     aliases: Mapping[str, str] = field(default_factory=dict)  # other names of options, which count before
-    mixture: Mixture | None = None  # of experts, in the place of the MLPs of some blocks
+    mixture: Mixture | None = None  # of experts, in the place of the MLPs of some blocks or beside them
     further_blocks: str = ""  # the option with the number of stored blocks behind the last one, which do not run
     blocks_differ: bool = False  # as Gemma 4's do: in head size, heads, MLP, in whose keys and values they read
     only: Mapping[str, Any] = field(default_factory=dict)  # options of which the decoder has but one value

@@ -24,7 +24,7 @@ class BlockConfig:
     kv_heads: int
     inner: int  # of the MLP
     states_of: int  # the block whose keys and values it reads: itself, or an earlier one
-    sparse: bool = False  # experts stand in the place of its MLP
+    sparse: bool = False  # it has experts, in the place of its MLP or beside it
     values_are_keys: bool = False  # before norm and rotation
     recurrence: RecurrenceConfig | None = None  # in place of attention
     sinks: int = 0  # the text's first positions, which it sees beside those of its window
@@ -38,13 +38,14 @@ def read_blocks(row: Architecture, options: Mapping[str, Any]) -> tuple[BlockCon
     if row.rotates == "named":
         rotates = (options.get("position_embedding_type") == "rope",) * len(windows)
     heads = options.get("num_key_value_heads") or options["num_attention_heads"]
+    alone = None if row.mixture and row.mixture.beside else row.mixture
     blocks = tuple(
         BlockConfig(
             window=window,
             rope=(int(row.ropes_by_type and window is not None) if rotating else None),
             head_size=head_size_of(options),
             kv_heads=heads,
-            inner=options[row.mixture.inner] if row.mixture and sparse else inner_size_of(row, options),
+            inner=options[alone.inner] if alone and sparse else inner_size_of(row, options),
             states_of=index,
             sparse=sparse,
         )

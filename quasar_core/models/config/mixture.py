@@ -1,11 +1,11 @@
-"""What a config.json says of mixtures of experts, which stand in the place of MLPs.
+"""What a config.json says of mixtures of experts, which stand in the place of MLPs, or beside them.
 
 A router gives each token a score for every expert, the best few run, and their outputs are added by their shares.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from quasar_core.models.architectures.row import Mixture, Scores
 
@@ -35,8 +35,8 @@ class MixtureConfig:
 
 
 def read_mixture(row: Mixture | None, options: Mapping[str, Any]) -> MixtureConfig | None:
-    """None where the row has no mixtures."""
-    if row is None:
+    """None where the row has no mixtures, or this model has none."""
+    if not _is_on(row, options):
         return None
     inner = int(options[row.inner])
     shared = int(options[row.shared_inner]) if row.shared_inner else 0
@@ -46,7 +46,7 @@ def read_mixture(row: Mixture | None, options: Mapping[str, Any]) -> MixtureConf
     return MixtureConfig(
         row=row,
         count=_count(row, options),
-        chosen=int(options["num_experts_per_tok"]),
+        chosen=int(options[row.chosen]),
         inner=inner,
         scores="chosen" if row.scores == "softmax" and normalised else row.scores,  # of the same shares
         normalised=normalised,
@@ -56,9 +56,9 @@ def read_mixture(row: Mixture | None, options: Mapping[str, Any]) -> MixtureConf
 
 
 def sparse_blocks(row: Mixture | None, options: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Which blocks have experts in the place of an MLP."""
+    """Which blocks have experts."""
     count = int(options["num_hidden_layers"])
-    if row is None:
+    if not _is_on(row, options):
         return (False,) * count
     first = int(options[row.first]) if row.first else 0
     step = int(options[row.step]) if row.step else 1
@@ -68,16 +68,20 @@ def sparse_blocks(row: Mixture | None, options: Mapping[str, Any]) -> tuple[bool
 
 def why_not_mixture(row: Mixture | None, options: Mapping[str, Any]) -> str | None:
     """What of a mixture is missing in config.json, or contradicts itself."""
-    if row is None:
+    if not _is_on(row, options):
         return None
-    named = ("num_experts_per_tok", row.inner, row.shared_inner, row.shared_count, row.scale, row.first, row.step)
+    named = (row.chosen, row.inner, row.shared_inner, row.shared_count, row.scale, row.first, row.step)
     missing = next((name for name in named if name and options.get(name) is None), None)
     if missing:
         return f"config.json has no {missing}"
     if row.step and options[row.step] < 1:
         return f"its {row.step} is {options[row.step]}"
-    chosen, count = options["num_experts_per_tok"], _count(row, options)
+    chosen, count = options[row.chosen], _count(row, options)
     return None if 0 < chosen <= count else f"{chosen} of {count} experts cannot be chosen"
+
+
+def _is_on(row: Mixture | None, options: Mapping[str, Any]) -> TypeGuard[Mixture]:
+    return row is not None and (not row.option or bool(options.get(row.option)))
 
 
 def _count(row: Mixture, options: Mapping[str, Any]) -> int:

@@ -40,6 +40,7 @@ from quasar_core.models.rope import RopeTables, query_growth
 
 ACTIVATIONS = ("silu", "gelu_tanh", "relu2", "xielu")  # in the order of `elementwise.h`
 SCORES = ("softmax", "chosen", "sigmoid")  # in the order of `experts.h`
+BESIDE = ("mlp_out_norm", "router_norm", "norm", "out_norm", "factors")  # of experts beside an MLP
 BITS_OF = {torch.bfloat16: 16, torch.float32: 32}
 KERNELS = frozenset({"vnni", "dense"})  # whose weights it reads as they prepared them
 # Tokens up to which a prompt's pass takes no longer here than in PyTorch's operations, where bfloat16 is multiplied in
@@ -54,7 +55,7 @@ def why_not(decoder: LeanDecoder) -> str | None:
         return f"it takes bfloat16 and float32, not {str(decoder.dtype).removeprefix('torch.')}"
     config = decoder.config
     sizes = {config.hidden_size, *(size for block in config.blocks for size in (block.inner, block.head_size))}
-    sizes |= {config.inputs_size, config.mixture.shared_inner if config.mixture else 0}
+    sizes |= {config.inputs_size, *((config.mixture.inner, config.mixture.shared_inner) if config.mixture else ())}
     if any(size % 16 for size in sizes):
         return "hidden, intermediate and head sizes must be multiples of 16"
     for block in config.blocks:
@@ -342,7 +343,7 @@ class CpuPass:
         )
 
     def _experts(self, experts: Experts) -> cpp.Experts:
-        config, gate = experts.config, experts.shared_gate
+        config, gate, beside = experts.config, experts.shared_gate, experts.beside
         router = [DenseLinear(experts.router), *([] if gate is None else [DenseLinear(gate)])]
         described = cpp.Experts(
             count=config.count,
@@ -355,6 +356,7 @@ class CpuPass:
             correction=self._floats(experts.correction),
             gate_up=(cpp.FusedWeight * config.experts)(*map(self._fused, experts.gate_up)),
             down=(cpp.FusedWeight * config.experts)(*map(self._fused, experts.down)),
+            **{} if beside is None else {name: self._floats(getattr(beside, name)) for name in BESIDE},
         )
         self._mixtures.append(described)
         return described

@@ -18,6 +18,7 @@ from quasar_core.kernels.triton.weights import TritonWeight
 from quasar_core.models.decoder.experts import Experts
 from quasar_core.models.decoder.layer import DenseLinear, Linear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
+from quasar_core.models.decoder.linear import has_both
 
 
 class RoutedExperts:
@@ -82,6 +83,8 @@ def why_not_routed(decoder: LeanDecoder) -> str | None:
     mixture = decoder.config.mixture
     if mixture is None:
         return None
+    if has_both(decoder.config):
+        return "its experts stand beside MLPs, which no recorded pass has"
     if decoder.config.activation != "silu":
         return f"its experts' gates are of {decoder.config.activation}, and the kernels know silu"
     obstacle = why_not_gated(2 * mixture.inner)

@@ -11,8 +11,34 @@ from torch.nn.functional import linear
 
 from quasar_core.models.config.mixture import MixtureConfig
 from quasar_core.models.decoder.activations import activated
+from quasar_core.models.decoder.heads import normed
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BesideMlp:
+    """What experts have that stand beside an MLP (Gemma 4): norms [H] of their own, and factors of their shares [E]."""
+
+    mlp_out_norm: torch.Tensor
+    norm: torch.Tensor
+    out_norm: torch.Tensor
+    router_scale: torch.Tensor  # [H]
+    factors: torch.Tensor
+
+    @property
+    def router_norm(self) -> torch.Tensor:
+        """The weight [H] of the norm of what the router reads."""
+        root: float = len(self.router_scale) ** 0.5
+        return self.router_scale / root
+
+    def join(
+        self, experts: "Experts", from_mlp: torch.Tensor, hidden: torch.Tensor, activation: str, eps: float
+    ) -> torch.Tensor:
+        """What an MLP gives [T, H], and what the experts give of the residual stream [T, H] → [T, H]."""
+        routing = normed(hidden, self.router_norm, eps)
+        mixed = experts(normed(hidden, self.norm, eps), activation, routing)
+        return normed(from_mlp, self.mlp_out_norm, eps) + normed(mixed, self.out_norm, eps)
 
 
 @dataclass(frozen=True)
@@ -25,6 +51,7 @@ class Experts:
     gate_up: tuple[Linear, ...]
     down: tuple[Linear, ...]
     shared_gate: torch.Tensor | None  # [1, H]
+    beside: BesideMlp | None = None  # else they stand in the place of the block's MLP
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -41,17 +68,19 @@ class Experts:
         """The products of the expert of every token, where there is one."""
         return (self.gate_up[-1], self.down[-1]) if self.config.shared_inner else None
 
-    def __call__(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        """x [T, H] → [T, H]; outputs are added in float32."""
+    def __call__(self, x: torch.Tensor, activation: str, routing: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, H] → [T, H]; outputs are added in float32. The router reads `routing` [T, H], or x."""
         total = torch.zeros_like(x, dtype=torch.float32)
-        for index, rows, shares in self._assignments(x):
+        for index, rows, shares in self._assignments(x, x if routing is None else routing):
             y = self.down[index](activated(self.gate_up[index](x[rows]), activation))
             total.index_add_(0, rows, y.float() * shares[:, None])
         return total.to(x.dtype)
 
-    def _assignments(self, x: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    def _assignments(self, x: torch.Tensor, routing: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Each expert that some rows go through, with these rows and its shares in them."""
-        chosen, shares = route(self.config, linear(x.float(), self.router.float()), self.correction)
+        chosen, shares = route(self.config, linear(routing.float(), self.router.float()), self.correction)
+        if self.beside is not None:
+            shares = shares * self.beside.factors.float()[chosen]
         for index in chosen.unique().tolist():
             rows, places = torch.where(chosen == index)
             yield index, rows, shares[rows, places]

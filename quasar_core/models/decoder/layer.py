@@ -68,7 +68,7 @@ class DecoderLayer:
     activation: torch.Tensor | None  # weights of the activation, where it has some
     down: Linear | None
     down_norm: torch.Tensor | None  # of what the MLP adds
-    experts: Experts | None = None  # in the place of gate_up and down
+    experts: Experts | None = None  # in the place of gate_up and down, or beside them
     shares: bool = False  # keys and values are an earlier block's
     input_gate: Linear | None = None  # of the block's own input, where it has one
     input_out: Linear | None = None
@@ -79,14 +79,14 @@ class DecoderLayer:
 
     @property
     def mlp(self) -> tuple[Linear, Linear]:
-        """The products of an MLP, which stands where no experts do."""
+        """The products of an MLP, where there is one."""
         assert self.gate_up is not None
         assert self.down is not None
         return self.gate_up, self.down
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Its products: four, one more of a delta rule, two of its own input; experts' in the place of the MLP's."""
+        """Its products: four, one more of a delta rule, two of its own input, and those of experts."""
         every = (self.qkv, self.rates, self.out, self.gate_up, self.down, self.input_gate, self.input_out)
         experts = self.experts.linears if self.experts else ()
         return (*(product for product in every if product is not None), *experts)

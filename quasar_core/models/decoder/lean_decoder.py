@@ -269,7 +269,7 @@ class LeanDecoder(CausalLM):
         """
         self._add(hidden, mix(self._normed(hidden, layer.input_norm)), layer.out_norm)
         x = self._normed(hidden, layer.mlp_norm)
-        self._add(hidden, self._mlp(layer, x), layer.down_norm)
+        self._add(hidden, self._mlp(layer, x, hidden), layer.down_norm)
         if given is not None:
             self._add(hidden, self.own_input(layer, hidden, given), layer.input_out_norm)
         if layer.scalar is not None:
@@ -386,11 +386,16 @@ class LeanDecoder(CausalLM):
             self.config.num_heads, self.config.head_norms, layer.head_norms, rope, self.config.eps, layer.shares
         )
 
-    def _mlp(self, layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
-        if layer.experts is not None:
-            return layer.experts(x, self.config.activation)
+    def _mlp(self, layer: DecoderLayer, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Of x, the residual stream [T, in] behind a norm; experts beside an MLP read the stream itself."""
+        config, experts = self.config, layer.experts
+        if experts is not None and experts.beside is None:
+            return experts(x, config.activation)
         gate_up, down = layer.mlp
-        return down(activated(gate_up(x), self.config.activation, self.config.gated, layer.activation))
+        y = down(activated(gate_up(x), config.activation, config.gated, layer.activation))
+        if experts is None or experts.beside is None:
+            return y
+        return experts.beside.join(experts, y, hidden, config.activation, config.eps)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """What the head's outputs make as logits: scaled, and held below the soft cap, where there are such."""

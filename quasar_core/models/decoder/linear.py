@@ -54,7 +54,7 @@ def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
     products = {"qkv": qkv, "out": product(f"{attention}.{names.out}", (hidden,), queries, config.out_bias)}
     if block.recurrence is not None:
         products = recurrent_products(block.recurrence, f"model.layers.{index}.{config.recurrent_module}", hidden)
-    if block.sparse:
+    if block.sparse and not has_both(config):
         return products
     up = product(f"{mlp}.{names.gate} {mlp}.{names.up}", (inner, inner), hidden, config.mlp_bias)
     if "gate_up" in config.fused:
@@ -119,13 +119,13 @@ def mixture_products(config: DecoderConfig, index: int) -> MixtureProducts | Non
     if mixture is None or not config.blocks[index].sparse:
         return None
     module = mixture_module(config, index)
-    experts = [(f"{module}.experts.{i}", mixture.row.parts, mixture.inner) for i in range(mixture.count)]
+    experts = [(f"{module}experts.{i}", mixture.row.parts, mixture.inner) for i in range(mixture.count)]
     if mixture.shared_inner:
-        experts.append((f"{module}.{mixture.row.shared}", Mixture.parts, mixture.shared_inner))
+        experts.append((f"{module}{mixture.row.shared}", Mixture.parts, mixture.shared_inner))
     gate = mixture.row.shared_gate
     routed = [index < mixture.count for index in range(len(experts))]
     return MixtureProducts(
-        router=Product((f"{module}.{mixture.row.router}",), (mixture.count,), hidden, bias=False),
+        router=Product((f"{module}{mixture.row.router}",), (mixture.count,), hidden, bias=False),
         gate_up=tuple(
             Product((f"{name}.{parts[0]}", f"{name}.{parts[1]}"), (inner, inner), hidden, bias=False, routed=is_routed)
             for (name, parts, inner), is_routed in zip(experts, routed, strict=True)
@@ -134,21 +134,38 @@ def mixture_products(config: DecoderConfig, index: int) -> MixtureProducts | Non
             Product((f"{name}.{parts[2]}",), (hidden,), inner, bias=False, routed=is_routed)
             for (name, parts, inner), is_routed in zip(experts, routed, strict=True)
         ),
-        shared_gate=Product((f"{module}.{gate}",), (1,), hidden, bias=False) if gate else None,
+        shared_gate=Product((f"{module}{gate}",), (1,), hidden, bias=False) if gate else None,
     )
 
 
 def mixture_module(config: DecoderConfig, index: int) -> str:
-    """Where the files have a block's mixture."""
+    """What the names of a block's mixture begin with."""
     assert config.mixture is not None
-    return f"model.layers.{index}.{config.mixture.row.module}"
+    module = config.mixture.row.module
+    return f"model.layers.{index}.{module}." if module else f"model.layers.{index}."
+
+
+def has_both(config: DecoderConfig) -> bool:
+    """Whether sparse blocks have an MLP too, beside their experts."""
+    return config.mixture is not None and config.mixture.row.beside is not None
+
+
+def beside_shapes(config: DecoderConfig, index: int) -> dict[str, tuple[int]]:
+    """The norms and factors of a block's experts that stand beside an MLP, by their names in the files."""
+    mixture = config.mixture
+    if mixture is None or mixture.row.beside is None or not config.blocks[index].sparse:
+        return {}
+    module, names = mixture_module(config, index), mixture.row.beside
+    norms = [f"{name}.weight" for name in (names.mlp_out_norm, names.norm, names.out_norm)]
+    shapes = {f"{module}{name}": (config.hidden_size,) for name in (*norms, names.router_scale)}
+    return shapes | {f"{module}{names.factors}": (mixture.count,)}
 
 
 def router_correction(config: DecoderConfig, index: int) -> str | None:
     """The stored numbers that are added to scores where experts are chosen, if any."""
     if config.mixture is None or not config.mixture.row.corrected:
         return None
-    return f"{mixture_module(config, index)}.{config.mixture.row.router}.e_score_correction_bias"
+    return f"{mixture_module(config, index)}{config.mixture.row.router}.e_score_correction_bias"
 
 
 def inputs_product(config: DecoderConfig) -> Product:
@@ -297,6 +314,7 @@ def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {f"{prefix}.{name}.weight": (hidden,) for name in config.norms.names}
         shapes |= head_norm_shapes(config, index)
         shapes |= recurrent_shapes(config, index)
+        shapes |= beside_shapes(config, index)
         correction = router_correction(config, index)
         if correction and config.blocks[index].sparse:
             shapes[correction] = (config.mixture.count,) if config.mixture else ()

@@ -18,6 +18,7 @@ from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.linear import (
     Product,
     all_block_products,
+    beside_shapes,
     block_products,
     head_product,
     inputs_product,
@@ -101,17 +102,19 @@ def tensor_elements(config: DecoderConfig) -> dict[str, int]:
     return {
         "embedding": config.vocab_size * config.hidden_size,
         "blocks": sum(map(elements, products)),
-        "norms": norms + (4 * config.num_layers if config.activation == "xielu" else 0) + correction_elements(config),
+        "norms": norms + (4 * config.num_layers if config.activation == "xielu" else 0) + mixture_elements(config),
         "inputs": input_elements(config),
         "head": 0 if config.tied else elements(head_product(config)),
     }
 
 
-def correction_elements(config: DecoderConfig) -> int:
-    """Of the numbers that are added to routers' scores."""
-    if config.mixture is None or not config.mixture.row.corrected:
+def mixture_elements(config: DecoderConfig) -> int:
+    """Of what mixtures have beside their products: numbers that are added to routers' scores, norms, factors."""
+    if config.mixture is None:
         return 0
-    return config.mixture.count * sum(block.sparse for block in config.blocks)
+    corrections = config.mixture.count * sum(block.sparse for block in config.blocks) * config.mixture.row.corrected
+    beside = (sum(map(math.prod, beside_shapes(config, index).values())) for index in range(config.num_layers))
+    return corrections + sum(beside)
 
 
 def input_elements(config: DecoderConfig) -> int:

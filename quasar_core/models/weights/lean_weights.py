@@ -19,13 +19,14 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.models.architectures.row import BlockNorms
 from quasar_core.models.config.decoder import DecoderConfig, why_not_lean
-from quasar_core.models.decoder.experts import Experts
+from quasar_core.models.decoder.experts import BesideMlp, Experts
 from quasar_core.models.decoder.layer import DecoderLayer, DenseLinear, LayerInputs, Linear
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.decoder.linear import (
     Dense,
     Packing,
     Product,
+    beside_shapes,
     block_products,
     dense_only,
     dense_rows,
@@ -275,7 +276,18 @@ def _build_experts(
         gate_up=tuple(gate_up),
         down=tuple(down),
         shared_gate=filling.linear(products.shared_gate).weight if products.shared_gate else None,
+        beside=_build_beside(config, index, filling),
     )
+
+
+def _build_beside(config: DecoderConfig, index: int, filling: Filling) -> BesideMlp | None:
+    """The norms and factors of a block's experts that stand beside an MLP."""
+    shapes = beside_shapes(config, index)
+    if not shapes:
+        return None
+    *norms, factors = shapes
+    mlp_out_norm, norm, out_norm, router_scale = (filling.norm(name, config.hidden_size) for name in norms)
+    return BesideMlp(mlp_out_norm, norm, out_norm, router_scale, filling.floats(factors, *shapes[factors]))
 
 
 def _build_linears(

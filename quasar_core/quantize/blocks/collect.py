@@ -37,7 +37,7 @@ class Stage:
 
 def is_expert(layer_name: str) -> bool:
     """Tell whether a layer belongs to one of several experts, which read a part of the text each."""
-    return ".experts." in layer_name
+    return ".experts." in f".{layer_name}"  # they may stand in the block itself
 
 
 def has_too_few_samples(layer_name: str, linear: torch.nn.Linear, rows: int) -> bool:

@@ -78,7 +78,11 @@ def test_options_that_are_left_out_have_the_values_that_transformers_gives_them(
         ),
         ({"num_kv_shared_layers": 4}, "4 of its layers share keys and values, and not all of them with an earlier one"),
         ({"hidden_size_per_layer_input": 8}, "some of its tokens have no inputs for each layer"),
-        ({"enable_moe_block": True}, "it has no enable_moe_block of True"),
+        ({"enable_moe_block": True}, "config.json has no top_k_experts"),
+        (
+            {"enable_moe_block": True, "top_k_experts": 2, "moe_intermediate_size": 16},
+            "2 of 0 experts cannot be chosen",
+        ),
     ],
 )
 def test_blocks_that_differ_otherwise_are_said(changes: dict[str, Any], reason: str | None) -> None:

@@ -18,6 +18,7 @@ from helpers.decoder_cases import (
 )
 from helpers.moe_models import qwen3_moe, save
 from helpers.quantize_cases import quantize
+from helpers.tiny_model import save_tiny_model
 from helpers.tiny_models import make_pair
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +39,11 @@ from quasar_core.models.loading import attach, load_models
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target, load_verifier_alone
 
 pytest_plugins = ["helpers.quantize_fixtures"]
-MIXTURES = {name: case for name, case in CASES.items() if ARCHITECTURES[f"{case[0]}ForCausalLM"].mixture}
+MIXTURES = {
+    name: (family, options)
+    for name, (family, options) in CASES.items()
+    if (row := ARCHITECTURES[f"{family}ForCausalLM"].mixture) and (not row.option or options.get(row.option))
+}
 
 
 @pytest.mark.parametrize("case", MIXTURES)
@@ -64,6 +69,22 @@ def test_a_quantized_mixture_runs_on_our_decoder_with_its_target_and_alone(tmp_p
     checkpoint = VerifierCheckpoint(Path(quantize(source).checkpoint))
     assert "model.layers.1.mlp.experts.2.up_proj" in checkpoint.layer_names
     target, tokens = load_target(source, CPU, FLOAT), random_tokens(30)
+    attached = in_passes(attach_verifier(target, checkpoint, "dense"), tokens, [9, 1, 4])
+    alone = in_passes(load_verifier_alone(checkpoint, CPU, FLOAT, "dense"), tokens, [9, 1, 4])
+    assert torch.equal(attached, alone)
+    assert not torch.allclose(attached, in_passes(target, tokens, [9, 1, 4]), atol=1e-3)
+
+
+@pytest.mark.usefixtures("small_texts")
+def test_experts_beside_mlps_are_quantized_as_the_mlps_are(tmp_path: Path) -> None:
+    family, options = CASES["gemma 4, experts"]
+    save_tiny_model(tmp_path / "tiny")
+    save_model(tmp_path / "tiny", family, {**options, "vocab_size": 257})
+    checkpoint = VerifierCheckpoint(Path(quantize(tmp_path / "tiny").checkpoint))
+    for name in ("mlp.gate_proj", "experts.2.up_proj", "experts.5.down_proj"):
+        assert f"model.layers.1.{name}" in checkpoint.layer_names
+    assert not any("router" in name for name in checkpoint.layer_names)
+    target, tokens = load_target(tmp_path / "tiny", CPU, FLOAT), random_tokens(30)
     attached = in_passes(attach_verifier(target, checkpoint, "dense"), tokens, [9, 1, 4])
     alone = in_passes(load_verifier_alone(checkpoint, CPU, FLOAT, "dense"), tokens, [9, 1, 4])
     assert torch.equal(attached, alone)

@@ -32,6 +32,7 @@ def held_bytes(decoder: LeanDecoder) -> int:
         if layer.experts:
             own = layer.experts.router, layer.experts.correction, layer.experts.shared_gate
             tensors += [tensor for tensor in own if tensor is not None]
+            tensors += vars(layer.experts.beside).values() if layer.experts.beside else ()
     for product in (*(product for layer in decoder.layers for product in layer.linears), decoder.head):
         if isinstance(product, DenseLinear):
             tensors += [product.weight, *([] if product.bias is None else [product.bias])]
