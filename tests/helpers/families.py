@@ -41,6 +41,10 @@ def make(name: str, **options: Any) -> Any:
     return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
+def gpt2() -> Any:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**OLD_SIZES))
+
+
 def gemma3_with_vision() -> Any:
     config = transformers.Gemma3Config(
         text_config={**SIZES, "head_dim": 32, "model_type": "gemma3_text"},
@@ -64,6 +68,8 @@ QUANTIZED: dict[str, Callable[[], Any]] = {
     "starcoder2": lambda: make("Starcoder2", **SIZES),
     "gptj": lambda: make("GPTJ", rotary_dim=16, **OLD_SIZES),
     "gptneox": lambda: make("GPTNeoX", **TEXT, **BLOCKS, intermediate_size=64, max_position_embeddings=128),
+    "opt": lambda: make("OPT", **TEXT, **BLOCKS, ffn_dim=64, word_embed_proj_dim=64, max_position_embeddings=128),
+    "phi": lambda: make("Phi", **TEXT, **BLOCKS, intermediate_size=64, max_position_embeddings=128),
     "gemma3, vision": gemma3_with_vision,
     "lfm2": lambda: make("Lfm2", **SIZES, layer_types=["conv", "full_attention"]),
     "lfm2, dynamic": lambda: make(
@@ -97,11 +103,24 @@ QUANTIZED: dict[str, Callable[[], Any]] = {
         layer_types=["linear_attention", "full_attention"],
     ),
 }
+# Without linear layers in their blocks, or with positions that their class counts from elsewhere than `generate`.
+UNUSUAL: dict[str, Callable[[], Any]] = {
+    "gpt2": gpt2,
+    "roberta": lambda: make(
+        "Roberta", **TEXT, **BLOCKS, pad_token_id=1, intermediate_size=64, max_position_embeddings=128, is_decoder=True
+    ),
+}
 RECURRENT: dict[str, Callable[[], Any]] = {
     "falcon-h1": lambda: make(
         "FalconH1", **SIZES, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1
     ),
     "mamba": lambda: make("Mamba", vocab_size=264, hidden_size=64, num_hidden_layers=2, eos_token_id=0),
+    "bamba": lambda: make(
+        "Bamba", **SIZES, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=8
+    ),
+    "recurrent gemma": lambda: make(
+        "RecurrentGemma", **TEXT, **{**BLOCKS, "num_hidden_layers": 3}, intermediate_size=64, attention_window_size=8
+    ),
 }
 
 

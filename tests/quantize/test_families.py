@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.families import QUANTIZED, RECURRENT, SIZES, greedy, make, save_family
+from helpers.families import QUANTIZED, RECURRENT, SIZES, gpt2, greedy, make, save_family
 from helpers.quantize_cases import CONFIG
 from safetensors.torch import load_file, save_file
 
@@ -184,10 +184,8 @@ def test_recurrent_layers_on_the_command_line(tmp_path: Path, capsys: pytest.Cap
     assert "cannot be moved back" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["gpt2"])
-def test_a_family_without_linear_layers_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
-    sizes = {"n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 264, "eos_token_id": 0}
-    save_family(tmp_path / "m", lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)))
+def test_a_family_without_linear_layers_is_refused_before_any_work(tmp_path: Path) -> None:
+    save_family(tmp_path / "m", gpt2)
     for start in (quantizing.estimate, quantizing.quantize):
         with pytest.raises(QuasarError, match="has no linear layers in its blocks"):
             start(str(tmp_path / "m"), CONFIG, device="cpu")

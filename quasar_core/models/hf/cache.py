@@ -38,7 +38,8 @@ class PreallocatedLayer(CacheLayerMixin):
         """Allocate the buffers like the first keys and values."""
         for name, states in (("keys", key_states), ("values", value_states)):
             batch, heads, _, width = states.shape
-            setattr(self, name, states.new_zeros(batch, heads, self.capacity, width))
+            # Only what is written is ever read, so the system gives memory as the text grows.
+            setattr(self, name, states.new_empty(batch, heads, self.capacity, width))
         self.is_initialized = True
 
     def update(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
@@ -46,6 +46,7 @@ class TransformersLM(CausalLM):
         known = inspect.signature(type(model).forward).parameters
         self._cache_argument = cache_argument(type(model))
         self._keeps_last = "logits_to_keep" in known
+        self._takes_positions = "position_ids" in known and _counts_positions(model)
 
     @property
     def vocab_size(self) -> int:
@@ -120,11 +121,27 @@ class TransformersLM(CausalLM):
 
     def _pass(self, tokens: Sequence[int], cache: PreallocatedCache | RecurrentCache, last_only: bool) -> torch.Tensor:
         ids = torch.tensor([list(tokens)], device=self.device)
-        options = {self._cache_argument: cache, **({"logits_to_keep": int(last_only)} if self._keeps_last else {})}
+        options: dict[str, Any] = {self._cache_argument: cache}
+        if self._keeps_last:
+            options["logits_to_keep"] = int(last_only)
+        if self._takes_positions:
+            options["position_ids"] = self._positions(cache, len(tokens))
         # A config may be one that transformers builds and cannot run, or a class may want a cache of its own.
         with foreign_errors(f"transformers could not run this {self.model.config.model_type} model"):
             logits = self.model(input_ids=ids, use_cache=True, **options).logits[0]
         return logits[-1:].float() if last_only else logits.float()  # type: ignore[no-any-return]
+
+    def _positions(self, cache: PreallocatedCache | RecurrentCache, count: int) -> torch.Tensor:
+        """Where the tokens of a pass stand [1, T]: some classes count from elsewhere, or from 0 in each pass."""
+        start = cache.length - count if isinstance(cache, RecurrentCache) else cache.length
+        return torch.arange(start, start + count, device=self.device)[None]
+
+
+def _counts_positions(model: PreTrainedModel) -> bool:
+    """Whether transformers' `generate` numbers the tokens from 0 on, and no class does it in a way of its own."""
+    name = "_prepare_position_ids_for_generation"
+    same = getattr(type(model), name, None) is getattr(GenerationMixin, name, None)
+    return same and not model.config.is_encoder_decoder
 
 
 def load_target(

@@ -72,7 +72,8 @@ def _refuse_foreign_windows(config: PretrainedConfig) -> None:
     on the passes that made it.
     """
     text = config.get_text_config()
-    known, positions = inspect.signature(type(text)).parameters, getattr(text, "max_position_embeddings", None)
+    known = {*inspect.signature(type(text)).parameters, *text.attribute_map}
+    positions = getattr(text, "max_position_embeddings", None)
     for option in ("sliding_window", "attention_chunk_size"):
         window = getattr(text, option, None)
         if option not in known and window is not None and not (positions and window >= positions):

@@ -72,6 +72,20 @@ def test_rolling_back_copies_nothing() -> None:
     assert (cache.length, cache.capacity) == (3, CAPACITY)
 
 
+def test_what_is_not_written_is_not_read() -> None:
+    target = random_model("llama")
+    cache = target.new_cache(CAPACITY)
+    target.forward([1, 2, 3], cache)
+    cache.rollback(2)
+    with torch.inference_mode():
+        for layer in cache.decoder_layers:
+            layer.keys[:, :, 2:] = layer.values[:, :, 2:] = float("nan")
+    logits = target.forward([4, 5], cache)
+    torch.testing.assert_close(
+        logits[-1], run_afresh([(token, target) for token in (1, 2, 4, 5)]), atol=2e-4, rtol=1e-4
+    )
+
+
 def test_the_last_row_alone_is_the_last_row() -> None:
     target = random_model("qwen3")
     rows = target.forward([1, 2, 3], target.new_cache(CAPACITY))
