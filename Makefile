@@ -90,7 +90,7 @@ fmt: $(STAMP)  ## format, and fix what the linter can
 interop: $(INTEROP_STAMP) $(AUTOGPTQ_STAMP) $(VLLM_STAMP)  ## our checkpoints in other packages, and theirs here (downloads much)
 	$(INTEROP_BIN)/python -m pytest tests/interop
 	PYTHONPATH=. $(AUTOGPTQ_BIN)/python -m pytest tests/interop/test_autogptq.py
-	$(VLLM_BIN)/python -m pytest tests/interop/test_vllm.py
+	$(VLLM_BIN)/python -m pytest tests/interop/test_vllm.py tests/interop/test_vllm_families.py
 
 scale: $(VLLM_STAMP)  ## `quasar deploy` with vLLM's CPU build: drafts, two ranks, a killed worker (downloads much)
 	$(VLLM_BIN)/python -m pytest tests/interop/test_deploy.py -s

@@ -1,11 +1,13 @@
 """Which other programs load a checkpoint, or which layer each of them refuses, and why. Pure: sizes and a config.
 
-The rules as of late 2026, read in their sources; vLLM's CPU build, GPTQModel and transformers were also tried
-(`tests/interop`), SGLang and vLLM's GPU kernels were not:
+The rules as of late 2026, read in their sources; vLLM's CPU build and GPTQModel were also tried with a small model of
+every architecture, transformers with some (`tests/interop`), SGLang and vLLM's GPU kernels with none:
 
 - vLLM 0.32 (`quantization/auto_gptq.py`, `kernels/linear/mixed_precision/`): symmetric codes of 4 or 8 bits, in groups
   of 32, 64, 128 or one per output. It makes room for inputs ÷ group scales, rounded down, so the group must divide the
-  inputs. On a GPU it pads sizes that fit no tile. Its CPU kernel takes 4 bits, inputs and outputs a multiple of 32.
+  inputs. On a GPU it pads sizes that fit no tile. Its CPU kernel takes 4 bits, inputs and outputs a multiple of 32; the
+  one for experts asks for AMX, and was not tried. It reads codes where `modules_in_block_to_quantize` lists the layer,
+  or without a list where a file has them, but asks under names of its own (`_asked`): some families need the list.
 - SGLang 0.5.23 (`quantization/gptq/`, `quantization/__init__.py`): on NVIDIA's GPUs by Marlin alone, without padding;
   exllama's kernel, which earlier versions had for other codes, is gone.
 - GPTQModel 7.6 (`nn_modules/qlinear/torch.py`): every width; groups of 16 to 1024 or one per output; sizes of any kind.
@@ -32,7 +34,17 @@ from quasar_core.errors import QuasarError
 Width = tuple[int, int]  # bits and group size; a group size of −1 is one scale per output
 Rule = Callable[[StoredLayer], "str | None"]  # why a loader refuses a layer or a fused product
 
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("w1", "w3"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+}
+# Architectures that vLLM's CPU build does not compute rightly before anything is quantized.
+VLLM_CPU_FAILS = {
+    "ApertusForCausalLM": "this architecture's activation gives float32, which its products do not take",
+}
 GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -45,9 +57,11 @@ class Config:
     sym: bool = True
     desc_act: bool = False
     dynamic: Sequence[tuple[re.Pattern[str], Mapping[str, Any] | None]] = ()
+    named: frozenset[str] | None = None  # layers that have codes, where the config lists them
+    architecture: str = ""  # as config.json names it; "" is one that no loader treats apart
 
     @classmethod
-    def of(cls, section: Mapping[str, Any]) -> "Config":
+    def of(cls, section: Mapping[str, Any], architecture: str = "") -> "Config":
         """QuasarError for rules that are none."""
         rules = section.get("dynamic") or {}
         try:
@@ -61,6 +75,8 @@ class Config:
             bool(section.get("sym", True)),
             bool(section.get("desc_act", False)),
             dynamic,
+            _listed(section.get("modules_in_block_to_quantize")),
+            architecture,
         )
 
     @property
@@ -80,6 +96,14 @@ def _compiled(pattern: str, width: Mapping[str, Any]) -> tuple[re.Pattern[str], 
     return re.compile(plain), None if pattern.startswith("-:") else dict(width)
 
 
+def _listed(modules: Any) -> frozenset[str] | None:
+    """Names in a list, or in the lists of a list."""
+    if not isinstance(modules, Sequence) or not modules:
+        return None
+    parts = (part if isinstance(part, Sequence) and not isinstance(part, str) else [part] for part in modules)
+    return frozenset(name for part in parts for name in part if isinstance(name, str))
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a loader takes a checkpoint: the layers that it refuses, each with its reason."""
@@ -96,32 +120,38 @@ class Verdict:
         return f"{reason} ({name}" + (f" and {more} more)" if more else ")")
 
 
-def describe_loaders(layers: Sequence[StoredLayer], section: Mapping[str, Any]) -> dict[str, str]:
+def describe_loaders(
+    layers: Sequence[StoredLayer], section: Mapping[str, Any], architecture: str = ""
+) -> dict[str, str]:
     """What each loader says to a checkpoint of these layers and this `quantization_config`: yes, or no and why."""
     method = section.get("quant_method", "gptq")
     if method == "compressed-tensors":
         return {name: "no: it does not read compressed-tensors" if name == "GPTQModel" else "yes" for name in LOADERS}
     if method != "gptq":
         return dict.fromkeys(LOADERS, f"not known: the method is {method}")
-    config = Config.of(section)
+    config = Config.of(section, architecture)
     return {name: str(judge(layers, config)) for name, judge in LOADERS.items()}
 
 
 def judge_vllm(layers: Sequence[StoredLayer], config: Config) -> Verdict:
     """On a GPU."""
-    return _judge_fused(layers, config, lambda product: _why_not_vllm(product, config))
+    unnamed = _unnamed(layers, config)
+    return _judge_fused(layers, config, lambda product: _why_not_vllm(product, config, unnamed), name_in_vllm)
 
 
 def judge_vllm_cpu(layers: Sequence[StoredLayer], config: Config) -> Verdict:
     """Its CPU build."""
+    unnamed = _unnamed(layers, config)
 
     def rule(product: StoredLayer) -> str | None:
-        reason = _why_not_vllm(product, config)
+        reason = _why_not_vllm(product, config, unnamed) or VLLM_CPU_FAILS.get(config.architecture)
         if reason is None and product.bits != 4:
             reason = f"it takes 4 bits, not {product.bits}"
+        if reason is None and ".experts." in product.name:
+            reason = "its kernel for the codes of experts asks for AMX"
         return reason or _why_no_multiple(product, 32, 32)
 
-    return _judge_fused(layers, config, rule)
+    return _judge_fused(layers, config, rule, name_in_vllm)
 
 
 def judge_sglang(layers: Sequence[StoredLayer], config: Config) -> Verdict:
@@ -151,6 +181,8 @@ def judge_transformers(layers: Sequence[StoredLayer], config: Config) -> Verdict
             return "optimum knows no quantized head"
         if ".experts." in layer.name:
             return "it holds all experts in one tensor, and reads no codes of theirs"
+        if layer.name.endswith(".gate_up_proj"):
+            return "GPTQModel reads gate and up as two layers"
         if _width_of(layer) != _whole_row(layer, config.usual):
             return f"optimum reads all layers at {_words(config.usual)}, and this one has {_words(_width_of(layer))}"
         return None
@@ -174,12 +206,43 @@ def fused_name(name: str) -> str | None:
     return next((f"{before}{dot}{fused}" for fused, parts in FUSED.items() if last in parts), None)
 
 
+def name_in_vllm(name: str) -> str:
+    """What it asks the rules for: it has another name for Granite's Mamba."""
+    return name.replace(".mamba.", ".mixer.")
+
+
+def listed_layers(names: Sequence[str]) -> list[str] | None:
+    """What `modules_in_block_to_quantize` must list so that vLLM reads the codes of these layers.
+
+    None where it finds them by itself: without the list it asks the files for the names of `_asked`.
+    """
+    asked = sorted({name for layer in names for name in _asked(layer)})
+    return [*names, *asked] if asked else None
+
+
+def _asked(name: str) -> tuple[str, ...]:
+    """Names that no file has, by which vLLM asks whether a layer has codes."""
+    if name.endswith(".gate_up_proj"):
+        return tuple(name.removesuffix("gate_up_proj") + part for part in FUSED["gate_up_proj"])
+    return (name_in_vllm(name),) if name_in_vllm(name) != name else ()
+
+
+def _unnamed(layers: Sequence[StoredLayer], config: Config) -> frozenset[str]:
+    """Layers whose codes vLLM leaves unread, and then finds no place for."""
+    names = config.named or ()
+    # Phi's class is made for layers that are stored as one, and asks under their own names.
+    is_phi = any(layer.name.endswith(".qkv_proj") for layer in layers)
+    asked = {layer.name: _asked(layer.name) for layer in layers if not (is_phi and layer.name.endswith("up_proj"))}
+    return frozenset(layer for layer, needed in asked.items() if any(name not in names for name in needed))
+
+
 def dynamic_rules(others: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
     """`dynamic` for layers of another width than the usual one, under their own names and under fused ones.
 
     Layers of one fused product have one width.
     """
     rules = {name: dict(width) for name, width in others.items()}
+    rules |= {name_in_vllm(name): dict(width) for name, width in others.items()}
     rules |= {fused: dict(width) for name, width in others.items() if (fused := fused_name(name))}
     return {f"{re.escape(name)}$": width for name, width in rules.items()}
 
@@ -188,8 +251,13 @@ def _judge(layers: Iterable[StoredLayer], rule: Rule) -> Verdict:
     return Verdict(tuple((layer.name, reason) for layer in layers if (reason := rule(layer)) is not None))
 
 
-def _judge_fused(layers: Sequence[StoredLayer], config: Config, rule: Rule) -> Verdict:
-    """As the loaders do that fuse: parts of one product must have one width, and the rules must tell it."""
+def _judge_fused(
+    layers: Sequence[StoredLayer], config: Config, rule: Rule, asked: Callable[[str], str] = str
+) -> Verdict:
+    """As the loaders do that fuse: parts of one product must have one width, and the rules must tell it.
+
+    `asked` gives the name for which they ask the rules.
+    """
     products: dict[str, list[StoredLayer]] = {}
     for layer in layers:
         products.setdefault(fused_name(layer.name) or layer.name, []).append(layer)
@@ -199,7 +267,7 @@ def _judge_fused(layers: Sequence[StoredLayer], config: Config, rule: Rule) -> V
         if len(set(widths.values())) > 1:
             told = ", ".join(f"{name} has {width}" for name, width in widths.items())
             return f"it reads them as one product, and {told}"
-        return _why_other_width(product, config) or rule(product)
+        return _why_other_width(replace(product, name=asked(product.name)), config) or rule(product)
 
     joined = (
         replace(parts[0], name=name, out_features=sum(part.out_features for part in parts))
@@ -234,7 +302,9 @@ def _why_other_width(layer: StoredLayer, config: Config) -> str | None:
     return f"its config tells {_words(told) if told else 'no codes'}, and stored are {_words(_width_of(layer))}"
 
 
-def _why_not_vllm(product: StoredLayer, config: Config) -> str | None:
+def _why_not_vllm(product: StoredLayer, config: Config, unnamed: frozenset[str]) -> str | None:
+    if product.name in unnamed:
+        return "its config does not list it under the name that vLLM asks for"
     if config.desc_act and product.group_size != -1:
         return "it takes no groups in the order of activations (desc_act)"
     return _why_not_marlin_codes(product, config) or _why_groups_do_not_divide(product)

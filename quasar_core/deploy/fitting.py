@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from quasar_core.checkpoint.headers import StoredLayer
-from quasar_core.checkpoint.loaders import LOADERS, Config, fused_name
+from quasar_core.checkpoint.loaders import LOADERS, VLLM_CPU_FAILS, Config, fused_name, listed_layers
 from quasar_core.config import GROUP_CHOICES
 
 SHARED_INPUTS = ("o_proj", "down_proj")
@@ -38,17 +38,25 @@ def shares(layers: Sequence[StoredLayer], ranks: int) -> list[StoredLayer]:
     ]
 
 
-def judge(loader: str, layers: Sequence[StoredLayer], section: Mapping[str, Any], ranks: int = 1) -> str:
+def judge(
+    loader: str, layers: Sequence[StoredLayer], section: Mapping[str, Any], ranks: int = 1, architecture: str = ""
+) -> str:
     """What a loader of `LOADERS` says of a checkpoint of these layers, shared out: "yes", or "no: " and why."""
     if section.get("quant_method", "gptq") == "compressed-tensors":
         return "yes"
-    return str(LOADERS[loader](shares(layers, ranks), Config.of(section)))
+    return str(LOADERS[loader](shares(layers, ranks), Config.of(section, architecture)))
 
 
-def what_it_would_take(loader: str, layers: Sequence[StoredLayer], ranks: int = 1) -> str | None:
+def what_it_would_take(
+    loader: str, layers: Sequence[StoredLayer], ranks: int = 1, architecture: str = ""
+) -> str | None:
     """Options of `quantize` whose checkpoint the loader takes; None where none of those tried would do."""
+    if loader == "vLLM on a CPU" and architecture in VLLM_CPU_FAILS:
+        return None
+    listed = listed_layers([layer.name for layer in layers])
     for size in GROUP_CHOICES:
         others = [replace(layer, bits=4, group_size=size) for layer in layers if layer.name != "lm_head"]
-        if judge(loader, others, {"bits": 4, "group_size": size}, ranks) == "yes":
+        section = {"bits": 4, "group_size": size, "modules_in_block_to_quantize": listed}
+        if judge(loader, others, section, ranks) == "yes":
             return f"--bits 4 --group-size {size}"
     return "--method w8a8" if any(fused_name(layer.name) for layer in layers) else None

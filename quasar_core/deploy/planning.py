@@ -89,10 +89,11 @@ def _verdict(wish: Wish, source: ModelSource, checkpoint: VerifierCheckpoint, in
         raise UsageError(f"--dtype float32: {NAMES[wish.engine]} multiplies by GPTQ's codes in 16 bits alone.")
     loader = LOADER[wish.engine, bool(installed and installed.is_cpu) and wish.engine == "vllm"]
     layers = stored_layers(checkpoint)
-    said = judge(loader, layers, section, wish.tensor_parallel)
+    [architecture, *_] = checkpoint.config.get("architectures") or [""]
+    said = judge(loader, layers, section, wish.tensor_parallel, architecture)
     if not said.startswith("no: "):
         return f"{loader}: {said}"
-    options = what_it_would_take(loader, layers, wish.tensor_parallel)
+    options = what_it_would_take(loader, layers, wish.tensor_parallel, architecture)
     remedy = f"; one that it takes: quasar quantize {source.name} {options}" if options else ""
     raise QuasarError(f"{loader} refuses {checkpoint.folder.name}: {said.removeprefix('no: ')}{remedy}.")
 

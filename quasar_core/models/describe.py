@@ -25,14 +25,15 @@ def describe(checkpoint: VerifierCheckpoint) -> dict[str, Any]:
     }
     is_gptq = section.get("quant_method", "gptq") in GPTQ_METHODS
     target = checkpoint.card.get("target") or {}
+    architectures = checkpoint.config.get("architectures") or ["unknown"]
     return {
         "checkpoint": str(checkpoint.folder),
         "target": target.get("name"),
-        "architecture": ", ".join(checkpoint.config.get("architectures") or ["unknown"]),
+        "architecture": ", ".join(architectures),
         "quantization": section,
         "marlin": describe_marlin(layers, section.get("sym", True)) if is_gptq else None,
         "zeros": checkpoint.describe_zeros(),
-        "loaders": describe_loaders(layers, section),
+        "loaders": describe_loaders(layers, section, architectures[0]),
         "packed_layers": len(checkpoint.layer_names),
         "layers": [_describe_layer(layer, packed) for layer in layers],
         "bits_per_weight": packed_bytes * 8 / weights if weights else 0.0,

@@ -12,7 +12,7 @@ from quasar_core.checkpoint import compressed_tensors
 from quasar_core.checkpoint.card import CARD_VERSION
 from quasar_core.checkpoint.checks import KEY as DIGESTS
 from quasar_core.checkpoint.checks import file_digest
-from quasar_core.checkpoint.loaders import dynamic_rules
+from quasar_core.checkpoint.loaders import dynamic_rules, listed_layers
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
 from quasar_core.config import BITS, QuantizeConfig
@@ -237,6 +237,8 @@ def quantization_section(config: QuantizeConfig, widths: Mapping[str, Width]) ->
             "static_groups": True,
         },
     }
+    if listed := listed_layers(list(widths)):
+        section["modules_in_block_to_quantize"] = [listed]  # optimum wants lists in a list
     if others:
         section["dynamic"] = dynamic_rules({name: width._asdict() for name, width in others.items()})
     return section

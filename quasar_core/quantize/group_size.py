@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from quasar_core.checkpoint.headers import StoredLayer
-from quasar_core.checkpoint.loaders import LOADERS, Config, Verdict
+from quasar_core.checkpoint.loaders import LOADERS, Config, Verdict, listed_layers
 from quasar_core.config import GROUP_CHOICES, QuantizeConfig
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 
@@ -45,7 +45,8 @@ def refused_groups(config: QuantizeConfig, other: QuantizeConfig, sizes: Sizes) 
 def _verdicts(config: QuantizeConfig, sizes: Sizes) -> dict[str, Verdict]:
     plan, usual = LayerPlan.of(config), config.groups_of
     head = {"lm_head$": {"bits": plan.solver(HEAD).bits}}
-    told = Config.of({"bits": config.bits, "group_size": usual, "sym": config.sym, "dynamic": head})
+    section = {"bits": config.bits, "group_size": usual, "sym": config.sym, "dynamic": head}
+    told = Config.of({**section, "modules_in_block_to_quantize": listed_layers(list(sizes))})
     layers = [
         StoredLayer(name, inputs, outputs, plan.solver(name).bits, usual) for name, (outputs, inputs) in sizes.items()
     ]

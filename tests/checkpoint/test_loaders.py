@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 from quasar_core.checkpoint.headers import StoredLayer
-from quasar_core.checkpoint.loaders import LOADERS, Config, describe_loaders, dynamic_rules, fused_name
+from quasar_core.checkpoint.loaders import (
+    LOADERS,
+    VLLM_CPU_FAILS,
+    Config,
+    describe_loaders,
+    dynamic_rules,
+    fused_name,
+    listed_layers,
+)
 from quasar_core.errors import QuasarError
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
@@ -77,19 +85,54 @@ def test_groups_that_few_know() -> None:
 @pytest.mark.parametrize(
     ("name", "loaders", "reason"),
     [
-        (f"{MLP}.gate_up_proj", {"GPTQModel"}, "gate and up as two layers"),
-        (f"{MLP}.experts.3.up_proj", {"transformers"}, "all experts in one tensor"),
-        ("model.layers.0.block_sparse_moe.experts.3.w1", {"GPTQModel", "transformers"}, "experts"),
-        ("model.layers.0.experts.3.up_proj", {"GPTQModel", "transformers"}, "experts"),
+        (f"{MLP}.gate_up_proj", {"GPTQModel", "transformers"}, "gate and up as two layers"),
+        (f"{MLP}.experts.3.up_proj", {"transformers", "vLLM on a CPU"}, "experts"),
+        ("model.layers.0.block_sparse_moe.experts.3.w1", {"GPTQModel", "transformers", "vLLM on a CPU"}, "experts"),
+        ("model.layers.0.experts.3.up_proj", {"GPTQModel", "transformers", "vLLM on a CPU"}, "experts"),
         ("model.layers.0.mamba.in_proj", {"GPTQModel"}, "Mamba"),
         (f"{MLP}.shared_expert.up_proj", set(), ""),
     ],
 )
 def test_names_that_some_do_not_look_for(name: str, loaders: set[str], reason: str) -> None:
     layers = [StoredLayer(name, 1024, 1024, 4, 128)]
-    assert refusing(layers, section()) == loaders
+    config = section(modules_in_block_to_quantize=listed_layers([name]))
+    assert refusing(layers, config) == loaders
     for loader in loaders:
-        assert reason in describe_loaders(layers, section())[loader]
+        assert reason in describe_loaders(layers, config)[loader]
+
+
+def test_names_that_vllm_asks_for() -> None:
+    """It reads codes of what is stored as one where the config lists the parts; Phi's it finds by itself."""
+    gate_up, mamba = f"{MLP}.gate_up_proj", "model.layers.1.mamba.in_proj"
+    listed = listed_layers([gate_up, mamba])
+    assert listed == [gate_up, mamba, f"{MLP}.gate_proj", f"{MLP}.up_proj", "model.layers.1.mixer.in_proj"]
+    assert listed_layers([layer.name for layer in block()]) is None
+    layers = [StoredLayer(name, 1024, 1024, 4, 128) for name in (gate_up, mamba)]
+    told = f"no: its config does not list it under the name that vLLM asks for ({gate_up} and 1 more)"
+    assert describe_loaders(layers, section())["vLLM"] == told
+    assert refusing(layers, section(modules_in_block_to_quantize=[[gate_up, mamba]])) >= VLLM
+    for whole in ([listed], listed):
+        assert not refusing(layers, section(modules_in_block_to_quantize=whole)) & VLLM
+    phi = [StoredLayer(name, 1024, 1024, 4, 128) for name in (gate_up, f"{ATTENTION}.qkv_proj")]
+    assert not refusing(phi, section()) & VLLM
+
+
+def test_rules_for_mamba_under_the_name_that_vllm_has() -> None:
+    name = "model.layers.1.mamba.in_proj"
+    rules = dynamic_rules({name: {"bits": 8}})
+    assert rules == {f"{re.escape(x)}$": {"bits": 8} for x in (name, "model.layers.1.mixer.in_proj")}
+    layers, listed = [StoredLayer(name, 1024, 1024, 8, 128)], [listed_layers([name])]
+    assert describe_loaders(layers, section(dynamic=rules, modules_in_block_to_quantize=listed))["vLLM"] == "yes"
+    rules.popitem()
+    told = describe_loaders(layers, section(dynamic=rules, modules_in_block_to_quantize=listed))["vLLM"]
+    assert told.startswith("no: its config tells 4 bits in groups of 128, and stored are 8 bits")
+
+
+def test_architectures_that_vllms_cpu_build_does_not_run() -> None:
+    for architecture, reason in VLLM_CPU_FAILS.items():
+        found = describe_loaders(block(), section(), architecture)
+        assert found.pop("vLLM on a CPU").startswith(f"no: {reason}")
+        assert set(found.values()) == {"yes"}
 
 
 def test_sizes_that_fit_no_tile() -> None:
@@ -198,6 +241,8 @@ def test_fused_names() -> None:
     assert fused_name("model.layers.3.self_attn.k_proj") == "model.layers.3.self_attn.qkv_proj"
     assert fused_name("mlp.up_proj") == "mlp.gate_up_proj"
     assert fused_name("up_proj") == "gate_up_proj"
+    assert fused_name("linear_attn.in_proj_z") == "linear_attn.in_proj_qkvz"
+    assert fused_name("feed_forward.w3") == "feed_forward.w13"
     assert fused_name("mlp.down_proj") is None
     rules = dynamic_rules({"a.up_proj": {"bits": 3}, "a.down_proj": {"bits": 8}})
     assert rules == {r"a\.up_proj$": {"bits": 3}, r"a\.down_proj$": {"bits": 8}, r"a\.gate_up_proj$": {"bits": 3}}

@@ -1,0 +1,135 @@
+"""Our checkpoints of every architecture of the lean decoder in vLLM's CPU build, as `inspect` says which it loads."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.decoder_cases import CASES, MIXTURES, SIZES, YARN, save_model
+from helpers.tiny_model import save_tiny_model
+from interop.interop_cases import CPU, PROMPT, VOCABULARY, missing, quantize
+
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.models.describe import describe
+from quasar_core.models.weights.lean_weights import load_verifier_alone
+
+pytestmark = [pytest.mark.interop, missing("vllm")]
+FIRST = {family: case for case, (family, _) in reversed(CASES.items())}  # of each family's cases
+NEW_TOKENS = 6
+# vLLM's CPU build computes these models otherwise before they are quantized too, or not at all.
+NOT_JUDGED = {
+    "Lfm2": "it gives other logits of the unquantized model too",
+    "Qwen3_5": "its class asks for torchvision, which the environment does without",
+    "Qwen3_5Moe": "its class asks for torchvision, which the environment does without",
+}
+# Of the largest logit. It refuses float16 for some families.
+TOLERANCE = {"float16": 0.02, "bfloat16": 0.06}
+NO_FLOAT16 = {"Gemma2", "Gemma3", "Glm4"}
+TOKENS = 0.9  # share of them that must agree
+OTHERS: dict[str, dict[str, Any]] = {
+    # Its kernel takes outputs that are a multiple of 32, and there is one for each of Mamba's heads among them.
+    "GraniteMoeHybrid": {"mamba_n_heads": 32, "mamba_d_head": 4},
+    # Queries do not grow with the position there.
+    "Ministral3": {"rope_parameters": {**YARN, "original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.4}},
+}
+
+
+class Forks:
+    """A process that has vLLM imported, and forks one for each checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        tests = Path(__file__).parents[1]
+        self.process = subprocess.Popen(
+            [sys.executable, str(tests / "interop" / "run_vllm_forks.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(folder / "log").open("w"),
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), os.environ.get("PYTHONPATH", "")])},
+        )
+
+    def answer(self, checkpoint: Path, dtype: str) -> dict[str, Any] | None:
+        """Tokens and log probabilities; None where vLLM does not load or run it."""
+        answer = self.folder / "answer.json"
+        answer.unlink(missing_ok=True)
+        request = {"folder": str(checkpoint), "dtype": dtype, "answer": str(answer)}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps({**request, "prompt": PROMPT, "new_tokens": NEW_TOKENS}), file=self.process.stdin, flush=True)
+        status = self.process.stdout.readline()
+        assert status, (self.folder / "log").read_text()[-3000:]
+        return json.loads(answer.read_text()) if int(status) == 0 else None
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    found = Forks(tmp_path_factory.mktemp("vllm"))
+    yield found
+    found.process.communicate()
+
+
+def twice_as_wide(options: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of a case doubled: heads of 32 channels and more, and layers of a multiple of 32."""
+    kept = ("vocab_size", "vocab_size_per_layer_input", "mamba_chunk_size")
+    return {
+        name: 2 * value if name.endswith(("_size", "head_dim", "d_head")) and name not in kept else value
+        for name, value in options.items()
+    }
+
+
+def our_logprobs(folder: Path, tokens: list[int]) -> torch.Tensor:
+    """Log probabilities [T, V] behind each token of the prompt and of the text but the last, in float32."""
+    verifier = load_verifier_alone(VerifierCheckpoint(folder), CPU, torch.float32, "reference")
+    text = PROMPT + tokens
+    return verifier.forward(text, verifier.new_cache(len(text)))[:-1].log_softmax(dim=-1)
+
+
+def are_ours(answer: dict[str, Any] | None, folder: Path, tolerance: float) -> bool:
+    """Whether vLLM gives our log probabilities, for nearly all tokens of the prompt and for all new ones."""
+    if answer is None:
+        return False
+    ours = our_logprobs(folder, answer["tokens"])
+    scale = (ours - ours.mean(dim=-1, keepdim=True)).abs().max()
+    same = (torch.tensor(answer["logprobs"]) - ours).abs().amax(dim=-1) / scale < tolerance
+    return same[-NEW_TOKENS:].all().item() and same.float().mean().item() >= TOKENS
+
+
+@pytest.mark.parametrize("family", sorted(FIRST))
+def test_vllm_loads_what_inspect_says(
+    family: str, forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if family in NOT_JUDGED:
+        pytest.skip(NOT_JUDGED[family])
+    if family in MIXTURES and torch.cpu._is_amx_tile_supported():
+        pytest.skip("there may be a kernel for experts' codes on AMX, which was not tried")
+    source = tmp_path / "tiny"
+    save_tiny_model(source)
+    name, options = CASES[FIRST[family]]
+    save_model(source, name, twice_as_wide({**SIZES, **options, **OTHERS.get(family, {}), "vocab_size": VOCABULARY}))
+    folder = quantize(monkeypatch, source, group_size=32)
+    says = describe(VerifierCheckpoint(folder))["loaders"]["vLLM on a CPU"]
+    dtype = "bfloat16" if family in NO_FLOAT16 else "float16"
+    assert are_ours(forks.answer(folder, dtype), folder, TOLERANCE[dtype]) == (says == "yes"), says
+
+
+def test_without_the_list_of_layers_it_reads_no_codes_of_gate_and_up_in_one(
+    forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a checkpoint of GLM-4 was written once."""
+    source = tmp_path / "tiny"
+    save_tiny_model(source)
+    name, options = CASES["glm 4"]
+    save_model(source, name, twice_as_wide({**SIZES, **options, "vocab_size": VOCABULARY}))
+    folder = quantize(monkeypatch, source, group_size=32)
+    for file in (folder / "config.json", folder / "quantize_config.json"):
+        content = json.loads(file.read_text())
+        content.get("quantization_config", content).pop("modules_in_block_to_quantize")
+        file.write_text(json.dumps(content))
+    assert "does not list it" in describe(VerifierCheckpoint(folder))["loaders"]["vLLM on a CPU"]
+    assert forks.answer(folder, "bfloat16") is None
