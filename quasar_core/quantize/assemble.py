@@ -183,7 +183,7 @@ def rules_of_kept(files: TensorFiles) -> list[str]:
     rules = [KEPT_RULE] if any(is_kept(name.removesuffix(".weight")) for name in files.names()) else []
     further = [name for name in files.names() if name.startswith(BESIDE)]
     roots = sorted({name.removeprefix("model.").partition(".")[0] for name in (*files.beside, *further)})
-    return rules + [rf"(.*\.)?{root}\..*" for root in roots]
+    return rules + [rf"(.*\.)?{root}(\..*)?$" for root in roots]
 
 
 def unwritten_tensors(job: Job, names: Weights) -> Iterator[tuple[str, torch.Tensor]]:
