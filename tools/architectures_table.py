@@ -24,10 +24,15 @@ def departures(row: Architecture) -> Iterator[str]:
     elif row.norms != BEFORE and row.norms.behind_mlp:
         yield "norms before and behind attention and MLP"
     if row.centred_norms:
-        yield "norms of 1 + w"
+        yield "norms of 1 + w" + (" but for the last" * (not row.centred_last_norm))
+    if row.norms_embedding:
+        yield "a norm of the embedding"
+    if row.behind_eps_option:
+        yield f"norms behind by another ε (`{row.behind_eps_option}`)"
     if row.head_norms:
         what = "all queries and all keys" if row.head_norms.whole_rows else "queries and keys"
         what = "queries, keys and values" if row.head_norms.of_values else what
+        what = what if row.head_norms.weighted else f"{what} without weights"
         yield f"norms of {what}{' after the rotation' if row.head_norms.after_rotation else ''}"
     if row.blocks_differ:
         yield "full layers have heads of another size and number, whose keys may be values (`attention_k_eq_v`)"
@@ -55,8 +60,8 @@ def _recurrent(row: Architecture) -> Iterator[str]:
         option = row.recurrent.interval or row.recurrent.attends
         options = "`layer_types`" + (f" or `{option}`" if option else "")
         yield f"{RULES[row.recurrent.kind]} in place of attention in some layers ({options})"
-    if row.gates_attention:
-        yield "gates behind attention"
+    if row.gates_attention or row.names.mix_gate:
+        yield "gates behind attention" + (" by a layer of their own" * bool(row.names.mix_gate))
 
 
 def _windows(row: Architecture) -> Iterator[str]:
@@ -66,12 +71,15 @@ def _windows(row: Architecture) -> Iterator[str]:
         yield "windows in some layers (`use_sliding_window`, `layer_types` or `max_window_layers`)"
     if row.windows.kind == "typed":
         rule = f", or all but one in {row.windows.period}" if row.windows.period else ", or all"
+        rule += " from the last" * row.windows.from_last
         yield f"windows in some layers (`layer_types`{rule})"
 
 
 def _rotations(row: Architecture) -> Iterator[str]:
     if row.rotates == "marked":
         yield "layers without positions (`no_rope_layers`)"
+    if row.rotates == "thetas":
+        yield "layers without positions (`layer_rope_theta`)"
     if row.rotates == "sliding":
         yield "only layers with a window rotate, where there are any"
     if row.rotates == "named":
@@ -118,7 +126,8 @@ def _scales(row: Architecture) -> Iterator[str]:
     if row.scales.embedding == "√hidden":
         yield "embedding times √hidden"
     scales = row.scales
-    options = [scales.embedding, scales.residual, scales.scores, scales.scores_root, scales.logits_divisor]
+    options = [scales.embedding, scales.residual, scales.scores, scales.scores_root, scales.queries]
+    options += [scales.logits, scales.logits_divisor]
     named = [f"`{option}`" for option in options if option and option != "√hidden"]
     if named:
         yield f"factors of {', '.join(named)}"

@@ -34,6 +34,7 @@ from quasar_core.errors import QuasarError
 Width = tuple[int, int]  # bits and group size; a group size of −1 is one scale per output
 Rule = Callable[[StoredLayer], "str | None"]  # why a loader refuses a layer or a fused product
 
+MIX_GATE = ".self_attn.gate_proj"  # of Muse Glimmer's attention, which is no MLP's
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -203,12 +204,14 @@ LOADERS: Mapping[str, Callable[[Sequence[StoredLayer], Config], Verdict]] = {
 def fused_name(name: str) -> str | None:
     """The product that vLLM and SGLang make of a layer and others: …self_attn.qkv_proj of …self_attn.q_proj."""
     before, dot, last = name.rpartition(".")
+    if name.endswith(MIX_GATE):
+        return None
     return next((f"{before}{dot}{fused}" for fused, parts in FUSED.items() if last in parts), None)
 
 
 def name_in_vllm(name: str) -> str:
-    """What it asks the rules for: it has another name for Granite's Mamba."""
-    return name.replace(".mamba.", ".mixer.")
+    """What it asks the rules for: it has other names for Granite's Mamba and the gate of Muse Glimmer's attention."""
+    return name.replace(".mamba.", ".mixer.").replace(MIX_GATE, ".self_attn.output_gate_proj")
 
 
 def listed_layers(names: Sequence[str]) -> list[str] | None:
@@ -224,7 +227,7 @@ def _asked(name: str) -> tuple[str, ...]:
     """Names that no file has, by which vLLM asks whether a layer has codes."""
     if name.endswith(".gate_up_proj"):
         return tuple(name.removesuffix("gate_up_proj") + part for part in FUSED["gate_up_proj"])
-    return (name_in_vllm(name),) if name_in_vllm(name) != name else ()
+    return (name_in_vllm(name),) if ".mamba." in name else ()  # Muse Glimmer's class renames what the files have
 
 
 def _unnamed(layers: Sequence[StoredLayer], config: Config) -> frozenset[str]:

@@ -16,6 +16,7 @@ WRAPPERS = frozenset(
         "InternVLForConditionalGeneration",
         "LlavaForConditionalGeneration",
         "Mistral3ForConditionalGeneration",
+        "MuseGlimmerForConditionalGeneration",
         "Qwen3_5ForConditionalGeneration",
         "Qwen3_5MoeForConditionalGeneration",
     )
@@ -27,6 +28,7 @@ CLASSES = {
     "llama": "LlamaForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "muse_glimmer_text": "MuseGlimmerForCausalLM",  # which transformers has not: `models/hf/text_parts.py`
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
@@ -47,10 +49,12 @@ USUAL_SIZES = {
     "llama": (32_000, 4096, 11_008, 32, 32, 2048),
     "ministral3": (131_072, 4096, 14_336, 34, 32, 262_144),
     "mistral": (32_000, 4096, 14_336, 32, 32, 131_072),
+    "muse_glimmer_text": (202_048, 6656, 19_968, 52, 32, 131_072),
     "qwen2": (151_936, 4096, 22_016, 32, 32, 32_768),
     "qwen3": (151_936, 4096, 22_016, 32, 32, 32_768),
     "qwen3_5_text": (248_320, 4096, 12_288, 32, 16, 32_768),
 }
+UNTIED = ("muse_glimmer_text",)  # whose wrapper has no such option, unless config.json does
 # How the files name what a text model's files name so: as transformers 5 does, then as earlier versions did.
 PREFIXES = (
     {"model.": "model.language_model.", "lm_head.": "lm_head."},
@@ -74,7 +78,8 @@ def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     text = config["text_config"]
     shared = {name: config[name] for name in SHARED if config.get(name) is not None}
     # transformers ties by default, and unties where the files hold a head that differs.
-    usual = {"tie_word_embeddings": True, **dict(zip(SIZES, USUAL_SIZES.get(text["model_type"], ()), strict=False))}
+    is_tied = text["model_type"] not in UNTIED
+    usual = {"tie_word_embeddings": is_tied, **dict(zip(SIZES, USUAL_SIZES.get(text["model_type"], ()), strict=False))}
     return {**usual, **text, **shared, "architectures": [CLASSES[text["model_type"]]]}
 
 

@@ -244,5 +244,8 @@ def test_fused_names() -> None:
     assert fused_name("linear_attn.in_proj_z") == "linear_attn.in_proj_qkvz"
     assert fused_name("feed_forward.w3") == "feed_forward.w13"
     assert fused_name("mlp.down_proj") is None
+    assert fused_name("a.self_attn.gate_proj") is None
+    rules = dynamic_rules({"a.self_attn.gate_proj": {"bits": 8}})
+    assert rules == {r"a\.self_attn\.gate_proj$": {"bits": 8}, r"a\.self_attn\.output_gate_proj$": {"bits": 8}}
     rules = dynamic_rules({"a.up_proj": {"bits": 3}, "a.down_proj": {"bits": 8}})
     assert rules == {r"a\.up_proj$": {"bits": 3}, r"a\.down_proj$": {"bits": 8}, r"a\.gate_up_proj$": {"bits": 3}}

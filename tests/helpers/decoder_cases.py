@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from helpers.model_classes import classes_of
 from packaging.version import Version
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -49,6 +50,8 @@ SIGMOIDS = {
     "routed_scaling_factor": 1.7,
     "first_k_dense_replace": 1,
 }
+MUSE = {"sliding_window": 6, "layer_types": SLIDING, "layer_rope_theta": [0, 9.0, 9.0, 0], "rope_parameters": LLAMA3}
+MUSE |= {"qk_scale_factor": 1.5, "output_multiplier": 2.0, "final_logit_softcapping": 3.0, "post_norm_eps": 0.1}
 TWO_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -208,6 +211,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "exaone 4, no windows": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}),
     "glm 4": ("Glm4", {"head_dim": 32}),
     "glm 4, no biases": ("Glm4", {"head_dim": 32, "attention_bias": False, "num_key_value_heads": 4}),
+    "muse glimmer": ("MuseGlimmer", {"head_dim": 32, "sliding_window": 7}),
+    "muse glimmer, listed, biases": ("MuseGlimmer", {**MUSE, "attention_bias": True, "tie_word_embeddings": True}),
     "arcee": ("Arcee", {"mlp_bias": True, "attention_bias": True}),
     "apertus": ("Apertus", {"rope_parameters": LLAMA3}),
     "qwen3.5": ("Qwen3_5", {"layer_types": ["linear_attention", "full_attention"] * 2, **DELTA}),
@@ -289,16 +294,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dots 1": ("Dots1", {**SIGMOIDS, "norm_topk_prob": True, "n_group": 1, "topk_group": 1}),
 }
-CENTRED = ("Gemma2", "Gemma3", "Qwen3_5", "Qwen3_5Moe")  # whose norms are 1 + w
-# Classes whose names do not come of that of their model.
-CLASSES = {
-    "Qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM"),
-    "Qwen3_5Moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM"),
-    "Gemma4": ("Gemma4TextConfig", "Gemma4ForCausalLM"),
-    "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
-}
-
-
+CENTRED = ("Gemma2", "Gemma3", "Qwen3_5", "Qwen3_5Moe", "MuseGlimmer")  # whose norms are 1 + w
 RECURRENT = {"Qwen3_5", "Qwen3_5Moe", "Lfm2", "GraniteMoeHybrid"}
 MIXTURES = {"Qwen3_5Moe", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "Glm4Moe", "Dots1"}
 
@@ -308,12 +304,6 @@ def recorded_cases(*without: str) -> list[str]:
     left_out = RECURRENT | (MIXTURES if "experts" in without else set())
     beside = [case for case, (_, options) in CASES.items() if "experts" in without and options.get("enable_moe_block")]
     return [case for case, (family, _) in CASES.items() if family not in left_out and case not in beside]
-
-
-def classes_of(name: str) -> tuple[Any, Any]:
-    """Config and model of a name of CASES."""
-    config, model = CLASSES.get(name, (f"{name}Config", f"{name}ForCausalLM"))
-    return getattr(transformers, config), getattr(transformers, model)
 
 
 def save_model(folder: Path, name: str, options: dict[str, Any]) -> Any:
@@ -330,7 +320,8 @@ def save_model(folder: Path, name: str, options: dict[str, Any]) -> Any:
             small = name == "Gemma4" and "q_norm" in key  # whose scores nothing divides
             if key.endswith("router.scale"):
                 parameter += 8  # or all experts would have about the same scores
-            if "norm" in key and not small and not (name in CENTRED and "linear_attn" not in key):
+            plain = "linear_attn" in key or (name == "MuseGlimmer" and key == "model.norm.weight")
+            if "norm" in key and not small and (plain or name not in CENTRED):
                 parameter += 1
         for key, buffer in model.named_buffers():
             if key.endswith("layer_scalar"):

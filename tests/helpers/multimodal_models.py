@@ -60,14 +60,21 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
         PIXTRAL,
         {"tie_word_embeddings": False},
     ),
+    "muse glimmer": (
+        "MuseGlimmer",
+        {"sliding_window": 7, "output_multiplier": 1.5, "bos_token_id": None},
+        {**VISION, "pos_emb_height": 2, "pos_emb_width": 2},
+        {"out_hidden_size": 128, "projector_hidden_size": 32},
+    ),
     "llava": ("Llava", {"model_type": "llama"}, {**VISION, "model_type": "clip_vision_model"}, {}),
     "internvl": ("InternVL", {"model_type": "qwen2"}, {**VISION, "image_size": [28, 28], "patch_size": [14, 14]}, {}),
 }
 
 
-def save_multimodal(folder: Path, name: str) -> Any:
+def save_multimodal(folder: Path, name: str, **options: Any) -> Any:
     """The model in a folder with a byte-level tokenizer, its matrices drawn wide; the transformers model."""
     kind, text, vision, others = MODELS[name]
+    others = {**others, **options}
     save_tiny_model(folder)
     torch.manual_seed(1)
     tower = {"intermediate_size": 32, "hidden_size": 32, **vision}

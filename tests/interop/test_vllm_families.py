@@ -25,6 +25,7 @@ NEW_TOKENS = 6
 # vLLM's CPU build computes these models otherwise before they are quantized too, or not at all.
 NOT_JUDGED = {
     "Lfm2": "it gives other logits of the unquantized model too",
+    "MuseGlimmer": "its class asks for torchvision, which the environment does without",
     "Qwen3_5": "its class asks for torchvision, which the environment does without",
     "Qwen3_5Moe": "its class asks for torchvision, which the environment does without",
 }

@@ -8,6 +8,8 @@
 
 namespace quasar {
 
+enum Gates { BEHIND_QUERIES = 1, BEHIND_VALUES };  // each head's behind its queries, or all behind the last values
+
 struct Layer {
     const float *input_norm, *out_norm, *mlp_norm, *down_norm;  // [hidden], or null
     const float* head_norms;                                    // [query heads + key heads, D], or null
@@ -31,8 +33,10 @@ struct Model {
     int activation, gated;             // of the MLP
     int norms_whole_rows, norms_last;  // of queries and keys: of all heads at once; after the rotation
     int interleaved;                   // partners in a rotation
-    int gates_attention;               // behind each head's queries stand the gates of what it mixes
-    float eps, embedding_scale, residual_scale, scores_scale, scores_cap, logits_scale, logits_cap;  // a cap of 0: none
+    int gates_attention;               // the place of the gates of what heads mix, or 0
+    int norms_embedding;               // without a weight
+    float eps, behind_eps;             // of norms; of those behind attention and MLP
+    float embedding_scale, residual_scale, scores_scale, scores_cap, logits_scale, logits_cap;  // a cap of 0: none
     const void* embedding;             // [vocabulary, hidden]
     const float* norm;                 // [hidden]
     FusedWeight head;
@@ -46,6 +50,13 @@ struct Model {
     FusedWeight joint;               // 2·hidden → hidden, of a head that goes on from a model's rows, or without parts
     const float *joint_embedding_norm, *joint_rows_norm;  // [hidden], of its two inputs
     const Layer* layer;
+
+    // Where the gate of number i of what heads mix stands among a token's outputs of qkv.
+    int gate_of(const Layer& layer, int i) const {
+        const int size = layer.head_size;
+        if (gates_attention == BEHIND_VALUES) return (heads + 2 * layer.kv_heads) * size + i;
+        return (2 * (i / size) + 1) * size + i % size;
+    }
 
     // Logits of the head's outputs from o on into a row; where it gives some tokens' the others stay as they are.
     void place_logits(float* row, int o, Lanes lanes, Floats value) const {

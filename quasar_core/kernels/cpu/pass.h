@@ -133,11 +133,11 @@ private:
 
     void embed(const int64_t* tokens, int count, const Team& team) {
         const Range rows = team.share(count);
-        const Floats scale = m.embedding_scale;
         for (int t = rows.begin; t < rows.end; ++t) {
-            auto row = static_cast<const X*>(m.embedding) + size_t(tokens[t]) * m.hidden;
-            for (int i = 0; i < m.hidden; i += LANES)
-                store(hidden.data() + size_t(t) * m.hidden + i, load(row + i) * scale);
+            auto from = static_cast<const X*>(m.embedding) + size_t(tokens[t]) * m.hidden;
+            float* row = hidden.data() + size_t(t) * m.hidden;
+            for (int i = 0; i < m.hidden; i += LANES) store(row + i, load(from + i) * m.embedding_scale);
+            if (m.norms_embedding) normalise(row, nullptr, m.hidden, m.eps, row);
         }
         team.barrier();
     }
@@ -209,7 +209,7 @@ private:
             const size_t from = size_t(first + t) * m.hidden;
             float *row = normed.data() + from, *stream = hidden.data() + from;
             if (waiting.norm) {
-                normalise(delta.data() + from, waiting.norm, m.hidden, m.eps, row);
+                normalise(delta.data() + from, waiting.norm, m.hidden, m.behind_eps, row);
                 for (int i = 0; i < m.hidden; i += LANES) store(stream + i, with_residual(stream + i, load(row + i)));
             }
             if (waiting.scalar != 1)
@@ -343,14 +343,14 @@ private:
         attend_heads(layer, keys, values, place, team);
     }
 
-    // What attention or a state gives, behind the gates that stand beside the queries in `mixed`.
+    // What attention or a state gives, behind the gates that stand in `mixed`.
     void prepare_mix(const Layer& layer, int count, const Team& team) {
         if (layer.recurrence || !m.gates_attention) return prepare_input(layer.out, attended.data(), count, team);
-        const int inner = layer.out.in, size = layer.head_size;
+        const int inner = layer.out.in;
         prepare_pieces(layer.out, attended.data(), inner, count, team, [&](float* row, int begin, int end) {
             const float* token = mixed.data() + (row - attended.data()) / inner * layer.qkv.out;
             for (int i = begin; i < end; i += LANES)
-                store(row + i, load(row + i) * sigmoid(load(token + (2 * (i / size) + 1) * size + i % size)));
+                store(row + i, load(row + i) * sigmoid(load(token + m.gate_of(layer, i))));
         });
     }
 
@@ -369,11 +369,11 @@ private:
     // Norm and rotate queries and keys as the layer has it; keys and values go to the cache.
     void place_heads(const Layer& layer, X* keys, X* values, const Place& place, const Team& team) {
         const int all = m.heads + (layer.shares ? 0 : 2 * layer.kv_heads), size = layer.head_size;
-        const int gates = m.gates_attention ? m.heads : 0;
+        const int gates = m.gates_attention == BEHIND_QUERIES ? m.heads : 0;
         const Range share = team.share(place.count * all);
         for (int at = share.begin; at < share.end; ++at) {
             const int t = at / all, head = at % all;
-            float* x = mixed.data() + (size_t(t) * (all + gates) + head + std::min(head, gates)) * size;
+            float* x = mixed.data() + size_t(t) * layer.qkv.out + (head + std::min(head, gates)) * size;
             const size_t position = place.position + t;
             if (head >= m.heads + layer.kv_heads) {
                 if (m.norms_values) normalise(x, nullptr, size, m.eps, x);

@@ -38,6 +38,7 @@ class HeadNorms:
     after_rotation: bool = False
     option: str = ""  # that says whether there are any; "" is yes
     of_values: bool = False  # each value's too, without a weight
+    weighted: bool = True  # else none has a weight
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Windows:
     kind: Literal["none", "all", "listed", "typed"] = "none"
     period: int = 0  # of the layers that see everything; 0: there are none
     first: int = -1  # of them; −1 is the period's last
+    from_last: bool = False  # counted from the last layer
     option: str = ""  # that gives another period
 
 
@@ -66,6 +68,7 @@ class LayerNames:
     down: str = "down_proj"
     gate_up: str = "gate_up_proj"  # where they are stored as one
     last_norm: str = "norm"
+    mix_gate: str = ""  # what gates attention's mix, where a layer of its own does
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class Scales:
     scores: str = ""  # in place of 1 ÷ √D
     scores_are_plain: bool = False  # neither divided nor multiplied
     scores_root: str = ""  # the number whose inverse root stands in place of 1 ÷ √D
+    queries: str = ""  # beside 1 ÷ √D
+    logits: str = ""
     logits_divisor: str = ""
 
 
@@ -148,10 +153,13 @@ class Architecture:
     mlp_bias: Switch = False
     norms: BlockNorms = BEFORE
     centred_norms: bool = False  # what is stored is the norm's weight less 1
+    centred_last_norm: bool = True  # that before the head too, where others are
+    norms_embedding: bool = False  # without a weight
     head_norms: HeadNorms | None = None
     windows: Windows = Windows()
-    # Layers: all; by `no_rope_layers`; sliding where any are; all or none by `position_embedding_type`.
-    rotates: Literal["all", "marked", "sliding", "named"] = "all"
+    # Layers: all; by `no_rope_layers`; where `layer_rope_theta` is not 0; sliding where any are; all or none by
+    # `position_embedding_type`.
+    rotates: Literal["all", "marked", "thetas", "sliding", "named"] = "all"
     ropes_by_type: bool = False  # full and sliding layers rotate by different frequencies
     rotates_part: bool = False  # of a head: `partial_rotary_factor`
     interleaved: bool = False  # channels 2i and 2i + 1 rotate together, not i and i + D/2
@@ -167,6 +175,7 @@ class Architecture:
     names: LayerNames = LayerNames()
     inner_option: str = "intermediate_size"
     eps_option: str = "rms_norm_eps"
+    behind_eps_option: str = ""  # of norms behind attention and MLP, where theirs is another
     aliases: Mapping[str, str] = field(default_factory=dict)  # other names of options, which count before
     mixture: Mixture | None = None  # of experts, in the place of the MLPs of some blocks or beside them
     further_blocks: str = ""  # the option with the number of stored blocks behind the last one, which do not run

@@ -112,8 +112,14 @@ def head_size_of(options: Mapping[str, Any]) -> int:
 
 
 def _marked_layers(row: Architecture, options: Mapping[str, Any]) -> tuple[bool, ...]:
-    """Which layers rotate: all, or those that `no_rope_layers` marks with 1 (by default all but every fourth)."""
+    """Which layers rotate: all, or those that `no_rope_layers` marks with 1 (by default all but every fourth).
+
+    Or those with a theta, by default all but every fourth from the last one on.
+    """
     count = int(options["num_hidden_layers"])
+    if row.rotates == "thetas":
+        thetas = options.get("layer_rope_theta")
+        return tuple(map(bool, thetas or ((count - 1 - i) % 4 for i in range(count))))
     if row.rotates != "marked":
         return (True,) * count
     interval = options.get("no_rope_layer_interval") or 4
@@ -147,7 +153,8 @@ def _slides_by_period(row: Architecture, options: Mapping[str, Any]) -> list[boo
     period = options.get(rule.option, rule.period) if rule.option else rule.period
     if not period:
         return [options.get("sliding_window") is not None] * count
-    return [i % period != rule.first % period for i in range(count)]
+    places = reversed(range(count)) if rule.from_last else range(count)
+    return [i % period != rule.first % period for i in places]
 
 
 def inputs_size_of(row: Architecture, options: Mapping[str, Any]) -> int:
@@ -156,7 +163,7 @@ def inputs_size_of(row: Architecture, options: Mapping[str, Any]) -> int:
 
 def why_not_layers(row: Architecture, options: Mapping[str, Any]) -> str | None:
     """Lists of layers that contradict their number, and windows that the table's row does not have."""
-    for key in ("layer_types", "no_rope_layers"):
+    for key in ("layer_types", "no_rope_layers", "layer_rope_theta"):
         listed = options.get(key)
         if listed and len(listed) != options["num_hidden_layers"]:
             return f"config.json has {options['num_hidden_layers']} layers, and {len(listed)} {key}"

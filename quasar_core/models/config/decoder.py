@@ -45,6 +45,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_size: int
     eps: float
+    behind_eps: float  # of norms behind attention and MLP
     max_positions: int
     tied: bool
     qkv_bias: bool
@@ -52,6 +53,8 @@ class DecoderConfig:
     mlp_bias: bool
     norms: BlockNorms
     centred_norms: bool
+    centred_last_norm: bool
+    norms_embedding: bool
     head_norms: HeadNorms | None
     gated: bool
     activation: str
@@ -93,7 +96,8 @@ class DecoderConfig:
             num_heads=heads,
             num_kv_heads=options.get("num_key_value_heads") or heads,
             head_size=head_size_of(options),
-            eps=options.get(row.eps_option, 1e-6),
+            eps=(eps := options.get(row.eps_option, 1e-6)),
+            behind_eps=options.get(row.behind_eps_option, eps),
             max_positions=options["max_position_embeddings"],
             tied=options.get("tie_word_embeddings", False),
             qkv_bias=_is_on(row.qkv_bias, options),
@@ -101,6 +105,8 @@ class DecoderConfig:
             mlp_bias=_is_on(row.mlp_bias, options),
             norms=row.norms,
             centred_norms=row.centred_norms,
+            centred_last_norm=row.centred_norms and row.centred_last_norm,
+            norms_embedding=row.norms_embedding,
             head_norms=_head_norms(row, options),
             gated=row.gated,
             activation=_activation(row, options),
@@ -200,6 +206,8 @@ def _scales(row: Architecture, options: Mapping[str, Any]) -> dict[str, Any]:
         scores = 1.0
     if scales.scores_root:
         scores = float(options[scales.scores_root] ** -0.5)
+    if scales.queries:
+        scores = _factor(scales.queries, options) * head_size_of(options) ** -0.5
     rope = options.get("rope_scaling") or options.get("rope_parameters") or {}
     growth = None
     if row.grows_queries:
@@ -209,7 +217,7 @@ def _scales(row: Architecture, options: Mapping[str, Any]) -> dict[str, Any]:
         "rounds_embedding_scale": of_hidden,
         "residual_scale": _factor(scales.residual, options),
         "scores_scale": scores,
-        "logits_scale": 1 / _factor(scales.logits_divisor, options),
+        "logits_scale": _factor(scales.logits, options) / _factor(scales.logits_divisor, options),
         "scores_cap": options.get(row.scores_cap),
         "logits_cap": options.get(row.logits_cap),
         "query_growth": growth,

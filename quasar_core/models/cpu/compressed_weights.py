@@ -95,7 +95,7 @@ class _Compressing:
 
     def layer(self, layer: DecoderLayer) -> DecoderLayer:
         """A block whose products are compressed; the weights as they were go with the last block that has them."""
-        names = ("qkv", "rates", "out", "gate_up", "down", "input_gate", "input_out")
+        names = ("qkv", "rates", "mix_gate", "out", "gate_up", "down", "input_gate", "input_out")
         products: dict[str, Any] = {
             name: self.product(product) for name in names if (product := getattr(layer, name)) is not None
         }

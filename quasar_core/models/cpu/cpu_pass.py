@@ -177,9 +177,8 @@ class CpuPass:
         last_only: bool = False,
     ) -> torch.Tensor:
         """One pass at position `cache.length`, which moves on by T → float32 logits [T, V], [1, V] with `last_only`."""
-        shown = 1 if last_only and cache.rows is None else len(tokens)
-        vocabulary = self.config.vocab_size
-        logits = no_logits(shown, vocabulary) if self._knows_some else torch.empty(shown, vocabulary)
+        size = 1 if last_only and cache.rows is None else len(tokens), self.config.vocab_size
+        logits = no_logits(*size) if self._knows_some else torch.empty(*size)
         self.choose(tokens, cache, logits=logits, parents=parents)
         return logits[-1:] if last_only else logits
 
@@ -273,8 +272,10 @@ class CpuPass:
             norms_whole_rows=norms.whole_rows,
             norms_last=norms.after_rotation,
             interleaved=config.ropes[0].interleaved,
-            gates_attention=config.gates_attention,
+            gates_attention=1 if config.gates_attention else 2 * bool(config.names.mix_gate),  # `Gates` of `model.h`
+            norms_embedding=config.norms_embedding,
             eps=config.eps,
+            behind_eps=config.behind_eps,
             embedding_scale=decoder.embedding_scale,
             residual_scale=config.residual_scale,
             scores_scale=config.scores_scale or 0,
@@ -323,7 +324,7 @@ class CpuPass:
             down_norm=self._floats(layer.down_norm),
             head_norms=self._floats(layer.head_norms),
             activation=self._floats(layer.activation),
-            qkv=self._fused(layer.qkv, layer.rates),
+            qkv=self._fused(layer.qkv, layer.rates, layer.mix_gate),
             out=self._fused(layer.out),
             gate_up=self._fused(layer.gate_up),
             down=self._fused(layer.down),

@@ -199,9 +199,11 @@ class CudaPass:
     ) -> torch.Tensor | None:
         """Add `delta` to the residual stream, then what a block gives but for its last part, which is returned."""
         decoder, layer = self.decoder, self.decoder.layers[index]
-        x = self._normed(hidden, delta, layer.input_norm, layer.qkv)
-        x = attention(index, self.dense.multiply(layer.qkv, x))
-        delta = self._behind(self.dense.multiply(layer.out, x), layer.out_norm)
+        x = self._normed(hidden, delta, layer.input_norm, self._reader(layer, len(hidden)))
+        mixed = attention(index, self.dense.multiply(layer.qkv, x))
+        if layer.mix_gate is not None:
+            mixed = mixed * self.dense.multiply(layer.mix_gate, x).sigmoid()
+        delta = self._behind(self.dense.multiply(layer.out, mixed), layer.out_norm)
         if layer.experts is None:
             x = self._mlp(layer, layer.mlp, self._normed(hidden, delta, layer.mlp_norm, layer.mlp[0]), len(hidden))
         else:
@@ -214,6 +216,11 @@ class CudaPass:
             hidden.add_(delta).mul_(layer.scalar)
             return None
         return delta
+
+    def _reader(self, layer: DecoderLayer, rows: int) -> Linear | None:
+        """What reads a block's first norm; None where its products take rows in several forms."""
+        number, gate = self.dense.number_for, layer.mix_gate
+        return layer.qkv if gate is None or number(gate, rows) == number(layer.qkv, rows) else None
 
     def _mlp(self, layer: DecoderLayer, products: tuple[Linear, Linear], x: Rows, count: int) -> torch.Tensor:
         config, (gate_up, down) = self.decoder.config, products
@@ -243,7 +250,7 @@ class CudaPass:
         """What attention or the MLP gives, behind its norm, times the residual's factor."""
         config = self.decoder.config
         if norm is not None:
-            normed = self.steps.normed(delta, None, norm, config.eps)
+            normed = self.steps.normed(delta, None, norm, config.behind_eps)
             assert isinstance(normed, torch.Tensor)  # no number was asked for
             delta = normed
         return delta if config.residual_scale == 1 else delta * config.residual_scale

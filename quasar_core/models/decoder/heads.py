@@ -61,6 +61,15 @@ class Turn:
         return x.to(heads.dtype)
 
 
+def split_heads(projected: torch.Tensor, size: int, gated: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Queries, keys and values [T, heads, D] of a product's rows, and the gates [T, gated·D] behind `gated` queries."""
+    if not gated:
+        return projected.view(len(projected), -1, size), None
+    pairs, rest = projected.split([2 * gated * size, projected.shape[-1] - 2 * gated * size], -1)
+    queries, gates = pairs.view(-1, gated, 2 * size).split(size, -1)
+    return torch.cat((queries, rest.view(len(rest), -1, size)), 1), gates.flatten(1)
+
+
 def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS norm of x [..., D], rounded once, at the end."""
     return rms_norm(x, weight, eps)

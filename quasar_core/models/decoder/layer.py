@@ -76,6 +76,7 @@ class DecoderLayer:
     scalar: torch.Tensor | None = None  # [1], times what the block gives
     recurrence: Recurrence | None = None  # in place of attention
     rates: Linear | None = None  # how fast its states fade, and how much is written to them
+    mix_gate: Linear | None = None  # of what attention mixes, where the gates are no part of `qkv`
 
     @property
     def mlp(self) -> tuple[Linear, Linear]:
@@ -86,8 +87,9 @@ class DecoderLayer:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Its products: four, one more of a delta rule, two of its own input, and those of experts."""
-        every = (self.qkv, self.rates, self.out, self.gate_up, self.down, self.input_gate, self.input_out)
+        """Its products: four, one more of a delta rule or gates, two of its own input, and those of experts."""
+        attention = (self.qkv, self.rates, self.mix_gate, self.out)
+        every = (*attention, self.gate_up, self.down, self.input_gate, self.input_out)
         experts = self.experts.linears if self.experts else ()
         return (*(product for product in every if product is not None), *experts)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import embedding
 
+from quasar_core.kernels.cpu.rms_norm import rms_norm
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import steered
 from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, go_on, in_rows, join_choices
@@ -22,7 +23,7 @@ from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.activations import activated, apply
 from quasar_core.models.decoder.attention import AttentionMask, attend, make_mask, make_tree_mask
 from quasar_core.models.decoder.cache import DecoderCache
-from quasar_core.models.decoder.heads import Turn, normed
+from quasar_core.models.decoder.heads import Turn, normed, split_heads
 from quasar_core.models.decoder.hidden_rows import HiddenRows, LastRow
 from quasar_core.models.decoder.known_tokens import spread
 from quasar_core.models.decoder.layer import DecoderLayer, FusedLinear, Joint, LayerInputs, Linear
@@ -291,6 +292,8 @@ class LeanDecoder(CausalLM):
         hidden = embedding(tokens, self.embedding)
         if self.embedding_scale != 1:
             hidden *= self.embedding_scale
+        if self.config.norms_embedding:
+            hidden = rms_norm(hidden, None, self.config.eps)
         if self.inputs is None:
             return hidden, [None] * len(self.layers)
         return hidden, self.inputs(tokens, hidden, self.config.eps).unbind()
@@ -322,12 +325,12 @@ class LeanDecoder(CausalLM):
             )
         return _Place(start, start + count, tables, growth, masks)
 
-    def _normed(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        return x if weight is None else normed(x, weight, self.config.eps)
+    def _normed(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float | None = None) -> torch.Tensor:
+        return x if weight is None else normed(x, weight, self.config.eps if eps is None else eps)
 
     def _add(self, hidden: torch.Tensor, delta: torch.Tensor, norm: torch.Tensor | None) -> None:
         """Add what attention or the MLP gives, behind its norm, to the residual stream in place."""
-        hidden.add_(self._normed(delta, norm), alpha=self.config.residual_scale)
+        hidden.add_(self._normed(delta, norm, self.config.behind_eps), alpha=self.config.residual_scale)
 
     def _attention(self, layer: DecoderLayer, x: torch.Tensor, states: torch.Tensor, place: _Place) -> torch.Tensor:
         """Write the pass's keys and values into the layer's states [2, H, capacity, D], and attend over them."""
@@ -347,11 +350,13 @@ class LeanDecoder(CausalLM):
         tables: tuple[torch.Tensor, torch.Tensor] | None,
         growth: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Queries [T, H·G, D], keys and values [T, H, D] as the cache has them, and gates as `heads` gives them.
+        """Queries [T, H·G, D], keys and values [T, H, D] as the cache has them, and what gates the mix [T, H·G·D].
 
         Keys and values are None where they are an earlier block's.
         """
-        heads, gates = self.heads(layer, layer.qkv(x))
+        gated_heads = self.config.num_heads if self.config.gates_attention else 0
+        heads, gates = split_heads(layer.qkv(x), layer.shape.head_size, gated_heads)
+        gates = gates if layer.mix_gate is None else layer.mix_gate(x)
         turn, own = self.turn(layer), layer.shape.kv_heads
         keys = values = None
         if layer.shares:
@@ -365,15 +370,6 @@ class LeanDecoder(CausalLM):
         """What attention adds [T, in], of the heads' mixes [T, H·G·D] and what gates them."""
         return layer.out(mixed if gates is None else mixed * gates.sigmoid())
 
-    def heads(self, layer: DecoderLayer, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Queries, keys and values [T, H·G + 2·H, D], and what gates each head's mix [T, H·G·D], where it is gated."""
-        size, count = layer.shape.head_size, self.config.num_heads
-        if not self.config.gates_attention:
-            return projected.view(len(projected), -1, size), None
-        gated, rest = projected.split([2 * count * size, projected.shape[-1] - 2 * count * size], -1)
-        queries, gates = gated.view(-1, count, 2 * size).split(size, -1)
-        return torch.cat((queries, rest.view(len(rest), -1, size)), 1), gates.flatten(1)
-
     def _recur(self, layer: DecoderLayer, x: torch.Tensor, states: LayerStates, start: int) -> torch.Tensor:
         assert layer.recurrence is not None
         rates = None if layer.rates is None else layer.rates(x)
@@ -381,10 +377,9 @@ class LeanDecoder(CausalLM):
 
     def turn(self, layer: DecoderLayer) -> Turn:
         """How a layer norms and rotates its queries and keys."""
-        rope = None if layer.shape.rope is None else self.config.ropes[layer.shape.rope]
-        return Turn(
-            self.config.num_heads, self.config.head_norms, layer.head_norms, rope, self.config.eps, layer.shares
-        )
+        config = self.config
+        rope = None if layer.shape.rope is None else config.ropes[layer.shape.rope]
+        return Turn(config.num_heads, config.head_norms, layer.head_norms, rope, config.eps, layer.shares)
 
     def _mlp(self, layer: DecoderLayer, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Of x, the residual stream [T, in] behind a norm; experts beside an MLP read the stream itself."""

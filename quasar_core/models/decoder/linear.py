@@ -52,6 +52,8 @@ def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
     if "qkv" in config.fused:
         qkv = product(f"{attention}.qkv_proj", (queries + 2 * states,), hidden, config.qkv_bias)
     products = {"qkv": qkv, "out": product(f"{attention}.{names.out}", (hidden,), queries, config.out_bias)}
+    if names.mix_gate:
+        products["mix_gate"] = product(f"{attention}.{names.mix_gate}", (queries,), hidden, False)
     if block.recurrence is not None:
         products = recurrent_products(block.recurrence, f"model.layers.{index}.{config.recurrent_module}", hidden)
     if block.sparse and not has_both(config):
@@ -324,8 +326,8 @@ def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def head_norm_shapes(config: DecoderConfig, index: int) -> dict[str, tuple[int]]:
-    """The norms of a block's queries and keys."""
-    if config.head_norms is None or config.blocks[index].recurrence is not None:
+    """The stored norms of a block's queries and keys."""
+    if config.head_norms is None or not config.head_norms.weighted or config.blocks[index].recurrence is not None:
         return {}
     block, whole = config.blocks[index], config.head_norms.whole_rows
     kinds = 2 if block.states_of == index else 1

@@ -5,6 +5,7 @@ to the same bits. The weights as they lay are not kept.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -43,8 +44,10 @@ def can_prepack() -> bool:
 
 
 def _prepacked_layer(layer: DecoderLayer) -> DecoderLayer:
-    gate_up, down = (None if each is None else _prepacked(each) for each in (layer.gate_up, layer.down))
-    return replace(layer, qkv=_prepacked(layer.qkv), out=_prepacked(layer.out), gate_up=gate_up, down=down)
+    names = ("qkv", "mix_gate", "out", "gate_up", "down")
+    products = {name: product for name in names if (product := getattr(layer, name)) is not None}
+    laid_out: dict[str, Any] = {name: _prepacked(product) for name, product in products.items()}
+    return replace(layer, **laid_out)
 
 
 def _prepacked(product: Linear) -> Linear:

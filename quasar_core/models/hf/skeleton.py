@@ -20,6 +20,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.models.hf.config_errors import config_errors
 from quasar_core.models.hf.experts import separate_experts
 from quasar_core.models.hf.stored_names import StoredNames
+from quasar_core.models.hf.text_parts import register_muse_glimmer
 from quasar_core.store.model_config import read_config
 from quasar_core.store.text_part import has_text_part
 
@@ -45,7 +46,8 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> Pretrain
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     if has_text_part(content):
         text, shared = config.get_text_config(), config
-        text.tie_word_embeddings, config = shared.tie_word_embeddings, text
+        text.tie_word_embeddings = getattr(shared, "tie_word_embeddings", text.tie_word_embeddings)
+        config = text
     _refuse_foreign_windows(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -93,6 +95,8 @@ def build_empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
     QuasarError where its buffers, which are computed from the config, are too large to be meant.
     """
+    if config.model_type == "muse_glimmer_text":
+        register_muse_glimmer()
     failed, path = "transformers builds no causal language model from the config", Path(config.name_or_path or "")
     with config_errors(failed, path / "config.json", config.to_dict()), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

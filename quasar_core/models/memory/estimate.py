@@ -170,7 +170,8 @@ def workspace_bytes(config: DecoderConfig, dtype: torch.dtype, models: int) -> i
     of them (4·I); or queries, keys and values before and after their rotation, and the mixed values. Logits stand in
     the graph, in their place, and in float32.
     """
-    wide = max(sum(block_products(config, index)["qkv"].rows) for index in range(config.num_layers))
+    products = [block_products(config, index) for index in range(config.num_layers)]
+    wide = max(sum(sum(some[name].rows) for name in ("qkv", "mix_gate") if name in some) for some in products)
     inner = max(block.inner for block in config.blocks)
     chunk = PROMPT_CHUNK * (3 * config.hidden_size + max(4 * inner, 3 * wide)) * dtype.itemsize
     return chunk + models * logits_bytes(config, dtype, LONGEST_PASS) + state_bytes(config, dtype)

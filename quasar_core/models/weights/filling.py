@@ -51,7 +51,7 @@ class Filling:
     ) -> None:
         self.files, self.device, self.dtype = files, device, dtype
         self._places = places  # of products whose weights are not filled here
-        self._centred = config.centred_norms
+        self._centred, self._last_is_centred = config.centred_norms, config.centred_last_norm
         self._renamed = (*(config.mixture.row.renamed if config.mixture else ()), *renamed)
         self._waiting: dict[str, list[torch.Tensor]] = {}  # its places
         self._norms: list[torch.Tensor] = []
@@ -112,6 +112,15 @@ class Filling:
         name = self._stored(name)
         self.files.check_shape(name, (size,))
         return self._place_norm([name], [1], size)[0]
+
+    def last_norm(self, name: str, size: int) -> torch.Tensor:
+        """That of the norm before the head, which may be as it is where the others are centred."""
+        is_plain = self._centred and not self._last_is_centred
+        return self.tensor([name], [size]) if is_plain else self.norm(name, size)
+
+    def ones(self, *shape: int) -> torch.Tensor:
+        """The weights of norms that have none."""
+        return torch.ones(*shape, device=self.device, dtype=self.dtype)
 
     def repeated_norms(self, names: Sequence[str], times: Sequence[int], size: int) -> torch.Tensor:
         """One tensor [sum of times, size]; a stored vector is of `size` and repeated, or as long as its rows."""

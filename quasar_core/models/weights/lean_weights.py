@@ -186,7 +186,7 @@ def _build(config: DecoderConfig, filling: Filling, make: Callable[[Product, Den
     shared = config.tied and EMBEDDING not in filling.files  # by the head's name alone, as transformers 4 wrote many
     embedding = filling.tensor([f"{HEAD}.weight" if shared else EMBEDDING], [config.vocab_size], config.hidden_size)
     layers = [build_layer(config, index, filling, make) for index in range(config.num_layers)]
-    norm = filling.norm(f"model.{config.names.last_norm}.weight", config.hidden_size)
+    norm = filling.last_norm(f"model.{config.names.last_norm}.weight", config.hidden_size)
     own_head: Dense = (lambda _: DenseLinear(embedding)) if config.tied else filling.linear
     head = make(head_product(config), own_head)
     ropes = [RopeTables(rope, filling.device, filling.dtype) for rope in config.ropes]
@@ -217,14 +217,12 @@ def build_layer(
         norms[field] = filling.norm(f"{prefix}.{name}.weight", config.hidden_size) if name else None
     if config.inputs_size:
         norms["input_out_norm"] = filling.norm(f"{prefix}.post_per_layer_input_norm.weight", config.hidden_size)
-    head_norms = list(head_norm_shapes(config, index))
-    times = (config.num_heads, block.kv_heads)[: len(head_norms)]
     products: dict[str, Any] = dict.fromkeys(("gate_up", "down")) | {
         field: make(product, filling.product) for field, product in block_products(config, index).items()
     }
     return DecoderLayer(
         shape=block,
-        head_norms=filling.repeated_norms(head_norms, times, block.head_size) if head_norms else None,
+        head_norms=_build_head_norms(config, index, filling),
         activation=filling.xielu(index) if config.activation == "xielu" else None,
         shares=block.states_of != index,
         experts=_build_experts(config, index, filling, make),
@@ -233,6 +231,15 @@ def build_layer(
         **norms,
         **products,
     )
+
+
+def _build_head_norms(config: DecoderConfig, index: int, filling: Filling) -> torch.Tensor | None:
+    """The weights of the norms of a block's queries and keys, ones where the files hold none."""
+    block, names = config.blocks[index], list(head_norm_shapes(config, index))
+    if config.head_norms is not None and not config.head_norms.weighted:
+        return filling.ones(config.num_heads + block.kv_heads, block.head_size)
+    times = (config.num_heads, block.kv_heads)[: len(names)]
+    return filling.repeated_norms(names, times, block.head_size) if names else None
 
 
 def _build_recurrence(config: DecoderConfig, index: int, filling: Filling) -> Recurrence | None:

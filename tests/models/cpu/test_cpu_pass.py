@@ -85,7 +85,8 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, case: str) -> None:
 
 @each_form
 @pytest.mark.parametrize(
-    "case", ["gemma 2", "apertus", "gemma 4, shared states and own inputs", "qwen 2 moe", *HYBRIDS]
+    "case",
+    ["gemma 2", "apertus", "gemma 4, shared states and own inputs", "muse glimmer", "qwen 2 moe", *HYBRIDS],
 )
 def test_every_form_gives_the_logits_of_transformers(tmp_path: Path, case: str) -> None:
     """Caps, tanh, xIELU, norms and rotations of each kind, in each instruction set."""
@@ -96,7 +97,9 @@ def test_every_form_gives_the_logits_of_transformers(tmp_path: Path, case: str) 
 
 
 @each_form
-@pytest.mark.parametrize("case", ["llama, all biases", "qwen3, listed windows, biases", "smollm3, windows"])
+@pytest.mark.parametrize(
+    "case", ["llama, all biases", "qwen3, listed windows, biases", "smollm3, windows", "muse glimmer"]
+)
 def test_bf16_costs_a_few_roundings_of_cache_and_embedding(tmp_path: Path, case: str) -> None:
     """Between products all is float32, so that four blocks of two roundings each stay within six of bfloat16's."""
     expected = exact_logits(save_model(tmp_path, *CASES[case]), random_tokens(), BF16)
@@ -114,7 +117,9 @@ def test_a_verifier_equals_its_plain_pass(made: Made, case: str, bits: int | Non
     assert_close_but_for_steps(in_passes(fast(verifier), random_tokens(), [12, 4]), expected)
 
 
-@pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "glm 4 moe, no norms", "mixtral", *HYBRIDS])
+@pytest.mark.parametrize(
+    "case", ["qwen3, listed windows, biases", "glm 4 moe, no norms", "mixtral", "muse glimmer", *HYBRIDS]
+)
 def test_a_verifier_that_was_unpacked_equals_its_plain_pass(made: Made, case: str) -> None:
     verifier = verifier_in(made(case), load_target(made(case), CPU, FLOAT), kernel="dense")
     expected = in_passes(verifier, random_tokens(), [12, 4])
@@ -301,7 +306,7 @@ def test_prompts_are_short_where_bfloat16_is_multiplied_in_pairs_and_pytorch_has
 TEXT_CASES = [
     *("qwen3", "mistral, window", "gemma 2", "gemma 3, two ropes", "granite", "hunyuan", "phi 3", "olmo 3", "glm 4"),
     *("mixtral", "qwen 3 moe", "qwen 2 moe", "glm 4 moe", "granite moe"),
-    *("exaone 4", "ministral 3", "apertus", "gemma 4, shared states and own inputs"),
+    *("exaone 4", "ministral 3", "apertus", "gemma 4, shared states and own inputs", "muse glimmer"),
 ]
 
 

@@ -46,7 +46,9 @@ def source_of(decoder: LeanDecoder) -> DeviceStream:
     return decoder.source
 
 
-@pytest.mark.parametrize("case", ["qwen3, listed windows, biases", "gemma 2", "gemma 4, shared states and own inputs"])
+@pytest.mark.parametrize(
+    "case", ["qwen3, listed windows, biases", "gemma 2", "gemma 4, shared states and own inputs", "muse glimmer"]
+)
 @pytest.mark.parametrize("character", CHARACTERS)
 def test_passes_of_any_length_are_one_sweep_and_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, character: str

@@ -1,5 +1,6 @@
 """The pass in Triton's kernels, through its interpreter, computes what PyTorch's operations compute."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "queries grow": ("Ministral3", {"head_dim": 32, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.4}}),
     "multipliers": ("Granite", {"residual_multiplier": 0.3, "attention_multiplier": 0.1, "logits_scaling": 2.0}),
     "no gates": ("Arcee", {}),
+    "gates of the mix": ("MuseGlimmer", {"head_dim": 32, "sliding_window": 7, "post_norm_eps": 0.1}),
     "layers without rotation": ("SmolLM3", {"no_rope_layer_interval": 2}),
 }
 
@@ -121,6 +123,28 @@ def test_a_pass_on_8_bit_products_computes_what_pytorchs_product_computes(
         logits.append(torch.cat([verifier.forward(tokens[a:b], cache) for a, b in passes]))
     torch.testing.assert_close(logits[0], logits[1], atol=2e-3, rtol=2e-3)
     assert rounded_apart == [8, 8, 1, 1, 2, 2]  # of two layers
+
+
+@pytest.mark.parametrize("rounds_gates", [True, False])
+def test_gates_of_attentions_mix_read_the_rows_that_queries_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds_gates: bool
+) -> None:
+    """Rounded by the norm where both products take such rows; else each has them in its own form."""
+    triton_steps()
+    save_model(tmp_path, "MuseGlimmer", {"num_hidden_layers": 1, "head_dim": 32, **FEW})
+    target = load_target(tmp_path, CPU, torch.float16)
+    monkeypatch.setattr(TRITON_INT8, "why_not", lambda *given: None)
+    logits, tokens = [], random_tokens(9)
+    for name in ("int8", "triton-int8"):
+        verifier = attach_verifier(target, RoundedCopy(target, to_integers, None), name)
+        if not rounds_gates:
+            (layer,), (own,) = verifier.layers, target.layers
+            verifier.layers = (replace(layer, mix_gate=own.mix_gate),)
+        verifier.fast, cache = CudaPass(verifier, triton_steps()), verifier.new_cache(40)
+        logits.append(torch.cat([verifier.forward(part, cache) for part in (tokens[:5], tokens[5:])]))
+    read_together = verifier.fast._reader(verifier.layers[0], 4) is not None
+    assert read_together == rounds_gates
+    torch.testing.assert_close(logits[0], logits[1], atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("kernel", [None, "triton"])

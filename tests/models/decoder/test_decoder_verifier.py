@@ -88,7 +88,7 @@ def test_target_and_verifier_share_a_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verify", ["full", "exact"])
-@pytest.mark.parametrize("name", ["qwen3, yarn, tied", "mistral, window", "smollm3, windows"])
+@pytest.mark.parametrize("name", ["qwen3, yarn, tied", "mistral, window", "smollm3, windows", "muse glimmer"])
 def test_greedy_text_is_that_of_transformers(tmp_path: Path, name: str, verify: Any) -> None:
     model = save_model(tmp_path / "target", *CASES[name])
     checkpoint = quantize_layers(tmp_path / "target", tmp_path / "verifier", lambda name: 4)

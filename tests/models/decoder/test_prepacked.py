@@ -20,7 +20,7 @@ def logits_of(decoder: LeanDecoder, count: int) -> torch.Tensor:
 
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", ["llama, all biases", "qwen3", "gemma 2", "qwen 3 moe"])
+@pytest.mark.parametrize("case", ["llama, all biases", "qwen3", "gemma 2", "muse glimmer", "qwen 3 moe"])
 def test_logits_stay_what_they_were(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
     save_model(tmp_path, *CASES[case])
     decoder = load_target(tmp_path, CPU, dtype)

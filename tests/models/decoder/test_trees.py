@@ -118,20 +118,22 @@ def test_in_cpp_a_node_has_the_bits_of_its_path(tmp_path: Path, case: str, dtype
 
 
 @pytest.mark.usefixtures("cpp_pass")
-@pytest.mark.parametrize("case", ["gemma 2", "gemma 3, two ropes", "ministral 3", "phi 3, a part rotates, window"])
+@pytest.mark.parametrize(
+    "case", ["gemma 2", "gemma 3, two ropes", "ministral 3", "phi 3, a part rotates, window", "muse glimmer"]
+)
 def test_so_it_is_in_models_with_caps_two_rotations_and_growing_queries(tmp_path: Path, case: str) -> None:
     decoder = decoder_of(tmp_path, case, BF16, "target")
     loading.attach(decoder)
     check_trees(decoder, assert_same_bits, seed=4, runs=3)
 
 
-@pytest.mark.parametrize("case", ["llama", "mistral, window", "ministral 3", "gemma 2"])
+@pytest.mark.parametrize("case", ["llama", "mistral, window", "ministral 3", "gemma 2", "muse glimmer"])
 def test_in_pytorchs_operations_a_node_has_the_logits_of_its_path(tmp_path: Path, case: str) -> None:
     decoder = decoder_of(tmp_path, case, FLOAT, "target")
     check_trees(decoder, assert_close, seed=5, runs=4)
 
 
-@pytest.mark.parametrize("case", ["qwen3", "mistral, window", "ministral 3"])
+@pytest.mark.parametrize("case", ["qwen3", "mistral, window", "ministral 3", "muse glimmer"])
 def test_in_the_steps_of_cuda_a_node_has_the_logits_of_its_path(tmp_path: Path, case: str) -> None:
     """Trees of up to 16 nodes; a pass is filled up to a recorded size."""
     decoder = decoder_of(tmp_path, case, FLOAT, "target")

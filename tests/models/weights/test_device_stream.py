@@ -180,7 +180,8 @@ def test_a_block_is_read_into_a_room_when_the_one_before_has_left(
 
 def test_plain_queues_and_16_bits_and_every_architecture(tmp_path: Path) -> None:
     """On a device that does all at once; weights stored in 32 bits are brought in 16."""
-    for case in ("gemma 4, shared states and own inputs", "qwen 2 moe", "qwen3, listed windows, biases"):
+    cases = "gemma 4, shared states and own inputs", "muse glimmer", "qwen 2 moe", "qwen3, listed windows, biases"
+    for case in cases:
         folder = tmp_path / case
         save_model(folder, *CASES[case])
         movable, count = movable_products(folder, None)

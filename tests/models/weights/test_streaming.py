@@ -35,6 +35,7 @@ STREAMED_CASES = (
     "gemma 2",
     "gemma 4, keys are values",
     "gemma 4, shared states and own inputs",
+    "muse glimmer",
     "phi 3, a part rotates, window",
     "apertus",
 )

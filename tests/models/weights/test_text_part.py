@@ -52,7 +52,7 @@ def test_logits_equal_those_of_the_multimodal_model(name: str, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("small_texts")
-@pytest.mark.parametrize("name", ["qwen3.5", "gemma 3", "gemma 4", "mistral small 3.1"])
+@pytest.mark.parametrize("name", ["qwen3.5", "gemma 3", "gemma 4", "mistral small 3.1", "muse glimmer"])
 def test_its_text_is_the_multimodal_models_and_a_verifier_keeps_what_is_beside(name: str, tmp_path: Path) -> None:
     model = save_multimodal(tmp_path / "m", name)
     expected = greedy(model, IDS, LENGTH)
@@ -114,7 +114,7 @@ def test_sizes_that_a_config_leaves_out_are_those_of_transformers() -> None:
     for kind, sizes in USUAL_SIZES.items():
         theirs = transformers.AutoConfig.for_model(kind).to_dict()
         assert {name: theirs[name] for name in SIZES} == dict(zip(SIZES, sizes, strict=True)), kind
-        assert hasattr(transformers, CLASSES[kind])
+        assert hasattr(transformers, CLASSES[kind]) or CLASSES[kind] == "MuseGlimmerForCausalLM"  # which is our own
 
 
 def test_gemma_3_as_its_4b_is_published() -> None:
@@ -132,6 +132,20 @@ def test_gemma_3_as_its_4b_is_published() -> None:
     assert config.tied
     assert [rope.kind for rope in config.ropes] == ["linear", "default"]
     assert config.windows[:6] == (1024,) * 5 + (None,)
+
+
+def test_muse_glimmer_as_its_30b_is_published() -> None:
+    whole = {
+        "architectures": ["MuseGlimmerForConditionalGeneration"],
+        "model_type": "muse_glimmer",
+        "text_config": {"model_type": "muse_glimmer_text"},
+    }
+    config = DecoderConfig.parse(text_part(whole))
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_size) == (52, 32, 2, 128)
+    assert config.windows == (2048, 2048, 2048, None) * 13
+    assert [block.rope for block in config.blocks] == [0, 0, 0, None] * 13
+    assert config.scores_scale == pytest.approx(3.87 / 128**0.5)
+    assert not config.tied
 
 
 def test_a_tensor_under_both_prefixes_is_refused(tmp_path: Path) -> None:
