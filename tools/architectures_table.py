@@ -106,7 +106,7 @@ def _mlp(row: Architecture) -> Iterator[str]:
 
 def _mixture(mixture: Mixture) -> Iterator[str]:
     place = "experts beside the MLPs" if mixture.beside else "experts"
-    options = (mixture.option, mixture.counts[0], mixture.chosen)
+    options = dict.fromkeys((mixture.option, mixture.counts[0], mixture.chosen))
     yield f"{place} ({', '.join(f'`{option}`' for option in options if option)})"
     some = {mixture.first: "from block `{}` on", mixture.step: "in every `{}`th block", mixture.without: "not in `{}`"}
     places = ", ".join(words.format(option) for option, words in some.items() if option)
@@ -114,10 +114,13 @@ def _mixture(mixture: Mixture) -> Iterator[str]:
         yield f"they stand {places}"
     shares = {"softmax": "a softmax of all", "chosen": "a softmax of the chosen", "sigmoid": "sigmoids"}[mixture.scores]
     yield f"their shares are {shares}" + (f", or made to sum to 1 (`{mixture.normalised}`)" * bool(mixture.normalised))
-    if mixture.corrected:
-        yield "stored corrections where experts are chosen"
+    if mixture.correction:
+        option = f" (`{mixture.correction_option}`)" * bool(mixture.correction_option)
+        yield f"stored corrections where experts are chosen{option}"
     if mixture.scale:
         yield f"shares times `{mixture.scale}`"
+    if mixture.shared_mlp:
+        yield f"the MLP beside them is an expert of every token (`{mixture.shared_inner}`)"
     if mixture.shared:
         yield "an expert of every token" + (", whose share is learned" * bool(mixture.shared_gate))
 

@@ -283,7 +283,7 @@ def _why_not_gptqmodel_names(name: str) -> str | None:
     """Tried with a small model of every architecture of the lean decoder (`tests/interop/test_families.py`)."""
     if name.endswith(".gate_up_proj"):
         return "it reads gate and up as two layers"
-    if ".block_sparse_moe.experts." in name:
+    if ".block_sparse_moe.experts." in name or ".feed_forward.experts." in name:  # Mixtral's and Granite's, LFM2's
         return "it looks for experts under other names"
     if re.search(r"layers\.\d+\.experts\.", name):
         return "it leaves experts beside an MLP unread"

@@ -89,6 +89,7 @@ def test_groups_that_few_know() -> None:
         (f"{MLP}.experts.3.up_proj", {"transformers", "vLLM on a CPU"}, "experts"),
         ("model.layers.0.block_sparse_moe.experts.3.w1", {"GPTQModel", "transformers", "vLLM on a CPU"}, "experts"),
         ("model.layers.0.experts.3.up_proj", {"GPTQModel", "transformers", "vLLM on a CPU"}, "experts"),
+        ("model.layers.2.feed_forward.experts.3.w1", {"GPTQModel", "transformers", "vLLM on a CPU"}, "experts"),
         ("model.layers.0.mamba.in_proj", {"GPTQModel"}, "Mamba"),
         (f"{MLP}.shared_expert.up_proj", set(), ""),
     ],

@@ -21,7 +21,7 @@ from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.pair import Pair
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
-HYBRIDS = ["qwen3.5", "lfm2", "granite 4"]
+HYBRIDS = ["qwen3.5", "lfm2", "granite 4", "lfm2 moe", "granite 4, experts"]
 CLEAR = 1e-3  # nats between the two best logits, where rounding decides nothing
 Models = tuple[Any, Pair]
 

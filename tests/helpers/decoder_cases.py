@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import transformers
+from helpers.mixed_cases import EXPERTS, MAMBA, MIXED_CASES, NORMS_GROUPS
 from helpers.model_classes import classes_of
-from packaging.version import Version
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 LENGTH = 45
@@ -41,7 +41,6 @@ GEMMA = {"query_pre_attn_scalar": 24, "tie_word_embeddings": True}
 GEMMA_4 = {"head_dim": 16, "global_head_dim": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
 GEMMA_4_EXPERTS = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 3, "moe_intermediate_size": 32}
 SLIDING = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 SIGMOIDS = {
     "n_routed_experts": 6,
     "num_experts_per_tok": 3,
@@ -65,22 +64,12 @@ DELTA = {
     "linear_value_head_dim": 32,
     "linear_conv_kernel_dim": 4,
 }
-MAMBA = {
-    "num_local_experts": 0,
-    "shared_intermediate_size": 80,
-    "mamba_n_heads": 8,
-    "mamba_d_state": 16,
-    "mamba_d_head": 16,
-    "mamba_chunk_size": 8,
-    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
-}
 
 # The name of a transformers class without its endings, and what its config has beyond SIZES.
 # Families whose logits are held to 1e-5 itself; others amplify what float32 rounds (norms of 1 + w, growing queries).
 STRICT = {"Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"}
 # And one whose norms of what states give amplify it most: transformers' own logits differ so, passed token by token.
 AMPLIFYING = {"Qwen3_5": 4.0, "Qwen3_5Moe": 4.0}
-NORMS_GROUPS = Version(transformers.__version__) >= Version("5.23")  # of Mamba apart, as Granite 4 has them
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -293,10 +282,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "dots 1": ("Dots1", {**SIGMOIDS, "norm_topk_prob": True, "n_group": 1, "topk_group": 1}),
+    **MIXED_CASES,
 }
 CENTRED = ("Gemma2", "Gemma3", "Qwen3_5", "Qwen3_5Moe", "MuseGlimmer")  # whose norms are 1 + w
-RECURRENT = {"Qwen3_5", "Qwen3_5Moe", "Lfm2", "GraniteMoeHybrid"}
-MIXTURES = {"Qwen3_5Moe", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "Glm4Moe", "Dots1"}
+RECURRENT = {"Qwen3_5", "Qwen3_5Moe", "Lfm2", "Lfm2Moe", "GraniteMoeHybrid"}
+MIXTURES = {"Qwen3_5Moe", "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GraniteMoe", "GraniteMoeShared"}
+MIXTURES |= {"Glm4Moe", "Dots1", "Lfm2Moe"}
 
 
 def recorded_cases(*without: str) -> list[str]:
@@ -326,7 +317,7 @@ def save_model(folder: Path, name: str, options: dict[str, Any]) -> Any:
         for key, buffer in model.named_buffers():
             if key.endswith("layer_scalar"):
                 buffer.fill_(0.7)
-            if key.endswith("e_score_correction_bias"):
+            if key.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.uniform_(-0.5, 0.5)
     model.save_pretrained(folder)
     return model

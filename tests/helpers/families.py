@@ -102,6 +102,33 @@ QUANTIZED: dict[str, Callable[[], Any]] = {
         mamba_chunk_size=8,
         layer_types=["linear_attention", "full_attention"],
     ),
+    "lfm2 moe": lambda: make(
+        "Lfm2Moe",
+        **{**SIZES, "num_hidden_layers": 3},
+        layer_types=["conv", "full_attention", "conv"],
+        num_dense_layers=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+    ),
+    "granite 4, experts": lambda: make(
+        "GraniteMoeHybrid",
+        **{**SIZES, "intermediate_size": 32},
+        shared_intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        mamba_n_heads=8,
+        mamba_d_state=16,
+        mamba_chunk_size=8,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "granite moe shared": lambda: make(
+        "GraniteMoeShared",
+        **{**SIZES, "intermediate_size": 32},
+        shared_intermediate_size=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
 }
 # Without linear layers in their blocks, or with positions that their class counts from elsewhere than `generate`.
 UNUSUAL: dict[str, Callable[[], Any]] = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.quantize.solve.gptq import SolverConfig, solve
 
-_LINEAR = re.compile(r"_proj\.weight$|\.experts\.\d+\.w\d\.weight$|^lm_head\.weight$")
+_LINEAR = re.compile(r"_proj\.weight$|\.experts\.\d+\.w\d\.weight$|\.shared_mlp\.\w+\.weight$|^lm_head\.weight$")
 
 
 def quantize_layers(source: Path, output: Path, bits: Callable[[str], int]) -> VerifierCheckpoint:

@@ -1,6 +1,7 @@
 """Kernels of mixtures of experts, interpreted, against slow definitions: which experts, and what each place gives."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,9 +62,10 @@ def test_choices_are_those_of_the_plain_decoder(kind: Any) -> None:
     corrected = correction if kind == "sigmoid" else None
     row = ARCHITECTURES["Glm4MoeForCausalLM"].mixture
     assert row is not None
-    for normalised in (False, True):
-        expected = route(MixtureConfig(row, 60, 4, 64, kind, normalised, 2.5, 0), scores, corrected)
-        found = choose(scores, kind, 4, 8, normalised=normalised, scale=2.5, correction=corrected)
+    for normalised, added in ((False, 0.25), (True, 1e-20), (True, 0.25)):
+        config = MixtureConfig(replace(row, added=added), 60, 4, 64, kind, normalised, 2.5, 0, "")
+        expected = route(config, scores, corrected)
+        found = choose(scores, kind, 4, 8, normalised=normalised, scale=2.5, added=added, correction=corrected)
         assert torch.equal(found[0].long(), expected[0])
         torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-5)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.decoder_cases import CPU, FLOAT, assert_close, fresh_logits, in_passes, random_tokens
 from helpers.families import QUANTIZED, RECURRENT, SIZES, gpt2, greedy, make, save_family
 from helpers.quantize_cases import CONFIG
 from safetensors.torch import load_file, save_file
@@ -14,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from quasar_cli.main import run
 from quasar_core.api import decoding, quantizing
 from quasar_core.checkpoint.loaders import Config
+from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError
+from quasar_core.models.hf.experts import separate_experts
 from quasar_core.models.pair import Pair
+from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 pytest_plugins = ["helpers.quantize_fixtures"]
 pytestmark = pytest.mark.usefixtures("small_texts")
@@ -75,6 +79,38 @@ def test_the_gate_of_a_shared_expert_keeps_the_targets_precision_and_loaders_are
     section = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     assert Config.of(section).width(gate) is None
     assert Config.of(section).width(shared) == Config.of(section).usual
+
+
+MIXED = {
+    "lfm2 moe": ["feed_forward.experts.3.w1", "feed_forward.experts.3.w3", "feed_forward.experts.3.w2"],
+    "granite 4, experts": ["block_sparse_moe.experts.3.gate_proj", "shared_mlp.input_linear", "mamba.in_proj"],
+    "granite moe shared": ["block_sparse_moe.experts.3.down_proj", "shared_mlp.output_linear"],
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_experts_of_hybrids_and_what_is_shared_stand_in_codes_under_the_files_names(name: str, tmp_path: Path) -> None:
+    """And the decoder's verifier is transformers' model of the weights that the codes stand for."""
+    model = save_family(tmp_path / "m", QUANTIZED[name])
+    report = quantizing.quantize(str(tmp_path / "m"), CONFIG, device="cpu")
+    checkpoint = VerifierCheckpoint(Path(report.checkpoint))
+    index = 1 if name == "lfm2 moe" else 0
+    assert {f"model.layers.{index}.{part}" for part in MIXED[name]} < set(checkpoint.layer_names)
+    assert not any(".gate." in layer or ".router." in layer for layer in checkpoint.layer_names)
+    separate_experts(model)
+    for layer in checkpoint.layer_names:
+        model.get_submodule(module_of(layer)).weight.data = checkpoint.layer(layer).dequantize()
+    target = load_target(tmp_path / "m", CPU, FLOAT)
+    tokens = random_tokens(30)
+    found = in_passes(attach_verifier(target, checkpoint, "dense"), tokens, [20, 1, 4])
+    assert_close(found, fresh_logits(model, tokens))
+
+
+def module_of(layer: str) -> str:
+    """Where transformers' model with separate experts has one."""
+    parts = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"} if ".experts." in layer else {}
+    before, _, last = layer.rpartition(".")
+    return f"{before}.{parts.get(last, last)}"
 
 
 def llama(**options: Any) -> Any:

@@ -153,8 +153,11 @@ def test_every_expert_has_layers_of_its_own(name: str, tmp_path: Path) -> None:
     assert inputs == [32, 32, 64 if name == "mixtral" else 32]
 
 
-def test_names_in_mixtrals_files() -> None:
+def test_names_in_the_files_of_mixtral_and_lfm2() -> None:
     name = "model.layers.0.mlp.experts.11.up_proj.weight"
     assert module_name("model.layers.0.block_sparse_moe.experts.11.w3.weight") == name
     assert module_name("model.layers.0.block_sparse_moe.gate.weight") == "model.layers.0.mlp.gate.weight"
     assert module_name(name) == name
+    name = "model.layers.2.feed_forward.experts.11.down_proj.weight"
+    assert module_name("model.layers.2.feed_forward.experts.11.w2.weight") == name
+    assert module_name("model.layers.0.feed_forward.w2.weight") == "model.layers.0.feed_forward.w2.weight"

@@ -22,7 +22,7 @@ enum Scores { SOFTMAX, CHOSEN, SIGMOID };  // in the order of `cpu_pass.SCORES`
 struct Experts {
     int count, chosen, shared;        // experts to choose from, of a token, and of every token (0 or 1)
     int scores, normalised;           // what shares are, and whether those of a token sum to 1
-    float scale;                      // of shares
+    float scale, added;               // of shares; to the sum that shares which sum to 1 are divided by
     FusedWeight router;               // hidden → count, and one more: the share of the expert of every token
     const float* correction;          // [count], added where experts are chosen, or null
     const FusedWeight *gate_up, *down;  // [count + shared]
@@ -59,7 +59,8 @@ public:
         if (experts.scores == CHOSEN) make_softmax(own);
         float sum = 0;
         for (float value : own) sum += value;
-        const float factor = experts.scores != CHOSEN && experts.normalised ? experts.scale / (sum + 1e-20f) : experts.scale;
+        const bool divided = experts.scores != CHOSEN && experts.normalised;
+        const float factor = divided ? experts.scale / (sum + experts.added) : experts.scale;
         for (int j = 0; j < experts.chosen; ++j)
             shares[j] = own[j] * factor * (experts.factors ? experts.factors[best[j]] : 1);
         if (experts.shared) {

@@ -175,7 +175,7 @@ class Experts(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int) for name in ("count", "chosen", "shared", "scores", "normalised")),
-        ("scale", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale", "added")),
         ("router", FusedWeight),
         ("correction", ctypes.c_void_p),  # float32 [count], or null
         ("gate_up", ctypes.POINTER(FusedWeight)),

@@ -24,6 +24,7 @@ def choose_experts(
     *,
     normalised: bool = False,
     scale: float = 1.0,
+    added: float = 1e-20,
     correction: torch.Tensor | None = None,
     x: torch.Tensor | None = None,
     gate: torch.Tensor | None = None,
@@ -31,9 +32,10 @@ def choose_experts(
     """Scores [T, E] float32 → the best experts of each token in chosen [T, k] int32, and shares [T, S] float32.
 
     Of equal ones the first is better. `kind` is of `models/architectures/row.py`: shares are of a "softmax" over all
-    experts, over the "chosen" ones, or a "sigmoid" of the score; `normalised` lets those of a token sum to 1, before
-    `scale`. A `correction` [E] float32 counts where experts are chosen, not in their shares. The share of the expert of
-    every token is 1, or the sigmoid of x [T, H] · gate [1, H]. Tokens behind `last` [1] int64 choose nobody.
+    experts, over the "chosen" ones, or a "sigmoid" of the score; `normalised` divides those of a token by their sum, to
+    which `added` comes, before `scale`. A `correction` [E] float32 counts where experts are chosen, not in their
+    shares. The share of the expert of every token is 1, or the sigmoid of x [T, H] · gate [1, H]. Tokens behind `last`
+    [1] int64 choose nobody.
     """
     (tokens, experts), count = scores.shape, chosen.shape[1]
     size = 1 if x is None else x.shape[1]
@@ -48,6 +50,7 @@ def choose_experts(
         experts,
         size,
         scale,
+        added,
         KIND=kind,
         NORMALISED=normalised,
         CHOSEN=count,
@@ -74,6 +77,7 @@ def _choose_kernel(
     experts,
     size,
     scale,
+    added,
     KIND: tl.constexpr,
     NORMALISED: tl.constexpr,
     CHOSEN: tl.constexpr,
@@ -110,7 +114,7 @@ def _choose_kernel(
         share = tl.exp(share - tl.max(share, axis=0))
         share = share / tl.sum(share, axis=0)
     elif NORMALISED:
-        share = share / (tl.sum(share, axis=0) + 1e-20)
+        share = share / (tl.sum(share, axis=0) + added)
     share *= scale
     if SHARES > CHOSEN:
         always = 1.0

@@ -8,6 +8,7 @@ from quasar_core.models.architectures.row import (
     GRANITE_SCALES,
     Architecture,
     HeadNorms,
+    LayerNames,
     Mixture,
     Windows,
 )
@@ -22,11 +23,21 @@ SIGMOID_MIXTURE: dict[str, Any] = {
     "scores": "sigmoid",
     "normalised": "norm_topk_prob",
     "scale": "routed_scaling_factor",
-    "corrected": True,
+    "correction": "gate.e_score_correction_bias",
     "shared": "shared_experts",
     "shared_count": "n_shared_experts",
     "first": "first_k_dense_replace",
 }
+GRANITE_MIXTURE: dict[str, Any] = {
+    "module": "block_sparse_moe",
+    "router": "router.layer",
+    "counts": ("num_local_experts",),
+    "inner": "intermediate_size",
+    "scores": "chosen",
+    "renamed": ((".router.layer.", ".router."),),
+}
+GRANITE_SHARED: dict[str, Any] = {"shared_mlp": True, "shared_inner": "shared_intermediate_size"}
+GRANITE_SHARED_NAMES = LayerNames(mlp="shared_mlp", gate_up="input_linear", down="output_linear")
 ONE_GROUP: dict[str, Any] = {"n_group": (1, None), "topk_group": (1, None)}  # of experts to choose from
 
 MIXTURES: dict[str, Architecture] = {
@@ -104,15 +115,24 @@ MIXTURES: dict[str, Architecture] = {
         "Granite 3 with experts",
         **ATTENTION_BIASES,
         scales=GRANITE_SCALES,
-        mixture=Mixture(
-            module="block_sparse_moe",
-            router="router.layer",
-            counts=("num_local_experts",),
-            inner="intermediate_size",
-            scores="chosen",
-            renamed=((".router.layer.", ".router."),),
-        ),
+        mixture=Mixture(**GRANITE_MIXTURE),
         defaults={**GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "GraniteMoeSharedForCausalLM": Architecture(
+        "granitemoeshared",
+        "Granite 3 with experts and an MLP beside them",
+        **ATTENTION_BIASES,
+        scales=GRANITE_SCALES,
+        names=GRANITE_SHARED_NAMES,
+        fused=frozenset(("gate_up",)),
+        inner_option="shared_intermediate_size",
+        mixture=Mixture(**GRANITE_MIXTURE, **GRANITE_SHARED),
+        defaults={
+            **GRANITE_DEFAULTS,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 0,
+        },
     ),
     "Glm4MoeForCausalLM": Architecture(
         "glm4_moe",

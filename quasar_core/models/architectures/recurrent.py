@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from quasar_core.models.architectures.mixtures import GRANITE_MIXTURE, GRANITE_SHARED, GRANITE_SHARED_NAMES
 from quasar_core.models.architectures.row import (
     ATTENTION_BIASES,
     GRANITE_DEFAULTS,
@@ -31,6 +32,20 @@ DELTA_DEFAULTS: dict[str, Any] = {
     "linear_value_head_dim": 128,
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
+}
+LFM2: dict[str, Any] = {
+    "norms": BlockNorms("operator_norm", "", "ffn_norm", ""),
+    "head_norms": HeadNorms(("q_layernorm", "k_layernorm")),
+    "names": LayerNames(out="out_proj", mlp="feed_forward", gate="w1", up="w3", down="w2", last_norm="embedding_norm"),
+    "eps_option": "norm_eps",
+}
+LFM2_DEFAULTS: dict[str, Any] = {
+    "norm_eps": 1e-5,
+    "num_key_value_heads": 8,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "conv_bias": False,
+    "conv_L_cache": 3,
 }
 
 RECURRENT: dict[str, Architecture] = {
@@ -64,39 +79,62 @@ RECURRENT: dict[str, Architecture] = {
     "Lfm2ForCausalLM": Architecture(
         "lfm2",
         "LFM2",
-        norms=BlockNorms("operator_norm", "", "ffn_norm", ""),
-        head_norms=HeadNorms(("q_layernorm", "k_layernorm")),
+        **LFM2,
         recurrent=Recurrent("conv", "conv", ("conv",), attends="full_attn_idxs"),
-        names=LayerNames(out="out_proj", mlp="feed_forward", gate="w1", up="w3", down="w2", last_norm="embedding_norm"),
-        eps_option="norm_eps",
         aliases={"tie_embedding": "tie_word_embeddings", "block_ff_dim": "intermediate_size"},
         defaults={
-            "norm_eps": 1e-5,
-            "num_key_value_heads": 8,
-            "rope_theta": 1e6,
-            "tie_word_embeddings": True,
-            "conv_bias": False,
-            "conv_L_cache": 3,
+            **LFM2_DEFAULTS,
             "block_multiple_of": 256,
             "block_ffn_dim_multiplier": 1.0,
             "block_auto_adjust_ff_dim": True,
         },
     ),
+    "Lfm2MoeForCausalLM": Architecture(
+        "lfm2_moe",
+        "LFM2-8B-A1B, LFM2-24B-A2B",
+        **LFM2,
+        recurrent=Recurrent("conv", "conv", ("conv",)),
+        aliases={"tie_embedding": "tie_word_embeddings"},
+        mixture=Mixture(
+            module="feed_forward",
+            parts=("w1", "w3", "w2"),
+            counts=("num_experts",),
+            scores="sigmoid",
+            normalised="norm_topk_prob",
+            added=1e-6,
+            scale="routed_scaling_factor",
+            correction="expert_bias",
+            correction_option="use_expert_bias",
+            first="num_dense_layers",
+            renamed=((".w1.", ".gate_proj."), (".w3.", ".up_proj."), (".w2.", ".down_proj.")),
+        ),
+        defaults={
+            **LFM2_DEFAULTS,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "num_dense_layers": 2,
+            "moe_intermediate_size": 1792,
+            "use_expert_bias": True,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+        },
+    ),
     "GraniteMoeHybridForCausalLM": Architecture(
         "granitemoehybrid",
-        "Granite 4, without experts",
+        "Granite 4",
         **ATTENTION_BIASES,
         rotates="named",
         recurrent=Recurrent("mamba", "mamba", ("mamba", "linear_attention")),
-        names=LayerNames(mlp="shared_mlp", gate_up="input_linear", down="output_linear"),
+        names=GRANITE_SHARED_NAMES,
         fused=frozenset(("gate_up",)),
         inner_option="shared_intermediate_size",
         scales=GRANITE_SCALES,
         aliases={"layers_block_type": "layer_types"},
-        only={"num_local_experts": (0,)},
+        mixture=Mixture(**GRANITE_MIXTURE, **GRANITE_SHARED, option="num_local_experts"),
         defaults={
             **GRANITE_DEFAULTS,
             "num_local_experts": 8,
+            "num_experts_per_tok": 2,
             "shared_intermediate_size": 1024,
             "mamba_n_heads": 128,
             "mamba_n_groups": 1,

@@ -130,9 +130,12 @@ class Mixture:
     inner: str = "moe_intermediate_size"
     scores: Scores = "softmax"
     normalised: str = ""  # the option that lets the shares of a token sum to 1
+    added: float = 1e-20  # to the sum that these shares are divided by
     scale: str = ""  # of the shares
-    corrected: bool = False  # by stored numbers where experts are chosen, not in their shares
+    correction: str = ""  # stored numbers that count where experts are chosen, not in their shares
+    correction_option: str = ""  # that says whether there are any; "" is yes
     shared: str = ""  # an expert of every token
+    shared_mlp: bool = False  # which is the block's MLP, by its own names
     shared_inner: str = ""
     shared_count: str = ""  # so many times an expert's size
     shared_gate: str = ""  # its share is the sigmoid of this product; else 1

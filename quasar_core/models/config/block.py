@@ -100,7 +100,7 @@ def recurrent_blocks(
 
 def inner_size_of(row: Architecture, options: Mapping[str, Any]) -> int:
     size = int(options[row.inner_option])
-    if not options.get("block_auto_adjust_ff_dim"):
+    if "block_auto_adjust_ff_dim" not in row.defaults or not options["block_auto_adjust_ff_dim"]:
         return size
     size, multiple = 2 * size // 3, int(options["block_multiple_of"])  # LFM2
     size = int((options.get("block_ffn_dim_multiplier") or 1) * size)

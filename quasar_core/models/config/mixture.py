@@ -22,6 +22,7 @@ class MixtureConfig:
     normalised: bool
     scale: float
     shared_inner: int  # 0: there is no expert of every token
+    correction: str  # the name in the files, within the module, of what counts where experts are chosen; "" is none
 
     @property
     def places(self) -> int:
@@ -52,6 +53,7 @@ def read_mixture(row: Mixture | None, options: Mapping[str, Any]) -> MixtureConf
         normalised=normalised,
         scale=float(options[row.scale]) if row.scale else 1.0,
         shared_inner=shared,
+        correction=row.correction if not row.correction_option or options.get(row.correction_option) else "",
     )
 
 

@@ -353,6 +353,7 @@ class CpuPass:
             scores=SCORES.index(config.scores),
             normalised=config.normalised,
             scale=config.scale,
+            added=config.row.added,
             router=self._fused(FusedLinear(tuple(router))),
             correction=self._floats(experts.correction),
             gate_up=(cpp.FusedWeight * config.experts)(*map(self._fused, experts.gate_up)),

@@ -53,6 +53,7 @@ class RoutedExperts:
             last,
             normalised=config.normalised,
             scale=config.scale,
+            added=config.row.added,
             correction=experts.correction,
             x=None if experts.shared_gate is None else x,
             gate=experts.shared_gate,

@@ -104,5 +104,5 @@ def route(
     chosen = (odds if correction is None else odds + correction).topk(config.chosen, dim=-1).indices
     shares = odds.gather(1, chosen)
     if config.normalised:
-        shares = shares / (shares.sum(dim=-1, keepdim=True) + 1e-20)
+        shares = shares / (shares.sum(dim=-1, keepdim=True) + config.row.added)
     return chosen, shares * config.scale

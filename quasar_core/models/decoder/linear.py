@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -36,13 +37,8 @@ def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
     """The products of block `index`, by their field in `DecoderLayer`."""
     block = config.blocks[index]
     queries, states = config.num_heads * block.head_size, block.kv_heads * block.head_size
-    hidden, inner = config.hidden_size, block.inner
-
-    def product(names: str, rows: tuple[int, ...], columns: int, bias: bool) -> Product:
-        return Product(tuple(f"model.layers.{index}.{name}" for name in names.split()), rows, columns, bias)
-
-    names = config.names
-    attention, mlp = names.attention, names.mlp
+    hidden, product = config.hidden_size, partial(_product, index)
+    names, attention = config.names, config.names.attention
     values = "k_proj" if block.values_are_keys else "v_proj"  # such rows stand twice: a few thousandths of a model
     read = f"{attention}.q_proj {attention}.k_proj {attention}.{values}"
     gated = 2 * queries if config.gates_attention else queries
@@ -58,16 +54,27 @@ def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
         products = recurrent_products(block.recurrence, f"model.layers.{index}.{config.recurrent_module}", hidden)
     if block.sparse and not has_both(config):
         return products
+    products |= dict(zip(("gate_up", "down"), mlp_products(config, index, block.inner), strict=True))
+    if config.inputs_size:
+        products["input_gate"] = product("per_layer_input_gate", (config.inputs_size,), hidden, False)
+        products["input_out"] = product("per_layer_projection", (hidden,), config.inputs_size, False)
+    return products
+
+
+def mlp_products(config: DecoderConfig, index: int, inner: int) -> tuple[Product, Product]:
+    """Of a block's MLP: gates and what they gate, and down."""
+    hidden, names, mlp, product = config.hidden_size, config.names, config.names.mlp, partial(_product, index)
     up = product(f"{mlp}.{names.gate} {mlp}.{names.up}", (inner, inner), hidden, config.mlp_bias)
     if "gate_up" in config.fused:
         up = product(f"{mlp}.{names.gate_up}", (2 * inner,), hidden, config.mlp_bias)
     elif not config.gated:
         up = product(f"{mlp}.{names.up}", (inner,), hidden, config.mlp_bias)
-    products |= {"gate_up": up, "down": product(f"{mlp}.{names.down}", (hidden,), inner, config.mlp_bias)}
-    if config.inputs_size:
-        products["input_gate"] = product("per_layer_input_gate", (config.inputs_size,), hidden, False)
-        products["input_out"] = product("per_layer_projection", (hidden,), config.inputs_size, False)
-    return products
+    return up, product(f"{mlp}.{names.down}", (hidden,), inner, config.mlp_bias)
+
+
+def _product(index: int, names: str, rows: tuple[int, ...], columns: int, bias: bool) -> Product:
+    """A product of block `index`, its names in the block apart by spaces."""
+    return Product(tuple(f"model.layers.{index}.{name}" for name in names.split()), rows, columns, bias)
 
 
 def recurrent_products(shape: RecurrenceConfig, prefix: str, hidden: int) -> dict[str, Product]:
@@ -120,22 +127,23 @@ def mixture_products(config: DecoderConfig, index: int) -> MixtureProducts | Non
     mixture, hidden = config.mixture, config.hidden_size
     if mixture is None or not config.blocks[index].sparse:
         return None
-    module = mixture_module(config, index)
-    experts = [(f"{module}experts.{i}", mixture.row.parts, mixture.inner) for i in range(mixture.count)]
-    if mixture.shared_inner:
-        experts.append((f"{module}{mixture.row.shared}", Mixture.parts, mixture.shared_inner))
-    gate = mixture.row.shared_gate
-    routed = [index < mixture.count for index in range(len(experts))]
+    module, row = mixture_module(config, index), mixture.row
+
+    def expert(name: str, parts: tuple[str, str, str], inner: int, routed: bool) -> tuple[Product, Product]:
+        gate, up, down = (f"{module}{name}.{part}" for part in parts)
+        both = Product((gate, up), (inner, inner), hidden, bias=False, routed=routed)
+        return both, Product((down,), (hidden,), inner, bias=False, routed=routed)
+
+    experts = [expert(f"experts.{i}", row.parts, mixture.inner, routed=True) for i in range(mixture.count)]
+    if mixture.shared_inner and row.shared_mlp:
+        experts.append(mlp_products(config, index, mixture.shared_inner))
+    elif mixture.shared_inner:
+        experts.append(expert(row.shared, Mixture.parts, mixture.shared_inner, routed=False))
+    gate = row.shared_gate
     return MixtureProducts(
-        router=Product((f"{module}{mixture.row.router}",), (mixture.count,), hidden, bias=False),
-        gate_up=tuple(
-            Product((f"{name}.{parts[0]}", f"{name}.{parts[1]}"), (inner, inner), hidden, bias=False, routed=is_routed)
-            for (name, parts, inner), is_routed in zip(experts, routed, strict=True)
-        ),
-        down=tuple(
-            Product((f"{name}.{parts[2]}",), (hidden,), inner, bias=False, routed=is_routed)
-            for (name, parts, inner), is_routed in zip(experts, routed, strict=True)
-        ),
+        router=Product((f"{module}{row.router}",), (mixture.count,), hidden, bias=False),
+        gate_up=tuple(gate_up for gate_up, _ in experts),
+        down=tuple(down for _, down in experts),
         shared_gate=Product((f"{module}{gate}",), (1,), hidden, bias=False) if gate else None,
     )
 
@@ -165,9 +173,9 @@ def beside_shapes(config: DecoderConfig, index: int) -> dict[str, tuple[int]]:
 
 def router_correction(config: DecoderConfig, index: int) -> str | None:
     """The stored numbers that are added to scores where experts are chosen, if any."""
-    if config.mixture is None or not config.mixture.row.corrected:
+    if config.mixture is None or not config.mixture.correction:
         return None
-    return f"{mixture_module(config, index)}{config.mixture.row.router}.e_score_correction_bias"
+    return f"{mixture_module(config, index)}{config.mixture.correction}"
 
 
 def inputs_product(config: DecoderConfig) -> Product:

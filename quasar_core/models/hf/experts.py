@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_MIXTRAL_MODULE = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+_MODULES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _EXPERT = re.compile(r"(\.experts\.\d+\.)(\w+)")
 
 
@@ -68,11 +68,9 @@ def is_fused(module: torch.nn.Module) -> bool:
 
 
 def module_name(name: str) -> str:
-    """The model's name of a layer in the files; Mixtral's files have names of their own."""
-    if ".block_sparse_moe." not in name:
-        return name
+    """The model's name of a layer in the files; Mixtral's and LFM2's files have names of their own."""
     name = name.replace(".block_sparse_moe.", ".mlp.")
-    return _EXPERT.sub(lambda found: found[1] + _MIXTRAL_MODULE.get(found[2], found[2]), name)
+    return _EXPERT.sub(lambda found: found[1] + _MODULES.get(found[2], found[2]), name)
 
 
 def _separated(fused: Any) -> SeparateExperts:

@@ -112,7 +112,8 @@ def mixture_elements(config: DecoderConfig) -> int:
     """Of what mixtures have beside their products: numbers that are added to routers' scores, norms, factors."""
     if config.mixture is None:
         return 0
-    corrections = config.mixture.count * sum(block.sparse for block in config.blocks) * config.mixture.row.corrected
+    sparse = sum(block.sparse for block in config.blocks)
+    corrections = config.mixture.count * sparse if config.mixture.correction else 0
     beside = (sum(map(math.prod, beside_shapes(config, index).values())) for index in range(config.num_layers))
     return corrections + sum(beside)
 

@@ -12,8 +12,6 @@ from helpers.decoder_cases import (
     CPU,
     DELTA,
     FLOAT,
-    MAMBA,
-    NORMS_GROUPS,
     SIZES,
     YARN,
     assert_close,
@@ -23,6 +21,7 @@ from helpers.decoder_cases import (
     random_tokens,
     save_model,
 )
+from helpers.mixed_cases import MAMBA, NORMS_GROUPS
 
 from quasar_core.errors import QuasarError
 from quasar_core.files import read_json
@@ -77,6 +76,8 @@ OTHER: dict[str, Any] = {
     "decoder_sparse_step": 2,
     "first_k_dense_replace": 2,
     "mlp_only_layers": [2],
+    "num_dense_layers": 2,
+    "use_expert_bias": False,
     "moe_intermediate_size": 48,
     "n_group": 2,
     "n_routed_experts": 8,
@@ -123,8 +124,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "Qwen3_5": DELTA,
     "Qwen3_5Moe": {**DELTA, "num_experts": 4, "shared_expert_intermediate_size": 48, **EXPERTS},
     "Lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "Lfm2Moe": {"layer_types": ["conv", "full_attention"] * 2, "num_experts": 4, "num_dense_layers": 1, **EXPERTS},
     "Mixtral": {"num_local_experts": 4},
     "GraniteMoe": {"num_local_experts": 4},
+    "GraniteMoeShared": {"num_local_experts": 4, "shared_intermediate_size": 32},
     "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 48, **EXPERTS},
     "Qwen3Moe": {"num_experts": 4, **EXPERTS},

@@ -31,6 +31,7 @@ from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.generator import Generator
 from quasar_core.kernels.threads import use_threads
 from quasar_core.models import loading
+from quasar_core.models.architectures import ARCHITECTURES
 from quasar_core.models.base import NO_TOKEN, choose_best
 from quasar_core.models.cpu import cpu_pass
 from quasar_core.models.decoder.layer import DenseLinear
@@ -39,7 +40,10 @@ from quasar_core.models.weights.lean_weights import attach_verifier, load_target
 
 BF16 = torch.bfloat16
 Made = Callable[..., Path]
-HYBRIDS = ["qwen3.5, one head of keys, biases", "lfm2, biases, plain MLP", "granite 4, groups, biases, rotates"]
+HYBRIDS = [
+    *("qwen3.5, one head of keys, biases", "lfm2, biases, plain MLP", "granite 4, groups, biases, rotates"),
+    *("lfm2 moe", "granite 4, experts, groups, biases, rotates"),
+]
 SPLITS = ([1], [2], [12, 1, 4, 8], [33, 12])
 
 pytestmark = pytest.mark.usefixtures("cpp_pass")
@@ -94,6 +98,20 @@ def test_every_form_gives_the_logits_of_transformers(tmp_path: Path, case: str) 
     decoder = fast(load_target(tmp_path, CPU, FLOAT))
     for sizes in SPLITS:
         assert_close(in_passes(decoder, random_tokens(), sizes), expected, case)
+
+
+@pytest.mark.parametrize("case", ["lfm2 moe", "glm 4 moe"])
+def test_what_comes_to_the_sum_of_shares_is_added(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is too little to be seen in any model."""
+    row = ARCHITECTURES[f"{CASES[case][0]}ForCausalLM"]
+    assert row.mixture is not None
+    own = in_passes(tiny_target(tmp_path, case), random_tokens(), [LENGTH])
+    changed = replace(row, mixture=replace(row.mixture, added=0.5))
+    monkeypatch.setitem(ARCHITECTURES, f"{CASES[case][0]}ForCausalLM", changed)
+    decoder = load_target(tmp_path, CPU, FLOAT)
+    expected = in_passes(decoder, random_tokens(), [LENGTH])
+    assert_close(in_passes(fast(decoder), random_tokens(), [12, 1, 4]), expected, case)
+    assert relative_error(own, expected) > 1e-2
 
 
 @each_form

@@ -53,6 +53,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "residual_multiplier": 0.22,
         },
     ),
+    "granite moe shared": (
+        "GraniteMoeShared",
+        {
+            **SIZES,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 64,
+            "shared_intermediate_size": 128,
+            "residual_multiplier": 0.3,
+        },
+    ),
     "glm 4 moe": ("Glm4Moe", {**SIGMOIDS, "use_qk_norm": True, "norm_topk_prob": True}),
     "dots 1": ("Dots1", {**SIGMOIDS, "norm_topk_prob": False, "n_group": 1, "topk_group": 1}),
 }

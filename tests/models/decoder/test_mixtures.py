@@ -1,5 +1,7 @@
 """Mixtures of experts on the lean decoder: forms of files, what is read, what is refused, and decoding."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from helpers.decoder_cases import (
     CASES,
     CPU,
     FLOAT,
+    LENGTH,
     assert_close,
     classes_of,
     fresh_logits,
@@ -111,15 +114,24 @@ def test_routes_are_those_of_the_definition(seed: int, scores: Any, normalised: 
     row = ARCHITECTURES["Glm4MoeForCausalLM"].mixture
     assert row is not None
     corrected = None if scores != "sigmoid" else correction
-    chosen, shares = route(MixtureConfig(row, 7, 3, 32, scores, normalised, 1.5, 0), values, corrected)
+    row = replace(row, added=0.25)  # more than any model adds
+    chosen, shares = route(MixtureConfig(row, 7, 3, 32, scores, normalised, 1.5, 0, ""), values, corrected)
     for t, line in enumerate(values.double()):
         odds = line.sigmoid() if scores == "sigmoid" else line.softmax(0)
         rank = odds if corrected is None else odds + corrected
         best = sorted(range(7), key=lambda e: -float(rank[e]))[:3]
         assert chosen[t].tolist() == best
+        added = 0.0 if scores == "chosen" else 0.25
         sums = scores == "chosen" or normalised
-        expected = 1.5 * odds[best] / (odds[best].sum() if sums else 1)
+        expected = 1.5 * odds[best] / (odds[best].sum() + added if sums else 1)
         torch.testing.assert_close(shares[t].double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_an_option_of_dense_lfm2_is_nothing_to_its_mixtures(tmp_path: Path) -> None:
+    expected = fresh_logits(save_model(tmp_path, *CASES["lfm2 moe"]), random_tokens())
+    content = {**read_json(tmp_path / "config.json"), "block_auto_adjust_ff_dim": True}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert_close(in_passes(load_target(tmp_path, CPU, FLOAT), random_tokens(), [LENGTH]), expected)
 
 
 @pytest.mark.usefixtures("cpp_pass")
@@ -177,6 +189,10 @@ def test_blocks_that_only_predict_further_tokens_are_left_out(tmp_path: Path) ->
         ("glm 4 moe", {"n_group": 2}, "it has no n_group of 2"),
         ("dots 1", {"num_experts_per_tok": None}, "config.json has no num_experts_per_tok"),
         ("olmoe", {"clip_qkv": 8.0}, "it has no clip_qkv of 8.0"),
+        ("lfm2 moe", {"num_experts_per_tok": 7}, "7 of 6 experts cannot be chosen"),
+        ("lfm2 moe", {"num_dense_layers": None}, "config.json has no num_dense_layers"),
+        ("granite 4, experts", {"num_experts_per_tok": 6}, "6 of 5 experts cannot be chosen"),
+        ("granite moe shared", {"num_local_experts": 0}, "3 of 0 experts cannot be chosen"),
     ],
 )
 def test_what_a_mixture_lacks_is_a_reason(tmp_path: Path, case: str, changes: dict[str, Any], reason: str) -> None:

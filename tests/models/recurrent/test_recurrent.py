@@ -33,7 +33,7 @@ COMPILED = {
     "mamba": RecurrenceConfig("mamba", 3, key_heads=2, value_heads=4, key_size=16, value_size=80, conv_bias=True),
     "conv": RecurrenceConfig("conv", 2, width=272),
 }
-HYBRIDS = ["qwen3.5", "lfm2", "granite 4"]
+HYBRIDS = ["qwen3.5", "lfm2", "granite 4", "granite 4, experts"]
 
 
 def make_rule(shape: RecurrenceConfig) -> Recurrence:
