@@ -26,7 +26,9 @@ def loaded(folder: Path, case: str, dtype: torch.dtype = HALF) -> LeanDecoder:
 
 
 @pytest.mark.usefixtures("form")
-@pytest.mark.parametrize("case", ["llama, all biases", "llama, tied", "gemma 3", "muse glimmer", "qwen 3 moe"])
+@pytest.mark.parametrize(
+    "case", ["llama, all biases", "llama, tied", "gemma 3", "muse glimmer", "qwen 3 moe", "granite 4, experts"]
+)
 def test_logits_are_those_of_the_weights_as_they_were(tmp_path: Path, case: str) -> None:
     whole, compressed = loaded(tmp_path, case), loaded(tmp_path, case)
     assert compress([compressed], wanted=True)
