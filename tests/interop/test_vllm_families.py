@@ -21,6 +21,7 @@ from quasar_core.models.weights.lean_weights import load_verifier_alone
 pytestmark = [pytest.mark.interop, missing("vllm")]
 FIRST = {family: case for case, (family, _) in reversed(CASES.items())}  # of each family's cases
 FIRST["Gemma4 with experts"] = "gemma 4, experts"
+FIRST["GraniteMoeHybrid with experts"] = "granite 4, experts"
 NEW_TOKENS = 6
 # vLLM's CPU build computes these models otherwise before they are quantized too, or not at all.
 NOT_JUDGED = {
@@ -36,6 +37,7 @@ TOKENS = 0.9  # share of them that must agree
 OTHERS: dict[str, dict[str, Any]] = {
     # Its kernel takes outputs that are a multiple of 32, and there is one for each of Mamba's heads among them.
     "GraniteMoeHybrid": {"mamba_n_heads": 32, "mamba_d_head": 4},
+    "GraniteMoeHybrid with experts": {"mamba_n_heads": 32, "mamba_d_head": 4},
     # Queries do not grow with the position there.
     "Ministral3": {"rope_parameters": {**YARN, "original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.4}},
 }
