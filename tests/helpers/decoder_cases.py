@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from helpers.mixed_cases import EXPERTS, MAMBA, MIXED_CASES, NORMS_GROUPS
 from helpers.model_classes import classes_of
 
