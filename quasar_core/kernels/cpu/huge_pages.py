@@ -32,7 +32,7 @@ def empty_in_huge_pages(*shape: int, dtype: torch.dtype, device: torch.device | 
     size = count * dtype.itemsize
     if _ADVICE is None or torch.device(device).type != "cpu" or size < _SMALLEST:
         return torch.empty(shape, dtype=dtype, device=device)
-    room, begin = (_new_room(size), 0) if size >= _ALONE else _place_in_common_room(size)
+    room, begin = (new_room(size), 0) if size >= _ALONE else _place_in_common_room(size)
     with torch.inference_mode(False):  # a loaded weight is changed in either mode
         return torch.frombuffer(room, dtype=dtype, count=count, offset=begin).view(shape)
 
@@ -41,14 +41,15 @@ def _place_in_common_room(size: int) -> tuple[mmap.mmap, int]:
     with _Common.lock:
         begin = -(-_Common.used // _LINE) * _LINE
         if _Common.room is None or begin + size > _ROOM:
-            _Common.room, begin = _new_room(_ROOM), 0
+            _Common.room, begin = new_room(_ROOM), 0
         _Common.used = begin + size
         return _Common.room, begin
 
 
-def _new_room(size: int) -> mmap.mmap:
+def new_room(size: int) -> mmap.mmap:
+    """Memory of its own, in whole pages."""
     room = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    assert _ADVICE is not None
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        room.madvise(_ADVICE)
+    if _ADVICE is not None:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            room.madvise(_ADVICE)
     return room

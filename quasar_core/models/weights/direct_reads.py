@@ -4,8 +4,12 @@ Through the cache the processor copies every page, the system reads ahead in vai
 the last one, and what it keeps must be dropped again. In a direct read the disk writes into memory of ours, in whole
 sectors. A stretch passes through two pieces in huge pages: memory of small pages would cut each request into many.
 While one piece is copied to where it belongs, the next is read.
+
+A fork of the program gets none of the pieces, and makes its own: where a process forks while the disk writes into its
+memory, the bytes may go to the fork's copy of the pages alone (open(2), on O_DIRECT).
 """
 
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,9 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from quasar_core.kernels.cpu.huge_pages import empty_in_huge_pages
+from quasar_core.kernels.cpu.huge_pages import new_room
 from quasar_core.models.weights.background import Background
 
 SECTOR = 4096  # bytes: places, lengths and memory of direct reads are whole ones on every common disk
@@ -53,6 +56,15 @@ class _Pieces:
         """Make them, once."""
         if not cls.pieces:
             cls.pieces, cls.reader = (_piece(), _piece()), Background("quasar disk")
+
+    @classmethod
+    def begin_anew(cls) -> None:
+        """In a fork: what was being read is lost, and whoever held the lock may not be there."""
+        cls.lock, cls.pieces, cls.reader = threading.Lock(), (), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Pieces.begin_anew)
 
 
 class DirectFile:
@@ -121,7 +133,11 @@ class _Places:
 
 def _piece() -> Bytes:
     """Room for a piece, at the beginning of a huge page."""
-    room = empty_in_huge_pages(PIECE_BYTES + HUGE_PAGE, dtype=torch.uint8)
-    begin = -room.data_ptr() % HUGE_PAGE
-    piece: Bytes = room[begin : begin + PIECE_BYTES].zero_().numpy()
+    room = new_room(PIECE_BYTES + HUGE_PAGE)
+    if hasattr(mmap, "MADV_DONTFORK"):
+        room.madvise(mmap.MADV_DONTFORK)
+    whole: Bytes = np.frombuffer(room, np.uint8)
+    begin = -whole.ctypes.data % HUGE_PAGE
+    piece = whole[begin : begin + PIECE_BYTES]
+    piece[:] = 0
     return piece

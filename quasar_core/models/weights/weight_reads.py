@@ -26,6 +26,7 @@ AHEAD = 32 << 20  # that a system may read ahead
 # Linux keeps pages in groups of up to some megabytes, and lets go of whole groups alone: one that a read has ended in
 # leaves with a later one.
 BEHIND = 32 << 20
+REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)  # of reads that are direct
 SMALL_GAP = 256 << 10  # bytes between two weights that are read and thrown away: a seek costs more
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -95,9 +96,11 @@ class OpenFile:
         try:
             self._direct.read(start, buffers)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in REFUSALS:
                 raise
             self._direct = None
+            return False
+        except EndOfFile:  # a network's file system may give less than a sector: the other way tells whether it ends
             return False
         forget(self._descriptor, start, sum(map(len, buffers)))  # some file systems answer from the cache all the same
         return True

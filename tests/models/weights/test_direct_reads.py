@@ -2,6 +2,9 @@
 
 import errno
 import os
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -84,6 +87,74 @@ def test_a_file_that_refuses_direct_reads_is_read_through_the_cache(
     opened.read(1000, memoryview(place))
     assert bytes(place) == content[1000:1100]
     assert not opened.direct
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_later_read_that_is_refused_is_done_over(
+    file: DirectFile, tmp_path: Path, content: bytes, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, place, whole, direct = OpenFile(tmp_path / "file"), bytearray(SIZE - 9), os.preadv, list[int]()
+
+    def refuse_the_second(descriptor: int, buffers: Sequence[memoryview], start: int) -> int:
+        if threading.current_thread().name == "quasar disk":
+            direct.append(start)
+            if len(direct) == 2:
+                raise OSError(number, os.strerror(number))
+        return whole(descriptor, buffers, start)
+
+    monkeypatch.setattr(os, "preadv", refuse_the_second)
+    opened.read(9, memoryview(place))
+    assert bytes(place) == content[9:]
+    assert len(direct) == 2
+    assert not opened.direct
+
+
+def test_direct_reads_of_less_than_a_sector_are_no_end_of_the_file(
+    file: DirectFile, tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, place, whole = OpenFile(tmp_path / "file"), bytearray(SIZE - 9), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda number, buffers, start: min(whole(number, buffers, start), 100))
+    opened.read(9, memoryview(place))
+    assert bytes(place) == content[9:]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no forks")
+@pytest.mark.usefixtures("file")
+def test_a_fork_reads_with_pieces_of_its_own(tmp_path: Path) -> None:
+    """Also where it was forked in the middle of a read."""
+    (tmp_path / "forked").write_bytes(bytes(range(256)) * 64)
+    program = [sys.executable, "-c", FORKED, tmp_path / "forked"]
+    assert subprocess.run(program, timeout=90, check=False).returncode == 7
+
+
+FORKED = """
+import os, signal, sys, threading
+from pathlib import Path
+from quasar_core.models.weights.direct_reads import DirectFile
+path = Path(sys.argv[1])
+begun, go_on, whole = threading.Event(), threading.Event(), os.preadv
+def slow(*given):
+    begun.set()
+    go_on.wait()
+    return whole(*given)
+def read(place):
+    DirectFile.open(path).read(1, [memoryview(place)])
+os.preadv, places = slow, (bytearray(1000), bytearray(1000))
+reading = threading.Thread(target=read, args=(places[0],))
+reading.start()
+begun.wait()
+child = os.fork()
+os.preadv = whole
+if child == 0:
+    signal.alarm(60)
+    read(places[1])
+    assert places[1] == path.read_bytes()[1:1001]
+    os._exit(7)
+go_on.set()
+reading.join()
+assert places[0] == path.read_bytes()[1:1001]
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
 
 
 def test_where_the_system_has_none_nothing_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
