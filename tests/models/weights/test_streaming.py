@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -356,6 +358,36 @@ def test_an_interrupt_in_a_sweep_leaves_the_next_one_right(
     except KeyboardInterrupt:
         assert waited[0] == reads
     assert_same(passes(decoder, random_tokens()), expected)
+
+
+FORKED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from helpers.decoder_cases import CPU, FLOAT, random_tokens
+from quasar_core.models.memory.offload import movable_products
+from quasar_core.models.weights.lean_weights import load_target
+torch.set_num_threads(1)  # the threads of PyTorch's OpenMP are not there in a fork
+folder, movable = Path(sys.argv[1]), movable_products(Path(sys.argv[1]), None)[0]
+load = lambda: load_target(folder, CPU, FLOAT, streamed=movable)
+logits = lambda decoder: decoder.forward(random_tokens(), decoder.new_cache(128))
+decoder = load()
+expected = logits(decoder)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(7 if all(torch.equal(logits(one), expected) for one in (decoder, load())) else 1)
+assert torch.equal(logits(decoder), expected)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no forks")
+def test_a_fork_streams_too(tmp_path: Path) -> None:
+    """The model that it was given, whose first blocks were being read, and one that it loads."""
+    save_model(tmp_path, *CASES["qwen3, listed windows, biases"])
+    program, places = [sys.executable, "-c", FORKED, tmp_path], {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run(program, timeout=120, check=False, env=os.environ | places).returncode == 7
 
 
 def test_no_thread_outlives_its_model(tmp_path: Path) -> None:
