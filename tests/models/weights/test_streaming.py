@@ -361,19 +361,16 @@ def test_an_interrupt_in_a_sweep_leaves_the_next_one_right(
 
 
 FORKED = """
-import os, signal, sys
-from pathlib import Path
-import torch
+import os, pathlib, signal, sys, torch
 from helpers.decoder_cases import CPU, FLOAT, random_tokens
 from quasar_core.models.memory.offload import movable_products
 from quasar_core.models.weights.lean_weights import load_target
 torch.set_num_threads(1)  # the threads of PyTorch's OpenMP are not there in a fork
-folder, movable = Path(sys.argv[1]), movable_products(Path(sys.argv[1]), None)[0]
+folder = pathlib.Path(sys.argv[1])
+movable, _ = movable_products(folder, None)
 load = lambda: load_target(folder, CPU, FLOAT, streamed=movable)
 logits = lambda decoder: decoder.forward(random_tokens(), decoder.new_cache(128))
-decoder = load()
-expected = logits(decoder)
-child = os.fork()
+expected, child = logits(decoder := load()), os.fork()
 if child == 0:
     signal.alarm(60)
     os._exit(7 if all(torch.equal(logits(one), expected) for one in (decoder, load())) else 1)
