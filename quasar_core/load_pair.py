@@ -58,6 +58,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         numbers.device,
         numbers.dtype,
         offload=plan,
+        sparing=options.max_memory is not None and numbers.device.type == "cpu",
         rounds_head=_rounds_head(options),
         compress=_compresses(options, plan),
         kernel=options.kernel,

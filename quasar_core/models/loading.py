@@ -102,15 +102,17 @@ def load_models(
     fast: bool = False,
     trust_remote_code: bool = False,
     offload: OffloadPlan | None = None,
+    sparing: bool = False,
     rounds_head: bool = True,
     compress: bool | None = None,
     progress: Progress = no_progress,
 ) -> LoadedModels:
     """Load the target of `folder` (unless `use_target` is false) and the verifier of `checkpoint` (where given).
 
-    With a plan of `offload` blocks of the target are streamed. `rounds_head` allows a verifier's head in 8 bits beside
-    the target's (`verifier_head.py`), which takes memory; `compress` holds weights of
-    bfloat16 in 12 bits, with None where that is faster (`compressed_weights.py`).
+    With a plan of `offload` blocks of the target are streamed; then, and where `sparing` memory is asked for, nothing
+    of the files stays in memory. `rounds_head` allows a verifier's head in 8 bits beside the target's
+    (`verifier_head.py`), which takes memory; `compress` holds weights of bfloat16 in 12 bits, with None where that is
+    faster (`compressed_weights.py`).
     """
     obstacle = why_folder_not_lean(folder)
     library = _transformers_models() if obstacle else lean_weights
@@ -121,14 +123,13 @@ def load_models(
     if use_target:
         if obstacle:
             progress("reading weights", 0, 1)
-        options: dict[str, Any] = {"trust_remote_code": trust_remote_code} if obstacle else {"progress": progress}
-        if offload:
-            options |= {"streamed": offload.streamed, "kept": offload.kept, "copy": offload.copy}
-            options |= {"link": offload.link(device)}
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if not obstacle:
+            options = {"progress": progress, "sparing": sparing, **(offload.of_target(device) if offload else {})}
         target = library.load_target(folder, device, dtype, **options)
         notes += [*describe_left_out(target), *describe_dequantized(folder)]
     if checkpoint is not None:
-        checkpoint.tensors.sparing = offload is not None
+        checkpoint.tensors.sparing = sparing or offload is not None
         progress("reading the verifier", 0, 1)
         if target is None:
             verifier = library.load_verifier_alone(checkpoint, device, dtype, kernel, progress)
@@ -141,8 +142,9 @@ def load_models(
     lean = [model for model in (target, verifier) if isinstance(model, LeanDecoder)]
     notes += _unless_empty(compress_weights(lean, compress, progress))
     notes += describe_passes({"target": target, "verifier": verifier}, progress, fast)
-    if offload:
+    if offload or sparing:
         tidy_up(folder, checkpoint)
+    if offload:
         notes += describe_stream(target, offload, progress)
     return LoadedModels(target, verifier, notes)
 

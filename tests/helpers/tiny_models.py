@@ -122,9 +122,8 @@ def quantized_copy(architecture: str, bits: int = 4) -> TransformersLM:
     return attach_verifier(target, checkpoint, "reference")
 
 
-@cache
 def words() -> PreTrainedTokenizerFast:
-    """Token i is the word `wi`; texts are words between spaces."""
+    """Token i is the word `wi`; texts are words between spaces. A new one each time: some tests change theirs."""
     vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="w0")))
 

@@ -9,7 +9,7 @@ all of them come from there, those that stay too.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -89,6 +89,10 @@ class OffloadPlan:
     def moves(self) -> str:
         """What is done to the blocks that are streamed."""
         return "read"
+
+    def of_target(self, device: torch.device) -> dict[str, Any]:
+        """What loading the target is to know, by the arguments of `load_target`."""
+        return {"streamed": self.streamed, "kept": self.kept, "copy": self.copy, "link": self.link(device)}
 
     def link(self, device: torch.device) -> Link | None:
         """How the streamed blocks come to the device; None where it reads the files itself."""

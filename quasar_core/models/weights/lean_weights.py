@@ -62,10 +62,11 @@ def load_target(
     kept: Products = NOTHING,
     copy: CompressedCopy | None = None,
     link: Link | None = None,
+    sparing: bool = False,
 ) -> LeanDecoder:
     """The model of a folder, from safetensors only; QuasarError where `why_not_lean` has a reason."""
     config = DecoderConfig.parse(read_text_config(folder))
-    return build_target(config, TensorFiles(folder), device, dtype, progress, streamed, kept, copy, link)
+    return build_target(config, TensorFiles(folder), device, dtype, progress, streamed, kept, copy, link, sparing)
 
 
 def build_target(
@@ -78,11 +79,13 @@ def build_target(
     kept: Products = NOTHING,
     copy: CompressedCopy | None = None,
     link: Link | None = None,
+    sparing: bool = False,
 ) -> LeanDecoder:
     """The model of a config, from these files; QuasarError where a tensor is missing or of another shape.
 
     Of the `streamed` products of blocks nothing stays in memory but their biases. With a `copy` in 12 bits they come
-    from there, and so do those that are `kept`. Over a `link` they come to a device from main memory.
+    from there, and so do those that are `kept`. Over a `link` they come to a device from main memory. Where blocks are
+    streamed, or `sparing` memory is asked for, nothing of the files stays in the system's memory.
     """
     config = tied_as_stored(config, files)
     if link is None:
@@ -92,7 +95,7 @@ def build_target(
     filling = Filling(files, device, dtype, config, weights.places)
     decoder = _build(config, filling, dense_only)
     filling.refuse_unknown(config, [name for name in files.names() if name not in weights.names])
-    filling.fill(progress, weights if streamed and link is None else None)
+    filling.fill(progress, weights if (streamed or sparing) and link is None else None)
     weights.read_kept(progress)
     if streamed:
         decoder.source = weights.stream(config.num_layers)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,7 +123,10 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> dict[Path, set[int]]:
 
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="files are known by their descriptors on Linux alone")
-def test_loading_for_streams_leaves_no_pages_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("streamed", [True, False])
+def test_loading_that_spares_memory_leaves_no_pages_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
     model, verifier = tmp_path / "model", tmp_path / "verifier"
     save_model(model, *CASES["llama"])
     checkpoint = quantize_layers(model, verifier, lambda name: 8)
@@ -131,7 +135,8 @@ def test_loading_for_streams_leaves_no_pages_behind(tmp_path: Path, monkeypatch:
     assert found == {}
     movable, count = movable_products(model, checkpoint)
     plan, anew = OffloadPlan(movable, count, 0), VerifierCheckpoint(verifier)
-    load_models(model, anew, CPU, torch.float32, kernel="dense", offload=plan)
+    options: dict[str, Any] = {"offload": plan} if streamed else {"sparing": True}
+    load_models(model, anew, CPU, torch.float32, kernel="dense", **options)
     for folder in (model, verifier):
         (file,) = folder.glob("*.safetensors")
         first = min(entry.start for entry in read_headers(folder))
