@@ -16,8 +16,6 @@ import pytest
 from helpers.tiny_model import save_tiny_model
 
 from quasar_cli.main import run
-from quasar_core.errors import QuasarError, foreign_errors
-from quasar_core.files import parse_json, read_json, write_json, write_whole
 
 pytest_plugins = ["helpers.cli_fixtures"]
 pytestmark = pytest.mark.usefixtures("own_home")
@@ -347,108 +345,6 @@ def test_what_is_no_character(
 def test_templates_that_cannot_be(template: str, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tiny / "chat_template.jinja").write_text(template)
     assert "chat template" in refused(capsys, *GENERATE)
-
-
-# One reader, one writer
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("[" * 100_000, "nested too deeply"),
-        ("[" * 200 + "]" * 200, "nested too deeply"),
-        ('{"a":' * 200 + "1" + "}" * 200, "nested too deeply"),
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands twice"),
-        ("1" * 5000, "digits"),
-        ("", "line 1, column 1"),
-        ('{"a": "\n"}', "line 1, column 8"),
-    ],
-)
-def test_json_is_read_strictly(text: str, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=reason):
-        parse_json(text)
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(QuasarError, match=r"x\.json is not readable JSON \("):
-        read_json(tmp_path / "x.json")
-
-
-def test_depth_is_bounded_where_it_says() -> None:
-    assert parse_json("[" * 100 + "]" * 100)
-    with pytest.raises(ValueError, match="nested too deeply"):
-        parse_json("[" * 101 + "]" * 101)
-
-
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
-    content = {"a": [1, 2.5, None, True, float("inf")], "é": "\udcff \U0001f600 \u2028"}
-    write_json(tmp_path / "deep" / "x.json", content)
-    assert read_json(tmp_path / "deep" / "x.json") == content
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.json"]
-
-
-@pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_a_full_disk_leaves_what_was_there(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_whole(tmp_path / "x", b"before")
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, failing, full)
-    with pytest.raises(QuasarError, match=r"x cannot be written: No space left on device\.$"):
-        write_whole(tmp_path / "x", b"after")
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    assert (tmp_path / "x").read_bytes() == b"before"
-
-
-def test_a_device_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "x").symlink_to("/dev/null")
-    with pytest.raises(QuasarError, match=r"x is a device, not a file"):
-        write_whole(tmp_path / "x", b"content")
-    assert (tmp_path / "x").is_symlink()
-
-
-def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "x.json").write_text("{}")
-
-    def refuse(*_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(QuasarError, match=r"x\.json cannot be read: Permission denied\.$"):
-        read_json(tmp_path / "x.json")
-
-
-# Errors of others
-
-
-class PanicException(BaseException):
-    """As PyO3 names a panic of Rust."""
-
-
-@pytest.mark.parametrize(
-    ("error", "reason"),
-    [
-        (OSError(13, "Permission denied"), "Permission denied"),
-        (KeyError("model"), "'model' is missing"),
-        (RecursionError("maximum recursion"), "it is nested too deeply"),
-        (ValueError(""), "ValueError"),
-        (ValueError("first:\n  second\nthird"), "first: second"),
-        (ValueError("first.\nsecond"), "first"),
-        (ValueError("x" * 1000), "x" * 300 + "..."),
-        (PanicException("index out of bounds"), "index out of bounds"),
-    ],
-)
-def test_an_error_of_another_library_is_one_sentence(error: BaseException, reason: str) -> None:
-    with pytest.raises(QuasarError) as caught, foreign_errors("It failed"):
-        raise error
-    assert str(caught.value) == f"It failed: {reason}."
-    assert caught.value.__cause__ is error
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), QuasarError("Ours."), MemoryError(), SystemExit(3)])
-def test_interrupts_and_our_own_errors_pass(error: BaseException) -> None:
-    with pytest.raises(type(error)) as caught, foreign_errors("It failed"):
-        raise error
-    assert caught.value is error
 
 
 # Streams

@@ -20,6 +20,7 @@ from quasar_core.kernels.cpu.vnni import VnniWeight
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.models.architectures.row import HeadNorms
 from quasar_core.models.base import Choices, check_likeliest, depths_of, in_rows
+from quasar_core.models.cpu.rotations import Tables
 from quasar_core.models.decoder.cache import DecoderCache
 from quasar_core.models.decoder.experts import Experts
 from quasar_core.models.decoder.known_tokens import no_logits
@@ -36,7 +37,7 @@ from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.recurrent import compiled_rule
 from quasar_core.models.recurrent.rules import Recurrence
 from quasar_core.models.recurrent.states import Inputs, LayerStates, State
-from quasar_core.models.rope import RopeTables, query_growth
+from quasar_core.models.rope import query_growth
 
 ACTIVATIONS = ("silu", "gelu_tanh", "relu2", "xielu")  # in the order of `elementwise.h`
 SCORES = ("softmax", "chosen", "sigmoid")  # in the order of `experts.h`
@@ -81,40 +82,6 @@ def remark() -> str:
 def describe_form() -> str:
     """The instruction set that passes run on, and why."""
     return cpp.describe_form()
-
-
-class Tables:
-    """Cosines and sines of a rotary embedding in float32; they are kept, as Python is slow after every pass."""
-
-    def __init__(self, rope: RopeTables) -> None:
-        self.rope = rope
-        self._reach = 0  # positions in the tables
-
-    def rows(self, start: int, end: int, prompt_length: int, depths: Sequence[int] | None = None) -> tuple[int, int]:
-        """Addresses of cosines and sines [T, D] of these positions, or of those that stand so deep below the first."""
-        if self.rope.stretches_at(end, prompt_length):
-            self._stretched = self._widened(start, end, prompt_length)
-            (cos, sin), first = self._stretched, 0
-        else:
-            (cos, sin), first = self._up_to(end), start
-        if depths is not None:
-            places = first + torch.tensor(depths)
-            self._branched = cos, sin = cos[places].contiguous(), sin[places].contiguous()
-            first = 0
-        before = first * cos.shape[-1] * cos.element_size()
-        return cos.data_ptr() + before, sin.data_ptr() + before
-
-    def _up_to(self, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of all positions before `end`, at least."""
-        if end > self._reach:
-            further = 2 * end
-            self._reach = end if self.rope.stretches_at(further) else further
-            self._kept = self._widened(0, self._reach)
-        return self._kept
-
-    def _widened(self, start: int, end: int, prompt_length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = self.rope.rows(start, end, prompt_length)
-        return cos.float().contiguous(), sin.float().contiguous()
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
