@@ -1,10 +1,11 @@
-"""Write the table of docs/architectures.md from the code's own: `python -m tools.architectures_table`."""
+"""Write the tables of docs/architectures.md from the code's own: `python -m tools.architectures_table`."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from quasar_core.models.architectures import ARCHITECTURES
 from quasar_core.models.architectures.row import BEFORE, BEHIND, Architecture, Mixture, Switch
+from tools import paths_table
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 BEGIN, END = "<!-- made by tools/architectures_table.py -->\n", "<!-- end of it -->"
@@ -141,9 +142,11 @@ def _scales(row: Architecture) -> Iterator[str]:
 
 
 def renewed(page: str) -> str:
-    """The page with today's table between its marks."""
-    before, rest = page.split(BEGIN)
-    return before + BEGIN + "\n" + table() + "\n" + END + rest.split(END)[1]
+    """The page with today's tables between their marks, in order."""
+    before, *parts = page.split(BEGIN)
+    made = (table(), paths_table.table())
+    behind = (part.split(END, 1)[1] for part in parts)
+    return before + "".join(f"{BEGIN}\n{one}\n{END}{rest}" for one, rest in zip(made, behind, strict=True))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Letters: T rows of a pass, in and out the layer's sizes.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch.nn.functional import pad
@@ -24,6 +25,7 @@ _CUDA_ROWS = 32  # torch._int_mm takes more than 16 rows there, and sizes that a
 _CUDA_MULTIPLE = 8
 FLOAT8_CAPABILITY = (8, 9)  # the first with e4m3 units: Ada, then Hopper
 _FLOAT8_MULTIPLE = 16  # of both sizes
+_EXACT_INPUTS = (1 << 24) // LARGEST_INT8**2  # whose products float32 adds up exactly
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,27 @@ def integer_product(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """int8 [T, in] × int8 [out, in] → int32 [T, out]; on CUDA few rows are filled up to what the matrix units take."""
     missing = max(0, _CUDA_ROWS - rows.shape[0]) if rows.is_cuda else 0
     filled = pad(rows, (0, values.shape[1] - rows.shape[1], 0, missing))
+    if not rows.is_cuda and product_saturates():
+        return _product_in_float32(filled, values)
     return torch._int_mm(filled, values.t())[: rows.shape[0]]
+
+
+@cache
+def product_saturates() -> bool:
+    """Whether PyTorch's integer products on the CPU are wrong, as oneDNN's are on processors without VNNI.
+
+    Their instruction (vpmaddubsw) adds two products of bytes in 16 bits, and cuts off what is larger.
+    """
+    rows, values = (torch.full((count, 256), LARGEST_INT8, dtype=torch.int8) for count in (17, 40))
+    return bool((torch._int_mm(rows, values.t()) != 256 * LARGEST_INT8**2).any())
+
+
+def _product_in_float32(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The same, exactly: so many inputs at a time that no sum has more bits than a float's."""
+    total = torch.zeros(len(rows), len(values), dtype=torch.int32)
+    for some, weights in zip(rows.split(_EXACT_INPUTS, 1), values.split(_EXACT_INPUTS, 1), strict=True):
+        total += (some.float() @ weights.float().t()).to(torch.int32)
+    return total
 
 
 class Float8Kernel:

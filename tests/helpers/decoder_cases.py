@@ -68,7 +68,7 @@ DELTA = {
 # Families whose logits are held to 1e-5 itself; others amplify what float32 rounds (norms of 1 + w, growing queries).
 STRICT = {"Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3"}
 # And one whose norms of what states give amplify it most: transformers' own logits differ so, passed token by token.
-AMPLIFYING = {"Qwen3_5": 4.0, "Qwen3_5Moe": 4.0}
+AMPLIFYING = {"Qwen3_5": 4.0, "Qwen3_5Moe": 4.0, "GraniteMoeHybrid": 4.0}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -359,10 +359,11 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, case: str | None 
 def assert_close_but_for_steps(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Where an activation lies between two of a kernel's 8-bit steps, a last bit decides which one it takes.
 
-    A step is 1 ÷ 127 of the largest activation; few of them are taken otherwise, so logits differ by less than one.
+    A step is 1 ÷ 127 of the largest activation. Few of them are taken otherwise, and what they change lets some behind
+    them be, so logits differ by less than two.
     """
     assert actual.dtype == FLOAT
-    assert relative_error(actual, expected) <= 1 / 127
+    assert relative_error(actual, expected) <= 2 / 127
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

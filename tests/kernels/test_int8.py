@@ -49,6 +49,24 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     assert torch.equal(whole[4:5], kernel.multiply(x[4:5], prepared))
 
 
+@pytest.mark.parametrize("inputs", [1, 256, 3000])
+def test_integer_products_are_right_where_the_processors_are_wrong(
+    inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As oneDNN's are without VNNI: sums are cut. The largest values, and random ones."""
+    monkeypatch.setattr(torch, "_int_mm", lambda rows, values: (rows.int() @ values.int()).clamp(max=1 << 20))
+    eight_bit.product_saturates.cache_clear()
+    try:
+        assert eight_bit.product_saturates()
+        for high in (-127, 127):
+            rows, values = torch.randint(-127, 128, (5, inputs)), torch.randint(-127, 128, (9, inputs))
+            rows[0], values[:2] = high, 127
+            found = eight_bit.integer_product(rows.to(torch.int8), values.to(torch.int8))
+            assert torch.equal(found.long(), rows @ values.t())
+    finally:
+        eight_bit.product_saturates.cache_clear()
+
+
 def test_rows_take_the_whole_range_and_zeros_stay() -> None:
     values, steps = quantize_rows_int8(torch.tensor([[0.0, 0.0], [-2.0, 1.0]]))
     assert values.tolist() == [[0, 0], [-127, 64]]
