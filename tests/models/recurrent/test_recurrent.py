@@ -75,7 +75,11 @@ class Text:
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_outputs_have_the_same_bits_however_a_text_is_cut_and_gone_back_in(kind: str, data: st.DataObject) -> None:
-    """The oracle takes one token a pass, and never goes back; who passed a position last is who counts there."""
+    """The oracle takes one token a pass, and never goes back; who passed a position last is who counts there.
+
+    On one thread: before and behind the rule stand PyTorch's exponentials, which threads cut where vectors are not full.
+    """
+    torch.set_num_threads(1)
     text, writers = Text(kind), list[int]()
     states, settled = text.fresh(), 0
     for _ in range(data.draw(st.integers(1, 5))):
