@@ -77,7 +77,8 @@ class Text:
 def test_outputs_have_the_same_bits_however_a_text_is_cut_and_gone_back_in(kind: str, data: st.DataObject) -> None:
     """The oracle takes one token a pass, and never goes back; who passed a position last is who counts there.
 
-    On one thread: before and behind the rule stand PyTorch's exponentials, which threads cut where vectors are not full.
+    On one thread: before and behind the rule stand PyTorch's exponentials, which several cut where vectors are not
+    full.
     """
     torch.set_num_threads(1)
     text, writers = Text(kind), list[int]()
