@@ -33,14 +33,19 @@ def prepack(decoder: LeanDecoder) -> None:
 
     The head stays as it is: it may be the embedding, which is read row by row.
     """
-    if decoder.device.type == "cpu" and can_prepack():
+    if decoder.device.type == "cpu" and can_prepack(decoder.dtype):
         decoder.layers = tuple(map(_prepacked_layer, decoder.layers))
 
 
-def can_prepack() -> bool:
-    """Whether this PyTorch has what it takes."""
-    names = ("_linear_pointwise", "_reorder_linear_weight")
-    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in names)
+SUPPORT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+
+
+def can_prepack(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch has what it takes, and oneDNN this dtype on this processor."""
+    names = ["_linear_pointwise", "_reorder_linear_weight", *([SUPPORT[dtype]] if dtype in SUPPORT else [])]
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        return False
+    return dtype not in SUPPORT or bool(getattr(torch.ops.mkldnn, SUPPORT[dtype])())
 
 
 def _prepacked_layer(layer: DecoderLayer) -> DecoderLayer:
