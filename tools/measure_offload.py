@@ -36,7 +36,7 @@ from quasar_core.files import write_json
 from quasar_core.kernels.cpu.library import why_not_here
 from quasar_core.models.weights.compressed_files import make_copy
 from quasar_core.models.weights.streaming import LayerStream
-from quasar_core.models.weights.weight_reads import PIECE_BYTES, OpenFile
+from quasar_core.models.weights.weight_reads import OpenFile
 from quasar_core.page_cache import forget_file
 from quasar_core.store.safetensors_header import weight_files
 from tools.control_group import ControlGroup, control_group
@@ -168,7 +168,7 @@ def compare(options: argparse.Namespace) -> None:
             found["arms"][arm + WITHOUT] = in_group(options, arm, None)
     found["bandwidths"], found["bandwidth"] = disk, max(disk)
     slowed = f", slowed down to {options.rate} a second" if options.rate else ""
-    print(f"disk {'; '.join(f'{one / 1e9:.2f}' for one in disk)} GB/s in reads of {PIECE_BYTES >> 20} MiB{slowed}")
+    print(f"disk {'; '.join(f'{one / 1e9:.2f}' for one in disk)} GB/s as blocks are read{slowed}")
     show(found)
     if options.output:
         write_json(options.output, found)

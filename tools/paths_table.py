@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 64, "num_experts": 4, "n_shared_experts": 1}
-COLUMNS = ("architecture", "drafts", "on a CPU", "on CUDA", "GPTQModel", "vLLM's CPU build")
+COLUMNS = ("architecture", "drafts", "on CUDA", "GPTQModel", "vLLM's CPU build")
 
 
 def table() -> str:
@@ -44,7 +44,6 @@ def _line(name: str, row: Architecture, experts: bool) -> str:
     cells = [
         f"{name.removesuffix('ForCausalLM')}{switched}",
         "chains" if config.is_recurrent else "chains, trees",
-        "C++",
         _on_cuda(config),
         _short(loaders["GPTQModel"]),
         _short(loaders["vLLM on a CPU"]),

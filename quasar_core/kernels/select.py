@@ -10,7 +10,7 @@ from quasar_core.kernels.base import Kernel, LayerShape
 from quasar_core.kernels.cpu.forms import has_lanes
 from quasar_core.kernels.cpu.vnni import VnniKernel
 from quasar_core.kernels.dense import DenseKernel, ReferenceKernel, why_no_room
-from quasar_core.kernels.eight_bit import Float8Kernel, Int8Kernel
+from quasar_core.kernels.eight_bit import Float8Kernel, Int8Kernel, product_saturates
 from quasar_core.kernels.humming import HummingKernel
 from quasar_core.kernels.int4 import CpuInt4Kernel, CudaInt4Kernel
 from quasar_core.kernels.marlin import MarlinKernel
@@ -33,6 +33,7 @@ PACKED_KERNELS: tuple[Kernel, ...] = (
 FLOATING_KERNELS: tuple[Kernel, ...] = (TRITON_FLOAT8, Float8Kernel())  # for 8-bit floating-point values
 DENSE, REFERENCE = DenseKernel(), ReferenceKernel()
 KERNELS: tuple[Kernel, ...] = (*PACKED_KERNELS, DENSE, REFERENCE)
+IN_FLOAT32 = "int8 multiplies in float32, as this processor's integer products are cut to 16 bits"
 KERNEL_NAMES = tuple(kernel.name for kernel in (*KERNELS, *FLOATING_KERNELS))
 
 DECISIVE_ROWS = 4  # of a verify: what the choice goes by
@@ -151,12 +152,17 @@ def microseconds(times: Times) -> str:
 
 
 def _candidates(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> tuple[list[Kernel], list[str]]:
-    """The kernels that run on codes or values of this shape, and why those of this device that stand before do not."""
+    """The kernels that run on codes or values of this shape, and why those of this device that stand before do not.
+
+    Or do, and otherwise than their name says.
+    """
     able, refused = list[Kernel](), list[str]()
     for kernel in packed_kernels(shape):
         obstacle = kernel.why_not(shape, device, dtype)
         if obstacle is None:
             able.append(kernel)
+            if isinstance(kernel, Int8Kernel) and device.type == "cpu" and product_saturates():
+                refused.append(IN_FLOAT32)
         elif not able and (shape.floating or not obstacle.startswith("it runs on")):
             refused.append(f"not {kernel.name}: {obstacle}")
     return able, refused
@@ -175,6 +181,8 @@ def _requested_kernel(name: str, shape: LayerShape, device: torch.device, dtype:
     obstacle = kernel.why_not(shape, device, dtype)
     if obstacle:
         raise UsageError(f"--kernel {name} cannot run this verifier: {obstacle}.")
+    if isinstance(kernel, Int8Kernel) and device.type == "cpu" and product_saturates():
+        return KernelChoice(kernel, f"asked for by --kernel; {IN_FLOAT32}")
     return KernelChoice(kernel, "asked for by --kernel")
 
 

@@ -58,6 +58,8 @@ def test_integer_products_are_right_where_the_processors_are_wrong(
     eight_bit.product_saturates.cache_clear()
     try:
         assert eight_bit.product_saturates()
+        for name in ("auto", "int8"):
+            assert "int8 multiplies in float32" in select_kernel(CODES, CPU, torch.float32, name).reason
         for high in (-127, 127):
             rows, values = torch.randint(-127, 128, (5, inputs)), torch.randint(-127, 128, (9, inputs))
             rows[0], values[:2] = high, 127
@@ -87,6 +89,7 @@ def test_what_the_integer_kernel_does_not_run(shape: LayerShape, reason: str) ->
     assert Int8Kernel().why_not(LayerShape(63, 31, 8, -1, False), CPU, torch.float32) is None
 
 
+CODES = LayerShape(64, 32, 8, -1, True)
 FLOATING = LayerShape(64, 32, 8, -1, True, floating=True)
 
 

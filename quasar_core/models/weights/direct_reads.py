@@ -75,12 +75,15 @@ class DirectFile:
 
     @classmethod
     def open(cls, path: Path) -> "DirectFile | None":
-        """None where the system or the file system has no direct reads. OSError where the file cannot be opened."""
+        """None where the system or the file system has no direct reads.
+
+        What is wrong with the file itself is told by whoever opens it the usual way.
+        """
         if not hasattr(os, "O_DIRECT"):
             return None
         try:
             return cls(os.open(path, os.O_RDONLY | os.O_DIRECT))
-        except OSError:  # what is wrong with the file itself is told by whoever opens it the usual way
+        except OSError:
             return None
 
     def __del__(self) -> None:
