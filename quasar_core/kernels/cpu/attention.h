@@ -1,8 +1,8 @@
 // Grouped-query attention of a pass over its cache: one key-value head at a time, a few queries, all positions seen.
 //
 // Positions come in spans of four sixteens that begin at multiples of SPAN, and are summed in that order with a running
-// maximum (Milakov and Gimelshein, 2018), so that a query's result depends on nothing but its own position. A span's keys and
-// values are laid out once for all queries, which then come in tiles whose sums fill the registers.
+// maximum (Milakov and Gimelshein, 2018). A span's keys and values are laid out once for all queries, which then come in tiles
+// whose sums fill the registers.
 
 #pragma once
 
@@ -208,18 +208,23 @@ void fetch(const X* states, int size) {
     for (size_t byte = 0; byte < LANES * size * sizeof(X); byte += 64) __builtin_prefetch(from + byte);
 }
 
-// Some queries over the keys and values [positions, D] of one head, scores below a soft cap where it is not 0; `room` has
-// place for ROOM · D numbers, `own` for 2 · 16 rows of the cache where queries stand in a tree.
+// Some queries over the keys and values [positions, D] of one head, of which they look at those from `from` to before `end`,
+// scores below a soft cap where it is not 0: to their sums, which are not divided by the shares' total yet. `room` has place
+// for ROOM · D numbers, `own` for 2 · 16 rows of the cache where queries stand in a tree.
 template <typename X>
-void attend(std::vector<Query<X>>& queries, const X* keys, const X* values, int size, float cap, float* room, X* own) {
+void attend(std::vector<Query<X>>& queries, Range positions, const X* keys, const X* values, int size, float cap,
+            float* room, X* own) {
     int first = std::numeric_limits<int>::max(), last = 0;
-    for (const auto& query : queries) {
+    for (auto& query : queries) {
         first = std::min(first, query.first), last = std::max(last, query.last);
+        query.largest = LEAST, query.total = 0;
         std::fill(query.out, query.out + size, 0.0f);
     }
+    last = std::min(last, positions.end - 1);
     const Span<X> span(size, room);
-    const int begin = first / SPAN * SPAN, sinks = queries.front().sinks, branch = queries.front().branch;  // of them all
-    for (int start = sinks ? 0 : begin; start <= last; start = std::max(start + SPAN, begin)) {
+    const int sinks = queries.front().sinks, branch = queries.front().branch;  // of them all
+    const int begin = std::max(positions.begin, first / SPAN * SPAN);
+    for (int start = positions.begin < sinks ? positions.begin : begin; start <= last; start = std::max(start + SPAN, begin)) {
         for (int i = 0; i < SIXTEENS; ++i) {
             const int at = start + i * LANES;
             const size_t from = size_t(at) * size, ahead = size_t(at + POSITIONS_AHEAD) * size;
@@ -236,9 +241,6 @@ void attend(std::vector<Query<X>>& queries, const X* keys, const X* values, int 
             next += some;
         }
     }
-    for (const auto& query : queries)
-        for (int d = 0; d < size; d += LANES)
-            store(query.out + d, load(query.out + d) / query.total);
 }
 
 }  // namespace quasar

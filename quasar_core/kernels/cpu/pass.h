@@ -7,9 +7,9 @@
 
 #include <vector>
 
-#include "attention.h"
 #include "choices.h"
 #include "elementwise.h"
+#include "pass_attention.h"
 #include "model.h"
 #include "team.h"
 
@@ -33,7 +33,7 @@ public:
              const StatePlace* recurrent, int capacity, const void* given, void* rows, float* logits, int64_t* chosen,
              float* margins, int wanted, int32_t* likeliest, int threads) {
         const bool is_last = end == int(layers.size());
-        reserve(count, threads);
+        reserve(count, position, threads);
         if (is_last) seen.assign(size_t(threads) * shown, Leaders(std::max(wanted, 2)));
         paths = trace_paths(parents, count, position);
         const Place place{count, position, capacity, cos, sin, growth};
@@ -97,16 +97,16 @@ private:
     Model m;
     Waiting left;  // of the part before
     std::vector<Layer> layers;
-    Buffer<float> hidden, normed, delta, mixed, attended, rooms, own_inputs, from_mlp;
+    Buffer<float> hidden, normed, delta, mixed, attended, own_inputs, from_mlp;
     Buffer<X> queries;
     Buffer<Leaders> seen;
     std::vector<std::vector<int>> paths;  // of each token of a tree, from the first one to itself: where states lie
-    std::vector<Buffer<X>> own;           // of each thread
     ProductInput inputs[MOST_PARTS];
     Mixing mixing;
+    Attending<X> attending;
     Recurring<X> recurring;
 
-    void reserve(int count, int threads) {
+    void reserve(int count, int position, int threads) {
         size_t widest = 0, heads = 0, size = 0;
         auto make_room = [&](const FusedWeight& weight) {
             for (int i = 0; i < weight.count; ++i) inputs[i].reserve(weight.parts[i], count);
@@ -126,9 +126,8 @@ private:
         const size_t rows = count;
         grow(hidden, rows * m.hidden), grow(normed, rows * m.hidden), grow(delta, rows * m.hidden);
         grow(mixed, rows * widest), grow(queries, rows * heads), grow(attended, rows * heads);
-        grow(rooms, threads * ROOM * size), grow(own_inputs, rows * layers.size() * m.inputs_size);
-        if (own.size() < size_t(threads)) own.resize(threads);
-        for (auto& buffer : own) grow(buffer, 2 * LANES * size);
+        grow(own_inputs, rows * layers.size() * m.inputs_size);
+        attending.reserve(count * m.heads, int(size), position + count, threads);
     }
 
     void embed(const int64_t* tokens, int count, const Team& team) {
@@ -403,31 +402,10 @@ private:
         for (int d = 0; d < size; d += LANES) store(to + d, load(x + d) * factor);
     }
 
-    // The queries of a key-value head share its keys and values; they are split where threads outnumber these heads.
     void attend_heads(const Layer& layer, const X* keys, const X* values, const Place& place, const Team& team) {
-        const int kv_heads = layer.kv_heads, group = m.heads / kv_heads, rows = place.count * group;
-        const int size = layer.head_size;
-        const int splits = std::clamp((team.threads + kv_heads - 1) / kv_heads, 1, rows);
-        const Range share = team.share(kv_heads * splits);
-        std::vector<Query<X>> some;
-        for (int at = share.begin; at < share.end; ++at) {
-            const int head = at / splits;
-            const Range part(rows, at % splits, splits);
-            some.clear();
-            for (int row = part.begin; row < part.end; ++row) {
-                const int t = row / group, depth = paths.empty() ? t : int(paths[t].size()) - 1;
-                const int last = place.position + depth;
-                const size_t from = (size_t(t) * m.heads + head * group + row % group) * size;
-                const int first = layer.window ? std::max(0, last - layer.window + 1) : 0;
-                some.push_back({queries.data() + from, last, first, attended.data() + from});
-                some.back().sinks = layer.sinks;
-                if (!paths.empty()) some.back().branch = place.position, some.back().path = paths[t].data();
-            }
-            const size_t begin = size_t(head) * place.capacity * size;
-            attend(some, keys + begin, values + begin, size, m.scores_cap,
-                   rooms.data() + size_t(team.thread) * ROOM * size, own[team.thread].data());
-        }
-        team.barrier();
+        attending.run({m.heads, layer.kv_heads, layer.head_size, place.count, place.position, place.capacity, layer.window,
+                       layer.sinks, m.scores_cap, paths, queries.data(), keys, values, attended.data()},
+                      team);
     }
 };
 

@@ -32,6 +32,7 @@ inline double now() {  // seconds
 // The part [begin, end) of `count` things that falls to one of `parts`, as even as can be.
 struct Range {
     int begin, end;
+    Range(int begin, int end) : begin(begin), end(end) {}
     Range(int count, int part, int parts)
         : begin(int(int64_t(count) * part / parts)), end(int(int64_t(count) * (part + 1) / parts)) {}
 };
