@@ -11,6 +11,7 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -167,7 +168,50 @@ def cpp_solver(_lacking: None) -> None:
     _skip_without(cpp, "the solver in C++")
 
 
-@pytest.fixture(params=["avx512", "avx2", "neon", "portable"])
+@pytest.fixture(scope="session")
+def tile_traps(_compiled: Path) -> Any:
+    """What has instructions of AMX's tiles emulated; skips where that cannot be."""
+    if sys.platform != "linux":
+        pytest.skip("AMX's tiles are emulated on Linux alone")
+    from helpers.trapped_tiles import load
+
+    from quasar_core.errors import QuasarError
+    from quasar_core.kernels.cpu import library
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "home", lambda: _compiled)
+        try:
+            return load()
+        except QuasarError as error:
+            pytest.skip(f"AMX's tiles are not emulated: {error}")
+
+
+@pytest.fixture
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _lacking: None) -> Iterator[str]:
+    """QUASAR_ISA=amx: with the processor's tiles, "real", or where those are not to be had "emulated"."""
+    from helpers.trapped_tiles import without_tiles
+
+    from quasar_core.kernels.cpu import forms, library
+
+    own, kind = forms.find_form("amx"), "real"
+    with ExitStack() as ends:
+        if forms.why_not(own):
+            patched, kind = without_tiles(own), "emulated"
+            if obstacle := forms.why_not(patched):
+                pytest.skip(f"AMX's tiles are not emulated here: {obstacle}")
+            traps = request.getfixturevalue("tile_traps")
+            monkeypatch.setattr(forms, "FORMS", tuple(patched if form is own else form for form in forms.FORMS))
+            traps.catch_tiles()
+            ends.callback(traps.let_tiles_go)
+        ends.callback(forms._chosen.cache_clear)
+        monkeypatch.setenv(forms.VARIABLE, "amx")
+        _skip_without(library, f"the C++ pass with {kind} tiles")
+        if not library.describe_form().startswith(own.title):
+            pytest.skip("this compiler does not know AMX")
+        yield kind
+
+
+@pytest.fixture(params=["avx512", "amx", "avx2", "neon", "portable"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _lacking: None) -> str:
     """Each instruction set in turn for the C++ of passes and products; those that do not run here are skipped."""
     from quasar_core.kernels.cpu import library
@@ -177,6 +221,8 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _lacki
         pytest.skip("another processor's C++ stands for every form, and runs as the best one's")
     if request.param != os.environ.get(VARIABLE, request.param):
         pytest.skip(f"this machine is one of {os.environ[VARIABLE]}")
+    if request.param == "amx":
+        request.getfixturevalue("tiles")
     if obstacle := why_not(find_form(request.param)):
         pytest.skip(obstacle)
     monkeypatch.setenv(VARIABLE, request.param)

@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[1]
 COMPILERS = ("gcc", "g++", "cc", "c++", "cpp", "clang", "clang++", "as", "ld", "ld.bfd", "ld.gold", "ld.lld", "cc1plus")
 FOLDERS = ("/usr/lib/gcc", "/usr/libexec/gcc", "/usr/include")
 NAMESPACE = ("unshare", "--mount") if hasattr(os, "geteuid") and os.geteuid() == 0 else ("unshare", "-r", "--mount")
-USABLE = "from quasar_core.kernels.cpu.forms import usable; print(*[form.name for form in usable()])"
+USABLE = """
+from quasar_core.kernels.cpu.forms import usable
+print(*[form.name for form in usable() if not form.by_name])  # others are not carried
+"""
 PROMPT = "Write a function `count_lines`."
 
 

@@ -20,7 +20,10 @@ sys.path.insert(0, str(ROOT))
 from quasar_core.kernels.cpu import forms  # noqa: E402
 
 FOLDERS = ("kernels", "models", "quantize")
-PASSES, SOLVER = ('"cpp_pass"', '"form"', "load_library("), ('"cpp_solver"',)  # what tests name that run the C++
+PASSES, SOLVER = (
+    ('"cpp_pass"', '"form"', '"tiles"', "load_library("),
+    ('"cpp_solver"',),
+)  # what tests name that run the C++
 BUILDING = ("test_forms.py", "test_compiled_files.py")  # of how it is built and kept, by a compiler of their own
 FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 BEYOND = "int planted(int i) { int* volatile four = new int[4](); int read = four[i]; delete[] four; return read; }"

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import pytest
 
 from quasar_core.errors import UsageError
-from quasar_core.kernels.cpu import forms
+from quasar_core.kernels.cpu import forms, tile_permission
 from quasar_core.kernels.cpu.library import describe_form
 from quasar_core.quantize.solve.cpp import describe_loops
 
 AVX2 = frozenset({"avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+AMX = AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
 NEON = frozenset({"asimd", "asimddp", "bf16"})
 Processor = Callable[[str, frozenset[str]], None]
 
@@ -33,6 +34,12 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Processor:
     [
         ("x86_64", AVX512 | {"avx512_vnni", "avx512_bf16"}, "avx512+avx512_vnni+avx512_bf16", "the best"),
         ("x86_64", AVX512, "avx512", "the best"),
+        (
+            "x86_64",
+            AMX,
+            "avx512+avx512_vnni+avx512_bf16",
+            "the best that this processor has but for amx, which QUASAR_ISA",
+        ),
         ("x86_64", AVX2 | {"avx_vnni"}, "avx2+avx_vnni", "as this processor lacks avx512bw, avx512dq, avx512f"),
         ("AMD64", AVX2, "avx2", "as this processor lacks avx512"),
         ("x86_64", frozenset({"sse2"}), "portable", "as this processor lacks avx2, f16c, fma"),
@@ -62,7 +69,7 @@ def test_a_form_is_forced_by_a_variable(processor: Processor, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("sse9", "QUASAR_ISA must be one of avx512, avx2, neon, portable, not sse9."),
+        ("sse9", "QUASAR_ISA must be one of avx512, amx, avx2, neon, portable, not sse9."),
         ("avx512", "QUASAR_ISA=avx512 cannot be: this processor lacks avx512bw, avx512dq, avx512f, avx512vl."),
         ("neon", "QUASAR_ISA=neon cannot be: NEON is not of x86_64 processors."),
     ],
@@ -75,6 +82,44 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(UsageError) as refused:
         forms.chosen()
     assert str(refused.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "refused", "sentence"),
+    [
+        (AMX, None, None),
+        (AMX - {"amx_int8"}, None, "QUASAR_ISA=amx cannot be: this processor lacks amx_int8."),
+        (AMX, "the system does not", "QUASAR_ISA=amx cannot be: the system does not."),
+    ],
+)
+def test_tiles_are_taken_where_they_are_named_and_permitted(
+    processor: Processor,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: frozenset[str],
+    refused: str | None,
+    sentence: str | None,
+) -> None:
+    asked = []
+    monkeypatch.setattr(tile_permission, "why_refused", lambda: (asked.append(1), refused)[1])
+    forms._chosen.cache_clear()
+    processor("x86_64", flags)
+    assert forms.chosen().form.name == "avx512"
+    assert not asked  # nobody is to be asked for what is not wanted
+    monkeypatch.setenv(forms.VARIABLE, "amx")
+    if sentence is None:
+        assert (forms.chosen().key, forms.chosen().reason) == ("amx", "as QUASAR_ISA asks")
+        assert "-mamx-tile" in forms.chosen().options
+        assert [form.name for form in forms.usable()] == ["avx512", "amx", "avx2", "portable"]
+    else:
+        with pytest.raises(UsageError) as error:
+            forms.chosen()
+        assert str(error.value) == sentence
+        assert "amx" not in [form.name for form in forms.usable()]
+    forms._chosen.cache_clear()
+
+
+def test_no_wheel_carries_what_is_taken_by_name_alone() -> None:
+    assert not [chosen for chosen in forms.all_for("x86_64") if chosen.form.by_name]
 
 
 def test_options_of_the_compiler(processor: Processor) -> None:

@@ -183,10 +183,21 @@ void multiply_tile_of(int count, const uint8_t* codes, const CodedRows& rows, in
     multiply_tile<BITS, TILE>(codes, rows, row, y);
 }
 
+#ifdef QUASAR_TILES
+constexpr int FEWEST_IN_TILES = MOST_CODED + 1;  // rows: for fewer, codes are unpacked once without tiles too
+template <int BITS, typename Put>                // `coded_tiles.h`
+void multiply_blocks_in_tiles(const uint8_t* stream, const CodedRows& rows, Range blocks, int begin, int end, int out,
+                              Put put);
+#endif
+
 // Rows [begin, end) times some blocks of outputs. `put(row, output, lanes, values)` takes 16 outputs of a row, of which
 // `lanes` exist.
 template <int BITS, typename Put>
 void multiply_blocks(const uint8_t* stream, const CodedRows& rows, Range blocks, int begin, int end, int out, Put put) {
+#ifdef QUASAR_TILES
+    if (end - begin >= FEWEST_IN_TILES && rows.group % 32 == 0)
+        return multiply_blocks_in_tiles<BITS>(stream, rows, blocks, begin, end, out, put);
+#endif
     const size_t stride = size_t(rows.groups) * HEADER + rows.stride() * BLOCK * BITS / 8;
     alignas(64) float y[MOST_CODED * BLOCK];
     for (int block = blocks.begin; block < blocks.end; ++block) {

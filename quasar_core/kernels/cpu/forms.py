@@ -11,10 +11,12 @@ from functools import cache
 from itertools import takewhile
 
 from quasar_core.errors import UsageError
+from quasar_core.kernels.cpu import tile_permission
 from quasar_core.system import processor_flags
 
 VARIABLE = "QUASAR_ISA"
 _X86, _ARM = frozenset({"x86_64", "AMD64"}), frozenset({"aarch64", "arm64"})
+_TILES = "amx_tile"  # which the system has to permit
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Form:
     """An instruction set: the architectures that have it, what it needs, the compiler's options, and its extras.
 
     An extra's option that begins with + is added to `-march=armv8.2-a`. Extras came one after the other: each is used
-    where those before it are there too, so that a wheel need not carry every choice of them.
+    where those before it are there too, so that a wheel need not carry every choice of them. A form `by_name` is taken
+    only where QUASAR_ISA names it, and no wheel carries it: nobody has measured it.
     """
 
     name: str
@@ -31,20 +34,30 @@ class Form:
     needs: frozenset[str]
     options: tuple[str, ...]
     extras: tuple[tuple[str, str], ...] = ()
+    by_name: bool = False
 
     def missing(self) -> list[str]:
         """What it needs and this processor lacks."""
         return sorted(self.needs - instructions())
 
 
+_AVX512 = Form(
+    "avx512",
+    "AVX-512",
+    _X86,
+    frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}),
+    ("-DQUASAR_AVX512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
+    (("avx512_vnni", "-mavx512vnni"), ("avx512_bf16", "-mavx512bf16")),
+)
 FORMS = (
+    _AVX512,
     Form(
-        "avx512",
-        "AVX-512",
+        "amx",
+        "AVX-512 with AMX",
         _X86,
-        frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"}),
-        ("-DQUASAR_AVX512", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
-        (("avx512_vnni", "-mavx512vnni"), ("avx512_bf16", "-mavx512bf16")),
+        _AVX512.needs | {"avx512_vnni", "avx512_bf16", _TILES, "amx_int8", "amx_bf16"},
+        (*_AVX512.options, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
+        by_name=True,
     ),
     Form(
         "avx2",
@@ -112,7 +125,8 @@ def has_lanes() -> bool:
 
 def all_for(architecture: str) -> list[Chosen]:
     """What a wheel carries: each form of an architecture, with none of its extras, the first, the first two …"""
-    forms = [form for form in FORMS if form.architectures is None or architecture in form.architectures]
+    measured = [form for form in FORMS if not form.by_name]
+    forms = [form for form in measured if form.architectures is None or architecture in form.architectures]
     extras = [(form, tuple(name for name, _ in form.extras)) for form in forms]
     return [Chosen(form, names[:count], "carried") for form, names in extras for count in range(len(names) + 1)]
 
@@ -131,11 +145,12 @@ def usable() -> list[Form]:
 
 
 def why_not(form: Form) -> str | None:
-    """Why this processor cannot run a form."""
+    """Why this processor, or the system on it, cannot run a form."""
     if form.architectures is not None and platform.machine() not in form.architectures:
         return f"{form.title} is not of {platform.machine()} processors"
-    missing = form.missing()
-    return f"this processor lacks {', '.join(missing)}" if missing else None
+    if missing := form.missing():
+        return f"this processor lacks {', '.join(missing)}"
+    return tile_permission.why_refused() if _TILES in form.needs else None
 
 
 def instructions() -> frozenset[str]:
@@ -151,10 +166,15 @@ def instructions() -> frozenset[str]:
 
 
 def _best() -> tuple[Form, str]:
-    best = usable()[0]
-    better = [form for form in FORMS[: FORMS.index(best)] if platform.machine() in (form.architectures or ())]
-    obstacle = why_not(better[-1]) if better else None
-    return best, f"as {obstacle}" if obstacle else "the best that this processor has"
+    """The best, and why; beside one that could be asked for, that is said."""
+    measured = [form for form in FORMS if not form.by_name]
+    best = next(form for form in measured if why_not(form) is None)
+    better = [form for form in measured[: measured.index(best)] if platform.machine() in (form.architectures or ())]
+    if obstacle := why_not(better[-1]) if better else None:
+        return best, f"as {obstacle}"
+    named = [form.name for form in FORMS if form.by_name and not form.missing()]
+    others = f" but for {named[0]}, which {VARIABLE} must name" if named else ""
+    return best, f"the best that this processor has{others}"
 
 
 def _with_extras(form: Form, reason: str) -> Chosen:

@@ -1,5 +1,5 @@
 // Registers of AVX-512: sixteen 32-bit numbers, masks of their own; 8-bit products by VNNI and bfloat16's by
-// BF16 where the processor has them.
+// BF16 where the processor has them, and by AMX's tiles where those are asked for.
 
 #pragma once
 
@@ -7,7 +7,10 @@
 
 namespace quasar {
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define QUASAR_TILES  // `tiles.h`
+constexpr const char* FORM = "AVX-512 with AMX";
+#elif defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 constexpr const char* FORM = "AVX-512 with VNNI and BF16";
 #elif defined(__AVX512VNNI__)
 constexpr const char* FORM = "AVX-512 with VNNI";

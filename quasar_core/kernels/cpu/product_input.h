@@ -5,6 +5,10 @@
 #include "codes.h"
 #include "compressed.h"
 #include "strips.h"
+#ifdef QUASAR_TILES
+#include "coded_tiles.h"
+#include "paired_tiles.h"
+#endif
 
 namespace quasar {
 

@@ -130,9 +130,18 @@ void multiply_strip_of(int rows, const Strip& strip, Arguments... arguments) {
     multiply_strip<ROWS>(strip, arguments...);
 }
 
+#ifdef QUASAR_TILES
+template <typename Weight, typename Put>  // `paired_tiles.h`
+void multiply_strips_in_tiles(const Weight& weight, const uint16_t* x, int in, Range strips, int count, int out, Put put);
+#endif
+
 // `count` rows of x times some strips of a weight [out, in]; `put` as for codes.
 template <typename Weight, typename Row, typename Put>
 void multiply_strips(const Weight& weight, const Row* x, int in, Range strips, int count, int out, Put put) {
+#ifdef QUASAR_TILES
+    if constexpr (std::is_same_v<Row, uint16_t>)
+        return multiply_strips_in_tiles(weight, x, in, strips, count, out, put);
+#endif
     using Strip = decltype(strip_of(weight, in, out, 0));
     Floats y[Strip::MOST];
     for (int at = strips.begin; at < strips.end; ++at) {
