@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from quasar_core.checkpoint.fused_names import listed_layers
 from quasar_core.checkpoint.headers import StoredLayer
-from quasar_core.checkpoint.loaders import describe_loaders, listed_layers
+from quasar_core.checkpoint.loaders import describe_loaders
 from quasar_core.models.architectures import ARCHITECTURES
 from quasar_core.models.architectures.row import Architecture
 from quasar_core.models.config.decoder import DecoderConfig

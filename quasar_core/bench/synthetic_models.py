@@ -99,6 +99,7 @@ class RandomCheckpoint(VerifierCheckpoint):
         head = [head_product(config)] if codes.lm_head_bits < 16 else []
         products = [*all_block_products(config), *head]
         self._parts = {name: product.part(i) for product in products for i, name in enumerate(product.names)}
+        self._stored_parts = {name: (name,) for name in self._parts}
         self._pool = Pool(torch.randint(0, 256, (POOL,), generator=torch.Generator().manual_seed(1), dtype=torch.uint8))
 
     @property

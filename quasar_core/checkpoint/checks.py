@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from quasar_core.checkpoint.headers import StoredLayer, stored_layers
+from quasar_core.checkpoint.headers import StoredLayer, model_layers
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
@@ -80,7 +80,7 @@ def refuse_other_target(checkpoint: VerifierCheckpoint, target: Path) -> None:
     folder = checkpoint.folder
     if "quantization_config" in read_config(target):
         raise QuasarError(f"{target} is quantized itself; name the model that {folder} was made from.")
-    layers = stored_layers(checkpoint)
+    layers = model_layers(checkpoint)
     if not layers:
         raise QuasarError(f"{folder} holds no quantized layer.")
     made_from = checkpoint.target_fingerprint

@@ -6,8 +6,8 @@ G = ⌈in / g⌉ the number of groups.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -112,6 +112,42 @@ class QuantizedWeight:
             "scales": self.scales.contiguous(),
             "g_idx": self.g_idx.contiguous(),
         }
+
+
+def join_outputs(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Layers of one input, bits and groups as one layer, output after output; ValueError where these differ."""
+    first, *others = weights
+    for other in others:
+        same_layout = (first.bits, first.group_size) == (other.bits, other.group_size)
+        if not same_layout or not torch.equal(first.g_idx, other.g_idx):
+            raise ValueError("they differ in bits or groups")
+    return replace(
+        first,
+        codes=torch.cat([weight.codes for weight in weights], dim=1),
+        scales=torch.cat([weight.scales for weight in weights], dim=1),
+        zeros=torch.cat([weight.zeros for weight in weights], dim=1),
+    )
+
+
+def cut_outputs(tensors: Mapping[str, torch.Tensor], bits: int, count: int) -> list[dict[str, torch.Tensor]]:
+    """A layer's stored tensors, bias included, as those of `count` layers of equal size, output after output.
+
+    What is stored stays so, whatever it means: zeros are unpacked, since a word holds those of several outputs, and
+    packed again. ValueError where the parts' outputs do not fill whole words.
+    """
+    size, rest = divmod(tensors["scales"].shape[1], count)
+    if rest:
+        raise ValueError(f"{tensors['scales'].shape[1]} outputs cannot be cut into {count} equal parts")
+    zeros = unpack_columns(tensors["qzeros"], bits)
+    parts = []
+    for begin in range(0, size * count, size):
+        outputs = slice(begin, begin + size)
+        part = {"qzeros": pack_columns(zeros[:, outputs], bits)}
+        part |= {name: tensors[name][:, outputs].contiguous() for name in ("qweight", "scales")}
+        part |= {"g_idx": tensors["g_idx"].clone()} if "g_idx" in tensors else {}
+        part |= {"bias": tensors["bias"][outputs].contiguous()} if "bias" in tensors else {}
+        parts.append(part)
+    return parts
 
 
 def trivial_groups(in_features: int, group_size: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ the same bits, groups and symmetry, any sizes. What satisfies vLLM satisfies bot
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat
@@ -36,9 +36,19 @@ class StoredLayer:
 
 
 def stored_layers(checkpoint: VerifierCheckpoint) -> list[StoredLayer]:
-    """Every quantized layer, by name; layers of widths of their own are told by their shapes."""
+    """Every quantized layer as it is stored, by name; layers of widths of their own are told by their shapes."""
     entries = {entry.name: entry for entry in read_text_headers(checkpoint.folder)}
-    return [_stored(entries, name, checkpoint) for name in checkpoint.layer_names]
+    return [_stored(entries, name, checkpoint) for name in checkpoint.file_layers]
+
+
+def model_layers(checkpoint: VerifierCheckpoint) -> list[StoredLayer]:
+    """Every quantized layer by the model's own names: with one that is stored in parts as a whole."""
+    stored = {layer.name: layer for layer in stored_layers(checkpoint)}
+    found = []
+    for name in checkpoint.layer_names:
+        parts = [stored[part] for part in checkpoint.parts(name)]
+        found.append(replace(parts[0], name=name, out_features=sum(part.out_features for part in parts)))
+    return found
 
 
 def _stored(entries: Mapping[str, TensorEntry], name: str, checkpoint: VerifierCheckpoint) -> StoredLayer:

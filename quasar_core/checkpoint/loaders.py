@@ -7,7 +7,7 @@ every architecture, transformers with some (`tests/interop`), SGLang and vLLM's 
   of 32, 64, 128 or one per output. It makes room for inputs ÷ group scales, rounded down, so the group must divide the
   inputs. On a GPU it pads sizes that fit no tile. Its CPU kernel takes 4 bits, inputs and outputs a multiple of 32; the
   one for experts asks for AMX, and was not tried. It reads codes where `modules_in_block_to_quantize` lists the layer,
-  or without a list where a file has them, but asks under names of its own (`_asked`): some families need the list.
+  or without a list where a file has them, but asks under names of its own (`fused_names.py`): some need the list.
 - SGLang 0.5.23 (`quantization/gptq/`, `quantization/__init__.py`): on NVIDIA's GPUs by Marlin alone, without padding;
   exllama's kernel, which earlier versions had for other codes, is gone.
 - GPTQModel 7.6 (`nn_modules/qlinear/torch.py`): every width; groups of 16 to 1024 or one per output; sizes of any kind.
@@ -15,8 +15,8 @@ every architecture, transformers with some (`tests/interop`), SGLang and vLLM's 
 - transformers 5 with optimum 2: what GPTQModel's kernel takes, but one width for all layers, and no quantized head. It
   holds all experts of a block in one tensor, and leaves their codes unread without a word.
 
-vLLM and SGLang multiply by q, k and v at once, and by gate and up: they ask the rules of `dynamic` for the fused
-product's name, and read its parts at that one width. GPTQModel asks for each layer's own name.
+vLLM and SGLang ask the rules of `dynamic` for the names of fused products (`fused_names.py`), GPTQModel for each
+layer's own name.
 
 W8A8 and fp8 checkpoints (compressed-tensors) are read by all but GPTQModel.
 """
@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quasar_core.checkpoint.fused_names import fused_name, name_in_vllm, unnamed_layers
+from quasar_core.checkpoint.gptqmodel_names import NAMINGS, USUAL
 from quasar_core.checkpoint.headers import BITS as MARLIN_BITS
 from quasar_core.checkpoint.headers import GROUP_SIZES as MARLIN_GROUP_SIZES
 from quasar_core.checkpoint.headers import StoredLayer
@@ -34,18 +36,16 @@ from quasar_core.errors import QuasarError
 Width = tuple[int, int]  # bits and group size; a group size of −1 is one scale per output
 Rule = Callable[[StoredLayer], "str | None"]  # why a loader refuses a layer or a fused product
 
-MIX_GATE = ".self_attn.gate_proj"  # of Muse Glimmer's attention, which is no MLP's
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "w13": ("w1", "w3"),
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
-    "in_proj_ba": ("in_proj_b", "in_proj_a"),
-}
 # Architectures that vLLM's CPU build does not compute rightly before anything is quantized.
 VLLM_CPU_FAILS = {
     "ApertusForCausalLM": "this architecture's activation gives float32, which its products do not take",
 }
+# Architectures that GPTQModel has classes or passes of, which fail with transformers 5.23 whatever the checkpoint is.
+GPTQMODEL_FAILS = {
+    "GraniteMoeHybridForCausalLM": "its class for this architecture fails",
+    "Glm4MoeForCausalLM": "its pass of this architecture fails",
+}
+EXPORTED = "`quasar models export` writes what it loads"
 GPTQMODEL_GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -107,12 +107,13 @@ def _listed(modules: Any) -> frozenset[str] | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a loader takes a checkpoint: the layers that it refuses, each with its reason."""
+    """Whether a loader takes a checkpoint: the layers that it refuses, each with its reason, and what would help."""
 
     refused: tuple[tuple[str, str], ...] = ()
+    remedy: str = ""
 
     def __str__(self) -> str:
-        return f"no: {self.reason}" if self.refused else "yes"
+        return f"no: {self.reason}" + (f"; {self.remedy}" * bool(self.remedy)) if self.refused else "yes"
 
     @property
     def reason(self) -> str:
@@ -136,13 +137,13 @@ def describe_loaders(
 
 def judge_vllm(layers: Sequence[StoredLayer], config: Config) -> Verdict:
     """On a GPU."""
-    unnamed = _unnamed(layers, config)
+    unnamed = unnamed_layers([layer.name for layer in layers], config.named or frozenset())
     return _judge_fused(layers, config, lambda product: _why_not_vllm(product, config, unnamed), name_in_vllm)
 
 
 def judge_vllm_cpu(layers: Sequence[StoredLayer], config: Config) -> Verdict:
     """Its CPU build."""
-    unnamed = _unnamed(layers, config)
+    unnamed = unnamed_layers([layer.name for layer in layers], config.named or frozenset())
 
     def rule(product: StoredLayer) -> str | None:
         reason = _why_not_vllm(product, config, unnamed) or VLLM_CPU_FAILS.get(config.architecture)
@@ -167,11 +168,14 @@ def judge_sglang(layers: Sequence[StoredLayer], config: Config) -> Verdict:
 
 def judge_gptqmodel(layers: Sequence[StoredLayer], config: Config) -> Verdict:
     """By its kernel in PyTorch, which takes most."""
+    fails = GPTQMODEL_FAILS.get(config.architecture)
 
-    def rule(layer: StoredLayer) -> str | None:
-        return _why_not_gptqmodel_names(layer.name) or _why_not_gptqmodel_kernel(layer, config)
+    def kernel(layer: StoredLayer) -> str | None:
+        return fails or _why_not_gptqmodel_kernel(layer, config)
 
-    return _judge(layers, rule)
+    verdict = _judge(layers, lambda layer: _why_not_gptqmodel_names(layer.name) or kernel(layer))
+    can_be_exported = config.architecture in NAMINGS and not _judge(layers, kernel).refused
+    return replace(verdict, remedy=EXPORTED) if can_be_exported and verdict.refused else verdict
 
 
 def judge_transformers(layers: Sequence[StoredLayer], config: Config) -> Verdict:
@@ -182,8 +186,8 @@ def judge_transformers(layers: Sequence[StoredLayer], config: Config) -> Verdict
             return "optimum knows no quantized head"
         if ".experts." in layer.name:
             return "it holds all experts in one tensor, and reads no codes of theirs"
-        if layer.name.endswith(".gate_up_proj"):
-            return "GPTQModel reads gate and up as two layers"
+        if (own := NAMINGS.get(config.architecture, USUAL).own(layer.name)[0]) != layer.name:
+            return f"its model has {own.rpartition('.')[2]} in one layer"
         if _width_of(layer) != _whole_row(layer, config.usual):
             return f"optimum reads all layers at {_words(config.usual)}, and this one has {_words(_width_of(layer))}"
         return None
@@ -199,55 +203,6 @@ LOADERS: Mapping[str, Callable[[Sequence[StoredLayer], Config], Verdict]] = {
     "GPTQModel": judge_gptqmodel,
     "transformers": judge_transformers,
 }
-
-
-def fused_name(name: str) -> str | None:
-    """The product that vLLM and SGLang make of a layer and others: …self_attn.qkv_proj of …self_attn.q_proj."""
-    before, dot, last = name.rpartition(".")
-    if name.endswith(MIX_GATE):
-        return None
-    return next((f"{before}{dot}{fused}" for fused, parts in FUSED.items() if last in parts), None)
-
-
-def name_in_vllm(name: str) -> str:
-    """What it asks the rules for: it has other names for Granite's Mamba and the gate of Muse Glimmer's attention."""
-    return name.replace(".mamba.", ".mixer.").replace(MIX_GATE, ".self_attn.output_gate_proj")
-
-
-def listed_layers(names: Sequence[str]) -> list[str] | None:
-    """What `modules_in_block_to_quantize` must list so that vLLM reads the codes of these layers.
-
-    None where it finds them by itself: without the list it asks the files for the names of `_asked`.
-    """
-    asked = sorted({name for layer in names for name in _asked(layer)})
-    return [*names, *asked] if asked else None
-
-
-def _asked(name: str) -> tuple[str, ...]:
-    """Names that no file has, by which vLLM asks whether a layer has codes."""
-    if name.endswith(".gate_up_proj"):
-        return tuple(name.removesuffix("gate_up_proj") + part for part in FUSED["gate_up_proj"])
-    return (name_in_vllm(name),) if ".mamba." in name else ()  # Muse Glimmer's class renames what the files have
-
-
-def _unnamed(layers: Sequence[StoredLayer], config: Config) -> frozenset[str]:
-    """Layers whose codes vLLM leaves unread, and then finds no place for."""
-    names = config.named or ()
-    # Phi's class is made for layers that are stored as one, and asks under their own names.
-    is_phi = any(layer.name.endswith(".qkv_proj") for layer in layers)
-    asked = {layer.name: _asked(layer.name) for layer in layers if not (is_phi and layer.name.endswith("up_proj"))}
-    return frozenset(layer for layer, needed in asked.items() if any(name not in names for name in needed))
-
-
-def dynamic_rules(others: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
-    """`dynamic` for layers of another width than the usual one, under their own names and under fused ones.
-
-    Layers of one fused product have one width.
-    """
-    rules = {name: dict(width) for name, width in others.items()}
-    rules |= {name_in_vllm(name): dict(width) for name, width in others.items()}
-    rules |= {fused: dict(width) for name, width in others.items() if (fused := fused_name(name))}
-    return {f"{re.escape(name)}$": width for name, width in rules.items()}
 
 
 def _judge(layers: Iterable[StoredLayer], rule: Rule) -> Verdict:
@@ -287,7 +242,7 @@ def _why_not_gptqmodel_names(name: str) -> str | None:
         return "it looks for experts under other names"
     if re.search(r"layers\.\d+\.experts\.", name):
         return "it leaves experts beside an MLP unread"
-    return "it fails on Mamba's layers" if ".mamba." in name else None
+    return None
 
 
 def _why_not_gptqmodel_kernel(layer: StoredLayer, config: Config) -> str | None:

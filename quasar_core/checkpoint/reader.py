@@ -7,6 +7,8 @@ import torch
 from quasar_core.checkpoint.card import parse_card
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, PackedWeight
 from quasar_core.checkpoint.formats import PACKED_SUFFIXES, QuantizationFormat, parse_format
+from quasar_core.checkpoint.gptq_format import QuantizedWeight, join_outputs
+from quasar_core.checkpoint.gptqmodel_names import own_layers
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
 from quasar_core.files import is_folder
@@ -27,35 +29,56 @@ class VerifierCheckpoint:
         self.config = read_text_config(folder)
         self.format = parse_format(folder, self.config)
         self.tensors = TensorFiles(folder)
+        self._stored_parts = self._find_layers()
         self._refuse_parts()
         self.card, self._card = parse_card(folder / "quasar.json")
 
     def _refuse_parts(self) -> None:
         """A layer of which the marker alone is missing would be taken for one that was never quantized."""
-        layers = set(self.layer_names)
+        layers = set(self.file_layers)
         for entry in read_text_headers(self.folder):
             layer, _, suffix = entry.name.rpartition(".")
             belongs = suffix in self.format.only_packed or (suffix == "weight" and entry.dtype in _EIGHT_BITS)
             if belongs and layer not in layers:
                 raise QuasarError(f"The checkpoint's layer {layer} has no {self.format.marker}.")
 
+    def _find_layers(self) -> dict[str, tuple[str, ...]]:
+        marker = f".{self.format.marker}"
+        names = [name.removesuffix(marker) for name in self.tensors.names() if name.endswith(marker)]
+        if not isinstance(self.format, QuantizationFormat):
+            return {name: (name,) for name in names}
+        return own_layers(names, self.architecture)
+
+    @property
+    def architecture(self) -> str:
+        """The class of the model, or of its text part, as config.json names it; "" where it names none."""
+        return next(iter(self.config.get("architectures") or ()), "")
+
     @property
     def layer_names(self) -> list[str]:
-        """Modules whose weight is packed, such as `model.layers.0.mlp.up_proj`."""
-        marker = f".{self.format.marker}"
-        return [name.removesuffix(marker) for name in self.tensors.names() if name.endswith(marker)]
+        """Modules whose weight is packed, such as `model.layers.0.mlp.up_proj`, by the model's own names."""
+        return list(self._stored_parts)
+
+    def parts(self, layer: str) -> tuple[str, ...]:
+        """The layers in the files that a layer is: GPTQModel has others for some families (`gptqmodel_names.py`)."""
+        return self._stored_parts[layer]
+
+    @property
+    def file_layers(self) -> list[str]:
+        """The same by the names in the files, sorted."""
+        return sorted(part for parts in self._stored_parts.values() for part in parts)
 
     @property
     def plain_names(self) -> list[str]:
         """Tensors that are not part of a packed weight: norms, biases, the embedding."""
-        packed = {f"{layer}.{suffix}" for layer in self.layer_names for suffix in self.format.suffixes}
+        packed = {f"{layer}.{suffix}" for layer in self.file_layers for suffix in self.format.suffixes}
         return [name for name in self.tensors.names() if name not in packed]
 
     def describe_zeros(self) -> str | None:
         """How GPTQ's zeros are read, told by the first quantized layer; None in another format, or without layers."""
-        if not isinstance(self.format, QuantizationFormat) or not self.layer_names:
+        if not isinstance(self.format, QuantizationFormat) or not self._stored_parts:
             return None
-        name = self.layer_names[0]
+        name = self.file_layers[0]
         shapes = {
             part: self.tensors.shape(f"{name}.{part}") for part in PACKED_SUFFIXES if f"{name}.{part}" in self.tensors
         }
@@ -78,6 +101,16 @@ class VerifierCheckpoint:
 
     def layer(self, name: str, device: torch.device = CPU) -> PackedWeight:
         """One layer's weight, unpacked and checked; integer codes on the device, since billions take a GPU no time."""
+        parts = [self._file_layer(part, device) for part in self.parts(name)]
+        integers = [part for part in parts if isinstance(part, QuantizedWeight)]
+        if len(integers) < 2:
+            return parts[0]
+        try:
+            return join_outputs(integers)
+        except ValueError as error:
+            raise QuasarError(f"{' and '.join(self.parts(name))} are one layer of the model, and {error}.") from error
+
+    def _file_layer(self, name: str, device: torch.device) -> PackedWeight:
         place = CPU if isinstance(self.format, CompressedTensorsFormat) else device
         parts = {s: f"{name}.{s}" for s in self.format.suffixes if f"{name}.{s}" in self.tensors}
         read = dict(self.tensors.load_many([*parts.values()]))

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from quasar_core.checkpoint.fused_names import fused_name, listed_layers
 from quasar_core.checkpoint.headers import StoredLayer
-from quasar_core.checkpoint.loaders import LOADERS, VLLM_CPU_FAILS, Config, fused_name, listed_layers
+from quasar_core.checkpoint.loaders import LOADERS, VLLM_CPU_FAILS, Config
 from quasar_core.config import GROUP_CHOICES
 
 SHARED_INPUTS = ("o_proj", "down_proj")

@@ -3,7 +3,7 @@
 from typing import Any
 
 from quasar_core.checkpoint.formats import GPTQ_METHODS
-from quasar_core.checkpoint.headers import StoredLayer, describe_marlin, stored_layers
+from quasar_core.checkpoint.headers import StoredLayer, describe_marlin, model_layers, stored_layers
 from quasar_core.checkpoint.loaders import describe_loaders
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.models.weights.lean_weights import check_fits
@@ -17,7 +17,7 @@ def describe(checkpoint: VerifierCheckpoint) -> dict[str, Any]:
     packed = {name: entry for name, entry in sizes.items() if name not in plain}
     packed_bytes = sum(entry.size for entry in packed.values())
     layers = stored_layers(checkpoint)
-    check_fits(checkpoint, layers)
+    check_fits(checkpoint, model_layers(checkpoint))
     weights = sum(layer.weights for layer in layers)
     section = checkpoint.config.get("quantization_config") or {
         "bits": checkpoint.format.bits,
@@ -34,7 +34,7 @@ def describe(checkpoint: VerifierCheckpoint) -> dict[str, Any]:
         "marlin": describe_marlin(layers, section.get("sym", True)) if is_gptq else None,
         "zeros": checkpoint.describe_zeros(),
         "loaders": describe_loaders(layers, section, architectures[0]),
-        "packed_layers": len(checkpoint.layer_names),
+        "packed_layers": len(layers),
         "layers": [_describe_layer(layer, packed) for layer in layers],
         "bits_per_weight": packed_bytes * 8 / weights if weights else 0.0,
         "bytes": {"packed": packed_bytes, "plain": sum(sizes[name].size for name in plain)},

@@ -12,7 +12,7 @@ from quasar_core.checkpoint import compressed_tensors
 from quasar_core.checkpoint.card import CARD_VERSION
 from quasar_core.checkpoint.checks import KEY as DIGESTS
 from quasar_core.checkpoint.checks import file_digest
-from quasar_core.checkpoint.loaders import dynamic_rules, listed_layers
+from quasar_core.checkpoint.fused_names import dynamic_rules, listed_layers
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, copy_kept_files
 from quasar_core.config import BITS, QuantizeConfig

@@ -6,8 +6,9 @@ Loaders that make room for inputs ÷ group scales refuse a last group that is cu
 from collections.abc import Mapping
 from dataclasses import replace
 
+from quasar_core.checkpoint.fused_names import listed_layers
 from quasar_core.checkpoint.headers import StoredLayer
-from quasar_core.checkpoint.loaders import LOADERS, Config, Verdict, listed_layers
+from quasar_core.checkpoint.loaders import LOADERS, Config, Verdict
 from quasar_core.config import GROUP_CHOICES, QuantizeConfig
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 

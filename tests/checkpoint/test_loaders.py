@@ -5,16 +5,9 @@ from typing import Any
 
 import pytest
 
+from quasar_core.checkpoint.fused_names import dynamic_rules, fused_name, listed_layers
 from quasar_core.checkpoint.headers import StoredLayer
-from quasar_core.checkpoint.loaders import (
-    LOADERS,
-    VLLM_CPU_FAILS,
-    Config,
-    describe_loaders,
-    dynamic_rules,
-    fused_name,
-    listed_layers,
-)
+from quasar_core.checkpoint.loaders import LOADERS, VLLM_CPU_FAILS, Config, describe_loaders
 from quasar_core.errors import QuasarError
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"

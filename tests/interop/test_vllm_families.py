@@ -32,7 +32,7 @@ NOT_JUDGED = {
 }
 # Of the largest logit. It refuses float16 for some families.
 TOLERANCE = {"float16": 0.02, "bfloat16": 0.06}
-NO_FLOAT16 = {"Gemma2", "Gemma3", "Glm4"}
+NO_FLOAT16 = {"Gemma2", "Gemma3", "Glm4", "Qwen3_5", "Qwen3_5Moe"}
 TOKENS = 0.9  # share of them that must agree
 OTHERS: dict[str, dict[str, Any]] = {
     # Its kernel takes outputs that are a multiple of 32, and there is one for each of Mamba's heads among them.

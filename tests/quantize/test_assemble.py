@@ -1,6 +1,7 @@
 """The section of `config.json` that tells loaders which layers have codes, and of which width."""
 
-from quasar_core.checkpoint.loaders import Config, name_in_vllm
+from quasar_core.checkpoint.fused_names import name_in_vllm
+from quasar_core.checkpoint.loaders import Config
 from quasar_core.config import QuantizeConfig
 from quasar_core.quantize.assemble import quantization_section
 from quasar_core.quantize.job import Width

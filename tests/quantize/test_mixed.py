@@ -11,8 +11,9 @@ from helpers.quantize_cases import CONFIG, quantize
 
 from quasar_cli.commands.quantize import parse_widths
 from quasar_cli.main import run as run_command
+from quasar_core.checkpoint.fused_names import FUSED
 from quasar_core.checkpoint.headers import stored_layers
-from quasar_core.checkpoint.loaders import FUSED, describe_loaders
+from quasar_core.checkpoint.loaders import describe_loaders
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from quasar_core.checkpoint.compressed_tensors import Float8Weight, PackedWeight, concatenate_float8
-from quasar_core.checkpoint.gptq_format import QuantizedWeight
+from quasar_core.checkpoint.gptq_format import QuantizedWeight, join_outputs
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
 from quasar_core.kernels.linear import PackedLinear
@@ -247,7 +247,7 @@ class Packing:
 
     def _bias(self, product: Product) -> torch.Tensor | None:
         """The stored biases; some tools store zeros where the architecture has none."""
-        names = [f"{name}.bias" for name in product.names]
+        names = [f"{part}.bias" for name in product.names for part in self.checkpoint.parts(name)]
         if not product.bias and not any(name in self.checkpoint.tensors for name in names):
             return None
         return torch.cat([self.checkpoint.tensors.load(name) for name in names]).to(self.device, self.dtype)
@@ -260,13 +260,7 @@ def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
     floats = [weight for weight in weights if isinstance(weight, Float8Weight)]
     if floats:
         return concatenate_float8(floats)
-    integers = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
-    return replace(
-        integers[0],
-        codes=torch.cat([weight.codes for weight in integers], dim=1),
-        scales=torch.cat([weight.scales for weight in integers], dim=1),
-        zeros=torch.cat([weight.zeros for weight in integers], dim=1),
-    )
+    return join_outputs([weight for weight in weights if isinstance(weight, QuantizedWeight)])
 
 
 def _agree(weights: Sequence[PackedWeight]) -> bool:

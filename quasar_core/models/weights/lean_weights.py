@@ -126,7 +126,9 @@ def load_verifier_alone(
     packing.refuse_unknown(config)
     filling = Filling(checkpoint.tensors, device, dtype, config)
     decoder = _build(config, filling, packing)
-    biases = {f"{name}.bias" for name in packing.names}  # which some tools store where the architecture has none
+    biases = {
+        f"{part}.bias" for name in packing.names for part in checkpoint.parts(name)
+    }  # which some tools store where the architecture has none
     filling.refuse_unknown(config, [name for name in checkpoint.plain_names if name not in biases])
     filling.fill(progress)
     return decoder

@@ -1,0 +1,133 @@
+"""Write a copy of a verifier's checkpoint under the names that another program looks for."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from quasar_core.checkpoint.card import CARD_VERSION
+from quasar_core.checkpoint.checks import KEY as DIGESTS
+from quasar_core.checkpoint.export import Export
+from quasar_core.checkpoint.gptqmodel_names import LOADER
+from quasar_core.checkpoint.reader import VerifierCheckpoint
+from quasar_core.checkpoint.writer import ShardWriter
+from quasar_core.errors import QuasarError, UsageError, foreign_errors
+from quasar_core.files import absolute, is_file, read_text, require_regular, sync, write_json, write_whole
+from quasar_core.quantize.job import take_lock
+from quasar_core.records import Progress, no_progress
+from quasar_core.store.folders import (
+    CARD,
+    COMMITS,
+    LOCK,
+    begin_work,
+    end_work,
+    partial_folder,
+    refuse_existing,
+    refuse_place,
+    remove_verifier,
+    set_aside,
+    set_aside_before,
+)
+from quasar_core.store.model_config import read_config
+from quasar_core.system import free_disk
+
+LOADERS = (LOADER,)  # what can be exported for
+README, CONFIG, SECTION = "README.md", "config.json", "quantize_config.json"
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+
+
+def default_output(verifier: Path) -> Path:
+    """Beside the verifier."""
+    return verifier.with_name(f"{verifier.name}-for-{LOADER}")
+
+
+def export(
+    verifier: Path, output: Path | None = None, *, force: bool = False, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Write a checkpoint that GPTQModel loads, in a folder of its own; the verifier's is only read.
+
+    Returns the folder (`checkpoint`), how many `layers` have codes, how many are `in_16_bits` since it reads no codes
+    of theirs, and the `bytes` of weights. Raises UsageError where the output exists without `force` or is no verifier,
+    QuasarError where GPTQModel loads the verifier as it is, or would not load the copy either.
+    """
+    source = absolute(verifier)
+    work = Export.of(VerifierCheckpoint(source))
+    destination = absolute(output or default_output(source))
+    refuse_place(destination, source)
+    refuse_existing(destination, force)
+    _refuse_full_disk(work.bytes(), destination)
+    partial = partial_folder(destination)
+    _refuse_other_work(partial, destination)
+    with foreign_errors(f"{partial} could not be written"):
+        begin_work(partial)
+        with (partial / LOCK).open("a+") as lock:
+            take_lock(lock.fileno(), destination)
+            written = _write(work, partial, destination, progress)
+            set_aside(destination)
+            end_work(partial, destination)
+        for place in set_aside_before(destination):
+            remove_verifier(place)
+    return {"checkpoint": str(destination), **work.describe(), "bytes": written}
+
+
+def _refuse_other_work(partial: Path, output: Path) -> None:
+    """Unfinished work of an export is begun anew; what `quantize` has finished of a run, or another process, is not."""
+    if (partial / COMMITS).exists():
+        raise UsageError(f"{partial} holds what `quasar quantize` has finished for {output}; name another --output.")
+    if (partial / LOCK).exists():
+        with (partial / LOCK).open("a+") as lock:
+            take_lock(lock.fileno(), output)
+
+
+def _refuse_full_disk(need: int, output: Path) -> None:
+    free = free_disk(output)
+    if need > free:
+        raise QuasarError(
+            f"This needs {need / 1e6:,.1f} MB of disk, and {free / 1e6:,.1f} MB are free here: free some beside "
+            f"{output}, or name another --output."
+        )
+
+
+def _write(work: Export, partial: Path, output: Path, progress: Progress) -> int:
+    """All files into the working folder, the card last; bytes of weights."""
+    source = work.checkpoint.folder
+    writer = ShardWriter(partial)
+    for name, tensor in work.tensors(progress):
+        writer.add(name, tensor)
+    digests = writer.close()
+    _copy_others(source, partial)
+    section = work.section()
+    write_json(partial / CONFIG, {**read_config(source), "quantization_config": section})
+    write_json(partial / SECTION, section)
+    if is_file(source / README):
+        note = _note(work)
+        write_whole(partial / README, f"{read_text(source / README).rstrip()}\n\n{note}\n".encode())
+    write_json(partial / CARD, _card(work, digests, output))
+    return writer.total_bytes
+
+
+def _copy_others(source: Path, partial: Path) -> None:
+    """Whatever the folder holds beside weights and what is written anew: tokenizer, template, pictures' settings."""
+    written = {README, CONFIG, SECTION, CARD, LOCK}
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and path.name != COMMITS and not path.name.startswith("."):
+            shutil.copytree(path, partial / path.name)
+        elif not path.is_dir() and path.name not in written and not path.name.endswith(WEIGHTS):
+            require_regular(path)
+            shutil.copyfile(path, partial / path.name)
+            sync(partial / path.name)
+
+
+def _note(work: Export) -> str:
+    """A paragraph of the model card."""
+    kept = work.describe()["in_16_bits"]
+    experts = f" {kept} layers, of which it reads no codes, are in 16 bits." if kept else ""
+    return f"This copy has the names of layers under which GPTQModel looks for codes.{experts}"
+
+
+def _card(work: Export, digests: dict[str, str], output: Path) -> dict[str, Any]:
+    """The verifier's card, with the new files' digests; the run that made the verifier did not make this folder."""
+    card = {"format_version": CARD_VERSION, "target": None, **work.checkpoint.card}
+    card.pop("run", None)
+    if isinstance(report := card.get("report"), dict):
+        card["report"] = {**report, "checkpoint": output.name}
+    return {**card, "exported": {"for": LOADER, **work.describe()}, DIGESTS: digests}

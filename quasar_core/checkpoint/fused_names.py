@@ -1,0 +1,65 @@
+"""Names of layers as vLLM and SGLang ask for them: of several layers as one product, and of others under other names.
+
+Both multiply by q, k and v at once, and by gate and up: they ask the rules of `dynamic` for the fused product's name,
+and read its parts at that one width. vLLM has other names than the files for some layers (`_asked`).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+MIX_GATE = ".self_attn.gate_proj"  # of Muse Glimmer's attention, which is no MLP's
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("w1", "w3"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+}
+
+
+def fused_name(name: str) -> str | None:
+    """The product that vLLM and SGLang make of a layer and others: …self_attn.qkv_proj of …self_attn.q_proj."""
+    before, dot, last = name.rpartition(".")
+    if name.endswith(MIX_GATE):
+        return None
+    return next((f"{before}{dot}{fused}" for fused, parts in FUSED.items() if last in parts), None)
+
+
+def name_in_vllm(name: str) -> str:
+    """What it asks the rules for: it has other names for Granite's Mamba and the gate of Muse Glimmer's attention."""
+    return name.replace(".mamba.", ".mixer.").replace(MIX_GATE, ".self_attn.output_gate_proj")
+
+
+def listed_layers(names: Sequence[str]) -> list[str] | None:
+    """What `modules_in_block_to_quantize` must list so that vLLM reads the codes of these layers.
+
+    None where it finds them by itself: without the list it asks the files for the names of `_asked`.
+    """
+    asked = sorted({name for layer in names for name in _asked(layer)})
+    return [*names, *asked] if asked else None
+
+
+def unnamed_layers(names: Sequence[str], listed: frozenset[str]) -> frozenset[str]:
+    """Layers whose codes vLLM leaves unread, and then finds no place for."""
+    # Phi's class is made for layers that are stored as one, and asks under their own names.
+    is_phi = any(name.endswith(".qkv_proj") for name in names)
+    asked = {name: _asked(name) for name in names if not (is_phi and name.endswith("up_proj"))}
+    return frozenset(name for name, needed in asked.items() if any(other not in listed for other in needed))
+
+
+def _asked(name: str) -> tuple[str, ...]:
+    """Names that no file has, by which vLLM asks whether a layer has codes."""
+    if name.endswith(".gate_up_proj"):
+        return tuple(name.removesuffix("gate_up_proj") + part for part in FUSED["gate_up_proj"])
+    return (name_in_vllm(name),) if ".mamba." in name else ()  # Muse Glimmer's class renames what the files have
+
+
+def dynamic_rules(others: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """`dynamic` for layers of another width than the usual one, under their own names and under fused ones.
+
+    Layers of one fused product have one width.
+    """
+    rules = {name: dict(width) for name, width in others.items()}
+    rules |= {name_in_vllm(name): dict(width) for name, width in others.items()}
+    rules |= {fused: dict(width) for name, width in others.items() if (fused := fused_name(name))}
+    return {f"{re.escape(name)}$": width for name, width in rules.items()}
