@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,7 @@ app = typer.Typer(
     epilog=examples("quasar models", "quasar models use demo-gptq-4bit-g128"),
 )
 
+Loader = Literal["gptqmodel"]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A pair's name, as `quasar models` lists it.")]
 
 
@@ -105,6 +106,40 @@ def push_verifier(folder: Path, repository: str, private: bool) -> str:
         progress("uploading", 1, 1)
     console.note_plain(f"{folder.name} is at {address}")
     return address
+
+
+@app.command(
+    "export",
+    cls=Command,
+    epilog=examples("quasar models export", "quasar models export NAME --for gptqmodel -o FOLDER"),
+)
+def export(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(metavar="CHECKPOINT", help="A verifier's folder or a pair's name; default: the current pair."),
+    ] = None,
+    loader: Annotated[
+        Literal["gptqmodel"], typer.Option("--for", help="The program that is to load it.")
+    ] = "gptqmodel",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="Where it goes; default: beside the verifier."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+) -> None:
+    """Write a copy of a verifier for a program that has other names for its layers; `quasar inspect` says which."""
+    from quasar_core.api import exporting
+
+    with console.progress_bar() as progress:
+        written = exporting.export(checkpoint, output, force=force, progress=progress)
+    if as_json:
+        console.print_json({**written, "for": loader})
+        return
+    console.note_plain(f"{written['checkpoint']} is written for GPTQModel: {written['layers']} layers have codes.")
+    if written["in_16_bits"]:
+        console.note_plain(f"{written['in_16_bits']} layers, of which it reads no codes, are in 16 bits there.")
 
 
 @app.command("forget", cls=Command, epilog=examples("quasar models forget"))

@@ -6,7 +6,7 @@ from typing import Any
 
 from quasar_core.checkpoint.card import CARD_VERSION
 from quasar_core.checkpoint.checks import KEY as DIGESTS
-from quasar_core.checkpoint.export import Export
+from quasar_core.checkpoint.export import SECTION, Export
 from quasar_core.checkpoint.gptqmodel_names import LOADER
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.writer import ShardWriter
@@ -14,6 +14,7 @@ from quasar_core.errors import QuasarError, UsageError, foreign_errors
 from quasar_core.files import absolute, is_file, read_text, require_regular, sync, write_json, write_whole
 from quasar_core.quantize.job import take_lock
 from quasar_core.records import Progress, no_progress
+from quasar_core.store import verifier_folder
 from quasar_core.store.folders import (
     CARD,
     COMMITS,
@@ -30,8 +31,7 @@ from quasar_core.store.folders import (
 from quasar_core.store.model_config import read_config
 from quasar_core.system import free_disk
 
-LOADERS = (LOADER,)  # what can be exported for
-README, CONFIG, SECTION = "README.md", "config.json", "quantize_config.json"
+README, CONFIG = "README.md", "config.json"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
@@ -41,15 +41,16 @@ def default_output(verifier: Path) -> Path:
 
 
 def export(
-    verifier: Path, output: Path | None = None, *, force: bool = False, progress: Progress = no_progress
+    verifier: str | None, output: Path | None = None, *, force: bool = False, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Write a checkpoint that GPTQModel loads, in a folder of its own; the verifier's is only read.
 
-    Returns the folder (`checkpoint`), how many `layers` have codes, how many are `in_16_bits` since it reads no codes
-    of theirs, and the `bytes` of weights. Raises UsageError where the output exists without `force` or is no verifier,
-    QuasarError where GPTQModel loads the verifier as it is, or would not load the copy either.
+    `verifier` is a folder or a pair's name; without it, the current pair's. Returns the new folder (`checkpoint`), how
+    many `layers` have codes, how many are `in_16_bits` since it reads no codes of theirs, and the `bytes` of weights.
+    Raises UsageError where the output exists without `force` or is no verifier, QuasarError where GPTQModel loads the
+    verifier as it is, or would not load the copy either.
     """
-    source = absolute(verifier)
+    source = absolute(verifier_folder(verifier))
     work = Export.of(VerifierCheckpoint(source))
     destination = absolute(output or default_output(source))
     refuse_place(destination, source)

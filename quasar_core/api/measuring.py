@@ -21,7 +21,6 @@ from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import LoadOptions
 from quasar_core.decode.costs.cost_records import pair_costs
 from quasar_core.errors import UsageError
-from quasar_core.files import absolute, is_folder
 from quasar_core.kernels.times import forget_times
 from quasar_core.load_pair import dtype_of_source, load
 from quasar_core.models.describe import describe
@@ -30,7 +29,7 @@ from quasar_core.models.pair import load_tokenizer
 from quasar_core.quantize.blocks.streaming import open_target, open_verifier
 from quasar_core.quantize.measure_fidelity import measure_on_text
 from quasar_core.records import FidelityReport, Progress, no_progress
-from quasar_core.store import current_pair, find_pair, resolve_model
+from quasar_core.store import current_pair, resolve_model, verifier_folder
 
 __all__ = [
     "RandomShape",
@@ -63,7 +62,7 @@ def inspect(
     `checkpoint` is a folder or a pair's name; without it, the current pair's. With `verify` all weights are read, and
     `digest` says whether they are as quantize wrote them; with `against`, a model, and `text`, fidelity is measured.
     """
-    folder = _checkpoint_folder(checkpoint)
+    folder = verifier_folder(checkpoint)
     found = VerifierCheckpoint(folder)
     digest = {"digest": digest_found(found, progress)} if verify else {}
     description = {**describe(found), **digest, "speed": describe_speed(folder)}
@@ -100,17 +99,6 @@ def fidelity_on_text(
     target = open_target(source.folder, place, dtype, trust_remote_code)
     streamed = open_verifier(VerifierCheckpoint(verifier), target)
     return measure_on_text(target, streamed, load_tokenizer(source.folder, trust_remote_code), text, progress)
-
-
-def _checkpoint_folder(checkpoint: str | None) -> Path:
-    """The folder that was named, by its path or by a pair's name; else the current pair's."""
-    if checkpoint is None:
-        current = current_pair()
-        if current is None:
-            raise UsageError("No pair is current: name a CHECKPOINT, or make one with `quasar quantize MODEL`.")
-        return Path(current.verifier)
-    folder = absolute(Path(checkpoint))
-    return folder if is_folder(folder) else Path(find_pair(checkpoint).verifier)
 
 
 def doctor(remeasure: bool = False, progress: Progress = no_progress) -> dict[str, Any]:

@@ -15,14 +15,16 @@ import torch
 from quasar_core.checkpoint.formats import QuantizationFormat
 from quasar_core.checkpoint.fused_names import dynamic_rules, listed_layers
 from quasar_core.checkpoint.gptq_format import cut_outputs, why_not_packable
-from quasar_core.checkpoint.gptqmodel_names import NAMINGS, Naming
+from quasar_core.checkpoint.gptqmodel_names import EXPORTED_FOR, LOADER, NAMINGS, Naming
 from quasar_core.checkpoint.headers import StoredLayer, stored_layers
 from quasar_core.checkpoint.loaders import Config, judge_gptqmodel
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.errors import QuasarError
+from quasar_core.files import read_json_if_there
 from quasar_core.records import Progress, no_progress
 from quasar_core.store.safetensors_header import read_headers
 
+SECTION = "quantize_config.json"  # the section on its own
 DTYPE = torch.float16
 _BLOCK = re.compile(r".*?\.?layers\.(\d+)\.")
 Tensors = Iterator[tuple[str, torch.Tensor]]
@@ -34,12 +36,14 @@ class Export:
 
     checkpoint: VerifierCheckpoint
     naming: Naming
+    old_section: Mapping[str, Any]  # `quantization_config`
     layers: Mapping[str, StoredLayer]  # that have codes
 
     @classmethod
     def of(cls, checkpoint: VerifierCheckpoint) -> "Export":
         """QuasarError, one sentence, where nothing need be exported, or where that would not help."""
-        folder, section = checkpoint.folder, checkpoint.config.get("quantization_config") or {}
+        folder = checkpoint.folder
+        section = checkpoint.config.get("quantization_config") or read_json_if_there(folder / SECTION) or {}
         if not isinstance(checkpoint.format, QuantizationFormat):
             raise QuasarError(f"{folder} has no codes of GPTQ, and GPTQModel reads it as it is or not at all.")
         layers = stored_layers(checkpoint)
@@ -51,17 +55,17 @@ class Export:
         if naming is None or not verdict.remedy:
             raise QuasarError(f"GPTQModel does not load {folder} under other names either: {verdict.reason}.")
         own = {checkpoint.tensors.stored(layer.name): layer for layer in layers}
-        found = cls(checkpoint, naming, own)
+        found = cls(checkpoint, naming, section, own)
         found.refuse_unequal_parts()
         return found
 
     def refuse_unequal_parts(self) -> None:
         """Parts must fill whole words: QuasarError that names the first layer whose do not."""
         for name, layer in self.layers.items():
-            count = len(self.naming.parts(name))
-            why = why_not_packable(layer.in_features, layer.out_features // count, layer.bits)
-            if layer.out_features % count or why:
-                raise QuasarError(f"{name} cannot be cut into {count} parts: each would have {why or 'another size'}.")
+            size, rest = divmod(layer.out_features, len(self.naming.parts(name)))
+            odd = f"{layer.out_features} outputs are no multiple of their number" if rest else None
+            if why := odd or why_not_packable(layer.in_features, size, layer.bits):
+                raise QuasarError(f"{name} cannot be cut into the layers that GPTQModel has: {why}.")
 
     def new_layers(self) -> dict[str, StoredLayer]:
         """The layers that have codes afterwards, by their names there."""
@@ -80,8 +84,7 @@ class Export:
 
     def section(self) -> dict[str, Any]:
         """`quantization_config`: its widths by layer and its list of layers told by the new names."""
-        section = dict(self.checkpoint.config.get("quantization_config") or {})
-        layers = self.new_layers()
+        section, layers = dict(self.old_section), self.new_layers()
         usual = Config.of(section).usual
         others = {
             name: {"bits": layer.bits, "group_size": layer.group_size}
@@ -91,6 +94,8 @@ class Export:
         left = {rule: width for rule, width in (section.pop("dynamic", None) or {}).items() if rule.startswith("-:")}
         if rules := {**dynamic_rules(others), **left}:
             section["dynamic"] = rules
+        meta = section.get("meta")
+        section["meta"] = {**(meta if isinstance(meta, Mapping) else {}), EXPORTED_FOR: LOADER}
         section.pop("modules_in_block_to_quantize", None)
         if listed := listed_layers(list(layers)):
             section["modules_in_block_to_quantize"] = [listed]

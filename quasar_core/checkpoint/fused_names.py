@@ -35,22 +35,30 @@ def listed_layers(names: Sequence[str]) -> list[str] | None:
 
     None where it finds them by itself: without the list it asks the files for the names of `_asked`.
     """
-    asked = sorted({name for layer in names for name in _asked(layer)})
+    is_phi = _is_phi(names)
+    asked = sorted({name for layer in names for name in _asked(layer, is_phi)})
     return [*names, *asked] if asked else None
 
 
 def unnamed_layers(names: Sequence[str], listed: frozenset[str]) -> frozenset[str]:
     """Layers whose codes vLLM leaves unread, and then finds no place for."""
-    # Phi's class is made for layers that are stored as one, and asks under their own names.
-    is_phi = any(name.endswith(".qkv_proj") for name in names)
-    asked = {name: _asked(name) for name in names if not (is_phi and name.endswith("up_proj"))}
+    is_phi = _is_phi(names)
+    asked = {name: _asked(name, is_phi) for name in names if not (is_phi and name.endswith(".gate_up_proj"))}
     return frozenset(name for name, needed in asked.items() if any(other not in listed for other in needed))
 
 
-def _asked(name: str) -> tuple[str, ...]:
+def _is_phi(names: Sequence[str]) -> bool:
+    """Whose class is made for layers that are stored as one, and asks under their own names."""
+    return any(name.endswith(".qkv_proj") for name in names)
+
+
+def _asked(name: str, is_phi: bool) -> tuple[str, ...]:
     """Names that no file has, by which vLLM asks whether a layer has codes."""
-    if name.endswith(".gate_up_proj"):
-        return tuple(name.removesuffix("gate_up_proj") + part for part in FUSED["gate_up_proj"])
+    before, _, last = name.rpartition(".")
+    if last == "gate_up_proj":
+        return tuple(f"{before}.{part}" for part in FUSED[last])
+    if is_phi and last in FUSED["gate_up_proj"]:
+        return (f"{before}.gate_up_proj",)
     return (name_in_vllm(name),) if ".mamba." in name else ()  # Muse Glimmer's class renames what the files have
 
 

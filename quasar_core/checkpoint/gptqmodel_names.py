@@ -17,8 +17,10 @@ GPTQModel itself writes checkpoints under these names, so they are read here und
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 LOADER = "gptqmodel"
+EXPORTED_FOR = "exported_for"  # in the `meta` of a checkpoint that was exported
 Renamed = tuple[tuple[str, str], ...]  # parts of names: in the files, and there
 
 
@@ -80,6 +82,12 @@ NAMINGS: Mapping[str, Naming] = {
     "Gemma4ForCausalLM": Naming(in_16_bits=EXPERTS, stacked=True),
 }
 USUAL = Naming()
+
+
+def is_exported(section: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of this `quantization_config` was exported under these names."""
+    meta = section.get("meta")
+    return isinstance(meta, Mapping) and meta.get(EXPORTED_FOR) == LOADER
 
 
 def own_layers(stored: Iterable[str], architecture: str) -> dict[str, tuple[str, ...]]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quasar_core.checkpoint.fused_names import fused_name, name_in_vllm, unnamed_layers
-from quasar_core.checkpoint.gptqmodel_names import NAMINGS, USUAL
+from quasar_core.checkpoint.gptqmodel_names import NAMINGS, USUAL, is_exported
 from quasar_core.checkpoint.headers import BITS as MARLIN_BITS
 from quasar_core.checkpoint.headers import GROUP_SIZES as MARLIN_GROUP_SIZES
 from quasar_core.checkpoint.headers import StoredLayer
@@ -60,6 +60,7 @@ class Config:
     dynamic: Sequence[tuple[re.Pattern[str], Mapping[str, Any] | None]] = ()
     named: frozenset[str] | None = None  # layers that have codes, where the config lists them
     architecture: str = ""  # as config.json names it; "" is one that no loader treats apart
+    exported: bool = False  # under GPTQModel's names
 
     @classmethod
     def of(cls, section: Mapping[str, Any], architecture: str = "") -> "Config":
@@ -78,6 +79,7 @@ class Config:
             dynamic,
             _listed(section.get("modules_in_block_to_quantize")),
             architecture,
+            is_exported(section),
         )
 
     @property
@@ -132,6 +134,9 @@ def describe_loaders(
     if method != "gptq":
         return dict.fromkeys(LOADERS, f"not known: the method is {method}")
     config = Config.of(section, architecture)
+    if config.exported and NAMINGS.get(architecture, USUAL).in_16_bits:
+        others = dict.fromkeys(LOADERS, "no: its experts have no codes, and the names that GPTQModel looks for")
+        return {**others, "GPTQModel": str(judge_gptqmodel(layers, config))}
     return {name: str(judge(layers, config)) for name, judge in LOADERS.items()}
 
 
@@ -242,7 +247,7 @@ def _why_not_gptqmodel_names(name: str) -> str | None:
         return "it looks for experts under other names"
     if re.search(r"layers\.\d+\.experts\.", name):
         return "it leaves experts beside an MLP unread"
-    return None
+    return "it fails on Mamba's layers" if ".mamba." in name else None
 
 
 def _why_not_gptqmodel_kernel(layer: StoredLayer, config: Config) -> str | None:

@@ -69,9 +69,15 @@ class VerifierCheckpoint:
         return sorted(part for parts in self._stored_parts.values() for part in parts)
 
     @property
+    def packed_names(self) -> list[str]:
+        """Tensors that are part of a packed weight."""
+        names = (f"{layer}.{suffix}" for layer in self.file_layers for suffix in self.format.suffixes)
+        return [name for name in names if name in self.tensors]
+
+    @property
     def plain_names(self) -> list[str]:
-        """Tensors that are not part of a packed weight: norms, biases, the embedding."""
-        packed = {f"{layer}.{suffix}" for layer in self.file_layers for suffix in self.format.suffixes}
+        """Tensors that are not: norms, biases, the embedding."""
+        packed = set(self.packed_names)
         return [name for name in self.tensors.names() if name not in packed]
 
     def describe_zeros(self) -> str | None:

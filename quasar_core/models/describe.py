@@ -13,8 +13,7 @@ from quasar_core.store import TensorEntry, read_text_headers
 def describe(checkpoint: VerifierCheckpoint) -> dict[str, Any]:
     """The JSON form: from the configs, quasar.json and the headers of the safetensors files."""
     sizes = {entry.name: entry for entry in read_text_headers(checkpoint.folder)}
-    plain = set(checkpoint.plain_names)
-    packed = {name: entry for name, entry in sizes.items() if name not in plain}
+    packed = {name: sizes[name] for name in checkpoint.packed_names}
     packed_bytes = sum(entry.size for entry in packed.values())
     layers = stored_layers(checkpoint)
     check_fits(checkpoint, model_layers(checkpoint))
@@ -37,7 +36,7 @@ def describe(checkpoint: VerifierCheckpoint) -> dict[str, Any]:
         "packed_layers": len(layers),
         "layers": [_describe_layer(layer, packed) for layer in layers],
         "bits_per_weight": packed_bytes * 8 / weights if weights else 0.0,
-        "bytes": {"packed": packed_bytes, "plain": sum(sizes[name].size for name in plain)},
+        "bytes": {"packed": packed_bytes, "plain": sum(entry.size for entry in sizes.values()) - packed_bytes},
         "calibration": checkpoint.card.get("calibration"),
         "versions": checkpoint.card.get("versions"),
         "report": checkpoint.card.get("report"),

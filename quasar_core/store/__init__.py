@@ -17,6 +17,7 @@ from quasar_core.store.pairs import (
     record_pair,
     remove_pair,
     use_pair,
+    verifier_folder,
 )
 from quasar_core.store.safetensors_header import TensorEntry
 
@@ -39,4 +40,5 @@ __all__ = [
     "remove_pair",
     "resolve_model",
     "use_pair",
+    "verifier_folder",
 ]

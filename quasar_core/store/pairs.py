@@ -70,6 +70,17 @@ def record_pair(target: str, verifier: Path, name: str | None = None, added: boo
     return record
 
 
+def verifier_folder(named: str | None) -> Path:
+    """The folder of a verifier that is named by its path or by a pair's name; else the current pair's."""
+    if named is None:
+        current = current_pair()
+        if current is None:
+            raise UsageError("No pair is current: name a CHECKPOINT, or make one with `quasar quantize MODEL`.")
+        return Path(current.verifier)
+    folder = absolute(Path(named))
+    return folder if is_folder(folder) else Path(find_pair(named).verifier)
+
+
 def use_pair(name: str) -> PairRecord:
     """Make a recorded pair the current one."""
     with _registry_held():

@@ -78,7 +78,7 @@ def test_groups_that_few_know() -> None:
 @pytest.mark.parametrize(
     ("name", "loaders", "reason"),
     [
-        (f"{MLP}.gate_up_proj", {"GPTQModel", "transformers"}, "gate and up as two layers"),
+        (f"{MLP}.gate_up_proj", {"GPTQModel"}, "gate and up as two layers"),
         (f"{MLP}.experts.3.up_proj", {"transformers", "vLLM on a CPU"}, "experts"),
         ("model.layers.0.block_sparse_moe.experts.3.w1", {"GPTQModel", "transformers", "vLLM on a CPU"}, "experts"),
         ("model.layers.0.experts.3.up_proj", {"GPTQModel", "transformers", "vLLM on a CPU"}, "experts"),

@@ -34,7 +34,11 @@ NOT_JUDGED = {
 TOLERANCE = {"float16": 0.02, "bfloat16": 0.06}
 NO_FLOAT16 = {"Gemma2", "Gemma3", "Glm4", "Qwen3_5", "Qwen3_5Moe"}
 TOKENS = 0.9  # share of them that must agree
+DELTA_HEADS = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
 OTHERS: dict[str, dict[str, Any]] = {
+    # Its rule takes heads whose keys and values are of one size.
+    "Qwen3_5": DELTA_HEADS,
+    "Qwen3_5Moe": DELTA_HEADS,
     # Its kernel takes outputs that are a multiple of 32, and there is one for each of Mamba's heads among them.
     "GraniteMoeHybrid": {"mamba_n_heads": 32, "mamba_d_head": 4},
     "GraniteMoeHybrid with experts": {"mamba_n_heads": 32, "mamba_d_head": 4},

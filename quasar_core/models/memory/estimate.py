@@ -153,8 +153,8 @@ def rounded_head_bytes(config: DecoderConfig, checkpoint: VerifierCheckpoint) ->
 
 def stored_bytes(checkpoint: VerifierCheckpoint) -> int:
     """Codes, scales and zeros as they are stored; kernels bring them into another order, of about the same size."""
-    plain = set(checkpoint.plain_names)
-    return sum(entry.size for entry in read_text_headers(checkpoint.folder) if entry.name not in plain)
+    packed = set(checkpoint.packed_names)
+    return sum(entry.size for entry in read_text_headers(checkpoint.folder) if entry.name in packed)
 
 
 def token_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
