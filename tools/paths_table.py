@@ -3,8 +3,9 @@
 from typing import Any
 
 from quasar_core.checkpoint.fused_names import listed_layers
+from quasar_core.checkpoint.gptqmodel_names import NAMINGS
 from quasar_core.checkpoint.headers import StoredLayer
-from quasar_core.checkpoint.loaders import describe_loaders
+from quasar_core.checkpoint.loaders import EXPORTED, describe_loaders
 from quasar_core.models.architectures import ARCHITECTURES
 from quasar_core.models.architectures.row import Architecture
 from quasar_core.models.config.decoder import DecoderConfig
@@ -46,7 +47,7 @@ def _line(name: str, row: Architecture, experts: bool) -> str:
         f"{name.removesuffix('ForCausalLM')}{switched}",
         "chains" if config.is_recurrent else "chains, trees",
         _on_cuda(config),
-        _short(loaders["GPTQModel"]),
+        _exported(name) if EXPORTED in loaders["GPTQModel"] else _short(loaders["GPTQModel"]),
         _short(loaders["vLLM on a CPU"]),
     ]
     return f"| {' | '.join(cells)} |"
@@ -83,6 +84,11 @@ def _on_cuda(config: DecoderConfig) -> str:
     if config.is_recurrent or config.gates_attention or has_both(config):
         return "PyTorch's operations"
     return "graphs, by Triton alone" if config.mixture else "graphs"
+
+
+def _exported(name: str) -> str:
+    """What `models export` makes of it."""
+    return "exported" + ", experts in 16 bits" * bool(NAMINGS[name].in_16_bits)
 
 
 def _short(verdict: str) -> str:

@@ -1,8 +1,9 @@
 """Log probabilities of checkpoints by vLLM, a process each, forked from one that has it imported.
 
-Each line of stdin asks for a checkpoint: its folder, the dtype to compute in, the prompt (token ids), the number of new
-tokens, and the file to write the answer to: the new tokens, and log probabilities [T, V] behind each token of the
-prompt and of the text but the last. A line of stdout follows each: 0, or else what the process ended with.
+Each line of stdin asks for a checkpoint: its folder, the dtype to compute in, whether it brings Python code of its own,
+the prompt (token ids), the number of new tokens, and the file to write the answer to: the new tokens, and log
+probabilities [T, V] behind each token of the prompt and of the text but the last. A line of stdout follows each: 0, or
+else what the process ended with.
 """
 
 import json
@@ -22,6 +23,7 @@ def answer(request: dict[str, Any]) -> None:
     model = LLM(
         request["folder"],
         dtype=request["dtype"],
+        trust_remote_code=request["own_code"],
         enforce_eager=True,
         max_model_len=128,
         max_num_seqs=4,

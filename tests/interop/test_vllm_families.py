@@ -66,7 +66,8 @@ class Forks:
         """Tokens and log probabilities; None where vLLM does not load or run it."""
         answer = self.folder / "answer.json"
         answer.unlink(missing_ok=True)
-        request = {"folder": str(checkpoint), "dtype": dtype, "answer": str(answer)}
+        own_code = any(checkpoint.glob("*.py"))
+        request = {"folder": str(checkpoint), "dtype": dtype, "own_code": own_code, "answer": str(answer)}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print(json.dumps({**request, "prompt": PROMPT, "new_tokens": NEW_TOKENS}), file=self.process.stdin, flush=True)
