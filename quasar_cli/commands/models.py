@@ -119,7 +119,7 @@ def export(
         typer.Argument(metavar="CHECKPOINT", help="A verifier's folder or a pair's name; default: the current pair."),
     ] = None,
     loader: Annotated[
-        Literal["gptqmodel"], typer.Option("--for", help="The program that is to load it.")
+        Literal["gptqmodel"], typer.Option("--for", metavar="PROGRAM", help="What is to load it.")
     ] = "gptqmodel",
     output: Annotated[
         Path | None,

@@ -41,10 +41,11 @@ def listed_layers(names: Sequence[str]) -> list[str] | None:
 
 
 def unnamed_layers(names: Sequence[str], listed: frozenset[str]) -> frozenset[str]:
-    """Layers whose codes vLLM leaves unread, and then finds no place for."""
+    """Layers and fused products whose codes vLLM leaves unread, and then finds no place for."""
     is_phi = _is_phi(names)
     asked = {name: _asked(name, is_phi) for name in names if not (is_phi and name.endswith(".gate_up_proj"))}
-    return frozenset(name for name, needed in asked.items() if any(other not in listed for other in needed))
+    unread = (name for name, needed in asked.items() if any(other not in listed for other in needed))
+    return frozenset(fused_name(name) or name for name in unread)
 
 
 def _is_phi(names: Sequence[str]) -> bool:

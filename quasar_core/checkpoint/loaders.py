@@ -11,7 +11,7 @@ every architecture, transformers with some (`tests/interop`), SGLang and vLLM's 
 - SGLang 0.5.23 (`quantization/gptq/`, `quantization/__init__.py`): on NVIDIA's GPUs by Marlin alone, without padding;
   exllama's kernel, which earlier versions had for other codes, is gone.
 - GPTQModel 7.6 (`nn_modules/qlinear/torch.py`): every width; groups of 16 to 1024 or one per output; sizes of any kind.
-  It splits what a family stores as one layer of gate and up, and renames some experts, before it looks for codes.
+  It looks for codes of some families under other names, or for none of experts (`gptqmodel_names.py`).
 - transformers 5 with optimum 2: what GPTQModel's kernel takes, but one width for all layers, and no quantized head. It
   holds all experts of a block in one tensor, and leaves their codes unread without a word.
 
@@ -39,6 +39,7 @@ Rule = Callable[[StoredLayer], "str | None"]  # why a loader refuses a layer or 
 # Architectures that vLLM's CPU build does not compute rightly before anything is quantized.
 VLLM_CPU_FAILS = {
     "ApertusForCausalLM": "this architecture's activation gives float32, which its products do not take",
+    "Lfm2ForCausalLM": "it rotates this architecture's queries and keys wrongly",
 }
 # Architectures that GPTQModel has classes or passes of, which fail with transformers 5.23 whatever the checkpoint is.
 GPTQMODEL_FAILS = {
@@ -185,8 +186,12 @@ def judge_gptqmodel(layers: Sequence[StoredLayer], config: Config) -> Verdict:
 
 def judge_transformers(layers: Sequence[StoredLayer], config: Config) -> Verdict:
     """With optimum and GPTQModel installed."""
+    names = {layer.name for layer in layers}
 
     def rule(layer: StoredLayer) -> str | None:
+        before, _, last = layer.name.rpartition(".")
+        if last == "in_proj_qkv" and config.named is None and f"{before}.in_proj_a" not in names:
+            return "its config does not list the layers with codes, and optimum takes in_proj_a for one"
         if layer.name == "lm_head":
             return "optimum knows no quantized head"
         if ".experts." in layer.name:

@@ -162,7 +162,10 @@ def assemble(job: Job, names: Weights) -> dict[str, str]:
         if gptq
         else compressed_tensors.quantization_section(number)
     )
-    for rule in rules_of_kept(TensorFiles(job.source)):
+    rules = rules_of_kept(TensorFiles(job.source))
+    if gptq and KEPT_RULE in rules:
+        section |= listed_for_optimum(section, list(stored_widths(job, names)))
+    for rule in rules:
         if gptq:
             section.setdefault("dynamic", {})[f"-:{rule}"] = {}
         else:
@@ -176,6 +179,16 @@ def assemble(job: Job, names: Weights) -> dict[str, str]:
     if gptq:
         write_json(job.partial / "quantize_config.json", section)
     return digests
+
+
+def listed_for_optimum(section: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """`modules_in_block_to_quantize` where layers of a block have no codes: optimum reads no rules of such.
+
+    vLLM takes from the list what it would find in the files. Optimum reads no codes of experts, listed or not.
+    """
+    if "modules_in_block_to_quantize" in section or any(".experts." in name for name in names):
+        return {}
+    return {"modules_in_block_to_quantize": [names]}
 
 
 def rules_of_kept(files: TensorFiles) -> list[str]:

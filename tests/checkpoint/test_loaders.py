@@ -95,6 +95,60 @@ def test_names_that_some_do_not_look_for(name: str, loaders: set[str], reason: s
         assert reason in describe_loaders(layers, config)[loader]
 
 
+def test_layers_without_codes_that_optimum_takes_for_some_with() -> None:
+    """A delta rule's, unless the config lists those that have codes, or they have some too."""
+    layers = [StoredLayer(f"model.layers.0.linear_attn.{name}", 1024, 1024, 4, 128) for name in ("in_proj_qkv", "out")]
+    told = describe_loaders(layers, section())["transformers"]
+    assert told.startswith("no: its config does not list the layers with codes")
+    listed = [[layer.name for layer in layers]]
+    assert describe_loaders(layers, section(modules_in_block_to_quantize=listed))["transformers"] == "yes"
+    layers.append(StoredLayer("model.layers.0.linear_attn.in_proj_a", 1024, 32, 4, 128))
+    assert describe_loaders(layers, section())["transformers"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layer", "loader", "reason"),
+    [
+        ("Phi3ForCausalLM", f"{MLP}.gate_proj", "transformers", "its model has gate_up_proj in one layer"),
+        ("Glm4MoeForCausalLM", f"{MLP}.gate_proj", "GPTQModel", "its pass of this architecture fails"),
+        ("GraniteMoeHybridForCausalLM", f"{ATTENTION}.q_proj", "GPTQModel", "its class for this architecture fails"),
+    ],
+)
+def test_architectures_that_one_does_not_run(architecture: str, layer: str, loader: str, reason: str) -> None:
+    found = describe_loaders([StoredLayer(layer, 1024, 1024, 4, 128)], section(), architecture)
+    assert found.pop(loader) == f"no: {reason} ({layer})"
+    assert set(found.values()) == {"yes"}
+
+
+def test_what_an_export_would_mend() -> None:
+    """Other names, and nothing else: a group size that GPTQModel has no kernel for stays a reason."""
+    layer = StoredLayer(f"{MLP}.gate_up_proj", 960, 2048, 4, 64)
+    told = describe_loaders([layer], section(group=64), "Phi3ForCausalLM")["GPTQModel"]
+    assert told == f"no: it reads gate and up as two layers ({layer.name}); `quasar models export` writes what it loads"
+    assert "export" not in describe_loaders([layer], section(group=64), "LlamaForCausalLM")["GPTQModel"]
+    odd = StoredLayer(layer.name, 960, 2048, 4, 96)
+    assert "export" not in describe_loaders([odd], section(group=96), "Phi3ForCausalLM")["GPTQModel"]
+
+
+def test_experts_in_16_bits_of_an_export_are_gptqmodels_alone() -> None:
+    layers = [StoredLayer(f"{ATTENTION}.q_proj", 1024, 1024, 4, 128)]
+    found = describe_loaders(layers, section(meta={"exported_for": "gptqmodel"}), "GraniteMoeForCausalLM")
+    assert found.pop("GPTQModel") == "yes"
+    assert set(found.values()) == {"no: its experts have no codes, and the names that GPTQModel looks for"}
+    assert set(describe_loaders(layers, section(meta="theirs"), "GraniteMoeForCausalLM").values()) == {"yes"}
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_gate_and_up_of_phi_stored_as_two(listed: bool) -> None:
+    """vLLM asks for the one layer that its class has."""
+    names = [f"{MLP}.gate_proj", f"{MLP}.up_proj", f"{ATTENTION}.qkv_proj"]
+    layers = [StoredLayer(name, 1024, 1024, 4, 128) for name in names]
+    told = listed_layers(names)
+    assert told == [*names, f"{MLP}.gate_up_proj"]
+    config = section(modules_in_block_to_quantize=[told]) if listed else section()
+    assert bool(refusing(layers, config) & VLLM) == (not listed)
+
+
 def test_names_that_vllm_asks_for() -> None:
     """It reads codes of what is stored as one where the config lists the parts; Phi's it finds by itself."""
     gate_up, mamba = f"{MLP}.gate_up_proj", "model.layers.1.mamba.in_proj"

@@ -106,6 +106,7 @@ COMMANDS = (
     "models add",
     "models use",
     "models push",
+    "models export",
     "models remove",
     "inspect",
     "doctor",

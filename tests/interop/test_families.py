@@ -1,6 +1,7 @@
 """Our checkpoints of every architecture of the lean decoder in GPTQModel, as `inspect` says which it loads."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,29 @@ def _eager() -> Iterator[None]:
         yield
 
 
-def verifier(family: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Our checkpoint of a family's tiny model."""
-    save_tiny_model(place / "tiny")
-    name, options = CASES[FIRST[family]]
-    save_model(place / "tiny", name, {**options, "vocab_size": VOCABULARY})
-    return quantize(monkeypatch, place / "tiny", group_size=32)
+class Verifiers:
+    """Our checkpoints of families' tiny models, each made once.
+
+    Mixtral's first: once GPTQModel has loaded one of some families, transformers writes it under other names.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.of("Mixtral")
+
+    @cache  # noqa: B019 (of one object, which lives as long as the module's tests)
+    def of(self, family: str) -> Path:
+        place = self.folder / family.replace(" ", "-")
+        save_tiny_model(place / "tiny")
+        name, options = CASES[FIRST[family]]
+        save_model(place / "tiny", name, {**options, "vocab_size": VOCABULARY})
+        with pytest.MonkeyPatch.context() as patched:
+            return quantize(patched, place / "tiny", group_size=32)
+
+
+@pytest.fixture(scope="module")
+def verifiers(tmp_path_factory: pytest.TempPathFactory) -> Verifiers:
+    return Verifiers(tmp_path_factory.mktemp("families"))
 
 
 def says(loader: str, folder: Path) -> str:
@@ -63,27 +81,27 @@ def gives_ours(folder: Path, ours: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("family", sorted(FIRST.keys() - FAILING))
-def test_gptqmodel_loads_what_inspect_says(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = verifier(family, tmp_path, monkeypatch)
+def test_gptqmodel_loads_what_inspect_says(family: str, verifiers: Verifiers) -> None:
+    folder = verifiers.of(family)
     said = says("GPTQModel", folder)
     assert gives_ours(folder, our_logits(folder)) == (said == "yes"), said
     assert said.endswith("`quasar models export` writes what it loads") == (family in EXPORTED)
 
 
 @pytest.mark.parametrize("family", sorted(EXPORTED))
-def test_gptqmodel_loads_what_is_exported(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = verifier(family, tmp_path, monkeypatch)
-    exported = Path(export(str(folder))["checkpoint"])
+def test_gptqmodel_loads_what_is_exported(family: str, tmp_path: Path, verifiers: Verifiers) -> None:
+    folder = verifiers.of(family)
+    exported = Path(export(str(folder), tmp_path / "exported")["checkpoint"])
     assert says("GPTQModel", exported) == "yes"
     assert gives_ours(exported, our_logits(folder))
 
 
 @pytest.mark.parametrize("family", sorted(FIRST.keys() - FAILING))
-def test_transformers_loads_what_inspect_says(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_loads_what_inspect_says(family: str, tmp_path: Path, verifiers: Verifiers) -> None:
     """By optimum, the files as they are, and exported; it has what is stored as one layer as one."""
-    folder = verifier(family, tmp_path, monkeypatch)
+    folder = verifiers.of(family)
     ours = our_logits(folder)
-    exported = [Path(export(str(folder))["checkpoint"])] if family in EXPORTED else []
+    exported = [Path(export(str(folder), tmp_path / "exported")["checkpoint"])] if family in EXPORTED else []
     for checkpoint in (folder, *exported):
         said = says("transformers", checkpoint)
         try:

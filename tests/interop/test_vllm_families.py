@@ -14,6 +14,7 @@ from helpers.decoder_cases import CASES, MIXTURES, SIZES, YARN, save_model
 from helpers.tiny_model import save_tiny_model
 from interop.interop_cases import CPU, PROMPT, VOCABULARY, missing, quantize
 
+from quasar_core.api.exporting import export
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.models.describe import describe
 from quasar_core.models.weights.lean_weights import load_verifier_alone
@@ -23,13 +24,7 @@ FIRST = {family: case for case, (family, _) in reversed(CASES.items())}  # of ea
 FIRST["Gemma4 with experts"] = "gemma 4, experts"
 FIRST["GraniteMoeHybrid with experts"] = "granite 4, experts"
 NEW_TOKENS = 6
-# vLLM's CPU build computes these models otherwise before they are quantized too, or not at all.
-NOT_JUDGED = {
-    "Lfm2": "it gives other logits of the unquantized model too",
-    "MuseGlimmer": "its class asks for torchvision, which the environment does without",
-    "Qwen3_5": "its class asks for torchvision, which the environment does without",
-    "Qwen3_5Moe": "its class asks for torchvision, which the environment does without",
-}
+ASK_FOR_TORCHVISION = {"MuseGlimmer", "Qwen3_5", "Qwen3_5Moe"}  # their classes see pictures too
 # Of the largest logit. It refuses float16 for some families.
 TOLERANCE = {"float16": 0.02, "bfloat16": 0.06}
 NO_FLOAT16 = {"Gemma2", "Gemma3", "Glm4", "Qwen3_5", "Qwen3_5Moe"}
@@ -42,9 +37,20 @@ OTHERS: dict[str, dict[str, Any]] = {
     # Its kernel takes outputs that are a multiple of 32, and there is one for each of Mamba's heads among them.
     "GraniteMoeHybrid": {"mamba_n_heads": 32, "mamba_d_head": 4},
     "GraniteMoeHybrid with experts": {"mamba_n_heads": 32, "mamba_d_head": 4},
+    # It reads options that transformers' own config does without.
+    "Lfm2": {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128},
     # Queries do not grow with the position there.
     "Ministral3": {"rope_parameters": {**YARN, "original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.4}},
 }
+
+
+PANGU = """
+from transformers import PretrainedConfig
+
+
+class PanguEmbeddedConfig(PretrainedConfig):
+    model_type = "PanguEmbedded"
+"""
 
 
 class Forks:
@@ -113,8 +119,8 @@ def are_ours(answer: dict[str, Any] | None, folder: Path, tolerance: float) -> b
 def test_vllm_loads_what_inspect_says(
     family: str, forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if family in NOT_JUDGED:
-        pytest.skip(NOT_JUDGED[family])
+    if family in ASK_FOR_TORCHVISION:
+        pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
     if (family in MIXTURES or "experts" in family) and torch.cpu._is_amx_tile_supported():
         pytest.skip("there may be a kernel for experts' codes on AMX, which was not tried")
     source = tmp_path / "tiny"
@@ -142,3 +148,38 @@ def test_without_the_list_of_layers_it_reads_no_codes_of_gate_and_up_in_one(
         file.write_text(json.dumps(content))
     assert "does not list it" in describe(VerifierCheckpoint(folder))["loaders"]["vLLM on a CPU"]
     assert forks.answer(folder, "bfloat16") is None
+
+
+def test_openpangu_loads_beside_its_configs_own_code(
+    forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers has no class of it, so that its repositories bring the config's."""
+    source = tmp_path / "tiny"
+    save_tiny_model(source)
+    save_model(source, "Llama", twice_as_wide({**SIZES, "attention_bias": True, "vocab_size": VOCABULARY}))
+    config = json.loads((source / "config.json").read_text())
+    kept = {name: config[name] for name in config if name not in ("rope_parameters", "head_dim", "mlp_bias")}
+    named = {"architectures": ["PanguEmbeddedForCausalLM"], "model_type": "PanguEmbedded", "bias": True}
+    (source / "config.json").write_text(json.dumps({**kept, **named, "rope_theta": 10_000.0}))
+    folder = quantize(monkeypatch, source, group_size=32)
+    (folder / "configuration_pangu.py").write_text(PANGU)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_pangu.PanguEmbeddedConfig"}
+    assert describe(VerifierCheckpoint(folder))["loaders"]["vLLM on a CPU"] == "yes"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert are_ours(forks.answer(folder, "float16"), folder, TOLERANCE["float16"])
+
+
+@pytest.mark.parametrize("family", ["Glm4", "Phi3"])
+def test_what_is_exported_for_gptqmodel_loads_where_inspect_says_so(
+    family: str, forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gate and up as two layers, of which vLLM makes one; Phi's it finds since the config lists them as one too."""
+    source = tmp_path / "tiny"
+    save_tiny_model(source)
+    name, options = CASES[FIRST[family]]
+    save_model(source, name, twice_as_wide({**SIZES, **options, "vocab_size": VOCABULARY}))
+    folder = Path(export(str(quantize(monkeypatch, source, group_size=32)))["checkpoint"])
+    assert describe(VerifierCheckpoint(folder))["loaders"]["vLLM on a CPU"] == "yes"
+    dtype = "bfloat16" if family in NO_FLOAT16 else "float16"
+    assert are_ours(forks.answer(folder, dtype), folder, TOLERANCE[dtype])

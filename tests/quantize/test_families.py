@@ -65,6 +65,8 @@ def test_how_fast_states_fade_keeps_the_targets_precision_and_loaders_are_told(t
     assert Config.of(section).width("model.layers.0.linear_attn.in_proj_a") is None
     assert Config.of(section).width("model.layers.0.linear_attn.in_proj_ba") is None
     assert Config.of(section).width("model.layers.0.linear_attn.in_proj_qkv") == Config.of(section).usual
+    [listed] = section["modules_in_block_to_quantize"]  # for optimum, which asks no rules
+    assert {f"{name}.qweight" for name in listed} == {name for name in stored if name.endswith(".qweight")}
 
 
 def test_the_gate_of_a_shared_expert_keeps_the_targets_precision_and_loaders_are_told(tmp_path: Path) -> None:
@@ -78,6 +80,7 @@ def test_the_gate_of_a_shared_expert_keeps_the_targets_precision_and_loaders_are
     assert f"{shared}.qweight" in stored
     section = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     assert Config.of(section).width(gate) is None
+    assert "modules_in_block_to_quantize" not in section
     assert Config.of(section).width(shared) == Config.of(section).usual
 
 
