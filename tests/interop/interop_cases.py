@@ -94,6 +94,20 @@ def logits_of(model: Any) -> torch.Tensor:
         return model(torch.tensor([PROMPT])).logits[0].float()
 
 
+def quantize_with_gptqmodel(source: Path, folder: Path, options: dict[str, Any]) -> Any:
+    """Their checkpoint of a folder, written by them; returns the model as they load it again, in float16."""
+    from gptqmodel import BACKEND, GPTQModel
+    from gptqmodel import QuantizeConfig as TheirConfig
+
+    rows = torch.randint(3, VOCABULARY, (16, 48), generator=torch.Generator().manual_seed(0))
+    samples = [{"input_ids": [row], "attention_mask": [[1] * len(row)]} for row in rows.tolist()]
+    config = TheirConfig(bits=4, group_size=32, offload_to_disk=False, **options)
+    model = GPTQModel.load(str(source), config, device="cpu")
+    model.quantize(samples, batch_size=1)
+    model.save(str(folder))
+    return GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16).model
+
+
 def logits_by_optimum(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Logits [T, V] through transformers, optimum and one of GPTQModel's kernels."""
     from transformers import GPTQConfig

@@ -8,7 +8,15 @@ import pytest
 import torch
 from helpers.decoder_cases import CASES, save_model
 from helpers.tiny_model import save_tiny_model
-from interop.interop_cases import VOCABULARY, logits_by_optimum, logits_of, missing, our_logits, quantize
+from interop.interop_cases import (
+    VOCABULARY,
+    logits_by_optimum,
+    logits_of,
+    missing,
+    our_logits,
+    quantize,
+    quantize_with_gptqmodel,
+)
 
 from quasar_core.api.exporting import export
 from quasar_core.checkpoint.gptqmodel_names import NAMINGS
@@ -94,6 +102,17 @@ def test_gptqmodel_loads_what_is_exported(family: str, tmp_path: Path, verifiers
     exported = Path(export(str(folder), tmp_path / "exported")["checkpoint"])
     assert says("GPTQModel", exported) == "yes"
     assert gives_ours(exported, our_logits(folder))
+
+
+@pytest.mark.parametrize("family", ["Phi3", "Glm4", "Mixtral"])
+def test_what_gptqmodel_writes_is_read_here(family: str, tmp_path: Path, verifiers: Verifiers) -> None:
+    """Under its own names."""
+    source = verifiers.of(family).parent / "tiny"
+    theirs = logits_of(quantize_with_gptqmodel(source, tmp_path / "theirs", {"format": "gptq"}).float())
+    checkpoint = VerifierCheckpoint(tmp_path / "theirs")
+    assert checkpoint.layer_names == VerifierCheckpoint(verifiers.of(family)).layer_names
+    assert checkpoint.file_layers != checkpoint.layer_names
+    assert are_ours(theirs, our_logits(tmp_path / "theirs"))
 
 
 @pytest.mark.parametrize("family", sorted(FIRST.keys() - FAILING))

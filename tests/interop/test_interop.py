@@ -11,13 +11,13 @@ from helpers.awq_checkpoints import write_awq
 from interop.interop_cases import (
     ARCHITECTURES,
     DEMO,
-    VOCABULARY,
     assert_same_logits,
     logits_by_optimum,
     logits_of,
     missing,
     our_logits,
     quantize,
+    quantize_with_gptqmodel,
     save_model,
 )
 
@@ -119,20 +119,6 @@ THEIRS: dict[str, dict[str, Any]] = {
         "dynamic": {r"+:.*\.down_proj.*": {"bits": 8, "group_size": 64}, r"-:.*\.0\.self_attn\.o_proj.*": {}},
     },
 }
-
-
-def quantize_with_gptqmodel(source: Path, folder: Path, options: dict[str, Any]) -> Any:
-    """Their checkpoint of a folder, written by them; returns the model as they load it again, in float16."""
-    from gptqmodel import BACKEND, GPTQModel
-    from gptqmodel import QuantizeConfig as TheirConfig
-
-    rows = torch.randint(3, VOCABULARY, (16, 48), generator=torch.Generator().manual_seed(0))
-    samples = [{"input_ids": [row], "attention_mask": [[1] * len(row)]} for row in rows.tolist()]
-    config = TheirConfig(bits=4, group_size=32, offload_to_disk=False, **options)
-    model = GPTQModel.load(str(source), config, device="cpu")
-    model.quantize(samples, batch_size=1)
-    model.save(str(folder))
-    return GPTQModel.load(str(folder), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16).model
 
 
 @pytest.mark.parametrize("options", THEIRS.values(), ids=THEIRS.keys())
