@@ -44,6 +44,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
+LLAMAS_OWN = ("rope_parameters", "head_dim", "attention_bias", "mlp_bias")
 PANGU = """
 from transformers import PretrainedConfig
 
@@ -158,7 +159,7 @@ def test_openpangu_loads_beside_its_configs_own_code(
     save_tiny_model(source)
     save_model(source, "Llama", twice_as_wide({**SIZES, "attention_bias": True, "vocab_size": VOCABULARY}))
     config = json.loads((source / "config.json").read_text())
-    kept = {name: config[name] for name in config if name not in ("rope_parameters", "head_dim", "mlp_bias")}
+    kept = {name: config[name] for name in config if name not in LLAMAS_OWN}
     named = {"architectures": ["PanguEmbeddedForCausalLM"], "model_type": "PanguEmbedded", "bias": True}
     (source / "config.json").write_text(json.dumps({**kept, **named, "rope_theta": 10_000.0}))
     folder = quantize(monkeypatch, source, group_size=32)
