@@ -208,11 +208,11 @@ class _Comparer:
         """Packed layers by what is stored of them, the rest as the target has it."""
         if self.config is None or self.target_bytes is None:
             return None
-        packed, plain = set(checkpoint.layer_names), set(checkpoint.plain_names)
+        packed, tensors = set(checkpoint.layer_names), set(checkpoint.packed_names)
         stored = sum(
             entry.size
             for entry in read_text_headers(checkpoint.folder)
-            if entry.name not in plain and not entry.name.endswith(".g_idx")
+            if entry.name in tensors and not entry.name.endswith(".g_idx")
         )
         products = [*self.blocks, head_product(self.config)]
         replaced = sum(
