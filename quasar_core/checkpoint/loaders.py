@@ -167,7 +167,8 @@ def judge_sglang(layers: Sequence[StoredLayer], config: Config) -> Verdict:
 
     def rule(product: StoredLayer) -> str | None:
         usual = replace(product, bits=config.bits, group_size=config.group_size)
-        return _why_not_marlin_codes(usual, config) or _why_not_sglang_marlin(product, config)
+        reason = _why_not_mixtral_names(product, config) or _why_not_marlin_codes(usual, config)
+        return reason or _why_not_sglang_marlin(product, config)
 
     return _judge_fused(layers, config, rule)
 
@@ -275,7 +276,15 @@ def _why_not_vllm(product: StoredLayer, config: Config, unnamed: frozenset[str])
         return "its config does not list it under the name that vLLM asks for"
     if config.desc_act and product.group_size != -1:
         return "it takes no groups in the order of activations (desc_act)"
-    return _why_not_marlin_codes(product, config) or _why_groups_do_not_divide(product)
+    reason = _why_not_mixtral_names(product, config) or _why_not_marlin_codes(product, config)
+    return reason or _why_groups_do_not_divide(product)
+
+
+def _why_not_mixtral_names(product: StoredLayer, config: Config) -> str | None:
+    """vLLM and SGLang keep the module's first name, GPTQModel has that of transformers 5: read, not tried."""
+    if config.architecture == "MixtralForCausalLM" and ".mlp.experts." in product.name:
+        return "it looks for experts in block_sparse_moe"
+    return None
 
 
 def _why_not_sglang_marlin(product: StoredLayer, config: Config) -> str | None:

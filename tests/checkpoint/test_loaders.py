@@ -138,6 +138,15 @@ def test_experts_in_16_bits_of_an_export_are_gptqmodels_alone() -> None:
     assert set(describe_loaders(layers, section(meta="theirs"), "GraniteMoeForCausalLM").values()) == {"yes"}
 
 
+def test_mixtrals_experts_under_transformers_names() -> None:
+    layers = [StoredLayer(f"{MLP}.experts.0.{part}_proj", 1024, 1024, 4, 128) for part in ("gate", "up", "down")]
+    found = describe_loaders(layers, section(), "MixtralForCausalLM")
+    assert found["GPTQModel"] == "yes"
+    for loader in ("vLLM", "vLLM on a CPU", "SGLang"):
+        assert found[loader].startswith("no: it looks for experts in block_sparse_moe")
+    assert describe_loaders(layers, section(), "Qwen3MoeForCausalLM")["vLLM"] == "yes"
+
+
 @pytest.mark.parametrize("listed", [True, False])
 def test_gate_and_up_of_phi_stored_as_two(listed: bool) -> None:
     """vLLM asks for the one layer that its class has."""
