@@ -3,7 +3,8 @@
 `tests/machines.py` varies it: OMP_NUM_THREADS is the number of threads, QUASAR_TEST_DENORMALS=flush flushes denormals,
 QUASAR_TEST_LACKS names what this processor is taken not to have, QUASAR_TEST_COMPILED the folder in which the C++ of
 several runs is compiled. QUASAR_TEST_EMULATED is a command that runs the C++ of passes and products for another
-processor (`tests/neon.py`). With QUASAR_TEST_COMPILES=1 C++ that cannot be compiled fails its tests (`sanitized.py`).
+processor (`tests/neon.py`). C++ that a compiler refuses fails its tests; with QUASAR_TEST_COMPILES=1 so does C++ that
+does not run for another reason (`sanitized.py`).
 """
 
 import os
@@ -231,10 +232,10 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _lacki
 
 
 def _skip_without(module: ModuleType, what: str) -> None:
-    """Load a module's library, compiled where it was not asked for yet."""
+    """Load a module's library, compiled where it was not asked for yet; what a compiler refuses is a failure."""
     if reason := module.why_not_here():
-        give_up = pytest.fail if os.environ.get("QUASAR_TEST_COMPILES") == "1" else pytest.skip
-        give_up(f"{what}: {reason}")
+        must_run = "could not compile" in reason or os.environ.get("QUASAR_TEST_COMPILES") == "1"
+        (pytest.fail if must_run else pytest.skip)(f"{what}: {reason}")
 
 
 @pytest.fixture(scope="module", params=["C++", "PyTorch"])

@@ -243,4 +243,10 @@ void attend(std::vector<Query<X>>& queries, Range positions, const X* keys, cons
     }
 }
 
+// A query's sums become means, once they are over all that it sees.
+template <typename X>
+void divide_by_shares(const Query<X>& query, int size) {
+    for (int d = 0; d < size; d += LANES) store(query.out + d, load(query.out + d) / query.total);
+}
+
 }  // namespace quasar

@@ -96,7 +96,7 @@ private:
                 attend_to_chunk(of, at / splits, chunks[c], queries, team);
                 for (size_t i = 0; i < queries.size(); ++i) join(whole[i], queries[i], of.size);
             }
-            for (const auto& query : whole) divide(query, of.size);
+            for (const auto& query : whole) divide_by_shares(query, of.size);
         }
         team.barrier();
     }
@@ -144,7 +144,7 @@ private:
                 else
                     join(whole, part, of.size);
             }
-            divide(whole, of.size);
+            divide_by_shares(whole, of.size);
         }
     }
 
@@ -177,10 +177,6 @@ private:
         for (int d = 0; d < size; d += LANES)
             store(whole.out + d, fused(load(part.out + d), factor, load(whole.out + d) * fade));
         whole.total = whole.total * fade + part.total * factor, whole.largest = largest;
-    }
-
-    static void divide(const Query<X>& query, int size) {
-        for (int d = 0; d < size; d += LANES) store(query.out + d, load(query.out + d) / query.total);
     }
 };
 

@@ -167,7 +167,8 @@ void attend_rows(const X* queries, const X* states, X* to, const Rows& rows, int
             for (int i = 0; i < numbers; i += rows.size)
                 own.push_back({scaled.data() + i, rows.last, rows.first, mixed.data() + i});
             const X *keys = states + head * head_numbers, *values = keys + heads * head_numbers;
-            attend<X>(own, keys, values, rows.size, rows.cap, room.data(), nullptr);
+            attend<X>(own, Range(0, rows.last + 1), keys, values, rows.size, rows.cap, room.data(), nullptr);
+            for (const auto& query : own) divide_by_shares(query, rows.size);
             for (int i = 0; i < numbers; i += LANES) store(to + begin + i, load(mixed.data() + i));
         }
     });
