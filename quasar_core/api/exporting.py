@@ -1,11 +1,14 @@
 """Write a copy of a verifier's checkpoint under the names that another program looks for."""
 
+import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from quasar_core.checkpoint.card import CARD_VERSION
 from quasar_core.checkpoint.checks import KEY as DIGESTS
+from quasar_core.checkpoint.checks import check_digest
 from quasar_core.checkpoint.export import SECTION, Export
 from quasar_core.checkpoint.gptqmodel_names import LOADER
 from quasar_core.checkpoint.reader import VerifierCheckpoint
@@ -53,21 +56,25 @@ def export(
     source = absolute(verifier_folder(verifier))
     work = Export.of(VerifierCheckpoint(source))
     destination = absolute(output or default_output(source))
+    others, readme = _others(source), read_text(source / README) if is_file(source / README) else None
     refuse_place(destination, source)
     refuse_existing(destination, force)
     _refuse_full_disk(work.bytes(), destination)
     partial = partial_folder(destination)
     _refuse_other_work(partial, destination)
+    check_digest(work.checkpoint, progress)
     with foreign_errors(f"{partial} could not be written"):
         begin_work(partial)
         with (partial / LOCK).open("a+") as lock:
             take_lock(lock.fileno(), destination)
-            written = _write(work, partial, destination, progress)
+            written = _write(work, partial, progress)
+            _copy(others, source, partial)
+            _describe(work, partial, destination, written, readme)
             set_aside(destination)
             end_work(partial, destination)
         for place in set_aside_before(destination):
             remove_verifier(place)
-    return {"checkpoint": str(destination), **work.describe(), "bytes": written}
+    return {"checkpoint": str(destination), **work.describe(), "bytes": written.total_bytes}
 
 
 def _refuse_other_work(partial: Path, output: Path) -> None:
@@ -88,34 +95,46 @@ def _refuse_full_disk(need: int, output: Path) -> None:
         )
 
 
-def _write(work: Export, partial: Path, output: Path, progress: Progress) -> int:
-    """All files into the working folder, the card last; bytes of weights."""
-    source = work.checkpoint.folder
+def _write(work: Export, partial: Path, progress: Progress) -> ShardWriter:
+    """All weights into the working folder."""
     writer = ShardWriter(partial)
     for name, tensor in work.tensors(progress):
         writer.add(name, tensor)
-    digests = writer.close()
-    _copy_others(source, partial)
-    section = work.section()
-    write_json(partial / CONFIG, {**read_config(source), "quantization_config": section})
+    return writer
+
+
+def _others(source: Path) -> list[Path]:
+    """What else the folder holds, but for what is written anew: tokenizer, template, pictures' settings."""
+    anew = {README, CONFIG, SECTION, CARD, LOCK}
+    found = []
+    for folder, inner, names in os.walk(source):
+        place = Path(folder)
+        is_top = place == source
+        inner[:] = sorted(name for name in inner if not is_top or (name != COMMITS and not name.startswith(".")))
+        links = [name for name in inner if (place / name).is_symlink()]
+        for name in sorted([*names, *links]):
+            if not is_top or (name not in anew and not name.endswith(WEIGHTS)):
+                require_regular(place / name)
+                found.append(place / name)
+    return found
+
+
+def _copy(others: Iterable[Path], source: Path, partial: Path) -> None:
+    for path in others:
+        place = partial / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+        sync(place)
+
+
+def _describe(work: Export, partial: Path, output: Path, written: ShardWriter, readme: str | None) -> None:
+    """Configs and the model card, quasar's own last."""
+    digests, section = written.close(), work.section()
+    write_json(partial / CONFIG, {**read_config(work.checkpoint.folder), "quantization_config": section})
     write_json(partial / SECTION, section)
-    if is_file(source / README):
-        note = _note(work)
-        write_whole(partial / README, f"{read_text(source / README).rstrip()}\n\n{note}\n".encode())
+    if readme is not None:
+        write_whole(partial / README, f"{readme.rstrip()}\n\n{_note(work)}\n".encode())
     write_json(partial / CARD, _card(work, digests, output))
-    return writer.total_bytes
-
-
-def _copy_others(source: Path, partial: Path) -> None:
-    """Whatever the folder holds beside weights and what is written anew: tokenizer, template, pictures' settings."""
-    written = {README, CONFIG, SECTION, CARD, LOCK}
-    for path in sorted(source.iterdir()):
-        if path.is_dir() and path.name != COMMITS and not path.name.startswith("."):
-            shutil.copytree(path, partial / path.name)
-        elif not path.is_dir() and path.name not in written and not path.name.endswith(WEIGHTS):
-            require_regular(path)
-            shutil.copyfile(path, partial / path.name)
-            sync(partial / path.name)
 
 
 def _note(work: Export) -> str:

@@ -126,14 +126,25 @@ class Export:
             if layer in self.layers:
                 layers.setdefault(layer, {})[part] = held.pop(name)
         for name, tensor in held.items():
-            yield self.naming.there(name), tensor
+            yield from self._unquantized(name, tensor)
         plain: dict[str, torch.Tensor] = {}
         for layer, parts in layers.items():
+            codes = {kind: tensor for kind, tensor in parts.items() if kind != "bias"}
+            self.checkpoint.format.unpack(layer, codes)  # which refuses what nobody could read
             if self.naming.keeps(layer):
                 plain[self.naming.there(layer)] = self._weight(layer, parts)
             else:
                 yield from self._renamed(layer, parts)
         yield from stacked(plain) if self.naming.stacked else ((f"{name}.weight", plain[name]) for name in plain)
+
+    def _unquantized(self, name: str, tensor: torch.Tensor) -> Tensors:
+        layer, _, kind = name.rpartition(".")
+        parts = self.naming.parts(layer)
+        if len(parts) == 1:
+            yield self.naming.there(name), tensor
+            return
+        for part, piece in zip(parts, tensor.chunk(len(parts)), strict=True):
+            yield f"{part}.{kind}", piece.contiguous()
 
     def _renamed(self, layer: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         names, bits = self.naming.parts(layer), self.layers[layer].bits

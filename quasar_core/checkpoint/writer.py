@@ -44,7 +44,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
                 digest.update(content)
     except OSError as error:
         why = error.strerror or error
-        raise QuasarError(f"{path} could not be written ({why}); what is finished is kept.") from error
+        raise QuasarError(f"{path} could not be written ({why}).") from error
     return digest.hexdigest()
 
 

@@ -177,12 +177,12 @@ def begin_work(partial: Path) -> None:
 
 
 def end_work(partial: Path, output: Path) -> None:
-    """Give finished work its name; `output` must not exist."""
-    (partial / LOCK).unlink()
+    """Give finished work its name; `output` must not exist. The mark goes last: only a marked folder may be emptied."""
     if os.path.lexists(output):
         raise UsageError(f"{output} exists; the finished work is in {partial}.")
     partial.rename(output)
     sync(output.parent)
+    (output / LOCK).unlink()
 
 
 def set_aside(output: Path) -> None:

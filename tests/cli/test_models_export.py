@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from quasar_cli.main import run
 from quasar_core.api import exporting, quantizing
 from quasar_core.checkpoint import writer
+from quasar_core.checkpoint.checks import KEY as DIGESTS
 from quasar_core.checkpoint.checks import file_digest
 from quasar_core.checkpoint.gptqmodel_names import NAMINGS
 from quasar_core.checkpoint.loaders import Config
@@ -199,6 +200,78 @@ def test_an_interrupted_export_leaves_no_output_and_is_begun_anew(phi: Path, mon
     exporting.export(str(phi))
     assert made.exists()
     assert not (phi.parent / f"{made.name}.partial").exists()
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("call", ["rename", "unlink"])
+def test_an_end_that_is_interrupted_is_finished_by_the_next(
+    phi: Path, call: str, forced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the work gets its name, and behind that."""
+    made = phi.with_name(f"{phi.name}-for-gptqmodel")
+    if forced:
+        exporting.export(str(phi))
+    whole, real = getattr(Path, call), {"rename": ".partial", "unlink": "lock"}[call]
+
+    def interrupted(path: Path, *rest: Any, **named: Any) -> Any:
+        if path.name.endswith(real):
+            raise KeyboardInterrupt
+        return whole(path, *rest, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, call, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            exporting.export(str(phi), force=forced)
+    exporting.export(str(phi), force=forced or made.exists())
+    assert torch.equal(logits(made), logits(phi))
+    assert sorted(path.name for path in made.parent.iterdir() if path.name.startswith(made.name)) == [made.name]
+    assert not (made / "lock").exists()
+
+
+def test_a_damaged_verifier_is_not_copied(phi: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither one whose bytes have changed, nor one of another tool whose scales are no numbers."""
+    weights = next(phi.glob("*.safetensors"))
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("scales"))
+    save_file({**tensors, name: tensors[name].fill_(torch.nan)}, weights)
+    assert run(["models", "export", str(phi)]) == 1
+    assert "is damaged or was changed" in capsys.readouterr().err
+    card = json.loads((phi / "quasar.json").read_text())
+    (phi / "quasar.json").write_text(json.dumps({key: value for key, value in card.items() if key != DIGESTS}))
+    assert run(["models", "export", str(phi)]) == 1
+    assert name.removesuffix(".scales") in capsys.readouterr().err
+    assert not phi.with_name(f"{phi.name}-for-gptqmodel").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_what_cannot_be_copied_is_told_before_anything_is_written(
+    phi: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (phi / "more").mkdir()
+    os.mkfifo(phi / "more" / "pipe")
+    assert run(["models", "export", str(phi)]) == 1
+    assert capsys.readouterr().err == f"Error: {phi / 'more' / 'pipe'} is a pipe, not a file.\n"
+    (phi / "more" / "pipe").unlink()
+    (phi / "README.md").write_bytes(b"\xff\xfe\xff")
+    assert run(["models", "export", str(phi)]) == 1
+    assert "README.md" in capsys.readouterr().err
+    assert [path.name for path in phi.parent.iterdir() if "gptqmodel" in path.name] == []
+
+
+def test_a_layer_that_has_no_codes_is_cut_too(phi: Path) -> None:
+    """As GPTQModel has gate and up apart, whoever left them in 16 bits."""
+    weights = next(phi.glob("*.safetensors"))
+    tensors, layer = load_file(weights), "model.layers.0.mlp.gate_up_proj"
+    outputs = tensors[f"{layer}.scales"].shape[1]
+    inputs = len(tensors[f"{layer}.g_idx"])
+    for kind in ("qweight", "qzeros", "scales", "g_idx"):
+        del tensors[f"{layer}.{kind}"]
+    tensors[f"{layer}.weight"] = torch.randn(outputs, inputs).half()
+    save_file(tensors, weights)
+    (phi / "quasar.json").unlink()
+    made = load_file(next(Path(exporting.export(str(phi))["checkpoint"]).glob("*.safetensors")))
+    halves = [made[f"model.layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up")]
+    assert torch.equal(torch.cat(halves), tensors[f"{layer}.weight"])
 
 
 def test_work_of_others_is_left_alone(phi: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,9 +31,9 @@ LONGER_WINDOWS = ((20, 256), (10, 128))
 SPACING = 0.08  # of log survivals
 LEVELS = 64  # of survival, from 1 to 1 in 150
 MOST_NEW = 17  # tokens that a verify pass adds to a window
-SEARCHES = 20  # halvings of the interval of rates
-NEWTON_STEPS, NUDGE = 6, 1.02  # at most, towards the best rate, and the multiple of it by which the fall of J is found
+NEWTON_STEPS, NUDGE = 8, 1.02  # at most, towards the best rate, and the multiple of it by which the fall of J is found
 NEARLY = 0.05  # tokens that a fresh window may be worth at what counts as the best rate: a hundredth of a confirm's
+EXACTLY = 1e-5  # the same where none was the best before
 
 _Array = NDArray[np.float64]
 
@@ -117,17 +117,13 @@ def _values_at(rate: float, steps: "_Steps") -> WindowValues:
 
 def best_values(agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts) -> WindowValues:
     """J at the best rate, its `rate`. Where the target had better decode alone, that is the target's."""
-    low, high = 0.0, (1 + max(max(p.right, p.new) for p in prospects)) / min(costs.verify(1), costs.confirm(1))
-    steps = _Steps(agreements, prospects, costs)
-    values = None
-    for _ in range(SEARCHES):
-        values = _values_at((low + high) / 2, steps)
-        low, high = (values.rate, high) if values(0, 1.0) > 0 else (low, values.rate)
-    assert values is not None
-    return values
+    alone = sum(1 + prospect.right for prospect in prospects) / sum(costs.confirm(1 + p.length) for p in prospects)
+    return better_values(agreements, prospects, costs, alone, EXACTLY)
 
 
-def better_values(agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts, rate: float) -> WindowValues:
+def better_values(
+    agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts, rate: float, nearly: float = NEARLY
+) -> WindowValues:
     """J at about the best rate, from one that was the best before: by steps of Newton's, none where it still holds.
 
     J(0, 1) falls with the rate, by the seconds that pass until the next confirm.
@@ -136,7 +132,7 @@ def better_values(agreements: Agreements, prospects: Sequence[Prospect], costs: 
     values = _values_at(rate, steps)
     for _ in range(NEWTON_STEPS):
         missed = values(0, 1.0)
-        if abs(missed) <= NEARLY:
+        if abs(missed) <= nearly:
             break
         fall = missed - _values_at(NUDGE * rate, steps)(0, 1.0)
         rate = max(rate + missed * (NUDGE - 1) * rate / fall, rate / 2)
