@@ -51,7 +51,7 @@ def export(
     `verifier` is a folder or a pair's name; without it, the current pair's. Returns the new folder (`checkpoint`), how
     many `layers` have codes, how many are `in_16_bits` since it reads no codes of theirs, and the `bytes` of weights.
     Raises UsageError where the output exists without `force` or is no verifier, QuasarError where GPTQModel loads the
-    verifier as it is, or would not load the copy either.
+    verifier as it is, or would not load the copy either, and for files that are damaged or cannot be copied.
     """
     source = absolute(verifier_folder(verifier))
     work = Export.of(VerifierCheckpoint(source))
