@@ -102,11 +102,6 @@ class RandomCheckpoint(VerifierCheckpoint):
         self._stored_parts = {name: (name,) for name in self._parts}
         self._pool = Pool(torch.randint(0, 256, (POOL,), generator=torch.Generator().manual_seed(1), dtype=torch.uint8))
 
-    @property
-    def layer_names(self) -> list[str]:
-        """Modules whose weight is packed."""
-        return list(self._parts)
-
     def layer(self, name: str, device: torch.device = CPU) -> PackedWeight:
         """One layer's codes, on the CPU."""
         self._done += 1

@@ -168,6 +168,10 @@ class RoundedCopy(VerifierCheckpoint):
         """Modules whose weight is rounded."""
         return list(self._ways)
 
+    def parts(self, layer: str) -> tuple[str, ...]:
+        """Its layers have the model's names."""
+        return (layer,)
+
     def layer(self, name: str, device: torch.device = CPU) -> PackedWeight:
         """One layer's codes, where its rounding puts them."""
         linear, rounding = self._ways[name]
