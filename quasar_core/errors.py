@@ -16,6 +16,10 @@ class QuasarError(Exception):
     """Something failed; the message is one clear sentence (exit code 1)."""
 
 
+class WriteError(QuasarError):
+    """A file could not be written, as on a full disk."""
+
+
 class UsageError(QuasarError):
     """The command line or the input cannot be right; the message names the option (exit code 2)."""
 

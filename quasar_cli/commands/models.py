@@ -118,9 +118,7 @@ def export(
         str | None,
         typer.Argument(metavar="CHECKPOINT", help="A verifier's folder or a pair's name; default: the current pair."),
     ] = None,
-    loader: Annotated[
-        Literal["gptqmodel"], typer.Option("--for", metavar="PROGRAM", help="What is to load it.")
-    ] = "gptqmodel",
+    loader: Annotated[Loader, typer.Option("--for", metavar="PROGRAM", help="What is to load it.")] = "gptqmodel",
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FOLDER", help="Where it goes; default: beside the verifier."),

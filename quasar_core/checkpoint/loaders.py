@@ -116,7 +116,9 @@ class Verdict:
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"no: {self.reason}" + (f"; {self.remedy}" * bool(self.remedy)) if self.refused else "yes"
+        if not self.refused:
+            return "yes"
+        return f"no: {self.reason}; {self.remedy}" if self.remedy else f"no: {self.reason}"
 
     @property
     def reason(self) -> str:

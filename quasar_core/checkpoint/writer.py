@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quasar_core.errors import QuasarError, foreign_errors
+from quasar_core.errors import WriteError, foreign_errors
 from quasar_core.files import is_file, sync, write_json, written_whole
 from quasar_core.store.folders import KEPT_FILES
 from quasar_core.store.safetensors_header import read_header
@@ -44,7 +44,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
                 digest.update(content)
     except OSError as error:
         why = error.strerror or error
-        raise QuasarError(f"{path} could not be written ({why}).") from error
+        raise WriteError(f"{path} could not be written ({why}).") from error
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ from quasar_core.checkpoint.gptq_format import QuantizedWeight, unpack_weight
 from quasar_core.checkpoint.tensor_files import open_tensors, read_tensor
 from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.config import QuantizeConfig
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import QuasarError, UsageError, WriteError
 from quasar_core.files import parse_json, read_json, write_json
 from quasar_core.store.folders import COMMITS, IDENTITY, LOCK, partial_folder, refuse_foreign_work, remove_work
 from quasar_core.system import package_versions
@@ -98,11 +98,12 @@ def working_folder(job: Job, resume: bool) -> Iterator[None]:
         try:
             _begin(job, resume)
             yield
-        except OSError as error:
-            where = error.filename or job.partial
+        except (OSError, WriteError) as error:
+            failed = str(error).removesuffix(".")
+            if isinstance(error, OSError):
+                failed = f"{error.filename or job.partial} could not be written ({error.strerror or error})"
             raise QuasarError(
-                f"{where} could not be written ({error.strerror or error}); what is finished is kept, and the same "
-                "command goes on from there."
+                f"{failed}; what is finished is kept, and the same command goes on from there."
             ) from error
         finally:
             if job.partial.exists() and not anything_finished(job):

@@ -189,7 +189,10 @@ def test_a_full_disk(source: Path, seconds: float, room: int, file: str, monkeyp
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        with pytest.raises(QuasarError, match=rf"{file} could not be written \(File too large\)"):
+        said = (
+            rf"{file} could not be written \(File too large\); what is finished is kept, and the same command goes on"
+        )
+        with pytest.raises(QuasarError, match=said):
             quantize(source, config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

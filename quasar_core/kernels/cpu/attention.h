@@ -208,8 +208,8 @@ void fetch(const X* states, int size) {
     for (size_t byte = 0; byte < LANES * size * sizeof(X); byte += 64) __builtin_prefetch(from + byte);
 }
 
-// Some queries over the keys and values [positions, D] of one head, of which they look at those from `from` to before `end`,
-// scores below a soft cap where it is not 0: to their sums, which are not divided by the shares' total yet. `room` has place
+// Some queries over those `positions` of the keys and values [.., D] of one head, scores below a soft cap where it is not 0:
+// to their sums, which are not divided by the shares' total yet. `room` has place
 // for ROOM · D numbers, `own` for 2 · 16 rows of the cache where queries stand in a tree.
 template <typename X>
 void attend(std::vector<Query<X>>& queries, Range positions, const X* keys, const X* values, int size, float cap,

@@ -128,7 +128,7 @@ private:
         return {cut(places.begin), cut(places.end)};
     }
 
-    void join_chunks(const PassHeads<X>& of, int chunks, const Team& team) const {
+    void join_chunks(const PassHeads<X>& of, int chunks, const Team& team) {
         const int rows = of.rows();
         const Range share = team.share(of.kv_heads * rows);
         for (int at = share.begin; at < share.end; ++at) {
@@ -137,7 +137,7 @@ private:
             for (int c = 0; c < chunks; ++c) {
                 const size_t from = (size_t(head) * chunks + c) * rows + row;
                 Query<X> part = whole;
-                part.out = const_cast<float*>(parts.data()) + from * of.size;
+                part.out = parts.data() + from * of.size;
                 part.largest = states[from].largest, part.total = states[from].total;
                 if (c == 0)
                     std::copy(part.out, part.out + of.size, whole.out), whole.largest = part.largest, whole.total = part.total;
