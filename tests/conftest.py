@@ -7,6 +7,7 @@ processor (`tests/neon.py`). C++ that a compiler refuses fails its tests; with Q
 does not run for another reason (`sanitized.py`).
 """
 
+import gc
 import os
 import random
 import shutil
@@ -58,6 +59,7 @@ def _session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home of its own, `home` in the test's folder, which is not there yet; threads, seeds and denormals."""
     monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
+    gc.unfreeze()  # what a command of an earlier test kept from the collector
     random.seed(0)
     if find_spec("torch"):
         import torch

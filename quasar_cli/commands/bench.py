@@ -10,7 +10,7 @@ from quasar_cli import console
 from quasar_cli.commands import bench_results
 from quasar_cli.commands.bench_results import Forms, present
 from quasar_cli.commands.bench_steps import EXAMPLES, steps
-from quasar_cli.commands.generate import say_of_loading
+from quasar_cli.commands.generate import end_loading
 from quasar_cli.commands.models import announce
 from quasar_cli.help import Command, Group, examples
 from quasar_cli.option_groups import ModelOptions, takes_groups
@@ -231,7 +231,7 @@ def _load_pair(models: ModelOptions, config: BenchConfig, progress: Progress) ->
         raise UsageError("The arm assistant needs --assistant MODEL, a small model of the same vocabulary.")
     wanted = models.to_load(verify)
     pair = decoding.load(wanted if asks else replace(wanted, assistant=None), progress)
-    say_of_loading(pair, models)
+    end_loading(pair, models)
     return pair
 
 

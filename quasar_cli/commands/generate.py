@@ -1,5 +1,6 @@
 """`quasar generate`: one prompt, one answer."""
 
+import gc
 import os
 import stat
 import sys
@@ -239,7 +240,7 @@ def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
         decoding.read_texts(config.draft_from)  # what is no text is found before the pair is loaded, not after
     with console.progress_bar() as progress:
         pair = decoding.load(models.to_load(config.verify, config.draft), progress)
-    say_of_loading(pair, models)
+    end_loading(pair, models)
     return pair
 
 
@@ -262,8 +263,13 @@ def refuse_idle_assistant(assistant: str | None, config: GenerationConfig) -> No
         raise UsageError("--draft assistant needs --assistant MODEL, a small model of the same vocabulary.")
 
 
-def say_of_loading(pair: "Pair", models: ModelOptions) -> None:
-    """Print on stderr what --check-digest found, since it was asked for, and what makes it slow: no C++, streaming."""
+def end_loading(pair: "Pair", models: ModelOptions) -> None:
+    """Print on stderr what --check-digest found, since it was asked for, and what makes it slow: no C++, streaming.
+
+    Python's collector leaves alone what is there by now: looking through all of PyTorch takes a quarter of a second, in
+    the midst of an answer.
+    """
+    gc.freeze()
     if models.check_digest:
         _say(pair.notes, "digest:")
     _say(pair.notes, ("kernels:", "offload:"))

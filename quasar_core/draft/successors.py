@@ -43,9 +43,13 @@ class KnownSuccessors:
     tokens: NDArray[np.int32]
     odds: NDArray[np.uint8]
     _places: dict[int, int] = field(init=False, repr=False, compare=False)
+    _best: list[int] = field(init=False, repr=False, compare=False)  # the likeliest of each context, and its odds
+    _best_odds: list[int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_places", dict(zip(self.contexts.tolist(), range(len(self.contexts)), strict=True)))
+        object.__setattr__(self, "_best", self.tokens[:, 0].tolist())
+        object.__setattr__(self, "_best_odds", self.odds[:, 0].tolist())
 
     def __len__(self) -> int:
         return len(self.contexts)
@@ -55,11 +59,21 @@ class KnownSuccessors:
 
         0 and none where not even the last token is known.
         """
+        size, place = self._find(text, longest)
+        return (size, self.tokens[place].tolist(), self.odds[place].tolist()) if size else (0, [], [])
+
+    def best_after(self, text: Sequence[int]) -> tuple[int, int]:
+        """The likeliest successor and its odds; −1 where not even the last token is known."""
+        size, place = self._find(text, LONGEST)
+        return (self._best[place], self._best_odds[place]) if size else (-1, 0)
+
+    def _find(self, text: Sequence[int], longest: int) -> tuple[int, int]:
+        """How many of the last tokens are known as a context, and its place."""
         for size in range(min(longest, len(text)), 0, -1):
             place = self._places.get(key_of(text[len(text) - size :]))
             if place is not None:
-                return size, self.tokens[place].tolist(), self.odds[place].tolist()
-        return 0, [], []
+                return size, place
+        return 0, 0
 
 
 def key_of(context: Sequence[int]) -> int:
@@ -134,13 +148,13 @@ class SuccessorsDrafter(TextFollower):
         """The likeliest successor, its likeliest successor, and so on, until all of it together is unlikely."""
         text, tokens, sure, chance = [*self._text[-LONGEST:], *after], list[int](), list[int](), 1.0
         while len(tokens) < limit and chance > SHORTEST_ODDS:
-            size, likely, odds = self.known.after(text)
-            if not size or likely[0] < 0:
+            likeliest, odds = self.known.best_after(text)
+            if likeliest < 0:
                 break
-            tokens.append(likely[0])
-            text.append(likely[0])
-            sure.append(bisect(CLASSES, odds[0]))
-            chance *= odds[0] / ODDS
+            tokens.append(likeliest)
+            text.append(likeliest)
+            sure.append(bisect(CLASSES, odds))
+            chance *= odds / ODDS
         pieces = tuple(Piece(SOURCE, sureness, len(list(run))) for sureness, run in groupby(sure))
         return Draft(tuple(tokens), pieces)
 

@@ -1,6 +1,6 @@
 """How far a cache can go back: keys and values to any position, recurrent states to those that were kept for it."""
 
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 
 @runtime_checkable
@@ -18,10 +18,20 @@ class StateCache(Protocol):
 
 def reachable(cache: object, length: int) -> int:
     """The farthest position up to `length` that a cache can go back to."""
-    return cache.reachable(length) if isinstance(cache, StateCache) else length
+    return cache.reachable(length) if _keeps_states(cache) else length
 
 
 def settle(cache: object, length: int) -> None:
     """Tell a cache that the tokens before `length` are decided."""
-    if isinstance(cache, StateCache):
+    if _keeps_states(cache):
         cache.settle(length)
+
+
+def _keeps_states(cache: object) -> TypeGuard[StateCache]:
+    kind = type(cache)
+    if kind not in _KEEP_STATES:  # looking a protocol's methods up takes longer than most else of a step
+        _KEEP_STATES[kind] = isinstance(cache, StateCache)
+    return _KEEP_STATES[kind]
+
+
+_KEEP_STATES: dict[type, bool] = {}

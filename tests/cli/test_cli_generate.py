@@ -1,5 +1,6 @@
 """`quasar generate` and `quasar chat`, with a stand-in for the models: what is asked of them, what is printed where."""
 
+import gc
 import io
 import json
 import os
@@ -18,6 +19,17 @@ pytest_plugins = ["helpers.cli_fixtures"]
 pytestmark = pytest.mark.usefixtures("own_home")
 
 # generate
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_the_collector_leaves_alone_what_was_loaded(
+    command: str, stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks through all of PyTorch for a quarter of a second, and would in the midst of an answer."""
+    type_lines(monkeypatch, "/exit")
+    before = gc.get_freeze_count()
+    assert run([command, *(["--prompt", "x"] if command == "generate" else [])]) == 0
+    assert gc.get_freeze_count() > before + 1000
 
 
 def test_an_assistant_is_loaded_for_the_drafts_that_ask_it(stand_in_pair: SimpleNamespace) -> None:

@@ -92,9 +92,10 @@ class LiveCost:
         self.known = known
         self.passes = 0
         self._place = -1
-        self.move_to(0)
         self._recent: defaultdict[int, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=RECENT))
-        self._corrections: dict[int, float] = {}
+        self._lowest: dict[int, float] = {}  # of each class that was seen often enough
+        self._costs: list[float] | None = None  # of passes of 0 to TABLE - 1 tokens, until a correction changes
+        self.move_to(0)
 
     def move_to(self, positions: float) -> None:
         """Passes see so many positions from now on."""
@@ -102,27 +103,43 @@ class LiveCost:
         if place != self._place:
             self._place = place
             self._here = self.known.at(positions) if isinstance(self.known, PlacedCost) else self.known
-            self._table = [self._here(tokens) for tokens in range(TABLE)]
+            self._table = np.array([self._here(tokens) for tokens in range(TABLE)])
+            self._costs = None
 
     def __call__(self, tokens: int) -> float:
         """Seconds of a pass of `tokens` tokens; more never cost less than one."""
-        corrected = self._known(tokens) * self._correction(_size_class(tokens))
-        return corrected if tokens <= 1 or self.seen(1) < KNOWN else max(corrected, self(1))
+        costs = self._costs = self._costs or self._corrected()
+        if tokens < TABLE:
+            return costs[tokens]
+        return max(self._here(tokens) * self._correction(_size_class(tokens)), self._least)
+
+    def _corrected(self) -> list[float]:
+        """The costs of many sizes at once: a decision asks for most of them."""
+        costs = self._table * np.array([self._correction(size) for size in range(SIZE_OF[-1] + 1)])[SIZE_OF]
+        return [*costs[:2].tolist(), *np.maximum(costs[2:], self._least).tolist()]
+
+    @property
+    def _least(self) -> float:
+        """What no pass of several tokens costs less than: one of a single token, where that is known."""
+        return float(self._table[1]) * self._correction(0) if self.seen(1) >= KNOWN else 0.0
 
     def observe(self, tokens: int, seconds: float) -> None:
         """A pass of `tokens` tokens took so long; a clock that did not move tells nothing."""
         if seconds <= 0:
             return
         self.passes += 1
-        self._recent[_size_class(tokens)].append((self.passes, seconds / self._known(tokens)))
-        self._corrections.clear()
+        size = _size_class(tokens)
+        self._recent[size].append((self.passes, seconds / self._known(tokens)))
         if self.passes % FEW == 0:
             self._forget_old()
+        else:
+            self._follow(size)
 
     def forget(self) -> None:
         """Go by what was known again: the passes were another model's."""
         self._recent.clear()
-        self._corrections.clear()
+        self._lowest.clear()
+        self._costs = None
 
     def seen(self, tokens: int) -> int:
         """How many passes of about this size count."""
@@ -144,33 +161,39 @@ class LiveCost:
         return self.seen(1) >= RECENT // 2 and not 1 / WRONG <= self._correction(0) <= WRONG
 
     def _known(self, tokens: int) -> float:
-        return self._table[tokens] if tokens < TABLE else self._here(tokens)
+        return float(self._table[tokens]) if tokens < TABLE else self._here(tokens)
 
     def _correction(self, size: int) -> float:
-        found = self._corrections.get(size)
-        if found is None:
-            found = self._corrections[size] = self._find_correction(size)
-        return found
-
-    def _find_correction(self, size: int) -> float:
         """Of a class that was seen often enough its own; else what lies between its neighbours', 1 where none was."""
-        seen = sorted(other for other, recent in self._recent.items() if len(recent) >= KNOWN)
+        seen = sorted(self._lowest)
         below, above = [other for other in seen if other <= size][-1:], [other for other in seen if other >= size][:1]
         if not seen or (size == 0 and not below):
             return 1.0
         low, high = (below or above)[0], (above or below)[0]
         share = (size - low) / (high - low) if high > low else 0.0
-        return (1 - share) * self._lowest(low) + share * self._lowest(high)
+        return (1 - share) * self._lowest[low] + share * self._lowest[high]
 
-    def _lowest(self, size: int) -> float:
+    def _follow(self, size: int) -> None:
+        """Correct a class's costs by its latest passes; most leave them as they are."""
         multiples = sorted(multiple for _, multiple in self._recent[size])
-        return multiples[len(multiples) // 8]
+        lowest = multiples[len(multiples) // 8] if len(multiples) >= KNOWN else None
+        if lowest == self._lowest.get(size):
+            return
+        self._costs = None
+        if lowest is None:
+            del self._lowest[size]
+        else:
+            self._lowest[size] = lowest
 
     def _forget_old(self) -> None:
         for size, recent in self._recent.items():
             while size and recent and self.passes - recent[0][0] > (OLD if len(recent) >= FEW else OLD_FEW):
                 recent.popleft()
+            self._follow(size)
 
 
 def _size_class(tokens: int) -> int:
     return (tokens - 1).bit_length()
+
+
+SIZE_OF = np.array([_size_class(tokens) for tokens in range(TABLE)])

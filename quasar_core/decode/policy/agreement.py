@@ -1,6 +1,7 @@
 """Estimate P(agree), how often the target takes the verifier's choice, by its margin; corrected as it shows."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -86,11 +87,11 @@ class RunningAgreement:
         self.curve = curve
         self._shifts = {kind: _Shift(shift + first, shift + first) for kind, first in FIRST_SHIFTS.items()}
         self._log_odds = np.log(_bounded(curve.values) / (1 - _bounded(curve.values)))
+        self._edges, self._odds_of_bins = curve.edges.tolist(), self._log_odds.tolist()  # for single looks
 
     def __call__(self, margin: float, kind: Kind = Kind.ANY) -> float:
         """The corrected agreement of a token verified with this margin."""
-        bin_of_margin = int(np.searchsorted(self.curve.edges, margin, side="right"))
-        return _share(float(self._log_odds[bin_of_margin]) + self.shift(kind))
+        return _share(self._odds_of_bins[bisect_right(self._edges, margin)] + self.shift(kind))
 
     def estimates(self, margins: Sequence[float], accepted: int, refused: bool) -> list[Estimate]:
         """Of the tokens that a verify pass adds: `accepted` drafted ones, and one instead of a refused or a missing."""
@@ -105,15 +106,12 @@ class RunningAgreement:
     @property
     def now(self) -> Agreements:
         """The corrected agreement of each bin, as often as its margins occurred."""
-        return Agreements(self._corrected(Kind.ANY), self.curve.weights)
+        return Agreements(self._corrected(Kind.ANY)[0], self.curve.weights)
 
     @property
     def means(self) -> Means:
         """The corrected agreement over all margins, by what the drafter had to say."""
-        free, drafted, instead = (
-            float(self._corrected(kind) @ self.curve.weights) for kind in (Kind.FREE, Kind.DRAFTED, Kind.INSTEAD)
-        )
-        return Means(free, drafted, instead)
+        return Means(*(self._corrected(Kind.FREE, Kind.DRAFTED, Kind.INSTEAD) @ self.curve.weights).tolist())
 
     def learn(self, estimates: Sequence[Estimate], accepted: int) -> None:
         """The target accepted so many of these tokens; behind the first refused nothing is known."""
@@ -121,8 +119,10 @@ class RunningAgreement:
             self._shifts[estimate.kind].learn(estimate.p, place < accepted)
             self._shifts[Kind.ANY].learn(estimate.any, place < accepted)
 
-    def _corrected(self, kind: Kind) -> NDArray[np.float64]:
-        return np.asarray(1 / (1 + np.exp(-(self._log_odds + self.shift(kind)))))
+    def _corrected(self, *kinds: Kind) -> NDArray[np.float64]:
+        """[kinds, bins]."""
+        shifts = np.array([self.shift(kind) for kind in kinds])
+        return np.asarray(1 / (1 + np.exp(-(self._log_odds + shifts[:, None]))))
 
 
 def agreements_of(margins: MarginTable) -> Agreements:

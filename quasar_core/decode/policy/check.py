@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from quasar_core.decode.costs.pass_costs import TABLE, Cost, PairCosts
 from quasar_core.decode.policy.agreement import Estimate, RunningAgreement
-from quasar_core.decode.policy.draft_values import worths_at_target
+from quasar_core.decode.policy.draft_values import worths_at_target, worths_of_rest
 from quasar_core.decode.policy.window_values import (
     Means,
     Prospect,
@@ -16,7 +16,7 @@ from quasar_core.decode.policy.window_values import (
     prospect_of,
 )
 
-REPLANNED = 12  # target passes
+FIRST_PLANNED, REPLANNED = 8, 32  # target passes: values are found anew after so many, twice as many, …, every so many
 LATELY, KINDS = 64, 12  # drafts that tell what may turn up, and how many stand for them
 UNSEEN = 64  # target passes after which the verifier is tried again where it does not seem to pay; then twice as many
 STEPS = 16  # of which what they take beside their passes is learned
@@ -42,6 +42,7 @@ def choose_check(
     values: WindowValues,
     *,
     whole: bool = False,
+    rests: Sequence[float] | None = None,
 ) -> Check:
     """Choose model and length so that the tokens to be committed, less rate × seconds, are most.
 
@@ -55,9 +56,10 @@ def choose_check(
       n = r + 1 more:  −rate·verify(1 + j) + Σ_r P(r)·[s·(p_1 + p_1·p_2 + … + p_1⋯p_n) + J(W + n, s·p_1⋯p_n)],
       where p_i is the `agreement` of such a token and J is what a window is worth (`window_values.py`).
 
-    With `whole`, a draft is checked in full or, where the target only confirms, not at all.
+    With `whole`, a draft is checked in full or, where the target only confirms, not at all. `rests` as of
+    `worths_at_target`.
     """
-    target = _best(worths_at_target(window, survival, by_target, costs.confirm, values.rate), whole)
+    target = _best(worths_at_target(window, survival, by_target, costs.confirm, values.rate, rests), whole)
     if window >= values.longest:
         return Check(True, target[0], target[1])
     verifier = _best_at_verifier(window, survival, by_verifier, agreement, costs.verify, values, whole)
@@ -112,7 +114,7 @@ class Checker:
     ) -> None:
         self.costs, self.agreement = costs, agreement
         self._prospects = deque(usual, maxlen=LATELY)
-        self._passes = 0
+        self._passes, self._replanned = 0, FIRST_PLANNED
         self._besides: deque[float] = deque(maxlen=STEPS)
         self._unseen, self._patience = (UNSEEN + 1, 2 * UNSEEN) if alone else (0, UNSEEN)
         self._means = agreement.means
@@ -141,13 +143,13 @@ class Checker:
         whole: bool = False,
     ) -> Check:
         """As `choose_check`; where the verifier was not seen for long, it checks a step that has no window."""
+        costs, rate = self._known, self.values.rate
+        rests = worths_of_rest(by_target, costs.confirm, rate)
         if not window and UNSEEN < self._unseen < self._patience and self._unseen % RARELY:
-            return Check(
-                True, *_best(worths_at_target(0, 1.0, by_target, self._known.confirm, self.values.rate), whole)
-            )
-        self._prospects.append(prospect_of(by_target, by_verifier, self._known, self.values.rate, whole))
+            return Check(True, *_best(worths_at_target(0, 1.0, by_target, costs.confirm, rate, rests), whole))
+        self._prospects.append(prospect_of(by_target, by_verifier, costs, rate, whole, rests))
         check = choose_check(
-            window, survival, by_target, by_verifier, self._means, self._known, self.values, whole=whole
+            window, survival, by_target, by_verifier, self._means, costs, self.values, whole=whole, rests=rests
         )
         if check.by_target and not window and self._unseen >= self._patience:
             self._patience *= 2
@@ -172,7 +174,8 @@ class Checker:
         self._means = self.agreement.means
         self._unseen += 1
         self._passes += 1
-        if self._passes % REPLANNED == 0:
+        if self._passes == self._replanned:
+            self._replanned += min(self._passes, REPLANNED)
             self._replan()
 
     def _replan(self) -> None:

@@ -10,13 +10,21 @@ from collections.abc import Sequence
 from quasar_core.decode.costs.pass_costs import Cost
 
 
-def worths_at_target(window: int, survival: float, chances: Sequence[float], confirm: Cost, rate: float) -> list[float]:
+def worths_at_target(
+    window: int,
+    survival: float,
+    chances: Sequence[float],
+    confirm: Cost,
+    rate: float,
+    rests: Sequence[float] | None = None,
+) -> list[float]:
     """What a target pass is worth, in tokens, by how many of the draft's tokens stand behind the window.
 
     1 + s·Σ_{i≤j} a_1⋯a_i − rate·confirm(W + 1 + j) + s·a_1⋯a_{j+1}·R_{j+1}, for a window of W tokens that are right
-    with probability s, and draft tokens that are right with chances a_i, each if those before are.
+    with probability s, and draft tokens that are right with chances a_i, each if those before are. The `rests` R_m
+    depend on neither W nor s, and may be given.
     """
-    rests = worths_of_rest(chances, confirm, rate)
+    rests = rests or worths_of_rest(chances, confirm, rate)
     tokens, worths = 1.0, []
     for length, chance in enumerate((*chances, 0.0)):
         survival *= chance  # that the token behind these is the draft's too: passed or not, it becomes text

@@ -18,6 +18,7 @@ from quasar_core.draft.acceptance import FADING
 from quasar_core.draft.base import Draft, Drafter, Piece, first_pieces
 
 SOURCE, WINDOW = "branch", "window"
+DRAFTED = -1  # in the place of a rank
 PRIOR_TRIALS, PRIOR_RIGHT = 4.0, 0.4  # of branches of a rank, before any was tried
 
 
@@ -190,24 +191,24 @@ def choose_shape(
     """
     waiting = [1.0, *accumulate(survivals, mul)]
     reached = [*accumulate(chances, mul, initial=waiting[-1])]
-    draft_nodes: list[tuple[float, Branch | None]] = [(reach, None) for reach in reached[1:]]
-    nodes = sorted(
-        [*draft_nodes, *_candidates(draft, reached, alternatives, chance_of)],
-        key=lambda node: -node[0],  # stable: of equal nodes the draft's first, and a parent before its child
-    )[: room - len(waiting)]
-    expected = [*accumulate((chance for chance, _ in nodes), initial=sum(waiting))]
-    best = max(range(len(chances), len(expected)), key=lambda count: expected[count] / cost(len(waiting) + count))
-    branches = tuple(branch for _, branch in nodes[:best] if branch)
+    own = [(-reach, DRAFTED, node) for node, reach in enumerate(reached[1:], start=1)]
+    # Of equal nodes the draft's come first, and a parent before its child.
+    nodes = sorted([*own, *_candidates(draft, reached, alternatives, chance_of)])[: room - len(waiting)]
+    expected = [*accumulate((-node[0] for node in nodes), initial=sum(waiting))]
+    rates = [expected[count] / cost(len(waiting) + count) for count in range(len(chances), len(expected))]
+    best = len(chances) + rates.index(max(rates))
+    branches = tuple(Branch(parent, alternatives[parent][rank], rank) for _, rank, parent in nodes[:best] if rank >= 0)
     return Shape(best - len(branches), branches)
 
 
 def _candidates(
     draft: Draft, reached: Sequence[float], alternatives: Sequence[Sequence[int]], chance_of: BranchChances
-) -> list[tuple[float, Branch]]:
-    """What may stand beside the draft, and the probability that the pass's own tokens lead there."""
+) -> list[tuple[float, int, int]]:
+    """What may stand beside the draft: minus the probability that the pass's tokens lead there, rank and parent."""
+    by_rank = [chance_of(rank) for rank in range(max(map(len, alternatives), default=0))]
     return [
-        (reach * chance_of(rank), Branch(node, token, rank))
-        for node, (reach, likely) in enumerate(zip(reached, alternatives, strict=False))
-        for rank, token in enumerate(likely)
-        if token >= 0 and token not in draft.tokens[node : node + 1]
+        (-reach * chance, rank, node)
+        for node, (reach, likely, drafted) in enumerate(zip(reached, alternatives, (*draft.tokens, None), strict=False))
+        for rank, (token, chance) in enumerate(zip(likely, by_rank, strict=False))
+        if token >= 0 and token != drafted
     ]

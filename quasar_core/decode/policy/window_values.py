@@ -32,8 +32,7 @@ SPACING = 0.08  # of log survivals
 LEVELS = 64  # of survival, from 1 to 1 in 150
 MOST_NEW = 17  # tokens that a verify pass adds to a window
 NEWTON_STEPS, NUDGE = 8, 1.02  # at most, towards the best rate, and the multiple of it by which the fall of J is found
-NEARLY = 0.05  # tokens that a fresh window may be worth at what counts as the best rate: a hundredth of a confirm's
-EXACTLY = 1e-5  # the same where none was the best before
+NEARLY, EXACTLY = 2.0, 0.02  # nudges that the last step may be long: where a rate was the best before, and where not
 
 _Array = NDArray[np.float64]
 
@@ -101,20 +100,6 @@ class WindowValues:
         return (1 - share) * row[low] + share * row[low + 1]
 
 
-def _values_at(rate: float, steps: "_Steps") -> WindowValues:
-    """J for drafts that turn up equally often. The longest window the target must confirm."""
-    longest = steps.longest
-    table = np.empty((longest + 1, LEVELS))
-    for tokens in range(longest, -1, -1):
-        at_target = 1 + steps.right - rate * steps.confirm[tokens][:, None]
-        if tokens == longest:
-            table[tokens] = at_target.mean(axis=0)
-        else:
-            at_verifier = steps.gained - rate * steps.verify[:, None] + steps.later(tokens, table)
-            table[tokens] = np.maximum(at_target, at_verifier).mean(axis=0)
-    return WindowValues(rate, table)
-
-
 def best_values(agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts) -> WindowValues:
     """J at the best rate, its `rate`. Where the target had better decode alone, that is the target's."""
     alone = sum(1 + prospect.right for prospect in prospects) / sum(costs.confirm(1 + p.length) for p in prospects)
@@ -124,20 +109,19 @@ def best_values(agreements: Agreements, prospects: Sequence[Prospect], costs: Pa
 def better_values(
     agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts, rate: float, nearly: float = NEARLY
 ) -> WindowValues:
-    """J at about the best rate, from one that was the best before: by steps of Newton's, none where it still holds.
+    """J at about the best rate, from one that was the best before: by steps of Newton's, the last `nearly` none.
 
-    J(0, 1) falls with the rate, by the seconds that pass until the next confirm.
+    J(0, 1) falls with the rate, by the seconds that pass until the next confirm. J is found at two rates at once, and
+    along the last step taken as linear: there other decisions are hardly better.
     """
     steps = _Steps(agreements, prospects, costs)
-    values = _values_at(rate, steps)
     for _ in range(NEWTON_STEPS):
-        missed = values(0, 1.0)
-        if abs(missed) <= nearly:
+        here, above = steps.tables_at(rate, NUDGE * rate)
+        nudges = here[0, 0] / (here[0, 0] - above[0, 0])
+        if abs(nudges) <= nearly:
             break
-        fall = missed - _values_at(NUDGE * rate, steps)(0, 1.0)
-        rate = max(rate + missed * (NUDGE - 1) * rate / fall, rate / 2)
-        values = _values_at(rate, steps)
-    return values
+        rate *= max(1 + nudges * (NUDGE - 1), 0.5)
+    return WindowValues(rate * (1 + nudges * (NUDGE - 1)), here + nudges * (above - here))
 
 
 def longest_window(costs: PairCosts) -> int:
@@ -150,40 +134,62 @@ class _Steps:
     """What every rate has in common: arrays [prospects, LEVELS], and seconds [prospects]."""
 
     def __init__(self, agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts) -> None:
-        longest = self.longest = longest_window(costs)
+        longest = self._longest = longest_window(costs)
         survivals = np.exp(-SPACING * np.arange(LEVELS))
-        self.right = np.array([prospect.right for prospect in prospects])[:, None] * survivals
+        self._right = np.array([prospect.right for prospect in prospects])[:, None] * survivals
         gained = [_sum_of_powers(agreements.mean, prospect.new) for prospect in prospects]
-        self.gained = np.array(gained)[:, None] * survivals
-        self.verify = np.array([costs.verify(prospect.passed) for prospect in prospects])
+        self._gained = np.array(gained)[:, None] * survivals
+        self._verify = np.array([costs.verify(prospect.passed) for prospect in prospects])
         lengths = np.array([prospect.length for prospect in prospects])
         confirm = np.array([costs.confirm(tokens) for tokens in range(1, longest + 2 + int(lengths.max()))])
-        self.confirm = confirm[np.arange(longest + 1)[:, None] + lengths]  # [windows, prospects]
+        self._confirm = confirm[np.arange(longest + 1)[:, None] + lengths]  # [windows, prospects]
         new = np.minimum([prospect.new for prospect in prospects], MOST_NEW - 1.0)
         self._new, places = np.unique([new.astype(int), new.astype(int) + 1], return_inverse=True)
-        moves = _moves(agreements.chances.tobytes(), agreements.weights.tobytes())
+        moves = _moves(agreements.chances.tobytes(), agreements.weights.tobytes(), int(self._new[-1]))
         self._moves = np.stack([moves[count] for count in self._new])  # [news, LEVELS, LEVELS]
         self._shares = np.zeros((len(prospects), len(self._new)))  # between whole numbers of new tokens, linear
         for whole, share in zip(places.reshape(2, -1), (1 - new % 1, new % 1), strict=True):
             self._shares[np.arange(len(prospects)), whole] += share
 
-    def later(self, tokens: int, table: _Array) -> _Array:
-        """E_p J(W + n, s·p^n) of each prospect."""
-        rows = table[np.minimum(tokens + self._new, len(table) - 1)]
-        return np.asarray(self._shares @ (self._moves @ rows[:, :, None])[:, :, 0])
+    def tables_at(self, *rates: float) -> list[_Array]:
+        """J [longest window + 1, LEVELS] at each rate, for drafts that turn up equally often.
+
+        The longest window the target must confirm. Prospects and levels of all rates stand side by side: what this
+        takes is numpy's calls.
+        """
+        prospects, paces = len(self._verify), np.repeat(rates, LEVELS)
+        sure = np.tile(1 + self._right, len(rates))  # [prospects, rates · LEVELS], as all that follows
+        verified = np.tile(self._gained, len(rates)) - self._verify[:, None] * paces
+        tables = np.empty((self._longest + 1, LEVELS, len(rates)))
+        for tokens in range(self._longest, -1, -1):
+            best = sure - self._confirm[tokens][:, None] * paces
+            if tokens < self._longest:
+                np.maximum(best, verified + self._later(tokens, tables), out=best)
+            tables[tokens] = best.sum(axis=0).reshape(len(rates), LEVELS).T / prospects
+        return [tables[:, :, rate] for rate in range(len(rates))]
+
+    def _later(self, tokens: int, tables: _Array) -> _Array:
+        """E_p J(W + n, s·p^n) of each prospect, at each rate."""
+        rows = tables[np.minimum(tokens + self._new, self._longest)]  # [news, LEVELS, rates]
+        moved = (self._moves @ rows).transpose(0, 2, 1)
+        return np.asarray(self._shares @ moved.reshape(len(rows), -1))
 
 
 @lru_cache(maxsize=4)
-def _moves(chances: bytes, weights: bytes) -> list[_Array]:
-    """Matrices [LEVELS, LEVELS] that take values at s to their mean at s·p_1⋯p_n, for n from 0 to MOST_NEW."""
-    once, levels = np.zeros((LEVELS, LEVELS)), np.arange(LEVELS)
-    for p, weight in zip(np.frombuffer(chances), np.frombuffer(weights), strict=True):
-        place = np.minimum(levels - math.log(max(p, 1e-12)) / SPACING, LEVELS - 1)
-        low = np.minimum(place.astype(int), LEVELS - 2)
-        once[levels, low] += weight * (low + 1 - place)
-        once[levels, low + 1] += weight * (place - low)
+def _moves(chances: bytes, weights: bytes, most: int) -> list[_Array]:
+    """Matrices [LEVELS, LEVELS] that take values at s to their mean at s·p_1⋯p_n, for n from 0 to `most`.
+
+    A token of chance p takes every survival as many levels down, most of them a whole number and a share of another.
+    """
+    down = np.minimum(-np.log(np.maximum(np.frombuffer(chances), 1e-12)) / SPACING, LEVELS - 1)
+    whole, share = np.divmod(down, 1)
+    low, of_bin = whole.astype(int), np.frombuffer(weights)
+    falls = np.bincount([*low, *(low + 1)], [*(of_bin * (1 - share)), *(of_bin * share)], LEVELS + 1)
+    levels = np.arange(LEVELS)
+    once = np.triu(falls[np.abs(levels - levels[:, None])])
+    once[:, -1] = falls.sum() - once[:, :-1].sum(axis=1)  # none falls lower
     powers = [np.eye(LEVELS)]
-    for _ in range(MOST_NEW):
+    for _ in range(most):
         powers.append(once @ powers[-1])
     return powers
 
@@ -195,10 +201,18 @@ def _sum_of_powers(p: float, count: float) -> float:
 
 
 def prospect_of(
-    by_target: Sequence[float], by_verifier: Sequence[float], costs: PairCosts, rate: float, whole: bool = False
+    by_target: Sequence[float],
+    by_verifier: Sequence[float],
+    costs: PairCosts,
+    rate: float,
+    whole: bool = False,
+    rests: Sequence[float] | None = None,
 ) -> Prospect:
-    """A draft of these chances, cut to where a token more is worth less than its time; with `whole`, not at all."""
-    worths = worths_at_target(0, 1.0, by_target, costs.confirm, rate)
+    """A draft of these chances, cut to where a token more is worth less than its time; with `whole`, not at all.
+
+    `rests` as of `worths_at_target`.
+    """
+    worths = worths_at_target(0, 1.0, by_target, costs.confirm, rate, rests)
     length = len(by_target) if whole else max(range(len(worths)), key=worths.__getitem__)
     right = sum(accumulate(by_target[:length], mul))
     accepted, checked = _cut(by_verifier, costs.verify, rate, whole)

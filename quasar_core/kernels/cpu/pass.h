@@ -22,7 +22,7 @@ public:
 
     // tokens [T] at `position`, one behind the other, or where `parents` [T] are given each behind its parent, which
     // stands before it (−1 for the first): keys and values lie in the order of the tokens, and each sees its own
-    // ancestors alone. Of each token's place in the text cos and sin [T, D], for each rotary embedding, and growth of
+    // ancestors alone. From `position` on cos and sin [places, D], for each rotary embedding; of each token growth of
     // queries [T], or null. states: of each layer, keys then values, [2, heads, capacity, D]; recurrent: of each layer,
     // where some have a state; given [T, hidden]: what a joint reads; rows [T, hidden] behind the last norm, or null. Of
     // R `shown` tokens, the last (all with rows): logits [R, vocabulary], or null; best, margin, `wanted` likeliest [R, wanted].
@@ -382,8 +382,8 @@ private:
             const float* norm = m.norms_whole_rows ? nullptr : layer.head_norms;
             if (norm && !m.norms_last) normalise(x, norm + head * size, size, m.eps, x);
             if (layer.rope >= 0) {
-                const float *cos = place.cos[layer.rope] + size_t(t) * size, *sin = place.sin[layer.rope] + size_t(t) * size;
-                rotate(x, cos, sin, layer.channels, m.interleaved);
+                const size_t row = size_t(depth_of(t)) * size;
+                rotate(x, place.cos[layer.rope] + row, place.sin[layer.rope] + row, layer.channels, m.interleaved);
             }
             if (norm && m.norms_last) normalise(x, norm + head * size, size, m.eps, x);
             if (head >= m.heads)
@@ -393,6 +393,9 @@ private:
         }
         team.barrier();
     }
+
+    // How many tokens of the pass stand before this one in the text.
+    int depth_of(int t) const { return paths.empty() ? t : int(paths[t].size()) - 1; }
 
     float scale_of_queries(int size, const Place& place, int t) const {
         return (m.scores_scale ? m.scores_scale : 1 / std::sqrt(float(size))) * (place.growth ? place.growth[t] : 1);

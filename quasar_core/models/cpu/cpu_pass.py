@@ -178,7 +178,7 @@ class CpuPass:
             count,
             shown,
             cache.length,
-            *self._rotations(cache, end, depths),
+            *self._rotations(cache, end),
             _address(growth),
             cache.addresses,
             None if recurrent is None else recurrent.places,
@@ -207,9 +207,9 @@ class CpuPass:
         if not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
             raise IndexError(f"a token of {tokens} is not in a vocabulary of {self.config.vocab_size}")
 
-    def _rotations(self, cache: DecoderCache, end: int, depths: Sequence[int] | None) -> Iterator[Any]:
+    def _rotations(self, cache: DecoderCache, end: int) -> Iterator[Any]:
         """The places of the pass's cosines, one for each rotary embedding, and those of its sines."""
-        places = [tables.rows(cache.length, end, cache.prompt_length, depths) for tables in self._tables]
+        places = [tables.places(cache.length, end, cache.prompt_length) for tables in self._tables]
         return ((ctypes.c_void_p * len(places))(*some) for some in zip(*places, strict=True))
 
     def _growth(self, start: int, end: int, depths: Sequence[int] | None) -> torch.Tensor | None:

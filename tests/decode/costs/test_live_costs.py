@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers.bench_pair import TokenCache
 from helpers.tiny_models import TableModel, make_pair
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import generator as generator_module
@@ -323,3 +325,16 @@ def test_measuring_on_a_busy_machine_says_so(monkeypatch: pytest.MonkeyPatch) ->
     cost, trouble = cost_records.measure_pass(make_pair(model), model, seconds=0.01)
     assert cost(1) > 0
     assert trouble == "the machine was busy: other programs took 90 % of the cores"
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 6, 9, 17, 65, 70]), st.floats(0.1, 9.0)), max_size=60))
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_a_cost_that_is_asked_between_passes_is_that_of_one_that_was_not(passes: list[tuple[int, float]]) -> None:
+    """What is kept from one decision to the next is no older than the latest pass."""
+    asked, other = LiveCost(TRUE), LiveCost(TRUE)
+    for place, (tokens, seconds) in enumerate(passes):
+        for cost in (asked, other):
+            cost.observe(tokens, seconds)
+            cost.move_to(place)
+        assert all(asked(size) > 0 for size in (1, 5, 80))
+    assert [asked(size) for size in range(90)] == [other(size) for size in range(90)]

@@ -316,7 +316,7 @@ class TestGeneratorsChoice:
         assert checking.agreement(3.0) == pytest.approx(0.9)
         assert any("no margin table" in note for note in pair.notes)
         generator.generate([0, 1])
-        assert checking.agreement(3.0) < 0.7  # another model altogether
+        assert checking.agreement(3.0) < 0.75  # another model altogether
 
     def test_with_one_agreement_begins_as_measured(self) -> None:
         pair = make_pair(TableModel(8, 0), TableModel(8, 1), fidelity=fidelity(MarginTable([1.0], [20, 80], [6, 80])))
