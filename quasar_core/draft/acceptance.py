@@ -17,12 +17,15 @@ class Acceptance:
     def __init__(self) -> None:
         self._right: dict[_Class, float] = {}
         self._tried: dict[_Class, float] = {}
+        self._estimates: dict[_Class, float] = {}  # of classes of which nothing was learned since
 
     def __call__(self, source: str, sureness: int) -> float:
         """The estimate of a class."""
         key = source, sureness
-        right = self._right.get(key, 0.0) + prior(sureness) * PRIOR_TRIALS
-        return right / (self._tried.get(key, 0.0) + PRIOR_TRIALS)
+        if key not in self._estimates:
+            right = self._right.get(key, 0.0) + prior(sureness) * PRIOR_TRIALS
+            self._estimates[key] = right / (self._tried.get(key, 0.0) + PRIOR_TRIALS)
+        return self._estimates[key]
 
     def of(self, draft: Draft) -> list[float]:
         """The estimate of each token of a draft."""
@@ -42,6 +45,7 @@ class Acceptance:
     def fade(self, classes: Iterable[_Class], factor: float) -> None:
         """Believe less in what was learned of some classes."""
         for key in classes:
+            self._estimates.pop(key, None)
             for counts in (self._right, self._tried):
                 counts[key] = counts.get(key, 0.0) * factor
 

@@ -17,6 +17,7 @@ from quasar_core.decode.policy.window_values import (
 )
 
 FIRST_PLANNED, REPLANNED = 8, 32  # target passes: values are found anew after so many, twice as many, …, every so many
+COSTS_DIFFER = 0.03  # costs of one token, from one text to the next, for values to be found anew
 LATELY, KINDS = 64, 12  # drafts that tell what may turn up, and how many stand for them
 UNSEEN = 64  # target passes after which the verifier is tried again where it does not seem to pay; then twice as many
 STEPS = 16  # of which what they take beside their passes is learned
@@ -157,8 +158,11 @@ class Checker:
         return check
 
     def begin(self) -> None:
-        """Another text begins, where passes may cost something else."""
-        self._replan()
+        """Another text begins, where passes may cost something else; where they hardly do, values stay."""
+        now, then = self._costs_of_steps(), self._known
+        pairs = (now.verify(1), then.verify(1)), (now.confirm(1), then.confirm(1))
+        if any(abs(new / old - 1) > COSTS_DIFFER for new, old in pairs):
+            self._replan()
 
     def spent(self, seconds: float) -> None:
         """A step took so long beside its passes: time that a step more costs, whoever checks."""
