@@ -9,7 +9,7 @@
 
 #include "choices.h"
 #include "elementwise.h"
-#include "pass_attention.h"
+#include "heads.h"
 #include "model.h"
 #include "team.h"
 
@@ -18,7 +18,7 @@ namespace quasar {
 template <typename X>  // of embedding and cache
 class Pass {
 public:
-    explicit Pass(const Model& model) : m(model), layers(model.layer, model.layer + model.layers) {}
+    explicit Pass(const Model& model) : m(model), heads(model), layers(model.layer, model.layer + model.layers) {}
 
     // tokens [T] at `position`, one behind the other, or where `parents` [T] are given each behind its parent, which
     // stands before it (−1 for the first): keys and values lie in the order of the tokens, and each sees its own
@@ -36,7 +36,7 @@ public:
         reserve(count, position, threads);
         if (is_last) seen.assign(size_t(threads) * shown, Leaders(std::max(wanted, 2)));
         paths = trace_paths(parents, count, position);
-        const Place place{count, position, capacity, cos, sin, growth};
+        const Place place{count, position, capacity, cos, sin, growth, paths};
         const double start = now();
         in_parallel(threads, [&](const Team& team) {
             if (begin == 0) embed(tokens, count, team);
@@ -51,7 +51,7 @@ public:
                     recurring.pass(*layer.recurrence, mixed.data(), layer.qkv.out, count, recurrent[i], attended.data(),
                                    team);
                 else
-                    run_attention(layer, static_cast<X*>(states[i]), place, team);
+                    heads.attend(layer, mixed.data(), static_cast<X*>(states[i]), place, attended.data(), team);
                 prepare_mix(layer, count, team);
                 waiting = multiply_onto_hidden(layer.out, layer.out_norm, count, team);
                 if (!layer.experts)
@@ -83,11 +83,6 @@ public:
     double seconds = 0, seconds_in_products = 0;  // of all passes so far; waiting for other threads included
 
 private:
-    struct Place {
-        int count, position, capacity;
-        const float *const *cos, *const *sin, *growth;
-    };
-
     // What is to become of the residual stream before it is read: `delta` comes on top behind its norm, then a factor.
     struct Waiting {
         const float* norm = nullptr;
@@ -95,26 +90,24 @@ private:
     };
 
     Model m;
+    LayerHeads<X> heads;
     Waiting left;  // of the part before
     std::vector<Layer> layers;
     Buffer<float> hidden, normed, delta, mixed, attended, own_inputs, from_mlp;
-    Buffer<X> queries;
     Buffer<Leaders> seen;
     std::vector<std::vector<int>> paths;  // of each token of a tree, from the first one to itself: where states lie
     ProductInput inputs[MOST_PARTS];
     Mixing mixing;
-    Attending<X> attending;
     Recurring<X> recurring;
 
     void reserve(int count, int position, int threads) {
-        size_t widest = 0, heads = 0, size = 0;
+        size_t widest = 0, mixes = 0;
         auto make_room = [&](const FusedWeight& weight) {
             for (int i = 0; i < weight.count; ++i) inputs[i].reserve(weight.parts[i], count);
         };
         for (const Layer& layer : layers) {
             widest = std::max({widest, size_t(layer.qkv.out), size_t(layer.gate_up.out)});
-            size = std::max(size, size_t(layer.head_size));
-            heads = std::max({heads, size_t(m.heads) * layer.head_size, size_t(layer.out.in)});
+            mixes = std::max({mixes, size_t(m.heads) * layer.head_size, size_t(layer.out.in)});
             if (layer.recurrence) recurring.reserve(*layer.recurrence, count);
             make_room(layer.qkv), make_room(layer.out), make_room(layer.gate_up), make_room(layer.down);
             make_room(layer.input_gate), make_room(layer.input_out);
@@ -125,9 +118,9 @@ private:
         widest = std::max(widest, size_t(m.joint.in));
         const size_t rows = count;
         grow(hidden, rows * m.hidden), grow(normed, rows * m.hidden), grow(delta, rows * m.hidden);
-        grow(mixed, rows * widest), grow(queries, rows * heads), grow(attended, rows * heads);
+        grow(mixed, rows * widest), grow(attended, rows * mixes);
         grow(own_inputs, rows * layers.size() * m.inputs_size);
-        attending.reserve(count * m.heads, int(size), position + count, threads);
+        heads.reserve(layers, count, position + count, threads);
     }
 
     void embed(const int64_t* tokens, int count, const Team& team) {
@@ -335,13 +328,6 @@ private:
         return Waiting();
     }
 
-    void run_attention(const Layer& layer, X* keys, const Place& place, const Team& team) {
-        X* values = keys + size_t(layer.kv_heads) * place.capacity * layer.head_size;
-        if (layer.head_norms && m.norms_whole_rows) norm_rows(layer, place.count, team);
-        place_heads(layer, keys, values, place, team);
-        attend_heads(layer, keys, values, place, team);
-    }
-
     // What attention or a state gives, behind the gates that stand in `mixed`.
     void prepare_mix(const Layer& layer, int count, const Team& team) {
         if (layer.recurrence || !m.gates_attention) return prepare_input(layer.out, attended.data(), count, team);
@@ -351,64 +337,6 @@ private:
             for (int i = begin; i < end; i += LANES)
                 store(row + i, load(row + i) * sigmoid(load(token + m.gate_of(layer, i))));
         });
-    }
-
-    // The norm of all queries of a token as one row, and of all its keys.
-    void norm_rows(const Layer& layer, int count, const Team& team) {
-        const int queries = m.heads * layer.head_size, keys = layer.kv_heads * layer.head_size;
-        const Range share = team.share(2 * count);
-        for (int at = share.begin; at < share.end; ++at) {
-            const int begin = at % 2 ? queries : 0;
-            float* x = mixed.data() + size_t(at / 2) * (queries + 2 * keys) + begin;
-            normalise(x, layer.head_norms + begin, at % 2 ? keys : queries, m.eps, x);
-        }
-        team.barrier();
-    }
-
-    // Norm and rotate queries and keys as the layer has it; keys and values go to the cache.
-    void place_heads(const Layer& layer, X* keys, X* values, const Place& place, const Team& team) {
-        const int all = m.heads + (layer.shares ? 0 : 2 * layer.kv_heads), size = layer.head_size;
-        const int gates = m.gates_attention == BEHIND_QUERIES ? m.heads : 0;
-        const Range share = team.share(place.count * all);
-        for (int at = share.begin; at < share.end; ++at) {
-            const int t = at / all, head = at % all;
-            float* x = mixed.data() + size_t(t) * layer.qkv.out + (head + std::min(head, gates)) * size;
-            const size_t position = place.position + t;
-            if (head >= m.heads + layer.kv_heads) {
-                if (m.norms_values) normalise(x, nullptr, size, m.eps, x);
-                keep(x, 1, size, values + (size_t(head - m.heads - layer.kv_heads) * place.capacity + position) * size);
-                continue;
-            }
-            const float* norm = m.norms_whole_rows ? nullptr : layer.head_norms;
-            if (norm && !m.norms_last) normalise(x, norm + head * size, size, m.eps, x);
-            if (layer.rope >= 0) {
-                const size_t row = size_t(depth_of(t)) * size;
-                rotate(x, place.cos[layer.rope] + row, place.sin[layer.rope] + row, layer.channels, m.interleaved);
-            }
-            if (norm && m.norms_last) normalise(x, norm + head * size, size, m.eps, x);
-            if (head >= m.heads)
-                keep(x, 1, size, keys + (size_t(head - m.heads) * place.capacity + position) * size);
-            else
-                keep(x, scale_of_queries(size, place, t), size, queries.data() + (size_t(t) * m.heads + head) * size);
-        }
-        team.barrier();
-    }
-
-    // How many tokens of the pass stand before this one in the text.
-    int depth_of(int t) const { return paths.empty() ? t : int(paths[t].size()) - 1; }
-
-    float scale_of_queries(int size, const Place& place, int t) const {
-        return (m.scores_scale ? m.scores_scale : 1 / std::sqrt(float(size))) * (place.growth ? place.growth[t] : 1);
-    }
-
-    static void keep(const float* x, float factor, int size, X* to) {
-        for (int d = 0; d < size; d += LANES) store(to + d, load(x + d) * factor);
-    }
-
-    void attend_heads(const Layer& layer, const X* keys, const X* values, const Place& place, const Team& team) {
-        attending.run({m.heads, layer.kv_heads, layer.head_size, place.count, place.position, place.capacity, layer.window,
-                       layer.sinks, m.scores_cap, paths, queries.data(), keys, values, attended.data()},
-                      team);
     }
 };
 
