@@ -113,10 +113,17 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def press(self, key: str) -> None:
-        """Press a key and let it go."""
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+    def wait(self, condition: str) -> None:
+        """Wait until an expression holds in the page."""
+        end = time.monotonic() + SECONDS
+        while not self.run(f"Boolean({condition})"):
+            assert time.monotonic() < end, f"{condition} did not come true"
+            time.sleep(0.05)
+
+    def press(self, key: str, number: int = 0, text: str = "") -> None:
+        """Press a key where the focus is, and let it go; `number` is its code on Windows, `text` what it types."""
+        for kind, typed in (("keyDown" if text else "rawKeyDown", text), ("keyUp", "")):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=number, text=typed)
 
     def picture(self, path: Path, whole: bool = True) -> None:
         """A PNG of the page."""

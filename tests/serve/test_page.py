@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("starlette")
 
-from helpers.chromium import Browser, chromium
+from helpers.browser import Browser, find_chromium
 from helpers.serving import FIXED, LINES, QUESTION, client, demo_pair, plain, serving
 
 from quasar_core.decode.generator import Generator
@@ -18,13 +18,11 @@ from quasar_core.decode.text import encode_prompt
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, str]]:
     """A tab of a browser, and the address of a server."""
-    if chromium() is None:
+    program = find_chromium()
+    if program is None:
         pytest.skip("no Chromium is installed")
-    with serving(demo_pair()) as server:
-        browser = Browser(tmp_path_factory.mktemp("profile"))
-        browser.call("Page.enable")
+    with serving(demo_pair()) as server, Browser(program, tmp_path_factory.mktemp("profile")) as browser:
         yield browser, server.url
-        browser.close()
 
 
 @pytest.fixture
@@ -47,7 +45,7 @@ def test_an_answer_is_asked_and_read_by_keyboard_alone(page: Browser, tmp_path: 
     page.run("document.getElementById('length').value = 40")
     assert page.run("document.activeElement.id") == "message"
     page.call("Input.insertText", text=QUESTION)
-    page.key("Enter", 13, "\r")
+    page.press("Enter", 13, "\r")
     page.wait("document.querySelector('.assistant .figures')?.textContent")
     assert page.run("document.querySelector('.assistant .text:not(.thought)').textContent") == wanted.text
     figures = page.run("document.querySelector('.assistant .figures').textContent")
@@ -82,7 +80,7 @@ def test_colours_can_be_told_from_the_ground(page: Browser, scheme: str) -> None
     page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
     page.run("document.getElementById('length').value = 8")
     page.call("Input.insertText", text=QUESTION)
-    page.key("Enter", 13, "\r")
+    page.press("Enter", 13, "\r")
     page.wait("document.querySelector('.assistant .figures')?.textContent")
     ratios = page.run("""(() => {
       const light = (text) => {
@@ -117,12 +115,12 @@ def test_a_mode_and_a_new_conversation_are_chosen(page: Browser) -> None:
 def test_a_new_conversation_knows_nothing_of_an_answer_that_was_being_written(page: Browser) -> None:
     page.run("document.getElementById('length').value = 1500")
     page.call("Input.insertText", text=QUESTION)
-    page.key("Enter", 13, "\r")
+    page.press("Enter", 13, "\r")
     page.wait("document.querySelector('.assistant .text:not(.thought)')?.textContent.length > 20")
     page.run("document.getElementById('clear').click()")
     page.run("document.getElementById('length').value = 8")
     page.call("Input.insertText", text=QUESTION)
-    page.key("Enter", 13, "\r")
+    page.press("Enter", 13, "\r")
     page.wait("document.querySelector('.assistant .figures')?.textContent")
     assert page.run("messages.map((message) => message.role).join()") == "user,assistant"
     assert page.run("document.getElementById('status').textContent") == "The answer has ended."
@@ -132,7 +130,7 @@ def test_a_new_conversation_knows_nothing_of_an_answer_that_was_being_written(pa
 def test_a_message_that_could_not_be_answered_may_be_sent_again(page: Browser) -> None:
     page.run("document.getElementById('verify').append(new Option('gated', 'gated', true, true))")
     page.call("Input.insertText", text=QUESTION)
-    page.key("Enter", 13, "\r")
+    page.press("Enter", 13, "\r")
     page.wait("document.querySelector('.error')")
     assert "verify" in page.run("document.querySelector('.error').textContent")
     assert page.run("document.getElementById('message').value") == QUESTION
@@ -147,7 +145,7 @@ def test_the_end_is_followed_unless_one_reads_above(page: Browser) -> None:
     })()"""
     for ask, follows in (("", True), ("document.getElementById('conversation').scrollTop = 0", False)):
         page.call("Input.insertText", text=QUESTION)
-        page.key("Enter", 13, "\r")
+        page.press("Enter", 13, "\r")
         page.run(ask)
         page.wait("document.querySelector('article:last-child .figures').textContent")
         assert (page.run(place) < 2) == follows
@@ -187,7 +185,7 @@ def test_a_key_is_asked_for_and_a_message_waits_for_it(page: Browser) -> None:
         page.run(f"document.getElementById('{name}').value = ''")
         page.run(f"document.getElementById('{name}').focus()")
         page.call("Input.insertText", text=text)
-        page.key("Enter", 13, "\r")
+        page.press("Enter", 13, "\r")
 
     said = "document.getElementById('status')?.textContent"
     with serving(demo_pair(), api_key="a-key-of-some-length") as server:
