@@ -1,4 +1,4 @@
-"""What one answer is asked: the fields that chat and completions share, checked and in the library's own terms."""
+"""Read the request fields that chat and completions share, checked and in the library's own terms."""
 
 import secrets
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ from quasar_core.config import (
 from quasar_core.decode.answering import TokenRule
 from quasar_core.decode.logits.rules import Bias, NoEnd, WrittenPenalty
 from quasar_core.decode.text import Reading
-from quasar_core.serve.ends import read_ends, read_reading
 from quasar_core.serve.errors import refused
 from quasar_core.serve.fields import Fields
 from quasar_core.serve.served import Served
 
 MOST_STOPS, MOST_STOP = 16, 200  # stop texts, and characters of one
 MOST_TOP = 20  # tokens beside each, with their log-probabilities
+MOST_ENDS = 64  # tokens of `stop_token_ids`
 MOST_SEED = 2**62 - 1
 MOST_DIGITS = 18  # of a number that names a token
 
@@ -107,8 +107,8 @@ def read_common(fields: Fields, served: Served, usual_tokens: int, least_tokens:
         presence=penalties[0],
         frequency=penalties[1],
         biases=_biases(fields, served),
-        ends=read_ends(fields, served),
-        reading=read_reading(fields, tokens),
+        ends=_ends(fields, served),
+        reading=_reading(fields, tokens),
     )
 
 
@@ -164,6 +164,27 @@ def _stop(fields: Fields) -> tuple[str, ...]:
         if not isinstance(text, str) or not 0 < len(text) <= MOST_STOP:
             raise refused(f"stop must hold texts of 1 to {MOST_STOP} characters.", "stop")
     return tuple(texts)
+
+
+def _ends(fields: Fields, served: Served) -> frozenset[int]:
+    """The tokens that end an answer: the model's own, unless `ignore_eos` leaves them out, and `stop_token_ids`."""
+    given, rows = fields.take("stop_token_ids", []), served.pair.primary.vocab_size
+    if not isinstance(given, list) or len(given) > MOST_ENDS:
+        raise refused(f"stop_token_ids must be a list of at most {MOST_ENDS} tokens.", "stop_token_ids")
+    for token in given:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < rows:
+            raise refused(f"stop_token_ids must be tokens from 0 to {rows - 1}.", "stop_token_ids")
+    ignores = fields.flag("ignore_eos", served.settings.defaults.ignore_eos)
+    return frozenset(given) | (frozenset() if ignores else served.pair.eos_ids)
+
+
+def _reading(fields: Fields, most_tokens: int) -> Reading:
+    """Which tokens are text: `min_tokens`, `skip_special_tokens` and `include_stop_str_in_output`, as vLLM has them."""
+    least = fields.whole("min_tokens", 0) or 0
+    if least > most_tokens:
+        raise refused(f"min_tokens is {least}, and the answer has at most {most_tokens} tokens.", "min_tokens")
+    skips = fields.flag("skip_special_tokens", True)
+    return Reading(special=not skips, keeps_stop=fields.flag("include_stop_str_in_output"), least=least)
 
 
 def _mode(fields: Fields, served: Served) -> tuple[VerifyMode, DraftKind]:

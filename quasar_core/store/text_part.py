@@ -28,7 +28,7 @@ CLASSES = {
     "llama": "LlamaForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
-    "muse_glimmer_text": "MuseGlimmerForCausalLM",  # which transformers has not: `models/hf/text_parts.py`
+    "muse_glimmer_text": "MuseGlimmerForCausalLM",  # which transformers has not: `models/hf/muse_glimmer.py`
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",

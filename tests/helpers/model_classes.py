@@ -23,8 +23,7 @@ def classes_of(name: str) -> tuple[Any, Any]:
 
 def muse_glimmer_class() -> Any:
     """Muse Glimmer's text part, made known to transformers as well; imported where it is wanted, as it is recent."""
-    from quasar_core.models.hf.muse_glimmer import MuseGlimmerForCausalLM
-    from quasar_core.models.hf.text_parts import register_muse_glimmer
+    from quasar_core.models.hf.muse_glimmer import MuseGlimmerForCausalLM, register
 
-    register_muse_glimmer()
+    register()
     return MuseGlimmerForCausalLM

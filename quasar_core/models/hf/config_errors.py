@@ -1,4 +1,4 @@
-"""What transformers raises of a config, as one sentence that names the option; its own names classes and validators."""
+"""Turn what transformers raises for a config into one sentence that names the option."""
 
 import json
 import re

@@ -6,7 +6,13 @@ Letters: B texts, T tokens of each, V vocabulary.
 from typing import Any
 
 import torch
-from transformers import GenerationMixin, MuseGlimmerPreTrainedModel, MuseGlimmerTextConfig, MuseGlimmerTextModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationMixin,
+    MuseGlimmerPreTrainedModel,
+    MuseGlimmerTextConfig,
+    MuseGlimmerTextModel,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -53,3 +59,8 @@ class MuseGlimmerForCausalLM(MuseGlimmerPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def register() -> None:
+    """Have transformers' `AutoModelForCausalLM` build and load the text part."""
+    AutoModelForCausalLM.register(MuseGlimmerTextConfig, MuseGlimmerForCausalLM, exist_ok=True)

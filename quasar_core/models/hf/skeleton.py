@@ -20,7 +20,6 @@ from quasar_core.errors import QuasarError
 from quasar_core.models.hf.config_errors import config_errors
 from quasar_core.models.hf.experts import separate_experts
 from quasar_core.models.hf.stored_names import StoredNames
-from quasar_core.models.hf.text_parts import register_muse_glimmer
 from quasar_core.store.model_config import read_config
 from quasar_core.store.text_part import has_text_part
 
@@ -96,7 +95,9 @@ def build_empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     QuasarError where its buffers, which are computed from the config, are too large to be meant.
     """
     if config.model_type == "muse_glimmer_text":
-        register_muse_glimmer()
+        from quasar_core.models.hf.muse_glimmer import register  # not every transformers has its blocks
+
+        register()
     failed, path = "transformers builds no causal language model from the config", Path(config.name_or_path or "")
     with config_errors(failed, path / "config.json", config.to_dict()), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
