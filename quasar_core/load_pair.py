@@ -36,7 +36,7 @@ from quasar_core.store import (
 )
 from quasar_core.store.folders import is_verifier, read_card
 from quasar_core.store.model_config import read_config
-from quasar_core.store.safetensors_header import weight_files
+from quasar_core.store.safetensors_header import weight_bytes
 
 
 def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
@@ -109,7 +109,7 @@ def _plan_memory(
     if numbers.device.type != "cuda":
         if options.max_device_memory is not None:
             raise UsageError(f"--max-device-memory is for a GPU, and the device is {numbers.device}: see --max-memory.")
-        return [], plan_offload(folder, checkpoint, *place, numbers.context, options, progress, beside)
+        return [], plan_offload(folder, checkpoint, numbers.dtype, numbers.context, options, progress, beside)
     plan = plan_on_device(folder, checkpoint, *place, numbers.context, options, beside)
     if plan is not None:
         return [], plan
@@ -280,8 +280,7 @@ def dtype_of_source(folder: Path, requested: str, device: torch.device) -> tuple
     config = read_config(folder)
     text_config = config.get("text_config") or {}
     stored = config.get("dtype") or config.get("torch_dtype") or text_config.get("dtype")
-    weight_bytes = sum(path.stat().st_size for path in weight_files(folder))
-    return choose_dtype(requested, stored, weight_bytes, device)
+    return choose_dtype(requested, stored, weight_bytes(folder), device)
 
 
 def _describe_device(device: torch.device) -> str:

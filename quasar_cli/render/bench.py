@@ -15,6 +15,7 @@ from quasar_core.bench.metrics.compare import Comparison
 from quasar_core.bench.metrics.document import as_record
 from quasar_core.bench.metrics.estimates import Estimate
 from quasar_core.bench.metrics.speculation import Share
+from quasar_core.bench.report.cells import label
 from quasar_core.bench.results import Results
 from quasar_core.bench.simulation.simulate import REPLAYS, Prediction
 
@@ -51,12 +52,6 @@ def result_grids(results: Results, shown: Shown = Shown()) -> list[Grid]:
 
 def _place(metric: ArmMetrics) -> tuple[str, float]:
     return metric.dataset, metric.temperature
-
-
-def label(metric: ArmMetrics, metrics: Sequence[ArmMetrics]) -> str:
-    """The dataset, with the temperature where there are several."""
-    several = len({one.temperature for one in metrics}) > 1
-    return f"{metric.dataset}, T = {metric.temperature:g}" if several else metric.dataset
 
 
 def main_grids(metrics: Sequence[ArmMetrics], shown: Shown = Shown()) -> list[Grid]:

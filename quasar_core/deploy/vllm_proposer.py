@@ -11,7 +11,7 @@ from typing import Any
 from quasar_core.deploy.batch import Batch, ProposerSettings, Tokens
 from quasar_core.models.pair import Pair
 from quasar_core.store.names import resolve_model
-from quasar_core.store.safetensors_header import weight_files
+from quasar_core.store.safetensors_header import weight_bytes
 
 
 class VllmProposer:
@@ -87,8 +87,4 @@ def _cost_ratio(config: Any, verifier: str) -> float:
     """What a pass of the target may cost, in passes of the copy, until that is known: by the bytes of their weights."""
     target = resolve_model(config.model_config.model).folder
     ranks: int = config.parallel_config.tensor_parallel_size
-    return max(_bytes(target) / _bytes(Path(verifier)) / ranks, 1.0)
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in weight_files(folder))
+    return max(weight_bytes(target) / weight_bytes(Path(verifier)) / ranks, 1.0)

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,7 @@ from quasar_core.quantize.layer_plan import HEAD, KEPT_RULE, is_kept
 from quasar_core.records import FidelityReport, QuantizeReport
 from quasar_core.store.folders import CARD
 from quasar_core.store.model_config import read_config
-from quasar_core.store.safetensors_header import weight_files
+from quasar_core.store.safetensors_header import weight_bytes
 from quasar_core.store.text_part import BESIDE
 from quasar_core.system import package_versions
 
@@ -265,8 +264,8 @@ def make_report(job: Job, seconds: dict[str, float], fidelity: FidelityReport) -
         checkpoint=str(job.output),
         target=job.target_name,
         config=asdict(replace(job.config, seq_len=job.config.calibration_length, calibration=fidelity.text)),
-        bytes_before=_weight_bytes(job.source),
-        bytes_after=_weight_bytes(job.partial),
+        bytes_before=weight_bytes(job.source),
+        bytes_after=weight_bytes(job.partial),
         bits_per_weight=round(8 * packed_bytes / sum(summary.packed_weights for summary in summaries), 3),
         layer_errors={name: loss for summary in summaries for name, loss in summary.losses.items() if loss is not None},
         rounded_layers=[name for summary in summaries for name in summary.rounded],
@@ -289,7 +288,3 @@ def describe(job: Job, report: QuantizeReport, calibration: Calibration, digests
     smoothed = any(read_summary(path).own_tensors for path in commit_files(job.commits))
     write_whole(job.partial / "README.md", model_card(report, card, smoothed).encode("utf-8"))
     write_json(job.partial / CARD, card)
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in weight_files(folder))

@@ -10,7 +10,7 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.draft.successors import width_of
 from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows
 from quasar_core.quantize.layer_plan import HEAD
-from quasar_core.quantize.plan import Shape
+from quasar_core.quantize.plan import Shape, block_of
 from quasar_core.quantize.successors import MOST_READ
 from quasar_core.quantize.text_plan import TextPlan
 
@@ -75,7 +75,7 @@ def count_tokens(shape: Shape, config: QuantizeConfig, text: TextPlan) -> Tokens
 
 def count_work(shape: Shape, config: QuantizeConfig, rows: int, text: TextPlan) -> Work:
     """Count the work on a model that writes its `text` so many rows at a time; widths by layer are not counted."""
-    length, blocks = config.calibration_length, {_block(name) for name in shape.layers if name != HEAD}
+    length, blocks = config.calibration_length, {block_of(name) for name in shape.layers if name != HEAD}
     tokens, token, attention = count_tokens(shape, config, text), _token(shape), _attention(shape, length)
     turns = -(-held_out_rows(config) // rows) * GREEDY_LENGTH
     turns += -(-(config.texts + held_out_rows(config)) // rows) * length if config.calibration == "self" else 0
@@ -133,7 +133,3 @@ def _matrices(shape: Shape, name: str, searches_alone: bool) -> float:
 def _share(shape: Shape, name: str) -> float:
     """Return the share of the text that the layer reads."""
     return shape.routed if ".experts." in name else 1.0
-
-
-def _block(name: str) -> str:
-    return name.split(".layers.")[-1].split(".")[0]

@@ -66,6 +66,11 @@ def weight_files(folder: Path) -> list[Path]:
     return indexed or sorted(folder.glob("*.safetensors"))
 
 
+def weight_bytes(folder: Path) -> int:
+    """Bytes of a model folder's safetensors files."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
 def _indexed_files(folder: Path) -> list[Path]:
     """The files that the folder's index names; none without an index."""
     index = folder / INDEX_NAME
