@@ -120,7 +120,7 @@ class DecoderConfig:
             mixture=read_mixture(row.mixture, options),
             further_blocks=(options.get(row.further_blocks) or 0) if row.further_blocks else 0,
             blocks=(blocks := read_blocks(row, options)),
-            ropes=read_ropes(row, options, _head_sizes_by_type(options, blocks)),
+            ropes=read_ropes(row, options, _head_sizes_by_type(blocks)),
         )
 
     @property
@@ -237,7 +237,7 @@ def _is_on(switch: Switch, options: Mapping[str, Any]) -> bool:
     return bool(options.get(switch, False)) if isinstance(switch, str) else switch
 
 
-def _head_sizes_by_type(options: Mapping[str, Any], blocks: Sequence[BlockConfig]) -> tuple[int, int]:
+def _head_sizes_by_type(blocks: Sequence[BlockConfig]) -> tuple[int, int]:
     """Of full layers and of sliding ones, which rotate by different tables where there are two."""
     full = [block.head_size for block in blocks if block.window is None]
     sliding = [block.head_size for block in blocks if block.window is not None]

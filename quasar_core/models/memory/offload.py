@@ -137,7 +137,6 @@ class Movable:
 def plan_offload(
     folder: Path,
     checkpoint: VerifierCheckpoint | None,
-    device: torch.device,
     dtype: torch.dtype,
     context: int,
     options: LoadOptions,

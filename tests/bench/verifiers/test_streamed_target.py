@@ -50,7 +50,7 @@ def test_shares_are_those_of_the_pair_that_decodes(tmp_path: Path, less: int, st
     whole = replace(target.need, verifier=codes).total(100)
     allowed = OWN + whole + offload.LEAST_RESERVE - less
     target = StreamedTarget.of(tmp_path, BF16, 100, False, allowed)
-    plan = plan_offload(tmp_path, checkpoint, CPU, BF16, 100, LoadOptions(max_memory=allowed))
+    plan = plan_offload(tmp_path, checkpoint, BF16, 100, LoadOptions(max_memory=allowed))
     found = target.plan(codes)
     assert (found and sorted(found.streamed)) == (plan and sorted(plan.streamed))
     moved = len(plan.streamed) if plan else 0
@@ -69,7 +69,7 @@ def test_a_larger_verifier_moves_more_and_one_that_is_too_large_does_not_fit(tmp
 def test_streamed_passes_are_timed(tmp_path: Path) -> None:
     """By a clock that counts: all bytes of a pass, and at two sizes at least what computing takes."""
     save_model(tmp_path, "Qwen3", {"head_dim": 32, "max_position_embeddings": 400})
-    plan = plan_offload(tmp_path, None, CPU, torch.float32, 400, LoadOptions(verify="full", offload="target"))
+    plan = plan_offload(tmp_path, None, torch.float32, 400, LoadOptions(verify="full", offload="target"))
     from quasar_core.models.loading import load_models
 
     target = load_models(tmp_path, None, CPU, torch.float32, offload=plan).target

@@ -99,7 +99,7 @@ def test_sentences() -> None:
 def test_a_streamed_pair_is_told_what_more_bits_would_give(tmp_path: Path) -> None:
     """Of a verifier of 4 bits that the target rarely takes, where a confirm is dear; of one of 8 bits nothing."""
     save_model(tmp_path / "model", *CASES["llama"])
-    plan = plan_offload(tmp_path / "model", None, CPU, FLOAT, 100, LoadOptions(verify="full", offload="target"))
+    plan = plan_offload(tmp_path / "model", None, FLOAT, 100, LoadOptions(verify="full", offload="target"))
     rarely = replace(FIDELITY, margins=MarginTable([], [1000], [800]))
     for bits, told in ((4, True), (8, False)):
         checkpoint = quantize_layers(

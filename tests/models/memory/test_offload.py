@@ -127,7 +127,7 @@ from quasar_core.models.memory.offload import plan_offload
 from quasar_core.system import own_memory
 folder, place = Path(sys.argv[1]), (torch.device("cpu"), torch.bfloat16)
 most = own_memory() + int(sys.argv[2])
-plan = plan_offload(folder, None, *place, 256, LoadOptions(verify="full", max_memory=most))
+plan = plan_offload(folder, None, torch.bfloat16, 256, LoadOptions(verify="full", max_memory=most))
 target = load_models(folder, None, *place, offload=plan).target
 cache = target.new_cache(256)
 target.pass_prompt([i % 90 for i in range(100)], cache, 64)

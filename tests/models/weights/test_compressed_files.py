@@ -230,7 +230,7 @@ def test_a_copy_is_used_where_it_is_there_and_written_where_it_is_asked_for(
 
     def planned(dtype: torch.dtype = BF16, compress: bool | None = None) -> offload.OffloadPlan:
         options = LoadOptions(offload="target", verify="full", compress=compress)
-        plan = plan_offload(model, None, CPU, dtype, 100, options)
+        plan = plan_offload(model, None, dtype, 100, options)
         assert plan is not None
         return plan
 
