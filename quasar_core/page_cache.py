@@ -8,16 +8,16 @@ from pathlib import Path
 
 
 def forget(descriptor: int, start: int = 0, count: int = 0) -> None:
-    """Of so many bytes from `start` on, to the file's end for none; advice, which not every system takes.
+    """Drop `count` bytes from `start` on from the page cache (0: up to the file's end); mapped pages stay.
 
-    Pages that are mapped stay.
+    It is advice, which not every system takes.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start, count, os.POSIX_FADV_DONTNEED)
 
 
 def forget_file(path: Path, start: int = 0, count: int = 0) -> None:
-    """The same of a file by its name. Raises OSError."""
+    """Drop bytes of the file at `path`, as `forget` does. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         forget(descriptor, start, count)
@@ -25,7 +25,7 @@ def forget_file(path: Path, start: int = 0, count: int = 0) -> None:
         os.close(descriptor)
 
 
-def read_here_and_there(descriptor: int) -> None:
+def expect_random_reads(descriptor: int) -> None:
     """Tell the system that reads will be short and far apart, so that it reads nothing ahead; advice too."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)

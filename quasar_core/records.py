@@ -319,7 +319,7 @@ class KernelPrice:
 
 @dataclass(frozen=True)
 class FidelityReport:
-    """How faithful a verifier is to its target, on text that the calibration did not see (DESIGN §5).
+    """How faithful a verifier is to its target, on text that the calibration did not see.
 
     `by_position` and `by_kind` split the text that the KL is taken on; `in_use` is the price of the kernel here.
     """

@@ -1,7 +1,7 @@
 """Find where an arm that promises the target's output left vanilla's, and whether the target was near a tie there.
 
 In 16 bits a pass over several tokens and a pass over one may differ in the last bits, so the better of two tokens may
-change where their logits lie within the rounding of the dtype; anywhere else a difference is a defect (DESIGN §3).
+change where their logits lie within the rounding of the dtype; anywhere else a difference is a defect.
 """
 
 from collections.abc import Iterator, Sequence

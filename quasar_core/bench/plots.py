@@ -177,7 +177,7 @@ def accepted_per_step(results: Results, arm: str) -> Counter[int]:
 
 
 def plot_fidelity(fidelity: FidelityReport, losses: Mapping[str, float], name: str, path: Path) -> None:
-    """Draw the figure into `path`, PNG or SVG by its suffix; raises as `plots.plot` does."""
+    """Draw the figure into `path`, PNG or SVG by its suffix; raises as `plot` does."""
     figure = new_figure(path, "--plot")
     figure.set_size_inches(11, 8.5)
     (top_left, top_right), (low_left, low_right) = figure.subplots(2, 2)

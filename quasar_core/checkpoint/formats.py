@@ -29,7 +29,7 @@ PACKED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True)
-class QuantizationFormat:
+class GptqFormat:
     """GPTQ's format: the part of `quantization_config` that reading depends on."""
 
     bits: int
@@ -42,7 +42,7 @@ class QuantizationFormat:
     only_packed = PACKED_SUFFIXES  # that no other tensor's name ends in
 
     @classmethod
-    def parse(cls, folder: Path, section: Mapping[str, Any]) -> "QuantizationFormat":
+    def parse(cls, folder: Path, section: Mapping[str, Any]) -> "GptqFormat":
         """From `quantization_config`; QuasarError for what this version does not read.
 
         What a section leaves out is as AutoGPTQ has it: 4 bits, one group per output, version 1. GPTQModel takes groups
@@ -86,7 +86,7 @@ class QuantizationFormat:
         return f"version {2 - offset}, {why}"
 
 
-StoredFormat = QuantizationFormat | AwqFormat | CompressedTensorsFormat
+StoredFormat = GptqFormat | AwqFormat | CompressedTensorsFormat
 
 
 def named_version(folder: Path, section: Mapping[str, Any]) -> str:
@@ -122,4 +122,4 @@ def parse_format(folder: Path, config: dict[str, Any]) -> StoredFormat:
             f"{folder} is quantized by {method}, which this version does not read; "
             f"it reads gptq, {AWQ} and {COMPRESSED_TENSORS}."
         )
-    return QuantizationFormat.parse(folder, section)
+    return GptqFormat.parse(folder, section)

@@ -6,7 +6,7 @@ import torch
 
 from quasar_core.checkpoint.card import parse_card
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, PackedWeight
-from quasar_core.checkpoint.formats import PACKED_SUFFIXES, QuantizationFormat, parse_format
+from quasar_core.checkpoint.formats import PACKED_SUFFIXES, GptqFormat, parse_format
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, join_outputs
 from quasar_core.checkpoint.gptqmodel_names import own_layers
 from quasar_core.checkpoint.tensor_files import TensorFiles
@@ -45,7 +45,7 @@ class VerifierCheckpoint:
     def _find_layers(self) -> dict[str, tuple[str, ...]]:
         marker = f".{self.format.marker}"
         names = [name.removesuffix(marker) for name in self.tensors.names() if name.endswith(marker)]
-        if not isinstance(self.format, QuantizationFormat):
+        if not isinstance(self.format, GptqFormat):
             return {name: (name,) for name in names}
         return own_layers(names, self.architecture)
 
@@ -82,7 +82,7 @@ class VerifierCheckpoint:
 
     def describe_zeros(self) -> str | None:
         """How GPTQ's zeros are read, told by the first quantized layer; None in another format, or without layers."""
-        if not isinstance(self.format, QuantizationFormat) or not self._stored_parts:
+        if not isinstance(self.format, GptqFormat) or not self._stored_parts:
             return None
         name = self.file_layers[0]
         shapes = {
@@ -93,7 +93,7 @@ class VerifierCheckpoint:
     @property
     def own_norms(self) -> bool:
         """Whether norms may differ from the target's: SmoothQuant and AWQ put their factors into them."""
-        return not isinstance(self.format, QuantizationFormat)
+        return not isinstance(self.format, GptqFormat)
 
     @property
     def fidelity(self) -> FidelityReport | None:

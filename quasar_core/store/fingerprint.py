@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from quasar_core.errors import QuasarError, reason
-from quasar_core.page_cache import read_here_and_there
+from quasar_core.page_cache import expect_random_reads
 from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import read_headers
 
@@ -30,7 +30,7 @@ def fingerprint(folder: Path) -> str:
             for entry in read_headers(folder):
                 if entry.file not in files:
                     files[entry.file] = stack.enter_context(entry.file.open("rb"))
-                    read_here_and_there(files[entry.file].fileno())
+                    expect_random_reads(files[entry.file].fileno())
                 digest.update(json.dumps([entry.name, entry.dtype, entry.shape]).encode())
                 digest.update(_middle(files[entry.file], entry.start, entry.size))
     except OSError as error:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from quasar_core.checkpoint.compressed_tensors import CompressedTensorsFormat, quantization_section, stored_tensors
-from quasar_core.checkpoint.formats import QuantizationFormat
+from quasar_core.checkpoint.formats import GptqFormat
 from quasar_core.checkpoint.gptq_format import pack_columns, unpack_weight
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
@@ -329,7 +329,7 @@ def test_any_tensors_in_place_of_gptqs(bits: int, usual: int, group: int, odd: d
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     check_unpacked(lambda: unpack_weight("a.b", present, usual, group, 1))
     if not odd and group != 48:
-        read = QuantizationFormat(usual, group, 1).unpack("a.b", present)
+        read = GptqFormat(usual, group, 1).unpack("a.b", present)
         assert torch.equal(read.dequantize(), make_weight(bits, 64, 32, 32).dequantize())
 
 

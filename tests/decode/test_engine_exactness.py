@@ -1,4 +1,4 @@
-"""Greedy decoding in float32 is, token for token, what transformers' own greedy `generate` writes (DESIGN §3)."""
+"""Greedy decoding in float32 is, token for token, what transformers' own greedy `generate` writes."""
 
 from pathlib import Path
 from typing import Any

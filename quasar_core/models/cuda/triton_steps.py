@@ -38,7 +38,7 @@ WIDEST = 16  # tokens of one launch of attention; a longer pass takes several
 
 
 @dataclass(frozen=True)
-class TritonSight:
+class TritonMask:
     """Where the pass stands: the position of each launch's first token, on the device, and a bound on the length."""
 
     positions: tuple[torch.Tensor, ...]
@@ -59,7 +59,7 @@ APART = Joined()
 
 
 class TritonSteps:
-    """Implements `pass_steps.Steps` in 16 bits; a launch may begin before the one before it has ended."""
+    """Implements `torch_steps.Steps` in 16 bits; a launch may begin before the one before it has ended."""
 
     name = "Triton"
 
@@ -140,7 +140,7 @@ class TritonSteps:
     ) -> Any:
         """A position for every sixteen tokens; a tree has no more."""
         positions = (position + begin if begin else position for begin in range(0, count, WIDEST))
-        return TritonSight(tuple(positions), length, window, tree)
+        return TritonMask(tuple(positions), length, window, tree)
 
     def attend(
         self,

@@ -24,7 +24,7 @@ TIMED_COPIES = 3  # of a block, of which the fastest tells the link's bandwidth
 
 @dataclass(kw_only=True)
 class DeviceStream(LayerStream):
-    """Implements `decoder.LayerSource`: `rooms` in main memory are copied to `buffers` on the device.
+    """Implements `layer_source.LayerSource`: `rooms` in main memory are copied to `buffers` on the device.
 
     Rooms of blocks that are read for every pass are shared by several of them.
     """

@@ -41,7 +41,7 @@ class _Buffer:
 
 @dataclass
 class LayerStream:
-    """Implements `decoder.LayerSource`: `weights` are those of the streamed blocks, by their place among all `count`.
+    """Implements `layer_source.LayerSource`; `weights` are the streamed blocks' by their numbers, of `count` in all.
 
     What fails in reading is raised by the pass that needs it, and the next pass tries again.
     """

@@ -54,7 +54,7 @@ class EightBitFormat(ABC):
 
 
 class Int8Format(EightBitFormat):
-    """Int8Format from −127 to 127."""
+    """Integers from −127 to 127."""
 
     largest = float(LARGEST_INT8)
     dtype = torch.int8
