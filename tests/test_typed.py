@@ -3,7 +3,7 @@
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import pytest
 from hypothesis import given
@@ -102,4 +102,4 @@ VALUES = st.recursive(
 def test_any_value_is_built_or_named(value: Any) -> None:
     for kind in (Whole, Part, list[Part], dict[str, Whole]):
         with suppress(ValueError):  # anything else is a defect
-            build(kind, value)
+            assert isinstance(build(kind, value), get_origin(kind) or kind)

@@ -146,6 +146,6 @@ def test_the_text_of_parts() -> None:
 def test_a_long_conversation_takes_time_in_proportion(tokenizer: PreTrainedTokenizerFast) -> None:
     """The marks of all messages are looked for at once: one by one, these took a minute."""
     messages = [{"role": "user", "content": "a"}] * 40_000
-    start = time.monotonic()
+    start = time.process_time()  # other programs take none of it
     assert render(tokenizer, messages).count(f"{TURN_START}user\na{TURN_END}") == len(messages)
-    assert time.monotonic() - start < 15
+    assert time.process_time() - start < 15

@@ -48,13 +48,15 @@ def test_chats_alternate_and_answers_hold_the_asked_code() -> None:
 
 
 def test_a_rename_leaves_no_old_name() -> None:
-    functions = find_functions(SOURCE) * 40
+    functions, renamed = find_functions(SOURCE) * 40, 0
     for chat in make_chats(functions, seed=2):
         match = re.match(r"(?:Rename|Replace|Change the name) `(\w+)` (?:to|by) `(\w+)`", chat[0]["content"])
         if match:
             old, new = match.groups()
             assert re.search(rf"\b{new}\b", chat[1]["content"])
             assert not re.search(rf"\b{old}\b", chat[1]["content"])
+            renamed += 1
+    assert renamed > 10
 
 
 def test_chats_depend_on_the_seed_alone() -> None:

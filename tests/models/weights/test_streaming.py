@@ -357,6 +357,8 @@ def test_an_interrupt_in_a_sweep_leaves_the_next_one_right(
             decoder.forward([token], cache)
     except KeyboardInterrupt:
         assert waited[0] == reads
+    else:
+        assert reads == 0, "no pass was interrupted"
     assert_same(passes(decoder, random_tokens()), expected)
 
 
