@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench.test_bench_run import DATASET, config
-from helpers.bench_pair import CountingModel, make_pair
+from helpers.bench_pair import DATASET, CountingModel, config, make_pair
 
 from quasar_core.bench import results
 from quasar_core.bench import run as bench_run

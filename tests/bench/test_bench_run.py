@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.bench_pair import CountingModel, make_pair
+from helpers.bench_pair import ALL, DATASET, CountingModel, config, make_pair
 
 from quasar_cli.commands.bench import BenchOptions
-from quasar_core.bench.arms import ARMS, BenchConfig, parse_arms
+from quasar_core.bench.arms import ARMS, parse_arms
 from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.metrics.arm_metrics import measure
 from quasar_core.bench.results import Row, read_results
@@ -15,22 +15,6 @@ from quasar_core.bench.run import run_bench, schedule
 from quasar_core.decode.generator import Generator
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.records import GenerationResult
-
-ALL = ("vanilla", "ngram", "quantized", "exact")
-DATASET = Dataset(
-    "d",
-    (
-        Question(1, "one", ("w3 w4 w5 w3",)),
-        Question(2, "two", ("w7 w8", "w5 w6")),
-        Question("third", "one", ("w9",)),
-    ),
-    "nowhere",
-)
-
-
-def config(arms: tuple[str, ...] = ALL, **changes: object) -> BenchConfig:
-    fields: dict[str, object] = {"max_new_tokens": 12, "num_draft_tokens": 4, "window": 3}
-    return BenchConfig(arms, **{**fields, **changes})  # type: ignore[arg-type]
 
 
 def answers(rows: list[Row], arm: str) -> list[list[int]]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.decoder_cases import CASES, random_tokens, save_model
+from helpers.folders import contents
 from helpers.tiny_model import save_tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -48,10 +49,6 @@ def logits(folder: Path) -> torch.Tensor:
     model = load_verifier_alone(VerifierCheckpoint(folder), CPU, torch.float32, "reference")
     tokens = random_tokens(20)
     return model.forward(tokens, model.new_cache(len(tokens)))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def loaders(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

@@ -7,21 +7,17 @@ import numpy as np
 import pytest
 import torch
 from helpers.bench_pair import TokenCache
+from helpers.copy_pair import COST, TARGET, VOCABULARY, pair_of, plain
 from helpers.fake_vllm import FakeEngine
-from helpers.tiny_models import CPU, TableModel, make_pair
+from helpers.tiny_models import CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quasar_core.decode.costs.cost_records import CostRecord
 from quasar_core.decode.costs.pass_costs import PassCost
 from quasar_core.deploy.batch import Batch, Decisions, ProposerSettings, Shared
 from quasar_core.errors import UsageError
 from quasar_core.models.base import CausalLM
-from quasar_core.models.pair import Pair
 
-VOCABULARY = 17
-TARGET = TableModel(VOCABULARY, seed=3)
-COST = PassCost((1, 33), (1.0, 1.6))  # of the copy, in the clock's ticks
 RATIO = 4.0
 
 
@@ -36,26 +32,9 @@ class Clock:
         return self.now
 
 
-def pair_of(copy: CausalLM, **changes: Any) -> Pair:
-    """The copy alone, with known costs."""
-    pair = make_pair(None, copy, **changes)
-    pair.measured["verifier"] = CostRecord(COST, {"role": "verifier"}, 0.0)
-    return pair
-
-
 def batch_of(copy: CausalLM, window: Any = "auto", ratio: float = RATIO, copy_texts: int = 4, **changes: Any) -> Batch:
     options = ProposerSettings("copy", window=window, copy_texts=copy_texts)
     return Batch(pair_of(copy, **changes), options, ratio, Clock())
-
-
-def plain(prompt: list[int], count: int) -> list[int]:
-    """The target's greedy text, token by token."""
-    cache, tokens = TARGET.new_cache(1000), list(prompt)
-    logits = TARGET.forward(prompt, cache)
-    for _ in range(count):
-        tokens.append(int(logits[-1].argmax()))
-        logits = TARGET.forward(tokens[-1:], cache)
-    return tokens[len(prompt) :]
 
 
 def serve(batch: Batch, requests: Any, limit: int = 8, **options: Any) -> Any:

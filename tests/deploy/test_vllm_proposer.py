@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deploy.test_batch import pair_of, plain
+from helpers.copy_pair import pair_of, plain
 from helpers.fake_vllm import FakeEngine, FakeGroup, config_of_vllm, put_in_place
 from helpers.tiny_models import TableModel
 from safetensors.torch import save_file

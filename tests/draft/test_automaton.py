@@ -1,14 +1,14 @@
 """The suffix automaton against a search of every run of tokens."""
 
-from collections import Counter
 from collections.abc import Sequence
 
 import pytest
+from helpers.token_runs import places, usual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.draft import automaton as automaton_module
-from quasar_core.draft.automaton import NONE, ROOT, SuffixAutomaton
+from quasar_core.draft.automaton import ROOT, SuffixAutomaton
 
 TEXTS = st.lists(st.integers(0, 3), max_size=30)
 EDITS = st.lists(st.tuples(TEXTS, st.integers(0, 12)), max_size=5)
@@ -20,12 +20,6 @@ def automaton_over(text: Sequence[int]) -> SuffixAutomaton:
     return automaton
 
 
-def places(text: Sequence[int], run: Sequence[int]) -> list[int]:
-    """Where a run ends, in the text."""
-    size = len(run)
-    return [end for end in range(size, len(text) + 1) if list(text[end - size : end]) == list(run)]
-
-
 def find(automaton: SuffixAutomaton, run: Sequence[int]) -> int | None:
     state = ROOT
     for token in run:
@@ -33,18 +27,6 @@ def find(automaton: SuffixAutomaton, run: Sequence[int]) -> int | None:
             return None
         state = automaton.next[state][token]
     return state
-
-
-def usual(text: Sequence[int], run: Sequence[int]) -> int:
-    """The token that follows a run most often, of equal ones the one that reached that number last."""
-    counts: Counter[int] = Counter()
-    favourite = NONE
-    for end in places(text, run):
-        if end < len(text):
-            counts[text[end]] += 1
-            if favourite == NONE or counts[text[end]] >= counts[favourite]:
-                favourite = text[end]
-    return favourite
 
 
 def check(automaton: SuffixAutomaton, text: Sequence[int]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from draft.test_automaton import places, usual
+from helpers.token_runs import places, usual
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,6 +8,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from quasar_core.bench.arms import BenchConfig
+from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.models.base import CausalLM
 from quasar_core.models.pair import Pair
 
@@ -69,3 +71,21 @@ def make_pair(verifier: CountingModel | None = None, target: CountingModel | Non
         device=torch.device("cpu"),
         dtype=torch.float32,
     )
+
+
+ALL = ("vanilla", "ngram", "quantized", "exact")
+DATASET = Dataset(
+    "d",
+    (
+        Question(1, "one", ("w3 w4 w5 w3",)),
+        Question(2, "two", ("w7 w8", "w5 w6")),
+        Question("third", "one", ("w9",)),
+    ),
+    "nowhere",
+)
+
+
+def config(arms: tuple[str, ...] = ALL, **changes: object) -> BenchConfig:
+    """Short answers of these arms; `changes` are other fields."""
+    fields: dict[str, object] = {"max_new_tokens": 12, "num_draft_tokens": 4, "window": 3}
+    return BenchConfig(arms, **{**fields, **changes})  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """Result files written by hand, for the tests of what is computed from them."""
 
+from dataclasses import replace
 from typing import Any
 
 from quasar_core.bench.arms import BenchConfig
@@ -64,3 +65,14 @@ def make_results() -> Results:
         make_row("vanilla", 2, [6, 7, 8, 9], make_stats(4, 3.0, plain * 3)),
     ]
     return Results(make_run(), rows)
+
+
+def slower(results: Results, factor: float) -> Results:
+    """The same run, with the drafting arm's decoding taking `factor` times as long."""
+    rows = [
+        replace(row, stats=replace(row.stats, decode_s=row.stats.decode_s * factor))
+        if row.arm == "ngram" and row.stats
+        else row
+        for row in results.rows
+    ]
+    return Results(replace(results.run, dtype="bfloat16"), rows)

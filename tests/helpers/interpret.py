@@ -32,6 +32,14 @@ def interpret_on_cpu() -> None:
     _find_types_when_asked(interpreter, tl.core)
 
 
+def triton_steps() -> Any:
+    """The steps of a pass on CUDA, as Triton's kernels that are interpreted."""
+    interpret_on_cpu()
+    from quasar_core.models.cuda.triton_steps import TritonSteps
+
+    return TritonSteps()
+
+
 def _let_tensors_be_bounds(interpreter: Any) -> None:
     """Loops up to a number read in a kernel: the interpreter of Triton 3.6 calls int() on what NumPy 2.4 refuses."""
     patch = interpreter._patch_lang_tensor

@@ -304,3 +304,21 @@ def routed_engine(
         limit,
         checking=Checking(checker, FixedLength(4), FixedLength(6)),
     )
+
+
+class LastTokenModel:
+    """Logits [V] are the row of a table that the last token names."""
+
+    device = CPU
+
+    def __init__(self, probabilities: list[list[float]]) -> None:
+        self.table = torch.tensor(probabilities).log()
+        self.vocab_size = len(probabilities)
+
+    def new_cache(self, capacity: int) -> TokenCache:
+        return TokenCache(capacity)
+
+    def forward(self, tokens: list[int], cache: TokenCache, last_only: bool = False) -> torch.Tensor:
+        assert cache.length == 0, "every row is read from its beginning"
+        cache.tokens += tokens
+        return self.table[tokens]

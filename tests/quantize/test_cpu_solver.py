@@ -6,7 +6,7 @@ from typing import TypeVar
 import pytest
 import torch
 from helpers.layers import make_hessian, make_layer
-from quantize.test_gptq import assert_same_solution, share_of_same
+from helpers.solutions import assert_same_solution, share_of_same
 
 from quasar_core.models.decoder.rows import attend_rows
 from quasar_core.quantize.fidelity import Tally

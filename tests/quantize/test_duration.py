@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.plan_cases import BLOCK, BY_A_COPY, BY_TRANSFORMERS, CONFIG, LEAN, shape
 
 from quasar_cli.main import run
 from quasar_core.api import quantizing
@@ -18,24 +19,12 @@ from quasar_core.quantize.blocks.streaming import open_target
 from quasar_core.quantize.calibration import GREEDY_LENGTH, HELD_OUT_ROWS
 from quasar_core.quantize.estimate import Rates, about, measure_rates, shape_of
 from quasar_core.quantize.plan import Shape
-from quasar_core.quantize.text_plan import Free, TextPlan, plan_text
+from quasar_core.quantize.text_plan import Free, plan_text
 from quasar_core.quantize.work import LAUNCHES, Work, count_work
 from quasar_core.system import Load
 from quasar_core.timing import Timing
 
 pytest_plugins = ["helpers.quantize_fixtures"]
-CONFIG = QuantizeConfig(samples=8, seq_len=64)
-BLOCK = {"q_proj": (32, 32), "k_proj": (16, 32), "o_proj": (32, 32), "up_proj": (64, 32), "down_proj": (32, 64)}
-
-
-def shape(blocks: int = 2) -> Shape:
-    layers = {f"model.layers.{i}.{name}": size for i in range(blocks) for name, size in BLOCK.items()}
-    return Shape(layers, other_weights=1000, ends_weights=800, hidden=32, vocabulary=100)
-
-
-LEAN = TextPlan(False, None, "bfloat16", weights=0, room=0)
-BY_TRANSFORMERS = replace(LEAN, why_not_lean="of another family")
-BY_A_COPY = replace(LEAN, copy_bits=8)
 
 
 def test_passes_and_matrices_counted_by_hand() -> None:

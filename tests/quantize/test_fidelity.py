@@ -6,8 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from helpers.bench_pair import TokenCache
-from helpers.tiny_models import quantized_copy, random_model
+from helpers.tiny_models import LastTokenModel, quantized_copy, random_model
 
 from quasar_core.quantize import fidelity
 from quasar_core.quantize.fidelity import (
@@ -20,24 +19,6 @@ from quasar_core.quantize.fidelity import (
     measure_fidelity,
 )
 from quasar_core.records import FidelityReport, MarginTable
-
-
-class LastTokenModel:
-    """Logits [V] are the row of a table that the last token names."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, probabilities: list[list[float]]) -> None:
-        self.table = torch.tensor(probabilities).log()
-        self.vocab_size = len(probabilities)
-
-    def new_cache(self, capacity: int) -> TokenCache:
-        return TokenCache(capacity)
-
-    def forward(self, tokens: list[int], cache: TokenCache, last_only: bool = False) -> torch.Tensor:
-        assert cache.length == 0, "every row is read from its beginning"
-        cache.tokens += tokens
-        return self.table[tokens]
 
 
 def test_divergence_and_overlap_by_hand() -> None:

@@ -5,6 +5,7 @@ import statistics
 import pytest
 import torch
 from helpers.layers import make_hessian, make_layer
+from helpers.solutions import assert_same_solution, share_of_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from quasar_core.errors import QuasarError
 from quasar_core.quantize.solve import gptq
 from quasar_core.quantize.solve.factor import inverse_factor
 from quasar_core.quantize.solve.gptq import (
-    Solution,
     SolverConfig,
     column_order,
     pieces,
@@ -35,18 +35,6 @@ def losses(
     """½ · e H eᵀ for each row's error e [in], written out."""
     error = weight - grid.scales[:, groups] * (codes - grid.zeros[:, groups])
     return 0.5 * ((error @ hessian) * error).sum(dim=1)
-
-
-def share_of_same(one: torch.Tensor, other: torch.Tensor) -> float:
-    return (one == other).double().mean().item()
-
-
-def assert_same_solution(one: Solution, other: Solution) -> None:
-    """But for ties: a sum taken in another order decides them otherwise, which moves a few codes and hardly a loss."""
-    assert one.loss == pytest.approx(other.loss, rel=0.01)
-    assert one.relative_loss == pytest.approx(other.relative_loss, rel=0.01)
-    for field in ("codes", "scales", "zeros"):
-        assert share_of_same(getattr(one.weight, field), getattr(other.weight, field)) > 0.9, field
 
 
 def fast_codes(

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers.layers import make_hessian, make_layer
-from quantize.test_gptq import share_of_same
+from helpers.solutions import share_of_same
 
 from quasar_core.quantize.solve.grid import Lattice, fit_grid
 from quasar_core.quantize.solve.refine import Rounded, descend, fit_scales, gradient_and_loss, refine

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.plan_cases import LEAN
 from helpers.quantize_cases import CONFIG, quantize, save_model, tensors_of
-from quantize.test_duration import LEAN
 
 from quasar_core.api import decoding, quantizing
 from quasar_core.checkpoint.reader import VerifierCheckpoint

@@ -1,7 +1,7 @@
 """The estimate over all stages of a quantization, by a clock made by hand."""
 
 import pytest
-from quantize.test_duration import BY_A_COPY, BY_TRANSFORMERS, CONFIG, LEAN, shape
+from helpers.plan_cases import BY_A_COPY, BY_TRANSFORMERS, CONFIG, LEAN, shape
 
 from quasar_core.quantize.text_plan import TextPlan
 from quasar_core.quantize.whole_run import NOMINAL, WHOLE, WholeRun, stage_seconds

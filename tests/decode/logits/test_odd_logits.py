@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 import torch
 from helpers.decoder_cases import FLOAT, save_model
+from helpers.fast_pass import fast
 from helpers.quantized_decoder import quantize_layers
 from helpers.tiny_model import save_tiny_model
 from helpers.tiny_models import (
     CPU,
     PROMPT,
     VOCABULARY,
+    LastTokenModel,
     TableModel,
     drafter_factory,
     generate,
     greedy_by_hand,
     make_pair,
 )
-from models.cpu.test_cpu_pass import fast
-from quantize.test_fidelity import LastTokenModel
 from safetensors.torch import load_file, save_file
 
 from quasar_cli.main import run

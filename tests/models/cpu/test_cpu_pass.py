@@ -23,12 +23,14 @@ from helpers.decoder_cases import (
     relative_error,
     save_model,
 )
+from helpers.fast_pass import fast
 from helpers.quantized_decoder import mixed_bits, quantize_layers
 from helpers.tiny_models import make_pair
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import GenerationConfig, VerifyMode
 from quasar_core.decode.generator import Generator
+from quasar_core.errors import QuasarError
 from quasar_core.kernels.threads import use_threads
 from quasar_core.models import loading
 from quasar_core.models.architectures import ARCHITECTURES
@@ -48,12 +50,6 @@ SPLITS = ([1], [2], [12, 1, 4, 8], [33, 12])
 
 pytestmark = pytest.mark.usefixtures("cpp_pass")
 each_form = pytest.mark.usefixtures("form")
-
-
-def fast(decoder: LeanDecoder) -> LeanDecoder:
-    note = loading.attach(decoder)
-    assert decoder.fast is not None, note
-    return decoder
 
 
 def tiny_target(folder: Path, case: str, dtype: torch.dtype = FLOAT) -> LeanDecoder:
@@ -375,7 +371,7 @@ def test_a_pass_beyond_the_caches_end_is_refused(tmp_path: Path) -> None:
     decoder = fast(tiny_target(tmp_path, "llama"))
     cache = decoder.new_cache(LENGTH)
     decoder.forward(random_tokens(40), cache)
-    with pytest.raises(Exception, match="The cache holds 45 tokens, and 46 are needed"):
+    with pytest.raises(QuasarError, match="The cache holds 45 tokens, and 46 are needed"):
         decoder.forward([1] * 6, cache)
 
 

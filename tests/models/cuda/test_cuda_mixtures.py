@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from helpers.decoder_cases import CPU, FLOAT, random_tokens, save_model
-from helpers.interpret import interpret_on_cpu
+from helpers.interpret import triton_steps
 from helpers.late_device import AT_RANDOM, LateDevice
 
 from quasar_core.kernels.triton.adapters import TritonKernel
 from quasar_core.models.base import choose_best
 from quasar_core.models.cuda import choose as choosing
 from quasar_core.models.cuda.graph_pass import CudaPass
-from quasar_core.models.cuda.torch_steps import Steps, TorchSteps
+from quasar_core.models.cuda.torch_steps import TorchSteps
 from quasar_core.models.decoder.activations import activated
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.memory.estimate import LONGEST_PASS
@@ -67,13 +67,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm 4 moe": ("Glm4Moe", {**SIGMOIDS, "use_qk_norm": True, "norm_topk_prob": True}),
     "dots 1": ("Dots1", {**SIGMOIDS, "norm_topk_prob": False, "n_group": 1, "topk_group": 1}),
 }
-
-
-def triton_steps() -> Steps:
-    interpret_on_cpu()
-    from quasar_core.models.cuda.triton_steps import TritonSteps
-
-    return TritonSteps()
 
 
 def recorded(decoder: LeanDecoder) -> LeanDecoder:
