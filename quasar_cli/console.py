@@ -1,4 +1,4 @@
-"""What the terminal sees: results on stdout, everything else (progress, statistics, errors) on stderr.
+"""Write to the terminal: results on stdout, everything else (progress, statistics, errors) on stderr.
 
 Colours and bars appear only in a terminal, and colours not where NO_COLOR is set (rich sees to both).
 """

@@ -18,7 +18,7 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-# Options that may stand without the file that they can be given; what they then mean.
+# Options whose file may be left out, with the value that they have then.
 BARE = {"--trace": "-"}
 
 

@@ -1,4 +1,4 @@
-"""Say which of the options that were given do nothing beside the others: a note of one sentence, never silence.
+"""Note which of the given options have no effect beside the others: one sentence each, never silence.
 
 What would mislead (`--draft none --draft-from FILE`) is refused by the configs; what only has no effect is noted here,
 for every command alike. An option counts as given where its value is not the usual one.

@@ -1,4 +1,4 @@
-"""The entry point of `quasar`: its commands, and what becomes of an error."""
+"""The entry point of `quasar`: its commands, and how errors are shown."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-r"""What is typed in a chat, as messages: a pasted text is one, and so are lines that are continued.
+r"""Read the messages of a chat: pasted text is one message, and so are lines that are continued.
 
 A line that ends in \ goes on in the next one; after a line that begins with three double quotes all lines belong to the
 message, up to the next three. In a terminal lines can be edited, and those of earlier chats are found with the arrows.

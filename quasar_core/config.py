@@ -1,4 +1,4 @@
-"""What a run is asked to do: frozen, checked once, in messages that name the flag."""
+"""The configs of a run: frozen, checked once, in messages that name the flag."""
 
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points

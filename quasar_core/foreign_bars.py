@@ -1,4 +1,4 @@
-"""Progress bars of other libraries, which would run beside our own."""
+"""Hide the progress bars of other libraries, which would run beside our own."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

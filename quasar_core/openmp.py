@@ -1,4 +1,4 @@
-"""How the threads of PyTorch's operations wait for work: OpenMP reads that from variables when PyTorch is imported."""
+"""Set how PyTorch's threads wait for work: OpenMP reads that from variables when PyTorch is imported."""
 
 import os
 
@@ -18,5 +18,5 @@ def sleep_soon() -> None:
 
 
 def environment_of_others() -> dict[str, str]:
-    """The variables for another program, whose threads wait as that program has them wait."""
+    """The environment for a program that is started, without the variables that were set here."""
     return {name: value for name, value in os.environ.items() if name not in _chosen}

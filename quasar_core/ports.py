@@ -1,4 +1,4 @@
-"""Addresses that a server listens on: taken, or found to be taken, before anything is loaded."""
+"""Open the socket of a server, or find its address taken, before anything is loaded."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""Tell of each token of an answer who made it; read and write traces, in which a text is shown so.
+"""Find which model or drafter made each token of an answer; read and write traces, which show that.
 
 The one place that knows how the logs of steps and confirms make up a text. `bench report` and `generate --trace` show
 what it says, and the metrics of confirms are computed from it.

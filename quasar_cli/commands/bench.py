@@ -211,7 +211,7 @@ def bench(
 
 
 def _without_idle_twin(config: BenchConfig, questions: list[int]) -> BenchConfig:
-    """Vanilla is not asked again where too few questions would be to tell anything."""
+    """Leave out the second run of vanilla where there are too few questions for it to tell anything."""
     from quasar_core.bench.metrics.estimates import FEWEST
 
     if sum(-(-count // TWIN_EVERY) for count in questions) >= FEWEST:

@@ -235,7 +235,7 @@ class Conversation:
         console.note_plain(f"({len(messages) - begins} messages of {name})")
 
     def show_stats(self) -> None:
-        """Print what the last answer gained."""
+        """Print the statistics of the last answer."""
         if self._last is None:
             stopped = self.messages != self._opening
             raise UsageError("The answer was stopped: it has no figures." if stopped else "There is no answer yet.")

@@ -1,4 +1,4 @@
-"""What accompanies the tables of a bench in words: legends, conditions, divergences, failures."""
+"""Sentences beside the tables of a bench: legends, conditions, divergences, failures."""
 
 from quasar_core.bench.arms import BASELINE
 from quasar_core.bench.metrics.conditions import Conditions, conditions

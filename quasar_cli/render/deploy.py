@@ -1,4 +1,4 @@
-"""Draw what there is to know of a deployment."""
+"""Draw the plan of a deployment."""
 
 import json
 

@@ -39,7 +39,7 @@ def speed_tables(speed: dict[str, Any]) -> list[RenderableType]:
 
 
 def _pass(figures: dict[str, Any]) -> tuple[str, str]:
-    """Milliseconds, and the floor of memory, which weights that caches hold may pass under."""
+    """Milliseconds of passes, and their memory floor; passes whose weights lie in caches may be faster than that."""
     floor = figures["floor_ms"]
     in_cache = " (in cache)" if floor is not None and min(figures["ms"]) < floor else ""
     return ", ".join(f"{ms:.3g}" for ms in figures["ms"]), as_ratio(floor) + in_cache

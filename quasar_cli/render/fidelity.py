@@ -1,4 +1,4 @@
-"""How faithful a verifier is: by layer, by position, by kind of token, and what the kernel in use adds."""
+"""Draw how faithful a verifier is: by layer, by position, by kind of token, and what the kernel in use adds."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ def fidelity_facts(fidelity: FidelityReport) -> list[tuple[str, str]]:
 
 
 def kernel_price(price: KernelPrice) -> str:
-    """What the kernel makes of the same codes."""
+    """The divergence that the kernel adds to that of the codes."""
     return (
         f"{price.kernel}: KL {price.kl_mean:.4f}, agreement {price.agreement:.4f} on {price.tokens} sampled tokens; "
         f"with dequantized weights {price.kl_mean_exact:.4f} and {price.agreement_exact:.4f}"

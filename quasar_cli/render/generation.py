@@ -1,4 +1,4 @@
-"""What a generation gained, and what its mode promises."""
+"""The statistics of a generation, and what its mode promises."""
 
 from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""The tables of the costs of passes."""
+"""Draw the tables of `bench steps`: what passes cost."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Load a pair and decode with it. What only quantizing and measuring need is not imported: an answer waits for it."""
+"""Load a pair and decode with it; nothing is imported that only quantizing and measuring need, to start fast."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Read how much energy the machine has taken: the processor's package by RAPL, a GPU by NVML, where they tell."""
+"""Read how much energy the machine has taken: the processor's package by RAPL, a GPU by NVML, if they can be read."""
 
 from collections.abc import Callable
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Measure what an arm that leaves tokens unchecked achieves: how many are the target's own choice behind that text.
+"""Measure how many tokens of an arm that leaves some unchecked are the target's own choice, given the text before.
 
 The target passes each finished answer by itself, as it decodes: a token agrees where it is the target's best, given
 everything before it. The text is the bench's, which no margin table was fitted on.

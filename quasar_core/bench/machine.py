@@ -1,4 +1,4 @@
-"""What this machine can do, and why: versions, processor, memory, kernels, and what a pair costs here."""
+"""Describe this machine for `doctor`: versions, processor, memory, kernels, and what passes of a pair cost here."""
 
 import platform
 from dataclasses import asdict

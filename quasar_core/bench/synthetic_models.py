@@ -1,4 +1,4 @@
-"""Models of a shape with random weights, straight in memory: they cost what real ones cost, and say nothing.
+"""Models of a given shape with random weights, made in memory: their passes cost what those of real ones cost.
 
 The sources here stand where a folder's files stand, so that random models are built exactly as stored ones are.
 """

@@ -1,4 +1,4 @@
-"""What is read of a verifier's card, quasar.json: what it was made from, and how faithful it is."""
+"""Read a verifier's card, quasar.json: what it was made from, and how faithful it is."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ class _Target:
 
 @dataclass(frozen=True)
 class _Report:
-    """What is read of quantizing's report."""
+    """The fields of quantizing's report that are read."""
 
     fidelity: FidelityReport
     layer_errors: dict[str, float] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class _Report:
 
 @dataclass(frozen=True)
 class Card:
-    """What is read of quasar.json; all of it may be missing in one that was written by hand."""
+    """The fields of quasar.json that are read; one that was written by hand may have none of them."""
 
     format_version: int = CARD_VERSION
     target: _Target | None = None

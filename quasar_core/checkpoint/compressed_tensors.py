@@ -193,7 +193,7 @@ class CompressedTensorsFormat:
         return codes, zeros.reshape(-1 if zeros.numel() > 1 else 1, _groups(layout)).to(torch.int32) + middle
 
     def _obstacles(self, layout: PackedLayout, tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
-        """What does not fit, as the end of a sentence that the layer's name begins."""
+        """What contradicts the layout, as the end of a sentence that begins with the layer's name."""
         packed, scale, zeros = "weight_packed" in tensors, tensors["weight_scale"], tensors.get("weight_zero_point")
         stored, outputs, groups = tensors["weight_packed" if packed else "weight"], layout.out_features, _groups(layout)
         if stored.dtype not in ((torch.int32,) if packed else (torch.int8, FLOAT8)):

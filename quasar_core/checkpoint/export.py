@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quasar_core.checkpoint.formats import QuantizationFormat
+from quasar_core.checkpoint.formats import GptqFormat
 from quasar_core.checkpoint.fused_names import dynamic_rules, listed_layers
 from quasar_core.checkpoint.gptq_format import cut_outputs, why_not_packable
 from quasar_core.checkpoint.gptqmodel_names import EXPORTED_FOR, LOADER, NAMINGS, Naming
@@ -32,7 +32,7 @@ Tensors = Iterator[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Export:
-    """What a checkpoint is to become; names of layers are those in its files."""
+    """The export of a checkpoint; layers have the names in its files."""
 
     checkpoint: VerifierCheckpoint
     naming: Naming
@@ -44,7 +44,7 @@ class Export:
         """QuasarError, one sentence, where nothing need be exported, or where that would not help."""
         folder = checkpoint.folder
         section = checkpoint.config.get("quantization_config") or read_json_if_there(folder / SECTION) or {}
-        if not isinstance(checkpoint.format, QuantizationFormat):
+        if not isinstance(checkpoint.format, GptqFormat):
             raise QuasarError(f"{folder} has no codes of GPTQ, and GPTQModel reads it as it is or not at all.")
         layers = stored_layers(checkpoint)
         told = Config.of(section, checkpoint.architecture)

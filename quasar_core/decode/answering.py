@@ -38,7 +38,7 @@ def ignore(tokens: Sequence[int]) -> None:
 
 @dataclass
 class Answering:
-    """Of one answer."""
+    """What one answer is given beside its prompt."""
 
     rules: Sequence[TokenRule] = ()
     before_pass: Callable[[], None] = go_on

@@ -1,4 +1,4 @@
-"""What a step of decoding does first, decided before its pass begins."""
+"""The plan of a step of decoding, made before its pass begins."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from quasar_core.records import Piece
 
 @dataclass(frozen=True)
 class Plan:
-    """A draft, which of the models checks it, the tokens of that pass; how long drafting took, what it offered more."""
+    """A draft, and which of the two models checks it."""
 
     draft: Draft
     by_target: bool
-    tree: Tree
-    seconds: float
-    left_out: tuple[Piece, ...] = ()
+    tree: Tree  # the tokens of the pass
+    seconds: float  # that drafting took
+    left_out: tuple[Piece, ...] = ()  # what the drafter offered behind the draft

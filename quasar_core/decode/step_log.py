@@ -1,4 +1,4 @@
-"""Write down what each pass did, as a trace shows and a bench replays it."""
+"""Log what each pass did: traces show it, and a bench replays it."""
 
 from collections.abc import Sequence
 from dataclasses import replace

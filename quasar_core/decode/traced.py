@@ -1,4 +1,4 @@
-"""Make the trace of an answer that was generated just now."""
+"""Make the trace of a generated answer: its tokens, and which model or drafter made each."""
 
 from quasar_core.config import GenerationConfig
 from quasar_core.decode.text import token_texts
@@ -8,7 +8,7 @@ from quasar_core.trace import Trace, refused_ids, show
 
 
 def trace_of(pair: Pair, config: GenerationConfig, result: GenerationResult, prompt: str) -> Trace:
-    """The answer, token by token, with who made each."""
+    """The trace of a result, for the prompt's text."""
     pieces = token_texts(pair.tokenizer, result.token_ids)
     return Trace(
         model=pair.target_name,

@@ -86,7 +86,7 @@ class FreeCaches:
 
 
 class CopyCache:
-    """The copy over a cache of one text, which it follows: what the text no longer holds is rolled back."""
+    """The copy with the cache of one text, which follows the text: tokens that it no longer holds are rolled back."""
 
     def __init__(self, model: CausalLM, free: FreeCaches) -> None:
         self._model, self._free = model, free

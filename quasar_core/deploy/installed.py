@@ -1,4 +1,4 @@
-"""Which version of an engine is installed, and what its own code says of a command: nothing is guessed from memory."""
+"""Find the installed version of an engine, and have the engine's own code check a command."""
 
 import json
 import os

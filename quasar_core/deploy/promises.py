@@ -1,4 +1,4 @@
-"""What a deployment promises, and what it cannot do: sentences, by engine, mode and who drafts."""
+"""What a deployment promises and what it cannot do, in sentences by engine, mode and drafter."""
 
 from quasar_core.deploy.wish import NAMES, Wish
 

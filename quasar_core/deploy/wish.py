@@ -1,4 +1,4 @@
-"""What `quasar deploy` is asked for, checked once, and the command that comes of it."""
+"""The options of `quasar deploy`, checked once, and the command that follows from them."""
 
 import shlex
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""A small model of the same vocabulary as the target, over a cache of its own, that guesses for it."""
+"""A small draft model with the target's vocabulary and a KV cache of its own."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Drafts that a cheaper model writes: token by token, for as long as they are likely enough to be kept."""
+"""Drafts of a cheaper model: token by token, as long as they are likely enough to be accepted."""
 
 from bisect import bisect
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Drafts of a head that a checkpoint brings along to predict further tokens."""
+"""Drafts of a checkpoint's head for multi-token prediction (MTP)."""
 
 from collections.abc import Callable, Sequence
 

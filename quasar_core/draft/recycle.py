@@ -1,4 +1,4 @@
-"""Drafts from what passes have computed anyway: the likeliest successors of every token that went through one."""
+"""Drafts from logits that passes have computed anyway: the likeliest successors of every token that was passed."""
 
 from collections.abc import Sequence
 from itertools import groupby

@@ -1,4 +1,4 @@
-"""What a model is known to say behind the last few tokens: counted once over a long text, looked up while drafting.
+"""The likeliest successors of the last few tokens: counted once over a long text of the model, then looked up.
 
 Token Recycling (Luo et al., 2024) keeps the likeliest successors that a session's passes find, and begins with none;
 these are those of the text that a model was quantized on, by one, two and three tokens, with their mean probabilities.

@@ -1,4 +1,4 @@
-"""What the kernels ask of a GPU: whose it is, what it can do, what it has free, and that launches go to it."""
+"""Ask a GPU for its maker, capability and state, and send launches to it."""
 
 from contextlib import AbstractContextManager, nullcontext
 

@@ -1,4 +1,4 @@
-"""How many positions a model was made for, as its config says."""
+"""The longest context that a model's config allows."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""What a verifier checkpoint holds, from its configs, its card and the headers of its files."""
+"""Describe a verifier checkpoint by its configs, its card and the headers of its files."""
 
 from typing import Any
 

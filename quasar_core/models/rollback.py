@@ -1,4 +1,4 @@
-"""How far a cache can go back: keys and values to any position, recurrent states to those that were kept for it."""
+"""Rolling a cache back: keys and values to any position, recurrent states to positions whose states were kept."""
 
 from typing import Protocol, TypeGuard, runtime_checkable
 

@@ -1,4 +1,4 @@
-"""Try several verifiers of one target before one is made: their codes on one set of Hessians, and what they say.
+"""Try several verifiers of one target before one is made: their codes on one set of Hessians, and their agreement.
 
 Every layer's Hessian and its factor are those of the target's own inputs on one text, and each candidate's codes are
 solved with them: so a further candidate costs its solving alone. The verifier itself is made as all are, each layer

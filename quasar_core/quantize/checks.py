@@ -1,4 +1,4 @@
-"""What is looked at before any work: weights that are no numbers, tokenizers of another model."""
+"""Checks before any work: weights that are no numbers, tokenizers of another model, calibration text."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What quantizing asks of whole rows of logits: a token drawn from each, and the likeliest tokens.
+"""Whole rows of logits while quantizing: draw a token of each, and find the likeliest tokens.
 
 Letters: T rows, V vocabulary, K likeliest tokens.
 """

@@ -1,4 +1,4 @@
-"""What a quantization needs, before it is begun: bytes of memory and disk, by one formula; and what is free here.
+"""Plan a quantization before it begins: bytes of memory and disk by one formula, against what is free here.
 
 Each figure is the sum of what is there at the worst moment. Weights in the files are memory-mapped and count as no
 memory on the CPU, since the system may drop their pages. Letters: N rows of L tokens, H hidden, G groups.

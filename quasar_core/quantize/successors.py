@@ -1,4 +1,4 @@
-"""Count what the target says behind the last few tokens, over the calibration text, for drafts to begin with.
+"""Count the target's likeliest successors of the last few tokens over the calibration text, for early drafts.
 
 Letters: N texts of L tokens, K likeliest tokens of a row.
 """

@@ -1,4 +1,4 @@
-"""What runs the passes of a text that the model writes: the lean decoder, or transformers for what that does not know.
+"""Run the passes of a text that the model writes: by the lean decoder, or by transformers for other models.
 
 Many rows are written at once, and march in step: a pass takes a token of each. Letters: B rows of a batch, L tokens of
 a row, T positions of a part, V vocabulary.

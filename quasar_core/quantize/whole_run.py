@@ -1,4 +1,4 @@
-"""How far a whole run of quantizing has come, over all its stages, by what each of them is expected to take."""
+"""Progress of a whole run of quantizing, over all stages, by the time that each of them is expected to take."""
 
 import time
 from collections.abc import Callable, Mapping

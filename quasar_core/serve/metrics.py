@@ -1,4 +1,4 @@
-"""What a server has done, in Prometheus' text form."""
+"""Counters of a server, in Prometheus' text form."""
 
 from collections import deque
 

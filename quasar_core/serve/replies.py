@@ -1,4 +1,4 @@
-"""What replies of both endpoints share: names and times, usage, timings, log-probabilities."""
+"""Parts that replies of both endpoints share: names and times, usage, timings, log-probabilities."""
 
 import secrets
 import time

@@ -1,4 +1,4 @@
-"""The pair that is served, as requests see it: its name, its tokenizer, its template, its modes, its limits."""
+"""The served pair as requests use it: its name, tokenizer, chat template, modes and limits."""
 
 import copy
 import functools

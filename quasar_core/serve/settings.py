@@ -1,4 +1,4 @@
-"""What a server is asked for: frozen, checked once, in messages that name the flag."""
+"""The settings of a server: frozen, checked once, in messages that name the flag."""
 
 from dataclasses import dataclass, field
 from ipaddress import ip_address

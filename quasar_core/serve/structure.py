@@ -1,4 +1,4 @@
-"""What shape an answer is asked to have: OpenAI's `response_format`, and the same under vLLM's names."""
+"""Structured output: OpenAI's `response_format`, and the same under vLLM's names."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a run shows, in one sentence: which way of decoding is how much faster, how sure that is, whose the text is."""
+"""The claim of a run in one sentence: which arm is how much faster, how sure that is, and whose the text is."""
 
 from dataclasses import dataclass
 

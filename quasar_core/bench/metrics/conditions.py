@@ -1,4 +1,4 @@
-"""How far a run is to be trusted: what else the machine did, and whether two identical arms came out alike."""
+"""The conditions of a run: how busy other programs kept the machine, and whether two identical arms agree."""
 
 from dataclasses import dataclass
 from statistics import fmean

@@ -1,4 +1,4 @@
-"""Check before a run that its peers are there, and begin them; one that fails answers with its reason."""
+"""Check before a run that its peers are installed, and start them; one that fails answers with its reason."""
 
 import os
 import shutil

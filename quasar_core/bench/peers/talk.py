@@ -1,4 +1,4 @@
-"""What a bench and a peer's process say to each other: one JSON object a line, on the process's stdin and stdout.
+"""The protocol between a bench and a peer's process: one JSON object a line, on the process's stdin and stdout.
 
 Only Python's own modules are imported, since a peer may run in another environment, without quasar: the file of such a
 peer imports this one as a neighbour.

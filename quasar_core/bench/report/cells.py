@@ -1,4 +1,4 @@
-"""What tables of the page show of an arm: its place, its speedup, its interval."""
+"""Cells of the page's tables: an arm's dataset, its speedup and its interval."""
 
 from collections.abc import Sequence
 
@@ -29,5 +29,5 @@ def cell(metric: ArmMetrics, found: Estimate | None) -> str:
 
 
 def interval(found: Estimate | None) -> str:
-    """From where to where."""
+    """An interval as its two ends."""
     return "{:.2f}–{:.2f}".format(*found.interval) if found and found.interval else MISSING

@@ -1,4 +1,4 @@
-"""The conditions of a run, and what its arms are, as lists of names and what they name."""
+"""The chapter of a run's conditions, and the list of its arms, as HTML."""
 
 from collections.abc import Sequence
 from html import escape
@@ -41,7 +41,7 @@ def conditions_chapter(results: Results) -> tuple[str, str, str]:
 
 
 def facts(named: Sequence[tuple[str, str]]) -> str:
-    """Names and what they name."""
+    """A list of names with their values."""
     return tag("dl", "".join(tag("dt", escape(name)) + tag("dd", escape(value)) for name, value in named))
 
 

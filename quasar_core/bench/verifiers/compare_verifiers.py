@@ -30,12 +30,12 @@ COMPARED_BITS = (4, 8)
 
 @dataclass(frozen=True)
 class PassFigures:
-    """Milliseconds of passes over SHOWN tokens, the floor of the weights' bytes, how that is known, who multiplies."""
+    """What passes of a model cost on this device."""
 
-    ms: list[float]
-    floor_ms: float | None
-    source: str
-    products: str
+    ms: list[float]  # of passes over SHOWN tokens
+    floor_ms: float | None  # that reading the weights takes; None where the bandwidth is not known
+    source: str  # how the costs are known: when they were measured, or from which verifier they are estimated
+    products: str  # the kernel of the products
 
 
 @dataclass(frozen=True)

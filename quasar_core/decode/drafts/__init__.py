@@ -1,1 +1,1 @@
-"""What a generator drafts from: a drafter for each answer, texts, earlier answers, models that guess."""
+"""The sources of a generator's drafts: texts, earlier answers, draft models; and a drafter for each answer."""

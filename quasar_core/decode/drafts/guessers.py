@@ -1,4 +1,4 @@
-"""Make what guesses for a model drafter: an assistant, the checking model less some blocks, a checkpoint's own head."""
+"""Make the draft model of `--draft`: an assistant, the checking model without some blocks, or an MTP head."""
 
 from collections.abc import Callable
 from typing import Any

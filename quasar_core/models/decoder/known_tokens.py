@@ -1,4 +1,4 @@
-"""Logits of a head that knows some tokens of the vocabulary only. Letters: T rows, R tokens known, V the vocabulary."""
+"""Logits of a short head, which has rows for some tokens only. Letters: T rows, R tokens of the head, V vocabulary."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Where a decoder has the weights of its blocks from: from memory, or fetched for every pass (`streaming.py`)."""
+"""The source of the weights of a decoder's blocks: memory, or files that are read in every pass (`streaming.py`)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class LayerSource(Protocol):
-    """Where the weights of blocks come from."""
+    """Gives a pass the weights of its blocks."""
 
     @property
     def streamed(self) -> str | None:

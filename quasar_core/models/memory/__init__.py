@@ -1,1 +1,1 @@
-"""What a pair takes of a device's memory, and which of its blocks stay there."""
+"""How much of a device's memory a pair takes, and which of its blocks stay there."""

@@ -1,1 +1,1 @@
-"""Verifiers that do less: with a head of some tokens, or with a narrow view of a long text."""
+"""Cheaper verifiers: with a head of some tokens, or with attention to a part of a long text."""

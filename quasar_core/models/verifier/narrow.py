@@ -1,4 +1,4 @@
-"""A verifier that sees the first few and the last positions of a text alone, over the same weights and cache.
+"""A verifier that attends to the first few and the last positions of a text only, over the same weights and cache.
 
 At a long context a verify pass spends its time on keys and values. What a verifier does not see costs agreement, and
 nothing else in `exact`: the target, which confirms, sees everything. The first positions stay, since attention to them

@@ -1,4 +1,4 @@
-"""Make a decoder of another's parts, over caches of the same kind."""
+"""Make a decoder from the parts of another; both take the same caches."""
 
 from collections.abc import Sequence
 
