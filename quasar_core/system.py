@@ -34,7 +34,7 @@ SHORTEST = 0.2  # seconds
 
 @dataclass(frozen=True)
 class Usage:
-    """The cores that this process may use, up to a moment: core-seconds there were, worked, and worked by itself."""
+    """Core-seconds of the cores that this process may use: in all, worked, and worked by this process."""
 
     at: float
     there: float

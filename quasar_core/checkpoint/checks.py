@@ -181,6 +181,6 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """But for the rounding of another dtype."""
+    """Whether two samples are equal but for the rounding of another dtype."""
     least = 1e-3 * float(other.abs().max()) if len(other) else 0.0
     return torch.allclose(one, other, rtol=ROUNDING, atol=least)

@@ -65,7 +65,7 @@ class VerifierCheckpoint:
 
     @property
     def file_layers(self) -> list[str]:
-        """The same by the names in the files, sorted."""
+        """Modules whose weight is packed, by the names in the files, sorted."""
         return sorted(part for parts in self._stored_parts.values() for part in parts)
 
     @property

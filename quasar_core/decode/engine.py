@@ -237,7 +237,7 @@ class Engine:
             self.committed = len(self.tokens)
 
     def _grow(self, draft: Draft) -> Tree:
-        """The draft, and what is worth a row of the pass beside it."""
+        """The tree of a draft and of the branches beside it that are worth a row of the pass."""
         reach = self.max_tokens - len(self.tokens) - 1  # the bonus token needs a place
         if self._branching is None or reach <= 0:
             return Tree(self.tokens[-1], draft)
@@ -245,7 +245,7 @@ class Engine:
         return self._branching.grow(self.tokens[-1], draft, self.drafter, reach, room)
 
     def _verify_tree(self, tree: Tree, drafting_s: float) -> None:
-        """As of a draft alone; the cache keeps the path that the pass's own tokens lead through."""
+        """Verify a tree as a draft alone; the cache keeps the path that the pass's own tokens lead through."""
         assert self._branching is not None
         before, start = self.cache.length, self._now()
         choices = self._passes.verify_tree(self.tokens, tree.tokens, tree.parents)
@@ -311,7 +311,7 @@ class Engine:
     def _learn_from_confirm(
         self, passed: int, tried: Tree, path: Sequence[int], drafting_s: float, pass_s: float
     ) -> None:
-        """What the pass cost; what the target accepts of drafts, those that the verifier checked before among them."""
+        """Learn what the pass cost, and which drafts the target accepts, also of those that the verifier checked."""
         if self._observe:
             self._observe(passed, pass_s)
         if self._checking:
@@ -329,7 +329,7 @@ class Engine:
         return branching.grow(last, draft, self.drafter, reach, room, waiting, survivals)
 
     def _hold(self, choices: Choices) -> Choices:
-        """What was let through stays, whatever the target makes of it; how often they agree is learned."""
+        """Keep what was let through, whatever the target chose there; learn how often the two agree."""
         if not self._passed:
             return choices
         assert self._checking is not None

@@ -154,7 +154,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, what: str = "The prom
 
 @dataclass(frozen=True)
 class Reading:
-    """What of an answer's tokens is its text.
+    """Which of an answer's tokens are text.
 
     Special tokens have none, but for those that are `shown`, and all of them with `special`. With `keeps_stop` what
     ends the answer, a stop string or a token, belongs to its text. No stop string ends with the first `least` tokens.

@@ -52,13 +52,13 @@ class ProposerSettings:
 
 @dataclass(frozen=True)
 class Shared:
-    """What each of several texts has of a pass over all of them: a part of its seconds."""
+    """The cost of a pass for each of several texts: its share of the seconds of a pass over all of them."""
 
     cost: PlacedCost
     texts: int
 
     def at(self, positions: float) -> Cost:
-        """The same where each text has so many positions before it."""
+        """The cost where each text has so many positions before it."""
         here = self.cost.at(positions)
         return lambda tokens: here(self.texts * tokens) / self.texts
 

@@ -48,7 +48,7 @@ class RoundedRows:
 
 
 class Kernel(Protocol):
-    """A way to multiply by packed codes, or by 8-bit floating-point values: select.py gives it what it takes."""
+    """A way to multiply by packed codes or 8-bit floats; `select.py` gives it only layers that it supports."""
 
     name: str
 

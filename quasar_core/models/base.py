@@ -139,7 +139,7 @@ class CausalLM(Protocol):
 
 
 class Begun(Protocol):
-    """A pass that a device runs. It may be left alone: then nothing of it stays."""
+    """A pass that a device runs; until it is fetched its cache stays as it is."""
 
     @property
     def seconds(self) -> float:

@@ -83,7 +83,7 @@ def _hessians(
 def _solve_layers(
     own: Mapping[str, torch.nn.Linear], hessian: torch.Tensor, plans: Plans
 ) -> Iterator[tuple[Path, str, PackedWeight]]:
-    """Solve layers of one Hessian, whose one factor serves all plans."""
+    """Solve layers of one Hessian; one factor serves all plans."""
     options = next(iter(plans.values())).default
     factor = inverse_factor(hessian, column_order(hessian, options.act_order), options.damp, next(iter(own)))
     for folder, plan in plans.items():

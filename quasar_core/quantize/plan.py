@@ -162,7 +162,7 @@ def host_stages(
 
 
 def device_stages(shape: Shape, config: QuantizeConfig, text: TextPlan) -> tuple[int, int, int]:
-    """The same of a GPU's memory."""
+    """Bytes of a GPU's memory in the same stages."""
     writing = text.weights + rows_bytes(shape, config, text) if text.on_device else 0
     batch = batch_bytes(shape, config, True)
     quantizing = block_bytes(shape) + smoothed_bytes(shape, config) + solver_bytes(shape, True) + batch

@@ -51,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_text_config(folder: Path) -> dict[str, Any]:
-    """The same of the text part alone, where the model is multimodal (`text_part.py`)."""
+    """The config.json of the text part alone, where the model is multimodal (`text_part.py`)."""
     return text_part(read_config(folder))
 
 
@@ -70,7 +70,7 @@ def text_entries(folder: Path) -> dict[str, TensorEntry]:
 
 
 def read_text_headers(folder: Path) -> list[TensorEntry]:
-    """The same under those names."""
+    """The headers of a folder's text part, under the names that a text model has."""
     return [replace(entry, name=name) for name, entry in text_entries(folder).items()]
 
 

@@ -90,7 +90,7 @@ def prefixes_of(stored: Iterable[str]) -> Mapping[str, str]:
 
 
 def key_mapping() -> dict[str, str]:
-    """The same for transformers' loading: patterns of names in files, and what stands in their place."""
+    """The prefixes as transformers' loading takes them: patterns of names in files, and what replaces them."""
     changed = [(own, other) for names in PREFIXES for own, other in names.items() if own != other]
     return {f"^{re.escape(other)}": own for own, other in changed}
 

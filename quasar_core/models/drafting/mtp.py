@@ -141,7 +141,7 @@ def over(head: LeanDecoder, model: LeanDecoder) -> LeanDecoder:
 
 
 def share_of_pass(head: LeanDecoder, model: LeanDecoder) -> float:
-    """What a pass of the head reads, of what the model's reads."""
+    """The bytes that a pass of the head reads ÷ those that a pass of the model reads."""
     assert head.joint is not None
     last = bytes_of(model.head)
     own = sum(map(bytes_read, head.layers)) + bytes_of(head.joint.projection)

@@ -51,7 +51,7 @@ def skip_layers(decoder: LeanDecoder, kept: Sequence[int]) -> LeanDecoder:
 
 
 def share_of_weights(decoder: LeanDecoder, kept: Sequence[int]) -> float:
-    """What a pass of the `kept` blocks and the head reads, of what the whole decoder reads."""
+    """The share of the decoder's weights that a pass of the `kept` blocks and the head reads."""
     blocks = [bytes_read(layer) for layer in decoder.layers]
     head = bytes_of(decoder.head)
     return (sum(blocks[i] for i in kept) + head) / (sum(blocks) + head)

@@ -139,7 +139,7 @@ def recurrent_layers(config: PretrainedConfig) -> str | None:
 
 
 def recurrent_layers_of(folder: Path, trust_remote_code: bool = False) -> str | None:
-    """The same of a model's folder."""
+    """What kind of recurrent layers the model of a folder has; None where it has none."""
     return recurrent_layers(read_model_config(folder, trust_remote_code))
 
 

@@ -109,7 +109,7 @@ def tensor_elements(config: DecoderConfig) -> dict[str, int]:
 
 
 def mixture_elements(config: DecoderConfig) -> int:
-    """Of what mixtures have beside their products: numbers that are added to routers' scores, norms, factors."""
+    """Elements of what mixtures have beside products: corrections of routers' scores, norms, factors."""
     if config.mixture is None:
         return 0
     sparse = sum(block.sparse for block in config.blocks)
@@ -119,7 +119,7 @@ def mixture_elements(config: DecoderConfig) -> int:
 
 
 def input_elements(config: DecoderConfig) -> int:
-    """Of the inputs that each block has of its own, and of the numbers that multiply what blocks give."""
+    """Elements of the inputs that each block has of its own, and of the numbers that multiply what blocks give."""
     scalars = config.num_layers if config.blocks_are_scaled else 0
     if not config.inputs_size:
         return scalars
@@ -144,7 +144,7 @@ def replaced_elements(config: DecoderConfig, packed: list[str]) -> int:
 
 
 def rounded_head_bytes(config: DecoderConfig, checkpoint: VerifierCheckpoint) -> int:
-    """Of the head in 8 bits that loading makes of a checkpoint's in more; 0 where it leaves the head as it is."""
+    """Bytes of the head in 8 bits that loading makes of a checkpoint's in more; 0 where it leaves the head as it is."""
     head = head_product(config)
     if head.names[0] in checkpoint.layer_names or not is_rounded(head.rows[0], head.columns, bias=head.bias):
         return 0
@@ -179,7 +179,7 @@ def workspace_bytes(config: DecoderConfig, dtype: torch.dtype, models: int) -> i
 
 
 def logits_bytes(config: DecoderConfig, dtype: torch.dtype, tokens: int) -> int:
-    """Of a pass over so many tokens, in the three places that `workspace_bytes` names."""
+    """Bytes of the logits of a pass over so many tokens, in the three places that `workspace_bytes` names."""
     return tokens * config.vocab_size * (2 * dtype.itemsize + torch.float32.itemsize)
 
 

@@ -119,7 +119,7 @@ class DeviceStream(LayerStream):
 
 
 class DeviceWeights(StreamedWeights):
-    """The same for a device: places in two buffers there, and rooms in pinned memory of the same layout."""
+    """`StreamedWeights` for a device: places in two buffers there, and rooms in pinned memory of the same layout."""
 
     def __init__(
         self, files: TensorFiles, products: Products, dtype: torch.dtype, device: torch.device, link: Link
