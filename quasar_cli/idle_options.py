@@ -130,7 +130,7 @@ def note_idle_options(given: Given, usual: Given) -> None:
 
 
 def _rules(given: Given) -> Iterator[Idle]:
-    """Those of the command that has these options."""
+    """The rules of the command that has these options."""
     if "draft" in given:
         yield from DECODING
     if "draft" in given and "port" not in given:  # a request to a server has a temperature of its own

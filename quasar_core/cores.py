@@ -16,7 +16,7 @@ FAST_CORES = Path("/sys/devices/cpu_core/cpus")  # of Intel's processors with co
 
 
 def fast_cores() -> int | None:
-    """Of the cores that this process may use, how many to compute on; None where the system tells no kinds apart."""
+    """How many of the cores that this process may use to compute on; None where the system tells no kinds apart."""
     if sys.platform == "darwin":
         return _of_mac()
     return _of_linux(usable_cores(), CORES, FAST_CORES)
@@ -28,7 +28,7 @@ def physical_cores(logical: set[int], folder: Path = CORES) -> int:
 
 
 def most_even(capacities: Sequence[int]) -> int:
-    """Of cores with these capacities, how many to use, the fastest first: number × slowest is greatest."""
+    """How many cores of these capacities to use, the fastest first: number × slowest is greatest."""
     falling = sorted(capacities, reverse=True)
     return max(range(1, len(falling) + 1), key=lambda count: (count * falling[count - 1], -count))
 

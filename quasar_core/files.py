@@ -129,7 +129,7 @@ def read_json(path: Path, kind: type[QuasarError] = QuasarError) -> dict[str, An
 
 
 def read_json_if_there(path: Path) -> dict[str, Any] | None:
-    """As `read_json`; None where there is no file."""
+    """The JSON object of a file, as `read_json`; None where there is no file."""
     return read_json(path) if is_file(path) else None
 
 

@@ -62,7 +62,7 @@ class QuasarLM(TemplateLM):  # type: ignore[misc]  # its types are not known whe
 
     @property
     def tokenizer_name(self) -> str:
-        """By which the harness tells its caches apart."""
+        """The name by which the harness tells its caches apart."""
         return self.pair.target_name.replace("/", "__")
 
     @property
@@ -91,7 +91,7 @@ class QuasarLM(TemplateLM):  # type: ignore[misc]  # its types are not known whe
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
-        """Of each continuation: the sum of its tokens' log-probabilities, and whether greedy decoding writes it."""
+        """Each continuation's sum of log-probabilities, and whether greedy decoding writes it."""
         return [self.score(context, continuation) for _, context, continuation in requests]
 
     def score(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:

@@ -54,7 +54,7 @@ class Load:
         return self.others is not None and self.others > BUSY
 
     def describe(self) -> str:
-        """Such as "other programs took 53 % of the cores"."""
+        """The load in words, such as "other programs took 53 % of the cores"."""
         if self.others is None:
             return "how busy the machine was is not known"
         return f"other programs took {100 * self.others:.0f} % of the cores"
@@ -162,7 +162,7 @@ _OF_MAC = {"AdvSIMD": "asimd", "FEAT_DotProd": "asimddp", "FEAT_BF16": "bf16", "
 
 
 def _flags_of_mac() -> frozenset[str]:
-    """Of lines such as `hw.optional.arm.FEAT_BF16: 1`; none on Intel's processors."""
+    """Read lines such as `hw.optional.arm.FEAT_BF16: 1`; none on Intel's processors."""
     try:
         done = subprocess.run(["sysctl", "hw.optional"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -38,7 +38,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """By how much the times of the best quarter differ, at least the two best; infinite for a single one."""
+        """How much the times of the best quarter differ, at least the two best; infinite for a single one."""
         if len(self.samples) < 2:
             return float("inf")
         return self.samples[max(1, len(self.samples) // 4)] / self.samples[0] - 1
@@ -111,7 +111,7 @@ def time_one(
     warm_up: bool = False,
     now: Callable[[], float] = time.perf_counter,
 ) -> Timing:
-    """As `time_in_turn`, of one thing."""
+    """Time one thing, as `time_in_turn` does."""
     return time_in_turn({"": sampler}, seconds, rounds=rounds, warm_up=warm_up, now=now)[""]
 
 

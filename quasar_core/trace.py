@@ -92,7 +92,7 @@ class GrowingOrigins:
         self._steps = self._confirmed = 0  # entries of the logs that are settled
 
     def read(self) -> list[Origin]:
-        """Those of all tokens so far."""
+        """The origins of all tokens so far."""
         if not self._made:
             self._made = [Origin("prompt")] * self._stats.prefill_tokens
         if self._confirms:

@@ -66,7 +66,7 @@ def _plain(kind: type, content: Any, where: str) -> Any:
 
 
 def _build_union(kinds: tuple[Any, ...], content: Any, where: str) -> Any:
-    """By the one kind that fits; where none does, what is wrong within the one that could, else all that could be."""
+    """Build the one kind that fits; else tell what is wrong within the one that could, or name all that could be."""
     wrong: list[str] = []
     for kind in kinds:
         try:

@@ -49,7 +49,7 @@ def margins_table(margins: MarginTable) -> Table:
 
 
 def fidelity_tables(fidelity: FidelityReport) -> list[RenderableType]:
-    """By position, by kind of token, by margin; what an older report does not hold is left out."""
+    """Tables by position, by kind of token, by margin; what an older report does not hold is left out."""
     tables: list[RenderableType] = []
     if fidelity.by_position:
         tables.append(slices_table("By position", "position of the token", fidelity.by_position))

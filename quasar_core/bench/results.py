@@ -162,7 +162,7 @@ class _Asked:
 
 
 def temperatures(run: Run) -> str:
-    """Such as "temperature 0" or "temperatures 0 and 1"."""
+    """The run's temperatures in words, such as "temperature 0" or "temperatures 0 and 1"."""
     shown = [f"{one:g}" for one in run.config.temperatures]
     return f"temperature{'s' if len(shown) > 1 else ''} {' and '.join(shown)}"
 
@@ -208,7 +208,7 @@ class Achieved:
 
     @property
     def share(self) -> float:
-        """Of the tokens."""
+        """The share of tokens that agreed."""
         return self.agreed / self.tokens if self.tokens else 1.0
 
 

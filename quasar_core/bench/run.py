@@ -46,7 +46,7 @@ class Conversation:
 
     @property
     def key(self) -> Key:
-        """As `Row.conversation`."""
+        """What tells conversations apart, as `Row.conversation`."""
         return self.dataset, self.question.question_id, self.repeat, self.arm.name, self.temperature
 
 

@@ -137,7 +137,7 @@ def random_pair(
 
 
 def random_transformers_model(shape: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> TransformersLM:
-    """The same shape in transformers, as it initialises it; UsageError where transformers does not know it."""
+    """A model of the shape in transformers, with its own initial weights; UsageError where it knows no such model."""
     options = {key: value for key, value in shape.items() if key not in ("model_type", "dtype")}
     try:
         config = AutoConfig.for_model(shape["model_type"], **options)

@@ -64,7 +64,7 @@ class Adapter:
         return (weight.float() + (b.float() @ a.float()) * self.scales[name]).to(weight.dtype)
 
     def for_files(self, files: TensorFiles) -> "Adapter":
-        """The same by the names that the weights have in a model's files; QuasarError for one that is not there.
+        """The adapter by the names of the weights in a model's files; QuasarError for one that is not there.
 
         An adapter of a multimodal model's text part may call it as either version of transformers does, or as a text
         model does.
@@ -162,7 +162,7 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int, folder: Path) -> float:
-    """By what the product of a weight's two matrices is multiplied."""
+    """The factor of the product of a weight's two matrices."""
     if config.get("alpha_pattern") or config.get("rank_pattern"):
         raise QuasarError(f"{folder} is no plain LoRA: its ranks or alphas differ by layer.")
     alpha = config.get("lora_alpha")

@@ -102,7 +102,7 @@ class Export:
         return section
 
     def bytes(self) -> int:
-        """Of all tensors, at the most."""
+        """The most bytes that all tensors take."""
         stored = sum(entry.size for entry in read_headers(self.checkpoint.folder))
         return stored + sum(layer.weights * DTYPE.itemsize for layer in self.in_16_bits())
 

@@ -85,11 +85,11 @@ class Config:
 
     @property
     def usual(self) -> Width:
-        """Of layers that no rule names."""
+        """The width of layers that no rule names."""
         return self.bits, self.group_size
 
     def width(self, name: str) -> Width | None:
-        """Of a layer or fused product; the first rule that matches from the name's beginning counts."""
+        """The width of a layer or fused product, by the first rule that matches from the name's beginning."""
         found = next((width for pattern, width in self.dynamic if pattern.match(name)), {})
         return None if found is None else (found.get("bits", self.bits), found.get("group_size", self.group_size))
 
@@ -176,7 +176,7 @@ def judge_sglang(layers: Sequence[StoredLayer], config: Config) -> Verdict:
 
 
 def judge_gptqmodel(layers: Sequence[StoredLayer], config: Config) -> Verdict:
-    """By its kernel in PyTorch, which takes most."""
+    """Whether GPTQModel takes the layers, by its kernel in PyTorch, which takes most."""
     fails = GPTQMODEL_FAILS.get(config.architecture)
 
     def kernel(layer: StoredLayer) -> str | None:
@@ -225,7 +225,7 @@ def _judge(layers: Iterable[StoredLayer], rule: Rule) -> Verdict:
 def _judge_fused(
     layers: Sequence[StoredLayer], config: Config, rule: Rule, asked: Callable[[str], str] = str
 ) -> Verdict:
-    """As the loaders do that fuse: parts of one product must have one width, and the rules must tell it.
+    """Judge as loaders do that fuse layers: parts of a product must have one width, and the rules must tell it.
 
     `asked` gives the name for which they ask the rules.
     """

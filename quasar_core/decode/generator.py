@@ -312,7 +312,7 @@ class Generator:
                 self._note(advice)
 
     def _known_agreement(self) -> RunningAgreement:
-        """As it was measured; without that, a guess, which decoding corrects."""
+        """The agreement as it was measured; without that, a guess, which decoding corrects."""
         fidelity = self.pair.fidelity
         if fidelity is None:
             self._note("exact: the verifier has no margin table: how often the target agrees is learned on the way")

@@ -109,7 +109,7 @@ class Passes:
         return self._pass_tree(self._verifying, text, tokens, parents)
 
     def confirm_tree(self, text: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> Choices:
-        """The same through the target."""
+        """One target pass over a tree, as `verify_tree`."""
         return self._pass_tree(self._target, text, tokens, parents)
 
     def _pass(self, model: CausalLM, text: Sequence[int], offered: Sequence[int]) -> Choices:

@@ -46,7 +46,7 @@ class StepLog:
         )
 
     def let_through(self, count: int) -> None:
-        """So many tokens at the window's beginning were committed behind the last step."""
+        """Log that so many tokens at the window's beginning were committed behind the last step."""
         log = self._stats.step_log
         log[-1] = replace(log[-1], let_through=count)
 

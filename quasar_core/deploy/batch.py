@@ -46,7 +46,7 @@ class ProposerSettings:
         return build(cls, section, SECTION)
 
     def config(self) -> GenerationConfig:
-        """As `quasar generate` would have it; UsageError for what cannot be."""
+        """The config of `quasar generate`; UsageError for what cannot be."""
         return GenerationConfig(draft=self.draft, draft_from=self.draft_from, window=self.window)
 
 
@@ -114,7 +114,7 @@ class Decisions:
         self._known(texts)[1].observe(max(round(rows / texts), 1), seconds / texts)
 
     def _known(self, texts: int) -> tuple[Checking, LiveCost]:
-        """Of numbers of texts between two powers of two, one."""
+        """The number that stands for all numbers of texts between two powers of two."""
         size = 1 << (texts - 1).bit_length()
         if size not in self._by_texts:
             target = LiveCost(Shared(self._target, size))
@@ -201,7 +201,7 @@ class Batch:
 
 
 def _likely(row: int, texts: dict[int, Ahead]) -> list[int]:
-    """The same row first."""
+    """Rows in the order in which they may hold the text: its own row first."""
     return sorted(texts, key=lambda other: other != row)
 
 

@@ -30,7 +30,7 @@ class AutoDrafter(Drafter):
             drafter.forget(count)
 
     def alternatives(self, draft: Sequence[int]) -> list[list[int]]:
-        """Those of the first drafter that knows some."""
+        """The alternatives of the first drafter that knows some."""
         found = (drafter.alternatives(draft) for drafter in self.drafters)
         return next((rows for rows in found if rows), [])
 

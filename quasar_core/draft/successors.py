@@ -120,7 +120,7 @@ def _of_length(
 def _best_of_each(
     rows: NDArray[np.int64], tokens: NDArray[np.int64], sums: NDArray[np.float64], counts: NDArray[np.int64]
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Of each row the WIDTH tokens of the largest sums, and those sums ÷ the row's count."""
+    """The WIDTH tokens of the largest sums in each row, and those sums ÷ the row's count."""
     order = np.lexsort((tokens, -sums, rows))
     rows, tokens, sums = rows[order], tokens[order], sums[order]
     first = np.searchsorted(rows, np.arange(len(counts)))

@@ -103,7 +103,7 @@ def product_saturates() -> bool:
 
 
 def _product_in_float32(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The same, exactly: so many inputs at a time that no sum has more bits than a float's."""
+    """The integer product exactly, in float32: so many inputs at a time that no sum has more bits than a float's."""
     total = torch.zeros(len(rows), len(values), dtype=torch.int32)
     for some, weights in zip(rows.split(_EXACT_INPUTS, 1), values.split(_EXACT_INPUTS, 1), strict=True):
         total += (some.float() @ weights.float().t()).to(torch.int32)

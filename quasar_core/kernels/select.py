@@ -64,7 +64,7 @@ class KernelReport:
 
 
 def packed_kernels(shape: LayerShape) -> tuple[Kernel, ...]:
-    """Those for layers of a kind, in their order."""
+    """The kernels for layers of a kind, in their order."""
     return FLOATING_KERNELS if shape.floating else PACKED_KERNELS
 
 
@@ -100,7 +100,7 @@ def select_kernel(
 
 
 def routed_kernel(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> KernelChoice | None:
-    """Of an expert that tokens choose, the one kernel that recorded passes have for it, where that can run it."""
+    """The one kernel that recorded passes have for an expert that tokens choose, where that can run it."""
     kernel = TritonKernel(tight=True)
     if shape.floating or kernel.why_not(shape, device, dtype):
         return None
@@ -108,7 +108,7 @@ def routed_kernel(shape: LayerShape, device: torch.device, dtype: torch.dtype) -
 
 
 def _fastest(able: Sequence[Kernel], refused: Sequence[str], shape: LayerShape, figures: KernelFigures) -> KernelChoice:
-    """By times that repeat; where some do not, the first in the order, since nothing is known.
+    """Choose by times that repeat; where some do not, the first in the order, since nothing is known.
 
     Kernels that failed while they were measured are left out; where that leaves none, the weight is dequantized.
     """

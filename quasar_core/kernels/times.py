@@ -136,7 +136,7 @@ def _activations(rows: int, shape: LayerShape, device: torch.device, dtype: torc
 
 
 def _time_rows(kernel: Kernel, weights: list[Any], x: torch.Tensor, scale: float, now: Callable[[], float]) -> Timing:
-    """Of a product, after one that is not counted: the first pays for compiling and allocating."""
+    """Time a product, after one that is not counted: the first pays for compiling and allocating."""
     kernel.multiply(x, weights[0])
     sample = _sampler_on_gpu(kernel, weights, x) if x.is_cuda else _sampler_on_cpu(kernel, weights, x, now)
     timing = time_one(lambda: scale * sample(), _SECONDS, now=now)
@@ -263,7 +263,7 @@ def forget_times() -> None:
 
 
 def shape_key(shape: LayerShape) -> str:
-    """Such as 1024x4096-4bit-g128; codes with zeros of their own are a shape of their own, and so are float8 values."""
+    """A key such as 1024x4096-4bit-g128; codes with zeros, and float8 values, have keys of their own."""
     kind = ("" if shape.symmetric else "-asymmetric") + "-floating" * shape.floating
     return f"{shape.in_features}x{shape.out_features}-{shape.bits}bit-g{shape.group_size}{kind}"
 

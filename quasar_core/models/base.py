@@ -65,7 +65,7 @@ class TreeCache(KVCache, Protocol):
     """A cache of a model through which trees pass."""
 
     def keep(self, start: int, nodes: Sequence[int]) -> None:
-        """Of a tree that was passed at `start` keep these nodes, a path, as the positions from `start` on."""
+        """Keep these nodes, a path, of a tree that was passed at `start`, as the positions from `start` on."""
         ...
 
 
@@ -134,7 +134,7 @@ class CausalLM(Protocol):
         raise RuntimeError(f"no trees pass through {type(self).__name__}")
 
     def choose_tree(self, tokens: Sequence[int], parents: Sequence[int], cache: Any, likeliest: int = 0) -> Choices:
-        """The same pass → what `choose` gives."""
+        """One pass over a tree, as `forward_tree` → what `choose` gives."""
         return choose_best(self.forward_tree(tokens, parents, cache), likeliest)
 
 
@@ -186,7 +186,7 @@ class FastPass(Protocol):
     def choose(
         self, tokens: Sequence[int], cache: Any, likeliest: int = 0, *, parents: Sequence[int] | None = None
     ) -> Choices:
-        """The same pass → the best token of each row, its margin, and so many `likeliest` tokens."""
+        """One pass, as `run` → the best token of each row, its margin, and so many `likeliest` tokens."""
         ...
 
 
@@ -214,7 +214,7 @@ def in_rows(tokens: Sequence[int], width: int) -> list[list[int]]:
 
 
 def best_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row of logits [T, V] the best token, of equal ones the first, and its margin → [T] and [T]."""
+    """The best token of each row of logits [T, V], of equal ones the first, and its margin → [T] and [T]."""
     if logits.device.type == "cpu":
         return _best_on_host(logits)
     if chooses_in_triton(logits.device):
@@ -223,7 +223,7 @@ def best_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def likeliest_tokens(logits: torch.Tensor, count: int) -> list[list[int]]:
-    """Of each row of logits [T, V] the tokens of the `count` best, as `Choices` has them, on the host."""
+    """The `count` likeliest tokens of each row of logits [T, V], as `Choices` has them, on the host."""
     check_likeliest(count)
     if logits.device.type == "cpu":
         return [_likeliest_on_host(row, count) for row in logits.numpy()]
@@ -237,7 +237,7 @@ def check_likeliest(count: int) -> None:
 
 
 def likeliest_in_torch(logits: torch.Tensor, count: int) -> torch.Tensor:
-    """The same on the device → int64 [T, count]. Logit and token make one whole number each, so that none are equal."""
+    """The likeliest tokens on the device → int64 [T, count]. Logit and token make one whole number: none are equal."""
     width = logits.shape[-1]
     bits = (logits.float() + 0.0).view(torch.int32)  # −0 becomes 0
     rising = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # whole numbers in the order of their logits

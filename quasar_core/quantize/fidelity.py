@@ -55,7 +55,7 @@ class ReadsInPieces(Protocol):
 
 
 def piece_of(vocabulary: int) -> int:
-    """Of how many tokens logits are held: of fewer where the vocabulary is large."""
+    """How many tokens' logits are held at once: fewer where the vocabulary is large."""
     return max(PIECE, min(LARGEST_PIECE, PIECE_LOGITS // vocabulary))
 
 
@@ -154,7 +154,7 @@ class Tally:
         return self.slices(names, bands)
 
     def by_kind(self, kinds: torch.Tensor) -> list[FidelitySlice]:
-        """By the kind of the token that is predicted; `kinds` [V] are indices into `KINDS`."""
+        """Slices by the kind of the token that is predicted; `kinds` [V] are indices into `KINDS`."""
         return self.slices(list(KINDS), kinds[torch.cat(self.tokens)])
 
 

@@ -42,7 +42,7 @@ class RowsRead(CausalLM):
     """Runs passes over whole rows that the model has read."""
 
     def __init__(self, ends: PreTrainedModel, texts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Of texts [n, T] and what they leave behind the last block [n, T, hidden]."""
+        """Take texts [n, T] and what they leave behind the last block [n, T, hidden]."""
         self._ends, self._form = ends, output_form(ends)
         self._finished = {
             tuple(row.tolist()): hidden[index : index + 1] for rows, hidden in texts for index, row in enumerate(rows)

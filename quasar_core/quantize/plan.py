@@ -263,7 +263,7 @@ def smoothed_bytes(shape: Shape, config: QuantizeConfig) -> int:
 
 
 def block_weights(shape: Shape) -> int:
-    """Of the largest block."""
+    """Weights of the largest block."""
     blocks: dict[str, int] = {}
     for name, (out, columns) in shape.layers.items():
         if name != HEAD:

@@ -27,7 +27,7 @@ class Asked:
     hidden: bool = False
 
     def from_row(self, begin: int) -> "Asked":
-        """The same for the rows from that one on."""
+        """What is asked of the rows from that one on."""
         return replace(self, counted=max(self.counted - begin, 0))
 
 

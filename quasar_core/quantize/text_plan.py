@@ -66,7 +66,7 @@ class TextPlan:
         return DTYPES[self.dtype].itemsize
 
     def describe(self) -> str:
-        """Such as "by quasar's own decoder in bfloat16"."""
+        """The plan in words, such as "by quasar's own decoder in bfloat16"."""
         if self.copy_bits is not None:
             copy = f"a copy of the model's own, its layers rounded to {self.copy_bits} bits"
             return f"by {copy}, in {self.dtype}, since {NO_ROOM}"

@@ -50,7 +50,7 @@ class WholeRun:
         self._taken: dict[str, float] = {}  # seconds of those that are over
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """As a Progress."""
+        """Take the progress of a stage, as `Progress`."""
         self._progress(stage, done, total)
         part = next((name for name in self._expected if stage.startswith(name)), None)
         if part is None:

@@ -104,7 +104,7 @@ def _token(shape: Shape) -> float:
 
 
 def _attention(shape: Shape, length: int) -> float:
-    """Of a token that attends to so many."""
+    """Multiply-adds of a token that attends to so many."""
     return 2 * length * sum(columns for name, (_, columns) in shape.layers.items() if name.endswith("o_proj"))
 
 

@@ -67,7 +67,7 @@ class Common:
     reading: Reading
 
     def rules(self, prompt_ids: Sequence[int]) -> list[TokenRule]:
-        """Those of penalties and biases, for an answer behind the prompt."""
+        """The rules of penalties and biases, for an answer behind the prompt."""
         rules: list[TokenRule] = []
         if self.presence or self.frequency:
             rules.append(WrittenPenalty(len(prompt_ids), self.presence, self.frequency))

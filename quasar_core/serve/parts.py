@@ -18,7 +18,7 @@ class Part:
 
 
 def join_parts(parts: Iterable[Part]) -> list[Part]:
-    """The same with texts of one kind that follow one another made one."""
+    """Join texts of one kind that follow one another."""
     joined: list[Part] = []
     for part in parts:
         if joined and part.call is None and joined[-1].kind == part.kind:

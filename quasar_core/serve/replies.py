@@ -126,11 +126,11 @@ class OldLogprobs:
         self._served, self._top, self._offset = served, top, 0
 
     def first(self, token: int) -> dict[str, Any]:
-        """Of the first token of an echoed prompt, which nothing predicts."""
+        """The lists of the first token of an echoed prompt, which nothing predicts."""
         return self._lists([(token, None, None)])
 
     def of(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
-        """Of tokens with scores."""
+        """The lists of tokens with scores."""
         return self._lists([(score.token, score.logprob, self._best(score)) for score in scores])
 
     def _best(self, score: TokenScore) -> dict[str, float] | None:

@@ -317,13 +317,13 @@ def _count_identical(answers: _Answers, vanilla: _Answers) -> int:
 
 
 def _agreement(answers: _Answers, vanilla: _Answers) -> Agreement:
-    """Of the first turns: what follows another answer has another prompt."""
+    """How far first turns agree with vanilla's: what follows another answer has another prompt."""
     pairs = _pairs(answers, vanilla)
     return agreement((ours.token_ids[0], theirs.token_ids[0]) for ours, theirs in pairs)
 
 
 def _speedups(answers: _Answers, vanilla: _Answers) -> tuple[Estimate | None, Estimate | None, Estimate | None]:
-    """By question, in total, and of whole answers; over the questions on which both arms took at least one step."""
+    """Speedups by question, in total, and of whole answers, over the questions on which both arms took a step."""
     decoding, whole = paired_yields(answers, vanilla), paired_yields(answers, vanilla, whole=True)
     if not len(decoding[0]):
         return None, None, None

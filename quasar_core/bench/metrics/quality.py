@@ -28,7 +28,7 @@ class Agreement:
 
 
 def agreement(pairs: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Agreement:
-    """Of texts beside the target's own, as token ids."""
+    """Compare texts with the target's own, as token ids."""
     equal = tokens = 0
     firsts = []
     for ours, theirs in pairs:

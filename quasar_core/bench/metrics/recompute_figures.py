@@ -239,7 +239,7 @@ def pairs(rows: Rows, arm: str) -> list[tuple[Rows, Rows]]:
 
 
 def answer_yields(both: Sequence[tuple[Rows, Rows]]) -> Yields:
-    """As `yields`, with what the prompt's pass gave and took."""
+    """Tokens and seconds as of `yields`, with those of the prompt's pass."""
     timed = [(_all_tokens(a), _all_seconds(a), _all_tokens(b), _all_seconds(b)) for a, b in both]
     return [one for one in timed if all(one)]
 

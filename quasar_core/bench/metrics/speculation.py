@@ -14,7 +14,7 @@ MARGIN_EDGES = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # nats
 
 @dataclass(frozen=True)
 class Share:
-    """So many of a `total`; `name` is what they have in common."""
+    """A count of a `total`; `name` says what is counted."""
 
     name: str
     count: int
@@ -46,7 +46,7 @@ class Speculation:
 
 
 def speculation(answers: Sequence[Stats], drafter: str = "ngram") -> Speculation:
-    """Of several answers; `drafter` names the drafts of steps that name none."""
+    """The speculation of several answers; `drafter` names the drafts of steps that name none."""
     steps = [step for stats in answers for step in stats.step_log]
     confirms = sum(stats.confirms for stats in answers)
     confirmed = sum(stats.new_tokens - stats.prefill_tokens for stats in answers if stats.confirms)
@@ -127,6 +127,6 @@ def refused_by_margin(answers: Iterable[Stats]) -> list[Share]:
 
 
 def _ranges(edges: Sequence[float]) -> list[str]:
-    """Such as "0–32", "32–64" and "from 64"."""
+    """Names of ranges, such as "0–32", "32–64" and "from 64"."""
     pairs = zip((0, *edges), edges, strict=False)
     return [*(f"{low:g}–{high:g}" for low, high in pairs), f"from {edges[-1]:g}"]

@@ -99,7 +99,7 @@ class _FirstToken(StoppingCriteria):
 
 
 def left_out_processors(names: list[str], use: bool, ignore_eos: bool) -> list[str]:
-    """Of the model's own, which `generate` applies: all unless `use`, or those of an end of text that is ignored."""
+    """The model's own processors to leave out: all unless `use`, else those of an end of text that is ignored."""
     return [name for name in names if not use or (ignore_eos and OPTIONS[name].needs_eos)]
 
 

@@ -32,7 +32,7 @@ class ShownTrace:
     tokens: list[TracedToken]
 
     def to_dict(self) -> dict[str, Any]:
-        """As the page's script reads it: each token flat."""
+        """The JSON form that the page's script reads, each token flat."""
         tokens = [{"text": token.text, "refused": token.refused, **asdict(token.origin)} for token in self.tokens]
         return {"name": self.name, "about": self.about, "verify": self.verify, "tokens": tokens}
 

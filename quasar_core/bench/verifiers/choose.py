@@ -51,7 +51,7 @@ class Body:
         return replace(base, **widths, group_size=self.group_size, lm_head_bits=head)
 
     def describe(self) -> str:
-        """Such as "8 bits in groups of 128"."""
+        """The codes in words, such as "8 bits in groups of 128"."""
         bits = f"{self.bits:g} bits{' by layer' if self.mixed else ''}"
         return f"{bits} in {'whole rows' if self.group_size == -1 else f'groups of {self.group_size}'}"
 
@@ -81,7 +81,7 @@ class Row:
         return Body(self.bits, self.group_size)
 
     def describe(self) -> str:
-        """Such as "8 bits in groups of 128, head 8"."""
+        """The candidate in words, such as "8 bits in groups of 128, head 8"."""
         return f"{self.body.describe()}, head {self.head}"
 
 
@@ -155,7 +155,7 @@ def advice(choice: Choice) -> list[str]:
 
 
 def _best_of_bodies(rows: Sequence[Row]) -> list[Row]:
-    """Of each codes of the blocks the fastest."""
+    """The fastest row of each body."""
     found: dict[Body, Row] = {}
     for row in rows:  # the fastest first
         found.setdefault(row.body, row)
@@ -256,7 +256,7 @@ class Search:
 
     @property
     def best(self) -> Row:
-        """Of those that were tried."""
+        """The fastest of the rows that were tried."""
         return max((row for row in self.rows.values() if row.agreement is not None), key=lambda row: row.rate)
 
     def _solve(self, bodies: Sequence[Body]) -> None:

@@ -149,7 +149,7 @@ class _Comparer:
         self.target_bytes = weight_bytes(self.config, self.dtype.itemsize) if self.config else None
 
     def figures(self, cost: PassCost, size: int | None, source: str, products: str) -> PassFigures:
-        """Of a pass that reads `size` bytes of weights."""
+        """Figures of passes that read `size` bytes of weights."""
         floor = None if size is None else 1000 * size / self.bandwidth
         return PassFigures([1000 * cost(tokens) for tokens in SHOWN], floor, source, products)
 
@@ -201,7 +201,7 @@ class _Comparer:
         return total
 
     def _code_bytes(self, bits: int, group_size: int) -> int:
-        """Of all blocks in a width."""
+        """Bytes of the codes of all blocks in a width."""
         return sum(layer_bytes(product.columns, sum(product.rows), bits, group_size) for product in self.blocks)
 
     def _verifier_bytes(self, checkpoint: VerifierCheckpoint) -> int | None:

@@ -74,7 +74,7 @@ class StreamedTarget:
     def of(
         cls, folder: Path, dtype: torch.dtype, context: int, moves_all: bool, max_memory: int | None
     ) -> "StreamedTarget":
-        """As decoding will plan it, with --offload target or within what is allowed or free."""
+        """The target as decoding will plan it: with --offload target, or within the memory that is allowed or free."""
         config = tied_as_stored(DecoderConfig.parse(read_text_config(folder)), TensorFiles(folder))
         need = pair_need(folder, None, dtype)
         assert need is not None
@@ -90,11 +90,11 @@ class StreamedTarget:
         return f"Chosen for decoding within {room}: {moved} read from the disk at each confirm."
 
     def plan(self, codes: int) -> OffloadPlan | None:
-        """Of a verifier of so many bytes; None where all stays. UsageError where what was allowed does not hold it."""
+        """The plan beside a verifier of so many bytes; None where all stays. UsageError for too small an allowance."""
         return plan_within(self.movable, replace(self.need, verifier=codes), self.tokens, self.budget, self.moves_all)
 
     def share(self, codes: int) -> float | None:
-        """Of the blocks that are streamed beside a verifier, counted as a stream does; None where it does not fit."""
+        """The share of blocks that are streamed beside a verifier, as a stream counts; None where it does not fit."""
         try:
             plan = self.plan(codes)
         except UsageError:

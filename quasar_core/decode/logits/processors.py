@@ -200,7 +200,7 @@ def _apply_by_row(process: library.LogitsProcessor, text: torch.Tensor, logits: 
 
 
 def _apply_at_once(process: library.LogitsProcessor, text: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """The same in one call: shorter texts repeat their last token, to what looks at no length the same."""
+    """One processor on all rows in one call: shorter texts repeat their last token, as it looks at no length."""
     rows = torch.arange(len(logits), device=text.device)[:, None]
     last = len(text) - len(logits) + rows
     places = torch.arange(len(text), device=text.device)[None].minimum(last)

@@ -90,7 +90,7 @@ class Chosen:
 
     @property
     def key(self) -> str:
-        """Such as avx512+avx512_vnni: what is compiled alike has the same."""
+        """A name such as avx512+avx512_vnni: what is compiled alike has the same."""
         return "+".join([self.form.name, *self.extras])
 
     @property
@@ -109,7 +109,7 @@ def chosen() -> Chosen:
 
 @cache
 def _chosen(asked: str, _has: frozenset[str], _machine: str) -> Chosen:
-    """As `chosen`, found out once for each processor: it is asked for at every call of a kernel."""
+    """The form of `chosen`, found out once for each processor, as every call of a kernel asks for it."""
     if not asked:
         return _with_extras(*_best())
     form = find_form(asked)

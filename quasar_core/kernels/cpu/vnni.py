@@ -114,7 +114,7 @@ def _possible_groups(group_size: int) -> list[int]:
 
 
 def _group(in_features: int, group_size: int, bits: int) -> int:
-    """Of these the one that takes the fewest bytes, headers and what fills up the last group included."""
+    """The possible group that takes the fewest bytes, headers and what fills up the last group included."""
 
     def size(group: int) -> int:
         return -(-in_features // group) * (_HEADER + group * BLOCK * bits // 8)

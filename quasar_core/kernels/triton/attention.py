@@ -324,7 +324,7 @@ def _write_new(
 
 @triton.jit
 def _family_in_window(token, count, window, depths_ptr, families_ptr):
-    """Of each token int32 bits: of the nodes that it sees, and the sign's for the text before the tree."""
+    """The int32 bits of each token: of the nodes that it sees, and the sign's for the text before the tree."""
     node = tl.arange(0, MOST_NODES)
     depth = tl.load(depths_ptr + node, mask=node < count, other=0).to(tl.int32)
     behind = _steps_behind(token, count, depths_ptr, True)[:, None] - depth[None, :]
@@ -335,7 +335,7 @@ def _family_in_window(token, count, window, depths_ptr, families_ptr):
 
 @triton.jit
 def _hidden_in_tree(seen, end, position, family, gone):
-    """Of each row of a family in its window the positions that it does not see: all up to `gone`, and from `end` on.
+    """The positions that each row of a family does not see in its window: all up to `gone`, and from `end` on.
 
     A node's number is no less than its depth, so that none up to `gone` is near enough. No node has the bit before the
     sign's.

@@ -23,7 +23,7 @@ _PROGRAMS = 4  # for each multiprocessor: so many fit, and enough bytes are unde
 
 @dataclass(frozen=True)
 class Blocks:
-    """Of a product: outputs and inputs of a program's step, programs that share the inputs, buffered steps."""
+    """Block shapes: outputs and inputs of a program's step, programs that share the inputs, buffered steps."""
 
     outputs: int
     inputs: int
@@ -97,7 +97,7 @@ def why_not_gated(out_features: int) -> str | None:
 
 
 def splits_for(blocks: int, steps: int, device: torch.device) -> int:
-    """So many that all programs run at once and fill the device, each with as many steps as the others."""
+    """How many programs share the inputs: all run at once and fill the device, with as many steps each."""
     return even_splits(steps, max(1, min(_PROGRAMS * multiprocessors(device) // blocks, 16)))
 
 
@@ -119,7 +119,7 @@ def even_splits(steps: int, wanted: int) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; interpreted kernels are given four, so that splitting is tested."""
+    """The GPU's multiprocessors; interpreted kernels are given four, so that splitting is tested."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 

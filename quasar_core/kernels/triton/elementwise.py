@@ -91,7 +91,7 @@ def silu_multiply(gate_up: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def silu_multiply_rounded(gate_up: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
-    """The same as `eight_bit.quantize_rows` makes it: codes [T, I] int8 or float8_e4m3fn, and scales [T] float32."""
+    """silu(gate) · up as `eight_bit.quantize_rows` rounds it: codes [T, I] int8 or e4m3, and scales [T] float32."""
     inner = codes.shape[1]
     _silu_row_kernel[(codes.shape[0],)](
         gate_up,

@@ -33,7 +33,7 @@ class Rotation:
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """As the kernels take them."""
+        """Norms and tables as the kernels take them."""
         return self.norms, self.cos, self.sin
 
     def constants(self, size: int) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class RoutedWeight:
 
 
 def routed_weight(weights: Sequence[torch.Tensor | TritonWeight], chosen: int) -> RoutedWeight:
-    """Of experts' weights, which stay where they are; ValueError where they are not alike."""
+    """The product of experts' weights, which stay where they are; ValueError where they are not alike."""
     if len({_likeness(weight) for weight in weights}) != 1:
         raise ValueError("the experts' weights are not alike")
     tensors = [weight.words if isinstance(weight, TritonWeight) else weight for weight in weights]

@@ -152,7 +152,7 @@ def _compile(first: Weight, dtype: torch.dtype, shapes: Sequence[Blocks]) -> dic
 
 
 def _other_rows(first: Weight) -> tuple[int, ...]:
-    """Of products that have a kernel for few rows and one for more, those of the second."""
+    """The rows of the second kernel, where a product has one for few rows and one for more."""
     plain = _plain(first)
     if isinstance(plain, TritonWeight):
         return (LONGEST,)
@@ -210,7 +210,7 @@ def _distance(blocks: Blocks, rule: Blocks) -> float:
 
 
 def replay_seconds(launch: Callable[[], None]) -> float:
-    """Of one run of `launch` on the device: the fastest of a few replays of its graph."""
+    """Seconds of one run of `launch` on the device: the fastest of a few replays of its graph."""
     launch()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

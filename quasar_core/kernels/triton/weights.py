@@ -75,7 +75,7 @@ def _is_one_group(in_features: int, group_size: int) -> bool:
 
 
 def words_of_scales(bits: int, has_zeros: bool) -> int:
-    """Of an output in a step: W."""
+    """W, the words of scales of an output in a step."""
     return 16 // bits if has_zeros else 8 // bits
 
 

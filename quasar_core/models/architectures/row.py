@@ -20,7 +20,7 @@ class BlockNorms:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that a block has."""
+        """Names of the norms that a block has."""
         every = (self.before_attention, self.behind_attention, self.before_mlp, self.behind_mlp)
         return tuple(name for name in every if name)
 

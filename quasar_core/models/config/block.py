@@ -83,7 +83,7 @@ def differing_blocks(options: Mapping[str, Any], blocks: Sequence[BlockConfig]) 
 def recurrent_blocks(
     row: Architecture, options: Mapping[str, Any], blocks: Sequence[BlockConfig]
 ) -> tuple[BlockConfig, ...]:
-    """The same, some of them with a state in place of attention."""
+    """The blocks of a recurrent model, some of them with a state in place of attention."""
     assert row.recurrent is not None
     shape, rule, count = read_recurrence(row.recurrent.kind, options), row.recurrent, len(blocks)
     types, attending = options.get("layer_types"), options.get(rule.attends) if rule.attends else None

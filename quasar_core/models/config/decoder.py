@@ -125,7 +125,7 @@ class DecoderConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Of each layer, how many positions it sees, its own included; None is all of them."""
+        """How many positions each layer sees, its own included; None is all of them."""
         return tuple(block.window for block in self.blocks)
 
     @property
@@ -238,7 +238,7 @@ def _is_on(switch: Switch, options: Mapping[str, Any]) -> bool:
 
 
 def _head_sizes_by_type(blocks: Sequence[BlockConfig]) -> tuple[int, int]:
-    """Of full layers and of sliding ones, which rotate by different tables where there are two."""
+    """Head sizes of full layers and of sliding ones, which rotate by different tables where there are two."""
     full = [block.head_size for block in blocks if block.window is None]
     sliding = [block.head_size for block in blocks if block.window is not None]
     return (full or sliding)[0], (sliding or full)[0]

@@ -90,7 +90,7 @@ def _why_not_one(row: Architecture, options: Mapping[str, Any], rope: Mapping[st
 
 
 def _why_not_factors(options: Mapping[str, Any], rope: Mapping[str, Any], part: float) -> str | None:
-    """Of longrope: one positive factor for each frequency."""
+    """What is wrong with longrope's factors: there must be a positive one for each frequency."""
     size = options.get("head_dim") or options["hidden_size"] // options["num_attention_heads"]
     for key in ("short_factor", "long_factor"):
         if len(rope[key]) != int(size * part) // 2 or not all(0 < factor < inf for factor in rope[key]):
@@ -125,7 +125,7 @@ def _flat_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _options_by_type(options: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Of full layers, which alone take the older options of a scaling; and of sliding layers."""
+    """Options of full layers, which alone take the older ones of a scaling; and of sliding layers."""
     given = options.get("rope_parameters") or {}
     full, sliding = (given.get(kind) or {} for kind in LAYER_TYPES)
     return {**full, **(options.get("rope_scaling") or {})}, sliding

@@ -158,7 +158,7 @@ class CpuPass:
         logits: torch.Tensor | None = None,
         parents: Sequence[int] | None = None,
     ) -> Choices:
-        """The same pass → the choices of its rows; `logits` are written where given.
+        """One pass, as `run` → the choices of its rows; `logits` are written where given.
 
         Where logits are [R, V] they, and the choices, are of the last R rows; of all where the cache keeps rows. With
         `parents` the tokens are a tree: each stands behind its parent, and sees its own ancestors alone.
@@ -213,7 +213,7 @@ class CpuPass:
         return ((ctypes.c_void_p * len(places))(*some) for some in zip(*places, strict=True))
 
     def _growth(self, start: int, end: int, depths: Sequence[int] | None) -> torch.Tensor | None:
-        """By what the queries of a pass grow [T], where they do."""
+        """The factors [T] by which the queries of a pass grow, where they do."""
         growth = self.config.query_growth
         if growth is None:
             return None

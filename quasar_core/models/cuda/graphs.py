@@ -31,20 +31,20 @@ class GreedyOutput:
     likeliest: torch.Tensor  # [T, MOST_LIKELIEST] int32: as `Choices` has them, where they were asked for
 
     def first(self, count: int) -> "GreedyOutput":
-        """Of so many tokens."""
+        """The views of the first `count` tokens."""
         likeliest = self.likeliest[:count]
         return GreedyOutput(self.tokens[:count], self.best[:count], self.second[:count], self.accepted, likeliest)
 
 
 @dataclass(frozen=True)
 class TreeInputs:
-    """Of each node of a tree, on the device."""
+    """What a pass is told of each node of a tree, on the device."""
 
     depths: torch.Tensor  # [T] int64: how far below the first it stands
     families: torch.Tensor  # [T] int64: bit i is set where node i is an ancestor of it, or itself
 
     def first(self, count: int) -> "TreeInputs":
-        """Of so many nodes."""
+        """The views of the first `count` nodes."""
         return TreeInputs(self.depths[:count], self.families[:count])
 
 

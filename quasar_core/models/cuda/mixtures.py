@@ -102,7 +102,7 @@ def why_not_routed(decoder: LeanDecoder) -> str | None:
 
 
 def _weight(product: Linear) -> torch.Tensor | TritonWeight | None:
-    """As the kernels take it; None where another kernel has it."""
+    """A product's weight as the kernels take it; None where another kernel has it."""
     if isinstance(product, DenseLinear) and product.bias is None:
         return product.weight
     if isinstance(product, PackedLinear) and product.bias is None and isinstance(product.prepared, TritonWeight):

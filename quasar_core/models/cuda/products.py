@@ -191,13 +191,13 @@ def all_products(layers: Iterable[DecoderLayer]) -> list[Linear]:
 
 
 def gate_products(layers: Iterable[DecoderLayer]) -> list[Linear]:
-    """Those of gates and what they gate: of MLPs, and of experts of every token."""
+    """The products of gates and what they gate: of MLPs, and of experts of every token."""
     mlps = [layer.mlp if layer.experts is None else layer.experts.shared for layer in layers]
     return [mlp[0] for mlp in mlps if mlp is not None]
 
 
 def packed_parts(products: Iterable[Linear]) -> Iterable[PackedLinear]:
-    """Those on packed codes, joined ones part by part."""
+    """The products on packed codes, joined ones part by part."""
     for product in products:
         if isinstance(product, PackedLinear):
             yield product
@@ -206,7 +206,7 @@ def packed_parts(products: Iterable[Linear]) -> Iterable[PackedLinear]:
 
 
 def dense_parts(products: Iterable[Linear]) -> Iterable[DenseLinear]:
-    """Those in 16 or 32 bits, joined ones part by part."""
+    """The products in 16 or 32 bits, joined ones part by part."""
     for product in products:
         if isinstance(product, DenseLinear):
             yield product

@@ -138,7 +138,7 @@ def _lower_right(count: int, end: int) -> torch.Tensor:
 def _attend_capped(
     queries: torch.Tensor, states: torch.Tensor, mask: AttentionMask, scale: float, cap: float
 ) -> torch.Tensor:
-    """The same with scores of cap · tanh(score ÷ cap), which no fused kernel of PyTorch's has (Gemma 2)."""
+    """Attend with scores of cap · tanh(score ÷ cap), which no fused kernel of PyTorch's has (Gemma 2)."""
     keys, values = states[:, :, mask.first : mask.end].unbind()
     count, _, size = queries.shape
     groups = queries.view(count, keys.shape[0], -1, size)

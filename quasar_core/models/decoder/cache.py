@@ -68,7 +68,7 @@ class DecoderCache(PromptLength):
         self._stand_at(self._length + count)
 
     def keep(self, start: int, nodes: Sequence[int]) -> None:
-        """Of a tree that was passed at `start` keep these nodes, a path, as the positions from `start` on."""
+        """Keep these nodes, a path, of a tree that was passed at `start`, as the positions from `start` on."""
         for place, node in enumerate(nodes):
             if place != node:  # a node lies behind every place before its own
                 for states in self.layers:

@@ -96,7 +96,7 @@ class Experts:
 def route(
     config: MixtureConfig, scores: torch.Tensor, correction: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of scores [T, E] the chosen experts and their shares, both [T, k]."""
+    """Choose experts by scores [T, E] → the chosen ones and their shares, both [T, k]."""
     if config.scores == "chosen":
         best, chosen = scores.topk(config.chosen, dim=-1)
         return chosen, best.softmax(dim=-1) * config.scale

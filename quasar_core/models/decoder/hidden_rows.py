@@ -42,7 +42,7 @@ class HiddenRows:
             self._changed[reader] = min(changed, start)
 
     def keep(self, start: int, nodes: Sequence[int]) -> None:
-        """Of a tree that was passed at `start` keep these nodes, a path, as the positions from `start` on."""
+        """Keep these nodes, a path, of a tree that was passed at `start`, as the positions from `start` on."""
         for place, node in enumerate(nodes):
             if place != node:
                 self.values[start + place] = self.values[start + node]

@@ -95,7 +95,7 @@ class DecoderLayer:
 
     @property
     def norms(self) -> tuple[torch.Tensor, ...]:
-        """Those that the block has."""
+        """The norms that the block has."""
         every = (self.input_norm, self.head_norms, self.out_norm, self.mlp_norm, self.down_norm, self.input_out_norm)
         return tuple(norm for norm in every if norm is not None)
 
@@ -110,7 +110,7 @@ class LayerInputs:
     scale: float  # √P as the weights' dtype has it
 
     def __call__(self, tokens: torch.Tensor, hidden: torch.Tensor, eps: float) -> torch.Tensor:
-        """Of T tokens with embeddings [T, in] → [blocks, T, P]."""
+        """The blocks' own inputs [blocks, T, P] of T tokens with embeddings [T, in]."""
         own = embedding(tokens, self.embedding) * self.scale
         projected = (self.projection(hidden) * hidden.shape[-1] ** -0.5).unflatten(-1, (-1, len(self.norm)))
         mixed = (normed(projected, self.norm, eps) + own.view_as(projected)) * 2**-0.5
@@ -126,6 +126,6 @@ class Joint:
     projection: Linear  # 2·in → in, of the embedding and the row beside one another
 
     def __call__(self, embedded: torch.Tensor, given: torch.Tensor, eps: float) -> torch.Tensor:
-        """Of embeddings and rows [T, in] → [T, in]."""
+        """Join embeddings and rows, both [T, in] → [T, in]."""
         both = normed(embedded, self.embedding_norm, eps), normed(given, self.rows_norm, eps)
         return self.projection(torch.cat(both, dim=-1))

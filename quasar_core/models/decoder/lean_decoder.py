@@ -283,7 +283,7 @@ class LeanDecoder(CausalLM):
             cache.rows.mark(start, len(hidden))
 
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of the residual stream [T, in] behind the last block → float32 logits [T, V]."""
+        """Float32 logits [T, V] of the residual stream [T, in] behind the last block."""
         logits = self.logits(self.head(self._normed(hidden, self.norm))).float()
         return logits if self.head_tokens is None else spread(logits, self.head_tokens, self.vocab_size)
 
@@ -382,7 +382,7 @@ class LeanDecoder(CausalLM):
         return Turn(config.num_heads, config.head_norms, layer.head_norms, rope, config.eps, layer.shares)
 
     def _mlp(self, layer: DecoderLayer, x: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Of x, the residual stream [T, in] behind a norm; experts beside an MLP read the stream itself."""
+        """What the MLP adds for x, the normed residual stream [T, in]; experts beside an MLP read the stream itself."""
         config, experts = self.config, layer.experts
         if experts is not None and experts.beside is None:
             return experts(x, config.activation)

@@ -62,7 +62,7 @@ def block_products(config: DecoderConfig, index: int) -> dict[str, Product]:
 
 
 def mlp_products(config: DecoderConfig, index: int, inner: int) -> tuple[Product, Product]:
-    """Of a block's MLP: gates and what they gate, and down."""
+    """The products of a block's MLP: gates and what they gate, and down."""
     hidden, names, mlp, product = config.hidden_size, config.names, config.names.mlp, partial(_product, index)
     up = product(f"{mlp}.{names.gate} {mlp}.{names.up}", (inner, inner), hidden, config.mlp_bias)
     if "gate_up" in config.fused:
@@ -118,7 +118,7 @@ class MixtureProducts:
 
     @property
     def of_experts(self) -> tuple[Product, ...]:
-        """Those that may be quantized."""
+        """The products that may be quantized."""
         return (*self.gate_up, *self.down)
 
 

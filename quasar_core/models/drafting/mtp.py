@@ -132,7 +132,7 @@ def _own_tensors(names: HeadNames, files: TensorFiles) -> Sequence[str]:
 
 
 def over(head: LeanDecoder, model: LeanDecoder) -> LeanDecoder:
-    """The same head with the last product of one of its models, and with that model's passes."""
+    """The head over another model: with that one's last product and its passes."""
     own = LeanDecoder(head.config, head.embedding, head.layers, head.norm, model.head, head.ropes, joint=head.joint)
     if saved_bytes(model):
         compress([own], True)

@@ -82,7 +82,7 @@ def bytes_of(product: Linear) -> int:
 
 
 def expected_speed(agreement: float, ratio: float) -> float:
-    """Of drafts whose tokens are right so often and cost `ratio` passes each, tokens a pass, at the best length."""
+    """Tokens a pass at the best length of drafts whose tokens are right so often and cost `ratio` passes each."""
     lengths = range(MOST_DRAFTED + 1)
     return max(sum(agreement**i for i in range(k + 1)) / (1 + k * ratio) for k in lengths)
 

@@ -33,14 +33,14 @@ class Rotation:
 
     @classmethod
     def of(cls, module: Any, layer_type: str | None, kind: str) -> "Rotation":
-        """As the module's config has it."""
+        """The rotation as the module's config has it."""
         config = module.config
         parameters = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
         longest = module.original_max_seq_len if kind == "dynamic" else parameters["original_max_position_embeddings"]
         return cls(module, layer_type, kind, int(longest), config)
 
     def frequencies(self, length: int) -> torch.Tensor:
-        """Of a text of `length` tokens, in radians per position."""
+        """The frequencies of a text of `length` tokens, in radians per position."""
         if length <= self.limit:
             trained: torch.Tensor = getattr(self.module, self._named("original_inv_freq"))
             return trained.to(self._buffer.device)

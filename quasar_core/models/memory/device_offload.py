@@ -46,7 +46,7 @@ from quasar_core.store.model_config import read_text_config
 
 @dataclass(frozen=True)
 class DeviceBudget(Budget):
-    """Of a GPU's memory."""
+    """The budget of a GPU's memory."""
 
     flag: ClassVar[str] = "--max-device-memory"
 
@@ -133,7 +133,7 @@ def device_budget(device: torch.device, max_device_memory: int | None) -> Device
 def plan_within_device(
     movable: Movable, need: MemoryNeed, tokens: int, budget: DeviceBudget, moves_all: bool
 ) -> DevicePlan:
-    """As few blocks are streamed as lets the pair fit with a cache of so many tokens; raises as `plan_on_device`."""
+    """Stream as few blocks as let the pair fit with a cache of so many tokens; raises as `plan_on_device`."""
     whole, sizes = need.total(tokens), movable.sizes
     moved = sorted(sizes) if moves_all else fewest_to_move(sizes, whole - budget.room)
     found = movable.plan(moved, whole)

@@ -99,7 +99,7 @@ class OffloadPlan:
         return None
 
     def within(self, context: int) -> "OffloadPlan":
-        """The same for texts of at most so many tokens; where memory holds them it bounds no text."""
+        """The plan for texts of at most so many tokens; where memory holds them it bounds no text."""
         return replace(self, longest=None) if self.longest is not None and self.longest >= context else self
 
     def _describe_longest(self) -> str:
@@ -130,7 +130,7 @@ class Movable:
         return OffloadPlan(streamed, self.count, whole - saved_bytes(self.sizes, moved), self.copy, kept)
 
     def compressed(self, copy: CompressedCopy) -> "Movable":
-        """The same, from a copy."""
+        """The products as a copy in 12 bits has them."""
         return replace(self, copy=copy)
 
 
@@ -230,7 +230,7 @@ def all_in_memory(movable: Movable, need: MemoryNeed, tokens: int) -> int:
 
 
 def plan_to_fit(movable: Movable, need: MemoryNeed, tokens: int, budget: Budget) -> OffloadPlan | None:
-    """As few blocks are streamed as lets the pair fit; None where all may stay as they are stored.
+    """Stream as few blocks as let the pair fit; None where all may stay as they are stored.
 
     Where all that can be is streamed and that is not enough, a budget that was asked for is a UsageError; one that was
     estimated is tried.

@@ -54,7 +54,7 @@ SIZES = ("taps", "key_heads", "value_heads", "key_size", "value_size", "channels
 
 
 def contiguous(state: State) -> State:
-    """The same numbers one behind the other: the state in front of a text takes no memory."""
+    """The state with its numbers one behind the other: that in front of a text takes no memory."""
     matrices = state.matrices
     return State(state.window.contiguous(), None if matrices is None else matrices.contiguous())
 

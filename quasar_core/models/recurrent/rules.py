@@ -36,7 +36,7 @@ class Recurrence:
 
     @property
     def weights(self) -> tuple[torch.Tensor, ...]:
-        """Those that there are."""
+        """The rule's weights that there are."""
         every = (self.taps, self.bias, self.fading, self.step_bias, self.passed_by, self.norm)
         return tuple(weight for weight in every if weight is not None)
 

@@ -52,7 +52,7 @@ class Inputs:
         return Inputs(self.channels[tokens], self.rates[tokens])
 
     def copy(self) -> "Inputs":
-        """The same in memory of its own, as a part of a long pass would keep all of it."""
+        """A copy in memory of its own, as a part of a long pass would keep all of it."""
         return Inputs(self.channels.clone(), self.rates.clone())
 
     @property

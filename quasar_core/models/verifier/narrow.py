@@ -30,7 +30,7 @@ def why_not_narrow(verifier: CausalLM) -> str | None:
 
 
 def narrowed(verifier: LeanDecoder, sinks: int = SINKS, seen: int = SEEN) -> LeanDecoder:
-    """The same verifier, whose layers see so many positions at the text's beginning, and so many at its end."""
+    """The verifier with layers that attend to `sinks` positions at the text's beginning and `seen` at its end."""
     blocks = tuple(_narrow(block, sinks, seen) for block in verifier.config.blocks)
     layers = [replace(layer, shape=block) for layer, block in zip(verifier.layers, blocks, strict=True)]
     narrow = with_layers(verifier, replace(verifier.config, blocks=blocks), layers)

@@ -37,7 +37,7 @@ def why_not_short(verifier: CausalLM, rows: int) -> str | None:
 
 
 def short_headed(verifier: LeanDecoder, tokens: torch.Tensor) -> LeanDecoder:
-    """The same verifier with a head of these tokens [R], rising, and the C++ pass."""
+    """The verifier with a head of these tokens [R], rising, and the C++ pass."""
     return _with_head(verifier, _picked(verifier.head, tokens), tokens.int())
 
 

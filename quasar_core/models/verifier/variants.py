@@ -10,12 +10,12 @@ from quasar_core.models.decoder.lean_decoder import LeanDecoder
 
 
 def with_layers(decoder: LeanDecoder, config: DecoderConfig, layers: Sequence[DecoderLayer]) -> LeanDecoder:
-    """The same decoder with other switches in its layers; no fast pass yet."""
+    """The decoder with other switches in its layers; no fast pass yet."""
     return _of_parts(decoder, config, layers, decoder.head, decoder.head_tokens)
 
 
 def with_head(decoder: LeanDecoder, head: Linear, tokens: torch.Tensor) -> LeanDecoder:
-    """The same decoder with a head [R, in] of some tokens [R] int32; no fast pass yet."""
+    """The decoder with a head [R, in] of some tokens [R] int32; no fast pass yet."""
     return _of_parts(decoder, decoder.config, decoder.layers, head, tokens)
 
 

@@ -94,7 +94,7 @@ class CudaQueue:
 
 
 class PlainQueue:
-    """Of a device on which all is done when it is asked for."""
+    """The queue of a device on which all is done when it is asked for."""
 
     @torch.inference_mode()
     def copy(self, place: torch.Tensor, source: torch.Tensor) -> None:
@@ -126,7 +126,7 @@ class PinnedMemory:
 
 
 def _pinning(device: torch.device) -> Callable[[torch.Tensor], Undo]:
-    """By CUDA's runtime."""
+    """Pin memory by CUDA's runtime."""
 
     def pin(memory: torch.Tensor) -> Undo:
         address = memory.data_ptr()

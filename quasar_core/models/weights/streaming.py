@@ -261,7 +261,7 @@ class Room:
         self._buffer, self._used = buffer, 0
 
     def take(self, size: int) -> torch.Tensor:
-        """So many bytes, from a place on that kernels like."""
+        """Take so many bytes of the room, from an aligned place on."""
         begin, self._used = self._used, self._used + _aligned(size)
         return self._buffer[begin : begin + size]
 
@@ -271,12 +271,12 @@ def _own_room(size: int) -> torch.Tensor:
 
 
 def weight_bytes(product: Product, dtype: torch.dtype) -> int:
-    """Of a product's weight in memory."""
+    """Bytes of a product's weight in memory."""
     return sum(product.rows) * product.columns * dtype.itemsize
 
 
 def buffer_bytes(products: Sequence[Product], dtype: torch.dtype, copy: CompressedCopy | None = None) -> int:
-    """Of the weights of products in a buffer, one behind the other; of a copy, theirs there."""
+    """Bytes of the weights of products in a buffer, one behind the other, or as a copy holds them."""
     if copy is not None:
         return sum(_aligned(size) for product in products for size in copy.part_sizes(product))
     return sum(_aligned(weight_bytes(product, dtype)) for product in products)

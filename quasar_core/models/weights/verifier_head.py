@@ -52,7 +52,7 @@ def group_of(columns: int) -> int:
 
 
 def rounded_bytes(vocabulary: int, columns: int) -> int:
-    """Of codes and scales of a head [V, D]."""
+    """Bytes of codes and scales of a head [V, D]."""
     return vocabulary * (columns + 2 * columns // group_of(columns))
 
 

@@ -102,7 +102,7 @@ class _Smoothed:
             replace_weight(self.layers[layer], weight)
 
     def full_weights(self) -> dict[str, torch.Tensor]:
-        """By the layers' full names."""
+        """The weights in float32, by the layers' full names."""
         return {f"{self.name}.{layer}": weight for layer, weight in self.weights.items()}
 
     def _smooth_norm(self, norm: str, readers: Sequence[str], sample: InputSample) -> None:

@@ -46,7 +46,7 @@ class GroupSolver(Protocol):
         configs: Mapping[str, SolverConfig],
         correlations: MutableMapping[str, torch.Tensor] | None = None,
     ) -> dict[str, Solution]:
-        """By the layers' full names."""
+        """Solve layers, all by their full names."""
         ...
 
 

@@ -118,7 +118,7 @@ def attends_rows(device: torch.device, dtype: torch.dtype) -> bool:
 def attend_rows(
     queries: torch.Tensor, states: torch.Tensor, first: int, end: int, scale: float | None, cap: float | None
 ) -> torch.Tensor:
-    """As `models/decoder/rows.py` has it, in float32 or bfloat16: queries, scaled, are rounded to their dtype."""
+    """Attend as `models/decoder/rows.py` does, in float32 or bfloat16; scaled queries are rounded to their dtype."""
     queries = queries.contiguous()
     assert states.is_contiguous()
     _, texts, heads, room, size = states.shape

@@ -124,7 +124,7 @@ class Lattice:
         return cls(grid.scales.t().contiguous(), -zeros, 2**grid.bits - 1 - zeros, size)
 
     def with_scales(self, scales: torch.Tensor) -> "Lattice":
-        """The same steps, of other lengths."""
+        """The lattice with other scales for its steps."""
         return replace(self, scales=scales)
 
     def spread(self, values: torch.Tensor, columns: int) -> torch.Tensor:
