@@ -47,6 +47,13 @@ def test_speed_by_hand() -> None:
     assert metrics["vanilla"].speedup_mean == estimate(mean_of_ratios, np.ones((2, 2)), np.ones((2, 2)))
 
 
+def test_speedups_by_hand_where_vanilla_is_slow() -> None:
+    """Vanilla writes a token in two seconds: at a speed of 1, as above, a product would look like a ratio."""
+    arm, vanilla = np.array([[4, 1.0], [3, 1.5]]), np.array([[4, 8.0], [3, 6.0]])
+    assert mean_of_ratios(arm, vanilla) == pytest.approx((4 / 0.5 + 2 / 0.5) / 2)
+    assert ratio_of_totals(arm, vanilla) == pytest.approx((7 / 2.5) / 0.5)
+
+
 def test_speed_of_whole_answers_by_hand() -> None:
     """9 tokens each; with a quarter of a second for each prompt, 7.5 seconds beside 3."""
     metrics = by_arm(make_results())
