@@ -29,6 +29,8 @@ from quasar_core.quantize.estimate import shape_of
 from quasar_core.quantize.plan import (
     Shape,
     activation_bytes,
+    found_bytes,
+    host_stages,
     make_plan,
     packed_bytes,
     refuse_what_cannot_fit,
@@ -128,6 +130,22 @@ def test_the_rows_of_the_lean_decoder_and_its_weights_are_planned(source: Path) 
     assert four.host - two.host == rows * 40 * CONFIG.seq_len + 2 * remembered
     assert two.host > 10**9
     assert quantizing.estimate(str(source), CONFIG, device="cpu").text.why_not_lean is None
+
+
+def test_what_the_target_finds_while_it_writes_by_hand() -> None:
+    """Eight likely tokens of 12 bytes behind each token of the samples; hidden states of the rows that are held out."""
+    text = TextPlan(False, None, "bfloat16", 0, 0)
+    likeliest = 12 * 8 * CONFIG.texts * CONFIG.seq_len
+    hidden = 2 * 32 * CONFIG.fidelity_rows * (GREEDY_LENGTH + CONFIG.seq_len)
+    assert found_bytes(SMALL, CONFIG, text) == likeliest + hidden
+    assert found_bytes(SMALL, CONFIG, replace(text, copy_bits=8)) == 0
+
+
+def test_beside_a_gpu_fidelity_takes_the_weights_that_are_held_and_two_models_hidden_states() -> None:
+    text, whole = TextPlan(False, None, "bfloat16", 0, 0), replace(SMALL, whole_because="it says so")
+    read = 2 * CONFIG.fidelity_rows * (GREEDY_LENGTH + CONFIG.seq_len) * 32 * 2
+    assert host_stages(SMALL, CONFIG, 0, True, text)[2] == read
+    assert host_stages(whole, CONFIG, 0, True, text)[2] == 2 * whole.weights + read
 
 
 def test_the_same_codes_whether_hidden_states_lie_in_memory_or_in_a_file(source: Path) -> None:

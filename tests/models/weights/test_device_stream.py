@@ -14,6 +14,7 @@ import torch
 from helpers.decoder_cases import CASES, CPU, FLOAT, random_tokens, save_model
 from helpers.heard_cuda import hear_cuda
 from helpers.late_device import CHARACTERS, COMPUTES_LATE, COPIES_LATE, Computing, Copying, LateDevice, Reached
+from helpers.streamed import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,10 +48,6 @@ def passes(decoder: LeanDecoder) -> list[torch.Tensor]:
     found = [decoder.pass_prompt(TOKENS[:9], cache, 5)]
     found += [decoder.forward(TOKENS[begin:end], cache) for begin, end in ((9, 10), (10, 14))]
     return [*found, *(states[:, :, : cache.length].clone() for states in cache.layers)]
-
-
-def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 @pytest.fixture(scope="module")
