@@ -33,10 +33,10 @@ def test_acceptance_by_drafter() -> None:
 
 
 def test_tokens_per_step_by_position() -> None:
-    stats = Stats(new_tokens=1 + 4 + 31 + 2, prefill_tokens=1, step_log=[Step(4, 3), Step(40, 30), Step(1, 1)])
-    # The steps begin at 1, 5 and 36; positions from 32 on are another range.
+    stats = Stats(new_tokens=1 + 4 + 27 + 2, prefill_tokens=1, step_log=[Step(4, 3), Step(40, 26), Step(1, 1)])
+    # The steps begin at 1, 5 and 32; positions from 32 on are another range.
     assert [(share.name, share.count, share.total) for share in by_position([stats])] == [
-        ("0–32", 35, 2),
+        ("0–32", 31, 2),
         ("32–64", 2, 1),
     ]
 
