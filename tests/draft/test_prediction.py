@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from quasar_core.draft.base import NO_DRAFT
 from quasar_core.draft.prediction import PredictionDrafter, nearest
+from quasar_core.records import Piece
 
 EXPECTED = list(range(100, 140))
 
@@ -33,6 +34,12 @@ def test_it_is_followed_as_long_as_it_holds() -> None:
     assert drafter_after(EXPECTED[:10]).propose(3).tokens == (110, 111, 112)
     assert drafter_after(EXPECTED).propose(3) == NO_DRAFT
     assert drafter_after([]).propose(2, EXPECTED[:4]).tokens == (104, 105)
+
+
+def test_tokens_that_were_met_add_to_the_beginning() -> None:
+    """So a place that was never lost is surer than one that two tokens were found again by."""
+    assert drafter_after(EXPECTED[:2]).propose(3).pieces == (Piece("prediction", 5, 3),)
+    assert drafter_after([7, 8, 100, 101]).propose(1).pieces[0].sureness == 2
 
 
 def test_one_token_for_another_is_stepped_over() -> None:
