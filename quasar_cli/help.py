@@ -7,6 +7,8 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
+from quasar_core.errors import UsageError
+
 WIDEST, NARROWEST = 80, 32  # columns of a page
 # What stands for a value, by the type that typer names in angle brackets; an argument's own name says it.
 _VALUES = {"str": "TEXT", "list[str]": "TEXT", "int": "N", "float": "NUMBER", "path": "FILE"}
@@ -25,11 +27,11 @@ BARE = {"--trace": "-"}
 def with_values(arguments: list[str]) -> list[str]:
     """Arguments in which an option of `BARE` has its value: the name of a file where one follows, else its own.
 
-    A prompt that follows is no name: it has spaces, or no ending of a few letters.
+    A prompt that follows is no name: it has spaces, or no ending of a few letters. An empty text is meant as a name.
     """
     end = arguments.index("--") if "--" in arguments else len(arguments)
     given = arguments[:end]
-    following = [*given[1:], ""]
+    following = [*given[1:], "--"]
     return [
         f"{word}={BARE[word]}" if word in BARE and not _is_file_name(after) else word
         for word, after in zip(given, following, strict=False)
@@ -37,7 +39,26 @@ def with_values(arguments: list[str]) -> list[str]:
 
 
 def _is_file_name(word: str) -> bool:
-    return re.fullmatch(r"[^\s-]\S*\.[A-Za-z][A-Za-z0-9]{0,4}|\.[A-Za-z]{1,5}", word) is not None
+    return re.fullmatch(r"\s*|[^\s-]\S*\.[A-Za-z][A-Za-z0-9]{0,4}|\.[A-Za-z]{1,5}", word) is not None
+
+
+# What may be an empty text, or is refused where it is used.
+TEXTS = {"PROMPT", "--prompt", "--system", "--stop"}
+TYPED = "quasar.typed"  # in a context: the values as they were typed, by their parameters' names
+
+
+def _refuse_empty(command: Any, ctx: Any, arguments: list[str]) -> None:
+    """UsageError for a value that is empty, as of a variable of the shell that is not set: it names nothing."""
+    if ctx.resilient_parsing:  # completion reads lines that are not finished
+        return
+    typed, _, _ = command.make_parser(ctx).parse_args(args=list(arguments))
+    ctx.meta[TYPED] = typed
+    for parameter in command.get_params(ctx):
+        value = typed.get(parameter.name)
+        name = parameter.metavar if parameter.param_type_name == "argument" else parameter.opts[0]
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if name not in TEXTS and any(isinstance(each, str) and not each.strip() for each in values):
+            raise UsageError(f"{name} must not be empty; see {ctx.command_path} --help.")
 
 
 class _Page:
@@ -54,7 +75,9 @@ class Command(_Page, TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments, options that stand without a value included."""
-        return super().parse_args(ctx, with_values(args))
+        arguments = with_values(args)
+        _refuse_empty(self, ctx, arguments)
+        return super().parse_args(ctx, arguments)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, then the options by their panels."""
@@ -63,6 +86,12 @@ class Command(_Page, TyperCommand):
 
 class Group(_Page, TyperGroup):
     """A command with commands of its own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options before the name of a command."""
+        if args:  # else the page is shown
+            _refuse_empty(self, ctx, args)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options by their panels, then the commands."""

@@ -12,7 +12,7 @@ import typer
 
 from quasar_cli.commands import bench, chat, deploy, doctor, generate, inspect, models, quantize, serve
 from quasar_cli.console import INTERRUPTED, print_error, print_traceback
-from quasar_cli.help import Command, Group, examples
+from quasar_cli.help import TYPED, Command, Group, examples
 from quasar_cli.options import Reporting
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.openmp import sleep_soon
@@ -132,6 +132,12 @@ def _sentence(error: Exception) -> str:
     return f"Internal error: {type(error).__name__}: {what}; run again with -v and report it."
 
 
+# What click says of a value that is no number, and what later versions of typer say.
+_NUMBER = re.compile(
+    r"(?P<flag>--\S+): (?:'(?P<value>.*)' is not a valid|Input should be a valid) (?P<kind>integer|float|number)\b"
+)
+
+
 def _refusal(error: Any) -> str:
     """Click's sentence in our style: one line that begins with the flag, and where to read on."""
     sentence = " ".join(error.format_message().split()).rstrip(".")
@@ -139,5 +145,10 @@ def _refusal(error: Any) -> str:
     if choice := re.match(r"(\S+): '(.*)' is not one of (.*)", sentence):
         flag, value, choices = choice.groups()
         return f"{flag} must be one of {choices.replace(chr(39), '')}, not {value}."
+    if (number := _NUMBER.match(sentence)) and error.ctx:
+        wanted = "a whole number" if number["kind"] == "integer" else "a number"
+        name = number["flag"].removeprefix("--").replace("-", "_")
+        typed = error.ctx.meta.get(TYPED, {}).get(name, number["value"])
+        return f"{number['flag']} must be {wanted}{'' if typed is None else f', not {typed}'}."
     command = error.ctx.command_path if error.ctx else "quasar"
     return f"{sentence}; see {command} --help."

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from quasar_core.checkpoint.checks import check_digest
 from quasar_core.checkpoint.reader import VerifierCheckpoint
@@ -13,6 +14,7 @@ from quasar_core.config import GROUP_CHOICES, LoadOptions, QuantizeConfig
 from quasar_core.decode.logits.processors import read_processors
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, exists, is_folder
+from quasar_core.kernels.select import check_kernel_name
 from quasar_core.kernels.threads import most_threads
 from quasar_core.models.context import UNLIMITED, context_limit
 from quasar_core.models.device import choose_device, choose_dtype
@@ -46,10 +48,12 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
     or no verifier, and QuasarError for a verifier that was made from another target or whose files are damaged, and for
     a pair that a GPU's memory cannot hold.
     """
+    check_kernel_name(options.kernel)
     source, checkpoint = find_pair_files(options)
     if options.draft != "none":
         refuse_drafts(source.label, source.folder, options.trust_remote_code)
     numbers = _choose_numbers(source.folder, options)
+    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)  # refused in a moment, weights take minutes
     digest = [f"digest: {_found(checkpoint, progress)}"] if options.check_digest else []
     room, plan = _plan_memory(source.folder, checkpoint, numbers, options, progress)
     models = load_models(
@@ -67,7 +71,7 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         trust_remote_code=options.trust_remote_code,
         progress=progress,
     )
-    pair = _make_pair(source, checkpoint, models, numbers, options)
+    pair = _make_pair(source, checkpoint, tokenizer, models, numbers, options)
     pair = replace(pair, notes=[*numbers.notes, *digest, *room, *models.notes])
     if options.draft == "mtp":
         head_of(pair)
@@ -125,12 +129,12 @@ def _rounds_head(options: LoadOptions) -> bool:
 def _make_pair(
     source: ModelSource,
     checkpoint: VerifierCheckpoint | None,
+    tokenizer: PreTrainedTokenizerBase,
     models: LoadedModels,
     numbers: _Numbers,
     options: LoadOptions,
 ) -> Pair:
     """The models, and what the folders of both say of them."""
-    tokenizer = load_tokenizer(source.folder, options.trust_remote_code)
     return Pair(
         tokenizer=tokenizer,
         target=models.target,
@@ -209,6 +213,7 @@ def find_pair_files(options: LoadOptions) -> tuple[ModelSource, VerifierCheckpoi
     model, verifier = asked_pair(options.model, options.verifier)
     source = resolve_model(model)
     if options.verify == "full":
+        _refuse_verifier(source)
         return source, None
     refuse_drafts(source.label, source.folder, options.trust_remote_code)
     folder = absolute(Path(verifier)) if verifier else known_verifier(source)
@@ -241,11 +246,16 @@ def _require_target(pair: PairRecord) -> None:
         )
 
 
-def _no_verifier(source: ModelSource, model: str) -> UsageError:
+def _refuse_verifier(source: ModelSource) -> None:
+    """UsageError where a verifier stands in the place of a model."""
     if is_verifier(source.folder):
-        return UsageError(
+        raise UsageError(
             f"{source.label} is a verifier, not a model: give it with --verifier, and its model with --model."
         )
+
+
+def _no_verifier(source: ModelSource, model: str) -> UsageError:
+    _refuse_verifier(source)
     return UsageError(
         f"{source.label} has no verifier yet: make one with `quasar quantize {model}`, or pass --verify full."
     )

@@ -149,7 +149,7 @@ def _parse_temperatures(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--temperature must be numbers separated by commas, not {text or 'empty'}.") from None
+        raise UsageError(f"--temperature must be numbers separated by commas, not {text}.") from None
 
 
 @app.callback()

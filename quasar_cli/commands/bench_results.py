@@ -119,7 +119,7 @@ def _parse_percent(text: str | None) -> float | None:
     except ValueError:
         share = -1.0
     if not 0 <= share < 1:
-        raise UsageError(f"--max-regression must be a percentage such as 5%, not {text or 'empty'}.")
+        raise UsageError(f"--max-regression must be a percentage such as 5%, not {text}.")
     return share
 
 

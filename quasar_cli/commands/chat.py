@@ -28,17 +28,19 @@ EXAMPLES = examples(
     "quasar chat --model Qwen3-0.6B --stats",
 )
 HELP = r"""/more         go on with an answer that was cut
-/drop N       forget the N oldest turns, or the oldest: makes room where the context is full
+/drop N       forget the N oldest turns, or one, for room
 /system TEXT  set the system message, and start anew
 /save FILE    write the conversation into a JSON file
 /load FILE    go on with a conversation that was saved
 /stats        tell what the last answer gained
 /reset        forget the conversation
 /help         print this
-/exit         end, as Ctrl-D does; Ctrl-C stops an answer, or drops a line
-A pasted text is one message. A line that ends in \ goes on in the
-next; so do lines between two times three double quotes.
-// at the beginning sends a message that begins with /"""
+/exit         end, as Ctrl-D does
+Ctrl-C stops an answer, or drops a line.
+A pasted text is one message. A line that ends in \ goes on
+in the next; so do lines between two times three double
+quotes. // at the beginning sends a message that begins
+with /"""
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,8 @@ class Conversation:
         turns = [number for number, message in enumerate(self.messages) if message["role"] == "user"]
         dropped = int(count or 1)
         if dropped > len(turns):
-            raise UsageError(f"There are {len(turns)} turns to forget." if turns else "There is no turn to forget.")
+            are = {0: "is no turn", 1: "is one turn"}.get(len(turns), f"are {len(turns)} turns")
+            raise UsageError(f"There {are} to forget.")
         if dropped == len(turns):
             self.reset()
             return

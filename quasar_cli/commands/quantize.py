@@ -161,7 +161,7 @@ def parse_bits(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise UsageError(f"--bits must be auto or a number such as 4 or 4.25, not {text or 'empty'}.") from error
+        raise UsageError(f"--bits must be auto or a number such as 4 or 4.25, not {text}.") from error
 
 
 def parse_widths(text: str) -> tuple[int, ...]:
@@ -169,7 +169,7 @@ def parse_widths(text: str) -> tuple[int, ...]:
     try:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError as error:
-        raise UsageError(f"--widths must be whole numbers such as 4,8, not {text or 'empty'}.") from error
+        raise UsageError(f"--widths must be whole numbers such as 4,8, not {text}.") from error
 
 
 @takes_groups

@@ -168,9 +168,14 @@ def _candidates(shape: LayerShape, device: torch.device, dtype: torch.dtype) -> 
     return able, refused
 
 
-def _requested_kernel(name: str, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> KernelChoice:
-    if name not in KERNEL_NAMES:
+def check_kernel_name(name: str) -> None:
+    """UsageError for a name that no kernel has."""
+    if name not in ("auto", *KERNEL_NAMES):
         raise UsageError(f"--kernel must be one of auto, {', '.join(KERNEL_NAMES)}, not {name}.")
+
+
+def _requested_kernel(name: str, shape: LayerShape, device: torch.device, dtype: torch.dtype) -> KernelChoice:
+    check_kernel_name(name)
     takes = (*FLOATING_KERNELS, DENSE) if shape.floating else KERNELS
     kernel = next((kernel for kernel in takes if kernel.name == name), None)
     if kernel is None:

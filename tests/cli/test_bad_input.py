@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from helpers.tiny_model import save_tiny_model
 
 from quasar_cli.main import run
@@ -111,6 +112,55 @@ def test_no_code_is_run_without_asking_for_a_tokenizer(tiny: Path, capsys: pytes
     run(GENERATE)
     assert not Path("it-ran").exists()
     assert "Internal" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("minimax", "it takes a cache of its own class"),
+        ("rwkv", "it keeps a state that it takes in a way of its own"),
+        ("cpmant", "it passes over a prompt with tokens of its own in front, by a cache of its own"),
+        ("openai-gpt", "it takes no cache"),
+        ("t5", "transformers has no causal language model of this kind"),
+        ("nobody-has-it", f"transformers {transformers.__version__} does not know the model type nobody-has-it"),
+    ],
+)
+@pytest.mark.parametrize("arguments", [GENERATE, ["quantize", "tiny"]], ids=["generate", "quantize"])
+def test_an_architecture_that_is_not_supported_is_named(
+    tiny: Path, kind: str, why: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    change_config(tiny, model_type=kind, architectures=["ItsOwnForCausalLM"])
+    lists = "docs/architectures.md lists what is."
+    assert refused(capsys, *arguments) == f"Error: The architecture ItsOwnForCausalLM is not supported: {why}; {lists}"
+
+
+# What can be told without the weights is refused before they are read, which takes minutes for a large model
+
+
+@pytest.mark.parametrize("content", ["{", '{"tokenizer_class": 3}', '{"tokenizer_class": "NobodyHasIt", "x": '])
+def test_a_broken_tokenizer_is_refused_before_the_weights_are_read(
+    tiny: Path, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny / "tokenizer_config.json").write_text(content)
+    assert run(GENERATE) == 1
+    said = capsys.readouterr().err
+    assert "tokenizer" in said
+    assert "reading weights" not in said
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_kernel_that_is_not_there_is_refused_before_the_weights_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*GENERATE, "--kernel", "nobody-has-it"]) == 2
+    said = capsys.readouterr().err
+    assert "--kernel must be one of auto, " in said
+    assert "reading weights" not in said
+
+
+def test_a_verifier_in_the_place_of_a_model_is_refused_in_every_mode(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny / "quasar.json").write_text('{"format_version": 1, "target": {}}')
+    assert "tiny is a verifier, not a model: give it with --verifier" in refused(capsys, *GENERATE)
 
 
 # Files of other kinds

@@ -12,7 +12,14 @@ from typing import Any, cast
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quasar_core.checkpoint.tensor_files import TensorFiles
@@ -25,6 +32,14 @@ from quasar_core.store.text_part import has_text_part
 
 LARGEST_BUFFER = 2**32  # bytes of what a config may ask to be computed
 _PANGU = "PanguEmbeddedForCausalLM"  # Llama by another name, which transformers does not know
+
+# Model types whose classes in transformers generate with no cache of keys and values by position.
+_OWN_CACHES = {
+    "cpmant": "passes over a prompt with tokens of its own in front, by a cache of its own",
+    "minimax": "takes a cache of its own class",
+    "openai-gpt": "takes no cache",
+    "rwkv": "keeps a state that it takes in a way of its own",
+}
 
 
 def read_model_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -56,6 +71,8 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> Pretrain
 def _refuse_unknown(folder: Path, content: Mapping[str, Any], trust_remote_code: bool) -> None:
     """A model type that this transformers does not have: code of its own runs only if that was asked for."""
     kind = content.get("model_type")
+    if kind in _OWN_CACHES:
+        raise QuasarError(_unsupported(kind, content, f"it {_OWN_CACHES[kind]}"))
     if kind is None or kind in CONFIG_MAPPING or (content.get("auto_map") and trust_remote_code):
         return
     if content.get("auto_map"):
@@ -63,7 +80,16 @@ def _refuse_unknown(folder: Path, content: Mapping[str, Any], trust_remote_code:
             f"The model in {folder} brings Python code of its own (auto_map in its config.json); "
             "it runs only with --trust-remote-code."
         )
-    raise QuasarError(f"transformers {transformers.__version__} does not know the model type {kind} of {folder}.")
+    raise QuasarError(
+        _unsupported(kind, content, f"transformers {transformers.__version__} does not know the model type {kind}")
+    )
+
+
+def _unsupported(kind: Any, content: Mapping[str, Any], why: str) -> str:
+    """The sentence for an architecture that does not run here."""
+    named = content.get("architectures")
+    name = named[0] if isinstance(named, list) and named else kind
+    return f"The architecture {name} is not supported: {why}; docs/architectures.md lists what is."
 
 
 def _refuse_foreign_windows(config: PretrainedConfig) -> None:
@@ -98,6 +124,9 @@ def build_empty(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
         from quasar_core.models.hf.muse_glimmer import register  # not every transformers has its blocks
 
         register()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        why = "transformers has no causal language model of this kind"
+        raise QuasarError(_unsupported(config.model_type, config.to_dict(), why))
     failed, path = "transformers builds no causal language model from the config", Path(config.name_or_path or "")
     with config_errors(failed, path / "config.json", config.to_dict()), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

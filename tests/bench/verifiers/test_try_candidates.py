@@ -89,7 +89,7 @@ def test_candidates_are_the_widths_and_groups_that_fit(source: Path) -> None:
 def test_options_that_do_not_go_with_it_are_refused(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for wrong, sentence in (
         (["--bits", "seven"], "--bits must be auto or a number such as 4 or 4.25, not seven"),
-        (["--bits", ""], "--bits must be auto or a number such as 4 or 4.25, not empty."),
+        (["--bits", "four"], "--bits must be auto or a number such as 4 or 4.25, not four."),
         (
             ["--bits", "auto", "--target-agreement", "0.9"],
             "leave --method, --backend, --mixed and --target-agreement out",
