@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -242,7 +243,7 @@ def _require_target(pair: PairRecord) -> None:
     if Path(pair.target).is_absolute() and not exists(Path(pair.target)):
         raise UsageError(
             f"The model of the pair {pair.name} is not at {pair.target} any more: "
-            f"`quasar models add {pair.verifier} --target MODEL` takes it from where it is."
+            f"`quasar models add {quote(pair.verifier)} --target MODEL` takes it from where it is."
         )
 
 
@@ -257,7 +258,7 @@ def _refuse_verifier(source: ModelSource) -> None:
 def _no_verifier(source: ModelSource, model: str) -> UsageError:
     _refuse_verifier(source)
     return UsageError(
-        f"{source.label} has no verifier yet: make one with `quasar quantize {model}`, or pass --verify full."
+        f"{source.label} has no verifier yet: make one with `quasar quantize {quote(model)}`, or pass --verify full."
     )
 
 

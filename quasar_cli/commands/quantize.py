@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from glob import escape
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -382,5 +383,5 @@ def _push(folder: Path, repository: str, private: bool) -> str:
     try:
         return push_verifier(folder, repository, private)
     except QuasarError as error:
-        again = f"quasar models push {folder.name} {repository}"
+        again = f"quasar models push {quote(folder.name)} {repository}"
         raise QuasarError(f"{error} The verifier is finished in {folder}; try again with `{again}`.") from error

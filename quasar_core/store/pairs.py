@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute, is_folder, locked, read_json_if_there, write_json
@@ -107,7 +108,10 @@ def remove_pair(name: str, delete_files: bool) -> PairRecord:
 
 
 def _remove(record: PairRecord, pairs: Sequence[PairRecord]) -> None:
-    folder, instead = Path(record.verifier), f"`quasar models remove {record.name} --keep-files` forgets the pair alone"
+    folder, instead = (
+        Path(record.verifier),
+        f"`quasar models remove {quote(record.name)} --keep-files` forgets the pair alone",
+    )
     if record.added:
         raise QuasarError(f"{folder} was added and not made here, so it is not deleted; {instead}.")
     if folder.is_symlink() or not may_be_replaced(folder):

@@ -163,6 +163,19 @@ def test_a_verifier_in_the_place_of_a_model_is_refused_in_every_mode(
     assert "tiny is a verifier, not a model: give it with --verifier" in refused(capsys, *GENERATE)
 
 
+def test_a_command_that_is_proposed_can_be_typed_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_model(tmp_path / "my tïny")
+    said = refused(capsys, "generate", "abc", "--model", "my tïny")
+    assert "`quasar quantize 'my tïny'`" in said
+
+
+@pytest.mark.skipif(not Path("/proc/sys/kernel/random").is_dir(), reason="Linux has these files")
+@pytest.mark.usefixtures("tiny")
+def test_files_of_the_system_are_no_texts_to_draft_from(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, *GENERATE[:7], "--model", "tiny", "--draft-from", "/proc/sys/kernel/random")
+    assert "no text was found there" in said
+
+
 # Files of other kinds
 
 

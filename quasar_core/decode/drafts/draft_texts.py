@@ -100,13 +100,16 @@ def read_texts(paths: Sequence[str]) -> Texts:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The regular files of a folder and those in it, in the order of their names; links are not followed."""
+    """The regular files of a folder and those in it, in the order of their names; links are not followed.
+
+    Those without a size hold no text, or are the system's own, as in /proc, where reading may wait for ever.
+    """
     with foreign_errors(f"{folder} cannot be read"):
         for place, folders, names in os.walk(folder):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 path = Path(place, name)
-                if not name.startswith(".") and not path.is_symlink() and path.is_file():
+                if not name.startswith(".") and not path.is_symlink() and path.is_file() and path.stat().st_size:
                     yield path
 
 
