@@ -4,7 +4,10 @@ Colours and bars appear only in a terminal, and colours not where NO_COLOR is se
 """
 
 import json
+import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +24,7 @@ from quasar_core.records import Progress
 _WIDTH_WITHOUT_TERMINAL = 200
 _UNWRITABLE = "The output cannot be written"
 INTERRUPTED = 130  # the exit code after Ctrl-C
+_ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows lacks the second
 
 
 def _console(stderr: bool) -> Console:
@@ -115,8 +119,28 @@ def progress_bar() -> Iterator[Progress]:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=console, transient=True) as bars:
+    with _cursor_is_left(console), Bars(*columns, console=console, transient=True) as bars:
         yield _stage_bars(bars)
+
+
+@contextmanager
+def _cursor_is_left(console: Console) -> Iterator[None]:
+    """Show the cursor again, which bars hide, where a signal ends the process within."""
+
+    def end(number: int, frame: Any) -> None:
+        console.show_cursor(True)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    ends = [number for number in _ENDS if is_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in ends:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ends:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _stage_lines(console: Console) -> Progress:
