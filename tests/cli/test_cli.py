@@ -231,7 +231,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
         (["generate", "x", "--json", "--trace"], "--trace draws in the terminal: with --json, name a file for it."),
         (["generate", " "], "The prompt is empty."),
         (["generate", "--promt", "x"], "No such option: --promt"),
-        (["generate", "x", "--max-new-tokens", "many"], "--max-new-tokens: "),
+        (["generate", "x", "--max-new-tokens", "many"], "--max-new-tokens must be a whole number, not many."),
         (["quantize"], "Missing argument 'MODEL'; see quasar quantize --help."),
         (["quantise"], "No such command 'quantise'"),
         (["generate", "--prompt", " \n"], "The prompt is empty."),
