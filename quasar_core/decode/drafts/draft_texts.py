@@ -41,7 +41,8 @@ class Texts:
         if path in self.contents:
             return
         try:
-            text = read_text(path, LARGEST_FILE, UsageError)
+            # Files of the system, as in /proc, have no size, and reading one may wait for ever.
+            text = read_text(path, LARGEST_FILE, UsageError) if named or path.stat().st_size else ""
             if "\0" in text:
                 raise UsageError(f"{path} holds null bytes: it is not text.")
         except UsageError:
@@ -100,16 +101,13 @@ def read_texts(paths: Sequence[str]) -> Texts:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """The regular files of a folder and those in it, in the order of their names; links are not followed.
-
-    Those without a size hold no text, or are the system's own, as in /proc, where reading may wait for ever.
-    """
+    """The regular files of a folder and those in it, in the order of their names; links are not followed."""
     with foreign_errors(f"{folder} cannot be read"):
         for place, folders, names in os.walk(folder):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(names):
                 path = Path(place, name)
-                if not name.startswith(".") and not path.is_symlink() and path.is_file() and path.stat().st_size:
+                if not name.startswith(".") and not path.is_symlink() and path.is_file():
                     yield path
 
 
