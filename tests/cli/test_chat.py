@@ -20,7 +20,6 @@ import pytest
 from helpers.stand_ins import STATS, StandInGenerator, type_lines
 
 from quasar_cli import messages
-from quasar_cli.commands.chat import HELP
 from quasar_cli.main import run
 from quasar_core.errors import ContextFull, QuasarError, UsageError
 from quasar_core.files import require_characters
@@ -387,17 +386,3 @@ def test_a_damaged_history_is_said_and_the_chat_goes_on(tmp_path: Path) -> None:
         terminal.wait_for("> ")
         terminal.type("one\n")
         terminal.wait_for("ASKED ['one']")
-
-
-def test_the_help_of_a_chat_is_whole_in_a_narrow_terminal() -> None:
-    assert max(map(len, HELP.splitlines())) <= 60
-
-
-def test_one_turn_is_counted_as_one(
-    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    type_lines(monkeypatch, "/drop\none\n/drop 9\n")
-    run(["chat"])
-    said = capsys.readouterr().err
-    assert "Error: There is no turn to forget.\n" in said
-    assert "Error: There is one turn to forget.\n" in said
