@@ -14,9 +14,8 @@ def test_the_help_of_a_chat_is_whole_in_a_narrow_terminal() -> None:
     assert max(map(len, HELP.splitlines())) <= 60
 
 
-def test_one_turn_is_counted_as_one(
-    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+@pytest.mark.usefixtures("stand_in_pair")
+def test_one_turn_is_counted_as_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     type_lines(monkeypatch, "/drop\none\n/drop 9\n")
     run(["chat"])
     said = capsys.readouterr().err
