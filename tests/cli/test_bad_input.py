@@ -134,26 +134,7 @@ def test_an_architecture_that_is_not_supported_is_named(
     assert refused(capsys, *arguments) == f"Error: The architecture ItsOwnForCausalLM is not supported: {why}; {lists}"
 
 
-# What can be told without the weights is refused before they are read, which takes minutes for a large model
-
-
-@pytest.mark.parametrize("content", ["{", '{"tokenizer_class": 3}', '{"tokenizer_class": "NobodyHasIt", "x": '])
-def test_a_broken_tokenizer_is_refused_before_the_weights_are_read(
-    tiny: Path, content: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tiny / "tokenizer_config.json").write_text(content)
-    assert run(GENERATE) == 1
-    said = capsys.readouterr().err
-    assert "tokenizer" in said
-    assert "reading weights" not in said
-
-
-@pytest.mark.usefixtures("tiny")
-def test_a_kernel_that_is_not_there_is_refused_before_the_weights_are_read(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run([*GENERATE, "--kernel", "nobody-has-it"]) == 2
-    said = capsys.readouterr().err
-    assert "--kernel must be one of auto, " in said
-    assert "reading weights" not in said
+# Folders, and files of the system
 
 
 def test_a_verifier_in_the_place_of_a_model_is_refused_in_every_mode(
