@@ -16,8 +16,10 @@ from quasar_core.config import Auto
 from quasar_core.decode.costs.pass_costs import LiveCost, PairCosts
 from quasar_core.decode.policy.agreement import AgreementCurve, Estimate, RunningAgreement
 from quasar_core.decode.policy.check import Check, Checker
-from quasar_core.decode.policy.window_values import MAX_WINDOW, prospect_of
+from quasar_core.decode.policy.lengths import AdaptiveLength, plan_exact
+from quasar_core.decode.policy.window_values import MAX_WINDOW
 from quasar_core.draft.acceptance import Acceptance
+from quasar_core.draft.base import NO_DRAFT, Draft
 from quasar_core.records import Stats
 
 LONGEST = 64  # drafts are no longer than recorded
@@ -127,15 +129,19 @@ class _Replay:
         self.lost = [one for trace in recorded.traces for one in trace.lost] or self.verified
         self.lost_drafts = [one for trace in recorded.traces for one in trace.lost_drafts] or self.drafted
         self.agreement = RunningAgreement(AgreementCurve(recorded.margins))
-        self.by_target, self.by_verifier = Acceptance(), Acceptance()
-        self.costs = PairCosts(LiveCost(recorded.costs.verify), LiveCost(recorded.costs.confirm))
-        self.checker = Checker(self.costs, self.agreement, [prospect_of((), (), self.costs, 0.0)])
+        self.verify_cost, self.confirm_cost = LiveCost(recorded.costs.verify), LiveCost(recorded.costs.confirm)
+        self.costs = PairCosts(self.verify_cost, self.confirm_cost)
+        self.by_target = Acceptance()
+        self.at_verifier = AdaptiveLength(self.verify_cost)
+        plan = plan_exact(self.costs, self.agreement.now)
+        self.checker = Checker(self.costs, self.agreement, [plan.usual], plan.target_alone)
         self.tokens, self.seconds = 0, 0.0
 
     def answer(self, trace: Trace) -> None:
         """Decode the answer again."""
         place = 0
         self._move_to(trace.prompt)
+        self.at_verifier.begin()
         self.checker.begin()
         window: list[tuple[Estimate, bool]] = []
         while place < trace.tokens:
@@ -176,10 +182,11 @@ class _Replay:
         if self.policy.limit is not None:
             due = len(window) >= self.policy.limit or survival < self.policy.threshold
             return Check(due, 0 if due else draft.length, 0.0)
-        offered = draft.offered
-        return self.checker.choose(
-            len(window), survival, self.by_target.of(offered), self.by_verifier.of(offered), whole=self.recorded.cut
-        )
+        offered = at_verifier = draft.offered
+        if not self.recorded.cut:  # some of its passes have no draft: they are the measure of the others
+            at_verifier = self.at_verifier.cut(offered) if self.at_verifier.limit > 0 else NO_DRAFT
+        by_target, by_verifier = self.by_target.of(offered), self.at_verifier.acceptance.of(at_verifier)
+        return self.checker.choose(len(window), survival, by_target, by_verifier, whole=self.recorded.cut)
 
     def _verify(self, trace: Trace, place: int, window: list[tuple[Estimate, bool]], draft: Drafted) -> None:
         """A verify pass: the verifier takes drafted tokens while they are right and it says what the target says."""
@@ -194,10 +201,18 @@ class _Replay:
         refused = accepted < draft.length
         estimates = self.agreement.estimates([token.margin for token in tokens], accepted, refused)
         window += zip(estimates, [token.agrees for token in tokens], strict=True)
-        self.by_verifier.count(draft.pieces, min(accepted, draft.right))
+        seconds = self.costs.verify(draft.passed + 1)
+        self.at_verifier.learn(
+            Draft((0,) * draft.length, draft.pieces),
+            min(accepted, draft.right),
+            self.recorded.drafting_s,
+            seconds,
+            draft.branches,
+            max(accepted - draft.right, 0),
+        )
         self.by_target.count(draft.pieces, draft.right)
         self.checker.verified()
-        self._spend(self.costs.verify(draft.passed + 1))
+        self._spend(seconds)
 
     def _confirm(self, window: list[tuple[Estimate, bool]], draft: Drafted, alive: bool) -> int:
         """A target pass over window and draft; the tokens that it commits."""
@@ -211,9 +226,8 @@ class _Replay:
         return committed
 
     def _move_to(self, positions: int) -> None:
-        for cost in (self.costs.verify, self.costs.confirm):
-            assert isinstance(cost, LiveCost)
-            cost.move_to(positions)
+        self.verify_cost.move_to(positions)
+        self.confirm_cost.move_to(positions)
 
     def _spend(self, seconds: float) -> None:
         beside = self.recorded.drafting_s + self.recorded.other_s
