@@ -29,6 +29,7 @@ from quasar_core.records import Progress, QuantizeReport, Tell, no_progress, tel
 from quasar_core.store import (
     ModelSource,
     PairRecord,
+    check_registry,
     default_output,
     fingerprint,
     list_pairs,
@@ -82,6 +83,7 @@ def quantize(
         progress("recording what an earlier run has finished", 1, 1)
         return earlier
     refuse_existing(job.output, force)
+    check_registry()
     plan = plan_here(source.folder, target, job.config, job.output, max_memory)
     refuse_what_cannot_fit(plan, job.output)
     tell(f"text: written {plan.text.describe()}")

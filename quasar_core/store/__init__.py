@@ -10,6 +10,7 @@ from quasar_core.store.model_config import read_text_headers
 from quasar_core.store.names import ModelSource, default_output, full_name, resolve_model
 from quasar_core.store.pairs import (
     PairRecord,
+    check_registry,
     current_pair,
     find_pair,
     list_pairs,
@@ -26,6 +27,7 @@ __all__ = [
     "PairRecord",
     "TensorEntry",
     "check_can_push",
+    "check_registry",
     "current_pair",
     "default_output",
     "find_pair",

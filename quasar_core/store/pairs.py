@@ -82,8 +82,15 @@ def verifier_folder(named: str | None) -> Path:
     return folder if is_folder(folder) else Path(find_pair(named).verifier)
 
 
+def check_registry() -> None:
+    """QuasarError where no pair could be recorded: said before hours of work, not after."""
+    with _registry_held():
+        list_pairs()
+
+
 def use_pair(name: str) -> PairRecord:
     """Make a recorded pair the current one."""
+    find_pair(name)  # what is not there is said where nothing can be written too
     with _registry_held():
         pairs = list_pairs()
         record = _find(pairs, name)

@@ -202,8 +202,22 @@ def test_a_full_disk(source: Path, seconds: float, room: int, file: str, monkeyp
     assert all(torch.equal(tensor, straight[name]) for name, tensor in resumed.items())
 
 
+def test_a_home_that_cannot_be_written_is_told_before_the_work(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the pair could not be recorded at the end of it."""
+    monkeypatch.setenv("QUASAR_HOME", os.path.join(os.devnull, "home"))
+    stages: list[str] = []
+    with pytest.raises(QuasarError, match=r"pairs\.json cannot be written: "):
+        quantize(source, progress=lambda stage, done, total: stages.append(stage))
+    assert not stages
+    assert sorted(path.name for path in source.parent.iterdir() if path.name != "home") == ["tiny"]
+
+
 def test_a_folder_that_cannot_be_written(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, *_: Any, **__: Any) -> None:
+    make = Path.mkdir
+
+    def refuse(self: Path, *given: Any, **named: Any) -> None:
+        if self.name == "home":
+            return make(self, *given, **named)
         raise OSError(30, "Read-only file system", str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)

@@ -14,7 +14,7 @@ from quasar_core import store
 from quasar_core.config import LoadOptions, QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.load_pair import asked_pair, find_pair_files, known_verifier
-from quasar_core.store import PairRecord
+from quasar_core.store import PairRecord, pairs
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "rope_theta": 10000.0}
 
@@ -334,3 +334,12 @@ def test_home_is_the_cache_folder_unless_named(tmp_path: Path, monkeypatch: pyte
     assert store.home() == tmp_path / "home"
     monkeypatch.delenv("QUASAR_HOME")
     assert store.home().name == "quasar"
+
+
+def test_a_pair_that_is_not_there_is_said_where_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pairs, "locked", refuse)
+    with pytest.raises(UsageError, match="There is no pair nobody; the recorded pairs: none"):
+        store.use_pair("nobody")
