@@ -109,7 +109,7 @@ def best_values(agreements: Agreements, prospects: Sequence[Prospect], costs: Pa
 def better_values(
     agreements: Agreements, prospects: Sequence[Prospect], costs: PairCosts, rate: float, nearly: float = NEARLY
 ) -> WindowValues:
-    """J at about the best rate, from one that was the best before: by steps of Newton's, the last `nearly` none.
+    """J at about the best rate, from one that was the best before: by Newton's steps, down to one of `nearly` nudges.
 
     J(0, 1) falls with the rate, by the seconds that pass until the next confirm. J is found at two rates at once, and
     along the last step taken as linear: there other decisions are hardly better.
@@ -119,9 +119,9 @@ def better_values(
         here, above = steps.tables_at(rate, NUDGE * rate)
         nudges = here[0, 0] / (here[0, 0] - above[0, 0])
         if abs(nudges) <= nearly:
-            break
+            return WindowValues(rate * (1 + nudges * (NUDGE - 1)), here + nudges * (above - here))
         rate *= max(1 + nudges * (NUDGE - 1), 0.5)
-    return WindowValues(rate * (1 + nudges * (NUDGE - 1)), here + nudges * (above - here))
+    return WindowValues(rate, *steps.tables_at(rate))
 
 
 def longest_window(costs: PairCosts) -> int:

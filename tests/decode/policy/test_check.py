@@ -14,6 +14,7 @@ from quasar_core.config import GenerationConfig
 from quasar_core.decode.costs.cost_records import CostRecord
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.decode.generator import Generator
+from quasar_core.decode.policy import window_values
 from quasar_core.decode.policy.agreement import AgreementCurve, Estimate, RunningAgreement, agreements_of
 from quasar_core.decode.policy.check import REPLANNED, UNSEEN, Check, Checker, choose_check
 from quasar_core.decode.policy.checking import Checking
@@ -22,7 +23,6 @@ from quasar_core.decode.policy.window_values import (
     LEVELS,
     LONGER_WINDOWS,
     MAX_WINDOW,
-    NEARLY,
     Means,
     WindowValues,
     best_values,
@@ -36,6 +36,7 @@ from quasar_core.records import MarginTable
 TELLING = MarginTable([0.5, 2.0], [500, 1500, 8000], [300, 1350, 7980])
 HOPELESS = MarginTable([], [1000], [50])
 DEAR = PairCosts(PassCost((1, 33), (3.0, 4.0)), PassCost((1, 33), (3.0, 4.0)))
+WORTHLESS = 0.05  # tokens: a hundredth of what a confirm yields
 FLAT = PairCosts(PassCost((1, 33), (1.0, 1.6)), PassCost((1, 33), (3.0, 4.0)))
 STEEP = PairCosts(PassCost((1, 33), (1.0, 9.0)), PassCost((1, 33), (3.0, 19.0)))
 CHEAP = PairCosts(PassCost((1, 33), (1.0, 1.6)), PassCost((1, 33), (10.0, 12.0)))
@@ -210,8 +211,21 @@ def test_from_any_rate_the_best_one_is_found_again(costs: PairCosts, times: floa
     prospects = [prospect_of([0.8] * n, [0.7] * n, costs, 0.3) for n in (0, 0, 1, 4, 15)]
     best = best_values(agreements_of(TELLING), prospects, costs)
     found = better_values(agreements_of(TELLING), prospects, costs, times * best.rate)
-    assert abs(found(0, 1.0)) <= NEARLY
-    assert found.rate == pytest.approx(best.rate, rel=0.05)
+    (table,) = window_values._Steps(agreements_of(TELLING), prospects, costs).tables_at(found.rate)
+    assert abs(table[0, 0]) <= WORTHLESS
+    assert abs(found.table - table).max() <= WORTHLESS
+    assert found.rate == pytest.approx(best.rate, rel=0.005)
+
+
+def test_where_steps_run_out_values_are_those_of_the_rate_that_was_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    prospects = [prospect_of([0.8] * n, [0.7] * n, FLAT, 0.3) for n in (0, 4)]
+    agreements = agreements_of(TELLING)
+    best = best_values(agreements, prospects, FLAT)
+    monkeypatch.setattr(window_values, "NEWTON_STEPS", 1)
+    found = better_values(agreements, prospects, FLAT, 0.15 * best.rate)
+    assert found.rate > 0.2 * best.rate
+    (table,) = window_values._Steps(agreements, prospects, FLAT).tables_at(found.rate)
+    assert (found.table == table).all()
 
 
 def test_a_fresh_window_is_worth_nothing_when_drafts_bring_less_than_expected() -> None:
@@ -220,7 +234,9 @@ def test_a_fresh_window_is_worth_nothing_when_drafts_bring_less_than_expected() 
     for _ in range(5 * REPLANNED):
         checker.choose(0, 1.0, [0.9] * 8, [0.9] * 8)
         checker.confirmed([], 0)  # of eight tokens none was right
-    assert abs(checker.values(0, 1.0)) <= NEARLY
+    assert abs(checker.values(0, 1.0)) <= WORTHLESS
+    lately = [*checker._prospects]
+    assert checker.rate == pytest.approx(best_values(checker.agreement.now, lately, FLAT).rate, rel=0.01)
 
 
 def test_where_a_confirm_is_very_dear_windows_are_long() -> None:
