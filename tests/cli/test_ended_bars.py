@@ -37,6 +37,7 @@ def read(terminal: int, until: bytes = b"<end>") -> bytes:
 def test_the_cursor_is_shown_again(number: signal.Signals) -> None:
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(number, signal.SIG_DFL)  # under nohup the tests ignore it, and so would what they start
         os.execve(sys.executable, [sys.executable, "-c", DRAWING], {**os.environ, "TERM": "xterm"})
     seen = read(terminal, b"<drawn>")
     assert HIDDEN in seen
