@@ -93,11 +93,16 @@ def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(run, name, lambda *_, **__: pytest.fail("work was done again"))
 
 
-def test_a_home_that_cannot_be_written_costs_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_that_can_no_longer_be_written_costs_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, home = source.parent / "tiny-gptq-4bit-g32", source.parent / "home"
-    home.write_text("")  # a file in the place of the folder
+
+    def lose_home(*_: Any) -> None:
+        if home.is_dir():
+            shutil.rmtree(home)
+            home.write_text("")  # a file in the place of the folder
+
     with pytest.raises(QuasarError) as failure:
-        quantize(source)
+        quantize(source, progress=lose_home)
     assert "pairs.json cannot be" in str(failure.value)
     assert f"The verifier is finished in {output}; the same command records it" in str(failure.value)
     assert "\n" not in str(failure.value)
