@@ -274,7 +274,7 @@ def _place_layer(block: Block, start: int, layer: Layer, model: Model) -> None:
     for name in ("qkv", "out", "gate_up", "down", "input_gate", "input_out"):
         _place_products(block, start + getattr(Layer, name).offset, getattr(layer, name))
     if layer.experts:
-        block.point(start + Layer.experts.offset, _place_experts(block, layer.experts.contents))
+        block.point(start + Layer.experts.offset, _place_experts(block, layer.experts.contents, model))
     if rule := _rule_of(layer):
         at = block.place(ctypes.addressof(rule), ctypes.sizeof(Recurrence))
         assert at is not None
@@ -282,10 +282,13 @@ def _place_layer(block: Block, start: int, layer: Layer, model: Model) -> None:
         _place_rule(block, at, rule)
 
 
-def _place_experts(block: Block, experts: Experts) -> int:
+def _place_experts(block: Block, experts: Experts, model: Model) -> int:
     start, count = block.place(ctypes.addressof(experts), ctypes.sizeof(Experts)), experts.count + experts.shared
     assert start is not None
-    block.point(start + Experts.correction.offset, block.place(experts.correction, experts.count * 4))
+    sizes = dict.fromkeys(("mlp_out_norm", "router_norm", "norm", "out_norm"), model.hidden * 4)
+    sizes |= dict.fromkeys(("correction", "factors"), experts.count * 4)
+    for name, size in sizes.items():
+        block.point(start + getattr(Experts, name).offset, block.place(getattr(experts, name), size))
     _place_products(block, start + Experts.router.offset, experts.router)
     for name in ("gate_up", "down"):
         every = getattr(experts, name)
