@@ -3,7 +3,7 @@
     python -m tools.measure_stored MODEL VERIFIER [--dataset spec-bench] [--limit 78] [--max-new-tokens 96]
 
 `quasar bench` compares with plain decoding on the weights that quasar holds in memory, which on a CPU are 12 bits each
-without loss, and so a third faster than those of 16 that other programs read. Here the target is loaded both ways, and
+without loss, and so faster than those of 16 that other programs read. Here the target is loaded both ways, and
 all arms answer question by question in turn.
 """
 

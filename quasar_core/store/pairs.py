@@ -115,10 +115,8 @@ def remove_pair(name: str, delete_files: bool) -> PairRecord:
 
 
 def _remove(record: PairRecord, pairs: Sequence[PairRecord]) -> None:
-    folder, instead = (
-        Path(record.verifier),
-        f"`quasar models remove {quote(record.name)} --keep-files` forgets the pair alone",
-    )
+    folder = Path(record.verifier)
+    instead = f"`quasar models remove {quote(record.name)} --keep-files` forgets the pair alone"
     if record.added:
         raise QuasarError(f"{folder} was added and not made here, so it is not deleted; {instead}.")
     if folder.is_symlink() or not may_be_replaced(folder):

@@ -87,10 +87,9 @@ class LiveCost:
     A cost of which no more is known holds at all positions.
     Of each class of sizes (1, 2, 3–4, 5–8, …) the latest passes are kept as multiples of the known cost; the mean of
     those that nothing disturbed is the correction, as other work only ever adds to a time: those hardly longer than the
-    one at which the first eighth ends. (That one itself is 7 % below the mean of a target's passes and 11 % below that
-    of a verifier's, which are shorter: verifying seemed cheaper than it was.) A class that was not seen lately
-    goes by those that were: where the machine has become slower as a whole, all costs rise alike. Passes of a single
-    token are the measure of the others, and are not forgotten.
+    one at which the first eighth ends, which alone would be too low, of short passes the most. A class that was not
+    seen lately goes by those that were: where the machine has become slower as a whole, all costs rise alike. Passes of
+    a single token are the measure of the others, and are not forgotten.
     """
 
     def __init__(self, known: Cost) -> None:
