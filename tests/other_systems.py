@@ -91,12 +91,13 @@ def check(system: System, folder: Path, here: dict[str, bytes]) -> None:
     if shutil.which(system.compiler) is None:
         print(f"{system.name}: skipped, as {system.compiler} is not here", flush=True)
         return
-    libraries = compile_all(system, folder, forms.all_for(system.architecture))
+    theirs = forms.all_for(system.architecture, system.system)
+    libraries = compile_all(system, folder, theirs)
     runner = system.runner()
     if runner is None:
         print(f"{system.name}: {', '.join(libraries)} are built and linked; nothing here runs them", flush=True)
         return
-    same_processor = forms.all_for(system.architecture) == forms.all_for(platform.machine())
+    same_processor = set(theirs) <= set(forms.all_for(platform.machine()))
     for key, library in libraries.items():
         if same_processor and key not in here:
             print(f"{system.name}, {key}: built and linked; this processor lacks it", flush=True)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,26 @@ from quasar_core.kernels.cpu import build, forms
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted({name for form in forms.FORMS for name in (*form.needs, *(extra for extra, _ in form.extras))})
-FORM = forms.all_for("x86_64")[0]
+BY_KEY = {form.key: form for form in forms.all_for("x86_64")}
+FORM = BY_KEY["avx512"]
 ARCHITECTURES = ["x86_64", "AMD64", "aarch64", "arm64", "riscv64"]
 
 
-@given(has=st.sets(st.sampled_from(NAMES)), architecture=st.sampled_from(ARCHITECTURES))
-def test_whatever_a_processor_has_its_library_is_carried(has: set[str], architecture: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
+@given(
+    has=st.sets(st.sampled_from(NAMES)) | st.just(set(NAMES)),
+    architecture=st.sampled_from(ARCHITECTURES),
+    refused=st.sampled_from([None, "no"]),
+)
+def test_whatever_a_processor_has_its_library_is_carried(has: set[str], architecture: str, refused: str | None) -> None:
+    forms._chosen.cache_clear()
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as ends:
+        ends.callback(forms._chosen.cache_clear)
+        patch.setattr(forms.tile_permission, "why_refused", lambda: refused)
         patch.delenv(forms.VARIABLE, raising=False)
         patch.setattr(forms, "instructions", lambda: frozenset(has))
         patch.setattr(forms.platform, "machine", lambda: architecture)
         wanted = forms.chosen()
-    carried = {(form.key, form.options) for form in forms.all_for(architecture)}
+    carried = {(form.key, form.options) for form in forms.all_for(architecture, "linux")}
     assert (wanted.key, wanted.options) in carried
 
 
@@ -43,7 +52,7 @@ def test_an_extra_without_those_before_it_is_left_out(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(("system", "name"), [("linux", "so"), ("darwin", "dylib"), ("win32", "dll")])
 def test_names_of_libraries(system: str, name: str) -> None:
     assert build.carried_library("quasar", FORM, system).name == f"quasar-avx512.{name}"
-    assert build.carried_library("solver", forms.all_for("x86_64")[1], system).name == f"solver-avx512.{name}"
+    assert build.carried_library("solver", BY_KEY["avx512+avx512_vnni"], system).name == f"solver-avx512.{name}"
 
 
 def test_each_system_gets_its_options() -> None:
@@ -71,7 +80,7 @@ def test_what_setup_reads_needs_the_standard_library_alone() -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from quasar_core.kernels.cpu import build, forms\n"
-        "print(*[form.key for form in forms.all_for('x86_64')])"
+        "print(*[form.key for form in forms.all_for('x86_64', 'linux')])"
     )
     done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True)
-    assert done.stdout.split()[0] == "avx512", done.stderr
+    assert done.stdout.split()[:2] == ["amx", "avx512"], done.stderr

@@ -1,7 +1,7 @@
 """Which instruction set the C++ is compiled for, and what is said of it."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -13,6 +13,7 @@ from quasar_core.quantize.solve.cpp import describe_loops
 AVX2 = frozenset({"avx2", "fma", "f16c"})
 AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 AMX = AVX512 | {"avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"}
+LACKS = "as this processor lacks amx_bf16, amx_int8, amx_"
 NEON = frozenset({"asimd", "asimddp", "bf16"})
 Processor = Callable[[str, frozenset[str]], None]
 
@@ -32,14 +33,8 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Processor:
 @pytest.mark.parametrize(
     ("architecture", "flags", "key", "reason"),
     [
-        ("x86_64", AVX512 | {"avx512_vnni", "avx512_bf16"}, "avx512+avx512_vnni+avx512_bf16", "the best"),
-        ("x86_64", AVX512, "avx512", "the best"),
-        (
-            "x86_64",
-            AMX,
-            "avx512+avx512_vnni+avx512_bf16",
-            "the best that this processor has but for amx, which QUASAR_ISA",
-        ),
+        ("x86_64", AVX512 | {"avx512_vnni", "avx512_bf16"}, "avx512+avx512_vnni+avx512_bf16", f"{LACKS}tile"),
+        ("x86_64", AVX512, "avx512", f"{LACKS}tile, avx512_bf16, avx512_vnni"),
         ("x86_64", AVX2 | {"avx_vnni"}, "avx2+avx_vnni", "as this processor lacks avx512bw, avx512dq, avx512f"),
         ("AMD64", AVX2, "avx2", "as this processor lacks avx512"),
         ("x86_64", frozenset({"sse2"}), "portable", "as this processor lacks avx2, f16c, fma"),
@@ -69,7 +64,7 @@ def test_a_form_is_forced_by_a_variable(processor: Processor, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("sse9", "QUASAR_ISA must be one of avx512, amx, avx2, neon, portable, not sse9."),
+        ("sse9", "QUASAR_ISA must be one of amx, avx512, avx2, neon, portable, not sse9."),
         ("avx512", "QUASAR_ISA=avx512 cannot be: this processor lacks avx512bw, avx512dq, avx512f, avx512vl."),
         ("neon", "QUASAR_ISA=neon cannot be: NEON is not of x86_64 processors."),
     ],
@@ -84,42 +79,52 @@ def test_what_cannot_be_is_refused(
     assert str(refused.value) == sentence
 
 
-@pytest.mark.parametrize(
-    ("flags", "refused", "sentence"),
-    [
-        (AMX, None, None),
-        (AMX - {"amx_int8"}, None, "QUASAR_ISA=amx cannot be: this processor lacks amx_int8."),
-        (AMX, "the system does not", "QUASAR_ISA=amx cannot be: the system does not."),
-    ],
-)
-def test_tiles_are_taken_where_they_are_named_and_permitted(
-    processor: Processor,
-    monkeypatch: pytest.MonkeyPatch,
-    flags: frozenset[str],
-    refused: str | None,
-    sentence: str | None,
+@pytest.fixture
+def permission(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]]:
+    """Sets what the system answers that is asked for tiles; forms are chosen anew, then and afterwards."""
+
+    def answer(refused: str | None) -> None:
+        monkeypatch.setattr(tile_permission, "why_refused", lambda: refused)
+        forms._chosen.cache_clear()
+
+    yield answer
+    forms._chosen.cache_clear()
+
+
+def test_tiles_are_taken_where_they_are_permitted(
+    processor: Processor, permission: Callable[[str | None], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-    monkeypatch.setattr(tile_permission, "why_refused", lambda: (asked.append(1), refused)[1])
-    forms._chosen.cache_clear()
-    processor("x86_64", flags)
-    assert forms.chosen().form.name == "avx512"
-    assert not asked  # nobody is to be asked for what is not wanted
+    processor("x86_64", AMX)
+    permission(None)
+    assert (forms.chosen().key, forms.chosen().reason) == ("amx", "the best that this processor has")
+    assert "-mamx-tile" in forms.chosen().options
+    assert [form.name for form in forms.usable()] == ["amx", "avx512", "avx2", "portable"]
+    permission("the system does not")
+    assert (forms.chosen().key, forms.chosen().reason) == ("avx512+avx512_vnni+avx512_bf16", "as the system does not")
+    assert [form.name for form in forms.usable()] == ["avx512", "avx2", "portable"]
     monkeypatch.setenv(forms.VARIABLE, "amx")
-    if sentence is None:
-        assert (forms.chosen().key, forms.chosen().reason) == ("amx", "as QUASAR_ISA asks")
-        assert "-mamx-tile" in forms.chosen().options
-        assert [form.name for form in forms.usable()] == ["avx512", "amx", "avx2", "portable"]
-    else:
-        with pytest.raises(UsageError) as error:
-            forms.chosen()
-        assert str(error.value) == sentence
-        assert "amx" not in [form.name for form in forms.usable()]
-    forms._chosen.cache_clear()
+    with pytest.raises(UsageError, match=r"^QUASAR_ISA=amx cannot be: the system does not\.$"):
+        forms.chosen()
 
 
-def test_no_wheel_carries_what_is_taken_by_name_alone() -> None:
-    assert not [chosen for chosen in forms.all_for("x86_64") if chosen.form.by_name]
+def test_nobody_asks_for_tiles_that_a_processor_lacks_or_that_are_not_wanted(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(tile_permission, "why_refused", lambda: asked.append(1))
+    processor("x86_64", AMX - {"amx_int8"})
+    assert forms.chosen().form.name == "avx512"
+    processor("x86_64", AMX)
+    monkeypatch.setenv(forms.VARIABLE, "avx512")
+    assert forms.chosen().form.name == "avx512"
+    assert not asked
+
+
+def test_a_wheel_carries_what_processes_of_its_system_can_have() -> None:
+    carried = {
+        system: {chosen.form.name for chosen in forms.all_for("x86_64", system)} for system in ("linux", "darwin")
+    }
+    assert carried["linux"] - carried["darwin"] == {"amx"}
 
 
 def test_options_of_the_compiler(processor: Processor) -> None:

@@ -13,20 +13,33 @@ namespace quasar {
 
 constexpr int TOGETHER = 64;  // rows that share what is unpacked, and whose totals stay in the first cache
 
-// The codes of a group, one in a byte, [inputs / 4, BLOCK, 4]: those of 8 bits where they are, others in `room`.
+using Bytes = uint8_t __attribute__((vector_size(64)));  // of 16 outputs × 4 inputs
+
+// The zero of each output, four times; codes of 8 bits less their zeros would not fit in 8 bits.
 template <int BITS>
-const uint8_t* unpack_group(const uint8_t* codes, int group, uint8_t* room) {
+constexpr bool CENTRED = BITS < 8;
+
+inline Bytes zeros_of(const uint8_t* half) {
+    const UnsignedPart zeros = UnsignedPart(ints_from_shorts(reinterpret_cast<const int16_t*>(half + 2 * LANES)));
+    return Bytes((zeros & 0xff) * 0x01010101u);
+}
+
+// The codes of a group less their zeros, one in a byte, [inputs / 4, BLOCK, 4]; those of 8 bits stay as and where they are.
+template <int BITS>
+const uint8_t* unpack_group(const uint8_t* header, int group, uint8_t* room) {
     constexpr int PLANES = 8 / BITS, HALF = FOURS / HALVES;
-    const uint8_t* unpacked = BITS == 8 ? codes : room;
+    const uint8_t *codes = header + HEADER, *unpacked = CENTRED<BITS> ? room : codes;
+    const Bytes zeros[HALVES] = {zeros_of(header), zeros_of(header + HEADER / HALVES)};
     for (int i = 0; i < group; i += 4 * PLANES, codes += FOURS, room += PLANES * FOURS)
-        for (int at = 0; at < FOURS; at += HALF) {
-            __builtin_prefetch(codes + AHEAD + at);
-            if constexpr (BITS < 8) {
-                const IntPart packed = load_codes(codes + at);
+#pragma GCC unroll 2
+        for (int h = 0; h < HALVES; ++h) {
+            __builtin_prefetch(codes + 2 * AHEAD + h * HALF, 0, 2);
+            if constexpr (CENTRED<BITS>) {
+                const IntPart packed = load_codes(codes + h * HALF);
 #pragma GCC unroll 4
                 for (int p = 0; p < PLANES; ++p) {
-                    const IntPart plane = plane_of<BITS>(packed, p);
-                    std::memcpy(room + p * FOURS + at, &plane, sizeof plane);
+                    const Bytes plane = Bytes(plane_of<BITS>(packed, p)) - zeros[h];
+                    std::memcpy(room + p * FOURS + h * HALF, &plane, sizeof plane);
                 }
             }
         }
@@ -41,11 +54,9 @@ inline TileShapes shapes_of_codes(int height, int step) {
     return shapes;
 }
 
-// Sums of a group's products for TILES tiles of rows, whose activations begin at x and `other`, to dots [.., BLOCK] of each.
-template <int TILES>
-void dot_tiles(const uint8_t* codes, const int8_t* x, const int8_t* other, size_t stride, int group, int step,
-               int32_t (*dots)[MOST_IN_TILE * BLOCK]) {
-    constexpr int BYTES = BLOCK * sizeof(int32_t);  // of a row of sums
+// Begins the sums of a group's products for one or two tiles of rows, whose activations begin at x and `other`.
+template <int BITS, int TILES>
+void begin_dots(const uint8_t* codes, const int8_t* x, const int8_t* other, size_t stride, int group, int step) {
     _tile_zero(0);
     _tile_zero(1);
     if constexpr (TILES > 1) {
@@ -56,67 +67,100 @@ void dot_tiles(const uint8_t* codes, const int8_t* x, const int8_t* other, size_
         _tile_loadd(6, codes, FOURS);
         _tile_loadd(7, codes + FOURS / HALVES, FOURS);
         _tile_loadd(4, x + i, stride);
-        _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 4, 7);
+        if constexpr (CENTRED<BITS>) {
+            _tile_dpbssd(0, 4, 6);
+            _tile_dpbssd(1, 4, 7);
+        } else {
+            _tile_dpbsud(0, 4, 6);
+            _tile_dpbsud(1, 4, 7);
+        }
         if constexpr (TILES > 1) {
             _tile_loadd(5, other + i, stride);
-            _tile_dpbsud(2, 5, 6);
-            _tile_dpbsud(3, 5, 7);
+            if constexpr (CENTRED<BITS>) {
+                _tile_dpbssd(2, 5, 6);
+                _tile_dpbssd(3, 5, 7);
+            } else {
+                _tile_dpbsud(2, 5, 6);
+                _tile_dpbsud(3, 5, 7);
+            }
         }
     }
-    _tile_stored(0, dots[0], BYTES);
-    _tile_stored(1, dots[0] + LANES, BYTES);
-    if constexpr (TILES > 1) {
-        _tile_stored(2, dots[1], BYTES);
-        _tile_stored(3, dots[1] + LANES, BYTES);
+}
+
+// Stores them: [tiles, rows, BLOCK].
+inline void store_dots(bool is_pair, int32_t* dots) {
+    constexpr int BYTES = BLOCK * sizeof(int32_t);  // of a row of sums
+    _tile_stored(0, dots, BYTES);
+    _tile_stored(1, dots + LANES, BYTES);
+    if (is_pair) {
+        _tile_stored(2, dots + MOST_IN_TILE * BLOCK, BYTES);
+        _tile_stored(3, dots + MOST_IN_TILE * BLOCK + LANES, BYTES);
     }
 }
 
 // Adds to the totals [.., BLOCK] of some rows from `row` on what group g gives, rounded as `add_group` rounds.
-inline void add_dots(const uint8_t* header, const CodedRows& rows, int row, int g, int count, const int32_t* dots,
-                     float* totals) {
+template <int BITS>
+void add_dots(const uint8_t* header, const CodedRows& rows, int row, int g, int count, const int32_t* dots, float* totals) {
     const size_t first = size_t(row) * rows.groups + g, groups = rows.groups;
     const float *scales = rows.scales + first, *sums = rows.sums + first;
-    for (int o = 0; o < BLOCK; o += LANES) {
-        const uint8_t* half = header + o / LANES * (HEADER / HALVES);
-        const Part scale = from_halves(reinterpret_cast<const uint16_t*>(half));
-        const Part less = spread(0) - from_shorts(reinterpret_cast<const int16_t*>(half + 2 * LANES));
-        for (int t = 0; t < count; ++t) {
+    Part scale[HALVES], less[HALVES];
+#pragma GCC unroll 2
+    for (int h = 0; h < HALVES; ++h) {
+        const uint8_t* half = header + h * (HEADER / HALVES);
+        scale[h] = from_halves(reinterpret_cast<const uint16_t*>(half));
+        less[h] = spread(0) - from_shorts(reinterpret_cast<const int16_t*>(half + 2 * LANES));
+    }
+    for (int t = 0; t < count; ++t) {
+        const Part row_scale = spread(scales[t * groups]);
+#pragma GCC unroll 2
+        for (int h = 0; h < HALVES; ++h) {
             IntPart dot;
-            std::memcpy(&dot, dots + t * BLOCK + o, sizeof dot);
-            const Part centred = fused(less, spread(sums[t * groups]), to_floats(dot));
-            float* total = totals + t * BLOCK + o;
-            store_part(total, fused(centred, scale * spread(scales[t * groups]), load_part(total)));
+            std::memcpy(&dot, dots + t * BLOCK + h * LANES, sizeof dot);
+            Part centred = to_floats(dot);
+            if constexpr (!CENTRED<BITS>) centred = fused(less[h], spread(sums[t * groups]), centred);
+            float* total = totals + t * BLOCK + h * LANES;
+            store_part(total, fused(centred, scale[h] * row_scale, load_part(total)));
         }
     }
 }
 
-// Up to TOGETHER rows from `row` on, times the block whose stream begins at `codes`, to totals [rows, BLOCK].
+// Up to TOGETHER rows from `row` on, times the block whose stream begins at `codes`, to totals [rows, BLOCK]. While tiles
+// are multiplied the next group is unpacked, and the sums before are added.
 template <int BITS>
 void multiply_block_in_tiles(const uint8_t* codes, const CodedRows& rows, int row, const RowTiles& tiles, int step,
                              float* totals) {
-    alignas(64) uint8_t room[BITS == 8 ? 1 : MOST_OF_GROUP / 4 * FOURS];
-    alignas(64) int32_t dots[2][MOST_IN_TILE * BLOCK];
+    constexpr int ROOM = MOST_OF_GROUP / 4 * FOURS, DOTS = MOST_IN_TILE * BLOCK;
+    alignas(64) uint8_t room[2][CENTRED<BITS> ? ROOM : 1];
+    alignas(64) int32_t dots[2][2 * DOTS];
+    const size_t bytes = HEADER + size_t(rows.group) * BLOCK * BITS / 8;
     std::fill(totals, totals + tiles.rows * BLOCK, 0.0f);
-    for (int g = 0; g < rows.groups; ++g) {
-        const uint8_t* unpacked = unpack_group<BITS>(codes + HEADER, rows.group, room);
-        const auto x = [&](int tile) {
-            return rows.values + (row + tiles.place(tile)) * rows.stride() + size_t(g) * rows.group;
-        };
-        for (int first = 0; first < tiles.total; first += 2) {
+    const auto add_pair = [&](const uint8_t* header, int g, int first, const int32_t* from) {
+        for (int tile = first; tile < std::min(first + 2, tiles.total); ++tile, from += DOTS) {
+            const int begin = tiles.begin(tile), twice = begin - tiles.place(tile);
+            add_dots<BITS>(header, rows, row + begin, g, tiles.end(tile) - begin, from + twice * BLOCK, totals + begin * BLOCK);
+        }
+    };
+    const uint8_t *unpacked = unpack_group<BITS>(codes, rows.group, room[0]), *header_before = nullptr;
+    int g_before = 0, first_before = 0, unit = 0;
+    for (int g = 0; g < rows.groups; ++g, codes += bytes) {
+        const uint8_t* next = nullptr;
+        for (int first = 0; first < tiles.total; first += 2, ++unit) {
+            const auto x = [&](int tile) {
+                return rows.values + (row + tiles.place(tile)) * rows.stride() + size_t(g) * rows.group;
+            };
             const bool is_pair = first + 1 < tiles.total;
             if (is_pair)
-                dot_tiles<2>(unpacked, x(first), x(first + 1), rows.stride(), rows.group, step, dots);
+                begin_dots<BITS, 2>(unpacked, x(first), x(first + 1), rows.stride(), rows.group, step);
             else
-                dot_tiles<1>(unpacked, x(first), nullptr, rows.stride(), rows.group, step, dots);
-            for (int tile = first; tile <= first + is_pair; ++tile) {
-                const int begin = tiles.begin(tile), twice = begin - tiles.place(tile);
-                add_dots(codes, rows, row + begin, g, tiles.end(tile) - begin, dots[tile - first] + twice * BLOCK,
-                         totals + begin * BLOCK);
-            }
+                begin_dots<BITS, 1>(unpacked, x(first), nullptr, rows.stride(), rows.group, step);
+            if (first == 0 && g + 1 < rows.groups) next = unpack_group<BITS>(codes + bytes, rows.group, room[(g + 1) % 2]);
+            if (header_before) add_pair(header_before, g_before, first_before, dots[(unit + 1) % 2]);
+            store_dots(is_pair, dots[unit % 2]);
+            header_before = codes, g_before = g, first_before = first;
         }
-        codes += HEADER + size_t(rows.group) * BLOCK * BITS / 8;
+        unpacked = next;
     }
+    add_pair(header_before, g_before, first_before, dots[(unit + 1) % 2]);
 }
 
 template <int BITS, typename Put>

@@ -6,6 +6,7 @@ have besides (its extras) is used where it is there. Names of what processors ha
 
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
@@ -34,7 +35,7 @@ class Form:
     needs: frozenset[str]
     options: tuple[str, ...]
     extras: tuple[tuple[str, str], ...] = ()
-    by_name: bool = False
+    system: str | None = None
 
     def missing(self) -> list[str]:
         """What it needs and this processor lacks."""
@@ -50,15 +51,15 @@ _AVX512 = Form(
     (("avx512_vnni", "-mavx512vnni"), ("avx512_bf16", "-mavx512bf16")),
 )
 FORMS = (
-    _AVX512,
     Form(
         "amx",
         "AVX-512 with AMX",
         _X86,
         _AVX512.needs | {"avx512_vnni", "avx512_bf16", _TILES, "amx_int8", "amx_bf16"},
         (*_AVX512.options, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16"),
-        by_name=True,
+        system="linux",
     ),
+    _AVX512,
     Form(
         "avx2",
         "AVX2",
@@ -123,10 +124,10 @@ def has_lanes() -> bool:
     return chosen().form.architectures is not None
 
 
-def all_for(architecture: str) -> list[Chosen]:
+def all_for(architecture: str, system: str = sys.platform) -> list[Chosen]:
     """What a wheel carries: each form of an architecture, with none of its extras, the first, the first two …"""
-    measured = [form for form in FORMS if not form.by_name]
-    forms = [form for form in measured if form.architectures is None or architecture in form.architectures]
+    forms = [form for form in FORMS if form.architectures is None or architecture in form.architectures]
+    forms = [form for form in forms if form.system in (None, system)]
     extras = [(form, tuple(name for name, _ in form.extras)) for form in forms]
     return [Chosen(form, names[:count], "carried") for form, names in extras for count in range(len(names) + 1)]
 
@@ -166,15 +167,11 @@ def instructions() -> frozenset[str]:
 
 
 def _best() -> tuple[Form, str]:
-    """The best, and why; beside one that could be asked for, that is said."""
-    measured = [form for form in FORMS if not form.by_name]
-    best = next(form for form in measured if why_not(form) is None)
-    better = [form for form in measured[: measured.index(best)] if platform.machine() in (form.architectures or ())]
-    if obstacle := why_not(better[-1]) if better else None:
-        return best, f"as {obstacle}"
-    named = [form.name for form in FORMS if form.by_name and not form.missing()]
-    others = f" but for {named[0]}, which {VARIABLE} must name" if named else ""
-    return best, f"the best that this processor has{others}"
+    """The best, and why."""
+    best = next(form for form in FORMS if why_not(form) is None)
+    better = [form for form in FORMS[: FORMS.index(best)] if platform.machine() in (form.architectures or ())]
+    obstacle = why_not(better[-1]) if better else None
+    return best, f"as {obstacle}" if obstacle else "the best that this processor has"
 
 
 def _with_extras(form: Form, reason: str) -> Chosen:

@@ -35,6 +35,9 @@ inline Part times_power(Part x, Part n) { return _mm512_scalef_ps(x, n); }
 inline Part from_halves(const uint16_t* x) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
+inline IntPart ints_from_shorts(const int16_t* x) {
+    return (IntPart)_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
 inline Part from_shorts(const int16_t* x) {
     __m256i shorts = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(shorts));

@@ -47,30 +47,29 @@ inline PairedRows pair_all(const uint16_t* x, int in, int count) {
     return {room.data(), in, tiles};
 }
 
-// A strip's weights as A takes them: take(i, count) are inputs i to i + count of its rows, which lie `stride` bytes apart, RUN
-// of them at most.
+// A strip's weights as A takes them: take(i) are inputs i to i + INPUTS of its rows, which lie `stride` bytes apart.
 struct LyingWeights {
-    static constexpr int RUN = 1 << 30;
     const uint16_t* w;
     size_t stride;
-    const uint16_t* take(int i, int) const { return w + i; }
+    const uint16_t* take(int i) const { return w + i; }
 };
 
 inline LyingWeights weights_of(const PlainStrip<uint16_t>& strip, uint16_t*) { return {strip.w, strip.row_bytes()}; }
 
+// What is taken goes to one half of a room in the first cache, while a tile is loaded from the other.
 struct RestoredWeights {
-    static constexpr int RUN = 256, HALF = STRIP / 2;
+    static constexpr int HALF = STRIP / 2, SIZE = STRIP * INPUTS;
+    static_assert(INPUTS == WORDS, "a register is a row of a tile");
     CompressedStrip::Reader upper, lower;  // of the first eight outputs, and of the others
-    uint16_t* room;                        // [STRIP, RUN]
-    static constexpr size_t stride = RUN * sizeof(uint16_t);
+    uint16_t* room;                        // [2, STRIP, INPUTS]
+    static constexpr size_t stride = TILE_BYTES;
 
-    const uint16_t* take(int i, int count) {
-        for (int at = 0; at < count; at += WORDS) {
-            restore(upper, i + at, room + at);
-            restore(lower, i + at, room + HALF * RUN + at);
-        }
-        settle(room);
-        return room;
+    const uint16_t* take(int i) {
+        uint16_t* to = room + i / INPUTS % 2 * SIZE;
+        restore(upper, i, to);
+        restore(lower, i, to + HALF * INPUTS);
+        settle(to);
+        return to;
     }
 
 private:
@@ -78,7 +77,7 @@ private:
         Words words[HALF];
         reader.take(i, words);
 #pragma GCC unroll 8
-        for (int o = 0; o < HALF; ++o) std::memcpy(to + o * RUN, &words[o], sizeof words[o]);
+        for (int o = 0; o < HALF; ++o) std::memcpy(to + o * INPUTS, &words[o], sizeof words[o]);
     }
 };
 
@@ -117,18 +116,17 @@ template <int TILES, typename Weights>
 void sum_in_tiles(Weights weights, const PairedRows& rows, const uint32_t* x, Coming coming, float* sums) {
     const size_t size = rows.size(), width = size_t(rows.tiles.height) * 4;
     QUASAR_WITH_EACH(QUASAR_ZERO)
-    for (int begin = 0, count; begin < rows.in; begin += count) {
-        count = std::min(rows.in - begin, Weights::RUN);
-        const uint16_t *w = weights.take(begin, count), *end = w + count / INPUTS * INPUTS;
-        for (; w < end; w += INPUTS, x += PAIRS * rows.tiles.height) {
-            coming.fetch();
-            _tile_loadd(4, w, weights.stride);
-            QUASAR_WITH_EACH(QUASAR_MULTIPLY)
-        }
-        if (count % INPUTS) {
-            _tile_loadd(6, w, weights.stride);
-            QUASAR_WITH_EACH(QUASAR_MULTIPLY_LAST)
-        }
+    const uint16_t* w = weights.take(0);
+    for (int i = INPUTS; i <= rows.in; i += INPUTS, x += PAIRS * rows.tiles.height) {
+        coming.fetch();
+        const uint16_t* next = i < rows.in ? weights.take(i) : nullptr;  // a tile ahead, as its product takes a while
+        _tile_loadd(4, w, weights.stride);
+        QUASAR_WITH_EACH(QUASAR_MULTIPLY)
+        w = next;
+    }
+    if (w) {
+        _tile_loadd(6, w, weights.stride);
+        QUASAR_WITH_EACH(QUASAR_MULTIPLY_LAST)
     }
     QUASAR_WITH_EACH(QUASAR_STORE)
 }
@@ -144,7 +142,7 @@ void sum_in_tiles_of(int tiles, const Weights& weights, const PairedRows& rows, 
 // All rows times a strip; `put(row, values)` takes its outputs.
 template <typename Strip, typename Put>
 void multiply_strip_in_tiles(const Strip& strip, const PairedRows& rows, Put put) {
-    alignas(64) uint16_t room[STRIP * RestoredWeights::RUN];
+    alignas(64) uint16_t room[2 * RestoredWeights::SIZE];
     alignas(64) float sums[ROW_TILES * MOST_IN_TILE * LANES];
     const RowTiles& tiles = rows.tiles;
     const int groups = (tiles.total + ROW_TILES - 1) / ROW_TILES, lines = (Strip::lines(STRIP) + groups - 1) / groups;
