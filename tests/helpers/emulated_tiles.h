@@ -102,14 +102,15 @@ struct Operands {
     }
 };
 
-inline void multiply_codes(int c, int a, int b) {
+template <typename Code>  // int8_t or uint8_t, which B holds
+void multiply_codes(int c, int a, int b) {
     const Operands of(c, a, b);
     for (int m = 0; m < of.c.rows; ++m) {
         int32_t sums[NUMBERS];
         std::memcpy(sums, of.c.data[m], sizeof sums);
         for (int k = 0; k < of.b.rows; ++k)
             for (int n = 0; n < of.c.bytes / 4; ++n)
-                for (int i = 0; i < 4; ++i) sums[n] += int8_t(of.a.data[m][4 * k + i]) * of.b.data[k][4 * n + i];
+                for (int i = 0; i < 4; ++i) sums[n] += int8_t(of.a.data[m][4 * k + i]) * Code(of.b.data[k][4 * n + i]);
         std::memcpy(of.c.data[m], sums, sizeof sums);
     }
     multiplied[0].fetch_add(1, std::memory_order_relaxed);

@@ -32,6 +32,7 @@ int main(int, char** arguments) {
     if (broken == 9) _tile_dpbf16ps(0, 1, 3);
     if (broken == 10) __asm__ volatile(".byte 0xc4, 0xe2, 0x72, 0x5c, 0xc1");  // tdpbf16ps of 0, 1, 1: no assembler has it
     _tile_dpbsud(0, 1, 2);
+    _tile_dpbssd(0, 1, 2);
     _tile_dpbf16ps(0, 1, 2);
     if (broken == 11) return 0;
     _tile_release();

@@ -63,7 +63,8 @@ bool run(const Instruction& one) {
         case 0x49 << 4 | Instruction::F2 << 1: return tiles::zero(one.reg), true;
         case 0x4b << 4 | Instruction::F2 << 1 | 1: return tiles::load(one.reg, one.address, one.stride), true;
         case 0x4b << 4 | Instruction::F3 << 1 | 1: return tiles::store(one.reg, one.address, one.stride), true;
-        case 0x5e << 4 | Instruction::F3 << 1: return tiles::multiply_codes(one.reg, one.rm, one.second), true;
+        case 0x5e << 4 | Instruction::F2 << 1: return tiles::multiply_codes<int8_t>(one.reg, one.rm, one.second), true;
+        case 0x5e << 4 | Instruction::F3 << 1: return tiles::multiply_codes<uint8_t>(one.reg, one.rm, one.second), true;
         case 0x5c << 4 | Instruction::F3 << 1: return tiles::multiply_pairs(one.reg, one.rm, one.second), true;
         default: return false;
     }

@@ -1,8 +1,9 @@
 // A product with packed codes in AMX's tiles: A are activations [rows, 64 inputs], B codes, C sums of a group [rows, 16].
 //
 // The stream's 64 bytes of 16 outputs × 4 inputs are a row of B once their planes are apart, so a group is unpacked to the
-// cache as it stands, for up to 64 rows. Sums are exact, and scales come to them as in `codes.h`: so are all bits those
-// of `multiply_tile`, and how many rows a pass has may choose between them.
+// cache as it stands, for up to 64 rows. Codes of less than 8 bits lose their zeros there, once for all rows. Sums are
+// exact, and scales come to them as in `codes.h`: so are all bits those of `multiply_tile`, and how many rows a pass has
+// may choose between them.
 
 #pragma once
 
@@ -11,6 +12,7 @@
 
 namespace quasar {
 
+constexpr int DOTS = MOST_IN_TILE * BLOCK;  // sums of a tile of rows
 constexpr int TOGETHER = 64;  // rows that share what is unpacked, and whose totals stay in the first cache
 
 using Bytes = uint8_t __attribute__((vector_size(64)));  // of 16 outputs × 4 inputs
@@ -54,9 +56,9 @@ inline TileShapes shapes_of_codes(int height, int step) {
     return shapes;
 }
 
-// Begins the sums of a group's products for one or two tiles of rows, whose activations begin at x and `other`.
+// The sums of a group's products for one or two tiles of rows, whose activations begin at x and `other`, into C.
 template <int BITS, int TILES>
-void begin_dots(const uint8_t* codes, const int8_t* x, const int8_t* other, size_t stride, int group, int step) {
+void dot_tiles(const uint8_t* codes, const int8_t* x, const int8_t* other, size_t stride, int group, int step) {
     _tile_zero(0);
     _tile_zero(1);
     if constexpr (TILES > 1) {
@@ -87,14 +89,25 @@ void begin_dots(const uint8_t* codes, const int8_t* x, const int8_t* other, size
     }
 }
 
-// Stores them: [tiles, rows, BLOCK].
+// The same for the tiles of rows that begin at `row`, and at `other` where there is a pair.
+template <int BITS>
+void begin_dots(const uint8_t* codes, const CodedRows& rows, int row, int other, bool is_pair, int g, int step) {
+    const int8_t* x = rows.values + size_t(g) * rows.group;
+    const size_t stride = rows.stride();
+    if (is_pair)
+        dot_tiles<BITS, 2>(codes, x + row * stride, x + other * stride, stride, rows.group, step);
+    else
+        dot_tiles<BITS, 1>(codes, x + row * stride, nullptr, stride, rows.group, step);
+}
+
+// Stores what is in C: [tiles, rows, BLOCK].
 inline void store_dots(bool is_pair, int32_t* dots) {
     constexpr int BYTES = BLOCK * sizeof(int32_t);  // of a row of sums
     _tile_stored(0, dots, BYTES);
     _tile_stored(1, dots + LANES, BYTES);
     if (is_pair) {
-        _tile_stored(2, dots + MOST_IN_TILE * BLOCK, BYTES);
-        _tile_stored(3, dots + MOST_IN_TILE * BLOCK + LANES, BYTES);
+        _tile_stored(2, dots + DOTS, BYTES);
+        _tile_stored(3, dots + DOTS + LANES, BYTES);
     }
 }
 
@@ -124,43 +137,42 @@ void add_dots(const uint8_t* header, const CodedRows& rows, int row, int g, int 
     }
 }
 
+// Adds the sums of two tiles of rows from tile `first` on, or of the last one, to the totals of a block.
+template <int BITS>
+void add_pair(const uint8_t* header, const CodedRows& rows, int row, const RowTiles& tiles, int g, int first,
+              const int32_t* dots, float* totals) {
+    for (int tile = first; tile < std::min(first + 2, tiles.total); ++tile, dots += DOTS) {
+        const int begin = tiles.begin(tile), twice = begin - tiles.place(tile);
+        add_dots<BITS>(header, rows, row + begin, g, tiles.end(tile) - begin, dots + twice * BLOCK, totals + begin * BLOCK);
+    }
+}
+
 // Up to TOGETHER rows from `row` on, times the block whose stream begins at `codes`, to totals [rows, BLOCK]. While tiles
-// are multiplied the next group is unpacked, and the sums before are added.
+// are multiplied the next group is unpacked, and the sums of the tiles before are added.
 template <int BITS>
 void multiply_block_in_tiles(const uint8_t* codes, const CodedRows& rows, int row, const RowTiles& tiles, int step,
                              float* totals) {
-    constexpr int ROOM = MOST_OF_GROUP / 4 * FOURS, DOTS = MOST_IN_TILE * BLOCK;
-    alignas(64) uint8_t room[2][CENTRED<BITS> ? ROOM : 1];
+    alignas(64) uint8_t room[2][CENTRED<BITS> ? MOST_OF_GROUP / 4 * FOURS : 1];
     alignas(64) int32_t dots[2][2 * DOTS];
     const size_t bytes = HEADER + size_t(rows.group) * BLOCK * BITS / 8;
-    std::fill(totals, totals + tiles.rows * BLOCK, 0.0f);
-    const auto add_pair = [&](const uint8_t* header, int g, int first, const int32_t* from) {
-        for (int tile = first; tile < std::min(first + 2, tiles.total); ++tile, from += DOTS) {
-            const int begin = tiles.begin(tile), twice = begin - tiles.place(tile);
-            add_dots<BITS>(header, rows, row + begin, g, tiles.end(tile) - begin, from + twice * BLOCK, totals + begin * BLOCK);
-        }
+    const int pairs = (tiles.total + 1) / 2, all = rows.groups * pairs;
+    const auto add = [&](int done) {
+        const int g = done / pairs;
+        add_pair<BITS>(codes + g * bytes, rows, row, tiles, g, done % pairs * 2, dots[done % 2], totals);
     };
-    const uint8_t *unpacked = unpack_group<BITS>(codes, rows.group, room[0]), *header_before = nullptr;
-    int g_before = 0, first_before = 0, unit = 0;
-    for (int g = 0; g < rows.groups; ++g, codes += bytes) {
-        const uint8_t* next = nullptr;
-        for (int first = 0; first < tiles.total; first += 2, ++unit) {
-            const auto x = [&](int tile) {
-                return rows.values + (row + tiles.place(tile)) * rows.stride() + size_t(g) * rows.group;
-            };
-            const bool is_pair = first + 1 < tiles.total;
-            if (is_pair)
-                begin_dots<BITS, 2>(unpacked, x(first), x(first + 1), rows.stride(), rows.group, step);
-            else
-                begin_dots<BITS, 1>(unpacked, x(first), nullptr, rows.stride(), rows.group, step);
-            if (first == 0 && g + 1 < rows.groups) next = unpack_group<BITS>(codes + bytes, rows.group, room[(g + 1) % 2]);
-            if (header_before) add_pair(header_before, g_before, first_before, dots[(unit + 1) % 2]);
-            store_dots(is_pair, dots[unit % 2]);
-            header_before = codes, g_before = g, first_before = first;
-        }
-        unpacked = next;
+    std::fill(totals, totals + tiles.rows * BLOCK, 0.0f);
+    const uint8_t *unpacked = nullptr, *next = unpack_group<BITS>(codes, rows.group, room[0]);
+    for (int at = 0; at < all; ++at) {
+        const int g = at / pairs, first = at % pairs * 2;
+        const bool begins = first == 0, is_pair = first + 1 < tiles.total;
+        if (begins) unpacked = next;
+        begin_dots<BITS>(unpacked, rows, row + tiles.place(first), row + tiles.place(first + is_pair), is_pair, g, step);
+        if (begins && g + 1 < rows.groups)
+            next = unpack_group<BITS>(codes + (g + 1) * bytes, rows.group, room[(g + 1) % 2]);
+        if (at) add(at - 1);
+        store_dots(is_pair, dots[at % 2]);
     }
-    add_pair(header_before, g_before, first_before, dots[(unit + 1) % 2]);
+    add(all - 1);
 }
 
 template <int BITS, typename Put>

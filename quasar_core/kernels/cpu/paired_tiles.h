@@ -47,11 +47,15 @@ inline PairedRows pair_all(const uint16_t* x, int in, int count) {
     return {room.data(), in, tiles};
 }
 
-// A strip's weights as A takes them: take(i) are inputs i to i + INPUTS of its rows, which lie `stride` bytes apart.
+// A strip's weights as A takes them: take(i) are inputs i to i + INPUTS of its rows, which lie `stride` bytes apart. Each
+// time it sends for a part of the next strip's: all at once, what restores would wait for what is under way.
 struct LyingWeights {
     const uint16_t* w;
     size_t stride;
-    const uint16_t* take(int i) const { return w + i; }
+    const uint16_t* take(int i, Coming& coming) const {
+        coming.fetch();
+        return w + i;
+    }
 };
 
 inline LyingWeights weights_of(const PlainStrip<uint16_t>& strip, uint16_t*) { return {strip.w, strip.row_bytes()}; }
@@ -64,9 +68,11 @@ struct RestoredWeights {
     uint16_t* room;                        // [2, STRIP, INPUTS]
     static constexpr size_t stride = TILE_BYTES;
 
-    const uint16_t* take(int i) {
+    const uint16_t* take(int i, Coming& coming) {
         uint16_t* to = room + i / INPUTS % 2 * SIZE;
+        coming.fetch(0, coming.lines / 2);
         restore(upper, i, to);
+        coming.fetch(coming.lines / 2, coming.lines);
         restore(lower, i, to + HALF * INPUTS);
         settle(to);
         return to;
@@ -116,10 +122,9 @@ template <int TILES, typename Weights>
 void sum_in_tiles(Weights weights, const PairedRows& rows, const uint32_t* x, Coming coming, float* sums) {
     const size_t size = rows.size(), width = size_t(rows.tiles.height) * 4;
     QUASAR_WITH_EACH(QUASAR_ZERO)
-    const uint16_t* w = weights.take(0);
+    const uint16_t* w = weights.take(0, coming);
     for (int i = INPUTS; i <= rows.in; i += INPUTS, x += PAIRS * rows.tiles.height) {
-        coming.fetch();
-        const uint16_t* next = i < rows.in ? weights.take(i) : nullptr;  // a tile ahead, as its product takes a while
+        const uint16_t* next = i < rows.in ? weights.take(i, coming) : nullptr;  // ahead: a product takes a while
         _tile_loadd(4, w, weights.stride);
         QUASAR_WITH_EACH(QUASAR_MULTIPLY)
         w = next;

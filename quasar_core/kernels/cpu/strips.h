@@ -27,8 +27,9 @@ constexpr int STRIP = LANES;  // outputs
 struct Coming {
     const char* from;
     int lines;
-    void fetch() {
-        for (int line = 0; line < lines; ++line, from += 64) __builtin_prefetch(from, 0, 2);
+    void fetch() { fetch(0, lines); }
+    void fetch(int begin, int end) {
+        for (int line = begin; line < end; ++line, from += 64) __builtin_prefetch(from, 0, 2);
     }
 };
 

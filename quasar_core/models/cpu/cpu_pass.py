@@ -44,10 +44,10 @@ SCORES = ("softmax", "chosen", "sigmoid")  # in the order of `experts.h`
 BESIDE = ("mlp_out_norm", "router_norm", "norm", "out_norm", "factors")  # of experts beside an MLP
 BITS_OF = {torch.bfloat16: 16, torch.float32: 32}
 KERNELS = frozenset({"vnni", "dense"})  # whose weights it reads as they prepared them
-# Tokens up to which a prompt's pass takes no longer here than in PyTorch's operations, where bfloat16 is multiplied in
-# pairs and PyTorch has no tiles (AMX) for it. It is one number whether weights are compressed or not, as no bit of a
-# text may depend on that. `tools/measure_prompts.py` measures both.
-SHORT_PROMPT = 33
+# Tokens up to which a prompt's pass takes no longer here than in PyTorch's operations: where bfloat16 is multiplied in
+# pairs and PyTorch has no tiles (AMX) for it, and where it is multiplied in tiles here too. It is one number whether
+# weights are compressed or not, as no bit of a text may depend on that. `tools/measure_prompts.py` measures both.
+SHORT_PROMPT, TILED_PROMPT = 33, 256
 
 
 def why_not(decoder: LeanDecoder) -> str | None:
@@ -70,8 +70,11 @@ def why_not(decoder: LeanDecoder) -> str | None:
 
 def longest_prompt(dtype: torch.dtype) -> int:
     """Tokens up to which the pass of a prompt runs in C++; 0 where that is not known to be as fast."""
-    is_fast = cpp.multiplies_bfloat16() and "amx_bf16" not in forms.instructions()
-    return SHORT_PROMPT if is_fast and dtype == torch.bfloat16 else 0
+    if dtype != torch.bfloat16 or not cpp.multiplies_bfloat16():
+        return 0
+    if cpp.multiplies_in_tiles():
+        return TILED_PROMPT
+    return 0 if "amx_bf16" in forms.instructions() else SHORT_PROMPT
 
 
 def remark() -> str:

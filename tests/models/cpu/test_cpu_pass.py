@@ -306,13 +306,21 @@ def test_passes_of_every_kind_run_where_threads_are_steered(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    ("pairs", "has", "dtype", "longest"),
-    [(True, "fma", BF16, 33), (True, "fma", FLOAT, 0), (True, "amx_bf16", BF16, 0), (False, "fma", BF16, 0)],
+    ("products", "has", "dtype", "longest"),
+    [
+        ("pairs", "fma", BF16, 33),
+        ("pairs", "fma", FLOAT, 0),
+        ("pairs", "amx_bf16", BF16, 0),
+        ("tiles", "amx_bf16", BF16, 256),
+        ("tiles", "amx_bf16", FLOAT, 0),
+        ("others", "fma", BF16, 0),
+    ],
 )
-def test_prompts_are_short_where_bfloat16_is_multiplied_in_pairs_and_pytorch_has_no_tiles(
-    monkeypatch: pytest.MonkeyPatch, pairs: bool, has: str, dtype: torch.dtype, longest: int
+def test_prompts_run_here_as_far_as_pytorchs_own_products_are_no_faster(
+    monkeypatch: pytest.MonkeyPatch, products: str, has: str, dtype: torch.dtype, longest: int
 ) -> None:
-    monkeypatch.setattr(cpu_pass.cpp, "multiplies_bfloat16", lambda: pairs)
+    monkeypatch.setattr(cpu_pass.cpp, "multiplies_bfloat16", lambda: products != "others")
+    monkeypatch.setattr(cpu_pass.cpp, "multiplies_in_tiles", lambda: products == "tiles")
     monkeypatch.setattr(cpu_pass.forms, "instructions", lambda: frozenset({has}))
     assert cpu_pass.longest_prompt(dtype) == longest
 
