@@ -110,5 +110,21 @@ def test_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not module.attends(CPU, torch.float32, 64)
     assert not module.attends(CPU, torch.bfloat16, 80)
     monkeypatch.setattr(module, "processor_flags", lambda: frozenset({"amx_bf16", "avx512_bf16"}))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert not module.attends(CPU, torch.bfloat16, 64)
     assert not make_mask(0, 64, None, 1, CPU, torch.bfloat16, size=64).in_cpp
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability", "left_out"),
+    [({"amx_bf16"}, "AVX512", []), ({"amx_bf16"}, "AVX2", [False]), ({"avx512_bf16"}, "DEFAULT", [])],
+)
+def test_pytorchs_fused_attention_is_left_out_where_it_fails(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], capability: str, left_out: list[bool]
+) -> None:
+    settings = list[bool]()
+    monkeypatch.setattr(module, "processor_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cuda, "enable_flash_sdp", settings.append)
+    module._leave_out_what_fails()
+    assert settings == left_out

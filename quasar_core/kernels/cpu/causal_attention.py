@@ -16,9 +16,26 @@ HEAD_SIZES = 32  # what a head's size is a multiple of
 
 def attends(device: torch.device, dtype: torch.dtype, size: int) -> bool:
     """Whether attention of heads of this kind is computed here: by a processor that multiplies bfloat16 in pairs."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or size % HEAD_SIZES or "amx_bf16" in processor_flags():
+    if device.type != "cpu" or dtype != torch.bfloat16 or size % HEAD_SIZES or _pytorch_has_tiles():
         return False
     return why_not_here() is None and bool(library().quasar_multiplies_pairs())
+
+
+def _pytorch_has_tiles() -> bool:
+    return "amx_bf16" in processor_flags() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _leave_out_what_fails() -> None:
+    """Have PyTorch attend by plain products where its fused kernel of bfloat16 fails.
+
+    With ATEN_CPU_CAPABILITY below AVX-512 on a processor with tiles it takes these all the same, and then refuses to
+    lay out what they multiply (PyTorch 2.13: "pack_vnni2 is only supported when avx512 is supported").
+    """
+    if "amx_bf16" in processor_flags() and not _pytorch_has_tiles():
+        torch.backends.cuda.enable_flash_sdp(False)  # that of CPUs too
+
+
+_leave_out_what_fails()
 
 
 def causal_attention(
