@@ -79,10 +79,14 @@ def test_other_weights_stay_and_it_is_said_where_it_was_asked(tmp_path: Path, wa
 
 def test_small_models_stay_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressed_weights.cpp, "multiplies_bfloat16", lambda: True)  # on every processor
+    monkeypatch.setattr(compressed_weights.cpp, "multiplies_in_tiles", lambda: False)
     assert compress([loaded(tmp_path, "llama")], wanted=None) is None
     monkeypatch.setattr(compressed_weights, "SMALLEST", 1)
     assert compress([loaded(tmp_path, "llama")], wanted=None)
     assert compress([loaded(tmp_path, "llama")], wanted=False) is None
+    monkeypatch.setattr(compressed_weights.cpp, "multiplies_in_tiles", lambda: True)
+    assert compress([loaded(tmp_path, "llama")], wanted=None) is None  # no faster there
+    assert compress([loaded(tmp_path, "llama")], wanted=True)
 
 
 def test_loading_compresses_where_it_is_asked(tmp_path: Path) -> None:
