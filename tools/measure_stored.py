@@ -2,9 +2,9 @@
 
     python -m tools.measure_stored MODEL VERIFIER [--dataset spec-bench] [--limit 78] [--max-new-tokens 96]
 
-`quasar bench` compares with plain decoding on the weights that quasar holds in memory, which on a CPU are 12 bits each
-without loss, and so faster than those of 16 that other programs read. Here the target is loaded both ways, and
-all arms answer question by question in turn.
+`quasar bench` compares with plain decoding on the weights that quasar holds in memory, which on many CPUs are 12 bits
+each without loss, and there faster than those of 16 that other programs read. Here the target is loaded both ways, and
+all arms answer question by question in turn: the first on 16 bits, the others on 12.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def main() -> None:
     decoding.use_threads("auto")
     config = BenchConfig(("vanilla", "full", "exact", "quantized"), max_new_tokens=options.max_new_tokens)
     load: dict[str, Any] = {"model": options.model, "verifier": options.verifier}
-    pairs = decoding.load_pair(**load, verify="full", compress=False), decoding.load_pair(**load)
+    pairs = decoding.load_pair(**load, verify="full", compress=False), decoding.load_pair(**load, compress=True)
     places = [(STORED, pairs[0]), *((arm, pairs[1]) for arm in HELD)]
     arms = [Answers(arm, Generator(pair, config.generation(arm, 0.0))) for arm, pair in places]
     (dataset,) = load_datasets(options.dataset, options.limit)

@@ -94,6 +94,19 @@ def test_tiles_take_codes_from_nine_rows_on_in_groups_that_fill_them(
     assert tile_traps.tiles_multiplied(CODES) - before == row_tiles * 2 * (128 // min(group, 64))
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("share", [0, 1])
+def test_zeros_at_the_ends_have_the_bits_of_vnni(
+    tiles: str, bits: int, share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = make_weight(bits, 128, 32, 64)
+    weight.zeros.fill_(share * 2**bits)
+    prepared, x = KERNEL.prepare(weight, CPU, FLOAT), normal(20, 128)
+    found = KERNEL.multiply(x, prepared)
+    monkeypatch.setenv(forms.VARIABLE, "avx512")
+    assert torch.equal(KERNEL.multiply(x, prepared), found)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_what_is_not_finite_stays_in_its_row_of_codes(tiles: str, value: float) -> None:
     prepared = KERNEL.prepare(make_weight(4, 128, 32, 64), CPU, FLOAT)

@@ -17,10 +17,11 @@ constexpr int TOGETHER = 64;  // rows that share what is unpacked, and whose tot
 
 using Bytes = uint8_t __attribute__((vector_size(64)));  // of 16 outputs × 4 inputs
 
-// The zero of each output, four times; codes of 8 bits less their zeros would not fit in 8 bits.
+// Whether zeros are subtracted while codes are unpacked: of 8 bits, the difference would not fit in a byte.
 template <int BITS>
 constexpr bool CENTRED = BITS < 8;
 
+// The zero of each output, from 0 to 2^BITS, four times.
 inline Bytes zeros_of(const uint8_t* half) {
     const UnsignedPart zeros = UnsignedPart(ints_from_shorts(reinterpret_cast<const int16_t*>(half + 2 * LANES)));
     return Bytes((zeros & 0xff) * 0x01010101u);
@@ -56,6 +57,13 @@ inline TileShapes shapes_of_codes(int height, int step) {
     return shapes;
 }
 
+// Tiles are named by numbers that stand in the code.
+#define QUASAR_ADD_PRODUCT(C, A, B)  \
+    if constexpr (CENTRED<BITS>)     \
+        _tile_dpbssd(C, A, B);       \
+    else                             \
+        _tile_dpbsud(C, A, B);
+
 // The sums of a group's products for one or two tiles of rows, whose activations begin at x and `other`, into C.
 template <int BITS, int TILES>
 void dot_tiles(const uint8_t* codes, const int8_t* x, const int8_t* other, size_t stride, int group, int step) {
@@ -69,29 +77,21 @@ void dot_tiles(const uint8_t* codes, const int8_t* x, const int8_t* other, size_
         _tile_loadd(6, codes, FOURS);
         _tile_loadd(7, codes + FOURS / HALVES, FOURS);
         _tile_loadd(4, x + i, stride);
-        if constexpr (CENTRED<BITS>) {
-            _tile_dpbssd(0, 4, 6);
-            _tile_dpbssd(1, 4, 7);
-        } else {
-            _tile_dpbsud(0, 4, 6);
-            _tile_dpbsud(1, 4, 7);
-        }
+        QUASAR_ADD_PRODUCT(0, 4, 6)
+        QUASAR_ADD_PRODUCT(1, 4, 7)
         if constexpr (TILES > 1) {
             _tile_loadd(5, other + i, stride);
-            if constexpr (CENTRED<BITS>) {
-                _tile_dpbssd(2, 5, 6);
-                _tile_dpbssd(3, 5, 7);
-            } else {
-                _tile_dpbsud(2, 5, 6);
-                _tile_dpbsud(3, 5, 7);
-            }
+            QUASAR_ADD_PRODUCT(2, 5, 6)
+            QUASAR_ADD_PRODUCT(3, 5, 7)
         }
     }
 }
 
+#undef QUASAR_ADD_PRODUCT
+
 // The same for the tiles of rows that begin at `row`, and at `other` where there is a pair.
 template <int BITS>
-void begin_dots(const uint8_t* codes, const CodedRows& rows, int row, int other, bool is_pair, int g, int step) {
+void dot_pair(const uint8_t* codes, const CodedRows& rows, int row, int other, bool is_pair, int g, int step) {
     const int8_t* x = rows.values + size_t(g) * rows.group;
     const size_t stride = rows.stride();
     if (is_pair)
@@ -101,7 +101,7 @@ void begin_dots(const uint8_t* codes, const CodedRows& rows, int row, int other,
 }
 
 // Stores what is in C: [tiles, rows, BLOCK].
-inline void store_dots(bool is_pair, int32_t* dots) {
+inline void store_pair(bool is_pair, int32_t* dots) {
     constexpr int BYTES = BLOCK * sizeof(int32_t);  // of a row of sums
     _tile_stored(0, dots, BYTES);
     _tile_stored(1, dots + LANES, BYTES);
@@ -166,11 +166,11 @@ void multiply_block_in_tiles(const uint8_t* codes, const CodedRows& rows, int ro
         const int g = at / pairs, first = at % pairs * 2;
         const bool begins = first == 0, is_pair = first + 1 < tiles.total;
         if (begins) unpacked = next;
-        begin_dots<BITS>(unpacked, rows, row + tiles.place(first), row + tiles.place(first + is_pair), is_pair, g, step);
+        dot_pair<BITS>(unpacked, rows, row + tiles.place(first), row + tiles.place(first + is_pair), is_pair, g, step);
         if (begins && g + 1 < rows.groups)
             next = unpack_group<BITS>(codes + (g + 1) * bytes, rows.group, room[(g + 1) % 2]);
         if (at) add(at - 1);
-        store_dots(is_pair, dots[at % 2]);
+        store_pair(is_pair, dots[at % 2]);
     }
     add(all - 1);
 }

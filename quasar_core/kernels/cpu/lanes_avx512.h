@@ -38,10 +38,7 @@ inline Part from_halves(const uint16_t* x) {
 inline IntPart ints_from_shorts(const int16_t* x) {
     return (IntPart)_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
-inline Part from_shorts(const int16_t* x) {
-    __m256i shorts = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(shorts));
-}
+inline Part from_shorts(const int16_t* x) { return to_floats(ints_from_shorts(x)); }
 inline Part from_bfloat16(const uint16_t* x) {
     __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));

@@ -279,7 +279,7 @@ def library() -> ctypes.CDLL:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether products of bfloat16 are taken in pairs, in the form for which passes of several tokens are measured."""
+    """Whether products of bfloat16 are taken in pairs or tiles, where passes of several tokens are measured."""
     form: bytes = library().quasar_form()
     return form == b"AVX-512 with VNNI and BF16" or multiplies_in_tiles()
 

@@ -28,7 +28,7 @@ struct Coming {
     const char* from;
     int lines;
     void fetch() { fetch(0, lines); }
-    void fetch(int begin, int end) {
+    void fetch(int begin, int end) {  // of a step's lines
         for (int line = begin; line < end; ++line, from += 64) __builtin_prefetch(from, 0, 2);
     }
 };

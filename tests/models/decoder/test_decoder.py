@@ -44,6 +44,12 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return load_target(folder, CPU, FLOAT), fresh_logits(model, random_tokens())
 
 
+@pytest.fixture
+def family(request: pytest.FixtureRequest) -> str:
+    """The transformers class of the case."""
+    return CASES[request.node.callspec.params["case"]][0]
+
+
 @pytest.mark.parametrize("sizes", [[LENGTH], [1], [12, 1, 4, 8], [3, 33]], ids=str)
 def test_logits_equal_those_of_transformers_however_the_text_is_passed(
     case: tuple[LeanDecoder, torch.Tensor], sizes: list[int], request: pytest.FixtureRequest
@@ -53,7 +59,7 @@ def test_logits_equal_those_of_transformers_however_the_text_is_passed(
 
 
 def test_logits_after_rollbacks_equal_those_of_a_fresh_text(
-    case: tuple[LeanDecoder, torch.Tensor], request: pytest.FixtureRequest
+    case: tuple[LeanDecoder, torch.Tensor], family: str
 ) -> None:
     decoder, expected = case
     tokens, cache = random_tokens(), decoder.new_cache(LENGTH)
@@ -63,15 +69,13 @@ def test_logits_after_rollbacks_equal_those_of_a_fresh_text(
     cache.rollback(3)
     decoder.forward(tokens[3:30], cache)
     cache.rollback(30)
-    assert_close(
-        decoder.forward(tokens[30:], cache), expected[30:], family=CASES[request.node.callspec.params["case"]][0]
-    )
+    assert_close(decoder.forward(tokens[30:], cache), expected[30:], family=family)
 
 
-def test_last_only_gives_the_last_row(case: tuple[LeanDecoder, torch.Tensor], request: pytest.FixtureRequest) -> None:
+def test_last_only_gives_the_last_row(case: tuple[LeanDecoder, torch.Tensor], family: str) -> None:
     decoder, expected = case
     logits = decoder.forward(random_tokens(), decoder.new_cache(64), last_only=True)
-    assert_close(logits, expected[-1:], family=CASES[request.node.callspec.params["case"]][0])
+    assert_close(logits, expected[-1:], family=family)
 
 
 def test_openpangu_is_llama_with_biases_in_its_attention(tmp_path: Path) -> None:
