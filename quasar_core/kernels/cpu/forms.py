@@ -25,8 +25,8 @@ class Form:
     """An instruction set: the architectures that have it, what it needs, the compiler's options, and its extras.
 
     An extra's option that begins with + is added to `-march=armv8.2-a`. Extras came one after the other: each is used
-    where those before it are there too, so that a wheel need not carry every choice of them. A form `by_name` is taken
-    only where QUASAR_ISA names it, and no wheel carries it: nobody has measured it.
+    where those before it are there too, so that a wheel need not carry every choice of them. A form that needs a
+    `system` is carried by that system's wheels alone.
     """
 
     name: str

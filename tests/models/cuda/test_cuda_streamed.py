@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.decoder_cases import CASES, CPU, FLOAT, assert_close, random_tokens, save_model
-from helpers.interpret import interpret_on_cpu
+from helpers.interpret import triton_steps
 from helpers.late_device import AT_RANDOM, CHARACTERS, LateDevice
 from helpers.quantized_decoder import quantize_layers
 from helpers.tiny_models import make_pair
@@ -85,18 +85,17 @@ def test_in_triton_a_sweep_gives_the_bits_of_passes_with_all_weights_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever passes together: the text of `exact` is then that of plain decoding, as it is without streaming."""
-    interpret_on_cpu()
+    steps = triton_steps()
     sum_in_float64(monkeypatch)
     from quasar_core.kernels.triton.products import LONGEST_DENSE
-    from quasar_core.models.cuda.triton_steps import TritonSteps
 
     assert WIDEST == LONGEST_DENSE
     few = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 3}
     save_model(tmp_path, "Llama", few)
     tokens, dtype = random_tokens(71), torch.float16
     whole = load_target(tmp_path, CPU, dtype)
-    whole.fast = CudaPass(whole, TritonSteps())
-    decoder = streamed(tmp_path, open_link(CPU, frozenset([1])), range(3), dtype, TritonSteps())
+    whole.fast = CudaPass(whole, steps)
+    decoder = streamed(tmp_path, open_link(CPU, frozenset([1])), range(3), dtype, steps)
     logits = {}
     for name, model, ends in (("whole", whole, (3, 4, 44, 71)), ("streamed", decoder, (3, 71))):
         cache, begins = model.new_cache(72), (0, *ends[:-1])

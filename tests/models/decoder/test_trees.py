@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.decoder_cases import CASES, CPU, DYNAMIC, assert_close, random_tokens, save_model
-from helpers.interpret import interpret_on_cpu
+from helpers.interpret import triton_steps
 from helpers.quantized_decoder import mixed_bits, quantize_layers
 
 from quasar_core.models import loading
@@ -149,9 +149,7 @@ def test_tritons_kernels_are_as_near_to_float32_as_those_of_pytorch(
     tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
     """In float16, as the interpreter rounds; a node that saw another's would be far off."""
-    interpret_on_cpu()
-    from quasar_core.models.cuda.triton_steps import TritonSteps
-
+    steps = triton_steps()
     save_model(tmp_path, name, {**options, "num_hidden_layers": 2})
     prompt, tokens, parents = random_tokens(11), [5, 9, 5, 70, 31], [-1, 0, 0, 2, 1]
     logits = {}
@@ -160,7 +158,7 @@ def test_tritons_kernels_are_as_near_to_float32_as_those_of_pytorch(
         cache = decoder.new_cache(40)
         decoder.forward(prompt, cache, last_only=True)
         if way == "triton":
-            decoder.fast = CudaPass(decoder, TritonSteps(), fast=True)
+            decoder.fast = CudaPass(decoder, steps, fast=True)
         logits[way] = decoder.forward_tree(tokens, parents, cache)
         cache.keep(11, [0, 2, 3])
         logits[way] = torch.cat((logits[way], decoder.forward([8, 3], cache)))
