@@ -72,6 +72,24 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(threads._Choice, name, None)
     if estimate := sys.modules.get("quasar_core.quantize.estimate"):  # of what a run takes: no test asks how long
         monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.01)
+    if steps := sys.modules.get("quasar_core.bench.steps"):  # nor how fast memory is
+        monkeypatch.setitem(steps.PROBE_BYTES, "cpu", 4_000_000)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _command_line_once() -> Iterator[None]:
+    """Typer makes all commands anew whenever one is run; here they are made once."""
+    if not find_spec("typer"):
+        yield
+        return
+    import typer.main
+    import typer.testing
+
+    made = cache(typer.main.get_command)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", made)
+        patch.setattr(typer.testing, "_get_command", made)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ def test_what_computes_nothing_loads_no_torch(arguments: list[str]) -> None:
 NOT_FOR_AN_ANSWER = ("torch._dynamo", "transformers.modeling_utils", "quasar_core.quantize", "quasar_core.bench.steps")
 
 
+@pytest.mark.usefixtures("compiled_at_home")
 def test_an_answer_waits_for_no_library_that_it_does_not_need() -> None:
     asked = ["generate", "--model", "demo", "--verify", "full", "--max-new-tokens", "2", "hi"]
     program = f"import sys; from quasar_cli.main import run; code = run({asked}); "
