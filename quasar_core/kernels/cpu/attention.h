@@ -1,85 +1,34 @@
 // Grouped-query attention of a pass over its cache: one key-value head at a time, a few queries, all positions seen.
 //
-// Positions come in spans of four sixteens that begin at multiples of SPAN, and are summed in that order with a running
-// maximum (Milakov and Gimelshein, 2018). A span's keys and values are laid out once for all queries, which then come in tiles
-// whose sums fill the registers.
+// Spans are summed in their order with a running maximum (Milakov and Gimelshein, 2018). Queries come in tiles whose sums
+// fill the registers, or in tiles of AMX.
 
 #pragma once
 
-#include <limits>
-#include <vector>
+#include <optional>
 
-#include "elementwise.h"
-#include "numbers.h"
-#include "team.h"
+#include "span.h"
+#ifdef QUASAR_TILES
+#include "attention_tiles.h"
+#endif
 
 namespace quasar {
 
-constexpr int SIXTEENS = 4, SPAN = SIXTEENS * LANES;
 // Of a tile: queries, sixteens of keys, registers of a value's channels.
 constexpr int QUERIES = 4, BESIDE = WIDTH == LANES ? SIXTEENS : 1, CHANNELS = WIDTH == 8 ? 2 : 4;
 constexpr int POSITIONS_AHEAD = LANES;  // positions that are fetched before they are read: measured
-// 32-bit lanes for each channel of a head, of what a thread works in.
-constexpr int ROOM = 2 * SPAN + QUERIES;
 
+#ifdef QUASAR_TILES
 template <typename X>
-struct Query {
-    const X* q;       // [D], scaled
-    int last, first;  // positions that it sees, both ends included
-    float* out;       // [D]
-    int branch = std::numeric_limits<int>::max();  // from this position on its own path through a tree is seen:
-    const int* path = nullptr;                     // where the states of each of these positions lie
-    int sinks = 0;                     // the text's first positions, at most sixteen, are seen beside them
-    float largest = LEAST, total = 0;  // of the scores so far
-};
-
-// Of each token of a tree at `position`, from the first one to itself: where states lie. None without a tree.
-inline std::vector<std::vector<int>> trace_paths(const int* parents, int count, int position) {
-    std::vector<std::vector<int>> paths;
-    for (int t = 0; parents && t < count; ++t) {
-        paths.push_back(parents[t] < 0 ? std::vector<int>() : paths[parents[t]]);
-        paths.back().push_back(position + t);
-    }
-    return paths;
-}
-
-// A span's keys [words, SPAN] and values [SIXTEENS, STEPS, D], and the words of a tile's queries [QUERIES, words].
+constexpr bool TILED = std::is_same_v<X, uint16_t>;
+constexpr int MOST_QUERIES = MOST_IN_TILE;
+#else
 template <typename X>
-class Span {
-    using Kind = Numbers<X>;
-
-public:
-    const int size, words;
-    float *const keys, *const values, *const queries;
-
-    Span(int size, float* room)
-        : size(size), words(size / Kind::TOGETHER), keys(room), values(keys + SPAN * size), queries(values + SPAN * size) {}
-
-    float* values_of(int sixteen) const { return values + sixteen * Kind::STEPS * size; }
-
-    // Lays out one of its sixteens, of whose keys and values the first `left` are written.
-    void fill(int sixteen, const X* own_keys, const X* own_values, int left) const {
-        constexpr int ROWS = Kind::PACKED / Kind::TOGETHER;  // of words, which a column is unpacked to
-        const int columns = size / Kind::PACKED;
-        for (int column = 0; column < columns; column += WIDTH)
-            for (int p = 0; p < LANES; p += WIDTH) {
-                Part rows[WIDTH];
-                for (int i = 0; i < WIDTH; ++i)
-                    rows[i] = Kind::packed(own_keys + size_t(std::min(p + i, left - 1)) * size, column, columns - column);
-                transpose(rows);
-                float* to = keys + size_t(column) * ROWS * SPAN + sixteen * LANES + p;
-                for (int i = 0; i < std::min(WIDTH, columns - column); ++i) Kind::unpack(rows[i], to + i * ROWS * SPAN, SPAN);
-            }
-        Kind::spread(own_values, left, size, values_of(sixteen));
-    }
-};
-
-// The positions of the sixteen from `start` on that a query sees.
-template <typename X>
-Lanes seen_by(const Query<X>& query, int start) {
-    const Lanes below = first_lanes(query.first - start), sinks = first_lanes(query.sinks - start);
-    return Lanes(first_lanes(query.last + 1 - start) & (~below | sinks));
-}
+constexpr bool TILED = false;
+constexpr int MOST_QUERIES = QUERIES;
+#endif
+// 32-bit lanes for each channel of a head, of what a thread works in: a span, queries, and what they mix.
+constexpr int ROOM = 2 * SPAN + 2 * MOST_QUERIES;
 
 // The products of COUNT queries with BESIDE sixteens of keys.
 template <typename X, int COUNT>
@@ -131,28 +80,6 @@ void weigh(const Span<X>& span, const float (*shares)[SPAN], const Lanes* seen, 
         for (int c = 0; c < REGISTERS; ++c) store_part(queries[q].out + d + c * WIDTH, sums[q][c]);
 }
 
-// Turns a query's scores into shares [SPAN] of the softmax so far; gives the factor by which its earlier sums fade.
-template <typename X>
-float to_shares(Query<X>& query, Floats* scores, int start, float cap, float* shares) {
-    Floats most = LEAST, total = 0.0f;
-    Lanes seen[SIXTEENS];
-    for (int i = 0; i < SIXTEENS; ++i) {
-        seen[i] = seen_by(query, start + i * LANES);
-        if (seen[i] && cap) scores[i] = capped(scores[i], cap);
-        if (seen[i]) most = larger(most, scores[i] = select(seen[i], scores[i], LEAST));
-    }
-    const float before = query.largest;
-    query.largest = std::max(before, largest_of(most));
-    const float fade = query.largest == before ? 1.0f : std::exp(before - query.largest);
-    for (int i = 0; i < SIXTEENS; ++i) {
-        const Floats own = seen[i] ? select(seen[i], exponential(scores[i] - query.largest), 0.0f) : Floats(0.0f);
-        total = total + own;
-        Numbers<X>::pack(own, shares + i * LANES);
-    }
-    query.total = query.total * fade + sum_of(total);
-    return fade;
-}
-
 // COUNT queries over the span from `start` on.
 template <typename X, int COUNT>
 void attend_to(const Span<X>& span, int start, float cap, Query<X>* queries) {
@@ -175,6 +102,9 @@ void attend_to(const Span<X>& span, int start, float cap, Query<X>* queries) {
 
 template <typename X>
 void attend_tile(const Span<X>& span, int start, float cap, Query<X>* queries, int count) {
+#ifdef QUASAR_TILES
+    if constexpr (TILED<X>) return attend_in_tiles(span, start, cap, queries, count);
+#endif
     switch (count) {
         case 1: return attend_to<X, 1>(span, start, cap, queries);
         case 2: return attend_to<X, 2>(span, start, cap, queries);
@@ -221,6 +151,11 @@ void attend(std::vector<Query<X>>& queries, Range positions, const X* keys, cons
         std::fill(query.out, query.out + size, 0.0f);
     }
     last = std::min(last, positions.end - 1);
+    const int count = int(queries.size()), most = TILED<X> ? MOST_QUERIES : QUERIES;
+#ifdef QUASAR_TILES
+    std::optional<Configured> configured;
+    if (TILED<X>) configured.emplace(shapes_of_attention(Tiles(count, most).next()));
+#endif
     const Span<X> span(size, room);
     const int sinks = queries.front().sinks, branch = queries.front().branch;  // of them all
     const int begin = std::max(positions.begin, first / SPAN * SPAN);
@@ -233,8 +168,7 @@ void attend(std::vector<Query<X>>& queries, Range positions, const X* keys, cons
             span.fill(i, keys + from, values + from, std::min(last + 1 - at, LANES));
         }
         Query<X>* next = queries.data();
-        const int count = int(queries.size());
-        for (Tiles tiles(count, start + SPAN > branch ? 1 : QUERIES); next < queries.data() + count;) {
+        for (Tiles tiles(count, start + SPAN > branch ? 1 : most); next < queries.data() + count;) {
             if (start + SPAN > branch) follow_path(*next, keys, values, start, span, own);
             const int some = tiles.next();
             attend_tile(span, start, cap, next, some);

@@ -81,19 +81,20 @@ private:
     std::vector<Buffer<float>> rooms, sums;  // of each thread
     std::vector<Buffer<X>> own;
 
-    // Every head's chunks in turn; the rows of a head are split where threads outnumber heads.
+    // Every head's chunks in turn, for a thread's share of the rows of all heads: a head may fall to several.
     void attend_whole(const PassHeads<X>& of, const std::vector<Range>& chunks, const Team& team) {
-        const int splits = std::clamp((team.threads + of.kv_heads - 1) / of.kv_heads, 1, of.rows());
-        const Range share = team.share(of.kv_heads * splits);
-        for (int at = share.begin; at < share.end; ++at) {
-            auto queries = queries_of(of, at / splits, Range(of.rows(), at % splits, splits));
+        const Range share = team.share(of.kv_heads * of.rows());
+        for (int row = share.begin, end; row < share.end; row = end) {
+            const int head = row / of.rows(), first = head * of.rows();
+            end = std::min(share.end, first + of.rows());
+            auto queries = queries_of(of, head, Range(row - first, end - first));
             auto whole = queries;
-            attend_to_chunk(of, at / splits, chunks.front(), whole, team);
+            attend_to_chunk(of, head, chunks.front(), whole, team);
             Buffer<float>& room = sums[team.thread];
             if (chunks.size() > 1) grow(room, queries.size() * of.size);
             for (size_t i = 0; chunks.size() > 1 && i < queries.size(); ++i) queries[i].out = room.data() + i * of.size;
             for (size_t c = 1; c < chunks.size(); ++c) {
-                attend_to_chunk(of, at / splits, chunks[c], queries, team);
+                attend_to_chunk(of, head, chunks[c], queries, team);
                 for (size_t i = 0; i < queries.size(); ++i) join(whole[i], queries[i], of.size);
             }
             for (const auto& query : whole) divide_by_shares(query, of.size);

@@ -25,6 +25,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "windows": ("Mistral", {**THREE, "sliding_window": WINDOW}),
     "soft caps": ("Gemma2", {**THREE, "sliding_window": WINDOW}),
     "sinks": ("Llama", THREE),
+    "heads of 80": ("Llama", {**THREE, "num_key_value_heads": 2, "head_dim": 80}),
 }
 
 
@@ -81,6 +82,21 @@ def test_nothing_depends_on_the_threads_or_on_the_tokens_beside(tmp_path: Path, 
         for threads, sizes in ((1, [21]), (2, [4, 1, 16]), (3, [21]), (4, [1, 20]), (7, [8, 13])):
             torch.set_num_threads(threads)
             assert torch.equal(passed(decoder, cache, tokens, sizes), expected), (length, threads)
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_tiles_nothing_depends_on_the_tokens_beside(tmp_path: Path, kind: str) -> None:
+    """In bfloat16, of up to 84 queries of a head; and float32's logits are as near as PyTorch's operations are to them."""
+    decoder, tokens = load(tmp_path, kind, torch.bfloat16), random_tokens(21)
+    torch.set_num_threads(2)
+    cache = behind(decoder, 700)
+    logits = passed(decoder, cache, tokens, [1] * 21)
+    for sizes in ([21], [4, 1, 16]):
+        assert torch.equal(passed(decoder, cache, tokens, sizes), logits), sizes
+    exact = load(tmp_path, kind, FLOAT)
+    expected, plain = exact.plain_logits(tokens, behind(exact, 700)), decoder.plain_logits(tokens, cache)
+    assert (logits - expected).norm() <= 1.1 * (plain - expected).norm()
 
 
 @pytest.mark.parametrize("kind", ["three heads", "sinks"])
