@@ -32,6 +32,7 @@ template <int BITS>
 const uint8_t* unpack_group(const uint8_t* header, int group, uint8_t* room) {
     constexpr int PLANES = 8 / BITS, HALF = FOURS / HALVES;
     const uint8_t *codes = header + HEADER, *unpacked = CENTRED<BITS> ? room : codes;
+    for (int byte = 0; byte < HEADER; byte += 64) __builtin_prefetch(header + 2 * AHEAD + byte, 0, 2);
     const Bytes zeros[HALVES] = {zeros_of(header), zeros_of(header + HEADER / HALVES)};
     for (int i = 0; i < group; i += 4 * PLANES, codes += FOURS, room += PLANES * FOURS)
 #pragma GCC unroll 2
