@@ -1,0 +1,3 @@
+"""The command line of `quasar`."""
+
+INTERRUPTED = 130  # the exit code after Ctrl-C

@@ -23,7 +23,6 @@ from quasar_core.records import Progress
 # In a file or a pipe nothing is to be folded for want of columns.
 _WIDTH_WITHOUT_TERMINAL = 200
 _UNWRITABLE = "The output cannot be written"
-INTERRUPTED = 130  # the exit code after Ctrl-C
 _ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows lacks the second
 
 

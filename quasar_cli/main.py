@@ -6,12 +6,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 
+from quasar_cli import INTERRUPTED
 from quasar_cli.commands import bench, chat, deploy, doctor, generate, inspect, models, quantize, serve
-from quasar_cli.console import INTERRUPTED, print_error, print_traceback
+from quasar_cli.console import print_error, print_traceback
 from quasar_cli.help import TYPED, Command, Group, examples
 from quasar_cli.options import Reporting
 from quasar_core.errors import QuasarError, UsageError
@@ -76,7 +78,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character gets a ? for it
             stream.reconfigure(errors="replace")
     if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are no text are refused where the text is used
-        sys.stdin.reconfigure(errors="surrogateescape")
+        with suppress(io.UnsupportedOperation):  # an earlier run in this process has read it, with this
+            sys.stdin.reconfigure(errors="surrogateescape")
     # What it warns of is answered here in a sentence, or does not concern who types a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sleep_soon()
@@ -93,11 +96,14 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check_variables() -> None:
-    """UsageError for a variable that the hub's client reads as a number while it is imported, where it is none."""
+    """UsageError for a variable that is no number, where a library reads it as one while it is imported."""
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         value = os.environ.get(name, "").strip()
         if value and not value.isdecimal():
             raise UsageError(f"{name} must be a whole number of seconds, not {value}.")
+    threads = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if threads and not re.fullmatch(r"0*[1-9]\d*(\s*,\s*0*[1-9]\d*)*", threads):
+        raise UsageError(f"OMP_NUM_THREADS must be a number of threads, not {threads}.")
 
 
 def _report(error: Exception) -> int:

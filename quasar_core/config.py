@@ -255,7 +255,9 @@ class QuantizeConfig:
     rounding: Rounding = "gptq"  # codes solved by GPTQ, or every weight to the nearest
 
     def __post_init__(self) -> None:
-        _require(self.bits in BITS, f"--bits must be one of {_listed(BITS)}, not {self.bits}.")
+        _require(
+            self.bits in BITS, f"--bits must be {_listed(BITS)}, a fraction between them, or auto, not {self.bits}."
+        )
         _require(
             self.group_size is None or self.group_size in GROUP_SIZES,
             f"--group-size must be one of {_listed(GROUP_SIZES)}, not {self.group_size}.",

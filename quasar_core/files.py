@@ -38,12 +38,12 @@ def exists(path: Path) -> bool:
     return _mode(path) is not None
 
 
-def is_file(path: Path) -> bool:
-    """Whether a regular file is there; QuasarError as `is_folder`, and for a pipe, a device or a socket."""
+def is_file(path: Path, kind: type[QuasarError] = QuasarError) -> bool:
+    """Whether a regular file is there; QuasarError as `is_folder`; for a pipe, a device or a socket that `kind`."""
     mode = _mode(path)
     if mode is None or stat.S_ISDIR(mode):
         return False
-    require_regular(path)
+    require_regular(path, kind)
     return True
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quasar_cli import console
+from quasar_cli import INTERRUPTED, console
 from quasar_cli.commands.generate import as_document, load_pair, make_generator, say_of_memory, show_notes, show_stats
 from quasar_cli.help import examples
 from quasar_cli.messages import read_messages
@@ -94,7 +94,7 @@ def _converse(conversation: "Conversation", history: bool) -> int:
                 break
             conversation.take(message)
     except KeyboardInterrupt:
-        return console.INTERRUPTED
+        return INTERRUPTED
     return 0 if sys.stdin.isatty() else conversation.refused  # in a terminal somebody could try again
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quasar_cli import console
+from quasar_cli import INTERRUPTED, console
 from quasar_cli.commands.models import announce
 from quasar_cli.help import examples
 from quasar_cli.option_groups import DecodeOptions, ModelOptions, takes_groups
@@ -142,7 +142,7 @@ def _generate(
         if written and not as_json:
             console.stream_text("\n" if streamed else "".join(written) + "\n")
         console.note_plain("(stopped)")
-        raise typer.Exit(console.INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _read_prediction(path: Path) -> str:

@@ -201,7 +201,7 @@ def load_dataset(name: str) -> Dataset:
     key = name.replace("_", "-")
     if key == "demo":
         return Dataset("demo", read_questions(DEMO_FILE), "the package")
-    if is_file(Path(name)):
+    if is_file(Path(name), UsageError):
         return Dataset(Path(name).stem, read_questions(Path(name)), f"the file {Path(name).name}")
     folder = _data_folder()
     if folder is not None and (found := _from_folder(folder, key)):

@@ -182,7 +182,7 @@ def read_documents(name: str, flag: str = "--calibration") -> Iterator[str | lis
         yield from _read_generic_text()
         return
     path = Path(name)
-    if not is_file(path):
+    if not is_file(path, UsageError):
         known = ", ".join([*(["self"] if flag == "--calibration" else []), GENERIC, *HUB_TEXTS])
         raise UsageError(f"{flag} must be a file or one of {known}; {name} is neither.")
     if path.suffix not in (".jsonl", ".json"):

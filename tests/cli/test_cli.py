@@ -222,7 +222,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["quantize", "demo", "--bits", "5"], "--bits must be one of 2, 3, 4, 8, not 5."),
+        (["quantize", "demo", "--bits", "5"], "--bits must be 2, 3, 4, 8, a fraction between them, or auto, not 5."),
         (["quantize", "demo", "--group-size", "100"], "--group-size must be one of 32, 64, 128, -1, not 100."),
         (["quantize", "demo", "--backend", "magic"], "--backend must be one of native, optimum, not magic."),
         (["quantize", "nobody-knows-it"], "nobody-knows-it is neither a folder here nor a model whose organisation"),
@@ -269,11 +269,35 @@ def test_an_unknown_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]) ->
     assert "No such option: --promt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("threads", ["0", "abc", "-3", "4,0", "1.5"])
+def test_a_number_of_threads_that_is_none_is_refused(
+    threads: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """OpenMP would say so in words of its own, and go on with another."""
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert run(["models"]) == 2
+    assert capsys.readouterr().err == f"Error: OMP_NUM_THREADS must be a number of threads, not {threads}.\n"
+
+
+@pytest.mark.parametrize("threads", ["", " 2 ", "4,2", "04"])
+def test_what_openmp_takes_is_taken(threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    assert run(["models"]) == 0
+
+
+def test_a_command_may_follow_one_that_read_the_standard_input() -> None:
+    program = "import sys; from quasar_cli.main import run; run(['models']); sys.stdin.readline(); "
+    program += "sys.exit(run(['models']))"
+    done = subprocess.run([sys.executable, "-c", program], input="a\nb\n", capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+
+
 def test_the_process_exits_with_the_code() -> None:
     command = [sys.executable, "-m", "quasar_cli", "quantize", "demo", "--bits", "5"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "Error: --bits must be one of 2, 3, 4, 8, not 5.\n"
+    assert done.stderr == "Error: --bits must be 2, 3, 4, 8, a fraction between them, or auto, not 5.\n"
 
 
 # The console

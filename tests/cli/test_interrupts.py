@@ -137,6 +137,58 @@ def test_a_process_that_is_interrupted_shows_no_traceback(command: list[str]) ->
         assert process.wait(60) == 130
 
 
+IMPORTING = """
+import sys
+
+interrupted = sys.argv[1]
+
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == interrupted:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupts())
+from quasar_cli.__main__ import main
+sys.argv[1:] = ["models"]
+main()
+"""
+SWALLOWING = """
+import time
+import quasar_cli.main
+from quasar_cli.__main__ import main
+
+class Swallows:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+def command():
+    Swallows()
+    while True:
+        time.sleep(0.01)
+
+quasar_cli.main.main = command
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "rich.console", "quasar_core.store.pairs"])
+def test_an_interrupt_while_parts_are_imported_shows_no_traceback(module: str) -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTING, module], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_an_interrupt_that_a_library_swallows_comes_once_more() -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWING], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_other_exceptions_that_are_ignored_are_still_told() -> None:
+    program = "import sys; from quasar_cli.__main__ import interrupt_again; sys.unraisablehook = interrupt_again\n"
+    program += "class Fails:\n    def __del__(self):\n        raise ValueError('half done')\nFails()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "half done" in done.stderr
+
+
 def test_a_pipe_that_nobody_reads_any_more_ends_the_command_in_silence() -> None:
     command = [sys.executable, "-c", PROGRAM, "long", "generate", "--prompt", "x"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -87,7 +87,7 @@ def test_nothing_depends_on_the_threads_or_on_the_tokens_beside(tmp_path: Path, 
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_tiles_nothing_depends_on_the_tokens_beside(tmp_path: Path, kind: str) -> None:
-    """In bfloat16, of up to 84 queries of a head; and float32's logits are as near as PyTorch's operations are to them."""
+    """In bfloat16, of up to 84 queries of a head; and they are as near to float32's as PyTorch's operations are."""
     decoder, tokens = load(tmp_path, kind, torch.bfloat16), random_tokens(21)
     torch.set_num_threads(2)
     cache = behind(decoder, 700)
