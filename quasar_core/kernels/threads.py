@@ -2,7 +2,8 @@
 
 PyTorch's own number is the one that holds, and the C++ is called with it. A program that sets PyTorch's number itself
 is obeyed. What the C++ computes does not depend on it, to the last bit; PyTorch's products may, as they depend on the
-number of tokens.
+number of tokens. So the pass of a prompt in PyTorch's operations runs in all threads however busy cores are: a text
+must not depend on what else the machine does.
 
 `auto` begins with as many threads as there are cores free, and the passes of a model are then steered. Threads wait
 for one another at every step of a pass. Where other processes take cores, each step lasts until the last thread has
@@ -251,6 +252,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(number)
 
 
+@contextlib.contextmanager
+def all_threads() -> Iterator[None]:
+    """Compute in the threads that there are when no other process takes cores, whatever passes are steered to."""
+    steering = _present_steering()
+    if steering is None:
+        yield
+        return
+    _set(steering.most)
+    try:
+        yield
+    finally:
+        _set(steering.now)
+
+
 def most_threads() -> int:
     """The threads that there are for computing when no other process takes cores."""
     steering = _Choice.steering
@@ -268,13 +283,19 @@ def describe_threads() -> str:
 
 
 def steered(run: Pass) -> Pass:
-    """Let a model's pass, a method that takes tokens first, run in as many threads as are fastest now."""
+    """Let a model's pass, a method that takes tokens first, run in as many threads as are fastest now.
+
+    With `last_only` it is the pass of a prompt, and runs in all threads.
+    """
 
     @functools.wraps(run)
     def steered_run(model: Any, tokens: Any, *others: Any, **named: Any) -> Any:
         steering = _present_steering()
         if steering is None or model.device.type != "cpu":
             return run(model, tokens, *others, **named)
+        if named.get("last_only"):
+            with all_threads():
+                return run(model, tokens, *others, **named)
         kind = (id(model), run.__name__, len(tokens), others[1:], tuple(named.items()))
         threads = steering.threads_for(kind)
         _set(threads)

@@ -154,6 +154,20 @@ class Model:
         return len(tokens)
 
 
+def test_a_prompt_runs_in_all_threads_whatever_passes_are_steered_to(own: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's products depend on their number, and a text must not depend on what else a machine does."""
+    torch.set_num_threads(3)
+    monkeypatch.setattr(threads, "free_threads", lambda most, looks=1: 1)
+    threads.use_threads("auto")
+    model = Model({1: 0.0, 3: 0.0})
+    for last_only in (False, True, False):
+        model.forward([1, 2], None, last_only=last_only)
+    with pytest.raises(ValueError, match="nothing to pass"):
+        model.forward([], None, last_only=True)
+    model.forward([1], None)
+    assert model.seen == [1, 3, 1, 3, 1]
+
+
 def test_a_fixed_number_is_set_and_kept(own: int) -> None:
     threads.use_threads(3)
     model = Model({3: 0.0})

@@ -17,7 +17,7 @@ from torch.nn.functional import embedding
 
 from quasar_core.kernels.cpu.rms_norm import rms_norm
 from quasar_core.kernels.linear import PackedLinear
-from quasar_core.kernels.threads import steered
+from quasar_core.kernels.threads import all_threads, steered
 from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, go_on, in_rows, join_choices
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.activations import activated, apply
@@ -200,7 +200,8 @@ class LeanDecoder(CausalLM):
         if self.streamed is None:
             return super().pass_prompt(tokens, cache, chunk, before_pass)
         cache.check_room(len(tokens))
-        return self._sweep(in_rows(tokens, chunk), cache, before_pass)
+        with all_threads():
+            return self._sweep(in_rows(tokens, chunk), cache, before_pass)
 
     @steered
     def _short_prompt(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
