@@ -153,6 +153,7 @@ sys.argv[1:] = ["models"]
 main()
 """
 SWALLOWING = """
+import signal
 import time
 import quasar_cli.main
 from quasar_cli.__main__ import main
@@ -166,6 +167,7 @@ def command():
     while True:
         time.sleep(0.01)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may be told to ignore it
 quasar_cli.main.main = command
 main()
 """
@@ -178,7 +180,7 @@ def test_an_interrupt_while_parts_are_imported_shows_no_traceback(module: str) -
 
 
 def test_an_interrupt_that_a_library_swallows_comes_once_more() -> None:
-    done = subprocess.run([sys.executable, "-c", SWALLOWING], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", SWALLOWING], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
