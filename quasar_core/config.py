@@ -255,9 +255,7 @@ class QuantizeConfig:
     rounding: Rounding = "gptq"  # codes solved by GPTQ, or every weight to the nearest
 
     def __post_init__(self) -> None:
-        _require(
-            self.bits in BITS, f"--bits must be {_listed(BITS)}, a fraction between them, or auto, not {self.bits}."
-        )
+        _require(self.bits in BITS, f"--bits must be one of {_listed(BITS)}, not {self.bits}.")
         _require(
             self.group_size is None or self.group_size in GROUP_SIZES,
             f"--group-size must be one of {_listed(GROUP_SIZES)}, not {self.group_size}.",
@@ -302,6 +300,8 @@ class QuantizeConfig:
         wanted = float(usual if bits is None else bits)
         searched = target_agreement is not None and bits is not None  # refused, since both choose the bits
         by_layer = mixed or searched or not wanted.is_integer()
+        known = f"{_listed(BITS)}, a fraction between them, or auto"
+        _require(by_layer or wanted in BITS, f"--bits must be {known}, not {wanted:g}.")
         return cls(
             bits=usual if by_layer else int(wanted),
             mean_bits=wanted if by_layer else None,
