@@ -1,6 +1,6 @@
 """The program: `quasar`, and `python -m quasar_cli` in a checkout that is not installed.
 
-Ctrl-C ends it while its parts are still imported, too, and where a library swallows it.
+Ctrl-C ends it while its parts are still imported, too, and where Python can only tell of it, as in a callback.
 """
 
 import _thread

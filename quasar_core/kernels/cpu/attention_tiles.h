@@ -24,8 +24,6 @@ inline TileShapes shapes_of_attention(int queries) {
     return shapes;
 }
 
-// Tiles are named by numbers that stand in the code.
-#define QUASAR_WITH_EACH(DO) DO(0) DO(1) DO(2) DO(3)
 #define QUASAR_ZERO(TILE) _tile_zero(TILE);
 #define QUASAR_STORE(TILE) _tile_stored(TILE, &scores[0][TILE], sizeof scores[0]);
 #define QUASAR_SCORE(TILE)                                              \
@@ -79,7 +77,6 @@ inline void weigh_in_tiles(const Span<uint16_t>& span, const float (*shares)[SPA
     }
 }
 
-#undef QUASAR_WITH_EACH
 #undef QUASAR_ZERO
 #undef QUASAR_STORE
 #undef QUASAR_SCORE

@@ -100,8 +100,6 @@ inline TileShapes shapes_of_pairs(int outs, int height) {
     return shapes;
 }
 
-// Tiles are named by numbers that stand in the code.
-#define QUASAR_WITH_EACH(DO) DO(0) DO(1) DO(2) DO(3)
 #define QUASAR_ZERO(TILE) \
     if constexpr (TILES > TILE) _tile_zero(TILE);
 #define QUASAR_STORE(TILE) \
@@ -202,7 +200,6 @@ void multiply_strips_in_tiles(const Weight& weight, const uint16_t* x, int in, R
     }
 }
 
-#undef QUASAR_WITH_EACH
 #undef QUASAR_ZERO
 #undef QUASAR_STORE
 #undef QUASAR_MULTIPLY

@@ -37,7 +37,7 @@ inline std::vector<std::vector<int>> trace_paths(const int* parents, int count, 
     return paths;
 }
 
-// A span's keys [words, SPAN] and values [SIXTEENS, STEPS, D], and the words of a tile's queries [QUERIES, words].
+// A span's keys [words, SPAN] and values [SIXTEENS, STEPS, D], and the words of a tile's queries, as many rows.
 template <typename X>
 class Span {
     using Kind = Numbers<X>;

@@ -11,6 +11,9 @@ namespace quasar {
 
 constexpr int MOST_IN_TILE = 16, TILE_BYTES = 64;
 
+// Tiles are named by numbers that stand in the code: those of C are 0 to 3.
+#define QUASAR_WITH_EACH(DO) DO(0) DO(1) DO(2) DO(3)
+
 // Of each tile its rows and their bytes, as the processor reads them.
 struct alignas(64) TileShapes {
     uint8_t palette = 1, first_row = 0, reserved[14] = {};

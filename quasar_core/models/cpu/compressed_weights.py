@@ -66,7 +66,7 @@ def _why_not(decoders: Sequence[LeanDecoder]) -> str | None:
 
 
 def _is_faster(decoders: Sequence[LeanDecoder]) -> bool:
-    """As measured (docs/results/): in tiles a pass gains a twelfth, and prompts take up to a third longer."""
+    """Not in tiles, by docs/results/: a pass gains a twelfth there, and prompts take up to a third longer."""
     size = sum(weight.nbytes for decoder in decoders for weight in _dense(decoder))
     return size >= SMALLEST and cpp.multiplies_bfloat16() and not cpp.multiplies_in_tiles()
 

@@ -200,8 +200,7 @@ class LeanDecoder(CausalLM):
         if self.streamed is None:
             return super().pass_prompt(tokens, cache, chunk, before_pass)
         cache.check_room(len(tokens))
-        with all_threads():
-            return self._sweep(in_rows(tokens, chunk), cache, before_pass)
+        return self._sweep(in_rows(tokens, chunk), cache, before_pass)
 
     @steered
     def _short_prompt(self, tokens: Sequence[int], cache: DecoderCache) -> torch.Tensor:
@@ -229,6 +228,7 @@ class LeanDecoder(CausalLM):
         cache.advance(len(tokens))
         return self.head_logits(hidden[-1:] if last_only else hidden)
 
+    @all_threads()
     @torch.inference_mode()
     def _sweep(self, parts: Sequence[Sequence[int]], cache: DecoderCache, before: Callable[[], None]) -> torch.Tensor:
         """Passes one behind another, each block of all of them before the next block → float32 logits [1, V]."""

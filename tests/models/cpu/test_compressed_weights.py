@@ -85,7 +85,7 @@ def test_small_models_stay_unless_asked(tmp_path: Path, monkeypatch: pytest.Monk
     assert compress([loaded(tmp_path, "llama")], wanted=None)
     assert compress([loaded(tmp_path, "llama")], wanted=False) is None
     monkeypatch.setattr(compressed_weights.cpp, "multiplies_in_tiles", lambda: True)
-    assert compress([loaded(tmp_path, "llama")], wanted=None) is None  # no faster there
+    assert compress([loaded(tmp_path, "llama")], wanted=None) is None  # prompts take longer there
     assert compress([loaded(tmp_path, "llama")], wanted=True)
 
 

@@ -13,6 +13,7 @@ from helpers.tiny_models import make_pair
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode import engine
 from quasar_core.decode.generator import Generator
+from quasar_core.kernels import threads
 from quasar_core.models import loading
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
 from quasar_core.models.memory.offload import movable_products
@@ -134,6 +135,20 @@ def test_a_prompt_takes_one_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     Generator(make_pair(decoder), GenerationConfig(1, "full", "none")).generate(random_tokens(30))
     wait_for(source)
     assert source.bytes_read == source.pass_bytes + source.pass_bytes // 2  # and half of the next one's blocks
+
+
+def test_a_sweep_runs_in_all_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every long prompt's pass does, whatever passes of decoding are steered to."""
+    save_model(tmp_path, *CASES["llama"])
+    decoder = streamed(tmp_path, range(4))
+    torch.set_num_threads(2)
+    monkeypatch.setattr(threads, "free_threads", lambda most, looks=1: 1)
+    threads.use_threads("auto")
+    seen: list[int] = []
+    tokens, cache = random_tokens(30), decoder.new_cache(40)
+    decoder.pass_prompt(tokens, cache, 10, lambda: seen.append(torch.get_num_threads()))
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize("blocks", [[1], [0, 3]])
