@@ -322,6 +322,8 @@ class FidelityReport:
     """How faithful a verifier is to its target, on text that the calibration did not see.
 
     `by_position` and `by_kind` split the text that the KL is taken on; `in_use` is the price of the kernel here.
+    `agreement_beside` and `margins` are of greedy text read as `exact` reads it, behind whose last few tokens keys and
+    values are the target's; without the former, the verifier read it alone for both, as all other text.
     """
 
     text: str
@@ -337,6 +339,7 @@ class FidelityReport:
     by_position: list[FidelitySlice] = field(default_factory=list)
     by_kind: list[FidelitySlice] = field(default_factory=list)
     in_use: KernelPrice | None = None
+    agreement_beside: float | None = None
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "FidelityReport":

@@ -19,6 +19,8 @@ def fidelity_facts(fidelity: FidelityReport) -> list[tuple[str, str]]:
         ("perplexity", f"{fidelity.perplexity_target:.3f} target, {fidelity.perplexity_verifier:.3f} verifier"),
         ("measured on", f"{fidelity.tokens} tokens: {fidelity.text}"),
     ]
+    if fidelity.agreement_beside is not None:
+        facts.insert(1, ("agreement in exact", f"{fidelity.agreement_beside:.4f} on greedy text"))
     return facts + ([("kernel in use", kernel_price(fidelity.in_use))] if fidelity.in_use else [])
 
 

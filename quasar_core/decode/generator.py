@@ -320,7 +320,8 @@ class Generator:
         curve, temperature = AgreementCurve(fidelity.margins), self.config.sampling.temperature
         if not temperature:
             return RunningAgreement(curve)
-        sampled = fidelity.agreement + min(temperature, 1.0) * (fidelity.overlap - fidelity.agreement)
+        greedy = fidelity.agreement if fidelity.agreement_beside is None else fidelity.agreement_beside
+        sampled = greedy + min(temperature, 1.0) * (fidelity.overlap - fidelity.agreement)
         return RunningAgreement(curve, shift_to(curve, sampled))
 
     @property

@@ -51,6 +51,7 @@ Target fingerprint `{card["target"]["fingerprint"][:16]}`.
 | fidelity to the target, on text that the calibration did not see | |
 |---|---|
 | agreement on the target's greedy text | {fidelity.agreement:.4f} |
+{beside_row(fidelity)}\
 | agreement on `{fidelity.text}` text ({fidelity.tokens:,} tokens) | {fidelity.agreement_sampled:.4f} |
 | mean KL(target, verifier), nats | {fidelity.kl_mean:.5f} |
 | 99th percentile of KL, nats | {fidelity.kl_p99:.4f} |
@@ -69,6 +70,13 @@ def describe_text(calibration: dict[str, Any]) -> str:
         f"Calibrated on `{calibration['name']}` ({calibration['tokens']:,} tokens, seed {calibration['seed']},\n"
         f"sha256 `{calibration['sha256'][:16]}`)."
     )
+
+
+def beside_row(fidelity: FidelityReport) -> str:
+    """Return the agreement as `exact` reads, where it was measured."""
+    if fidelity.agreement_beside is None:
+        return ""
+    return f"| the same beside the target, as `exact` decodes | {fidelity.agreement_beside:.4f} |\n"
 
 
 def kernel_row(fidelity: FidelityReport) -> str:

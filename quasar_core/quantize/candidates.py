@@ -23,7 +23,7 @@ from quasar_core.quantize.calibration import GREEDY_FROM, Calibration
 from quasar_core.quantize.fidelity import margins, piece_of
 from quasar_core.quantize.job import QuantizedBlock, block_file, read_commit, write_commit
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
-from quasar_core.quantize.measure_fidelity import RowsRead, read_states
+from quasar_core.quantize.measure_fidelity import RowsRead, read_beside, read_states
 from quasar_core.quantize.mixed_precision import CommittedModel
 from quasar_core.quantize.solve.factor import inverse_factor
 from quasar_core.quantize.solve.gptq import SolverConfig, column_order, solve, solve_layer
@@ -144,11 +144,9 @@ class Watcher:
         self._own = [[token for token, _ in row] for row in self._chosen(states, None)]
 
     def read(self, folder: Path, progress: Progress = no_progress) -> torch.Tensor:
-        """Run the rows through the blocks that a candidate's folder holds."""
-        (states,) = read_states(
-            PackedModel(self.target, folder), [self.rows[:, :-1]], "reading held-out text: verifier", progress
-        )
-        return states
+        """Run the rows through the blocks that a candidate's folder holds, beside the target's."""
+        model, stage = PackedModel(self.target, folder), "reading held-out text: verifier"
+        return read_beside(self.target, model, self.rows[:, :-1], stage, progress)[1]
 
     def look(self, states: torch.Tensor, head: PackedWeight | None) -> Look:
         """Compare, with the target's own head or a packed one."""

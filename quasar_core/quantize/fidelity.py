@@ -236,6 +236,21 @@ def logit_pieces(model: CausalLM, cache: KVCache, tokens: list[int], first: int)
 
 
 @torch.inference_mode()
+def agreement_on(
+    target: CausalLM,
+    verifier: CausalLM,
+    cache: KVCache,
+    rows: torch.Tensor,
+    first: int,
+    progress: Progress = no_progress,
+) -> tuple[float, MarginTable]:
+    """Agreement on rows [n, L] from position `first` on, and P(agree | margin)."""
+    tally = Tally()
+    _compare(target, verifier, cache, rows, first, tally, lambda done: progress("measuring fidelity", done, len(rows)))
+    return share(tally.agreed), margin_table(torch.cat(tally.margin), torch.cat(tally.agreed))
+
+
+@torch.inference_mode()
 def kernel_divergence(
     target: CausalLM, exact: CausalLM, in_use: CausalLM, cache: KVCache, rows: torch.Tensor, kernel: str
 ) -> KernelPrice:

@@ -31,7 +31,7 @@ from quasar_core.quantize.calibration import (
     read_documents,
 )
 from quasar_core.quantize.conversation import text_opening
-from quasar_core.quantize.fidelity import kernel_divergence, measure_fidelity, token_kinds
+from quasar_core.quantize.fidelity import agreement_on, kernel_divergence, measure_fidelity, token_kinds
 from quasar_core.records import FidelityReport, KernelPrice, Progress, no_progress
 
 KERNEL_ROWS = 4
@@ -146,6 +146,25 @@ def read_states(
     return [activations.hidden for activations in states]
 
 
+@torch.inference_mode()
+def read_beside(
+    target: Readable, verifier: Readable, rows: torch.Tensor, stage: str, progress: Progress = no_progress
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs of both models' last blocks [n, T, hidden] for rows [n, T], which the verifier reads as `exact` does.
+
+    That is, behind each window it reads the target's keys and values.
+    """
+    activations = capture_first_inputs(target.ends(torch.device("cpu")), rows, target.device)
+    activations.keep_reference()
+    for index in range(target.count):
+        progress(stage, index, target.count)
+        activations.advance_both(verifier.block(index), target.block(index), windows=True)
+        return_freed_memory()
+    progress(stage, target.count, target.count)
+    assert activations.reference is not None
+    return activations.reference.hidden, activations.hidden
+
+
 def measure(
     target: Readable,
     verifier: Readable,
@@ -156,25 +175,20 @@ def measure(
 ) -> FidelityReport:
     """Fidelity of a verifier on held-out rows and on the target's own greedy text; `kinds` [V]: the kind of a token.
 
-    `in_use` is the same verifier with the kernel that decoding runs, whose price is measured too.
+    It reads both alone, and greedy text once more as `exact` reads it, beside the target. `in_use` is the same verifier
+    with the kernel that decoding runs, whose price is measured too.
     """
     texts = [calibration.held_out[:, :-1], calibration.greedy[:, :-1]]  # the last token is only predicted
-    p = read_unknown(target, texts, [calibration.held_out_hidden, calibration.greedy_hidden], progress)
+    both = read_beside(target, verifier, texts[1], "measuring fidelity: verifier beside target", progress)
+    p = read_unknown(target, texts, [calibration.held_out_hidden, both[0]], progress)
     q = read_rows(verifier, texts, "measuring fidelity: verifier", progress)
-    report = measure_fidelity(
-        p,
-        q,
-        p.new_cache(max(rows.shape[1] for rows in texts)),
-        calibration.held_out,
-        calibration.greedy,
-        GREEDY_FROM,
-        calibration.name,
-        progress,
-        kinds,
-    )
-    if in_use is None:
-        return report
-    return replace(report, in_use=measure_kernel(p, q, in_use, calibration, progress))
+    beside = RowsRead(verifier.ends(), [(texts[1], both[1])])
+    cache = p.new_cache(max(rows.shape[1] for rows in texts))
+    held_out, greedy, name = calibration.held_out, calibration.greedy, calibration.name
+    report = measure_fidelity(p, q, cache, held_out, greedy, GREEDY_FROM, name, progress, kinds)
+    agreement, margins = agreement_on(p, beside, cache, greedy, GREEDY_FROM, progress)
+    price = None if in_use is None else measure_kernel(p, q, in_use, calibration, progress)
+    return replace(report, agreement_beside=agreement, margins=margins, in_use=price)
 
 
 def measure_kernel(

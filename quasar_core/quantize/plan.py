@@ -247,9 +247,12 @@ def written_bytes(shape: Shape, config: QuantizeConfig, text: TextPlan) -> int:
 
 
 def held_out_bytes(shape: Shape, config: QuantizeConfig) -> int:
-    """Hidden states of the text that fidelity is measured on, in both models; always in memory."""
-    rows = held_out_rows(config) * (config.calibration_length + GREEDY_LENGTH)
-    return 2 * rows * shape.hidden * shape.element
+    """Hidden states of the text that fidelity is measured on, in both models, of greedy text twice in one of them.
+
+    They are always in memory.
+    """
+    tokens = held_out_rows(config) * (2 * config.calibration_length + 3 * GREEDY_LENGTH)
+    return tokens * shape.hidden * shape.element
 
 
 def block_bytes(shape: Shape) -> int:

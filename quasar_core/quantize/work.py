@@ -49,7 +49,8 @@ class Work:
 class Tokens:
     """How many tokens each part of the work sees: `counted` for their successors, of which `unread` by a pass.
 
-    `compared` are those of fidelity, `read` as often as a model reads one for that; `written` by the target.
+    `compared` are those of fidelity, greedy text twice, `read` as often as a model reads one for that: greedy text by
+    the target as well, whatever it has found while it wrote it. `written` are those that the target writes.
     """
 
     calibration: int
@@ -63,14 +64,14 @@ class Tokens:
 def count_tokens(shape: Shape, config: QuantizeConfig, text: TextPlan) -> Tokens:
     """Count for a model that writes its text as `text` plans: what it has written, it need not read."""
     length, held_out = config.calibration_length, held_out_rows(config)
-    calibration, compared, writes_all = config.texts * length, held_out * (length + GREEDY_LENGTH), True
-    written = compared + calibration
+    calibration, greedy, writes_all = config.texts * length, held_out * GREEDY_LENGTH, True
+    compared, written = held_out * length + 2 * greedy, held_out * length + greedy + calibration
     if config.calibration != "self":
-        writes_all, written = False, held_out * GREEDY_LENGTH
-    remembered = 0 if not text.remembers else compared if writes_all else written
+        writes_all, written = False, greedy
+    remembered = held_out * length if text.remembers and writes_all else 0
     counted = min(calibration, MOST_READ) if width_of(shape.vocabulary) else 0
     unread = 0 if writes_all and text.by_target else counted
-    return Tokens(calibration, written, compared, 2 * compared - remembered, counted, unread)
+    return Tokens(calibration, written, compared, 2 * compared - greedy - remembered, counted, unread)
 
 
 def count_work(shape: Shape, config: QuantizeConfig, rows: int, text: TextPlan) -> Work:

@@ -66,6 +66,7 @@ def step_report() -> StepReport:
 
 FULL = replace(
     FIDELITY,
+    agreement_beside=0.9612,
     by_position=[FidelitySlice(name, 4096, 0.9471, 0.0412) for name in ("1 to 63", "64 to 255", "256 to 511")],
     by_kind=[FidelitySlice(name, 4096, 0.9471, 0.0412) for name in ("letters", "part of a character", "whitespace")],
 )
@@ -250,6 +251,15 @@ def test_a_report_of_little_text_says_so() -> None:
     assert "calibrated on 16 texts of 128 tokens" in drawn(quantize.report_tables(quantize_report(), False), 200)
     full = replace(quantize_report(), config={"fidelity_rows": 32})
     assert "quick" not in drawn(quantize.report_tables(full, False), 200)
+
+
+def test_agreement_in_exact_is_told_where_it_was_measured() -> None:
+    rows = drawn(quantize.report_tables(quantize_report(), False), 200).splitlines()
+    assert [row.split() for row in rows if row.startswith("agreement in exact")] == [
+        ["agreement", "in", "exact", "0.9612", "on", "greedy", "text"]
+    ]
+    older = replace(quantize_report(), fidelity=replace(FULL, agreement_beside=None))
+    assert "agreement in exact" not in drawn(quantize.report_tables(older, False), 200)
 
 
 def test_figures_of_a_report_are_read_again() -> None:

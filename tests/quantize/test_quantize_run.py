@@ -129,6 +129,11 @@ def test_the_report(source: Path) -> None:
     assert 0.5 < fidelity.agreement_sampled <= 1
     assert 0 < fidelity.kl_mean < fidelity.kl_p99
     assert sum(fidelity.margins.counts) == 3 * (40 - 32)
+    assert sum(fidelity.margins.agreed) / 24 == fidelity.agreement_beside
+    card = (Path(report.checkpoint) / "README.md").read_text()
+    assert (
+        f"| the same beside the target, as `exact` decodes | {fidelity.agreement_beside:.4f} |\n| agreement on" in card
+    )
     stored = VerifierCheckpoint(Path(report.checkpoint))
     assert stored.fidelity == fidelity
     assert stored.target_fingerprint == fingerprint(source)

@@ -11,7 +11,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from quasar_core.errors import QuasarError, foreign_errors
 from quasar_core.quantize.blocks.norms import fused_norms
 from quasar_core.quantize.blocks.streaming import find_blocks
+from quasar_core.quantize.blocks.target_context import TargetContext
 from quasar_core.quantize.solve.matmul import FastPasses, product
 
 
@@ -141,6 +142,10 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, spill: Path | None) -> 
 BATCH_TOKENS, BATCH_VALUES = 2048, 2**21
 
 
+# One of so many rows of the text reads the target's keys and values, as `exact` does; the others their own.
+READING = 2
+
+
 # Wraps hidden states [B, L, H] as a block returns them.
 Form = Callable[[torch.Tensor], Any]
 # Arguments of blocks that concern the KV cache, by the names that architectures give them.
@@ -155,13 +160,14 @@ class Stop(Exception):
 class Batch:
     """Rows of the text: the next block's hidden states [B, L, H] and other arguments.
 
-    `outputs` are the cached outputs of its quantized modules, by name.
+    `outputs` are the cached outputs of its quantized modules, by name; its attention runs inside `attention`.
     """
 
     rows: slice
     hidden: torch.Tensor
     kwargs: dict[str, Any]
     outputs: Mapping[str, Any] = field(default_factory=dict)
+    attention: contextlib.AbstractContextManager[Any] = field(default_factory=contextlib.nullcontext)
 
 
 class Activations:
@@ -197,10 +203,17 @@ class Activations:
         copied.block = self.block
         return copied
 
-    def pairs(self) -> Iterator[tuple[Batch, Batch]]:
-        """Iterate over the batches, each with the reference's batch of the same rows."""
+    def pairs(self, context: TargetContext, windows: bool = False) -> Iterator[tuple[Batch, Batch]]:
+        """Iterate over the batches, each with the reference's batch of the same rows, which is to run first.
+
+        One of `READING` rows reads the keys and values that the reference leaves in the context, as the last token of
+        a window does; or all rows do, in windows.
+        """
         assert self.reference is not None
-        return zip(self.batches(), self.reference.batches(), strict=True)
+        for batch, reference in zip(self.batches(), self.reference.batches(), strict=True):
+            some = context.read((-1 - batch.rows.start) % READING, READING)
+            reading = context.read_in_windows() if windows else some
+            yield replace(batch, attention=reading), replace(reference, attention=context.note())
 
     def first_row(self) -> Batch:
         """Return a batch of one row."""
@@ -210,6 +223,19 @@ class Activations:
         """Run a block: its outputs replace its inputs, and the block after it comes next."""
         for batch in self.batches():
             self.hidden[batch.rows] = run_block(block, batch).to(self.hidden)
+        self.end_block()
+
+    def advance_both(self, block: torch.nn.Module, original: torch.nn.Module, windows: bool = False) -> None:
+        """Run the reference through the original block, and the activations through the quantized one."""
+        assert self.reference is not None
+        for batch, reference in self.pairs(TargetContext(), windows):
+            self.reference.hidden[reference.rows] = run_block(original, reference).to(self.hidden)
+            self.hidden[batch.rows] = run_block(block, batch).to(self.hidden)
+        self.reference.end_block()
+        self.end_block()
+
+    def end_block(self) -> None:
+        """The block after this one comes next."""
         self.cache.begin_block()
         self.block += 1
         if self.block == len(self._kwargs[self._rows]):
@@ -222,7 +248,7 @@ class Activations:
 
 def run_block(block: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Return the block's outputs [B, L, H]."""
-    with FastPasses(), replaced_outputs(block, batch.outputs), fused_norms(block):
+    with FastPasses(), batch.attention, replaced_outputs(block, batch.outputs), fused_norms(block):
         return first_output(block(batch.hidden, **batch.kwargs))
 
 

@@ -9,7 +9,7 @@ not off a table of architectures.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from quasar_core.errors import QuasarError
 from quasar_core.models.hf.experts import SeparateExperts
 from quasar_core.quantize.blocks.activations import Activations, Batch, OutputLayer, Stop, first_output, run_block
 from quasar_core.quantize.blocks.streaming import linear_layers
+from quasar_core.quantize.blocks.target_context import TargetContext
 from quasar_core.quantize.solve.hessian import HessianAccumulator, wanted_outputs
 from quasar_core.quantize.solve.matmul import product
 
@@ -163,6 +164,17 @@ def find_output_layers(trace: Trace) -> dict[str, OutputLayer]:
     return found
 
 
+def attends_beside(trace: Trace, output_layers: Mapping[str, OutputLayer]) -> bool:
+    """Tell whether a block's attention still runs once the outputs of these layers' modules are cached."""
+    outputs: dict[str, Any] = {}
+    for call in trace.calls:
+        if call.name in output_layers:
+            outputs |= output_layers[call.name].outputs(call.gave)
+    context = TargetContext()
+    run_block(trace.block, replace(trace.row, outputs=outputs, attention=context.note()))
+    return bool(context.noted)
+
+
 def _gives(module: Call, layer: Call, shape: torch.Size) -> bool:
     """Tell whether the module's output is the layer's, to the last bit and token by token, and nothing beside it."""
     beside = module.gave[1:] if isinstance(module.gave, tuple) else ()
@@ -179,8 +191,9 @@ def collect_inputs(
     layers: dict[str, torch.nn.Linear],
     activations: Activations,
     output_layer: OutputLayer | None = None,
+    batches: Iterable[Batch] | None = None,
 ) -> dict[str, HessianAccumulator]:
-    """Sum the Hessian of every group's inputs; each pass stops after the stage.
+    """Sum the Hessian of every group's inputs; each pass, over all batches of the activations, stops after the stage.
 
     The inputs of an output layer are cached.
     """
@@ -205,7 +218,7 @@ def collect_inputs(
     handles = [layers[name].register_forward_pre_hook(take(name)) for name in accumulators]
     handles.append(stage.last.register_forward_hook(end))
     try:
-        for batch in activations.batches():
+        for batch in batches or activations.batches():
             with contextlib.suppress(Stop):
                 run_block(block, batch)
             if output_layer is not None:
@@ -222,12 +235,14 @@ def collect_compared(
     group: Sequence[str],
     stream: Sequence[str],
     activations: Activations,
+    context: TargetContext,
     output_layer: OutputLayer | None = None,
 ) -> HessianAccumulator:
     """Sum the Hessian of a group's inputs, and their correlation with the error against the original block.
 
-    Of a lone layer the wanted outputs are summed, and what its own weight makes of the inputs is subtracted at the end.
-    Of an output layer the inputs are cached; of the original one, the outputs.
+    Half of the rows read the original's keys and values. Of a lone layer the wanted outputs are summed, and what its
+    own weight makes of the inputs is subtracted at the end. Of an output layer the inputs are cached; of the original
+    one, the outputs.
     """
     name = group[0]
     linear, own = block.get_submodule(name), original.get_submodule(name)
@@ -237,9 +252,9 @@ def collect_compared(
     before = stream[: stream.index(name)] if name in stream else None
     lone = len(group) == 1
     accumulator = HessianAccumulator(linear.in_features, linear.weight.device)
-    for batch, reference in activations.pairs():
-        inputs, standing = reach(block, name, before, batch)
+    for batch, reference in activations.pairs(context):
         wanted, aim = reach(original, name, before, reference)
+        inputs, standing = reach(block, name, before, batch)
         errors = wanted - inputs
         if lone or output_layer is not None:
             outputs = product(wanted, own.weight, own.bias)
@@ -255,6 +270,15 @@ def collect_compared(
     if output_layer is not None:
         activations.reference.cache.mark_finished(output_layer, own.out_features)
     return accumulator
+
+
+def batches_beside(
+    original: torch.nn.Module, name: str, activations: Activations, context: TargetContext
+) -> Iterator[Batch]:
+    """Batches that read the original's keys and values, for which the reference runs as far as a layer."""
+    for batch, reference in activations.pairs(context):
+        reach(original, name, None, reference)
+        yield batch
 
 
 def reach(

@@ -19,6 +19,8 @@ from quasar_core.malloc import FREED_BYTES, return_freed_memory
 from quasar_core.models.hf.skeleton import clone_structure
 from quasar_core.quantize.blocks.activations import Activations
 from quasar_core.quantize.blocks.collect import (
+    attends_beside,
+    batches_beside,
     collect_compared,
     collect_inputs,
     find_output_layers,
@@ -29,6 +31,7 @@ from quasar_core.quantize.blocks.collect import (
     trace_block,
 )
 from quasar_core.quantize.blocks.streaming import find_blocks, find_head, linear_layers
+from quasar_core.quantize.blocks.target_context import TargetContext
 from quasar_core.quantize.job import Layout, QuantizedBlock, block_file, head_file, own_name, read_commit, write_commit
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.solve.gptq import Solution, SolverConfig, solve, solve_group
@@ -131,21 +134,30 @@ def quantize_one(
     name = f"{blocks.prefix}.{index}"
     if commit.exists():
         done = read_commit(commit)
+        original = None
         if activations.reference is not None:
             prepare(work, name, activations)  # as in the run that made the commit, to the last bit
-            activations.reference.advance(work)
+            original = clone_structure(work)
         replace_weights(work, name, done)
+        advance(activations, work, original)
     else:
         done = quantize_block(work, name, activations, plan, prepare(work, name, activations))
         write_commit(commit, done, blocks.stored)
-    activations.advance(work)
     return done
+
+
+def advance(activations: Activations, block: torch.nn.Module, original: torch.nn.Module | None) -> None:
+    """Run a quantized block, beside the original one where that is still to run."""
+    if original is None:
+        activations.advance(block)
+    else:
+        activations.advance_both(block, original)
 
 
 def quantize_block(
     block: torch.nn.Module, name: str, activations: Activations, plan: LayerPlan, prepared: Preparation
 ) -> QuantizedBlock:
-    """Quantize a block's linear layers in the order they run; replace their weights in place."""
+    """Quantize a block's linear layers in the order they run; replace their weights in place, and run the block."""
     weights: dict[str, PackedWeight] = {}
     losses: dict[str, float] = {}
     rounded: list[str] = []
@@ -153,16 +165,23 @@ def quantize_block(
     original = None if activations.reference is None else clone_structure(block)
     trace = trace_block(block, activations)
     found, stream, output_layers = find_stages(trace), find_stream_layers(trace), find_output_layers(trace)
+    attends_to_the_end = attends_beside(trace, output_layers)
+    context, compared = TargetContext(), ""
     del trace
     for stage in found:
         first = stage.groups[0][0]
         output_layer = output_layers.get(first)
         make_room(layers[first])
-        if original is None or is_expert(first):  # in the two models, other tokens may be routed to an expert
+        if original is None:
             inputs = collect_inputs(block, stage, layers, activations, output_layer)
+        elif is_expert(first):  # in the two models, other tokens may be routed to an expert
+            paired = attends_to_the_end and compared
+            batches = batches_beside(original, compared, activations, context) if paired else None
+            inputs = collect_inputs(block, stage, layers, activations, output_layer, batches)
         else:
-            inputs = {first: collect_compared(block, original, stage.groups[0], stream, activations, output_layer)}
-        if stage is found[-1] and original is not None and activations.reference is not None:
+            compared, both = first, (block, original, stage.groups[0], stream)
+            inputs = {first: collect_compared(*both, activations, context, output_layer)}
+        if stage is found[-1] and original and activations.reference and not attends_to_the_end:
             activations.reference.advance(original)
             original = None  # its weights make room for the solver
         make_room(layers[first])
@@ -175,6 +194,7 @@ def quantize_block(
                 replace_weight(own[full_name], solution.weight.dequantize(own[full_name].weight.dtype))
         if output_layer is not None:
             activations.cache.finish(output_layer, layers[first])
+    advance(activations, block, original)
     return QuantizedBlock(weights, losses, dict(prepared.tensors), tuple(rounded), prepared.layout)
 
 

@@ -121,7 +121,7 @@ def test_candidates_are_solved_together_as_each_by_itself(source: Path, tmp_path
                 assert torch.equal(one.dense(name, torch.float32), other.dense(name, torch.float32))
         watcher = Watcher(target, text)
         look = watcher.look(watcher.read(first), None)
-        assert look.agreement == pytest.approx(measure(target, PackedModel(target, first), text).agreement)
+        assert look.agreement == pytest.approx(measure(target, PackedModel(target, first), text).agreement_beside)
         noise = solve(torch.randn(264, 64), torch.eye(64), SolverConfig(8, 32)).weight
         assert watcher.look(watcher.read(first), noise).agreement < look.agreement / 2
 

@@ -1,6 +1,7 @@
 """How long to draft and when to confirm, under costs and agreements made by hand."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -325,12 +326,15 @@ class TestGeneratorsChoice:
         assert checking.agreement(0.5) == pytest.approx(7 / 22)
         assert f"exact: {checking.checker.longest} sure tokens wait" in pair.notes[-1]
 
-    def test_sampling_begins_at_the_overlap(self) -> None:
+    @pytest.mark.parametrize(("beside", "expected"), [(None, 0.8), (0.97, 0.82)])
+    def test_sampling_begins_at_the_overlap(self, beside: float | None, expected: float) -> None:
+        """Which was measured of the verifier alone, as the agreement of 0.95 beside it."""
         report = FidelityReport("text", 100, 0.95, 0.9, 0.8, 0.1, 0.2, 5.0, 5.1, MarginTable([1.0], [20, 80], [6, 80]))
+        report = replace(report, agreement_beside=beside)
         pair = make_pair(TableModel(8, 0), TableModel(8, 1), fidelity=report)
         checking = self.generator_of(pair, sampling=SamplingConfig(temperature=1.0))._checking
         assert checking is not None
-        assert checking.agreement.now.mean == pytest.approx(0.8, abs=1e-6)
+        assert checking.agreement.now.mean == pytest.approx(expected, abs=1e-6)
 
     def test_notes_tell_the_costs_once(self) -> None:
         pair = make_pair(TableModel(8, 0), TableModel(8, 1))
