@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from helpers.decoder_cases import CASES, random_tokens, save_model
 from helpers.folders import contents
+from helpers.quantize_cases import shorten_texts
 from helpers.tiny_model import save_tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -40,9 +42,18 @@ def verifier(place: Path, case: str, config: QuantizeConfig = USUAL) -> Path:
     return Path(quantizing.quantize(str(place / "tiny"), config, device="cpu").checkpoint)
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("phi")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUASAR_HOME", str(place / "home"))
+        shorten_texts(patch)
+        return verifier(place, "phi 3")
+
+
 @pytest.fixture
-def phi(tmp_path: Path) -> Path:
-    return verifier(tmp_path, "phi 3")
+def phi(made_once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made_once, tmp_path / "phi" / made_once.name))
 
 
 def logits(folder: Path) -> torch.Tensor:

@@ -59,11 +59,11 @@ def check_texts(models: Models, data: DataObject) -> None:
         "window": data.draw(st.integers(1, 9)),
         "ignore_eos": True,
     }
+    turn = [*prompt, *expected, 5, 6, 7]
+    follows = greedy(theirs, turn, 4)
     for verify in ("full", "exact"):
         generator = Generator(pair, GenerationConfig(count, verify, **config))  # type: ignore[arg-type]
         assert list(generator.generate(prompt).token_ids) == expected
-        turn = [*prompt, *expected, 5, 6, 7]
-        follows = greedy(theirs, turn, 4)
         assert list(generator.generate(turn).token_ids)[:4] == follows[:count]
 
 

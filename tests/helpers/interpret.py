@@ -29,9 +29,11 @@ def interpret_on_cpu() -> None:
             if isinstance(function, JITFunction):
                 setattr(owner, name, interpreter.InterpretedFunction(function.fn))
     _let_tensors_be_bounds(interpreter)
+    _call_builtins_at_once(interpreter)
     _patch_the_language_once(interpreter, tl)
     _find_types_when_asked(interpreter, tl.core)
     _know_shapes(tl.core)
+    _leave_equal_types_alone(interpreter.TritonSemantic)
 
 
 def triton_steps() -> Any:
@@ -60,6 +62,23 @@ def _let_tensors_be_bounds(interpreter: Any) -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_with_index
+
+
+def _call_builtins_at_once(interpreter: Any) -> None:
+    """Call what a builtin wraps, which the interpreter reaches by two more calls and a copy of what is named."""
+
+    def patch_attribute(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+        semantic, wrapped = interpreter.TritonSemantic(builder), member
+        if getattr(member, "__code__", None) is builtin_code:
+            wrapped = member.__wrapped__
+
+        def call(*args: Any, _semantic: Any = None, **named: Any) -> Any:
+            return wrapped(*args, _semantic=semantic, **named)
+
+        scope.set_attr(owner, name, call)
+
+    builtin_code = interpreter.tl.core.builtin(lambda _semantic=None: None).__code__
+    interpreter._patch_attr = patch_attribute
 
 
 def _patch_the_language_once(interpreter: Any, language: Any) -> None:
@@ -131,3 +150,22 @@ def _know_shapes(core: Any) -> None:
 
     core.block_type.__init__ = begin_known_type
     core.tensor.__init__ = begin_known_tensor
+
+
+def _leave_equal_types_alone(semantic: Any) -> None:
+    """Operands of one type and shape need neither a common one nor to be spread: most are, and that took a third."""
+    check, spread = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
+
+    def check_unequal(self: Any, lhs: Any, rhs: Any, *allowed: Any, **named: Any) -> Any:
+        tensors = isinstance(lhs, self.tensor) and isinstance(rhs, self.tensor)
+        if tensors and lhs.dtype is rhs.dtype and not lhs.dtype.is_ptr() and len(allowed) < 4:  # no division
+            return self.broadcast_impl_value(lhs, rhs)
+        return check(self, lhs, rhs, *allowed, **named)
+
+    def spread_unequal(self: Any, lhs: Any, rhs: Any) -> Any:
+        if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape:
+            return lhs, rhs
+        return spread(self, lhs, rhs)
+
+    semantic.binary_op_type_checking_impl = check_unequal
+    semantic.broadcast_impl_value = spread_unequal

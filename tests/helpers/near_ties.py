@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 CLEAR = 1e-3  # of the largest logit
 TIE = 1e-4
@@ -15,13 +16,27 @@ TIE = 1e-4
 
 @torch.inference_mode()
 def least_lead(model: Any, prompt: Sequence[int], count: int, penalty: float = 1.0) -> float:
-    """The smallest lead of a best token over the second, in transformers' greedy text, ÷ the largest logit."""
+    """The smallest lead of a best token over the second, in transformers' greedy text, ÷ the largest logit.
+
+    Of the text up to a token that does not lead clearly: it is of no use then, whatever follows.
+    """
     ids = torch.tensor([list(prompt)])
     options = {"do_sample": False, "max_new_tokens": count, "eos_token_id": None, "repetition_penalty": penalty}
     options |= {"output_scores": True, "return_dict_in_generate": True}
-    scores = torch.cat(model.generate(ids, attention_mask=torch.ones_like(ids), **options).scores)
+    options |= {"stopping_criteria": StoppingCriteriaList([_Unclear()])}
+    return float(_leads(torch.cat(model.generate(ids, attention_mask=torch.ones_like(ids), **options).scores)).min())
+
+
+def _leads(scores: torch.Tensor) -> torch.Tensor:
     best = scores.topk(2, dim=-1).values
-    return float(((best[:, 0] - best[:, 1]) / scores.abs().amax(dim=-1)).min())
+    return (best[:, 0] - best[:, 1]) / scores.abs().amax(dim=-1)
+
+
+class _Unclear(StoppingCriteria):
+    """Ends a text whose last token does not lead clearly."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **named: Any) -> torch.Tensor:
+        return _leads(scores[-1]) <= CLEAR
 
 
 def clear_prompt(model: Any, prompts: Iterable[Sequence[int]], count: int) -> list[int]:

@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers.tiny_model import files_of, save_tiny_model, write_files
 from safetensors.torch import load_file
@@ -11,6 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from quasar_core.api import quantizing
 from quasar_core.config import QuantizeConfig
+from quasar_core.quantize import calibration
 from quasar_core.records import QuantizeReport
 
 CONFIG = QuantizeConfig(group_size=32, samples=6, seq_len=24)
@@ -34,6 +36,12 @@ def _make_model(folder: Path, tied: bool) -> None:
     config.vocab_size, config.tie_word_embeddings, config.initializer_range = 264, tied, 0.2
     torch.manual_seed(1)
     Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def shorten_texts(patch: pytest.MonkeyPatch) -> None:
+    """Few and short rows of held-out and greedy text."""
+    patch.setattr(calibration, "HELD_OUT_ROWS", 3)
+    patch.setattr(calibration, "GREEDY_LENGTH", 40)
 
 
 def quantize(source: Path, config: QuantizeConfig = CONFIG, **options: Any) -> QuantizeReport:

@@ -3,16 +3,13 @@
 from pathlib import Path
 
 import pytest
-from helpers.quantize_cases import save_model
-
-from quasar_core.quantize import calibration
+from helpers.quantize_cases import save_model, shorten_texts
 
 
 @pytest.fixture
 def small_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few and short rows of held-out and greedy text."""
-    monkeypatch.setattr(calibration, "HELD_OUT_ROWS", 3)
-    monkeypatch.setattr(calibration, "GREEDY_LENGTH", 40)
+    shorten_texts(monkeypatch)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from helpers.tiny_models import TreeTable, make_pair
 
 from quasar_core.bench.arms import BenchConfig
 from quasar_core.bench.results import Results
-from quasar_core.bench.simulation.simulate import POLICIES, Policy, predict, replay, simulate
+from quasar_core.bench.simulation.simulate import POLICIES, Policy, Prediction, predict, replay, simulate
 from quasar_core.bench.simulation.traces import (
     Drafted,
     Recorded,
@@ -144,11 +144,15 @@ def benched(
     return Results(make_run(config=BenchConfig(("exact", "ngram", "vanilla"), window=window)), rows)
 
 
-@pytest.fixture
-def few_policies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that arms were recorded under and one other: a replay of every policy takes its time."""
-    few = tuple(policy for policy in POLICIES if policy.like or policy.name == "window 4")
-    monkeypatch.setattr("quasar_core.bench.simulation.simulate.POLICIES", few)
+RECORDED = ("as it pays", "target alone, no drafts")
+
+
+def predictions_of(results: Results, names: Sequence[str], replays: int) -> dict[str, Prediction]:
+    """Of these policies, and of the one that was recorded: a replay of every policy takes its time."""
+    few = tuple(policy for policy in POLICIES if policy.name in names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quasar_core.bench.simulation.simulate.POLICIES", few)
+        return {one.policy: one for one in simulate(results, replays=replays)}
 
 
 def test_replays_are_averaged_and_their_spread_is_told() -> None:
@@ -162,19 +166,17 @@ def test_replays_are_averaged_and_their_spread_is_told() -> None:
     assert plain.spread == 0  # the target alone comes to no place of which nothing was recorded
 
 
-@pytest.mark.usefixtures("few_policies")
 def test_sampled_answers_are_replayed_too() -> None:
     """Of so few tokens the recorded speed is chance by itself: seeds come out between 0.97 and 1.07."""
-    predictions = simulate(benched(sampling=SamplingConfig(1.0, seed=1)), replays=1)
-    assert predictions[0].ratio == pytest.approx(1.0, abs=0.12)
+    predictions = predictions_of(benched(sampling=SamplingConfig(1.0, seed=1)), RECORDED, 1)
+    assert predictions["as it pays"].ratio == pytest.approx(1.0, abs=0.12)
 
 
-@pytest.mark.usefixtures("few_policies")
 def test_the_recorded_policy_is_predicted_within_five_percent() -> None:
     """On average over texts, and over what the replay draws at random: one of either may come out right by luck."""
     ratios = []
     for seed in range(5):
-        predictions = {one.policy: one for one in simulate(benched(seed=seed), replays=2)}
+        predictions = predictions_of(benched(seed=seed), RECORDED, 2)
         own = predictions["as it pays"]
         assert own.ratio == pytest.approx(1.0, abs=0.1)
         ratios.append(own.ratio)
@@ -183,13 +185,12 @@ def test_the_recorded_policy_is_predicted_within_five_percent() -> None:
 
 
 def test_every_policy_is_predicted_from_a_window_that_was_set() -> None:
-    predictions = {one.policy: one for one in simulate(benched(4), replays=2)}
+    predictions = predictions_of(benched(4), RECORDED, 2)
     assert predictions["window 4"].ratio == pytest.approx(1.0, abs=0.05)
     assert predictions["target alone, no drafts"].ratio == pytest.approx(1.0, abs=0.05)
-    assert predictions.keys() == {policy.name for policy in POLICIES}
+    assert {one.policy for one in simulate(benched(4), replays=1)} == {policy.name for policy in POLICIES}
 
 
-@pytest.mark.usefixtures("few_policies")
 def test_trees_are_predicted_within_five_percent() -> None:
     """On average over texts."""
     ratios = []
@@ -197,7 +198,7 @@ def test_trees_are_predicted_within_five_percent() -> None:
         results = benched(trees=True, seed=seed)
         pieces = [piece for row in results.rows for step in row.stats.step_log for piece in step.pieces]  # type: ignore[union-attr]
         assert sum(piece.source == "branch" for piece in pieces) > 100
-        named = {one.policy: one for one in simulate(results, replays=1)}
+        named = predictions_of(results, RECORDED, 1)
         ratios.append(named["as it pays"].ratio)
         assert named["target alone, no drafts"].ratio == pytest.approx(1.0, abs=0.05)
     assert statistics.fmean(ratios) == pytest.approx(1.0, abs=0.05)
@@ -214,11 +215,10 @@ def test_a_tree_by_hand() -> None:
     assert trace.drafted[0].passed == 4
 
 
-@pytest.mark.usefixtures("few_policies")
 def test_other_policies_are_predicted_from_a_recording_of_one() -> None:
     """A window of 4, replayed from what was recorded as it pays, against its own run."""
-    predicted = {one.policy: one.predicted for one in simulate(benched(), replays=1)}
-    assert predicted["window 4"] == pytest.approx(simulate(benched(4), replays=1)[0].measured, rel=0.1)
+    predicted = predictions_of(benched(), ["window 4"], 1)["window 4"].predicted
+    assert predicted == pytest.approx(predictions_of(benched(4), [], 1)["window 4"].measured, rel=0.1)
 
 
 def test_a_trace_by_hand() -> None:

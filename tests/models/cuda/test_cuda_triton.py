@@ -291,11 +291,13 @@ def test_where_tritons_kernels_fail_pytorchs_take_their_place(
     assert f"PyTorch's operations, not Triton's: {reason}" in note
 
 
-@pytest.mark.parametrize("sizes", [(1, 3), (5, 17), (4, 33)])
-def test_a_tokens_logits_do_not_depend_on_the_tokens_beside_it(tmp_path: Path, sizes: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("sizes", "heads"), [((1, 3), {}), ((5, 17), FEW), ((4, 33), FEW)])
+def test_a_tokens_logits_do_not_depend_on_the_tokens_beside_it(
+    tmp_path: Path, sizes: tuple[int, int], heads: dict[str, int]
+) -> None:
     """To the last bit, in 16 bits, on both sides of where attention is split and where a bucket ends."""
     options = {"num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 128, "max_position_embeddings": 2048}
-    save_model(tmp_path, "Qwen3", {**options, "head_dim": 32})
+    save_model(tmp_path, "Qwen3", {**options, "head_dim": 32, **heads})
     decoder = load_target(tmp_path, CPU, torch.float16)
     fast = CudaPass(decoder, triton_steps())
     tokens, (begin, count) = random_tokens(1100), sizes

@@ -87,16 +87,22 @@ def test_target_and_verifier_share_a_cache(tmp_path: Path) -> None:
     assert_close(target.forward(tokens[20:], cache), expected[20:])
 
 
-@pytest.mark.parametrize("verify", ["full", "exact"])
-@pytest.mark.parametrize("name", ["qwen3, yarn, tied", "mistral, window", "smollm3, windows", "muse glimmer"])
-def test_greedy_text_is_that_of_transformers(tmp_path: Path, name: str, verify: Any) -> None:
-    model = save_model(tmp_path / "target", *CASES[name])
-    checkpoint = quantize_layers(tmp_path / "target", tmp_path / "verifier", lambda name: 4)
+@pytest.fixture(scope="module", params=["qwen3, yarn, tied", "mistral, window", "smollm3, windows", "muse glimmer"])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A target, its verifier, a prompt, and what transformers writes behind it."""
+    folder = tmp_path_factory.mktemp("written")
+    model = save_model(folder / "target", *CASES[request.param])
+    checkpoint = quantize_layers(folder / "target", folder / "verifier", lambda name: 4)
     prompt = clear_prompt(model, random_prompts(20), ANSWER)
     options = {"do_sample": False, "max_new_tokens": ANSWER, "eos_token_id": None}
     expected = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 20), **options)[0, 20:].tolist()
-    target = load_target(tmp_path / "target", CPU, FLOAT)
-    verifier = attach_verifier(target, checkpoint, "reference")
+    target = load_target(folder / "target", CPU, FLOAT)
+    return target, attach_verifier(target, checkpoint, "reference"), prompt, expected
+
+
+@pytest.mark.parametrize("verify", ["full", "exact"])
+def test_greedy_text_is_that_of_transformers(written: Any, verify: Any) -> None:
+    target, verifier, prompt, expected = written
     pair = make_pair(target, verifier if verify == "exact" else None)
     for drafts, window in ((1, 1), (4, 3), (8, 12)):
         config = GenerationConfig(ANSWER, verify, num_draft_tokens=drafts, window=window)

@@ -173,30 +173,39 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("chunk", [512, 7])
-@pytest.mark.parametrize("is_fast", [False, True])
-@pytest.mark.parametrize("kind", OWN)
-def test_our_own_decoder_equals_transformers(
-    kind: str, is_fast: bool, chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(engine.PREFILL_CHUNK, "cpu", chunk)
-    model = save_model(tmp_path, *OWN[kind])
-    decoder = lean_weights.load_target(tmp_path, CPU, FLOAT)
-    if is_fast:
-        loading.attach(decoder)
-    pair = make_pair(decoder, max_context=LONGEST)
+@pytest.fixture(scope="module", params=OWN)
+def own(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, list[list[int]]]:
+    """The kind, its files, and what transformers writes behind a prompt of each length."""
+    folder = tmp_path_factory.mktemp("own")
+    model, texts = save_model(folder, *OWN[request.param]), []
     for length in PROMPTS:
-        if kind == "longrope" and "phi3" in FORGETS and length <= LIMIT < length + COUNT - 1:
-            continue
         ids = torch.tensor([text_of(length)])
         output = copy.deepcopy(model).generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=COUNT, eos_token_id=96
         )
-        expected = output[0, length:].tolist()
+        texts.append(output[0, length:].tolist())
+    return request.param, folder, texts
+
+
+@pytest.mark.parametrize("chunk", [512, 7])
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_our_own_decoder_equals_transformers(
+    own: tuple[str, Path, list[list[int]]], is_fast: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(engine.PREFILL_CHUNK, "cpu", chunk)
+    kind, folder, texts = own
+    decoder = lean_weights.load_target(folder, CPU, FLOAT)
+    if is_fast:
+        loading.attach(decoder)
+    pair = make_pair(decoder, max_context=LONGEST)
+    for length, expected in zip(PROMPTS, texts, strict=True):
+        if kind == "longrope" and "phi3" in FORGETS and length <= LIMIT < length + COUNT - 1:
+            continue
+        prompt = text_of(length)
         for drafts, drafter in enumerate(DRAFTERS, start=3):
             config = GenerationConfig(COUNT, "full", num_draft_tokens=drafts)
-            make_draft = drafter_factory(drafter, ids[0].tolist() + expected)
-            assert answer(Generator(pair, config, make_draft), ids[0].tolist()) == expected, (length, drafter)
+            make_draft = drafter_factory(drafter, prompt + expected)
+            assert answer(Generator(pair, config, make_draft), prompt) == expected, (length, drafter)
 
 
 @pytest.fixture(scope="module")
