@@ -93,6 +93,24 @@ def test_a_pass_without_attention_leaves_what_was_read_as_it_is() -> None:
     assert torch.equal(found, scaled_dot_product_attention(queries, keys, values, is_causal=True))
 
 
+@pytest.mark.parametrize("keys", [LENGTH, LENGTH + 3])
+def test_attention_to_other_tokens_is_left_as_it_is(keys: int) -> None:
+    """Or attention whose mask is given by place."""
+    others = torch.randn(3, 2, keys, 8, generator=torch.Generator().manual_seed(4))
+    masks = [sliding(LENGTH)] if keys == LENGTH else []
+    context = TargetContext()
+    with context.note():
+        scaled_dot_product_attention(random_heads(0, 2), others, others, *masks)
+        scaled_dot_product_attention(random_heads(0, 2), random_heads(1, 2), random_heads(2, 2), is_causal=True)
+    assert len(context.noted) == 1
+    for reading in (context.read(0, 1), context.read_in_windows()):
+        with reading:
+            found = scaled_dot_product_attention(random_heads(5, 2), others, others, *masks)
+            last = scaled_dot_product_attention(*[random_heads(6, 2)] * 3, is_causal=True)
+        assert torch.equal(found, scaled_dot_product_attention(random_heads(5, 2), others, others, *masks))
+        assert not torch.allclose(last, scaled_dot_product_attention(*[random_heads(6, 2)] * 3, is_causal=True))
+
+
 def test_only_the_last_pass_is_noted() -> None:
     context, heads = TargetContext(), [random_heads(seed, 2) for seed in range(4)]
     for keys, values in (heads[:2], heads[2:]):

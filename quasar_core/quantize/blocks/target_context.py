@@ -18,8 +18,8 @@ WINDOW = 8  # tokens that the verifier proposes between two confirms, or a few m
 class TargetContext:
     """The keys and values of a block's attention: noted in a pass of the target, read in one of the verifier.
 
-    A block whose attention is no `scaled_dot_product_attention`, as linear attention, leaves nothing here, and is read
-    as though the verifier were alone.
+    A block whose attention is no `scaled_dot_product_attention` of its tokens to one another, as linear attention,
+    leaves nothing here, and is read as though the verifier were alone.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class _Noting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """What PyTorch calls in a function's place; the mode is off meanwhile."""
-        if func is scaled_dot_product_attention:
+        if _is_of_rows_to_themselves(func, args):
             self._noted.append((args[1], args[2]))
         return func(*args, **(kwargs or {}))
 
@@ -66,7 +66,7 @@ class _Reading(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """What PyTorch calls in a function's place; the mode is off meanwhile."""
         kwargs = kwargs or {}
-        if func is not scaled_dot_product_attention or self._done == len(self._noted):
+        if not _is_of_rows_to_themselves(func, args) or self._done == len(self._noted):
             return func(*args, **kwargs)
         known = self._noted[self._done]
         self._done += 1
@@ -81,6 +81,13 @@ class _Reading(TorchFunctionMode):
 class _ReadingInWindows(_Reading):
     def _attend(self, own: Sequence[torch.Tensor], known: Sequence[torch.Tensor], **options: Any) -> torch.Tensor:
         return attend_in_windows(own, known, **options)
+
+
+def _is_of_rows_to_themselves(func: Any, args: Sequence[Any]) -> bool:
+    """Whether this is attention whose queries, keys and values are those of the same tokens, all else given by name."""
+    if func is not scaled_dot_product_attention or len(args) != 3:
+        return False
+    return len({tensor.shape[-2] for tensor in args}) == 1
 
 
 def attend_in_windows(
