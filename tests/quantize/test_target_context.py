@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from quasar_core.quantize.blocks import activations as activations_of_text
-from quasar_core.quantize.blocks.activations import Activations, capture_first_inputs, run_block
+from quasar_core.quantize.blocks.activations import READING, Activations, capture_first_inputs, run_block
 from quasar_core.quantize.blocks.collect import attends_beside, find_output_layers, reach, trace_block
 from quasar_core.quantize.blocks.layerwise import BlocksInMemory, quantize_blocks
 from quasar_core.quantize.blocks.streaming import find_blocks
@@ -189,19 +189,30 @@ def test_logits_are_those_of_decoding_in_windows_over_the_targets_cache(name: st
     torch.testing.assert_close(own, target(SAMPLES[:1]).logits[0], rtol=1e-4, atol=1e-4)
 
 
-def activations_beside(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Activations:
+def activations_beside(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, reading: int = READING) -> Activations:
     """Five rows in batches of two, with a reference."""
     monkeypatch.setattr(activations_of_text, "BATCH_TOKENS", 2 * LENGTH)
     activations = capture_first_inputs(model, SAMPLES)
-    activations.keep_reference()
+    activations.keep_reference(reading=reading)
     return activations
 
 
 @torch.inference_mode()
-def test_every_second_row_of_the_calibration_text_is_read_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("reading", "expected"),
+    [
+        (0, [True, True, True, True, True]),
+        (1, [False, False, False, False, False]),
+        (2, [True, False, True, False, True]),
+        (3, [True, True, False, True, True]),
+    ],
+)
+def test_one_of_so_many_rows_of_the_calibration_text_is_read_so(
+    reading: int, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = random_model("llama").model
     verifier, name = disturbed(target), "self_attn.o_proj"
-    activations = activations_beside(target, monkeypatch)
+    activations = activations_beside(target, monkeypatch, reading)
     block, original = (find_blocks(model)[1][0] for model in (verifier, target))
     context, found = TargetContext(), []
     for batch, reference in activations.pairs(context):
@@ -209,7 +220,7 @@ def test_every_second_row_of_the_calibration_text_is_read_so(monkeypatch: pytest
         found.append(reach(block, name, None, batch)[0])
     alone = torch.cat([reach(block, name, None, batch)[0] for batch in activations.batches()])
     same = [torch.equal(one, other) for one, other in zip(torch.cat(found), alone, strict=True)]
-    assert same == [True, False, True, False, True]
+    assert same == expected
 
 
 @torch.inference_mode()
@@ -244,18 +255,15 @@ def test_attention_is_cached_with_its_output_layer() -> None:
 
 
 @pytest.mark.parametrize("reading", [1, 2])
-def test_a_verifier_that_is_fitted_so_agrees_more_beside_its_target(
-    reading: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_verifier_that_is_fitted_so_agrees_more_beside_its_target(reading: int, tmp_path: Path) -> None:
     """Its hidden states on the calibration text are closer to the target's there than a verifier's that read alone."""
     target = random_model("llama").model
     distances = SimpleNamespace()
-    for name, step in (("alone", len(SAMPLES) + 1), ("beside", reading)):
+    for name, step in (("alone", 0), ("beside", reading)):
         folder = tmp_path / name
         folder.mkdir()
-        monkeypatch.setattr(activations_of_text, "READING", step)
         activations = capture_first_inputs(target, SAMPLES)
-        activations.keep_reference()
+        activations.keep_reference(reading=step)
         verifier = copy.deepcopy(target)
         for done in quantize_blocks(target, activations, SolverConfig(bits=2, group_size=32), folder):
             for layer, weight in done.weights.items():

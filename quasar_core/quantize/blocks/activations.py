@@ -142,7 +142,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, spill: Path | None) -> 
 BATCH_TOKENS, BATCH_VALUES = 2048, 2**21
 
 
-# One of so many rows of the text reads the target's keys and values, as `exact` does; the others their own.
+# One of so many rows of the text reads the target's keys and values, as `exact` does; the others the verifier's.
 READING = 2
 
 
@@ -183,12 +183,17 @@ class Activations:
         self.hidden, self.device = hidden, device
         self.block = 0  # the one that comes next
         self.reference: Activations | None = None  # the same text in the full-precision model, where it is kept
+        self.reading = 0  # one of so many rows reads the reference's keys and values; none where there is none
         self._kwargs = kwargs  # of each block, by the rows of a batch
         self._rows = max(kwargs)
         self.cache = ModuleCache(len(hidden), self._rows, spill)
 
-    def keep_reference(self, spill: Path | None = None) -> None:
-        """Copy the hidden states, to run the copy through the full-precision blocks."""
+    def keep_reference(self, spill: Path | None = None, reading: int = READING) -> None:
+        """Copy the hidden states, to run the copy through the full-precision blocks.
+
+        One of `reading` rows reads its keys and values, none where that is 0.
+        """
+        self.reading = reading
         hidden = allocate(tuple(self.hidden.shape), self.hidden.dtype, spill)
         self.reference = Activations(hidden.copy_(self.hidden), self._kwargs, self.device, spill)
 
@@ -206,14 +211,16 @@ class Activations:
     def pairs(self, context: TargetContext, windows: bool = False) -> Iterator[tuple[Batch, Batch]]:
         """Iterate over the batches, each with the reference's batch of the same rows, which is to run first.
 
-        One of `READING` rows reads the keys and values that the reference leaves in the context, as the last token of
+        One of `reading` rows reads the keys and values that the reference leaves in the context, as the first token of
         a window does; or all rows do, in windows.
         """
         assert self.reference is not None
         for batch, reference in zip(self.batches(), self.reference.batches(), strict=True):
-            some = context.read((-1 - batch.rows.start) % READING, READING)
-            reading = context.read_in_windows() if windows else some
-            yield replace(batch, attention=reading), replace(reference, attention=context.note())
+            if windows or self.reading:
+                first, step = (-1 - batch.rows.start) % (self.reading or 1), self.reading or 1
+                attention = context.read_in_windows() if windows else context.read(first, step)
+                batch, reference = replace(batch, attention=attention), replace(reference, attention=context.note())
+            yield batch, reference
 
     def first_row(self) -> Batch:
         """Return a batch of one row."""
