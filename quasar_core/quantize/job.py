@@ -28,6 +28,9 @@ from quasar_core.store.folders import COMMITS, IDENTITY, LOCK, partial_folder, r
 from quasar_core.system import package_versions
 from quasar_core.typed import build
 
+# How layers are fitted to the text: a run goes on only where its first blocks were made in the same way.
+METHOD = "half of the rows beside the target"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -78,7 +81,7 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """Collect what a resumed run must share with the one that began."""
-        computed = {"device": self.device, "dtype": self.dtype}
+        computed = {"device": self.device, "dtype": self.dtype, "calibration method": METHOD}
         config = {**asdict(self.config), "widths": list(self.config.widths)}  # as JSON has it
         return {"target": self.fingerprint, **config, **computed, **package_versions()}
 

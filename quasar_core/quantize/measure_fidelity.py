@@ -149,20 +149,21 @@ def read_states(
 @torch.inference_mode()
 def read_beside(
     target: Readable, verifier: Readable, rows: torch.Tensor, stage: str, progress: Progress = no_progress
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """The outputs of both models' last blocks [n, T, hidden] for rows [n, T], which the verifier reads as `exact` does.
 
-    That is, behind each window it reads the target's keys and values.
+    That is, behind each window it reads the target's keys and values; and whether any block's attention let it.
     """
     activations = capture_first_inputs(target.ends(torch.device("cpu")), rows, target.device)
     activations.keep_reference()
+    found = False
     for index in range(target.count):
         progress(stage, index, target.count)
-        activations.advance_both(verifier.block(index), target.block(index), windows=True)
+        found |= activations.advance_both(verifier.block(index), target.block(index), windows=True)
         return_freed_memory()
     progress(stage, target.count, target.count)
     assert activations.reference is not None
-    return activations.reference.hidden, activations.hidden
+    return activations.reference.hidden, activations.hidden, found
 
 
 def measure(
@@ -179,16 +180,18 @@ def measure(
     with the kernel that decoding runs, whose price is measured too.
     """
     texts = [calibration.held_out[:, :-1], calibration.greedy[:, :-1]]  # the last token is only predicted
-    both = read_beside(target, verifier, texts[1], "measuring fidelity: verifier beside target", progress)
-    p = read_unknown(target, texts, [calibration.held_out_hidden, both[0]], progress)
+    stage = "measuring fidelity: verifier beside target"
+    theirs, states, is_beside = read_beside(target, verifier, texts[1], stage, progress)
+    p = read_unknown(target, texts, [calibration.held_out_hidden, theirs], progress)
     q = read_rows(verifier, texts, "measuring fidelity: verifier", progress)
-    beside = RowsRead(verifier.ends(), [(texts[1], both[1])])
     cache = p.new_cache(max(rows.shape[1] for rows in texts))
     held_out, greedy, name = calibration.held_out, calibration.greedy, calibration.name
     report = measure_fidelity(p, q, cache, held_out, greedy, GREEDY_FROM, name, progress, kinds)
-    agreement, margins = agreement_on(p, beside, cache, greedy, GREEDY_FROM, progress)
-    price = None if in_use is None else measure_kernel(p, q, in_use, calibration, progress)
-    return replace(report, agreement_beside=agreement, margins=margins, in_use=price)
+    if is_beside:
+        beside = RowsRead(verifier.ends(), [(texts[1], states)])
+        agreement, margins = agreement_on(p, beside, cache, greedy, GREEDY_FROM, progress)
+        report = replace(report, agreement_beside=agreement, margins=margins)
+    return report if in_use is None else replace(report, in_use=measure_kernel(p, q, in_use, calibration, progress))
 
 
 def measure_kernel(

@@ -247,11 +247,11 @@ def written_bytes(shape: Shape, config: QuantizeConfig, text: TextPlan) -> int:
 
 
 def held_out_bytes(shape: Shape, config: QuantizeConfig) -> int:
-    """Hidden states of the text that fidelity is measured on, in both models, of greedy text twice in one of them.
+    """Hidden states of the text that fidelity is measured on, in both models, of greedy text twice in each of them.
 
     They are always in memory.
     """
-    tokens = held_out_rows(config) * (2 * config.calibration_length + 3 * GREEDY_LENGTH)
+    tokens = held_out_rows(config) * (2 * config.calibration_length + 4 * GREEDY_LENGTH)
     return tokens * shape.hidden * shape.element
 
 

@@ -143,7 +143,7 @@ def test_what_the_target_finds_while_it_writes_by_hand() -> None:
 
 def test_beside_a_gpu_fidelity_takes_the_weights_that_are_held_and_two_models_hidden_states() -> None:
     text, whole = TextPlan(False, None, "bfloat16", 0, 0), replace(SMALL, whole_because="it says so")
-    tokens = 2 * CONFIG.seq_len + 3 * GREEDY_LENGTH  # greedy text is read twice by the verifier
+    tokens = 2 * CONFIG.seq_len + 4 * GREEDY_LENGTH  # greedy text is read twice
     read = CONFIG.fidelity_rows * tokens * 32 * 2
     assert host_stages(SMALL, CONFIG, 0, True, text)[2] == read
     assert host_stages(whole, CONFIG, 0, True, text)[2] == 2 * whole.weights + read

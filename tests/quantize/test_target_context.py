@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.decoder_cases import CASES, save_model
 from helpers.tiny_models import random_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
+from quasar_core.models.hf.experts import separate_experts
 from quasar_core.quantize.blocks import activations as activations_of_text
+from quasar_core.quantize.blocks import layerwise
 from quasar_core.quantize.blocks.activations import READING, Activations, capture_first_inputs, run_block
 from quasar_core.quantize.blocks.collect import attends_beside, find_output_layers, reach, trace_block
 from quasar_core.quantize.blocks.layerwise import BlocksInMemory, quantize_blocks
@@ -170,7 +173,8 @@ def test_logits_are_those_of_decoding_in_windows_over_the_targets_cache(name: st
     """The target fills the cache up to a window, as a confirm leaves it; then the verifier reads the window."""
     target = MODELS[name]()
     verifier = disturbed(target)
-    theirs, states = read_beside(Parts(target), Parts(verifier), SAMPLES, "reading")
+    theirs, states, found = read_beside(Parts(target), Parts(verifier), SAMPLES, "reading")
+    assert found
     read = RowsRead(verifier, [(SAMPLES, states)])
     for row in SAMPLES:
         expected = []
@@ -268,6 +272,43 @@ def test_a_verifier_that_is_fitted_so_agrees_more_beside_its_target(reading: int
         for done in quantize_blocks(target, activations, SolverConfig(bits=2, group_size=32), folder):
             for layer, weight in done.weights.items():
                 verifier.get_submodule(layer).weight.data = weight.dequantize()
-        theirs, states = read_beside(Parts(target), Parts(verifier), SAMPLES, "reading")
+        theirs, states, _ = read_beside(Parts(target), Parts(verifier), SAMPLES, "reading")
         setattr(distances, name, (theirs - states).norm().item())
     assert distances.beside < distances.alone
+
+
+def test_where_attention_is_computed_otherwise_nothing_is_read_beside_the_target() -> None:
+    target = mixed_model()
+    target.set_attn_implementation("eager")
+    verifier = disturbed(target)
+    theirs, states, found = read_beside(Parts(target), Parts(verifier), SAMPLES, "reading")
+    assert not found
+    alone = capture_first_inputs(verifier, SAMPLES)
+    with torch.inference_mode():
+        for block in find_blocks(verifier)[1]:
+            alone.advance(block)
+    torch.testing.assert_close(states, alone.hidden)
+    assert not torch.allclose(states, theirs)
+
+
+@pytest.mark.parametrize("cached", [set(), {"mlp.down_proj"}], ids=["nothing cached", "an MLP"])
+def test_experts_behind_attention_that_is_not_cached(
+    cached: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Their inputs are those of rows that read as all others of the block do, whatever of it is cached."""
+    model = save_model(tmp_path, *CASES["gemma 4, experts"])  # whose experts stand beside an MLP
+    separate_experts(model)
+    codes = []
+    for number, layers in enumerate((cached, {"self_attn.o_proj", *cached})):
+        monkeypatch.setattr(
+            layerwise,
+            "find_output_layers",
+            lambda trace, layers=layers: {n: one for n, one in find_output_layers(trace).items() if n in layers},
+        )
+        (tmp_path / str(number)).mkdir()
+        activations = capture_first_inputs(model, SAMPLES % model.config.vocab_size)
+        activations.keep_reference()
+        blocks = quantize_blocks(model, activations, SolverConfig(group_size=32), tmp_path / str(number))
+        codes.append({name: weight.codes for done in blocks for name, weight in done.weights.items()})
+    alike = torch.cat([(codes[0][name] == codes[1][name]).flatten() for name in codes[0]])
+    assert alike.double().mean() > 0.99  # a product of other rows at once may be rounded otherwise

@@ -232,14 +232,19 @@ class Activations:
             self.hidden[batch.rows] = run_block(block, batch).to(self.hidden)
         self.end_block()
 
-    def advance_both(self, block: torch.nn.Module, original: torch.nn.Module, windows: bool = False) -> None:
-        """Run the reference through the original block, and the activations through the quantized one."""
+    def advance_both(self, block: torch.nn.Module, original: torch.nn.Module, windows: bool = False) -> bool:
+        """Run the reference through the original block, and the activations through the quantized one.
+
+        Returns whether there was attention whose keys and values could be read.
+        """
         assert self.reference is not None
-        for batch, reference in self.pairs(TargetContext(), windows):
+        context = TargetContext()
+        for batch, reference in self.pairs(context, windows):
             self.reference.hidden[reference.rows] = run_block(original, reference).to(self.hidden)
             self.hidden[batch.rows] = run_block(block, batch).to(self.hidden)
         self.reference.end_block()
         self.end_block()
+        return bool(context.noted)
 
     def end_block(self) -> None:
         """The block after this one comes next."""

@@ -272,12 +272,10 @@ def collect_compared(
     return accumulator
 
 
-def batches_beside(
-    original: torch.nn.Module, name: str, activations: Activations, context: TargetContext
-) -> Iterator[Batch]:
-    """Batches that read the original's keys and values, for which the reference runs as far as a layer."""
+def batches_beside(original: torch.nn.Module, activations: Activations, context: TargetContext) -> Iterator[Batch]:
+    """Batches that read the original's keys and values, for which the reference runs through it first."""
     for batch, reference in activations.pairs(context):
-        reach(original, name, None, reference)
+        run_block(original, reference)
         yield batch
 
 

@@ -166,7 +166,7 @@ def quantize_block(
     trace = trace_block(block, activations)
     found, stream, output_layers = find_stages(trace), find_stream_layers(trace), find_output_layers(trace)
     attends_to_the_end = attends_beside(trace, output_layers)
-    context, compared = TargetContext(), ""
+    context = TargetContext()
     del trace
     for stage in found:
         first = stage.groups[0][0]
@@ -175,11 +175,10 @@ def quantize_block(
         if original is None:
             inputs = collect_inputs(block, stage, layers, activations, output_layer)
         elif is_expert(first):  # in the two models, other tokens may be routed to an expert
-            paired = attends_to_the_end and compared
-            batches = batches_beside(original, compared, activations, context) if paired else None
+            batches = batches_beside(original, activations, context) if attends_to_the_end else None
             inputs = collect_inputs(block, stage, layers, activations, output_layer, batches)
         else:
-            compared, both = first, (block, original, stage.groups[0], stream)
+            both = (block, original, stage.groups[0], stream)
             inputs = {first: collect_compared(*both, activations, context, output_layer)}
         if stage is found[-1] and original and activations.reference and not attends_to_the_end:
             activations.reference.advance(original)
