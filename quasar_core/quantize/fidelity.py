@@ -246,7 +246,12 @@ def agreement_on(
 ) -> tuple[float, MarginTable]:
     """Agreement on rows [n, L] from position `first` on, and P(agree | margin)."""
     tally = Tally()
-    _compare(target, verifier, cache, rows, first, tally, lambda done: progress("measuring fidelity", done, len(rows)))
+
+    def report(done: int) -> None:
+        progress("measuring fidelity in exact", done, len(rows))
+
+    _compare(target, verifier, cache, rows, first, tally, report)
+    report(len(rows))
     return share(tally.agreed), margin_table(torch.cat(tally.margin), torch.cat(tally.agreed))
 
 

@@ -84,7 +84,7 @@ def test_closer_to_the_target_than_their_best_setting_in_a_third_of_its_time(
     default = min((study.run(Variant("the defaults")) for _ in range(2)), key=lambda outcome: outcome.seconds)
     by_layer = study.run(Variant("widths by layer, same bytes", mean_bits=4.0))
     # For use alone, as theirs is.
-    asymmetric = study.run(Variant("asymmetric codes", replace(SolverConfig(), sym=False), reading=0))
+    asymmetric = study.run(Variant("asymmetric codes", replace(SolverConfig(), sym=False), context_every=0))
     theirs = {
         name: quantize_with_theirs(folder, study, tmp_path / str(number), options)
         for number, (name, options) in enumerate(their_settings().items())

@@ -14,8 +14,8 @@ from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, PreT
 from quasar_core.models.hf.experts import separate_experts
 from quasar_core.quantize.blocks import activations as activations_of_text
 from quasar_core.quantize.blocks import layerwise
-from quasar_core.quantize.blocks.activations import READING, Activations, capture_first_inputs, run_block
-from quasar_core.quantize.blocks.collect import attends_beside, find_output_layers, reach, trace_block
+from quasar_core.quantize.blocks.activations import CONTEXT_EVERY, Activations, capture_first_inputs, run_block
+from quasar_core.quantize.blocks.collect import attends_uncached, find_output_layers, reach, trace_block
 from quasar_core.quantize.blocks.layerwise import BlocksInMemory, quantize_blocks
 from quasar_core.quantize.blocks.streaming import find_blocks
 from quasar_core.quantize.blocks.target_context import WINDOW, TargetContext
@@ -193,11 +193,13 @@ def test_logits_are_those_of_decoding_in_windows_over_the_targets_cache(name: st
     torch.testing.assert_close(own, target(SAMPLES[:1]).logits[0], rtol=1e-4, atol=1e-4)
 
 
-def activations_beside(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, reading: int = READING) -> Activations:
+def activations_beside(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, context_every: int = CONTEXT_EVERY
+) -> Activations:
     """Five rows in batches of two, with a reference."""
     monkeypatch.setattr(activations_of_text, "BATCH_TOKENS", 2 * LENGTH)
     activations = capture_first_inputs(model, SAMPLES)
-    activations.keep_reference(reading=reading)
+    activations.keep_reference(context_every=context_every)
     return activations
 
 
@@ -253,9 +255,9 @@ def test_attention_is_cached_with_its_output_layer() -> None:
     activations = capture_first_inputs(model, SAMPLES)
     trace = trace_block(find_blocks(model)[1][0], activations)
     layers = find_output_layers(trace)
-    assert not attends_beside(trace, layers)
-    assert attends_beside(trace, {})
-    assert attends_beside(trace, {"mlp.down_proj": layers["mlp.down_proj"]})
+    assert not attends_uncached(trace, layers)
+    assert attends_uncached(trace, {})
+    assert attends_uncached(trace, {"mlp.down_proj": layers["mlp.down_proj"]})
 
 
 @pytest.mark.parametrize("reading", [1, 2])
@@ -267,7 +269,7 @@ def test_a_verifier_that_is_fitted_so_agrees_more_beside_its_target(reading: int
         folder = tmp_path / name
         folder.mkdir()
         activations = capture_first_inputs(target, SAMPLES)
-        activations.keep_reference(reading=step)
+        activations.keep_reference(context_every=step)
         verifier = copy.deepcopy(target)
         for done in quantize_blocks(target, activations, SolverConfig(bits=2, group_size=32), folder):
             for layer, weight in done.weights.items():

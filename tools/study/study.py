@@ -20,7 +20,7 @@ from quasar_core.checkpoint.gptq_format import QuantizedWeight
 from quasar_core.config import QuantizeConfig
 from quasar_core.models.hf.causal_lm import TransformersLM, load_target
 from quasar_core.models.pair import load_tokenizer
-from quasar_core.quantize.blocks.activations import READING, capture_first_inputs
+from quasar_core.quantize.blocks.activations import CONTEXT_EVERY, capture_first_inputs
 from quasar_core.quantize.blocks.layerwise import quantize_blocks, quantize_head
 from quasar_core.quantize.calibration import GREEDY_FROM, Calibration, load_calibration
 from quasar_core.quantize.fidelity import measure_fidelity
@@ -44,7 +44,7 @@ class Variant:
     name: str
     solver: SolverConfig = USUAL
     asymmetric: bool = True
-    reading: int = READING  # one of so many rows reads the target's keys and values; 0: none
+    context_every: int = CONTEXT_EVERY  # one of so many rows reads the target's keys and values; 0: none
     samples: int | None = None  # of those there are
     length: int | None = None  # cut from the samples, of which there are more then
     text: str = "self"
@@ -78,8 +78,8 @@ def variants(foreign: str | None) -> list[Variant]:
         Variant("+ scale search", searched, asymmetric=False),
         Variant("+ asymmetric calibration", searched),
         Variant("+ two sweeps (the defaults)", USUAL),
-        Variant("keys and values the verifier's own", reading=0),
-        Variant("keys and values all the target's", reading=1),
+        Variant("keys and values the verifier's own", context_every=0),
+        Variant("keys and values all the target's", context_every=1),
         Variant("four sweeps", replace(USUAL, sweeps=4)),
         *(Variant(f"damping {damp:g}", replace(USUAL, damp=damp)) for damp in (0.01, 0.1)),
         *(Variant(f"{count} samples", samples=count) for count in (16, 32, 64)),
@@ -152,7 +152,7 @@ class Study:
             plan = spend(plan, groups, variant.mean_bits)
         activations = capture_first_inputs(model, samples)
         if variant.asymmetric:
-            activations.keep_reference(reading=variant.reading)
+            activations.keep_reference(context_every=variant.context_every)
         with tempfile.TemporaryDirectory() as commits:
             blocks = list(quantize_blocks(model, activations, plan, Path(commits)))
             if plan.quantizes_head:

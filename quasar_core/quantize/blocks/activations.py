@@ -143,7 +143,7 @@ BATCH_TOKENS, BATCH_VALUES = 2048, 2**21
 
 
 # One of so many rows of the text reads the target's keys and values, as `exact` does; the others the verifier's.
-READING = 2
+CONTEXT_EVERY = 2
 
 
 # Wraps hidden states [B, L, H] as a block returns them.
@@ -183,17 +183,17 @@ class Activations:
         self.hidden, self.device = hidden, device
         self.block = 0  # the one that comes next
         self.reference: Activations | None = None  # the same text in the full-precision model, where it is kept
-        self.reading = 0  # one of so many rows reads the reference's keys and values; none where there is none
+        self.context_every = 0  # one of so many rows reads the reference's keys and values; none where there is none
         self._kwargs = kwargs  # of each block, by the rows of a batch
         self._rows = max(kwargs)
         self.cache = ModuleCache(len(hidden), self._rows, spill)
 
-    def keep_reference(self, spill: Path | None = None, reading: int = READING) -> None:
+    def keep_reference(self, spill: Path | None = None, context_every: int = CONTEXT_EVERY) -> None:
         """Copy the hidden states, to run the copy through the full-precision blocks.
 
-        One of `reading` rows reads its keys and values, none where that is 0.
+        One of `context_every` rows reads its keys and values, none where that is 0.
         """
-        self.reading = reading
+        self.context_every = context_every
         hidden = allocate(tuple(self.hidden.shape), self.hidden.dtype, spill)
         self.reference = Activations(hidden.copy_(self.hidden), self._kwargs, self.device, spill)
 
@@ -211,16 +211,18 @@ class Activations:
     def pairs(self, context: TargetContext, windows: bool = False) -> Iterator[tuple[Batch, Batch]]:
         """Iterate over the batches, each with the reference's batch of the same rows, which is to run first.
 
-        One of `reading` rows reads the keys and values that the reference leaves in the context, as the first token of
-        a window does; or all rows do, in windows.
+        One of `context_every` rows reads the keys and values that the reference leaves in the context; or all do, but
+        for those of a token's own window.
         """
         assert self.reference is not None
         for batch, reference in zip(self.batches(), self.reference.batches(), strict=True):
-            if windows or self.reading:
-                first, step = (-1 - batch.rows.start) % (self.reading or 1), self.reading or 1
-                attention = context.read_in_windows() if windows else context.read(first, step)
-                batch, reference = replace(batch, attention=attention), replace(reference, attention=context.note())
-            yield batch, reference
+            if windows:
+                attention: contextlib.AbstractContextManager[Any] = context.read_in_windows()
+            elif self.context_every:
+                attention = context.read((-1 - batch.rows.start) % self.context_every, self.context_every)
+            else:
+                attention = contextlib.nullcontext()
+            yield replace(batch, attention=attention), replace(reference, attention=context.note())
 
     def first_row(self) -> Batch:
         """Return a batch of one row."""

@@ -164,7 +164,7 @@ def find_output_layers(trace: Trace) -> dict[str, OutputLayer]:
     return found
 
 
-def attends_beside(trace: Trace, output_layers: Mapping[str, OutputLayer]) -> bool:
+def attends_uncached(trace: Trace, output_layers: Mapping[str, OutputLayer]) -> bool:
     """Tell whether a block's attention still runs once the outputs of these layers' modules are cached."""
     outputs: dict[str, Any] = {}
     for call in trace.calls:
@@ -218,7 +218,7 @@ def collect_inputs(
     handles = [layers[name].register_forward_pre_hook(take(name)) for name in accumulators]
     handles.append(stage.last.register_forward_hook(end))
     try:
-        for batch in batches or activations.batches():
+        for batch in activations.batches() if batches is None else batches:
             with contextlib.suppress(Stop):
                 run_block(block, batch)
             if output_layer is not None:

@@ -19,7 +19,7 @@ from quasar_core.malloc import FREED_BYTES, return_freed_memory
 from quasar_core.models.hf.skeleton import clone_structure
 from quasar_core.quantize.blocks.activations import Activations
 from quasar_core.quantize.blocks.collect import (
-    attends_beside,
+    attends_uncached,
     batches_beside,
     collect_compared,
     collect_inputs,
@@ -165,7 +165,7 @@ def quantize_block(
     original = None if activations.reference is None else clone_structure(block)
     trace = trace_block(block, activations)
     found, stream, output_layers = find_stages(trace), find_stream_layers(trace), find_output_layers(trace)
-    attends_to_the_end = attends_beside(trace, output_layers)
+    has_uncached_attention = attends_uncached(trace, output_layers)
     context = TargetContext()
     del trace
     for stage in found:
@@ -175,12 +175,13 @@ def quantize_block(
         if original is None:
             inputs = collect_inputs(block, stage, layers, activations, output_layer)
         elif is_expert(first):  # in the two models, other tokens may be routed to an expert
-            batches = batches_beside(original, activations, context) if attends_to_the_end else None
+            batches = batches_beside(original, activations, context) if has_uncached_attention else None
             inputs = collect_inputs(block, stage, layers, activations, output_layer, batches)
         else:
             both = (block, original, stage.groups[0], stream)
             inputs = {first: collect_compared(*both, activations, context, output_layer)}
-        if stage is found[-1] and original and activations.reference and not attends_to_the_end:
+        is_last = stage is found[-1] and not has_uncached_attention
+        if is_last and original is not None and activations.reference is not None:
             activations.reference.advance(original)
             original = None  # its weights make room for the solver
         make_room(layers[first])

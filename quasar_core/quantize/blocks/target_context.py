@@ -49,7 +49,7 @@ class _Noting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """What PyTorch calls in a function's place; the mode is off meanwhile."""
-        if _is_of_rows_to_themselves(func, args):
+        if _is_self_attention(func, args):
             self._noted.append((args[1], args[2]))
         return func(*args, **(kwargs or {}))
 
@@ -66,7 +66,7 @@ class _Reading(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """What PyTorch calls in a function's place; the mode is off meanwhile."""
         kwargs = kwargs or {}
-        if not _is_of_rows_to_themselves(func, args) or self._done == len(self._noted):
+        if not _is_self_attention(func, args) or self._done == len(self._noted):
             return func(*args, **kwargs)
         known = self._noted[self._done]
         self._done += 1
@@ -83,7 +83,7 @@ class _ReadingInWindows(_Reading):
         return attend_in_windows(own, known, **options)
 
 
-def _is_of_rows_to_themselves(func: Any, args: Sequence[Any]) -> bool:
+def _is_self_attention(func: Any, args: Sequence[Any]) -> bool:
     """Whether this is attention whose queries, keys and values are those of the same tokens, all else given by name."""
     if func is not scaled_dot_product_attention or len(args) != 3:
         return False
