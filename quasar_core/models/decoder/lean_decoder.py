@@ -7,7 +7,6 @@ vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -18,32 +17,22 @@ from torch.nn.functional import embedding
 from quasar_core.kernels.cpu.rms_norm import rms_norm
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.kernels.threads import all_threads, steered
-from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, depths_of, go_on, in_rows, join_choices
+from quasar_core.models.base import CausalLM, Choices, FastPass, choose_best, go_on, in_rows, join_choices
 from quasar_core.models.config.decoder import DecoderConfig
 from quasar_core.models.decoder.activations import activated, apply
-from quasar_core.models.decoder.attention import AttentionMask, attend, make_mask, make_tree_mask
+from quasar_core.models.decoder.attention import attend
 from quasar_core.models.decoder.cache import DecoderCache
 from quasar_core.models.decoder.heads import Turn, normed, split_heads
 from quasar_core.models.decoder.hidden_rows import HiddenRows, LastRow
 from quasar_core.models.decoder.known_tokens import spread
 from quasar_core.models.decoder.layer import DecoderLayer, FusedLinear, Joint, LayerInputs, Linear
 from quasar_core.models.decoder.layer_source import AllThere, LayerSource
+from quasar_core.models.decoder.places import Place, Places
 from quasar_core.models.decoder.two_tables import AnyCache, TwoTableCache, runs_of
 from quasar_core.models.recurrent.states import LayerStates
-from quasar_core.models.rope import RopeTables, query_growth
+from quasar_core.models.rope import RopeTables
 
 LONGEST_TREE = 32  # nodes, in PyTorch's operations
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a pass stands: its positions, their rotations, how queries grow, and what each kind of layer sees."""
-
-    start: int
-    end: int
-    tables: list[tuple[torch.Tensor, torch.Tensor]]  # cosines and sines of each rotary embedding
-    growth: torch.Tensor | None  # [T, 1, 1]
-    masks: dict[tuple[int | None, int, int, int], AttentionMask]  # by window, sinks, key-value heads and their size
 
 
 class LeanDecoder(CausalLM):
@@ -67,9 +56,7 @@ class LeanDecoder(CausalLM):
         self.keeps_rows = False  # whether its caches keep the rows that the head reads
         self.fast: FastPass | None = None  # runs the passes of decoding, where there is one
         self.source: LayerSource = AllThere(len(self.layers))
-        self._mask_kinds = {
-            (one.window, one.sinks, one.kv_heads, one.head_size) for one in config.blocks if one.recurrence is None
-        }
+        self._places = Places(config, self.ropes, embedding.device, embedding.dtype)
         rounded = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
         self.embedding_scale = rounded if config.rounds_embedding_scale else config.embedding_scale
 
@@ -216,7 +203,7 @@ class LeanDecoder(CausalLM):
     def _plain_pass(
         self, tokens: Sequence[int], cache: DecoderCache, last_only: bool, parents: Sequence[int] | None = None
     ) -> torch.Tensor:
-        place = self._place(cache, cache.length, len(tokens), parents)
+        place = self._places.place(cache.length, len(tokens), cache.prompt_length, parents)
         hidden, inputs = self.embed(torch.tensor(tokens, device=self.device))
         if self.joint is not None:
             assert cache.given is not None
@@ -238,7 +225,7 @@ class LeanDecoder(CausalLM):
             for index in layers:
                 for start, (hidden, inputs) in zip(starts, embedded, strict=False):
                     before()
-                    place = self._place(cache, start, len(hidden))
+                    place = self._places.place(start, len(hidden), cache.prompt_length)
                     self._run_layer(index, hidden, inputs[index], cache, place)
         for start, (hidden, _) in zip(starts, embedded, strict=False):
             self._keep_rows(hidden, cache, start)
@@ -246,7 +233,7 @@ class LeanDecoder(CausalLM):
         return self.head_logits(embedded[-1][0][-1:])
 
     def _run_layer(
-        self, index: int, hidden: torch.Tensor, given: torch.Tensor | None, cache: DecoderCache, place: _Place
+        self, index: int, hidden: torch.Tensor, given: torch.Tensor | None, cache: DecoderCache, place: Place
     ) -> None:
         """Add to the residual stream what a block gives."""
         layer, states = self.layers[index], cache.states[index]
@@ -305,27 +292,6 @@ class LeanDecoder(CausalLM):
         assert layer.input_out is not None
         return layer.input_out(apply(layer.input_gate(hidden), self.config.activation) * given)
 
-    def _place(self, cache: DecoderCache, start: int, count: int, parents: Sequence[int] | None = None) -> _Place:
-        device, dtype = self.device, self.dtype
-        depths = torch.arange(count) if parents is None else torch.tensor(depths_of(parents))
-        end = start + int(depths.max()) + 1
-        tables = [rope.rows(start, end, cache.prompt_length) for rope in self.ropes]
-        if parents is not None:
-            tables = [(cos[depths], sin[depths]) for cos, sin in tables]
-        growth = None
-        if self.config.query_growth:
-            positions = start + depths.to(device)
-            growth = query_growth(positions, *self.config.query_growth)[:, None, None].to(dtype)
-        masks = dict[tuple[int | None, int, int, int], AttentionMask]()
-        for window, sinks, heads, size in self._mask_kinds:
-            group = self.config.num_heads // heads
-            masks[window, sinks, heads, size] = (
-                make_mask(start, count, window, group, device, dtype, sinks, size)
-                if parents is None
-                else make_tree_mask(start, parents, window, group, device, dtype, sinks)
-            )
-        return _Place(start, start + count, tables, growth, masks)
-
     def _normed(self, x: torch.Tensor, weight: torch.Tensor | None, eps: float | None = None) -> torch.Tensor:
         return x if weight is None else normed(x, weight, self.config.eps if eps is None else eps)
 
@@ -333,7 +299,7 @@ class LeanDecoder(CausalLM):
         """Add what attention or the MLP gives, behind its norm, to the residual stream in place."""
         hidden.add_(self._normed(delta, norm, self.config.behind_eps), alpha=self.config.residual_scale)
 
-    def _attention(self, layer: DecoderLayer, x: torch.Tensor, states: torch.Tensor, place: _Place) -> torch.Tensor:
+    def _attention(self, layer: DecoderLayer, x: torch.Tensor, states: torch.Tensor, place: Place) -> torch.Tensor:
         """Write the pass's keys and values into the layer's states [2, H, capacity, D], and attend over them."""
         config, shape = self.config, layer.shape
         tables = None if shape.rope is None else place.tables[shape.rope]
