@@ -43,12 +43,18 @@ def pytest_collection() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Collecting tests compiles nothing: a file that asks for a library while it is imported is a defect."""
+    """Collecting tests compiles nothing: a file that asks for a library while it is imported is a defect.
+
+    So is one that imports Triton's kernels before they are to run interpreted: no later file could have them so.
+    """
     gc.enable()
     for name in ("quasar_core.kernels.cpu.library", "quasar_core.quantize.solve.cpp"):
         module = sys.modules.get(name)
         if module is not None and module._why_not_in.cache_info().currsize:
             raise pytest.UsageError(f"a test asks {name} for its library while it is collected: ask in a fixture")
+    kernels = sys.modules.get("quasar_core.kernels.triton.language")
+    if kernels is not None and not kernels.INTERPRETED.value:
+        raise pytest.UsageError("a test imports Triton's kernels for a GPU: import helpers.interpreted before them")
 
 
 @pytest.fixture(scope="session", autouse=True)

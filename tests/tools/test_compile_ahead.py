@@ -5,9 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-
+from helpers import interpreted  # noqa: F401  # first: it decides how kernels are compiled
 from triton.runtime.jit import JITFunction
 
 from tools.gpu_bench.cases import Case
