@@ -11,7 +11,7 @@ from quasar_core.checkpoint.gptq_format import QuantizedWeight, join_outputs
 from quasar_core.checkpoint.gptqmodel_names import own_layers
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
-from quasar_core.files import is_folder
+from quasar_core.files import is_file, is_folder
 from quasar_core.records import FidelityReport
 from quasar_core.store.model_config import read_text_config, read_text_headers
 
@@ -25,6 +25,11 @@ class VerifierCheckpoint:
     def __init__(self, folder: Path) -> None:
         if not is_folder(folder):
             raise QuasarError(f"The verifier's folder {folder} does not exist.")
+        if not is_file(folder / "config.json"):
+            raise QuasarError(
+                f"{folder} holds no verifier: it has no config.json. A verifier is a folder that `quasar quantize` "
+                "wrote, or a checkpoint that another program quantized."
+            )
         self.folder = folder
         self.config = read_text_config(folder)
         self.format = parse_format(folder, self.config)

@@ -123,7 +123,7 @@ def test_files_that_cannot_be_read_are_named(file: str, content: bytes, sentence
 def test_what_is_missing_altogether(tmp_path: Path) -> None:
     with pytest.raises(QuasarError, match=r"The verifier's folder .*nowhere does not exist"):
         VerifierCheckpoint(tmp_path / "nowhere")
-    with pytest.raises(QuasarError, match=r"config\.json does not exist"):
+    with pytest.raises(QuasarError, match=r"holds no verifier: it has no config\.json\. A verifier is a folder"):
         VerifierCheckpoint(tmp_path)
     with pytest.raises(QuasarError, match="holds no safetensors files"):
         TensorFiles(tmp_path)
