@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar
 
+from quasar_core.errors import QuasarError
 from quasar_core.files import exists
 
 CPU_INFO, STAT = Path("/proc/cpuinfo"), Path("/proc/stat")
@@ -239,6 +240,16 @@ def free_disk(output: Path) -> int:
     while not exists(place):
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def refuse_too_little(what: str, need: int, free: int | None, remedy: str, who: str = "This") -> None:
+    """QuasarError, one sentence, where `who` needs more bytes of disk or memory than are free; None is not known."""
+    if free is not None and need > free:
+        raise QuasarError(f"{who} needs {_as_bytes(need)} {what}, and {_as_bytes(free)} are free here: {remedy}.")
+
+
+def _as_bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
 
 
 def _left_by_groups() -> list[int]:

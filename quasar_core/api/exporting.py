@@ -13,8 +13,9 @@ from quasar_core.checkpoint.export import SECTION, Export
 from quasar_core.checkpoint.gptqmodel_names import LOADER
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.writer import ShardWriter
-from quasar_core.errors import QuasarError, UsageError, foreign_errors
+from quasar_core.errors import UsageError, foreign_errors
 from quasar_core.files import absolute, is_file, read_text, require_regular, sync, write_json, write_whole
+from quasar_core.models.weights.lean_weights import check_whole
 from quasar_core.quantize.job import take_lock
 from quasar_core.records import Progress, no_progress
 from quasar_core.store import verifier_folder
@@ -32,7 +33,7 @@ from quasar_core.store.folders import (
     set_aside_before,
 )
 from quasar_core.store.model_config import read_config
-from quasar_core.system import free_disk
+from quasar_core.system import free_disk, refuse_too_little
 
 README, CONFIG = "README.md", "config.json"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
@@ -51,15 +52,18 @@ def export(
     `verifier` is a folder or a pair's name; without it, the current pair's. Returns the new folder (`checkpoint`), how
     many `layers` have codes, how many are `in_16_bits` since it reads no codes of theirs, and the `bytes` of weights.
     Raises UsageError where the output exists without `force` or is no verifier, QuasarError where GPTQModel loads the
-    verifier as it is, or would not load the copy either, and for files that are damaged or cannot be copied.
+    verifier as it is, or would not load the copy either, and for files that lack a layer, are damaged or cannot be
+    copied.
     """
     source = absolute(verifier_folder(verifier))
     work = Export.of(VerifierCheckpoint(source))
+    check_whole(work.checkpoint)
     destination = absolute(output or default_output(source))
     others, readme = _others(source), read_text(source / README) if is_file(source / README) else None
     refuse_place(destination, source)
     refuse_existing(destination, force)
-    _refuse_full_disk(work.bytes(), destination)
+    remedy = f"free some beside {destination}, or name another --output"
+    refuse_too_little("of disk", work.bytes(), free_disk(destination), remedy)
     partial = partial_folder(destination)
     _refuse_other_work(partial, destination)
     check_digest(work.checkpoint, progress)
@@ -84,15 +88,6 @@ def _refuse_other_work(partial: Path, output: Path) -> None:
     if (partial / LOCK).exists():
         with (partial / LOCK).open("a+") as lock:
             take_lock(lock.fileno(), output)
-
-
-def _refuse_full_disk(need: int, output: Path) -> None:
-    free = free_disk(output)
-    if need > free:
-        raise QuasarError(
-            f"This needs {need / 1e6:,.1f} MB of disk, and {free / 1e6:,.1f} MB are free here: free some beside "
-            f"{output}, or name another --output."
-        )
 
 
 def _write(work: Export, partial: Path, progress: Progress) -> ShardWriter:

@@ -14,7 +14,6 @@ import torch
 
 from quasar_core.config import QuantizeConfig
 from quasar_core.draft.successors import width_of
-from quasar_core.errors import QuasarError
 from quasar_core.quantize.blocks.activations import batch_tokens
 from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows
 from quasar_core.quantize.fidelity import piece_of
@@ -24,6 +23,7 @@ from quasar_core.quantize.solve.factor import BLOCK as FACTOR_COLUMNS
 from quasar_core.quantize.solve.gptq import solver_rows
 from quasar_core.quantize.text_plan import Free, TextPlan, choose_text
 from quasar_core.quantize.text_writers import LOGIT_BYTES, batch_rows
+from quasar_core.system import refuse_too_little
 
 # Measured with the packages of pyproject.toml: the interpreter with torch and transformers, before any weight.
 INTERPRETER_BYTES = 350_000_000
@@ -315,9 +315,4 @@ def refuse_what_cannot_fit(plan: Plan, output: Path | None) -> None:
         ("of memory", plan.host, plan.free_host, "use fewer --samples, a shorter --seq-len or a smaller --max-memory"),
         ("of GPU memory", plan.device, plan.free_device, "use --device cpu, or a GPU with more memory"),
     ):
-        if free is not None and need > free:
-            raise QuasarError(f"This needs {_as_bytes(need)} {what}, and {_as_bytes(free)} are free here: {remedy}.")
-
-
-def _as_bytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 10**8 else f"{count / 1e6:.1f} MB"
+        refuse_too_little(what, need, free, remedy)

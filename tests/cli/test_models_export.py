@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,24 @@ def test_parts_that_fill_no_words_are_refused_in_one_sentence(phi: Path) -> None
         tensors[f"{name}.{part}"] = tensors[f"{name}.{part}"][:, :columns].contiguous()
     save_file(tensors, phi / "model.safetensors")
     with pytest.raises(QuasarError, match=rf"^{name} cannot be cut into the layers that GPTQModel has: 12 outputs"):
+        exporting.export(str(phi))
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("model.layers.1.mlp.down_proj", "model.layers.1.mlp.down_proj.weight"),
+        ("model.layers.1", "model.layers.1.self_attn.qkv_proj.weight"),
+        ("model.norm", "model.norm.weight"),
+    ],
+)
+def test_a_verifier_that_lacks_a_layer_is_refused_before_anything_is_written(
+    lost: str, named: str, phi: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {name: part for name, part in load_file(phi / "model.safetensors").items() if not name.startswith(lost)}
+    save_file(kept, phi / "model.safetensors")
+    monkeypatch.setattr(exporting, "begin_work", pytest.fail)
+    with pytest.raises(QuasarError, match=rf"is not whole: its config promises {re.escape(named)}, and its files"):
         exporting.export(str(phi))
 
 

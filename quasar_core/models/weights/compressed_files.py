@@ -30,7 +30,7 @@ from quasar_core.store.fingerprint import fingerprint
 from quasar_core.store.folders import home
 from quasar_core.store.model_config import read_text_config
 from quasar_core.store.safetensors_header import TensorEntry, read_header, weight_files
-from quasar_core.system import free_disk
+from quasar_core.system import free_disk, refuse_too_little
 
 COPIES = "compressed"
 PARTS = {"strips": torch.uint8, "bases": torch.uint8, "first": torch.int32, "outliers": torch.uint8}
@@ -199,9 +199,5 @@ def _is_current(copy: CompressedCopy, folder: Path, products: list[Product]) -> 
 
 
 def _require_room(place: Path, needed: int) -> None:
-    free = free_disk(place)
-    if needed > free:
-        raise QuasarError(
-            f"--compress writes a copy of {needed / 1e9:.3g} GB into {place.parent}, and {free / 1e9:.3g} GB are free "
-            "there: leave it out, or set QUASAR_HOME to a larger disk."
-        )
+    remedy = f"leave it out, free some in {place.parent}, or set QUASAR_HOME to a larger disk"
+    refuse_too_little("of disk", needed, free_disk(place), remedy, "--compress")

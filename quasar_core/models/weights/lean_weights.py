@@ -1,8 +1,8 @@
 """Bring a model of the architecture table from its files to the device, each weight once.
 
 A tensor is allocated first, fused ones whole, and then filled from the memory-mapped files, so that no weight is held
-twice. A verifier takes from its target all that it does not hold in codes. `why_folder_not_lean` and `check_fits` tell
-from the files alone whether that will do.
+twice. A verifier takes from its target all that it does not hold in codes. `why_folder_not_lean`, `check_whole` and
+`check_fits` tell from the files alone whether that will do.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -326,6 +326,16 @@ def _tensor_without_place(config: DecoderConfig, files: TensorFiles) -> str | No
         if name not in known and not name.startswith("model.") and not has_no_effect(name, config):
             return f"its files hold {name}, which {config.architecture} does not have"
     return None
+
+
+def check_whole(checkpoint: VerifierCheckpoint) -> None:
+    """QuasarError that names the first tensor which the checkpoint's config promises and its files do not hold."""
+    if why_not_lean(checkpoint.config):
+        return  # transformers' own modules tell, when they are filled
+    packed = {f"{name}.weight" for name in checkpoint.layer_names}
+    for name in stored_shapes(DecoderConfig.parse(checkpoint.config)):
+        if name not in packed and name not in checkpoint.tensors:
+            raise QuasarError(f"{checkpoint.folder} is not whole: its config promises {name}, and its files lack it.")
 
 
 def check_fits(checkpoint: VerifierCheckpoint, layers: Iterable[StoredLayer]) -> None:
