@@ -36,6 +36,7 @@ METHODS: tuple[Method, ...] = ("gptq", "w8a8", "fp8")
 Rounding = Literal["gptq", "nearest"]
 Backend = Literal["native", "optimum"]
 LEAST_CONTEXT = 16  # tokens of prompt and answer
+LEAST_SAMPLE = 16  # tokens of a sample that a model is calibrated on
 
 BITS = (2, 3, 4, 8)
 SAMPLES = 128
@@ -275,8 +276,8 @@ class QuantizeConfig:
         _check_seed(self.seed)
         _require(1 <= self.samples <= MOST_SAMPLES, f"--samples must be from 1 to {MOST_SAMPLES}, not {self.samples}.")
         _require(
-            self.seq_len is None or 16 <= self.seq_len <= MOST_TOKENS,
-            f"--seq-len must be from 16 to {MOST_TOKENS}, not {self.seq_len}.",
+            self.seq_len is None or LEAST_SAMPLE <= self.seq_len <= MOST_TOKENS,
+            f"--seq-len must be from {LEAST_SAMPLE} to {MOST_TOKENS}, not {self.seq_len}.",
         )
         _require(0 < self.damp < 1, f"--damp must be above 0 and below 1, not {self.damp}.")
         _require(self.backend in ("native", "optimum"), f"--backend must be native or optimum, not {self.backend}.")

@@ -1,6 +1,5 @@
 """Find the files of a target and its verifier, check that they belong together, and load them over one cache."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from quasar_core.models.loading import LoadedModels, load_models, recurrent_laye
 from quasar_core.models.memory.device_offload import plan_on_device
 from quasar_core.models.memory.estimate import pair_need, require_room
 from quasar_core.models.memory.offload import OffloadPlan, plan_offload
-from quasar_core.models.pair import Pair, end_of_text_ids, load_tokenizer
+from quasar_core.models.pair import Encode, Pair, end_of_text_ids, load_tokenizer, refuse_long
 from quasar_core.records import Progress, no_progress
 from quasar_core.store import (
     ModelSource,
@@ -42,12 +41,13 @@ from quasar_core.store.model_config import read_config
 from quasar_core.store.safetensors_header import weight_bytes
 
 
-def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
+def load(options: LoadOptions, progress: Progress = no_progress, encode: Encode | None = None) -> Pair:
     """Load target and verifier over one cache; what the mode does not need is left out.
 
-    Where the verifier's files are checked first, a note says what was found. Raises UsageError where there is no pair,
-    or no verifier, and QuasarError for a verifier that was made from another target or whose files are damaged, and for
-    a pair that a GPU's memory cannot hold.
+    Where the verifier's files are checked first, a note says what was found. Where the prompt is known already,
+    `encode` makes its tokens: one that the context does not hold is refused before weights are read. Raises UsageError
+    where there is no pair, or no verifier, and QuasarError for a verifier that was made from another target or whose
+    files are damaged, and for a pair that a GPU's memory cannot hold.
     """
     check_kernel_name(options.kernel)
     source, checkpoint = find_pair_files(options)
@@ -55,6 +55,8 @@ def load(options: LoadOptions, progress: Progress = no_progress) -> Pair:
         refuse_drafts(source.label, source.folder, options.trust_remote_code)
     numbers = _choose_numbers(source.folder, options)
     tokenizer = load_tokenizer(source.folder, options.trust_remote_code)  # refused in a moment, weights take minutes
+    if encode is not None:
+        refuse_long(encode(tokenizer), numbers.context, numbers.context_is_asked)
     digest = [f"digest: {_found(checkpoint, progress)}"] if options.check_digest else []
     room, plan = _plan_memory(source.folder, checkpoint, numbers, options, progress)
     models = load_models(
@@ -94,11 +96,14 @@ def _choose_numbers(folder: Path, options: LoadOptions) -> _Numbers:
     """What is asked, else what suits the device and the model's folder."""
     device = choose_device(options.device)
     dtype, reason = dtype_of_source(folder, options.dtype, device)
-    own = context_limit(folder, options.trust_remote_code)
-    context = min(own, options.max_context or sys.maxsize)
+    own, asked = context_limit(folder, options.trust_remote_code), options.max_context or 0
+    context = min(own, asked or own)
     notes = [f"dtype: {str(dtype).removeprefix('torch.')}, {reason}", f"device: {_describe_device(device)}"]
-    unlimited = ["context: no limit, as config.json names none"] if context == UNLIMITED else []
-    return _Numbers(device, dtype, context, context < own, notes + unlimited)
+    if context == UNLIMITED:
+        notes.append("context: no limit, as config.json names none")
+    elif asked > own:
+        notes.append(f"context: cut to the {own} tokens that the model was made for; --max-context asks for {asked}")
+    return _Numbers(device, dtype, context, context < own, notes)
 
 
 def _plan_memory(

@@ -1,6 +1,7 @@
 """`quasar bench`: measure the arms side by side, and look at what was measured."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from quasar_core.errors import UsageError
 from quasar_core.records import Progress
 
 if TYPE_CHECKING:
-    from quasar_core.api.decoding import Pair
+    from quasar_core.api.decoding import Encode, Pair
 
 app = typer.Typer(
     cls=Group,
@@ -196,8 +197,9 @@ def bench(
     announce(models.model)
     use_threads(models.threads, steer=True)
     with console.progress_bar() as progress:
-        pair = _load_pair(models, config, progress)
         from quasar_core.api import decoding, measuring
+
+        pair = _load_pair(models, config, partial(measuring.encode_shortest, datasets), progress)
 
         try:
             results = measuring.run_bench(pair, datasets, config, output, resume=resume, progress=progress)
@@ -219,8 +221,11 @@ def _without_idle_twin(config: BenchConfig, questions: list[int]) -> BenchConfig
     return replace(config, arms=tuple(name for name in config.arms if name != TWIN))
 
 
-def _load_pair(models: ModelOptions, config: BenchConfig, progress: Progress) -> "Pair":
-    """Load what the arms need: without one that runs the verifier, the target alone."""
+def _load_pair(models: ModelOptions, config: BenchConfig, encode: "Encode", progress: Progress) -> "Pair":
+    """Load what the arms need: without one that runs the verifier, the target alone.
+
+    Where what `encode` makes is too long for the model, so is every question: that is refused first.
+    """
     from quasar_core.api import decoding
 
     verify: VerifyMode = "exact" if models.use_target else "quantized"
@@ -230,7 +235,7 @@ def _load_pair(models: ModelOptions, config: BenchConfig, progress: Progress) ->
     if asks and models.assistant is None:
         raise UsageError("The arm assistant needs --assistant MODEL, a small model of the same vocabulary.")
     wanted = models.to_load(verify)
-    pair = decoding.load(wanted if asks else replace(wanted, assistant=None), progress)
+    pair = decoding.load(wanted if asks else replace(wanted, assistant=None), progress, encode)
     end_loading(pair, models)
     return pair
 

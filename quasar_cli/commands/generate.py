@@ -6,6 +6,7 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,7 @@ from quasar_core.files import BYTE_ORDER_MARK, read_text, require_characters
 
 if TYPE_CHECKING:
     from quasar_core import trace as api_trace
-    from quasar_core.api.decoding import Generator, Pair
+    from quasar_core.api.decoding import Encode, Generator, Pair
     from quasar_core.records import GenerationResult
 
 EXAMPLES = examples(
@@ -79,12 +80,13 @@ def generate(
         raise UsageError("--system is part of the chat template; leave --raw out, or put the text into the prompt.")
     trace_file = _trace_file(trace)
     _refuse_what_cannot_be_drawn(trace == "-", show_unconfirmed, stream, as_json)
-    pair = load_pair(models, config)
 
     from quasar_core.api.decoding import encode_prompt, trace_of, write_trace
 
     messages = asked if system is None else conversation(system, asked)
-    prompt_ids = encode_prompt(pair.tokenizer, messages, raw=not chat, think=think)
+    encode = cache(partial(encode_prompt, messages=messages, raw=not chat, think=think))
+    pair = load_pair(models, config, encode)
+    prompt_ids = encode(pair.tokenizer)
     generator = make_generator(pair, config)
     coloured = trace == "-" and not as_json
     streamed = stream and not as_json and not coloured
@@ -229,8 +231,8 @@ def conversation(system: str | None, text: str) -> list[dict[str, str]]:
     return [*first, {"role": "user", "content": text}]
 
 
-def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
-    """Load what the options name, with a progress bar."""
+def load_pair(models: ModelOptions, config: GenerationConfig, encode: "Encode | None" = None) -> "Pair":
+    """Load what the options name, with a progress bar; a prompt that `encode` finds too long is refused first."""
     use_threads(models.threads, steer=True)
     announce(models.model)
     refuse_idle_assistant(models.assistant, config)
@@ -239,7 +241,7 @@ def load_pair(models: ModelOptions, config: GenerationConfig) -> "Pair":
     if config.draft_from:
         decoding.read_texts(config.draft_from)  # what is no text is found before the pair is loaded, not after
     with console.progress_bar() as progress:
-        pair = decoding.load(models.to_load(config.verify, config.draft), progress)
+        pair = decoding.load(models.to_load(config.verify, config.draft), progress, encode)
     end_loading(pair, models)
     return pair
 
@@ -264,7 +266,9 @@ def refuse_idle_assistant(assistant: str | None, config: GenerationConfig) -> No
 
 
 def end_loading(pair: "Pair", models: ModelOptions) -> None:
-    """Print on stderr what --check-digest found, since it was asked for, and what makes it slow: no C++, streaming.
+    """Print on stderr what --check-digest found, since it was asked for, and what is not as one would expect.
+
+    That is a context that was cut, and what makes it slow: no C++, streaming.
 
     Python's collector leaves alone what is there by now: looking through all of PyTorch takes a quarter of a second, in
     the midst of an answer.
@@ -272,7 +276,7 @@ def end_loading(pair: "Pair", models: ModelOptions) -> None:
     gc.freeze()
     if models.check_digest:
         _say(pair.notes, "digest:")
-    _say(pair.notes, ("kernels:", "offload:"))
+    _say(pair.notes, ("context: cut", "kernels:", "offload:"))
 
 
 def say_of_memory(pair: "Pair") -> None:

@@ -14,7 +14,7 @@ from quasar_core.decode.traced import trace_of
 from quasar_core.files import absolute
 from quasar_core.kernels.threads import describe_threads, use_threads
 from quasar_core.load_pair import find_pair_files, load
-from quasar_core.models.pair import Pair
+from quasar_core.models.pair import Encode, Pair
 from quasar_core.models.weights.compressed_files import forget_copies
 from quasar_core.records import Progress, no_progress
 from quasar_core.store import resolve_model
@@ -22,6 +22,7 @@ from quasar_core.trace import refuse_foreign_trace, write_trace
 
 __all__ = [
     "Answering",
+    "Encode",
     "Generator",
     "Pair",
     "describe_threads",

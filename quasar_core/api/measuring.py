@@ -6,7 +6,7 @@ from typing import Any
 
 from quasar_core.bench.machine import describe_speed, examine
 from quasar_core.bench.plots import draw_steps, new_figure, plot_fidelity
-from quasar_core.bench.run import run_bench
+from quasar_core.bench.run import encode_shortest, run_bench
 from quasar_core.bench.steps import (
     RandomShape,
     StepConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "doctor",
     "draw_fidelity",
     "draw_steps",
+    "encode_shortest",
     "fidelity_on_text",
     "inspect",
     "new_figure",

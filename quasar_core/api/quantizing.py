@@ -12,6 +12,7 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import absolute
 from quasar_core.load_pair import dtype_of_source, known_verifier
+from quasar_core.models.context import context_limit
 from quasar_core.models.device import choose_device
 from quasar_core.models.loading import refuse_drafts
 from quasar_core.models.pair import load_tokenizer
@@ -22,6 +23,7 @@ from quasar_core.quantize.handover import finish_earlier
 from quasar_core.quantize.job import Job
 from quasar_core.quantize.plan import Plan, refuse_what_cannot_fit
 from quasar_core.quantize.run import check_request, quantize_checkpoint
+from quasar_core.quantize.sample_length import within_context
 from quasar_core.quantize.solve.cpp import describe_loops
 from quasar_core.quantize.successors import add_successors as count_for_verifier
 from quasar_core.quantize.whole_run import WholeRun, over_whole_run
@@ -146,10 +148,11 @@ def open_job(
     dtype, _ = dtype_of_source(source.folder, "auto", place)
     target = open_target(source.folder, place, dtype, trust_remote_code)
     config, note = settle_group_size(config, layer_sizes(target.skeleton, config))
+    config, cut = within_context(config, context_limit(source.folder, trust_remote_code))
     destination = absolute(output or default_output(source, config))
     refuse_place(destination, source.folder)
-    if note is not None:
-        tell(note)
+    for sentence in filter(None, (note, cut)):
+        tell(sentence)
     computed = str(dtype).removeprefix("torch.")
     made_from = fingerprint(source.folder)
     return source, Job(source.label, source.folder, made_from, destination, config, place.type, computed), target

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from quasar_core.bench.arms import ARMS, TWIN, TWIN_EVERY, Arm, BenchConfig
 from quasar_core.bench.datasets import Dataset, Question
 from quasar_core.bench.divergence import find_divergences
@@ -121,8 +123,7 @@ def _warm_up(
 ) -> None:
     """A few tokens of each arm that are not recorded: first passes pay for allocations."""
     few = Request(min(WARM_UP_TOKENS, config.max_new_tokens), config.seed)
-    shortest = min((question.turns[0] for dataset in datasets for question in dataset.questions), key=len)
-    prompt_ids = encode_prompt(pair.tokenizer, shortest)
+    prompt_ids = encode_shortest(datasets, pair.tokenizer)
     for done, answerer in enumerate(answerers.values()):
         progress("warm-up", done, len(answerers))
         try:
@@ -132,6 +133,12 @@ def _warm_up(
                 raise
             # a peer's failure is told by its rows
     progress("warm-up", len(answerers), len(answerers))
+
+
+def encode_shortest(datasets: Sequence[Dataset], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of the first turn that has the fewest characters."""
+    shortest = min((question.turns[0] for dataset in datasets for question in dataset.questions), key=len)
+    return encode_prompt(tokenizer, shortest)
 
 
 def lead(answerer: Answerer, conversation: Conversation, config: BenchConfig) -> list[Row]:

@@ -37,9 +37,9 @@ from quasar_core.decode.policy.verifier_vocabulary import VerifierVocabulary
 from quasar_core.decode.prefixes import Prefix, Prefixes
 from quasar_core.decode.text import TextStream
 from quasar_core.draft.base import Drafter
-from quasar_core.errors import ContextFull, QuasarError, UsageError
+from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.base import KVCache
-from quasar_core.models.pair import Pair
+from quasar_core.models.pair import Pair, refuse_long
 from quasar_core.records import FinishReason, GenerationResult, Progress, no_progress
 from quasar_core.system import LoadMeter, peak_memory
 
@@ -201,8 +201,7 @@ class Generator:
             raise UsageError("The prompt is empty.")
         self._check_ids(prompt_ids)
         limit = self.pair.max_context
-        if len(prompt_ids) >= limit:
-            raise ContextFull(f"The prompt has {len(prompt_ids)} tokens, and {self.pair.context_words} holds {limit}.")
+        refuse_long(prompt_ids, limit, self.pair.context_is_asked)
         return min(len(prompt_ids) + request.max_new_tokens, limit)
 
     def _check_ids(self, prompt_ids: Sequence[int]) -> None:

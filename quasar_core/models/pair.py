@@ -1,6 +1,6 @@
 """A target and its verifier on one device, over one cache."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from quasar_core.errors import QuasarError, foreign_errors
+from quasar_core.errors import ContextFull, QuasarError, foreign_errors
 from quasar_core.files import read_json, read_json_if_there
 from quasar_core.models.base import CausalLM, KVCache
 from quasar_core.records import FidelityReport
 from quasar_core.typed import build
+
+Encode = Callable[[PreTrainedTokenizerBase], Sequence[int]]  # makes a prompt's tokens
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Pair:
     @property
     def context_words(self) -> str:
         """What holds at most `max_context` tokens, for a sentence that says so."""
-        return "the context that --max-context allows" if self.context_is_asked else "the model's context"
+        return _context_words(self.context_is_asked)
 
     @property
     def rounds_alike(self) -> bool:
@@ -75,6 +77,16 @@ class Pair:
         """A cache that target and verifier share."""
         cache: KVCache = self.primary.new_cache(capacity)
         return cache
+
+
+def refuse_long(prompt_ids: Sequence[int], limit: int, is_asked: bool) -> None:
+    """ContextFull for a prompt that leaves no room for a token; `is_asked` says that --max-context set the limit."""
+    if len(prompt_ids) >= limit:
+        raise ContextFull(f"The prompt has {len(prompt_ids)} tokens, and {_context_words(is_asked)} holds {limit}.")
+
+
+def _context_words(is_asked: bool) -> str:
+    return "the context that --max-context allows" if is_asked else "the model's context"
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
