@@ -24,6 +24,7 @@ from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.config import QuantizeConfig
 from quasar_core.errors import QuasarError, UsageError, WriteError
 from quasar_core.files import parse_json, read_json, write_json
+from quasar_core.quantize.kept_text import check_sum
 from quasar_core.store.folders import COMMITS, IDENTITY, LOCK, partial_folder, refuse_foreign_work, remove_work
 from quasar_core.system import package_versions
 from quasar_core.typed import build
@@ -270,6 +271,7 @@ class _Facts:
     layers: dict[str, _Layer]
     rounded: list[str]
     others: dict[str, str]  # the names in the file of the block's other tensors, by their own
+    crc32: int | None = None  # of the tensors; commits of older versions have none
 
 
 def block_file(commits: Path, index: int) -> Path:
@@ -316,19 +318,23 @@ def write_commit(path: Path, block: QuantizedBlock, stored: Callable[[str], str]
     }
     others = {name: stored(name) for name in block.tensors}
     tensors |= {others[name]: tensor for name, tensor in block.tensors.items()}
-    facts = _Facts(block.layout, layers, list(block.rounded), others)
+    facts = _Facts(block.layout, layers, list(block.rounded), others, check_sum(tensors))
     save_tensors(path, tensors, {_FACTS: json.dumps(asdict(facts))})
 
 
 def read_commit(path: Path) -> QuantizedBlock:
-    """Read what `write_commit` wrote."""
+    """Read what `write_commit` wrote; QuasarError where it was damaged since."""
     with _opened(path) as file:
         facts = _facts(file, path)
-        weights = {}
-        for name, layer in facts.layers.items():
-            parts = {suffix: read_tensor(file, f"{layer.stored}.{suffix}", path) for suffix in layer.suffixes}
-            weights[name] = _unpack(name, parts, layer, facts.layout)
-        others = {name: read_tensor(file, stored, path) for name, stored in facts.others.items()}
+        names = [f"{layer.stored}.{suffix}" for layer in facts.layers.values() for suffix in layer.suffixes]
+        tensors = {name: read_tensor(file, name, path) for name in (*names, *facts.others.values())}
+    if facts.crc32 is not None and facts.crc32 != check_sum(tensors):
+        raise QuasarError(f"{path} is not what was written: delete it, and it is made anew.")
+    weights = {}
+    for name, layer in facts.layers.items():
+        parts = {suffix: tensors[f"{layer.stored}.{suffix}"] for suffix in layer.suffixes}
+        weights[name] = _unpack(name, parts, layer, facts.layout)
+    others = {name: tensors[stored] for name, stored in facts.others.items()}
     losses = {name: layer.loss for name, layer in facts.layers.items() if layer.loss is not None}
     return QuantizedBlock(weights, losses, others, tuple(facts.rounded), facts.layout)
 

@@ -8,15 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from quasar_core.checkpoint.reader import VerifierCheckpoint
-from quasar_core.checkpoint.writer import save_tensors
 from quasar_core.draft.successor_file import write_successors
 from quasar_core.draft.successors import KnownSuccessors, width_of
-from quasar_core.errors import foreign_errors
-from quasar_core.files import exists, require_regular, write_json
+from quasar_core.files import exists, write_json
 from quasar_core.malloc import keep_freed_memory
 from quasar_core.models.context import UNLIMITED, position_limit
 from quasar_core.quantize.assemble import assemble, describe, make_report
@@ -38,6 +35,7 @@ from quasar_core.quantize.checks import (
 from quasar_core.quantize.fidelity import token_kinds
 from quasar_core.quantize.handover import Record, hand_over, whole_report
 from quasar_core.quantize.job import Job, block_file, clear_all_but_commits, working_folder, write_commit
+from quasar_core.quantize.kept_text import keep_text, read_text
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.measure_fidelity import RowsRead, measure, read_rows
 from quasar_core.quantize.mixed_precision import (
@@ -152,9 +150,8 @@ def calibrate(
 ) -> Calibration:
     """Load or write the calibration text; a resumed run reads that of the first."""
     if job.calibration.exists():
-        return Calibration.of_tensors(
-            calibration_name(job.config.calibration), _read_text(job.calibration), job.config.seed
-        )
+        found = read_text(job.calibration, "pass --no-resume to begin anew")
+        return Calibration.of_tensors(calibration_name(job.config.calibration), found, job.config.seed)
     check_finite(target.weights.files, progress)
     limit = position_limit(target.skeleton.config.get_text_config()) or UNLIMITED
     shutil.rmtree(job.rounded, ignore_errors=True)  # of a run that was interrupted
@@ -164,17 +161,11 @@ def calibrate(
     )
     del writer
     check_calibration(calibration, target.vocab_size, not job.config.reads_no_text)
-    save_tensors(job.calibration, calibration.tensors())
+    keep_text(job.calibration, calibration.tensors())
     for folder in (job.written_text, job.rounded):
         if folder.exists():
             shutil.rmtree(folder)
     return calibration
-
-
-def _read_text(file: Path) -> dict[str, torch.Tensor]:
-    require_regular(file)
-    with foreign_errors(f"{file} is not readable, so pass --no-resume to begin anew"):
-        return load_file(file)
 
 
 def quantize_layers(

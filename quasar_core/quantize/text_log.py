@@ -1,9 +1,9 @@
 """The text that a model writes, kept on the disk as it is written, so that a run that ends goes on where it was.
 
-A log is of one batch of rows: a line of JSON that tells which, then records, appended and synced every few seconds.
-A record holds new columns, tokens among them, and what their passes have left: keys and values. With these, every later
-step computes what it would have computed, to the last bit. Passing the tokens anew would be another product, with other
-rounding. Letters: B rows of a batch, T positions of a record.
+A log is of one batch of rows: a line of JSON that tells which, with its check sum, then records, appended and synced
+every few seconds. A record holds new columns, tokens among them, and what their passes have left: keys and values. With
+these, every later step computes what it would have computed, to the last bit. Passing the tokens anew would be another
+product, with other rounding. Letters: B rows of a batch, T positions of a record.
 """
 
 import json
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, load_file
+from safetensors.torch import load
 
-from quasar_core.checkpoint.writer import pieces_of, save_tensors
+from quasar_core.checkpoint.writer import pieces_of
 from quasar_core.errors import QuasarError
 from quasar_core.files import sync
 from quasar_core.page_cache import forget
+from quasar_core.quantize.kept_text import keep_text, read_text
 from quasar_core.quantize.text_writers import Rows
 
 SECONDS = 2.0  # of work that may be lost
@@ -42,18 +42,15 @@ class TextLog:
 
     @property
     def _first_line(self) -> bytes:
-        return self._identity.encode() + b"\n"
+        return _line_of(self._identity)
 
     def finished(self) -> dict[str, torch.Tensor] | None:
         """Read the columns of a batch that was written to its end, positions beside one another."""
         if not self._whole.exists():
             return None
-        try:
-            tensors = load_file(self._whole)
-            same = bytes(tensors.pop("identity").tolist()).decode() == self._identity
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise QuasarError(f"{self._whole} is not readable ({error}): delete it, and it is made anew.") from error
-        return tensors if same else None
+        tensors = read_text(self._whole, "delete it, and it is made anew")
+        identity = tensors.pop("identity", torch.empty(0))
+        return tensors if identity.tolist() == list(self._identity.encode()) else None
 
     def resume(self, columns: Columns, rows: Rows, device: torch.device) -> bool:
         """Fill the columns so far, and the rows as they were behind them; whether anything was kept."""
@@ -89,7 +86,7 @@ class TextLog:
         """Keep a batch that is written to its end, as `finished` reads it."""
         self._path.parent.mkdir(exist_ok=True)
         identity = torch.tensor(list(self._identity.encode()), dtype=torch.uint8)
-        save_tensors(self._whole, {**columns, "identity": identity})
+        keep_text(self._whole, {**columns, "identity": identity})
         self._path.unlink(missing_ok=True)
 
     def _append(self, record: Mapping[str, torch.Tensor]) -> None:
@@ -126,14 +123,22 @@ def kept_batch(folder: Path, name: str) -> dict[str, Any] | None:
     whole, log = folder / f"{name}.safetensors", folder / f"{name}.log"
     try:
         if whole.exists():
-            line = bytes(load_file(whole)["identity"].tolist()).decode()
+            identity = bytes(read_text(whole, "")["identity"].tolist()).decode()
         else:
             with log.open("rb") as file:
-                line = file.readline().decode()
-        found: dict[str, Any] = json.loads(line)
-    except (OSError, SafetensorError, KeyError, ValueError):
+                line = file.readline()
+            identity = line.rpartition(b" ")[0].decode()
+            if _line_of(identity) != line:
+                return None
+        found: dict[str, Any] = json.loads(identity)
+    except (OSError, QuasarError, KeyError, ValueError):
         return None  # whoever reads the batch itself tells what is wrong with it
     return found
+
+
+def _line_of(identity: str) -> bytes:
+    """The first line of a log: its identity, and the check sum of that."""
+    return f"{identity} {zlib.crc32(identity.encode()):08x}\n".encode()
 
 
 def _read_record(file: BinaryIO) -> bytes | None:

@@ -102,7 +102,7 @@ def test_a_run_of_another_identity_is_not_resumed(source: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("calibration", r"is not readable, so pass --no-resume to begin anew: .*\.$"),
+        ("calibration", r"is not readable \(.*\): pass --no-resume to begin anew\.$"),
         ("block-00000", r"is not a readable safetensors file: .*\. Delete it, and it is made anew\.$"),
     ],
 )
@@ -110,6 +110,23 @@ def test_a_commit_that_was_cut_short(name: str, sentence: str, source: Path, mon
     interrupt(source, monkeypatch)
     file = next(source.parent.glob("*.partial")) / "commits" / f"{name}.safetensors"
     file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(QuasarError, match=rf"{name}\.safetensors {sentence}"):
+        quantize(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("calibration", r"is not readable \(its check sum is of another content\): pass --no-resume to begin anew\.$"),
+        ("block-00000", r"is not what was written: delete it, and it is made anew\.$"),
+    ],
+)
+def test_a_commit_with_a_changed_byte(name: str, sentence: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(source, monkeypatch)
+    file = next(source.parent.glob("*.partial")) / "commits" / f"{name}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
     with pytest.raises(QuasarError, match=rf"{name}\.safetensors {sentence}"):
         quantize(source)
 

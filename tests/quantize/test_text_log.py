@@ -19,6 +19,7 @@ from quasar_core.models.weights.lean_weights import load_target
 from quasar_core.quantize import text_log
 from quasar_core.quantize.self_text import Text, write_self_text
 from quasar_core.quantize.text_batch import Asked
+from quasar_core.quantize.text_log import kept_batch
 from quasar_core.quantize.text_writers import LeanRows, LeanWriter, TransformersRows, TransformersWriter, Writer
 from quasar_core.records import Progress
 
@@ -125,6 +126,22 @@ def test_a_log_that_was_not_written_whole_loses_its_end_alone(
     assert_same_text(write(kept), straight_text())
 
 
+@settings(max_examples=12, deadline=None)
+@given(place=st.integers(0, 150), bit=st.integers(0, 6))
+def test_a_changed_bit_in_what_tells_a_log_has_it_written_anew(
+    tmp_path_factory: pytest.TempPathFactory, place: int, bit: int
+) -> None:
+    kept = tmp_path_factory.mktemp("kept")
+    with pytest.raises(KeyboardInterrupt):
+        write(kept, stop_at(40))
+    (log,) = kept.glob("*.log")
+    content = bytearray(log.read_bytes())
+    content[place] ^= 1 << bit
+    log.write_bytes(content)
+    assert kept_batch(kept, log.stem) is None
+    assert_same_text(write(kept), straight_text())
+
+
 def test_a_log_of_another_text_is_not_used(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, stop_at(40), seed=3)
@@ -141,6 +158,23 @@ def test_a_damaged_text_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "seed-3-row-0.safetensors").write_bytes(b"no")
     with pytest.raises(QuasarError, match=r"row-0\.safetensors is not readable .*: delete it, and it is made anew"):
         write(tmp_path)
+
+
+@settings(max_examples=20, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_changed_bit_in_a_finished_text_is_found(
+    tmp_path_factory: pytest.TempPathFactory, place: float, bit: int
+) -> None:
+    """In the tokens, in what tells the text, in the sum itself."""
+    kept = tmp_path_factory.mktemp("kept")
+    write(kept)
+    finished = kept / "seed-3-row-0.safetensors"
+    content = bytearray(finished.read_bytes())
+    begin = 8 + int.from_bytes(content[:8], "little")
+    content[begin + int(place * (len(content) - begin))] ^= 1 << bit
+    finished.write_bytes(content)
+    with pytest.raises(QuasarError, match=r"row-0\.safetensors is not readable .*: delete it, and it is made anew"):
+        write(kept)
 
 
 def test_little_of_the_time_goes_into_keeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
