@@ -308,7 +308,7 @@ decoding = ModuleType("quasar_core.api.decoding")  # in the place of what import
 sys.modules[decoding.__name__] = decoding
 decoding.use_threads = lambda number, steer=True: None
 pair = SimpleNamespace(target_name="demo", verifier_name=None, notes=[], tokenizer=None)
-decoding.load = lambda options, progress: pair
+decoding.load = lambda options, progress, encode: pair
 decoding.encode_prompt = lambda tokenizer, messages, think=None: (print("ASKED", [messages[-1]["content"]]), [1])[1]
 decoding.Generator = StandInGenerator
 sys.exit(run(["chat"]))

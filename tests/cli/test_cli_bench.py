@@ -22,7 +22,7 @@ def counting_pair(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What decoding.load was called with; it returns models that count."""
     asked: dict[str, Any] = {}
 
-    def load(options: LoadOptions, progress: Progress) -> Any:
+    def load(options: LoadOptions, progress: Progress, encode: Any = None) -> Any:
         asked.update(vars(options))
         return make_pair(verifier=CountingModel(wrong_after=6))
 

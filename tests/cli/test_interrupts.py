@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -108,7 +109,7 @@ sys.modules[decoding.__name__] = decoding
 decoding.use_threads = lambda number, steer=True: None
 pair = SimpleNamespace(target_name="demo", verifier_name=None, notes=[], tokenizer=None, fidelity=None)
 pair.rounds_alike = True
-decoding.load = lambda options, progress: pair
+decoding.load = lambda options, progress, encode: pair
 decoding.encode_prompt = lambda tokenizer, messages, raw=False, think=None: [1]
 decoding.trace_of = decoding.write_trace = None
 decoding.Generator = {"endless": Endless, "long": Long, "short": StandInGenerator}[sys.argv[1]]
@@ -177,6 +178,47 @@ main()
 def test_an_interrupt_while_parts_are_imported_shows_no_traceback(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", IMPORTING, module], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+HALF_DONE = """
+import os
+import signal
+
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):  # in one of these steps Python would raise it
+        pass
+except BaseException:
+    raise ImportError("a part is missing") from None
+done = True
+"""
+WITH_AN_IMPORT = """
+import signal
+import time
+import quasar_cli.main
+from quasar_cli.__main__ import main
+
+def command():
+    import half_done
+
+    print(half_done.done, flush=True)
+    while True:
+        time.sleep(0.01)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may be told to ignore it
+quasar_cli.main.main = command
+main()
+"""
+
+
+def test_an_interrupt_within_an_import_comes_behind_it(tmp_path: Path) -> None:
+    """Libraries take what is raised in an import for a part that is not there."""
+    (tmp_path / "half_done.py").write_text(HALF_DONE)
+    found = {**os.environ, "PYTHONPATH": f"{os.environ['PYTHONPATH']}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-c", WITH_AN_IMPORT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=found)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert done.stdout in ("", "True\n")  # it may come before anything is printed
 
 
 def test_an_interrupt_that_a_library_swallows_comes_once_more() -> None:

@@ -30,7 +30,7 @@ def stand_in_pair(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         rounds_alike=True,
     )
 
-    def load(options: LoadOptions, progress: Progress) -> SimpleNamespace:
+    def load(options: LoadOptions, progress: Progress, encode: Any = None) -> SimpleNamespace:
         progress("loading", 0, 1)
         loaded.asked = options
         return loaded
