@@ -16,7 +16,7 @@ from quasar_core.config import Auto
 from quasar_core.decode.costs.pass_costs import LiveCost, PairCosts
 from quasar_core.decode.policy.agreement import AgreementCurve, Estimate, RunningAgreement
 from quasar_core.decode.policy.check import Check, Checker
-from quasar_core.decode.policy.lengths import AdaptiveLength, plan_exact
+from quasar_core.decode.policy.lengths import TYPICAL_ACCEPTANCE, AdaptiveLength, plan_exact
 from quasar_core.decode.policy.window_values import MAX_WINDOW
 from quasar_core.draft.acceptance import Acceptance
 from quasar_core.draft.base import NO_DRAFT, Draft
@@ -133,7 +133,8 @@ class _Replay:
         self.costs = PairCosts(self.verify_cost, self.confirm_cost)
         self.by_target = Acceptance()
         self.at_verifier = AdaptiveLength(self.verify_cost)
-        plan = plan_exact(self.costs, self.agreement.now)
+        drafts = policy.longest > 0 and any(one.offered.tokens for one in self.drafted)
+        plan = plan_exact(self.costs, self.agreement.now, TYPICAL_ACCEPTANCE if drafts else 0.0)  # as decoding begins
         self.checker = Checker(self.costs, self.agreement, [plan.usual], plan.target_alone)
         self.tokens, self.seconds = 0, 0.0
 

@@ -30,6 +30,7 @@ from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode.costs.cost_records import CostRecord
 from quasar_core.decode.costs.pass_costs import CONTEXT, PairCosts, PassCost
 from quasar_core.decode.generator import Generator
+from quasar_core.decode.policy.lengths import TYPICAL_ACCEPTANCE, ExactPlan, plan_exact
 from quasar_core.draft.base import Draft, Drafter
 from quasar_core.errors import UsageError
 from quasar_core.quantize.fidelity import margin_table
@@ -202,6 +203,26 @@ def test_trees_are_predicted_within_five_percent() -> None:
         ratios.append(named["as it pays"].ratio)
         assert named["target alone, no drafts"].ratio == pytest.approx(1.0, abs=0.05)
     assert statistics.fmean(ratios) == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("longest", "drafted", "acceptance"), [(64, 2, TYPICAL_ACCEPTANCE), (0, 2, 0.0), (64, 0, 0.0)], ids=str
+)
+def test_a_replay_begins_with_what_decoding_expects_of_drafts(
+    longest: int, drafted: int, acceptance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing, where there are none: of the policy, or of what was recorded."""
+    expected: list[float] = []
+
+    def plan(costs: PairCosts, agreements: Any, acceptance: float = TYPICAL_ACCEPTANCE) -> ExactPlan:
+        expected.append(acceptance)
+        return plan_exact(costs, agreements, acceptance)
+
+    monkeypatch.setattr("quasar_core.bench.simulation.simulate.plan_exact", plan)
+    draft = Drafted((Piece("x", 1, drafted),) if drafted else (), drafted)
+    traces = [Trace(9, {place: Verified(1.0, True) for place in range(9)}, dict.fromkeys(range(9), draft))]
+    assert replay(Recorded(traces, PairCosts(VERIFY, CONFIRM), 0.0, 0.0), Policy("some", longest=longest)) > 0
+    assert expected == [acceptance]
 
 
 def test_a_tree_by_hand() -> None:
