@@ -14,6 +14,7 @@ import torch
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError
+from quasar_core.kernels.cpu.causal_attention import describe_left_out as describe_fused_attention
 from quasar_core.kernels.cpu.library import SOURCE, needs_compiling, why_not_here, why_switched_off
 from quasar_core.kernels.linear import PackedLinear
 from quasar_core.malloc import return_freed_memory
@@ -118,7 +119,7 @@ def load_models(
     library = _transformers_models() if obstacle else lean_weights
     notes = [f"decoder: transformers, as {obstacle}" if obstacle else "decoder: our own"]
     if device.type == "cpu":
-        notes += _unless_empty(_load_kernels(progress))
+        notes += [*_unless_empty(_load_kernels(progress)), *_unless_empty(describe_fused_attention())]
     target = verifier = None
     if use_target:
         if obstacle:

@@ -1,15 +1,18 @@
 """Attention of prompts in C++ against plain sums in float64: windows, caps, later chunks, heads as a cache has them."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_model import save_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quasar_core.kernels.cpu import causal_attention as module
 from quasar_core.kernels.cpu.causal_attention import causal_attention
 from quasar_core.models.decoder.attention import FOLDED_TOKENS, attend, make_mask
+from quasar_core.models.loading import load_models
 
 CPU = torch.device("cpu")
 BFLOAT16 = 2**-8  # the largest rounding error, as a share
@@ -128,3 +131,12 @@ def test_pytorchs_fused_attention_is_left_out_where_it_fails(
     monkeypatch.setattr(torch.backends.cuda, "enable_flash_sdp", settings.append)
     module._leave_out_what_fails()
     assert settings == left_out
+    said = f"attention: not PyTorch's fused kernel, which fails at ATEN_CPU_CAPABILITY {capability} on"
+    assert (module.describe_left_out() or "").startswith(said) == bool(left_out)
+
+
+def test_that_it_is_left_out_stands_among_the_notes_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "processor_flags", lambda: frozenset({"amx_bf16"}))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    notes = load_models(save_tiny_model(tmp_path / "tiny"), None, CPU, torch.float32).notes
+    assert sum(note.startswith("attention: not PyTorch's fused kernel") for note in notes) == 1

@@ -26,13 +26,29 @@ def _pytorch_has_tiles() -> bool:
 
 
 def _leave_out_what_fails() -> None:
-    """Have PyTorch attend by plain products where its fused kernel of bfloat16 fails.
+    """Have PyTorch attend by plain products where its fused kernel of bfloat16 fails."""
+    if _fused_fails():
+        torch.backends.cuda.enable_flash_sdp(False)  # that of CPUs too
+
+
+def _fused_fails() -> bool:
+    """Whether PyTorch's fused attention of bfloat16 refuses its own layout.
 
     With ATEN_CPU_CAPABILITY below AVX-512 on a processor with tiles it takes these all the same, and then refuses to
     lay out what they multiply (PyTorch 2.13: "pack_vnni2 is only supported when avx512 is supported").
     """
-    if "amx_bf16" in processor_flags() and not _pytorch_has_tiles():
-        torch.backends.cuda.enable_flash_sdp(False)  # that of CPUs too
+    return "amx_bf16" in processor_flags() and not _pytorch_has_tiles()
+
+
+def describe_left_out() -> str | None:
+    """A note where PyTorch's fused attention is switched off; None where it is not."""
+    if not _fused_fails():
+        return None
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"attention: not PyTorch's fused kernel, which fails at ATEN_CPU_CAPABILITY {capability} on a processor with "
+        "AMX: C++, or plain products"
+    )
 
 
 _leave_out_what_fails()
