@@ -51,7 +51,7 @@ class Calibration:
     """Samples [N, L] to calibrate on, held-out rows [n, L] of the same kind, and greedy self-written rows.
 
     Of what the target wrote itself, more is known: the `likeliest` tokens behind each of the samples', and of the
-    held-out and greedy rows what they leave behind its last block, [n, L − 1, hidden].
+    held-out rows what they leave behind its last block, [n, L − 1, hidden].
     """
 
     name: str
@@ -61,22 +61,20 @@ class Calibration:
     seed: int
     likeliest: Likeliest | None = None
     held_out_hidden: torch.Tensor | None = None
-    greedy_hidden: torch.Tensor | None = None
 
     @classmethod
     def of_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor], seed: int) -> "Calibration":
         """What `tensors` were taken from."""
         found = Likeliest(tensors["likeliest"], tensors["chances"]) if "likeliest" in tensors else None
-        hidden = (tensors.get(f"{part}_hidden") for part in ("held_out", "greedy"))
-        return cls(name, tensors["samples"], tensors["held_out"], tensors["greedy"], seed, found, *hidden)
+        hidden = tensors.get("held_out_hidden")
+        return cls(name, tensors["samples"], tensors["held_out"], tensors["greedy"], seed, found, hidden)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Collect what is to be kept."""
         found = {"samples": self.samples, "held_out": self.held_out, "greedy": self.greedy}
         if self.likeliest is not None:
             found |= {"likeliest": self.likeliest.tokens, "chances": self.likeliest.chances}
-        hidden = {"held_out_hidden": self.held_out_hidden, "greedy_hidden": self.greedy_hidden}
-        return found | {name: states for name, states in hidden.items() if states is not None}
+        return found if self.held_out_hidden is None else {**found, "held_out_hidden": self.held_out_hidden}
 
     def identity(self) -> dict[str, Any]:
         """Collect what the checkpoint records: name, hash of the token ids, seed, number of tokens."""
@@ -111,7 +109,6 @@ def load_calibration(
         progress=progress,
         stage="writing held-out text",
         kept=kept,
-        asked=Asked(hidden=True) if by_target else NOTHING,
     )
     found = hidden = None
     if given is None:
@@ -122,7 +119,7 @@ def load_calibration(
         found, hidden = text.likeliest, text.hidden
     samples, held_out = given
     name = calibration_name(config.calibration)
-    return Calibration(name, samples, held_out, greedy.tokens, config.seed, found, hidden, greedy.hidden)
+    return Calibration(name, samples, held_out, greedy.tokens, config.seed, found, hidden)
 
 
 def calibration_name(calibration: str) -> str:

@@ -23,7 +23,7 @@ from quasar_core.quantize.calibration import GREEDY_FROM, Calibration
 from quasar_core.quantize.fidelity import margins, piece_of
 from quasar_core.quantize.job import QuantizedBlock, block_file, read_commit, write_commit
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
-from quasar_core.quantize.measure_fidelity import RowsRead, read_beside, read_states
+from quasar_core.quantize.measure_fidelity import RowsRead, read_beside
 from quasar_core.quantize.mixed_precision import CommittedModel
 from quasar_core.quantize.solve.factor import inverse_factor
 from quasar_core.quantize.solve.gptq import SolverConfig, column_order, solve, solve_layer
@@ -135,21 +135,22 @@ def pack_layer(module: torch.nn.Module, name: str, weight: PackedWeight, target:
 
 
 class Watcher:
-    """Compares verifiers with the target on rows of its greedy text [n, T]."""
+    """Compares verifiers with the target on rows of its greedy text [n, T]; what the target chooses is read once."""
 
-    def __init__(self, target: StreamedModel, text: Calibration, progress: Progress = no_progress) -> None:
-        self.target, self.rows, states = target, text.greedy, text.greedy_hidden
-        if states is None:
-            (states,) = read_states(target, [self.rows[:, :-1]], "reading held-out text: target", progress)
-        self._own = [[token for token, _ in row] for row in self._chosen(states, None)]
+    def __init__(self, target: StreamedModel, text: Calibration) -> None:
+        self.target, self.rows = target, text.greedy
+        self._own: list[list[int]] = []
 
     def read(self, folder: Path, progress: Progress = no_progress) -> torch.Tensor:
         """Run the rows through the blocks that a candidate's folder holds, beside the target's."""
         model, stage = PackedModel(self.target, folder), "reading held-out text: verifier"
-        return read_beside(self.target, model, self.rows[:, :-1], stage, progress)[1]
+        theirs, states, _ = read_beside(self.target, model, self.rows[:, :-1], stage, progress)
+        if not self._own:
+            self._own = [[token for token, _ in row] for row in self._chosen(theirs, None)]
+        return states
 
     def look(self, states: torch.Tensor, head: PackedWeight | None) -> Look:
-        """Compare, with the target's own head or a packed one."""
+        """Compare what was read, with the target's own head or a packed one."""
         rows = self._chosen(states, head)
         agreed = [
             [token == own for (token, _), own in zip(row, owns, strict=True)]

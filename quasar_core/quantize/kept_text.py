@@ -25,10 +25,11 @@ def read_text(path: Path, remedy: str) -> dict[str, torch.Tensor]:
     require_regular(path)
     try:
         tensors = load_file(path)
-        kept = int(tensors.pop(_CHECK, torch.tensor([-1])))
-        if kept != check_sum(tensors):
+        if _CHECK not in tensors:
+            raise ValueError("it has no check sum")
+        if int(tensors.pop(_CHECK)) != check_sum(tensors):
             raise ValueError("its check sum is of another content")
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise QuasarError(f"{path} is not readable ({why}): {remedy}.") from error
     return tensors

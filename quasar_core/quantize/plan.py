@@ -209,7 +209,7 @@ def found_bytes(shape: Shape, config: QuantizeConfig, text: TextPlan) -> int:
     """What the target's passes have found while it wrote: likeliest tokens, and hidden states of what is held out."""
     length = config.calibration_length if config.calibration == "self" else 0  # beside greedy rows
     likeliest = LIKELY_BYTES * width_of(shape.vocabulary) * config.texts * length if text.by_target else 0
-    hidden = text.element * shape.hidden * held_out_rows(config) * (GREEDY_LENGTH + length) if text.remembers else 0
+    hidden = text.element * shape.hidden * held_out_rows(config) * length if text.remembers else 0
     return likeliest + hidden
 
 

@@ -126,7 +126,7 @@ def test_the_rows_of_the_lean_decoder_and_its_weights_are_planned(source: Path) 
     ]
     (two, four), rows = plans, CONFIG.samples + 3
     assert two.text_rows == four.text_rows == rows
-    remembered = 3 * (GREEDY_LENGTH + CONFIG.seq_len) * shape.hidden  # of the rows that are held out
+    remembered = 3 * CONFIG.seq_len * shape.hidden  # of the rows that are held out
     assert four.host - two.host == rows * 40 * CONFIG.seq_len + 2 * remembered
     assert two.host > 10**9
     assert quantizing.estimate(str(source), CONFIG, device="cpu").text.why_not_lean is None
@@ -136,7 +136,7 @@ def test_what_the_target_finds_while_it_writes_by_hand() -> None:
     """Eight likely tokens of 12 bytes behind each token of the samples; hidden states of the rows that are held out."""
     text = TextPlan(False, None, "bfloat16", 0, 0)
     likeliest = 12 * 8 * CONFIG.texts * CONFIG.seq_len
-    hidden = 2 * 32 * CONFIG.fidelity_rows * (GREEDY_LENGTH + CONFIG.seq_len)
+    hidden = 2 * 32 * CONFIG.fidelity_rows * CONFIG.seq_len
     assert found_bytes(SMALL, CONFIG, text) == likeliest + hidden
     assert found_bytes(SMALL, CONFIG, replace(text, copy_bits=8)) == 0
 

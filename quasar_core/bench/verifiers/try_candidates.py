@@ -220,7 +220,7 @@ class Choosing:
     def _begin(self, samples: torch.Tensor, outputs: Activations) -> Watcher:
         """What the first try finds for all: the target's own choices, what drafts begin with, the heads."""
         if self._watcher is None:
-            self._watcher = Watcher(self.target, self.calibration, self._progress)
+            self._watcher = Watcher(self.target, self.calibration)
             known = count_on(self.target, replace(self.calibration, samples=samples), outputs, self._progress)
             self._replayed = Replayed(self.calibration.greedy, known)
             for bits in self.heads:
