@@ -63,6 +63,7 @@ def inspect(
     `checkpoint` is a folder or a pair's name; without it, the current pair's. With `verify` all weights are read, and
     `digest` says whether they are as quantize wrote them; with `against`, a model, and `text`, fidelity is measured.
     """
+    choose_device(device)  # one that is not here is refused, whether anything is measured or not
     folder = verifier_folder(checkpoint)
     found = VerifierCheckpoint(folder)
     digest = {"digest": digest_found(found, progress)} if verify else {}

@@ -97,7 +97,7 @@ def _hub_id(name: str) -> str:
     if _HUB_ID.fullmatch(name):
         return name
     if not _BARE_NAME.fullmatch(name):
-        raise UsageError(f"There is no folder {name}.")
+        raise UsageError(f"There is no folder {name}, and a hub id has the form of Qwen/Qwen3-8B.")
     for prefix, organisation in _ORGANISATIONS:
         if name.lower().startswith(prefix.lower()):
             return f"{organisation}/{name}"

@@ -79,7 +79,13 @@ def verifier_folder(named: str | None) -> Path:
             raise UsageError("No pair is current: name a CHECKPOINT, or make one with `quasar quantize MODEL`.")
         return Path(current.verifier)
     folder = absolute(Path(named))
-    return folder if is_folder(folder) else Path(find_pair(named).verifier)
+    if is_folder(folder):
+        return folder
+    pairs = list_pairs()
+    pair = next((pair for pair in pairs if pair.name == named), None)
+    if pair is None:
+        raise UsageError(f"{named} is neither a folder here nor a recorded pair; the recorded pairs: {_listed(pairs)}.")
+    return Path(pair.verifier)
 
 
 def check_registry() -> None:
@@ -149,8 +155,11 @@ def _find(pairs: Sequence[PairRecord], name: str) -> PairRecord:
     for pair in pairs:
         if pair.name == name:
             return pair
-    known = ", ".join(pair.name for pair in pairs) or "none"
-    raise UsageError(f"There is no pair {name}; the recorded pairs: {known}.")
+    raise UsageError(f"There is no pair {name}; the recorded pairs: {_listed(pairs)}.")
+
+
+def _listed(pairs: Sequence[PairRecord]) -> str:
+    return ", ".join(pair.name for pair in pairs) or "none"
 
 
 def _free_name(wanted: str, others: Sequence[PairRecord]) -> str:
