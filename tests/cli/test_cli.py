@@ -226,7 +226,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
         (["quantize", "demo", "--group-size", "100"], "--group-size must be one of 32, 64, 128, -1, not 100."),
         (["quantize", "demo", "--backend", "magic"], "--backend must be one of native, optimum, not magic."),
         (["quantize", "nobody-knows-it"], "nobody-knows-it is neither a folder here nor a model whose organisation"),
-        (["generate", "--prompt", "x", "--model", "./nowhere"], "no folder ./nowhere, and a hub id has the form of"),
+        (["generate", "--prompt", "x", "--model", "./nowhere"], "There is no folder ./nowhere, and a hub id"),
         (["generate", "--prompt", "x", "--prompt-file", "y"], "Give the prompt once: as PROMPT, with --prompt"),
         (["generate", "x", "--prompt", "y"], "Give the prompt once: as PROMPT, with --prompt"),
         (["generate", "x", "--json", "--trace"], "--trace draws in the terminal: with --json, name a file for it."),
