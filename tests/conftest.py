@@ -141,16 +141,14 @@ def _compiled_once(_compiled: Path) -> Iterator[None]:
 @pytest.fixture
 def compiled_at_home(tmp_path: Path, _compiled: Path) -> None:
     """What is compiled of the C++ lies in the test's home too, for processes that the test starts."""
-    from filelock import FileLock
-
     from quasar_core.kernels.cpu import library
     from quasar_core.quantize.solve import cpp
 
     obstacles = [module.why_not_here() for module in (library, cpp)]  # compiles both
     if any(obstacles):
         return
-    with FileLock(_compiled / "kernels" / ".lock"):  # nothing is compiled meanwhile
-        shutil.copytree(_compiled / "kernels", tmp_path / "home" / "kernels")
+    unfinished = shutil.ignore_patterns("building-*", ".*.lock")  # of libraries that are compiled meanwhile
+    shutil.copytree(_compiled / "kernels", tmp_path / "home" / "kernels", ignore=unfinished)
 
 
 @pytest.fixture(scope="session")

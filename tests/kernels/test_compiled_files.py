@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.kernels.cpu import build, library, private_files
@@ -197,6 +198,17 @@ def test_what_a_killed_compiler_left_is_cleared(source: Path) -> None:
     (left / "seven.so").write_text("half")
     compiling.shared_library(source)
     assert not left.exists()
+
+
+@compiled
+def test_another_library_that_is_being_compiled_is_left_alone_and_not_waited_for(source: Path) -> None:
+    kernels = compiling.shared_library(source).parent.parent
+    building = kernels / "building-0123-x"
+    building.mkdir()
+    with FileLock(kernels / ".0123.lock"):
+        source.write_text(source.read_text() + "// changed\n")
+        assert compiling.shared_library(source).is_file()
+    assert building.is_dir()
 
 
 def test_a_folder_of_another_user_is_refused(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from quasar_core.errors import QuasarError, UsageError, reason
 from quasar_core.kernels.cpu import build, private_files
@@ -25,7 +26,7 @@ from quasar_core.kernels.cpu.forms import Chosen, chosen
 from quasar_core.store.folders import home
 
 SWITCH = "QUASAR_CPU_PASS"
-_BUILDING, _LOCK = "building-", ".lock"
+_BUILDING = "building-"  # and the library's key: where it is compiled
 _rebuilt: dict[Path, str] = {}  # by source: what was wrong with the library that was there
 
 
@@ -68,9 +69,8 @@ def shared_library(source: Path) -> Path:
     kernels = library.parent.parent
     try:
         private_files.make_private(kernels)
-        with FileLock(kernels / _LOCK):  # no other process compiles here meanwhile
-            for left in kernels.glob(f"{_BUILDING}*"):
-                shutil.rmtree(left)
+        _remove_what_was_left(kernels)
+        with _lock(kernels, library.parent.name):  # no other process compiles it meanwhile
             if library.parent.exists():
                 wrong = private_files.damage(library)
                 if wrong is None:
@@ -80,6 +80,19 @@ def shared_library(source: Path) -> Path:
     except OSError as error:
         raise QuasarError(f"its library could not be written to {library.parent}: {reason(error)}") from error
     return library
+
+
+def _remove_what_was_left(kernels: Path) -> None:
+    """Remove the folders of compilations that were ended, and of none that goes on."""
+    for left in kernels.glob(f"{_BUILDING}*"):
+        with suppress(Timeout), _lock(kernels, left.name.split("-")[1], timeout=0):
+            if left.exists():
+                shutil.rmtree(left)
+
+
+def _lock(kernels: Path, key: str, timeout: float = -1) -> FileLock:
+    """Hold the lock of one library: two may be compiled at once, but not one by two processes."""
+    return FileLock(kernels / f".{key}.lock", timeout=timeout)
 
 
 def needs_compiling(source: Path) -> bool:
@@ -121,7 +134,7 @@ def _key(source: Path, compiler: str, form: Chosen) -> str:
 
 def _compile(compiler: str, source: Path, library: Path, form: Chosen) -> None:
     """Whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=library.parent.parent, prefix=_BUILDING) as folder:
+    with tempfile.TemporaryDirectory(dir=library.parent.parent, prefix=f"{_BUILDING}{library.parent.name}-") as folder:
         built = Path(folder) / library.parent.name / library.name
         private_files.make_private(built.parent)
         try:
