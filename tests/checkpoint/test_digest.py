@@ -118,7 +118,8 @@ def test_loading_checks_when_asked_and_says_so(verifier: Path, capsys: pytest.Ca
     assert run([*GENERATE, "--verify", "full", "--check-digest"]) == 0
     assert "digest: no verifier is loaded, so nothing was checked" in capsys.readouterr().err
     assert "digest" not in "".join(decoding.load_pair().notes)
-    bench = ["bench", "--dataset", "demo", "--limit", "1", "--max-new-tokens", "2", "--arms", "quantized"]
+    Path("questions.jsonl").write_text('{"question_id": 1, "category": "c", "turns": ["abc"]}\n')
+    bench = ["bench", "--dataset", "questions.jsonl", "--max-new-tokens", "2", "--arms", "quantized"]
     flip_a_bit(verifier)
     assert run([*bench, "--check-digest"]) == 1
     assert "is damaged or was changed" in capsys.readouterr().err

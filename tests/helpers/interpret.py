@@ -7,13 +7,20 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+
+ON_GPU = "QUASAR_TEST_GPU"  # set where tests of a GPU alone run
+
 
 def interpret_on_cpu() -> None:
     """From now on kernels run interpreted. To be called before the first kernel's module is imported.
 
     Triton decides when a function is decorated. Where Triton itself has been imported before, its own library's
-    functions (sums, maxima) were decorated for a GPU, so they are decorated once more.
+    functions (sums, maxima) were decorated for a GPU, so they are decorated once more. Where tests of a GPU were asked
+    for, the file that asks is skipped: theirs are the kernels that a GPU runs.
     """
+    if os.environ.get(ON_GPU):
+        pytest.skip("these kernels are interpreted", allow_module_level=True)
     kernels = sys.modules.get("quasar_core.kernels.triton.language")
     if kernels is not None:
         if not kernels.INTERPRETED.value:

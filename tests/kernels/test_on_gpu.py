@@ -1,11 +1,19 @@
 """Every Triton kernel against float64 on a GPU, at the sizes of a large model: `make test-gpu`."""
 
+import os
+
 import pytest
 import torch
 
 from quasar_core.kernels.triton.adapters import why_not_triton
 
 GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_of_a_gpu() -> None:
+    """A GPU's own kernels are meant, so that a run which interprets them fails."""
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0", "kernels are interpreted: run `pytest -m gpu`"
 
 
 @pytest.mark.gpu

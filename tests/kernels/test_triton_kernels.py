@@ -166,6 +166,14 @@ def _environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 
+def test_nothing_is_interpreted_where_tests_of_a_gpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from helpers.interpret import interpret_on_cpu
+
+    monkeypatch.setenv("QUASAR_TEST_GPU", "1")
+    with pytest.raises(pytest.skip.Exception):
+        interpret_on_cpu()
+
+
 def test_kernels_are_interpreted_although_triton_was_imported_before() -> None:
     code = """
 import triton.language

@@ -172,8 +172,8 @@ def test_two_runs_at_once(source: Path) -> None:
     ("seconds", "room", "file"),
     [
         (0.0, 3_000, r"\.partial"),
-        (1e9, 3_000, r"seed-1-row-0\.safetensors"),
-        (1e9, 20_000, r"calibration\.safetensors"),
+        (1e9, 10_000, r"seed-0-row-0\.safetensors"),
+        (1e9, 20_000, r"block-00000\.safetensors"),
         (1e9, 50_000, "shard-0"),
     ],
 )

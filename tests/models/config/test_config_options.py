@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +177,16 @@ def test_every_field_of_a_config_class_is_accounted_for(name: str) -> None:
     assert not unknown, f"{name}Config has {sorted(unknown)}: used, without effect, or a reason not to run lean?"
 
 
-@pytest.mark.parametrize(
-    ("name", "option"),
-    [(name, option) for name in NAMES for option in sorted((fields(name) & OTHER.keys()) | SHARED.keys())],
-)
+def option_cases() -> Iterator[Any]:
+    """Each option that a class names, and each that none does with every third class; with the others in `slow`."""
+    for place, name in enumerate(NAMES):
+        named = fields(name) & OTHER.keys()
+        for number, option in enumerate(sorted(named | SHARED.keys())):
+            is_one_more = option not in named and (place + number) % 3
+            yield pytest.param(name, option, marks=[pytest.mark.slow] if is_one_more else [])
+
+
+@pytest.mark.parametrize(("name", "option"), option_cases())
 def test_an_option_is_used_or_a_reason_or_without_effect(name: str, option: str, tmp_path: Path) -> None:
     """Alone, and beside a window: in each case logits equal transformers', or our decoder says why it steps back."""
     if option == "mamba_n_groups" and not NORMS_GROUPS:
@@ -198,7 +205,9 @@ def test_an_option_is_used_or_a_reason_or_without_effect(name: str, option: str,
             continue  # transformers itself does not run it
         compared.append(content)
         if why_not_lean(read_json(folder / "config.json")) is None:
-            assert_close(in_passes(load_target(folder, CPU, FLOAT), random_tokens(), [20, 1, 4]), expected, family=name)
+            assert_close(
+                in_passes(load_target(folder, CPU, FLOAT), random_tokens(), [20, 1, 4]), expected, family=name
+            )
 
 
 @pytest.mark.parametrize("option", sorted(WITHOUT_EFFECT & {"attention_dropout", "initializer_range", "use_cache"}))
