@@ -13,7 +13,8 @@ from quasar_core.kernels.select import KERNELS, select_kernel
 from quasar_core.kernels.triton import adapters as triton_kernel
 
 CPU = torch.device("cpu")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 # Relative error of a product, by dtype: a bfloat16 has 8 bits, and so has a scale or a zero that is rounded to it.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 # These round their input to 8 bits: test_vnni.py and test_int8.py hold them to what that costs.
