@@ -204,7 +204,9 @@ def test_an_option_is_used_or_a_reason_or_without_effect(name: str, option: str,
             continue  # transformers itself does not run it
         compared.append(content)
         if why_not_lean(read_json(folder / "config.json")) is None:
-            assert_close(in_passes(load_target(folder, CPU, FLOAT), random_tokens(), [20, 1, 4, 20]), expected, family=name)
+            assert_close(
+                in_passes(load_target(folder, CPU, FLOAT), random_tokens(), [20, 1, 4, 20]), expected, family=name
+            )
 
 
 @pytest.mark.parametrize("option", sorted(WITHOUT_EFFECT & {"attention_dropout", "initializer_range", "use_cache"}))

@@ -47,7 +47,7 @@ HYBRIDS = [
     *("qwen3.5, one head of keys, biases", "lfm2, biases, plain MLP", "granite 4, groups, biases, rotates"),
     *("lfm2 moe", "granite 4, experts, groups, biases, rotates"),
 ]
-SPLITS = ([1], [2], [12, 1, 4, 8], [33, 12])
+SPLITS = ([1, 1, 2, 2, 30, 2, 1], [12, 1, 4, 8], [33, 12])  # the last goes on
 
 pytestmark = pytest.mark.usefixtures("cpp_pass")
 each_form = pytest.mark.usefixtures("form")
@@ -125,7 +125,11 @@ def test_bf16_costs_a_few_roundings_of_cache_and_embedding(tmp_path: Path, case:
 @each_form
 @pytest.mark.parametrize(
     ("case", "bits"),  # mixed bits are 4 and 8: in experts 3 are the others that lie as they do nowhere else
-    [*(("qwen3, listed windows, biases", bits) for bits in (2, 3, 4, 8, None)), ("qwen 3 moe", 3), ("qwen 3 moe", None)],
+    [
+        *(("qwen3, listed windows, biases", bits) for bits in (2, 3, 4, 8, None)),
+        ("qwen 3 moe", 3),
+        ("qwen 3 moe", None),
+    ],
 )
 def test_a_verifier_equals_its_plain_pass(made: Made, case: str, bits: int | None) -> None:
     folder = made(case, bits)

@@ -46,7 +46,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return recorded(load_target(folder, CPU, FLOAT)), fresh_logits(model, random_tokens())
 
 
-@pytest.mark.parametrize("sizes", [[1], [2, 16, 1, 7, 3], [5, 40]], ids=str)
+@pytest.mark.parametrize("sizes", [[1, 1, 1, 30, 1], [2, 16, 1, 7, 3], [5, 40]], ids=str)
 def test_logits_equal_those_of_transformers(case: tuple[LeanDecoder, torch.Tensor], sizes: list[int]) -> None:
     decoder, expected = case
     assert_close(in_passes(decoder, random_tokens(), sizes), expected)

@@ -50,7 +50,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return CASES[request.node.callspec.params["case"]][0]
 
 
-@pytest.mark.parametrize("sizes", [[LENGTH], [1], [12, 1, 4, 8], [3, 33]], ids=str)
+@pytest.mark.parametrize("sizes", [[LENGTH], [1, 1, 1, 30, 1], [12, 1, 4, 8], [3, 33]], ids=str)
 def test_logits_equal_those_of_transformers_however_the_text_is_passed(
     case: tuple[LeanDecoder, torch.Tensor], sizes: list[int], request: pytest.FixtureRequest
 ) -> None:
