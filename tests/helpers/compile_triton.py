@@ -78,7 +78,7 @@ def compile_launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **nam
         found |= machine_code(compiled["cubin"])
     if self.__name__ == "_packed_kernel":
         found |= {name.lower(): values[name] for name in ("BITS", "STORED", "HAS_ZEROS", "IS_WIDE", "SLOTS", "NORMS")}
-        found |= machine_code(compiled["cubin"])
+        found |= machine_code(compiled["cubin"], exchanges=True)
         found["programs"] = programs(found["registers"], kernel.metadata.shared)
     print(json.dumps(found))
 
@@ -88,18 +88,19 @@ def is_one(value: Any, parameter: Any) -> bool:
     return isinstance(value, int) and value == 1 and not parameter.do_not_specialize
 
 
-def machine_code(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, bytes that it spills, and exchanges between lanes anywhere in a kernel."""
-    told = {}
+def machine_code(cubin: bytes, exchanges: bool = False) -> dict[str, int]:
+    """Registers of a thread, bytes that it spills; and exchanges between lanes, which take long to find."""
+    told = {"-sass": ""}
     with NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        for question in ("--dump-resource-usage", "-sass"):
+        for question in ("--dump-resource-usage", "-sass") if exchanges else ("--dump-resource-usage",):
             command = [str(TOOLS / "cuobjdump"), question, file.name]
             told[question] = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used, code = told.values()
+    used, code = told["--dump-resource-usage"], told["-sass"]
     (registers,), (stack,) = (re.findall(rf"{name}:(\d+)", used) for name in ("REG", "STACK"))
-    return {"registers": int(registers), "spilled": int(stack), "shuffles": len(re.findall(r"\bSHFL\b", code))}
+    found = {"registers": int(registers), "spilled": int(stack)}
+    return found | {"shuffles": len(re.findall(r"\bSHFL\b", code))} if exchanges else found
 
 
 def programs(registers: int, shared: int) -> int:

@@ -22,7 +22,7 @@ def quantize_layers(source: Path, output: Path, bits: Callable[[str], int]) -> V
         width = bits(name)
         if width < 16:
             weight = tensors.pop(name)
-            config = SolverConfig(bits=width, group_size=32, sym=False)
+            config = SolverConfig(bits=width, group_size=32, sym=False, scale_search=False, sweeps=0)
             packed = solve(weight, torch.eye(weight.shape[1]), config).weight.pack()
             tensors |= {name.replace(".weight", f".{suffix}"): tensor for suffix, tensor in packed.items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, output / "model.safetensors")

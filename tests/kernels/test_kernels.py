@@ -31,11 +31,11 @@ def no_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(kernel: Kernel, weight: QuantizedWeight, device: torch.device, dtype: torch.dtype) -> None:
-    """Products of 1 to 17 rows within the tolerance of the dtype."""
+    """Products of few to 17 rows within the tolerance of the dtype."""
     x = torch.randn(17, weight.in_features, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     exact = x.double() @ weight.dequantize().double().t().to(device)
     prepared = kernel.prepare(weight, device, dtype)
-    for rows in range(1, 18):
+    for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17):
         y = kernel.multiply(x[:rows], prepared)
         assert (y.dtype, y.shape) == (dtype, (rows, weight.out_features))
         error = (y.double() - exact[:rows]).norm() / exact[:rows].norm()

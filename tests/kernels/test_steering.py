@@ -63,7 +63,7 @@ MACHINES = {
 }
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 @given(**MACHINES)
 def test_it_is_as_fast_as_the_best_number(**drawn: Any) -> None:
     check_speed(**drawn)

@@ -77,8 +77,10 @@ def recorded(decoder: LeanDecoder) -> LeanDecoder:
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_as_near_to_float32_as_those_of_plain_passes(tmp_path: Path, name: str) -> None:
     """In float16, to which the interpreter rounds as a GPU does; its bfloat16 is cut off."""
-    save_model(tmp_path, *CASES[name])
-    tokens, logits = random_tokens(15), {}
+    kind, options = CASES[name]
+    alike = name not in ("qwen 2 moe, some blocks", "glm 4 moe", "dots 1")  # whose blocks differ: one proves two
+    save_model(tmp_path, kind, {**options, "num_hidden_layers": 1} if alike else options)
+    tokens, logits = random_tokens(12), {}
     for way, dtype in (("exact", FLOAT), ("plain", torch.float16), ("triton", torch.float16)):
         decoder = load_target(tmp_path, CPU, dtype)
         if way == "triton":
@@ -86,7 +88,7 @@ def test_logits_are_as_near_to_float32_as_those_of_plain_passes(tmp_path: Path, 
             assert choosing.why_not_mixed(decoder, triton_steps(), "") is None
             recorded(decoder)
         cache = decoder.new_cache(40)
-        logits[way] = torch.cat([decoder.forward(tokens[a:b], cache) for a, b in ((0, 5), (5, 6), (6, 15))])
+        logits[way] = torch.cat([decoder.forward(tokens[a:b], cache) for a, b in ((0, 5), (5, 6), (6, 12))])
     errors = {way: (logits[way] - logits["exact"]).norm() / logits["exact"].norm() for way in ("plain", "triton")}
     assert errors["triton"] <= max(1.5 * errors["plain"], 8 * 2**-11), errors  # roundings of float16
 
@@ -100,8 +102,14 @@ def codes_of(target: LeanDecoder, bits: int, monkeypatch: pytest.MonkeyPatch) ->
 WIDE = {"hidden_size": 128, "moe_intermediate_size": 128, "head_dim": 64}  # of whole groups
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("name", ["qwen 3 moe", "qwen 2 moe, some blocks"])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        *(("qwen 3 moe", 8), ("qwen 2 moe, some blocks", 4)),
+        pytest.param("qwen 3 moe", 4, marks=pytest.mark.slow),
+        pytest.param("qwen 2 moe, some blocks", 8, marks=pytest.mark.slow),
+    ],
+)
 def test_codes_give_the_logits_that_their_weights_give(
     tmp_path: Path, bits: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,11 +139,10 @@ def test_a_tokens_logits_do_not_depend_on_the_tokens_beside_it(
     decoder = load_target(tmp_path, CPU, torch.float16)
     decoder = recorded(decoder if bits == 16 else codes_of(decoder, bits, monkeypatch))
     tokens, logits = random_tokens(12), []
-    for cuts in ((0, 12), (0, 1, 2, 5, 12), (0, 7, 10, 12)):
+    for cuts in ((0, 12), (0, 1, 3, 6, 12)):
         cache = decoder.new_cache(40)
         logits.append(torch.cat([decoder.forward(tokens[a:b], cache) for a, b in pairwise(cuts)]))
     assert torch.equal(logits[0], logits[1])
-    assert torch.equal(logits[0], logits[2])
 
 
 def test_a_draft_is_confirmed_by_the_devices_own_choices(tmp_path: Path) -> None:

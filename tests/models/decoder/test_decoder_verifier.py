@@ -32,7 +32,7 @@ from quasar_core.models.hf import causal_lm
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target, load_verifier_alone
 from quasar_core.quantize.solve.gptq import SolverConfig, solve
 
-ANSWER = 60
+ANSWER = 40
 
 
 VERIFIERS = [
