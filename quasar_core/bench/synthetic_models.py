@@ -4,6 +4,7 @@ The sources here stand where a folder's files stand, so that random models are b
 """
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,22 @@ class Pool:
     def take(self, *shape: int) -> torch.Tensor:
         """A tensor of this shape, which begins where the last one ended."""
         count, size = int(torch.Size(shape).numel()), self._values.numel()
-        taken = self._values.roll(-self._start).repeat(-(-count // size))[:count].view(shape)
+        first = self._values[self._start : self._start + count]
+        times, rest = divmod(count - len(first), size)
         self._start = (self._start + count) % size
-        return taken
+        return torch.cat([first, *[self._values] * times, self._values[:rest]]).view(shape)
+
+
+@lru_cache(maxsize=1)
+def _random_values(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """The pool of weights, which no one writes to: a choice among verifiers asks for it for each of them."""
+    return torch.empty(size).uniform_(-LARGEST, LARGEST, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@lru_cache(maxsize=1)
+def _random_bytes(size: int) -> torch.Tensor:
+    """The pool of codes."""
+    return torch.randint(0, 256, (size,), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
 class RandomTensors(TensorFiles):
@@ -49,8 +63,7 @@ class RandomTensors(TensorFiles):
         self.folder = Path("random weights")
         self._shapes = stored_shapes(config)
         self._progress = progress
-        generator = torch.Generator().manual_seed(0)
-        self._pool = Pool(torch.empty(POOL).uniform_(-LARGEST, LARGEST, generator=generator).to(dtype))
+        self._pool = Pool(_random_values(POOL, dtype))
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
@@ -100,7 +113,7 @@ class RandomCheckpoint(VerifierCheckpoint):
         products = [*all_block_products(config), *head]
         self._parts = {name: product.part(i) for product in products for i, name in enumerate(product.names)}
         self._stored_parts = {name: (name,) for name in self._parts}
-        self._pool = Pool(torch.randint(0, 256, (POOL,), generator=torch.Generator().manual_seed(1), dtype=torch.uint8))
+        self._pool = Pool(_random_bytes(POOL))
 
     def layer(self, name: str, device: torch.device = CPU) -> PackedWeight:
         """One layer's codes, on the CPU."""

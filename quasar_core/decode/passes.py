@@ -6,6 +6,7 @@ Letters: T rows of a pass, V vocabulary.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
@@ -173,7 +174,17 @@ class Passes:
 def device_pass(model: CausalLM, cache: KVCache) -> BeginningPass | None:
     """What runs a model's passes on a device while the host goes on; None elsewhere."""
     fast = model.fast if isinstance(model, LeanDecoder) and isinstance(cache, DecoderCache) else None
-    return fast if isinstance(fast, BeginningPass) else None
+    return fast if fast is not None and _begins(fast) else None
+
+
+def _begins(fast: object) -> TypeGuard[BeginningPass]:
+    kind = type(fast)
+    if kind not in _BEGIN:  # once for each: looking a protocol's methods up takes as long as half of a short step
+        _BEGIN[kind] = isinstance(fast, BeginningPass)
+    return _BEGIN[kind]
+
+
+_BEGIN: dict[type, bool] = {}
 
 
 def begin_pass(

@@ -126,22 +126,24 @@ def benched(
     for role, cost in (("target", CONFIRM), ("verifier", VERIFY)):
         pair.measured[role] = CostRecord(cost, {"role": role}, 0.0)
     drawn = {"sampling": sampling or SamplingConfig()}
-    plain = Generator(pair, replace(PLAIN, **drawn))
-    texts = [[0, n, *plain.generate([0, n]).token_ids] for n in range(ANSWERS)]
+    texts: list[list[int]] = []  # of the arm that decodes plainly, which is the first
     rows = []
     for arm, config in (
+        ("vanilla", PLAIN),
         ("exact", replace(COPIED, verify="exact", window=window)),
         ("ngram", COPIED),
-        ("vanilla", PLAIN),
     ):
         known: list[int] = []
         generator = Generator(pair, replace(config, **drawn), partial(Passages, known, trees, seed), now=clock)
-        for number, text in enumerate(texts):
-            known[:] = text
+        for number in range(ANSWERS):
+            known[:] = texts[number] if arm != "vanilla" else []
             generator.reset()
-            result = generator.generate(text[:2])
-            assert result.token_ids == text[2:]
+            result = generator.generate([0, number])
+            if arm == "vanilla":
+                texts.append([0, number, *result.token_ids])
+            assert [0, number, *result.token_ids] == texts[number]
             rows.append(make_row(arm, number, list(result.token_ids), result.stats))
+    rows = [*rows[ANSWERS:], *rows[:ANSWERS]]
     return Results(make_run(config=BenchConfig(("exact", "ngram", "vanilla"), window=window)), rows)
 
 
@@ -189,13 +191,15 @@ def test_every_policy_is_predicted_from_a_window_that_was_set() -> None:
     predictions = predictions_of(benched(4), RECORDED, 2)
     assert predictions["window 4"].ratio == pytest.approx(1.0, abs=0.05)
     assert predictions["target alone, no drafts"].ratio == pytest.approx(1.0, abs=0.05)
-    assert {one.policy for one in simulate(benched(4), replays=1)} == {policy.name for policy in POLICIES}
+    all_answers = benched(4)
+    few = Results(all_answers.run, [row for row in all_answers.rows if row.question_id == 0])
+    assert {one.policy for one in simulate(few, replays=1)} == {policy.name for policy in POLICIES}
 
 
 def test_trees_are_predicted_within_five_percent() -> None:
     """On average over texts."""
     ratios = []
-    for seed in range(3):
+    for seed in range(2):
         results = benched(trees=True, seed=seed)
         pieces = [piece for row in results.rows for step in row.stats.step_log for piece in step.pieces]  # type: ignore[union-attr]
         assert sum(piece.source == "branch" for piece in pieces) > 100
