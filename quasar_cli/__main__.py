@@ -4,6 +4,7 @@ Ctrl-C ends it while its parts are still imported, too, and where Python can onl
 """
 
 import _thread
+import os
 import signal
 import sys
 import threading
@@ -11,6 +12,14 @@ from types import FrameType
 from typing import Any
 
 from quasar_cli import INTERRUPTED
+
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+class _Waiting:
+    """An interrupt that came within an import: `is_due` when it comes again by itself, and not from whoever waits."""
+
+    begun = is_due = False
 
 
 def main() -> None:
@@ -27,14 +36,20 @@ def main() -> None:
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C: raise KeyboardInterrupt, but within an import only behind its end.
+    """Ctrl-C: raise KeyboardInterrupt, but within an import only behind its end; the second one ends the process.
 
     A library may take it for a part that is missing, and go on; what is imported by half fails later in another way.
     """
-    if _imports(frame):
-        _come_again()
-    else:
+    by_itself, _Waiting.is_due = _Waiting.is_due, False
+    if not _imports(frame):
+        _Waiting.begun = False
         raise KeyboardInterrupt
+    if _Waiting.begun and not by_itself:
+        if os.isatty(2):
+            os.write(2, _SHOW_CURSOR)
+        os._exit(INTERRUPTED)
+    _Waiting.begun = True
+    _come_again()
 
 
 def interrupt_again(ignored: Any) -> None:
@@ -47,9 +62,14 @@ def interrupt_again(ignored: Any) -> None:
 
 def _come_again() -> None:
     """Interrupt a moment later: what is raised at once would be ignored again."""
-    again = threading.Timer(0.01, _thread.interrupt_main)
+    again = threading.Timer(0.01, _interrupt_by_itself)
     again.daemon = True
     again.start()
+
+
+def _interrupt_by_itself() -> None:
+    _Waiting.is_due = True
+    _thread.interrupt_main()
 
 
 def _imports(frame: FrameType | None) -> bool:

@@ -124,7 +124,10 @@ def progress_bar() -> Iterator[Progress]:
 
 @contextmanager
 def _cursor_is_left(console: Console) -> Iterator[None]:
-    """Show the cursor again, which bars hide, where a signal ends the process within."""
+    """Show the cursor again, which bars hide: at the end, also of bars that an interrupt ended at their beginning.
+
+    And where a signal ends the process within.
+    """
 
     def end(number: int, frame: Any) -> None:
         console.show_cursor(True)
@@ -138,6 +141,7 @@ def _cursor_is_left(console: Console) -> Iterator[None]:
     try:
         yield
     finally:
+        console.show_cursor(True)
         for number in ends:
             signal.signal(number, signal.SIG_DFL)
 

@@ -11,6 +11,8 @@ def stats_table(result: GenerationResult, config: GenerationConfig) -> Table:
     """Speed and acceptance of one generation."""
     stats = result.stats
     ended = {"eos": "end of text", "stop": "stop string", "length": "length"}[result.finish_reason]
+    if result.finish_reason == "length" and stats.new_tokens < config.max_new_tokens:
+        ended = "the context is full"
     facts = [
         ("new tokens", f"{stats.new_tokens} ({ended})"),
         ("speed", as_ratio(stats.tokens_per_s, 1, " tokens/s")),

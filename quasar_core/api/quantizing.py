@@ -16,6 +16,7 @@ from quasar_core.models.context import context_limit
 from quasar_core.models.device import choose_device
 from quasar_core.models.loading import refuse_drafts
 from quasar_core.models.pair import load_tokenizer
+from quasar_core.models.weights.lean_weights import check_whole
 from quasar_core.quantize.blocks.streaming import StreamedModel, open_target
 from quasar_core.quantize.estimate import layer_sizes, plan_here, with_seconds
 from quasar_core.quantize.group_size import settle_group_size
@@ -174,6 +175,7 @@ def add_verifier(verifier: str, target: str | None = None, progress: Progress = 
     found = resolve_model(verifier)
     checkpoint = VerifierCheckpoint(found.folder)
     source = resolve_model(target) if target is not None else _target_of(checkpoint)
+    check_whole(checkpoint)
     progress("comparing the verifier with the target", 0, 1)
     refuse_other_target(checkpoint, source.folder)
     progress("comparing the verifier with the target", 1, 1)

@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +63,18 @@ def test_generate_streams_text_to_stdout_and_statistics_to_stderr(
         assert fact in shown.err
     assert "exact: the full-precision model's own output" in shown.err
     assert "dtype: why" not in shown.err
+
+
+def test_an_answer_that_the_context_ends_says_so(
+    stand_in_pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = StandInGenerator.generate
+    cut = lambda *arguments: replace(answer(*arguments), finish_reason="length")  # noqa: E731
+    monkeypatch.setattr(StandInGenerator, "generate", cut)
+    assert run(["generate", "--prompt", "abc", "-n", "7"]) == 0
+    assert "7 (length)" in capsys.readouterr().err
+    assert run(["generate", "--prompt", "abc", "-n", "8"]) == 0
+    assert "7 (the context is full)" in capsys.readouterr().err
 
 
 def test_where_passes_may_round_otherwise_the_promise_says_so(

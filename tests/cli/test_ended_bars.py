@@ -33,6 +33,33 @@ def read(terminal: int, until: bytes = b"<end>") -> bytes:
     return seen
 
 
+INTERRUPTED = """
+from rich.live import Live
+from quasar_cli import console
+
+def start(self, refresh=False):
+    self.console.show_cursor(False)
+    raise KeyboardInterrupt  # as it may come between this and what would show it again
+
+Live.start = start
+try:
+    with console.progress_bar():
+        pass
+except KeyboardInterrupt:
+    print("ended")
+"""
+
+
+def test_bars_that_are_interrupted_as_they_begin_show_it_too() -> None:
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execve(sys.executable, [sys.executable, "-c", INTERRUPTED], {**os.environ, "TERM": "xterm"})
+    seen = read(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert b"ended" in seen
+    assert seen.rindex(SHOWN) > seen.rindex(HIDDEN)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_cursor_is_shown_again(number: signal.Signals) -> None:
     child, terminal = pty.fork()

@@ -221,6 +221,17 @@ def test_an_interrupt_within_an_import_comes_behind_it(tmp_path: Path) -> None:
     assert done.stdout in ("", "True\n")  # it may come before anything is printed
 
 
+def test_a_second_interrupt_within_an_import_ends_the_process(tmp_path: Path) -> None:
+    (tmp_path / "half_done.py").write_text(
+        "import os\nimport signal\nimport time\n\nfor _ in range(2):\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(0.1)  # meanwhile the first comes again by itself\ntime.sleep(60)\n"
+    )
+    found = {**os.environ, "PYTHONPATH": f"{os.environ['PYTHONPATH']}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-c", WITH_AN_IMPORT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env=found)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_an_interrupt_that_a_library_swallows_comes_once_more() -> None:
     done = subprocess.run([sys.executable, "-c", SWALLOWING], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

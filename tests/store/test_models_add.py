@@ -55,6 +55,17 @@ def without_card(folder: Path) -> Path:
     return folder
 
 
+def test_a_verifier_that_lacks_a_layer_is_refused(place: Path) -> None:
+    """Decoding would take the layer from the target, and only the verifier alone would miss it."""
+    weights = load_file(place / "gptq" / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "layers.1.self_attn.q_proj" not in name}
+    save_file(kept, place / "gptq" / "model.safetensors", metadata={"format": "pt"})
+    promised = r"gptq is not whole: its config promises model\.layers\.1\.self_attn\.q_proj"
+    with pytest.raises(QuasarError, match=promised):
+        quantizing.add_verifier(str(place / "gptq"), str(place / "tiny"))
+    assert not store.list_pairs()
+
+
 def test_a_verifier_whose_card_names_a_model_beside_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     record = quantizing.add_verifier(str(place / "gptq"))
