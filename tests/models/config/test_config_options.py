@@ -186,7 +186,7 @@ def option_cases() -> Iterator[Any]:
             yield pytest.param(name, option, marks=[pytest.mark.slow] if is_one_more else [])
 
 
-@pytest.mark.parametrize(("name", "option"), option_cases())
+@pytest.mark.parametrize(("name", "option"), list(option_cases()))
 def test_an_option_is_used_or_a_reason_or_without_effect(name: str, option: str, tmp_path: Path) -> None:
     """Alone, and beside a window: in each case logits equal transformers', or our decoder says why it steps back.
 
