@@ -124,10 +124,7 @@ def progress_bar() -> Iterator[Progress]:
 
 @contextmanager
 def _cursor_is_left(console: Console) -> Iterator[None]:
-    """Show the cursor again, which bars hide: at the end, also of bars that an interrupt ended at their beginning.
-
-    And where a signal ends the process within.
-    """
+    """Show the cursor again, which bars hide: when they end, also as they begin, and where a signal ends all of it."""
 
     def end(number: int, frame: Any) -> None:
         console.show_cursor(True)

@@ -224,7 +224,7 @@ def _without_idle_twin(config: BenchConfig, questions: list[int]) -> BenchConfig
 def _load_pair(models: ModelOptions, config: BenchConfig, encode: "Encode", progress: Progress) -> "Pair":
     """Load what the arms need: without one that runs the verifier, the target alone.
 
-    Where what `encode` makes is too long for the model, so is every question: that is refused first.
+    Where the question that `encode` takes for the shortest is too long for the model, the run is refused first.
     """
     from quasar_core.api import decoding
 

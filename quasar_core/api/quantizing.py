@@ -170,7 +170,8 @@ def add_verifier(verifier: str, target: str | None = None, progress: Progress = 
     """Record a verifier that was made elsewhere, and make the pair current; its folder is only read.
 
     `verifier` is a folder or a hub id; without `target` it is the model that its card names. Raises QuasarError, with a
-    reason, where it cannot be read or was not made from the target, UsageError where the target is not known.
+    reason, where it cannot be read, lacks a layer or was not made from the target, UsageError where the target is not
+    known.
     """
     found = resolve_model(verifier)
     checkpoint = VerifierCheckpoint(found.folder)

@@ -179,7 +179,7 @@ def device_pass(model: CausalLM, cache: KVCache) -> BeginningPass | None:
 
 def _begins(fast: object) -> TypeGuard[BeginningPass]:
     kind = type(fast)
-    if kind not in _BEGIN:  # once for each: looking a protocol's methods up takes as long as half of a short step
+    if kind not in _BEGIN:  # once for each, as all of the protocol's methods are looked up
         _BEGIN[kind] = isinstance(fast, BeginningPass)
     return _BEGIN[kind]
 

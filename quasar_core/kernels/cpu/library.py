@@ -91,7 +91,7 @@ def _remove_what_was_left(kernels: Path) -> None:
 
 
 def _lock(kernels: Path, key: str, timeout: float = -1) -> FileLock:
-    """Hold the lock of one library: two may be compiled at once, but not one by two processes."""
+    """The lock of one library: two may be compiled at once, but not one by two processes."""
     return FileLock(kernels / f".{key}.lock", timeout=timeout)
 
 
