@@ -8,6 +8,8 @@ AUTOGPTQ_BIN := .venv-autogptq/bin
 AUTOGPTQ_STAMP := .venv-autogptq/.setup-stamp
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.setup-stamp
+# Where Python keeps no compiled modules, each of the hundreds of programs that the tests start compiles PyTorch's anew.
+unexport PYTHONDONTWRITEBYTECODE
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 
 .DEFAULT_GOAL := help
