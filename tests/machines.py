@@ -2,8 +2,8 @@
 
 Other instruction sets, numbers of threads and cores, denormals, no C++ compiler, no C++ pass. By default the tests
 whose figures a machine can change run: those of products, kernels, solvers and passes. With `--all` every test runs,
-with `--quick` some on some machines. Prints a table of the runs, and what failed in full; exits with 1 where anything
-did.
+with `--quick` some on some machines. As many machines run at once as there are cores, each in one process, which
+collects its tests once. Prints a table of the runs, and what failed in full; exits with 1 where anything did.
 """
 
 import argparse
@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-OPTIONS = ("-p", "no:cacheprovider", "--durations=0", "-n", "auto", "--dist", "worksteal")
+OPTIONS = ("-p", "no:cacheprovider", "--durations=0")
 QUICK = ["factor", "gptq", "refine", "grid", "cpu_solver", "kernels", "products"]
 QUICK += ["decoder", "decoder_verifier", "engine_exactness", "module_cache"]
 FOLDERS = ("kernels", "models", "quantize", "decode", "draft")  # where something is multiplied or added up
@@ -100,20 +101,20 @@ def main() -> int:
     arguments = parser.parse_args()
     names = [] if arguments.all else QUICK if arguments.quick else computing()
     chosen = [m for m in MACHINES if m.name in arguments.machines or not arguments.machines]
+    if arguments.quick and not arguments.machines:
+        chosen = [machine for machine in chosen if machine.quick]
     failed: list[Run] = []
     print("| machine              |  passed | skipped |  failed |  errors |     s |", flush=True)
     print("|----------------------|---------|---------|---------|---------|-------|", flush=True)
-    with tempfile.TemporaryDirectory() as own:
+    with tempfile.TemporaryDirectory() as own, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as cores:
         compiled = os.environ.get("QUASAR_TEST_COMPILED", own)
-        for machine in chosen:
-            if arguments.quick and not machine.quick and not arguments.machines:
-                continue
-            if machine.under and shutil.which(machine.under[0]) is None:
-                print(f"| {machine.name:<20} | {machine.under[0]} is not here", flush=True)
-                continue
-            run = run_tests(machine, names, compiled)
+        lacking = [m for m in chosen if m.under and shutil.which(m.under[0]) is None]
+        here = [machine for machine in chosen if machine not in lacking]
+        for machine, run in zip(here, cores.map(lambda m: run_tests(m, names, compiled), here), strict=True):
             print(run.row(machine.name), flush=True)
             failed += [run] * bool(run.status)
+    for machine in lacking:
+        print(f"| {machine.name:<20} | {machine.under[0]} is not here", flush=True)
     for run in failed:
         print(run.output, file=sys.stderr)
     return int(bool(failed))

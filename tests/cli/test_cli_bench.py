@@ -59,6 +59,22 @@ def test_bench_prints_tables_and_writes_results(
     assert {row.arm for row in results.rows} == {"vanilla", "ngram", "quantized", "exact"}
 
 
+def test_a_bench_whose_answers_failed_shows_its_tables_and_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pair = make_pair(target=CountingModel(fails_on=11))
+    monkeypatch.setattr("quasar_core.api.decoding.load", lambda *given: pair)
+    questions = ({"question_id": n, "category": "c", "turns": [text]} for n, text in enumerate(("w5", "w3 w11 w3")))
+    (tmp_path / "q.jsonl").write_text("".join(f"{json.dumps(question)}\n" for question in questions))
+    asked = ["--dataset", str(tmp_path / "q.jsonl"), "--limit", "2", "--arms", "vanilla,ngram", "--output", "r.json"]
+    assert run([*BENCH, *asked]) == 1
+    shown = capsys.readouterr()
+    assert "vanilla" in shown.out
+    said = " ".join(shown.err.split())
+    assert "2 of 4 answers failed, the first of them so: RuntimeError: out of memory. r.json has the others." in said
+    assert len(read_results(tmp_path / "r.json").errors) == 2
+
+
 def test_an_interruption_says_how_to_go_on(
     counting_pair: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
