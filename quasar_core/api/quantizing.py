@@ -18,6 +18,7 @@ from quasar_core.models.loading import refuse_drafts
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.models.weights.lean_weights import check_whole
 from quasar_core.quantize.blocks.streaming import StreamedModel, open_target
+from quasar_core.quantize.checks import check_finite
 from quasar_core.quantize.estimate import layer_sizes, plan_here, with_seconds
 from quasar_core.quantize.group_size import settle_group_size
 from quasar_core.quantize.handover import finish_earlier
@@ -170,8 +171,8 @@ def add_verifier(verifier: str, target: str | None = None, progress: Progress = 
     """Record a verifier that was made elsewhere, and make the pair current; its folder is only read.
 
     `verifier` is a folder or a hub id; without `target` it is the model that its card names. Raises QuasarError, with a
-    reason, where it cannot be read, lacks a layer or was not made from the target, UsageError where the target is not
-    known.
+    reason, where it cannot be read, lacks a layer, holds numbers that are not finite or was not made from the target,
+    UsageError where the target is not known.
     """
     found = resolve_model(verifier)
     checkpoint = VerifierCheckpoint(found.folder)
@@ -180,6 +181,7 @@ def add_verifier(verifier: str, target: str | None = None, progress: Progress = 
     progress("comparing the verifier with the target", 0, 1)
     refuse_other_target(checkpoint, source.folder)
     progress("comparing the verifier with the target", 1, 1)
+    check_finite(checkpoint.tensors, progress)
     made_here = any(pair.verifier == str(found.folder) and not pair.added for pair in list_pairs())
     return record_pair(source.name, found.folder, found.label.rpartition("/")[2], added=not made_here)
 

@@ -1,7 +1,7 @@
 """A program: compiles the launches of every Triton kernel for a GPU that is not here, and prints one JSON line of each.
 
 `compile_triton.py CAPABILITY [all]`: all kinds of codes, and launches that may begin early and that wait; else 4 and 8
-bits, and the former where the GPU has them.
+bits, the former where the GPU has them, and experts of each width for few tokens or for many.
 The interpreter accepts what the compiler refuses, so kernels that only run interpreted prove nothing about a GPU.
 """
 
@@ -203,7 +203,7 @@ def launch_experts() -> None:
     hidden, inner, experts, count = 2048, 768, 128, 8
     for bits in (16, 4, 8) if EVERY else (16, 4):
         gate_up, down = (routed_of(bits, *sizes, experts, count) for sizes in ((hidden, 2 * inner), (inner, hidden)))
-        for tokens in (4, 40):
+        for tokens in (4, 40) if EVERY else (4,) if bits == 16 else (40,):
             places = tokens * count
             chosen = zeros(tokens, count, dtype=torch.int32)
             routed.multiply_routed(zeros(tokens, hidden), gate_up, chosen, zeros(places, inner), gated=True)

@@ -77,8 +77,9 @@ def check_routed(found: Mapping[str, list[dict[str, Any]]], launches: str, is_sm
     A multiprocessor that `is_small` has 100 KB.
     """
     routed = [*found["_routed_kernel"], *found["_routed_packed_kernel"]]
-    widths = {(launch["bits"], launch["gated"], launch["places"]) for launch in routed}
-    assert widths >= set(product((16, 4, 8) if launches == "all" else (16, 4), (False, True), (128, 512)))
+    kinds = {(launch["bits"], launch["places"], launch["gated"]) for launch in routed}
+    widths = product((16, 4, 8), (128, 512)) if launches == "all" else ((16, 128), (4, 512))
+    assert kinds >= {(*width, gated) for width in widths for gated in (False, True)}
     for launch in (*routed, *found["_choose_kernel"]):
         assert launch["spilled"] == 0, "which experts run is found out in registers"
     for launch in routed:

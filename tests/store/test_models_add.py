@@ -66,6 +66,17 @@ def test_a_verifier_that_lacks_a_layer_is_refused(place: Path) -> None:
     assert not store.list_pairs()
 
 
+@pytest.mark.parametrize("kind", ["gptq", "w8a8"])
+def test_a_verifier_with_a_scale_that_is_no_number_is_refused(place: Path, kind: str) -> None:
+    weights = load_file(place / kind / "model.safetensors")
+    name = next(name for name in sorted(weights) if name.endswith(("q_proj.scales", "q_proj.weight_scale")))
+    weights[name][0] = float("nan")
+    save_file(weights, place / kind / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(QuasarError, match=rf"The tensor {name} in .* holds values that are not finite"):
+        quantizing.add_verifier(str(place / kind), str(place / "tiny"))
+    assert not store.list_pairs()
+
+
 def test_a_verifier_whose_card_names_a_model_beside_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     record = quantizing.add_verifier(str(place / "gptq"))
