@@ -8,7 +8,7 @@ AUTOGPTQ_BIN := .venv-autogptq/bin
 AUTOGPTQ_STAMP := .venv-autogptq/.setup-stamp
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.setup-stamp
-# Where Python keeps no compiled modules, each of the hundreds of programs that the tests start compiles PyTorch's anew.
+# Else each of the hundreds of programs that the tests start would compile PyTorch's modules again.
 unexport PYTHONDONTWRITEBYTECODE
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 

@@ -100,21 +100,20 @@ def main() -> int:
     parser.add_argument("machines", nargs="*", metavar="MACHINE", help=", ".join(m.name for m in MACHINES))
     arguments = parser.parse_args()
     names = [] if arguments.all else QUICK if arguments.quick else computing()
-    chosen = [m for m in MACHINES if m.name in arguments.machines or not arguments.machines]
-    if arguments.quick and not arguments.machines:
-        chosen = [machine for machine in chosen if machine.quick]
+    usual = [machine.name for machine in MACHINES if machine.quick or not arguments.quick]
+    chosen = [machine for machine in MACHINES if machine.name in (arguments.machines or usual)]
     failed: list[Run] = []
     print("| machine              |  passed | skipped |  failed |  errors |     s |", flush=True)
     print("|----------------------|---------|---------|---------|---------|-------|", flush=True)
     with tempfile.TemporaryDirectory() as own, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as cores:
         compiled = os.environ.get("QUASAR_TEST_COMPILED", own)
-        lacking = [m for m in chosen if m.under and shutil.which(m.under[0]) is None]
-        here = [machine for machine in chosen if machine not in lacking]
+        here = [machine for machine in chosen if not machine.under or shutil.which(machine.under[0])]
         for machine, run in zip(here, cores.map(lambda m: run_tests(m, names, compiled), here), strict=True):
             print(run.row(machine.name), flush=True)
             failed += [run] * bool(run.status)
-    for machine in lacking:
-        print(f"| {machine.name:<20} | {machine.under[0]} is not here", flush=True)
+        for machine in chosen:
+            if machine not in here:
+                print(f"| {machine.name:<20} | {machine.under[0]} is not here", flush=True)
     for run in failed:
         print(run.output, file=sys.stderr)
     return int(bool(failed))

@@ -18,7 +18,7 @@ from quasar_cli.option_groups import ModelOptions, takes_groups
 from quasar_cli.options import DraftFrom, Fidelity, Json, Processors, Seed, Verbose, Window, parse_auto, use_threads
 from quasar_core.bench.arms import ARMS, BASELINE, DEFAULT_ARMS, TWIN, TWIN_EVERY, BenchConfig, PeerOptions, parse_arms
 from quasar_core.config import VerifyMode
-from quasar_core.errors import QuasarError, UsageError
+from quasar_core.errors import UsageError
 from quasar_core.records import Progress
 
 if TYPE_CHECKING:
@@ -211,11 +211,7 @@ def bench(
             console.note_plain(f"- {line}")
     present(results, output, form, as_json)
     if results.errors:
-        first = str(results.errors[0].error).rstrip(".")
-        raise QuasarError(
-            f"{len(results.errors)} of {len(results.rows)} answers failed, the first of them so: {first}. {output} has "
-            "the others."
-        )
+        raise typer.Exit(1)  # how many, and why, is said with the tables
 
 
 def _without_idle_twin(config: BenchConfig, questions: list[int]) -> BenchConfig:

@@ -62,7 +62,8 @@ def check_finite(files: TensorFiles, progress: Progress = no_progress) -> None:
     for done, (name, tensor) in enumerate(files.load_many(names)):
         progress("checking weights", done, len(names))
         if tensor.is_floating_point() and tensor.numel():
-            low, high = torch.aminmax(tensor.to(torch.bfloat16) if tensor.itemsize == 1 else tensor)
+            comparable = tensor.to(torch.bfloat16) if tensor.itemsize == 1 else tensor  # 8-bit floats have no order
+            low, high = torch.aminmax(comparable)
             if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)):
                 raise QuasarError(f"The tensor {name} in {files.folder} holds values that are not finite (NaN or inf).")
     progress("checking weights", len(names), len(names))

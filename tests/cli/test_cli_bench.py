@@ -71,7 +71,7 @@ def test_a_bench_whose_answers_failed_shows_its_tables_and_ends_with_1(
     shown = capsys.readouterr()
     assert "vanilla" in shown.out
     said = " ".join(shown.err.split())
-    assert "2 of 4 answers failed, the first of them so: RuntimeError: out of memory. r.json has the others." in said
+    assert "2 of 4 answers failed; the first: q question 1, ngram: RuntimeError: out of memory" in said
     assert len(read_results(tmp_path / "r.json").errors) == 2
 
 

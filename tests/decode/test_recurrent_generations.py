@@ -67,7 +67,7 @@ def check_texts(models: Models, data: DataObject) -> None:
         assert list(generator.generate(turn).token_ids)[:4] == follows[:count]
 
 
-@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_every_mode_writes_the_targets_text_and_the_next_turn_goes_on(models: Models, data: DataObject) -> None:
     check_texts(models, data)

@@ -1,7 +1,7 @@
 """A program: compiles the launches of every Triton kernel for a GPU that is not here, and prints one JSON line of each.
 
 `compile_triton.py CAPABILITY [all]`: all kinds of codes, and launches that may begin early and that wait; else 4 and 8
-bits, the former where the GPU has them, and experts of each width for few tokens or for many.
+bits, the former where the GPU has them, and experts in 16 bits for few tokens, in 4 for many.
 The interpreter accepts what the compiler refuses, so kernels that only run interpreted prove nothing about a GPU.
 """
 
@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -201,14 +202,13 @@ def launch_experts() -> None:
     from quasar_core.kernels.triton import products, routed, routing
 
     hidden, inner, experts, count = 2048, 768, 128, 8
-    for bits in (16, 4, 8) if EVERY else (16, 4):
+    for bits, tokens in product((16, 4, 8), (4, 40)) if EVERY else ((16, 4), (4, 40)):
         gate_up, down = (routed_of(bits, *sizes, experts, count) for sizes in ((hidden, 2 * inner), (inner, hidden)))
-        for tokens in (4, 40) if EVERY else (4,) if bits == 16 else (40,):
-            places = tokens * count
-            chosen = zeros(tokens, count, dtype=torch.int32)
-            routed.multiply_routed(zeros(tokens, hidden), gate_up, chosen, zeros(places, inner), gated=True)
-            rows = zeros(places, hidden, dtype=torch.float32)
-            routed.multiply_routed(zeros(places, inner), down, chosen, rows)
+        places = tokens * count
+        chosen = zeros(tokens, count, dtype=torch.int32)
+        routed.multiply_routed(zeros(tokens, hidden), gate_up, chosen, zeros(places, inner), gated=True)
+        rows = zeros(places, hidden, dtype=torch.float32)
+        routed.multiply_routed(zeros(places, inner), down, chosen, rows)
     x, scores, chosen = zeros(4, hidden), zeros(4, experts, dtype=torch.float32), zeros(4, count, dtype=torch.int32)
     products.multiply_dense(x, zeros(experts, hidden), scores)
     last, shares = zeros(1, dtype=torch.int64), zeros(4, count + 1, dtype=torch.float32)

@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from quasar_cli.main import run
+from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.quantize import text_log
+from quasar_core.quantize.checks import check_finite
 
 pytest_plugins = ["helpers.quantize_fixtures"]
 WEIGHTS = "model.safetensors"
@@ -101,6 +103,16 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "no type": (lambda folder: change_config(folder, model_type=None), "is not one that transformers understands: "),
     "a tensor missing": (drop_tensor, r"holds no tensor model\.norm\.weight"),
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_numbers_of_eight_bits_are_checked_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    numbers = torch.tensor([1.0, -448.0])
+    save_file({"w": numbers.to(dtype)}, tmp_path / WEIGHTS)
+    check_finite(TensorFiles(tmp_path))
+    save_file({"w": torch.cat((numbers, torch.tensor([float("nan")]))).to(dtype)}, tmp_path / WEIGHTS)
+    with pytest.raises(QuasarError, match=r"The tensor w in .* holds values that are not finite"):
+        check_finite(TensorFiles(tmp_path))
 
 
 @pytest.mark.parametrize("kind", BROKEN)

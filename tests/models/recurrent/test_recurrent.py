@@ -72,7 +72,7 @@ class Text:
 
 @pytest.mark.usefixtures("cpp_pass")
 @pytest.mark.parametrize("kind", SHAPES)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_outputs_have_the_same_bits_however_a_text_is_cut_and_gone_back_in(kind: str, data: st.DataObject) -> None:
     """The oracle takes one token a pass, and never goes back; who passed a position last is who counts there.
