@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.setup-stamp
+# The C++ of the tests is compiled once for all their runs, while what else they need is installed.
+export QUASAR_TEST_COMPILED ?= $(CURDIR)/.venv/compiled
 INTEROP_BIN := .venv-interop/bin
 INTEROP_STAMP := .venv-interop/.setup-stamp
 AUTOGPTQ_BIN := .venv-autogptq/bin
@@ -13,15 +15,18 @@ unexport PYTHONDONTWRITEBYTECODE
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-here test-gpu test-machines test-wheel test-systems test-neon sanitize check fmt \
+.PHONY: help demo compiled test test-slow test-here test-gpu test-machines test-wheel test-systems test-neon sanitize check fmt \
 	interop scale gpu-bench clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do \
 		printf '%-13s %s\n' "$$name" "$$what"; done
 
-$(STAMP): pyproject.toml constraints.txt
+$(BIN)/python:
 	$(PYTHON) -m venv .venv
+	$@ -m pip install --quiet -c constraints.txt filelock
+
+$(STAMP): $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	touch $@
 
@@ -52,7 +57,10 @@ demo: $(STAMP)  ## quantize the demo model, generate with it, bench it; results 
 	$(BIN)/quasar generate --prompt '$(PROMPT)' --max-new-tokens 128
 	$(BIN)/quasar bench --dataset demo --arms vanilla,ngram,quantized,exact --no-resume --output demo-out/results.json
 
-test: $(STAMP)  ## the tests, on every core
+compiled: $(BIN)/python
+	$(BIN)/python tests/compile_ahead.py $(QUASAR_TEST_COMPILED)
+
+test: compiled $(STAMP)  ## the tests, on every core
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
 sanitize: $(STAMP)  ## the C++ under the address and undefined-behaviour sanitizers, and its tests

@@ -53,6 +53,7 @@ def pytest_collection_finish() -> None:
 
     So is one that imports Triton's kernels before they are to run interpreted: no later file could have them so.
     """
+    gc.freeze()  # what importing made is not looked through while tests run either
     gc.enable()
     for name in ("quasar_core.kernels.cpu.library", "quasar_core.quantize.solve.cpp"):
         module = sys.modules.get(name)
@@ -77,7 +78,6 @@ def _session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home of its own, `home` in the test's folder, which is not there yet; threads, seeds and denormals."""
     monkeypatch.setenv("QUASAR_HOME", str(tmp_path / "home"))
-    gc.unfreeze()  # what a command of an earlier test kept from the collector
     random.seed(0)
     if find_spec("torch"):
         import torch
@@ -90,8 +90,19 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(threads._Choice, name, None)
     if estimate := sys.modules.get("quasar_core.quantize.estimate"):  # of what a run takes: no test asks how long
         monkeypatch.setattr(estimate, "MEASURED_SECONDS", 0.01)
+    if records := sys.modules.get("quasar_core.decode.costs.cost_records"):  # nor how long a pass takes
+        monkeypatch.setattr(records, "SECONDS", 0.05)
+        monkeypatch.setattr(records, "SLOPE_SECONDS", 0.02)
     if steps := sys.modules.get("quasar_core.bench.steps"):  # nor how fast memory is
         monkeypatch.setitem(steps.PROBE_BYTES, "cpu", 4_000_000)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_kept() -> Iterator[None]:
+    """A command keeps what it loaded from the collector, as it ends with its answer; later tests want the memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

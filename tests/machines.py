@@ -21,7 +21,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 OPTIONS = ("-p", "no:cacheprovider", "--durations=0")
 QUICK = ["factor", "gptq", "refine", "grid", "cpu_solver", "kernels", "products"]
-QUICK += ["decoder", "decoder_verifier", "engine_exactness"]
+QUICK += ["decoder_verifier", "engine_exactness"]
 FOLDERS = ("kernels", "models", "quantize", "decode", "draft")  # where something is multiplied or added up
 GPUS = ("gpu", "cuda", "triton", "marlin", "humming", "on_gpu", "upload")  # kernels that no CPU runs
 FILES = ("compiled_files", "huge_pages", "stored_files", "config_options", "device", "shards", "text_log")

@@ -149,12 +149,14 @@ def launch_all() -> None:
             packed.multiply_packed(zeros(16, 4096), weight, zeros(16, 256))
         if EVERY or bits == 4:
             unpack.dequantize_packed(weight, torch.bfloat16)
+        if EVERY:
             packed.multiply_packed(x.half(), weight, out.half(), bias=out[0].half())
     products.multiply_dense(x, zeros(256, 4096), out, bias=out[0])
     products.multiply_dense(zeros(40, 4096), zeros(256, 4096), zeros(40, 256))
     pairs = zeros(16, dtype=torch.int32)
     probe._probe_kernel[(1,)](zeros(16, 16), pairs, zeros(16, 16, dtype=torch.float32), pairs, SIZE=16)
-    packed.multiply_packed(x, weight, out[:, :128], gated=True)
+    if EVERY:
+        packed.multiply_packed(x, weight, out[:, :128], gated=True)
     products.multiply_dense(x, zeros(256, 4096), out[:, :128], gated=True)
     weight = prepare_packed(random_codes(4, 4096, 256, 128, symmetric=True), CPU)
     whole = stream.begin_stream(x, x[0], 1e-6)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from helpers.decoder_cases import CPU, FLOAT, assert_close, fresh_logits, in_passes, random_tokens
+from helpers.default_share import some
 from helpers.families import QUANTIZED, RECURRENT, SIZES, gpt2, greedy, make, save_family
 from helpers.quantize_cases import CONFIG
 from safetensors.torch import load_file, save_file
@@ -38,7 +39,12 @@ def generate(pair: Pair, verify: str, draft: str = "ngram", ids: list[int] = IDS
     return list(Generator(pair, config).generate(ids).token_ids)
 
 
-@pytest.mark.parametrize("name", QUANTIZED)
+# Those whose files, layers or masks are like no other's here.
+KINDS = ["falcon, new", "mpt", "bloom", "starcoder", "gptj", "opt", "gemma3, vision", "lfm2, dynamic", "qwen3.5"]
+KINDS += ["granite 4, experts", "lfm2 moe"]
+
+
+@pytest.mark.parametrize("name", some(QUANTIZED, KINDS))
 def test_a_family_is_quantized_and_its_verifier_generates_the_targets_own_text(name: str, tmp_path: Path) -> None:
     expected = greedy(save_family(tmp_path / "m", QUANTIZED[name]), IDS, LENGTH)
     quantizing.estimate(str(tmp_path / "m"), CONFIG, device="cpu")

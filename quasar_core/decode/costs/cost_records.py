@@ -42,12 +42,13 @@ def cost_from_timings(timings: dict[int, Timing]) -> PassCost:
 
 
 def measure_pass(
-    pair: Pair, model: CausalLM, seconds: float = SECONDS, now: Callable[[], float] = time.perf_counter
+    pair: Pair, model: CausalLM, seconds: float | None = None, now: Callable[[], float] = time.perf_counter
 ) -> tuple[PassCost, str | None]:
     """Time passes of each size, in turn, until their times repeat or the time is up; and why not to keep that.
 
     A quiet machine needs a few rounds; a model of any size is timed at two sizes at least.
     """
+    seconds = SECONDS if seconds is None else seconds
     context = min(CONTEXT, pair.max_context // 2)
     planned = STREAMED_SIZES if model.streamed else SIZES
     sizes = [size for size in planned if context + size <= pair.max_context]

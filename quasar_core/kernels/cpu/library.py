@@ -56,15 +56,15 @@ def carried_library(source: Path) -> Path | None:
     return path if source.parent == build.HERE and path.is_file() else None
 
 
-def shared_library(source: Path) -> Path:
+def shared_library(source: Path, form: Chosen | None = None) -> Path:
     """The library of a C++ source and the headers beside it, compiled where it is not there yet or damaged.
 
-    QuasarError, with a reason, where it cannot be.
+    It is for the chosen instruction set, where no other is given. QuasarError, with a reason, where it cannot be.
     """
     compiler = find_compiler()
     if compiler is None:
         raise QuasarError("no C++ compiler was found (g++, or one that CXX names), and the package carries no library")
-    form = chosen()
+    form = form or chosen()
     library = _place(source, compiler, form)
     kernels = library.parent.parent
     try:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.decoder_cases import CPU, FLOAT, random_tokens, save_model
+from helpers.default_share import some
 from helpers.interpret import triton_steps
 from helpers.late_device import AT_RANDOM, LateDevice
 
@@ -74,7 +75,7 @@ def recorded(decoder: LeanDecoder) -> LeanDecoder:
     return decoder
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some(CASES, CASES.keys() - {"olmoe", "granite moe", "dots 1"}))
 def test_logits_are_as_near_to_float32_as_those_of_plain_passes(tmp_path: Path, name: str) -> None:
     """In float16, to which the interpreter rounds as a GPU does; its bfloat16 is cut off."""
     kind, options = CASES[name]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.decoder_cases import CASES, CPU, FLOAT, assert_close, random_tokens, save_model
+from helpers.default_share import some
 from helpers.interpret import triton_steps
 from helpers.late_device import AT_RANDOM, CHARACTERS, LateDevice
 from helpers.quantized_decoder import quantize_layers
@@ -103,7 +104,7 @@ def test_in_triton_a_sweep_gives_the_bits_of_passes_with_all_weights_there(
     assert torch.equal(logits["streamed"], logits["whole"])
 
 
-@pytest.mark.parametrize("held", [[0, 1, 2, 3], [1]])
+@pytest.mark.parametrize("held", some([[0, 1, 2, 3], [1]], [[1]]), ids=str)
 def test_answers_are_those_of_the_model_with_all_weights_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: list[int]
 ) -> None:

@@ -17,6 +17,7 @@ from helpers.decoder_cases import (
     random_tokens,
     save_model,
 )
+from helpers.default_share import some
 from helpers.near_ties import clear_prompt
 from helpers.quantized_decoder import mixed_bits, quantize_layers
 from helpers.tiny_models import make_pair
@@ -87,7 +88,10 @@ def test_target_and_verifier_share_a_cache(tmp_path: Path) -> None:
     assert_close(target.forward(tokens[20:], cache), expected[20:])
 
 
-@pytest.fixture(scope="module", params=["qwen3, yarn, tied", "mistral, window", "smollm3, windows", "muse glimmer"])
+WRITTEN = ["mistral, window", "qwen3, yarn, tied", "smollm3, windows", "muse glimmer"]
+
+
+@pytest.fixture(scope="module", params=some(WRITTEN, WRITTEN[1:]))
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A target, its verifier, a prompt, and what transformers writes behind it."""
     folder = tmp_path_factory.mktemp("written")
