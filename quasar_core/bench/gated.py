@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from quasar_core.bench.arms import ARMS
 from quasar_core.bench.datasets import Dataset
 from quasar_core.bench.results import Achieved, Key, Row
+from quasar_core.decode.engine import prompt_chunk
+from quasar_core.decode.prefixes import Prefixes
 from quasar_core.decode.text import encode_prompt
-from quasar_core.models.base import best_tokens
 from quasar_core.models.pair import Pair
-from quasar_core.models.rope import begin_text
 from quasar_core.records import Progress, no_progress
 
 PIECE = 32  # tokens of a pass
@@ -31,22 +31,29 @@ def measure_achieved(
         progress("checking what was not confirmed", done, len(conversations))
         first = answers[0]
         count = counts.setdefault((first.dataset, first.arm), [0, 0])
+        prefixes = Prefixes(pair)
         for prompt, answer in _texts(pair, answers, turns[first.dataset, first.question_id]):
             count[0] += max(len(answer) - 1, 0)
-            count[1] += count_agreed(pair, prompt, answer)
+            count[1] += count_agreed(pair, prompt, answer, prefixes)
     return [Achieved(dataset, arm, tokens, agreed, fidelity) for (dataset, arm), (tokens, agreed) in counts.items()]
 
 
-def count_agreed(pair: Pair, prompt: Sequence[int], answer: Sequence[int]) -> int:
-    """How many tokens behind the answer's first are the target's best, each given the text before it."""
-    cache = pair.new_cache(len(prompt) + len(answer))
-    begin_text(cache, len(prompt), 0)
-    pair.primary.forward(prompt, cache, last_only=True)
+def count_agreed(pair: Pair, prompt: Sequence[int], answer: Sequence[int], prefixes: Prefixes | None = None) -> int:
+    """How many tokens behind the answer's first are the target's best, each given the text before it.
+
+    By the passes that decoding makes of a prompt, behind the turns before it, and of an answer: in 16 bits others round
+    otherwise, and where two tokens are about equally good, choose otherwise.
+    """
+    prefixes = prefixes or Prefixes(pair)
+    prefix, cached = prefixes.take(prompt, len(prompt) + len(answer))
+    target, cache = pair.primary, prefix.cache
+    target.pass_prompt(prompt[cached:], cache, prompt_chunk(pair, len(prompt)))
     agreed = 0
     for begin in range(0, len(answer) - 1, PIECE):
         end = min(begin + PIECE, len(answer) - 1)
-        best = best_tokens(pair.primary.forward(answer[begin:end], cache))[0].tolist()
+        best = target.choose(answer[begin:end], cache).tokens
         agreed += sum(one == other for one, other in zip(best, answer[begin + 1 : end + 1], strict=True))
+    prefixes.keep(prefix, [*prompt, *answer[:-1]])
     return agreed
 
 

@@ -36,6 +36,14 @@ PREFILL_CHUNK = {"cpu": 512, "cuda": PROMPT_CHUNK}
 Observe = Callable[[int, float], None]  # told the tokens and seconds of a confirm pass
 
 
+def prompt_chunk(pair: Pair, length: int) -> int:
+    """Tokens of each pass over a prompt of so many.
+
+    Where layers are recurrent it is one pass, as in transformers, which may begin their state anew in each.
+    """
+    return PREFILL_CHUNK[pair.primary.device.type] if pair.rolls_back else length
+
+
 class Engine:
     """One generation. `tokens` holds prompt, committed tokens and window; only the last has no place in the cache."""
 
@@ -90,14 +98,10 @@ class Engine:
         return self.committed - len(self._passed)
 
     def prefill(self, prompt: Sequence[int], cached: int = 0) -> None:
-        """Run the prompt beyond the `cached` tokens through the target, in chunks; commit the token that follows.
-
-        Where layers are recurrent it is one pass, as in transformers, which may begin their state anew in each.
-        """
+        """Run the prompt beyond the `cached` tokens through the target, in chunks; commit the token that follows."""
         start = self._now()
         self._passes.begin(prompt, self.max_tokens, self.eos_ids)
-        chunk = PREFILL_CHUNK[self.pair.primary.device.type] if self.pair.rolls_back else len(prompt)
-        choices = self._passes.read(prompt, cached, chunk)
+        choices = self._passes.read(prompt, cached, prompt_chunk(self.pair, len(prompt)))
         self.tokens = list(prompt)
         self.drafter.observe(self.tokens)
         self._show(prompt[-1:], choices.likeliest, len(prompt) - 1)
@@ -305,7 +309,7 @@ class Engine:
         whole = behind if kept == len(window) else Tree(behind.last, NO_DRAFT)
         self._learn_from_confirm(len(tree.tokens), whole, accepted, drafting_s, pass_s)
         if self._checking:
-            self._checking.confirmed(self._estimates, kept)
+            self._checking.confirmed(self._estimates, kept, self.committed - before)
         self._survival, self._estimates, self._passed, self._drafts = 1.0, [], [], []
 
     def _learn_from_confirm(

@@ -225,7 +225,7 @@ class Generator:
             if isinstance(length, AdaptiveLength):
                 length.begin()
         if checking:
-            checking.checker.begin()
+            checking.begin()
         sampling = replace(request.sampling or self.config.sampling, seed=request.seed)
         config = replace(self.config, sampling=sampling)
         return Engine(

@@ -51,7 +51,7 @@ class Proposal:
         tried = self.draft.first(known - window) if right >= window else NO_DRAFT
         self.checking.learn_drafts(self.drafts, text)
         self.checking.target_length.learn(tried, right - kept)
-        self.checking.confirmed(self.estimates[:known], kept)
+        self.checking.confirmed(self.estimates[:known], kept, len(new))
         return kept
 
 

@@ -36,6 +36,12 @@ class Checking:
         """The longest draft that one of the models may want."""
         return max(self.verifier_length.limit, self.target_length.limit)
 
+    def begin(self) -> None:
+        """Another text begins."""
+        self.checker.begin()
+        if self._gate:
+            self._gate.begin()
+
     def choose(self, offered: Draft, window: int, survival: float, left: int | None = None) -> tuple[Check, Draft]:
         """Who checks, and what part of the draft; with one token `left` the target, which has to confirm it anyway."""
         if left == 1 and not self._gate:
@@ -53,18 +59,21 @@ class Checking:
 
     def let_through(self, estimates: Sequence[Estimate]) -> int:
         """How many of the window's first tokens, of these estimates, are committed without a confirm."""
-        return self._gate.sure(estimates) if self._gate else 0
+        return self._gate.let_through(estimates) if self._gate else 0
 
     def learn_passed(self, estimates: Sequence[Estimate], agreed: Sequence[bool]) -> None:
         """What the target would have said of tokens that were let through."""
         for estimate, own in zip(estimates, agreed, strict=True):
             self.agreement.learn([estimate], int(own))
+        if self._gate:
+            self._gate.passed(agreed)
 
-    def confirmed(self, estimates: Sequence[Estimate], accepted: int) -> None:
-        """The target made a pass; of the window's tokens, of these estimates, it took `accepted`."""
+    def confirmed(self, estimates: Sequence[Estimate], accepted: int, committed: int) -> None:
+        """The target made a pass, and `committed` tokens; of the window's, of these estimates, it took `accepted`."""
         self.checker.confirmed(estimates, accepted)
         if self._gate:
             self._gate.learn()
+            self._gate.confirmed(committed)
 
     def learn_tree(self, tree: Tree, path: Sequence[int], drafting_s: float) -> None:
         """What the target accepted of a draft that it checked itself, and of the branches beside it."""

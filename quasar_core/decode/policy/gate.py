@@ -1,10 +1,12 @@
 """Decide which of the verifier's tokens go through without a confirm: the mode `gated`.
 
 Where the verifier is sure enough of a token, it is committed at once; only the others wait for the target. So a share
-of the tokens is not checked, and how many of those the target would have chosen otherwise is what `--fidelity` bounds:
-among all tokens, as far as P(agree | margin) is known. Its curve is the one that quantizing measured, corrected by
-what confirms find while decoding: a confirm passes what was let through since the last one too, so that all keys and
-values become the target's, and so it is known of every token, if only afterwards, whether the target agrees.
+of the tokens is not checked, and how many of those the target would have chosen otherwise is what `--fidelity` bounds.
+Two things see to that. The tokens that are sure enough follow from P(agree | margin), whose curve is the one that
+quantizing measured, corrected by what confirms find while decoding. And an account is kept, as a curve may promise too
+much of text that it was not measured on: a confirm passes what was let through since the last one too, so that all keys
+and values become the target's, and so it is known of every token, if only afterwards, whether the target agrees. What
+was lost is made up for, by tokens that are confirmed, before anything goes through again.
 """
 
 from collections.abc import Sequence
@@ -16,22 +18,53 @@ from quasar_core.decode.policy.agreement import Estimate, RunningAgreement
 from quasar_core.decode.policy.window_values import Agreements
 
 NEVER = 2.0  # more than any probability
+HEAD_START = 256  # tokens that count as confirmed before the first: else chance alone closes the gate early on
 
 
 class Gate:
-    """Lets tokens through whose P(agree) is at least `least`; that follows from the agreement, and is found anew."""
+    """Lets tokens through whose P(agree) is at least `least`, as long as all texts so far keep to the fidelity.
+
+    `least` follows from the agreement, and is found anew. Until a confirm tells, a token that went through is taken to
+    be lost with a chance of 1 − P(agree), or of the share of those before it that were, if that is larger; those at a
+    text's end, which none passes, stay so.
+    """
 
     def __init__(self, agreement: RunningAgreement, fidelity: float) -> None:
         self._agreement, self._fidelity = agreement, fidelity
         self.least = least_chance(agreement.now, fidelity)
+        self._tokens, self._lost = HEAD_START, 0.0  # of all
+        self._passed, self._wrong = 0, 0  # of those that went through
+        self._waiting = 0.0  # taken to be lost of this text's that no confirm has passed
+
+    def begin(self) -> None:
+        """Another text begins."""
+        self._waiting = 0.0
 
     def learn(self) -> None:
         """A confirm has corrected the agreement."""
         self.least = least_chance(self._agreement.now, self._fidelity)
 
-    def sure(self, estimates: Sequence[Estimate]) -> int:
-        """How many of the window's first tokens go through."""
-        return sum(1 for _ in takewhile(lambda estimate: min(estimate.p, estimate.any) >= self.least, estimates))
+    def let_through(self, estimates: Sequence[Estimate]) -> int:
+        """How many of the window's first tokens go through: as many as are sure enough and as the account bears."""
+        chances = (min(estimate.p, estimate.any) for estimate in estimates)
+        usual, count = self._wrong / max(self._passed, 1), 0
+        for chance in takewhile(lambda chance: chance >= self.least, chances):
+            loss = max(1 - chance, usual)
+            if self._lost + loss > (1 - self._fidelity) * (self._tokens + 1):
+                break
+            self._lost, self._waiting = self._lost + loss, self._waiting + loss
+            self._tokens, count = self._tokens + 1, count + 1
+        return count
+
+    def passed(self, agreed: Sequence[bool]) -> None:
+        """The target has passed all that went through since its last pass: which of them are its own."""
+        wrong = sum(not own for own in agreed)
+        self._passed, self._wrong = self._passed + len(agreed), self._wrong + wrong
+        self._lost, self._waiting = self._lost + wrong - self._waiting, 0.0
+
+    def confirmed(self, count: int) -> None:
+        """The target has committed so many tokens of its own."""
+        self._tokens += count
 
 
 def least_chance(agreements: Agreements, fidelity: float) -> float:

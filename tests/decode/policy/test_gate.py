@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.decoder_cases import CASES, CPU, random_tokens, save_model
+from helpers.fast_pass import fast
 from helpers.quantized_decoder import quantize_layers
 from helpers.tiny_models import TableModel, make_pair
 from hypothesis import given, settings
@@ -18,9 +19,10 @@ from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode.costs.cost_records import CostRecord
 from quasar_core.decode.costs.pass_costs import PassCost
 from quasar_core.decode.generator import Generator
-from quasar_core.decode.policy.agreement import AgreementCurve, RunningAgreement
-from quasar_core.decode.policy.gate import NEVER, Gate, least_chance
+from quasar_core.decode.policy.agreement import AgreementCurve, Estimate, Kind, RunningAgreement
+from quasar_core.decode.policy.gate import HEAD_START, NEVER, Gate, least_chance
 from quasar_core.decode.policy.window_values import Agreements
+from quasar_core.decode.prefixes import Prefixes
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.pair import Pair
 from quasar_core.models.weights.lean_weights import attach_verifier, load_target
@@ -85,10 +87,47 @@ def test_what_was_asked_for_is_reached_and_passes_are_saved(fidelity: float, lea
     exact = answers(pair, verify="exact")
     agreed = sum(count_agreed(pair, prompt, result.token_ids) for prompt, result in found)
     tokens = sum(len(result.token_ids) - 1 for _, result in found)
-    assert agreed / tokens >= fidelity - 0.02  # of 1,872 tokens
+    assert agreed / tokens >= fidelity - 0.015  # of 1,872 tokens
     assert sum(step.let_through for _, result in found for step in result.stats.step_log) >= least * tokens
     assert count(found) < share * count(exact)
     assert all(count_agreed(pair, p, r.token_ids) == len(r.token_ids) - 1 for p, r in exact)
+
+
+@given(
+    promised=st.lists(st.floats(0.99, 1.0), min_size=1, max_size=6),
+    true=st.floats(0.9, 1.0),
+    fidelity=st.sampled_from([0.9, 0.99, 0.999]),
+    seed=st.integers(0, 9),
+)
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_what_was_lost_is_made_up_for(promised: list[float], true: float, fidelity: float, seed: int) -> None:
+    """Whatever the curve promises: no more than was asked, and what one window had lost before a confirm told."""
+    draw = np.random.default_rng(seed)
+    gate = Gate(RunningAgreement(AgreementCurve(MarginTable([1.0], [10, 9999], [10, 9999]))), fidelity)
+    tokens = lost = most = 0
+    for _ in range(300):
+        window = [Estimate(Kind.ANY, chance, chance) for chance in draw.choice(promised, draw.integers(1, 9))]
+        through = gate.let_through(window)
+        own = [bool(draw.random() < true) for _ in window[:through]]
+        tokens, lost, most = tokens + through, lost + own.count(False), max(most, own.count(False))
+        assert lost <= (1 - fidelity) * (HEAD_START + tokens) + most + 1e-9
+        gate.passed(own)
+        gate.confirmed(1)
+        tokens += 1
+
+
+def test_where_the_verifier_is_surely_wrong_no_more_is_lost_than_was_asked() -> None:
+    """One choice in thirty is another than the target's by a large margin, which the table does not know of."""
+    pair = table_pair(0.1)
+    verifier: Any = pair.verifier
+    rows = verifier.table.view(-1, SIZE)
+    wrong = torch.rand(len(rows), generator=torch.Generator().manual_seed(2)) < 1 / 30
+    rows[wrong, rows[wrong].argmin(-1)] += 30
+    found = answers(pair, verify="gated", fidelity=0.97)
+    agreed = sum(count_agreed(pair, prompt, result.token_ids) for prompt, result in found)
+    tokens = sum(len(result.token_ids) - 1 for _, result in found)
+    assert sum(step.let_through for _, result in found for step in result.stats.step_log) > tokens / 10
+    assert tokens - agreed <= 0.03 * (tokens + HEAD_START)
 
 
 def count(found: Sequence[tuple[list[int], GenerationResult]]) -> int:
@@ -136,6 +175,27 @@ def test_what_is_confirmed_is_the_targets_choice_behind_that_text(tmp_path: Path
     assert confirmed > 20
 
 
+@pytest.mark.usefixtures("cpp_pass")
+def test_in_16_bits_all_of_exact_is_found_to_be_the_targets_own(tmp_path: Path) -> None:
+    """Prompts and answers in passes that round as decoding's do, behind what is kept of the turns before."""
+    save_model(tmp_path, *CASES["qwen3"])
+    target = fast(load_target(tmp_path, CPU, torch.bfloat16))
+    codes = quantize_layers(tmp_path, tmp_path / "verifier", lambda name: 4)
+    pair = make_pair(target, fast(attach_verifier(target, codes, "dense")))
+    generator = Generator(pair, GenerationConfig(25, num_draft_tokens=4, window=6, ignore_eos=True))
+    for seed in range(12):
+        prefixes, prompt = Prefixes(pair), torch.randint(3, 90, (20,), generator=seeded(seed)).tolist()
+        generator.reset()
+        for _ in range(3):
+            answer = generator.generate(prompt).token_ids
+            assert count_agreed(pair, prompt, answer, prefixes) == len(answer) - 1
+            prompt = [*prompt, *answer, 5, 6, 7]
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def test_a_verifier_that_is_never_sure_is_confirmed_throughout() -> None:
     pair = table_pair(0.35)
     pair.fidelity = FidelityReport("t", 9, 0.5, 0.5, 0.5, 0.1, 0.2, 5.0, 5.1, MarginTable([1.0], [50, 50], [20, 30]))
@@ -152,7 +212,8 @@ def test_confirms_move_the_gate() -> None:
     for _ in range(20):
         agreement.learn(estimates, 0)
     gate.learn()
-    assert gate.sure(agreement.estimates([3.0], 0, False)) == (gate.least <= agreement(3.0))
+    gate.confirmed(10_000)
+    assert gate.let_through(agreement.estimates([3.0], 0, False)) == (gate.least <= agreement(3.0))
     assert gate.least != before
 
 
