@@ -58,7 +58,7 @@ demo: $(STAMP)  ## quantize the demo model, generate with it, bench it; results 
 	$(BIN)/quasar bench --dataset demo --arms vanilla,ngram,quantized,exact --no-resume --output demo-out/results.json
 
 compiled: $(BIN)/python
-	$(BIN)/python tests/compile_ahead.py $(QUASAR_TEST_COMPILED)
+	$(BIN)/python tests/compile_ahead.py
 
 test: compiled $(STAMP)  ## the tests, on every core
 	$(BIN)/python -m pytest -n auto --dist worksteal

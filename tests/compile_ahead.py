@@ -1,7 +1,7 @@
-"""Compile the C++ that tests run: `python tests/compile_ahead.py FOLDER`, where filelock is installed.
+"""Compile the C++ that tests run: `python tests/compile_ahead.py`, where filelock is installed.
 
-PyTorch is not needed, so this goes on beside its installation. The folder is what QUASAR_TEST_COMPILED names. What is
-there already is kept, and what cannot be compiled is left to the tests, which fail or skip with the reason.
+PyTorch is not needed, so this goes on beside its installation. The libraries lie where QUASAR_TEST_COMPILED says. What
+is there already is kept, and what cannot be compiled is left to the tests, which fail or skip with the reason.
 """
 
 import os
@@ -40,7 +40,7 @@ def compile_one(source: str, form: forms.Chosen) -> None:
 
 def main() -> None:
     """See the module's text."""
-    os.environ["QUASAR_HOME"] = sys.argv[1]
+    os.environ["QUASAR_HOME"] = os.environ["QUASAR_TEST_COMPILED"]
     found = forms_of_tests() if platform.system() == "Linux" else []  # elsewhere PyTorch tells what a processor has
     wanted = [(build.PASS, form) for form in found] + [(build.SOLVER, form) for form in found[:1]]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
