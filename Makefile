@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.setup-stamp
+BEGUN := .venv/.begun-stamp
 # The C++ of the tests is compiled once for all their runs, while what else they need is installed.
 export QUASAR_TEST_COMPILED ?= $(CURDIR)/.venv/compiled
 INTEROP_BIN := .venv-interop/bin
@@ -15,18 +16,20 @@ unexport PYTHONDONTWRITEBYTECODE
 PROMPT ?= Write a function `count_lines` that counts the lines of a file.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo compiled test test-slow test-here test-gpu test-machines test-wheel test-systems test-neon sanitize check fmt \
-	interop scale gpu-bench clean
+.PHONY: help demo compiled test test-slow test-here test-gpu test-machines test-wheel test-systems test-neon sanitize \
+	check fmt interop scale gpu-bench clean
 
 help:  ## what each target does
 	@sed -n 's/^\([a-z-]*\):.*##  */\1 /p' $(MAKEFILE_LIST) | while read -r name what; do \
 		printf '%-13s %s\n' "$$name" "$$what"; done
 
-$(BIN)/python:
+# An environment with what compiling the tests' C++ needs.
+$(BEGUN):
 	$(PYTHON) -m venv .venv
-	$@ -m pip install --quiet -c constraints.txt filelock
+	$(BIN)/python -m pip install --quiet -c constraints.txt filelock
+	touch $@
 
-$(STAMP): $(BIN)/python pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt | $(BEGUN)
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	touch $@
 
@@ -57,7 +60,7 @@ demo: $(STAMP)  ## quantize the demo model, generate with it, bench it; results 
 	$(BIN)/quasar generate --prompt '$(PROMPT)' --max-new-tokens 128
 	$(BIN)/quasar bench --dataset demo --arms vanilla,ngram,quantized,exact --no-resume --output demo-out/results.json
 
-compiled: $(BIN)/python
+compiled: $(BEGUN)
 	$(BIN)/python tests/compile_ahead.py
 
 test: compiled $(STAMP)  ## the tests, on every core

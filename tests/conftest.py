@@ -98,8 +98,8 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nothing_is_kept() -> Iterator[None]:
-    """A command keeps what it loaded from the collector, as it ends with its answer; later tests want the memory."""
+def _commands_freeze_nothing() -> Iterator[None]:
+    """A command tells the collector to leave alone what it loaded; here later tests need that memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gc, "freeze", lambda: None)
         yield

@@ -45,6 +45,7 @@ def environment(folder: Path) -> dict[str, str]:
         **os.environ,
         "CXX": str(compiler),
         "QUASAR_HOME": str(folder / "home"),
+        "QUASAR_TEST_COMPILED": str(folder / "home"),
         "QUASAR_CPU_PASS": "1",
         "QUASAR_TEST_COMPILES": "1",  # what is skipped shows nothing
         "PYTHONPATH": str(ROOT),

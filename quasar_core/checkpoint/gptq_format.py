@@ -58,7 +58,7 @@ def unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _unpack_bytes(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of 2, 4 or 8 bits lie within bytes: no wider numbers are needed, and a third of the time."""
+    """Codes of 2, 4 or 8 bits lie within bytes, so that no wider numbers are needed, which take longer."""
     n, m = words.shape
     whole = words.reshape(-1).view(torch.uint8).view(n, 4 * m)
     codes = torch.stack([whole >> shift & 2**bits - 1 for shift in range(0, 8, bits)], dim=-1)

@@ -30,7 +30,6 @@ def test_the_collector_leaves_alone_what_was_loaded(
     type_lines(monkeypatch, "/exit")
     asked: list[str] = []
     monkeypatch.setattr(gc, "freeze", lambda: asked.append("freeze"))
-    monkeypatch.setattr(gc, "collect", lambda: asked.append("collect"))
     assert run([command, *(["--prompt", "x"] if command == "generate" else [])]) == 0
     assert asked == ["freeze"]
 

@@ -3,10 +3,10 @@
 Where the verifier is sure enough of a token, it is committed at once; only the others wait for the target. So a share
 of the tokens is not checked, and how many of those the target would have chosen otherwise is what `--fidelity` bounds.
 Two things see to that. The tokens that are sure enough follow from P(agree | margin), whose curve is the one that
-quantizing measured, corrected by what confirms find while decoding. And an account is kept, as a curve may promise too
-much of text that it was not measured on: a confirm passes what was let through since the last one too, so that all keys
-and values become the target's, and so it is known of every token, if only afterwards, whether the target agrees. What
-was lost is made up for, by tokens that are confirmed, before anything goes through again.
+quantizing measured, corrected by what confirms find while decoding. And there is an error budget, as a curve may
+promise too much of text that it was not measured on: a confirm passes what was let through since the last one too, so
+that all keys and values become the target's, and so it is known of most tokens, if only afterwards, whether the target
+agrees. Where the budget is spent, tokens are confirmed until it allows more.
 """
 
 from collections.abc import Sequence
@@ -22,19 +22,20 @@ HEAD_START = 256  # tokens that count as confirmed before the first: else chance
 
 
 class Gate:
-    """Lets tokens through whose P(agree) is at least `least`, as long as all texts so far keep to the fidelity.
+    """Lets tokens through whose P(agree) is at least `least`, within an error budget for all texts so far.
 
-    `least` follows from the agreement, and is found anew. Until a confirm tells, a token that went through is taken to
-    be lost with a chance of 1 − P(agree), or of the share of those before it that were, if that is larger; those at a
-    text's end, which none passes, stay so.
+    `least` follows from the agreement, and is found anew. Of n tokens (1 − fidelity)·n may be lost, that is, another
+    than the target's choice. Until a confirm tells, a token that went through counts as lost with a chance of
+    1 − P(agree), or with the share of those before it that were lost, if that is larger. Tokens at a text's end, which
+    no confirm passes, stay counted so.
     """
 
     def __init__(self, agreement: RunningAgreement, fidelity: float) -> None:
         self._agreement, self._fidelity = agreement, fidelity
         self.least = least_chance(agreement.now, fidelity)
-        self._tokens, self._lost = HEAD_START, 0.0  # of all
-        self._passed, self._wrong = 0, 0  # of those that went through
-        self._waiting = 0.0  # taken to be lost of this text's that no confirm has passed
+        self._tokens, self._lost = HEAD_START, 0.0  # of all texts
+        self._passed, self._wrong = 0, 0  # let through and passed by the target since; of those, lost
+        self._waiting = 0.0  # counted as lost of this text's tokens that no confirm has passed
 
     def begin(self) -> None:
         """Another text begins."""
@@ -45,7 +46,7 @@ class Gate:
         self.least = least_chance(self._agreement.now, self._fidelity)
 
     def let_through(self, estimates: Sequence[Estimate]) -> int:
-        """How many of the window's first tokens go through: as many as are sure enough and as the account bears."""
+        """How many of the window's first tokens go through: as many as are sure enough, within the error budget."""
         chances = (min(estimate.p, estimate.any) for estimate in estimates)
         usual, count = self._wrong / max(self._passed, 1), 0
         for chance in takewhile(lambda chance: chance >= self.least, chances):

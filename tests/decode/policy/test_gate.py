@@ -176,9 +176,10 @@ def test_what_is_confirmed_is_the_targets_choice_behind_that_text(tmp_path: Path
 
 
 @pytest.mark.usefixtures("cpp_pass")
-def test_in_16_bits_all_of_exact_is_found_to_be_the_targets_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["qwen3", "lfm2"])
+def test_in_16_bits_all_of_exact_is_found_to_be_the_targets_own(tmp_path: Path, case: str) -> None:
     """Prompts and answers in passes that round as decoding's do, behind what is kept of the turns before."""
-    save_model(tmp_path, *CASES["qwen3"])
+    save_model(tmp_path, *CASES[case])
     target = fast(load_target(tmp_path, CPU, torch.bfloat16))
     codes = quantize_layers(tmp_path, tmp_path / "verifier", lambda name: 4)
     pair = make_pair(target, fast(attach_verifier(target, codes, "dense")))
