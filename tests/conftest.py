@@ -82,7 +82,8 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if find_spec("torch"):
         import torch
 
-        torch.manual_seed(0)
+        # torch.manual_seed keeps a stack trace of each call for GPUs that are not in use yet
+        (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(0)
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         torch.set_flush_denormal(FLUSHES)
     if threads := sys.modules.get("quasar_core.kernels.threads"):  # where a test chose a number, the next has none

@@ -172,7 +172,7 @@ def test_costs_are_remembered_until_doctor_measures_again(
     """The n-th measurement finds a pass to take n seconds, whatever it takes here."""
     counted = itertools.count(1)
     monkeypatch.setattr(
-        cost_records, "measure_pass", lambda pair, model: (PassCost((1, 33), (next(counted), 99.0)), None)
+        cost_records, "measure_pass", lambda pair, model, **_: (PassCost((1, 33), (next(counted), 99.0)), None)
     )
     assert run(["doctor", "--remeasure", "--json"]) == 0
     speed = json.loads(capsys.readouterr().out)["speed"]

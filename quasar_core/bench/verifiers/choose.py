@@ -31,6 +31,7 @@ UNIFORM_BITS, MEAN_BITS = (4, 8), (4.5, 5.0, 6.0)
 HEADS = (16, 8, 4)
 LOW = 0.95  # agreement below which it is said what would help
 DECISIONS = Policy("as it pays")
+ROUND = 64  # tokens of the longest circle
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Row:
 class Choice:
     """The table that a verifier was chosen from, the best first, and what the target's passes take beside that.
 
-    `ceiling` is the rate of one as cheap as the best that always agrees. `tokens` of held-out text were looked at.
+    `ceiling` is the rate of one as cheap as the best that always agrees. `tokens` of held-out text were replayed.
     `trouble` says why costs may be another program's doing.
     """
 
@@ -170,30 +171,44 @@ def _change(rate: float, before: float) -> str:
 
 
 class Replayed:
-    """Rows of the target's greedy text [n, T], with the drafts that decoding would have at each place."""
+    """Rows of the target's greedy text [n, T], with the drafts that decoding would have at each place.
+
+    A row ends where it begins to go round in circles, as a small model's often do: an answer is not read on there, and
+    each draft is right.
+    """
 
     def __init__(
         self, rows: torch.Tensor, known: KnownSuccessors | None, now: Callable[[], float] = time.perf_counter
     ) -> None:
-        first = min(GREEDY_FROM, rows.shape[1] - 1)
-        self.tokens, self._first = rows.shape[1] - first, first
+        self._first = first = min(GREEDY_FROM, rows.shape[1] - 1)
+        answers = [row[: max(circles_from(row), first + 1)] for row in rows.tolist()]
+        self.tokens = sum(len(row) - first for row in answers)
         sources = Sources(known=known)
         start = now()
-        self._drafted = [_drafts_along(row, first, sources) for row in rows.tolist()]
-        self._drafting_s = (now() - start) / (self.tokens * len(rows))  # of a step
+        self._drafted = [_drafts_along(row, first, sources) for row in answers]
+        self._drafting_s = (now() - start) / self.tokens  # of a step
 
     def rate(self, look: Look, costs: PairCosts) -> float:
         """Tokens per second of `exact`, counting passes and drafting; choosing tokens is part of a pass."""
-        traces = [
-            Trace(
-                self.tokens,
-                verified={place: Verified(m, agrees) for place, (m, agrees) in enumerate(zip(*row, strict=True))},
-                drafted=dict(enumerate(drafted)),
-                prompt=self._first,
-            )
-            for *row, drafted in zip(look.margins, look.agreed, self._drafted, strict=True)
-        ]
+        traces = []
+        for margins, agreed, drafted in zip(look.margins, look.agreed, self._drafted, strict=True):
+            said = list(map(Verified, margins, agreed))[: len(drafted)]
+            traces.append(Trace(len(drafted), dict(enumerate(said)), dict(enumerate(drafted)), prompt=self._first))
         return replay(Recorded(traces, costs, drafting_s=self._drafting_s, other_s=0.0, cut=False), DECISIONS)
+
+
+def circles_from(row: Sequence[int]) -> int:
+    """Where a row begins to go round: to its end it says the same tokens, at most `ROUND`, three times or more.
+
+    The row's length where it does not.
+    """
+    found = len(row)
+    for period in range(1, min(ROUND, len(row) // 3) + 1):
+        pairs = zip(reversed(row[period:]), reversed(row[:-period]), strict=True)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if same >= 2 * period:
+            found = min(found, len(row) - period - same)
+    return found
 
 
 def _drafts_along(row: Sequence[int], first: int, sources: Sources) -> list[Drafted]:

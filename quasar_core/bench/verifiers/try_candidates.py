@@ -22,7 +22,7 @@ from quasar_core.bench.verifiers.streamed_target import ConfirmCost, StreamedPas
 from quasar_core.checkpoint.compressed_tensors import PackedWeight
 from quasar_core.checkpoint.gptq_format import why_not_packable
 from quasar_core.config import GROUP_CHOICES, QuantizeConfig
-from quasar_core.decode.costs.cost_records import cost_record
+from quasar_core.decode.costs.cost_records import Pace, cost_record
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.models.decoder.lean_decoder import LeanDecoder
@@ -133,10 +133,15 @@ class CandidateCosts:
         describe_passes({"verifier": verifier})
         name = f"random codes: {body.describe()}, head {head}{_digest(widths)}"
         pair = replace(self._pair, verifier=verifier, verifier_fingerprint=name, measured={})
-        record = cost_record(pair, "verifier")
+        record = cost_record(pair, "verifier", pace=self._pace())
         self._doubt(record.trouble)
         self._progress(f"measuring passes: {body.describe()}, head {head}", 1, 1)
         return record.cost
+
+    def _pace(self) -> Pace | None:
+        """The target's, beside which candidates are timed; none where it streams, as its passes go by the disk."""
+        usual = None if self._streaming else self.confirm(0)
+        return Pace(self._target, usual.cost(1)) if usual else None
 
     @property
     def trouble(self) -> str | None:
@@ -177,7 +182,8 @@ class Choosing:
         self._uniform = uniform
         search = Search(self.heads, self._cost, self._confirm, self._try, self._rate, self._size)
         choice = search.run(uniform, mixed)
-        return replace(choice, trouble=self.costs.trouble)
+        assert self._replayed is not None
+        return replace(choice, tokens=self._replayed.tokens, trouble=self.costs.trouble)
 
     def _rate(self, look: Look, costs: PairCosts) -> float:
         assert self._replayed is not None

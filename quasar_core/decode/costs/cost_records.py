@@ -23,7 +23,9 @@ from quasar_core.typed import build
 SIZES = (1, 33, 4, 16, 2, 8, 9, 17)
 # Where weights are streamed a pass of any size takes long, and windows have up to 256 tokens.
 STREAMED_SIZES = (1, 257, 65)
+PACE = 0  # stands for a pass of the model beside them
 SECONDS, SLOPE_SECONDS = 0.8, 0.4
+PATIENCE = 3  # times as long where costs are held against one another
 # Before one that is timed for them; less where so many would take more bytes. Many tokens come first: where there is
 # time for nothing else, it is theirs.
 FAR, FAR_BYTES, FAR_SIZES = 4096, 2**28, (16, 1)
@@ -41,23 +43,51 @@ def cost_from_timings(timings: dict[int, Timing]) -> PassCost:
     return PassCost(tuple(sizes), tuple(np.minimum.accumulate(seconds[::-1])[::-1].tolist()))
 
 
+@dataclass(frozen=True)
+class Pace:
+    """A model whose pass of one token usually takes so many seconds: what it takes now tells how fast the machine is.
+
+    Memory may be twice as fast in one minute as in the next. Costs that are held against one another, but measured
+    minutes apart, are those at the usual pace.
+    """
+
+    model: CausalLM
+    usual: float
+
+
 def measure_pass(
-    pair: Pair, model: CausalLM, seconds: float | None = None, now: Callable[[], float] = time.perf_counter
+    pair: Pair,
+    model: CausalLM,
+    seconds: float | None = None,
+    now: Callable[[], float] = time.perf_counter,
+    pace: Pace | None = None,
 ) -> tuple[PassCost, str | None]:
     """Time passes of each size, in turn, until their times repeat or the time is up; and why not to keep that.
 
-    A quiet machine needs a few rounds; a model of any size is timed at two sizes at least.
+    A quiet machine needs a few rounds; a model of any size is timed at two sizes at least. With a pace that model's
+    passes are timed in turn with these.
     """
-    seconds = SECONDS if seconds is None else seconds
+    seconds = (PATIENCE if pace else 1) * SECONDS if seconds is None else seconds
     context = min(CONTEXT, pair.max_context // 2)
     planned = STREAMED_SIZES if model.streamed else SIZES
     sizes = [size for size in planned if context + size <= pair.max_context]
     cache = model.new_cache(context + max(sizes))
     model.forward([0] * context, cache, last_only=True)
-    timings = _time_passes(model, {size: pass_sampler(model, cache, size, now) for size in sizes}, seconds, now)
+    samplers = {size: pass_sampler(model, cache, size, now) for size in sizes}
+    if pace:  # behind both ends
+        samplers = {**{size: samplers[size] for size in sizes[:2]}, PACE: _one_token(pace.model, now), **samplers}
+    timings = _time_passes(model, samplers, seconds, now)
     slope, trouble = measure_slope(pair, model, SLOPE_SECONDS, now)
     troubles = [*(timing.trouble for timing in timings.values()), trouble]
-    return replace(cost_from_timings(timings), slope=slope), next(filter(None, troubles), None)
+    factor = pace.usual / timings.pop(PACE).seconds if pace and PACE in timings else 1.0
+    cost = replace(cost_from_timings(timings), slope=slope).scaled(factor)
+    return cost, next(filter(None, troubles), None)
+
+
+def _one_token(model: CausalLM, now: Callable[[], float]) -> Sampler:
+    cache = model.new_cache(CONTEXT + 1)
+    model.forward([0] * CONTEXT, cache, last_only=True)
+    return pass_sampler(model, cache, 1, now)
 
 
 def measure_slope(
@@ -184,11 +214,11 @@ def pair_costs(pair: Pair, with_verifier: bool, remeasure: bool = False) -> Pair
     return PairCosts(alone, alone)
 
 
-def cost_record(pair: Pair, role: Role, remeasure: bool = False) -> CostRecord:
+def cost_record(pair: Pair, role: Role, remeasure: bool = False, pace: Pace | None = None) -> CostRecord:
     """The cost of a loaded model: known already, else remembered from the disk, else measured and kept."""
     known: CostRecord | None = pair.measured.get(role)
     if known is None or remeasure:
-        known = pair.measured[role] = _remember_or_measure(pair, role, remeasure)
+        known = pair.measured[role] = _remember_or_measure(pair, role, remeasure, pace)
     return known
 
 
@@ -209,13 +239,13 @@ def stored_costs() -> Iterator[CostRecord]:
     yield from sorted(records, key=lambda record: -record.measured_at)
 
 
-def _remember_or_measure(pair: Pair, role: Role, remeasure: bool) -> CostRecord:
+def _remember_or_measure(pair: Pair, role: Role, remeasure: bool, pace: Pace | None) -> CostRecord:
     model, conditions = _model(pair, role), _conditions(pair, role)
     kept = _kept(conditions) if _fingerprints(pair, role) is not None else None
     known = {name: entry for name in (NAME, FURTHER) if kept and (entry := kept.get(name))}
     if len(known) == 2 and not remeasure:
         return CostRecord(_whole(known), conditions, known[NAME].measured_at, remembered=True)
-    cost, trouble = measure_pass(pair, model)
+    cost, trouble = measure_pass(pair, model, pace=pace)
     if trouble:
         return CostRecord(cost, conditions, time.time(), trouble=f"not kept, as {trouble}")
     if kept:

@@ -9,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quasar_core.bench.verifiers.choose import Body, Choice, Replayed, Row, Search, advice, between, with_head
+from quasar_core.bench.verifiers.choose import (
+    Body,
+    Choice,
+    Replayed,
+    Row,
+    Search,
+    advice,
+    between,
+    circles_from,
+    with_head,
+)
 from quasar_core.bench.verifiers.streamed_target import ConfirmCost
 from quasar_core.config import QuantizeConfig
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
@@ -136,9 +146,48 @@ def test_without_drafts_the_rate_is_that_of_the_best_decisions(agreement: float,
 
 def test_drafts_that_are_right_are_worth_more_than_rare_ones() -> None:
     costs = PairCosts(PassCost((1, 33), (1.0, 1.1)), PassCost((1, 33), (3.0, 3.3)))
-    cycle = torch.arange(GREEDY_FROM + 200).remainder(20).expand(2, -1)
+    again = torch.arange(GREEDY_FROM + 200).remainder(20)
+    again[-1] = 1000  # so that it does not go round to its end
     sure = Look([[1.0] * 200] * 2, [[True] * 200] * 2)
-    assert Replayed(cycle, None).rate(sure, costs) > 2 * Replayed(unlike_rows(2, 200), None).rate(sure, costs)
+    rate = Replayed(again.expand(2, -1), None).rate(sure, costs)
+    assert rate > 2 * Replayed(unlike_rows(2, 200), None).rate(sure, costs)
+
+
+def test_a_row_ends_where_it_begins_to_go_round() -> None:
+    costs = PairCosts(PassCost((1, 33), (1.0, 1.1)), PassCost((1, 33), (3.0, 3.3)))
+    rows, sure = unlike_rows(2, 200), Look([[1.0] * 200] * 2, [[True] * 200] * 2)
+    rows[:, GREEDY_FROM + 80 :] = torch.arange(120).remainder(20)
+    whole, cut = Replayed(rows, None, now=lambda: 0.0), Replayed(rows[:, : GREEDY_FROM + 80], None, now=lambda: 0.0)
+    assert whole.tokens == cut.tokens == 160
+    assert whole.rate(sure, costs) == cut.rate(Look([[1.0] * 80] * 2, [[True] * 80] * 2), costs)
+
+
+@pytest.mark.parametrize(
+    ("row", "start"),
+    [
+        ([1, 2, 3, 4, 5], 5),
+        ([], 0),
+        ([7, 7, 7], 0),
+        ([1, 7, 7, 7, 7], 1),
+        ([1, 7, 7], 3),  # twice is no circle
+        ([9, 1, 2, 1, 2, 1, 2], 1),
+        ([9, 2, 1, 2, 1, 2, 1, 2], 1),  # it begins within a round
+        ([1, 2, 1, 2, 1, 2, 3], 7),  # and goes on
+        ([5, *range(65), *range(65), *range(65)], 196),  # longer than a circle is looked for
+        ([5, *range(64), *range(64), *range(64)], 1),
+    ],
+)
+def test_where_a_text_begins_to_go_round(row: list[int], start: int) -> None:
+    assert circles_from(row) == start
+
+
+@given(st.lists(st.integers(0, 2), max_size=14))
+def test_a_circle_is_the_longest_end_that_repeats_itself(row: list[int]) -> None:
+    def repeats(end: list[int], period: int) -> bool:
+        return len(end) >= 3 * period and all(a == b for a, b in zip(end, end[period:], strict=False))
+
+    ends = (i for i in range(len(row)) if any(repeats(row[i:], period) for period in range(1, len(row))))
+    assert circles_from(row) == next(ends, len(row))
 
 
 def test_drafting_takes_time_too() -> None:

@@ -20,7 +20,7 @@ from quasar_core.bench.verifiers import try_candidates
 from quasar_core.bench.verifiers.choose import Body, Choice, Replayed
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.choose_bits import Wanted, choose, find_candidates
-from quasar_core.decode.costs.cost_records import CostRecord
+from quasar_core.decode.costs.cost_records import CostRecord, Pace
 from quasar_core.decode.costs.pass_costs import PairCosts, PassCost
 from quasar_core.errors import QuasarError, UsageError
 from quasar_core.library import quantize_model
@@ -52,7 +52,9 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A target's pass takes 10 ms, a verifier's as its bits say; a quantized head saves 1 ms. Who was measured."""
     measured: list[str] = []
 
-    def cost_record(pair: Any, role: str) -> CostRecord:
+    def cost_record(pair: Any, role: str, pace: Pace | None = None) -> CostRecord:
+        own = None if role == "target" or pair.target.streamed else Pace(pair.target, 0.01)
+        assert pace == own, "a candidate is timed beside the target"
         name = pair.verifier_fingerprint if role == "verifier" else "target"
         measured.append(name)
         ms = 10.0 if role == "target" else next(ms for bits, ms in PASSES.items() if bits in name)

@@ -69,7 +69,7 @@ def measure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Measure:
         pair.target_fingerprint = VerifierCheckpoint(folder).target_fingerprint
         pair.verifier_fingerprint = store.fingerprint(folder)
         monkeypatch.setattr(
-            cost_records, "measure_pass", lambda pair, model: (TARGET if model is pair.target else VERIFIER, None)
+            cost_records, "measure_pass", lambda pair, model, **_: (TARGET if model is pair.target else VERIFIER, None)
         )
         pair_costs(pair, with_verifier=True)
 

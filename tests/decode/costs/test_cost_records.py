@@ -22,7 +22,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Measuring replaced by figures: the n-th measurement gives a cost of n seconds."""
     models: list[Any] = []
 
-    def measure(pair: Any, model: Any) -> tuple[PassCost, str | None]:
+    def measure(pair: Any, model: Any, **_: Any) -> tuple[PassCost, str | None]:
         models.append(model)
         return PassCost((1, 33), (float(len(models)), 50.0)), TROUBLE.get(len(models))
 

@@ -139,7 +139,7 @@ class TestMeasuring:
 class TestRecords:
     @pytest.fixture(autouse=True)
     def _measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cost_records, "measure_pass", lambda pair, model: (TARGET, None))
+        monkeypatch.setattr(cost_records, "measure_pass", lambda pair, model, **_: (TARGET, None))
 
     def known(self) -> CostRecord:
         return cost_record(make_pair(TableModel(8, 0), target_fingerprint="t"), "target")

@@ -10,7 +10,7 @@ from helpers.tiny_models import TableModel, make_pair
 
 from quasar_core.config import GenerationConfig, SamplingConfig
 from quasar_core.decode.costs import cost_records
-from quasar_core.decode.costs.cost_records import SIZES, cost_from_timings, measure_pass, pair_costs
+from quasar_core.decode.costs.cost_records import SIZES, Pace, cost_from_timings, measure_pass, pair_costs
 from quasar_core.decode.costs.pass_costs import CONTEXT, PairCosts, PassCost
 from quasar_core.decode.generator import Generator
 from quasar_core.decode.policy.agreement import AgreementCurve, agreements_of
@@ -124,6 +124,21 @@ class TestCosts:
         cost, _ = measure_pass(make_pair(model), model)
         assert cost.seconds == pytest.approx([1 + size / 16 for size in cost.sizes], rel=0.02)
         assert len(timed) <= 8 * rounds
+
+    @pytest.mark.parametrize("slower", [1.0, 2.0, 0.5])
+    def test_costs_at_a_models_pace_do_not_depend_on_the_minute(
+        self, slower: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The model whose pace it is usually takes 5 s; now everything takes `slower` times as long."""
+        model, other = TableModel(8, seed=0), TableModel(8, seed=1)
+
+        def sampler(of: Any, cache: Any, size: int, now: Any) -> Any:
+            return lambda: slower * (1 + size / 16 if of is model else 5.0)
+
+        monkeypatch.setattr(cost_records, "pass_sampler", sampler)
+        cost, _ = measure_pass(make_pair(model), model, pace=Pace(other, 5.0))
+        assert cost.seconds == pytest.approx([1 + size / 16 for size in sorted(SIZES)])
+        assert cost.sizes == tuple(sorted(SIZES))
 
     def test_a_slow_model_is_timed_at_two_sizes_only(self) -> None:
         cost, timed = self.measure(dict.fromkeys(SIZES, 1.0), limit=0.0)
@@ -298,7 +313,7 @@ class TestGeneratorsChoice:
         monkeypatch.setattr(
             cost_records,
             "measure_pass",
-            lambda pair, model: (self.seconds["target" if model is pair.target else "verifier"], None),
+            lambda pair, model, **_: (self.seconds["target" if model is pair.target else "verifier"], None),
         )
 
     def generator_of(self, pair: Any, **options: Any) -> Generator:
