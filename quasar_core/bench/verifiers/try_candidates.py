@@ -131,9 +131,11 @@ class CandidateCosts:
         if self._streaming is None:
             round_head(verifier)  # as loading does
         describe_passes({"verifier": verifier})
-        name = f"random codes: {body.describe()}, head {head}{_digest(widths)}"
+        pace = self._pace()
+        beside = f", beside a target of {1e6 * pace.usual:.0f} µs" if pace else ""  # remembered for the same one alone
+        name = f"random codes: {body.describe()}, head {head}{_digest(widths)}{beside}"
         pair = replace(self._pair, verifier=verifier, verifier_fingerprint=name, measured={})
-        record = cost_record(pair, "verifier", pace=self._pace())
+        record = cost_record(pair, "verifier", pace=pace)
         self._doubt(record.trouble)
         self._progress(f"measuring passes: {body.describe()}, head {head}", 1, 1)
         return record.cost
