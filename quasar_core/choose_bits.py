@@ -220,7 +220,9 @@ def _choose(wanted: Wanted, found: Candidates, resume: bool, max_memory: int | N
         trust_remote_code=wanted.trust_remote_code,
         offload="target" if found.streaming else wanted.offload,
     )
-    with working_folder(job, resume):
+    with working_folder(job, resume) as interrupted:
+        if interrupted:
+            progress(interrupted, 1, 1)
         costs = CandidateCosts(decoding.load(options, progress), job.config, progress, found.streaming)
         calibration = calibrate(job, target, tokenizer, plan.text, progress)
         choosing = Choosing(job, target, calibration, costs, found.heads, progress)

@@ -92,16 +92,16 @@ class Job:
 
 
 @contextlib.contextmanager
-def working_folder(job: Job, resume: bool) -> Iterator[None]:
+def working_folder(job: Job, resume: bool) -> Iterator[str | None]:
     """Hold the partial folder alone, emptied or with the commits of a run of the same identity.
 
+    Gives what became of an interrupted run, in words; None where there was none, or it was not to be gone on with.
     Raises UsageError where another process works in it, or an interrupted run of another identity lies there. A write
     that fails, as on a full disk, becomes one sentence; what is committed stays.
     """
     with _claim(job):
         try:
-            _begin(job, resume)
-            yield
+            yield _begin(job, resume)
         except (OSError, WriteError) as error:
             failed = str(error).removesuffix(".")
             if isinstance(error, OSError):
@@ -173,16 +173,32 @@ def _still_there(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _begin(job: Job, resume: bool) -> None:
+def _begin(job: Job, resume: bool) -> str | None:
     state = job.commits / IDENTITY
-    if resume and state.exists() and anything_finished(job):
-        _refuse_other_identity(job, read_json(state))
+    interrupted = resume and anything_finished(job)
+    if interrupted and state.exists():
+        _refuse_other_identity(job, _read_identity(state))
         write_json(state, job.identity())
-        return
+        return f"going on from an interrupted run: {_finished(job)}"
     shutil.rmtree(job.commits, ignore_errors=True)
     clear_all_but_commits(job)
     job.commits.mkdir()
     write_json(state, job.identity())
+    return "beginning anew, as an interrupted run left no word of its options" if interrupted else None
+
+
+def _finished(job: Job) -> str:
+    """Say what there is to go on from."""
+    text = "its text" if job.calibration.exists() else "the text so far"
+    blocks = sum(1 for _ in job.commits.glob("block-*.safetensors"))
+    return f"{text}, {blocks} block{'s' if blocks > 1 else ''}" if blocks else text
+
+
+def _read_identity(state: Path) -> dict[str, Any]:
+    try:
+        return read_json(state)
+    except QuasarError as error:
+        raise QuasarError(f"{error} Pass --no-resume to begin anew.") from error
 
 
 def _refuse_other_identity(job: Job, begun: dict[str, Any]) -> None:

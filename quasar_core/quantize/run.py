@@ -84,7 +84,9 @@ def quantize_checkpoint(
     With `spill`, hidden states lie in a file. The target writes its text as `text` plans.
     """
     check_request(job, target, tokenizer)
-    with working_folder(job, resume):
+    with working_folder(job, resume) as interrupted:
+        if interrupted:
+            progress(interrupted, 1, 1)
         report = whole_report(job, job.partial)
         if report is None:
             report = _work(job, target, tokenizer, spill, text, progress)

@@ -99,6 +99,38 @@ def test_a_run_of_another_identity_is_not_resumed(source: Path, monkeypatch: pyt
     quantize(source, replace(CONFIG, seed=1), resume=False)
 
 
+def said_by_the_next(source: Path, **options: Any) -> list[str]:
+    """What a run tells of the interrupted one before it."""
+    stages: list[str] = []
+    quantize(source, progress=lambda stage, done, total: stages.append(stage), **options)
+    return [stage for stage in stages if "interrupted" in stage]
+
+
+def test_it_is_said_what_is_gone_on_from(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(source, monkeypatch)
+    assert said_by_the_next(source) == ["going on from an interrupted run: its text, 1 block"]
+    assert said_by_the_next(source, output=source.parent / "another") == []
+
+
+def test_a_run_that_is_begun_anew_on_purpose_tells_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(source, monkeypatch)
+    assert said_by_the_next(source, resume=False) == []
+
+
+def test_a_run_that_left_no_word_of_its_options_is_begun_anew(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(source, monkeypatch)
+    (next(source.parent.glob("*.partial")) / "commits" / "identity.json").unlink()
+    assert said_by_the_next(source) == ["beginning anew, as an interrupted run left no word of its options"]
+
+
+@pytest.mark.parametrize("content", ["", "[1]"])
+def test_options_that_cannot_be_read(content: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(source, monkeypatch)
+    (next(source.parent.glob("*.partial")) / "commits" / "identity.json").write_text(content)
+    with pytest.raises(QuasarError, match=r"identity\.json .*\. Pass --no-resume to begin anew\.$"):
+        quantize(source)
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
