@@ -18,7 +18,8 @@ from quasar_core.config import BITS, QuantizeConfig
 from quasar_core.files import write_json, write_whole
 from quasar_core.models.hf.skeleton import Weights
 from quasar_core.quantize.calibration import Calibration
-from quasar_core.quantize.job import Job, Width, commit_files, committed_tensors, is_shard, read_summary, tensor_names
+from quasar_core.quantize.commits import Width, commit_files, committed_tensors, is_shard, read_summary, tensor_names
+from quasar_core.quantize.job import Job
 from quasar_core.quantize.layer_plan import HEAD, KEPT_RULE, is_kept
 from quasar_core.records import FidelityReport, QuantizeReport
 from quasar_core.store.folders import CARD

@@ -20,8 +20,8 @@ from quasar_core.quantize.blocks.collect import Stage, collect_inputs, find_stag
 from quasar_core.quantize.blocks.layerwise import hessian_of, make_room
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_head, linear_layers
 from quasar_core.quantize.calibration import GREEDY_FROM, Calibration
+from quasar_core.quantize.commits import QuantizedBlock, block_file, read_commit, write_commit
 from quasar_core.quantize.fidelity import margins, piece_of
-from quasar_core.quantize.job import QuantizedBlock, block_file, read_commit, write_commit
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.measure_fidelity import RowsRead, read_beside
 from quasar_core.quantize.mixed_precision import CommittedModel

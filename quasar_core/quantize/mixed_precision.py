@@ -32,8 +32,9 @@ from quasar_core.quantize.blocks.collect import collect_inputs, find_stages, tra
 from quasar_core.quantize.blocks.layerwise import hessian_of, replace_weight, replace_weights
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_blocks, find_head, linear_layers
 from quasar_core.quantize.calibration import Calibration
+from quasar_core.quantize.commits import block_file, read_commit
 from quasar_core.quantize.fidelity import kl_divergence
-from quasar_core.quantize.job import Job, block_file, read_commit
+from quasar_core.quantize.job import Job
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.solve.factor import InverseFactor, inverse_factor
 from quasar_core.quantize.solve.gptq import Solution, SolverConfig, column_order, solve_layer

@@ -25,7 +25,7 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.foreign_bars import hidden_bars
 from quasar_core.quantize.blocks.activations import BATCH_TOKENS
 from quasar_core.quantize.blocks.streaming import find_blocks
-from quasar_core.quantize.job import QuantizedBlock
+from quasar_core.quantize.commits import QuantizedBlock
 from quasar_core.records import Progress, no_progress
 
 REQUIRED = ("optimum", "gptqmodel")

@@ -16,8 +16,8 @@ from quasar_core.config import QuantizeConfig
 from quasar_core.draft.successors import width_of
 from quasar_core.quantize.blocks.activations import batch_tokens
 from quasar_core.quantize.calibration import GREEDY_LENGTH, held_out_rows
+from quasar_core.quantize.commits import SHARD_BYTES
 from quasar_core.quantize.fidelity import piece_of
-from quasar_core.quantize.job import SHARD_BYTES
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.solve.factor import BLOCK as FACTOR_COLUMNS
 from quasar_core.quantize.solve.gptq import solver_rows

@@ -32,9 +32,10 @@ from quasar_core.quantize.checks import (
     check_names,
     check_tokenizer,
 )
+from quasar_core.quantize.commits import block_file, write_commit
 from quasar_core.quantize.fidelity import token_kinds
 from quasar_core.quantize.handover import Record, hand_over, whole_report
-from quasar_core.quantize.job import Job, block_file, clear_all_but_commits, working_folder, write_commit
+from quasar_core.quantize.job import Job, clear_all_but_commits, working_folder
 from quasar_core.quantize.kept_text import keep_text, read_text
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.measure_fidelity import RowsRead, measure, read_rows

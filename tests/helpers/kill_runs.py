@@ -20,9 +20,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 from helpers.quantize_cases import quantize, save_model
 
-from quasar_core.quantize import calibration, job, run
+from quasar_core.quantize import calibration, commits, run
 from quasar_core.quantize.blocks import layerwise
-from quasar_core.quantize.job import QuantizedBlock
+from quasar_core.quantize.commits import QuantizedBlock
 from quasar_core.store import list_pairs, remove_pair
 from quasar_core.store.folders import LOCK, partial_folder
 
@@ -131,7 +131,7 @@ def main() -> None:
     os.environ["QUASAR_HOME"] = str(folder / "home")
     torch.set_num_threads(1)
     calibration.HELD_OUT_ROWS, calibration.GREEDY_LENGTH = 3, 40
-    job.SHARD_BYTES = 1  # every block is a shard of its own
+    commits.SHARD_BYTES = 1  # every block is a shard of its own
     source, output = save_model(folder / "tiny", tied=False), folder / "killed"
     finish(start(source, folder / "first"))  # what is compiled or measured once is so now
     moments = moments_of(source, folder, kills, int(sys.argv[3]) if len(sys.argv) > 3 else None)

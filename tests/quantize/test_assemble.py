@@ -4,7 +4,7 @@ from quasar_core.checkpoint.fused_names import name_in_vllm
 from quasar_core.checkpoint.loaders import Config
 from quasar_core.config import QuantizeConfig
 from quasar_core.quantize.assemble import quantization_section
-from quasar_core.quantize.job import Width
+from quasar_core.quantize.commits import Width
 
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 

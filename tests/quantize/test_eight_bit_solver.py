@@ -18,7 +18,7 @@ from quasar_core.errors import QuasarError, UsageError
 from quasar_core.files import read_json
 from quasar_core.quantize.blocks.activations import capture_first_inputs
 from quasar_core.quantize.blocks.eight_bit import EightBitMethod
-from quasar_core.quantize.job import QuantizedBlock, read_commit, write_commit
+from quasar_core.quantize.commits import QuantizedBlock, read_commit, write_commit
 from quasar_core.quantize.solve import gptq
 from quasar_core.quantize.solve.eight_bit import (
     E4M3Format,

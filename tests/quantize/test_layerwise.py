@@ -22,7 +22,7 @@ from quasar_core.quantize.blocks import activations
 from quasar_core.quantize.blocks.activations import capture_first_inputs
 from quasar_core.quantize.blocks.layerwise import quantize_blocks, quantize_head
 from quasar_core.quantize.blocks.streaming import find_blocks, quantized_layers
-from quasar_core.quantize.job import QuantizedBlock, read_commit, write_commit
+from quasar_core.quantize.commits import QuantizedBlock, read_commit, write_commit
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.solve import gptq
 from quasar_core.quantize.solve.gptq import Solution, SolverConfig, solve, solve_layer

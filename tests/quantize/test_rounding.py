@@ -12,7 +12,7 @@ from quasar_core.api import decoding, quantizing
 from quasar_core.checkpoint.reader import VerifierCheckpoint
 from quasar_core.config import GenerationConfig, QuantizeConfig
 from quasar_core.errors import UsageError
-from quasar_core.quantize import calibration, job
+from quasar_core.quantize import calibration, commits
 from quasar_core.quantize.blocks import rounding
 from quasar_core.quantize.blocks.rounding import rounded
 from quasar_core.quantize.plan import Shape, activation_bytes, batch_bytes
@@ -81,12 +81,14 @@ def test_a_run_that_ends_between_blocks_goes_on(tmp_path: Path, monkeypatch: pyt
         if written:
             raise KeyboardInterrupt
         written.append(path.name)
-        job.write_commit(path, *content)  # type: ignore[arg-type]
+        commits.write_commit(path, *content)  # type: ignore[arg-type]
 
     monkeypatch.setattr(rounding, "write_commit", write)
     with pytest.raises(KeyboardInterrupt):
         quantize(source, NEAREST, output=tmp_path / "parts")
-    monkeypatch.setattr(rounding, "write_commit", lambda *all_: (written.append(all_[0].name), job.write_commit(*all_)))
+    monkeypatch.setattr(
+        rounding, "write_commit", lambda *all_: (written.append(all_[0].name), commits.write_commit(*all_))
+    )
     quantize(source, NEAREST, output=tmp_path / "parts")
     assert written == ["block-00000.safetensors", "block-00001.safetensors", "head.safetensors"]
     whole, parts = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "parts")

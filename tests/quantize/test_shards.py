@@ -15,7 +15,7 @@ from quasar_core.checkpoint.tensor_files import TensorFiles
 from quasar_core.checkpoint.writer import ShardWriter, save_tensors
 from quasar_core.errors import QuasarError
 from quasar_core.files import read_json
-from quasar_core.quantize import job, plan, run
+from quasar_core.quantize import commits, plan, run
 from quasar_core.quantize.plan import Shape, make_plan, packed_bytes
 
 pytest_plugins = ["helpers.quantize_fixtures"]
@@ -35,7 +35,7 @@ def assert_equal(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor])
 def test_a_large_block_is_not_written_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commits' own files become shards, and the checkpoint holds what one file would."""
     one = tensors_of(Path(quantize(source, output=source.parent / "one").checkpoint))
-    monkeypatch.setattr(job, "SHARD_BYTES", 1)
+    monkeypatch.setattr(commits, "SHARD_BYTES", 1)
     files: dict[str, int] = {}
     close = ShardWriter.close
 
@@ -59,7 +59,7 @@ def test_a_large_block_is_not_written_again(source: Path, monkeypatch: pytest.Mo
 def test_a_run_that_ends_with_shards_in_place_goes_on_without_solving(
     source: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    monkeypatch.setattr(job, "SHARD_BYTES", 1)
+    monkeypatch.setattr(commits, "SHARD_BYTES", 1)
     straight = all_tensors(Path(quantize(source, output=source.parent / "straight").checkpoint))
 
     def fail(*_: Any, **__: Any) -> None:
@@ -78,7 +78,7 @@ def test_a_run_that_ends_with_shards_in_place_goes_on_without_solving(
 
 
 def test_where_no_file_has_two_names_it_is_copied(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "SHARD_BYTES", 1)
+    monkeypatch.setattr(commits, "SHARD_BYTES", 1)
     straight = all_tensors(Path(quantize(source, output=source.parent / "straight").checkpoint))
 
     def refuse(*_: Any) -> None:
@@ -108,7 +108,7 @@ def test_a_shard_has_the_names_of_the_targets_files(tmp_path: Path, monkeypatch:
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     one = tensors_of(Path(quantize(source, output=tmp_path / "one").checkpoint))
     assert "layers.0.mlp.up_proj.qweight" in one
-    monkeypatch.setattr(job, "SHARD_BYTES", 1)
+    monkeypatch.setattr(commits, "SHARD_BYTES", 1)
     assert_equal(all_tensors(Path(quantize(source, output=tmp_path / "many").checkpoint)), one)
 
 

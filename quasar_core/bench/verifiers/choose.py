@@ -31,7 +31,7 @@ UNIFORM_BITS, MEAN_BITS = (4, 8), (4.5, 5.0, 6.0)
 HEADS = (16, 8, 4)
 LOW = 0.95  # agreement below which it is said what would help
 DECISIONS = Policy("as it pays")
-ROUND = 64  # tokens of the longest circle
+LONGEST_CIRCLE = 64  # tokens
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,12 @@ class Replayed:
 
 
 def circles_from(row: Sequence[int]) -> int:
-    """Where a row begins to go round: to its end it says the same tokens, at most `ROUND`, three times or more.
+    """Where a row begins to repeat the same tokens, at most `LONGEST_CIRCLE`, three times or more up to its end.
 
     The row's length where it does not.
     """
     found = len(row)
-    for period in range(1, min(ROUND, len(row) // 3) + 1):
+    for period in range(1, min(LONGEST_CIRCLE, len(row) // 3) + 1):
         pairs = zip(reversed(row[period:]), reversed(row[:-period]), strict=True)
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         if same >= 2 * period:

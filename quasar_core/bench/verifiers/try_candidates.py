@@ -35,8 +35,9 @@ from quasar_core.quantize.blocks.activations import Activations
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_head
 from quasar_core.quantize.calibration import Calibration
 from quasar_core.quantize.candidates import Look, Watcher, commit_candidates, solve_head
+from quasar_core.quantize.commits import QuantizedBlock, read_commit, write_commit
 from quasar_core.quantize.estimate import layer_sizes, shape_of, stored_element
-from quasar_core.quantize.job import Job, QuantizedBlock, read_commit, write_commit
+from quasar_core.quantize.job import Job
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.mixed_precision import known_widths, spend
 from quasar_core.quantize.plan import make_plan

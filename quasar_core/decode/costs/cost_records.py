@@ -65,17 +65,17 @@ def measure_pass(
     """Time passes of each size, in turn, until their times repeat or the time is up; and why not to keep that.
 
     A quiet machine needs a few rounds; a model of any size is timed at two sizes at least. With a pace that model's
-    passes are timed in turn with these.
+    passes are timed in turn with these; where the time is up before, the machine is taken to be as fast as usual.
     """
     seconds = (PATIENCE if pace else 1) * SECONDS if seconds is None else seconds
     context = min(CONTEXT, pair.max_context // 2)
     planned = STREAMED_SIZES if model.streamed else SIZES
     sizes = [size for size in planned if context + size <= pair.max_context]
-    cache = model.new_cache(context + max(sizes))
-    model.forward([0] * context, cache, last_only=True)
+    cache = _cache_of(model, context, max(sizes))
     samplers = {size: pass_sampler(model, cache, size, now) for size in sizes}
-    if pace:  # behind both ends
-        samplers = {**{size: samplers[size] for size in sizes[:2]}, PACE: _one_token(pace.model, now), **samplers}
+    if pace:  # the third, as a slow model is timed at its first two sizes alone
+        beside = pass_sampler(pace.model, _cache_of(pace.model, context, 1), 1, now)
+        samplers = {**{size: samplers[size] for size in sizes[:2]}, PACE: beside, **samplers}
     timings = _time_passes(model, samplers, seconds, now)
     slope, trouble = measure_slope(pair, model, SLOPE_SECONDS, now)
     troubles = [*(timing.trouble for timing in timings.values()), trouble]
@@ -84,10 +84,11 @@ def measure_pass(
     return cost, next(filter(None, troubles), None)
 
 
-def _one_token(model: CausalLM, now: Callable[[], float]) -> Sampler:
-    cache = model.new_cache(CONTEXT + 1)
-    model.forward([0] * CONTEXT, cache, last_only=True)
-    return pass_sampler(model, cache, 1, now)
+def _cache_of(model: CausalLM, context: int, room: int) -> KVCache:
+    """A cache that holds so many tokens, and has room for so many more."""
+    cache: KVCache = model.new_cache(context + room)
+    model.forward([0] * context, cache, last_only=True)
+    return cache
 
 
 def measure_slope(

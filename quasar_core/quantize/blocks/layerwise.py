@@ -32,7 +32,15 @@ from quasar_core.quantize.blocks.collect import (
 )
 from quasar_core.quantize.blocks.streaming import find_blocks, find_head, linear_layers
 from quasar_core.quantize.blocks.target_context import TargetContext
-from quasar_core.quantize.job import Layout, QuantizedBlock, block_file, head_file, own_name, read_commit, write_commit
+from quasar_core.quantize.commits import (
+    Layout,
+    QuantizedBlock,
+    block_file,
+    head_file,
+    own_name,
+    read_commit,
+    write_commit,
+)
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.solve.gptq import Solution, SolverConfig, solve, solve_group
 from quasar_core.quantize.solve.hessian import HessianAccumulator, error_correlation, shrunk

@@ -11,7 +11,7 @@ from quasar_core.checkpoint.compressed_tensors import PackedWeight
 from quasar_core.checkpoint.gptq_format import QuantizedWeight, trivial_groups
 from quasar_core.quantize.blocks.layerwise import Blocks
 from quasar_core.quantize.blocks.streaming import StreamedModel, find_head, linear_layers
-from quasar_core.quantize.job import QuantizedBlock, block_file, head_file, write_commit
+from quasar_core.quantize.commits import QuantizedBlock, block_file, head_file, write_commit
 from quasar_core.quantize.layer_plan import HEAD, LayerPlan
 from quasar_core.quantize.solve.gptq import SolverConfig
 from quasar_core.quantize.solve.grid import fit_grid, round_to_nearest

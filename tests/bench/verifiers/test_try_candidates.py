@@ -29,7 +29,8 @@ from quasar_core.models.memory.offload import plan_all
 from quasar_core.models.pair import load_tokenizer
 from quasar_core.quantize import candidates, estimate
 from quasar_core.quantize.candidates import Look, PackedModel, Watcher, commit_candidates
-from quasar_core.quantize.job import block_file, read_commit, working_folder
+from quasar_core.quantize.commits import block_file, read_commit
+from quasar_core.quantize.job import working_folder
 from quasar_core.quantize.layer_plan import LayerPlan
 from quasar_core.quantize.measure_fidelity import measure
 from quasar_core.quantize.run import calibrate

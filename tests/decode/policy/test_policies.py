@@ -139,6 +139,8 @@ class TestCosts:
         cost, _ = measure_pass(make_pair(model), model, pace=Pace(other, 5.0))
         assert cost.seconds == pytest.approx([1 + size / 16 for size in sorted(SIZES)])
         assert cost.sizes == tuple(sorted(SIZES))
+        cost, _ = measure_pass(make_pair(model), model, seconds=-1.0, pace=Pace(other, 5.0))
+        assert cost.seconds == (slower * (1 + 1 / 16), slower * (1 + 33 / 16))  # no time to see how fast it is
 
     def test_a_slow_model_is_timed_at_two_sizes_only(self) -> None:
         cost, timed = self.measure(dict.fromkeys(SIZES, 1.0), limit=0.0)
